@@ -1,0 +1,1 @@
+"""icegrt: PPO with four Megatron-core models in one process set."""
