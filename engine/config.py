@@ -7,6 +7,7 @@ Defaults are those of the PPO-RLHF family; none is a figure of the ICE-GRT paper
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,10 @@ def key(default: Any, help: str, *, unit: str = "", **bounds: Any) -> Any:
     """A configuration key: its default, what it means, the unit of a number, and bounds (`ge`, `gt`, `le`, `lt`)."""
     extra = {"unit": unit}
     if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
-        return Field(default_factory=lambda: default, description=help, json_schema_extra=extra, **bounds)
+        # A copy for each instance: a list given out twice would carry one configuration's rows into the next.
+        return Field(
+            default_factory=lambda: copy.deepcopy(default), description=help, json_schema_extra=extra, **bounds
+        )
     return Field(default=default, description=help, json_schema_extra=extra, **bounds)
 
 

@@ -1,0 +1,52 @@
+# `make help` lists the targets. CI calls the same ones (.ci/run).
+VENV ?= .venv
+OUT ?= runs/demo
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.icegrt-installed
+DEVICE = $(shell $(PY) -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-").lower() if torch.cuda.is_available() else "cpu")')
+BENCHES = $(sort $(wildcard bench/bench_*.py))
+# Two workers of one thread each: ranks and workers would otherwise fight over the cores.
+TEST_OPTIONS ?= -q -n 2 --dist loadfile
+
+.PHONY: help install ppo test check format bench gpu clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
+
+install: $(STAMP)  ## create the environment, build icegrt._C, install everything
+
+$(STAMP): pyproject.toml setup.py CMakeLists.txt tools/setup.sh $(wildcard csrc/*)
+	tools/setup.sh $(VENV)
+	@touch $@
+
+ppo: install  ## the whole recipe on a small example: text to PPO to an exported checkpoint (OUT=runs/demo)
+	OUT=$(OUT) $(PY) examples/ad_moderation/demo.py
+
+test: install  ## all tests that this machine can run
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(TEST_OPTIONS) tests
+
+check: install  ## lint, format, import direction
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pytest -q tests/test_imports.py
+
+format: install  ## rewrite to the house format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: install  ## all benchmarks that this machine can run; rows go to bench/results/
+	@test -n "$(BENCHES)" || { echo "no bench/bench_*.py found"; exit 1; }
+	@status=0; for file in $(BENCHES); do echo "== $$file"; $(PY) $$file || status=1; done; exit $$status
+
+gpu: install  ## GPU tests and benchmarks in one go; writes bench/results/<device>/
+	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu needs a CUDA device, and torch finds none")'
+	@mkdir -p bench/results/$(DEVICE)
+	@status=0; \
+	$(PY) -m pytest -q -m gpu tests --junitxml=bench/results/$(DEVICE)/tests.xml || status=1; \
+	$(MAKE) --no-print-directory bench || status=1; \
+	exit $$status
+
+clean:  ## remove build products and caches; the environment and runs/ stay
+	rm -rf build dist *.egg-info engine/_C*.so .pytest_cache .ruff_cache .hypothesis
+	find engine kernels bench tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f $(STAMP)

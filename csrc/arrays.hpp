@@ -1,0 +1,38 @@
+// numpy arrays at the boundary: checked views on the way in, vectors handed over without a copy on the way out.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "check.hpp"
+
+namespace icegrt {
+
+namespace py = pybind11;
+
+// No silent conversion: a float or strided array is the caller's mistake, and a copy here would hide it.
+template <typename T>
+Span<T> view(const char* name, const py::array& array) {
+  require(py::isinstance<py::array_t<T>>(array), name, ": expected dtype ", py::str(py::dtype::of<T>()).template cast<std::string>(),
+          ", got ", py::str(array.dtype()).template cast<std::string>());
+  require(array.ndim() == 1, name, ": expected one dimension, got ", array.ndim());
+  require(array.size() == 0 || array.strides(0) == static_cast<py::ssize_t>(sizeof(T)), name,
+          ": expected a contiguous array, got stride ", array.strides(0), " bytes");
+  return {static_cast<const T*>(array.data()), static_cast<int64_t>(array.size())};
+}
+
+template <typename T>
+py::array_t<T> hand_over(std::vector<T>&& values) {
+  auto owned = std::make_unique<std::vector<T>>(std::move(values));
+  std::vector<T>* raw = owned.get();
+  py::capsule owner(raw, [](void* p) { delete static_cast<std::vector<T>*>(p); });
+  owned.release();
+  return py::array_t<T>(static_cast<py::ssize_t>(raw->size()), raw->data(), owner);
+}
+
+}  // namespace icegrt

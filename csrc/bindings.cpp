@@ -1,0 +1,67 @@
+// icegrt._C: the table of contents. One operation per header; arrays are int64 and contiguous; work runs without the GIL.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+
+#include "arrays.hpp"
+#include "balance.hpp"
+#include "pack.hpp"
+
+namespace py = pybind11;
+using namespace icegrt;
+
+namespace {
+
+py::dict py_pack(const py::array& prompt_tokens, const py::array& prompt_offsets, const py::array& response_tokens,
+                 const py::array& response_offsets, const std::optional<py::array>& mask_offsets, int64_t tail_multiple,
+                 int64_t tail_token) {
+  PackInput in;
+  in.prompt_tokens = view<int64_t>("prompt_tokens", prompt_tokens);
+  in.prompt_offsets = view<int64_t>("prompt_offsets", prompt_offsets);
+  in.response_tokens = view<int64_t>("response_tokens", response_tokens);
+  in.response_offsets = view<int64_t>("response_offsets", response_offsets);
+  in.has_mask = mask_offsets.has_value();
+  if (in.has_mask) in.mask_offsets = view<int64_t>("mask_offsets", *mask_offsets);
+  in.tail_multiple = tail_multiple;
+  in.tail_token = tail_token;
+  Packed packed;
+  {
+    py::gil_scoped_release release;
+    packed = pack(in);
+  }
+  py::dict out;
+  out["tokens_T"] = hand_over(std::move(packed.tokens));
+  out["positions_T"] = hand_over(std::move(packed.positions));
+  out["cu_seqlens"] = hand_over(std::move(packed.cu_seqlens));
+  out["cu_actions"] = hand_over(std::move(packed.cu_actions));
+  out["action_rows_A"] = hand_over(std::move(packed.action_rows));
+  out["last_rows_N"] = hand_over(std::move(packed.last_rows));
+  out["max_seqlen"] = packed.max_seqlen;
+  out["tail_tokens"] = packed.tail_tokens;
+  return out;
+}
+
+py::tuple py_balance(const py::array& lengths, const std::optional<py::array>& costs, int64_t token_budget, int64_t ranks,
+                     int64_t round_to) {
+  const Span<int64_t> length_view = view<int64_t>("lengths", lengths);
+  const Span<int64_t> cost_view = costs ? view<int64_t>("costs", *costs) : length_view;
+  Plan plan;
+  {
+    py::gil_scoped_release release;
+    plan = balance(length_view, cost_view, token_budget, ranks, round_to);
+  }
+  return py::make_tuple(plan.n_micro_batches, hand_over(std::move(plan.order)), hand_over(std::move(plan.offsets)),
+                        hand_over(std::move(plan.bin_tokens)));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Rollout batching in C++. Use icegrt.packing; these functions take raw int64 arrays.";
+  m.def("pack", &py_pack, py::arg("prompt_tokens"), py::arg("prompt_offsets"), py::arg("response_tokens"),
+        py::arg("response_offsets"), py::arg("mask_offsets"), py::arg("tail_multiple"), py::arg("tail_token"),
+        "Ragged prompts and responses -> token stream and action stream.");
+  m.def("balance", &py_balance, py::arg("lengths"), py::arg("costs"), py::arg("token_budget"), py::arg("ranks"),
+        py::arg("round_to"), "Sequences -> (micro-batches per rank, order, offsets, tokens per micro-batch).");
+}

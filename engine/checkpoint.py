@@ -1,0 +1,153 @@
+"""Checkpoints of a run: weights, optimizers and schedules through Megatron's dist_checkpointing, the rest as JSON.
+
+A checkpoint is written aside and renamed, so a folder with a checkpoint's name is always whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from icegrt.errors import CheckpointError, RunError
+from icegrt.roles.role import Role
+
+_NAME = re.compile(r"step_(\d{6,})")
+_STATE = "state.json"
+_OPTIMIZER_FORMAT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+}
+
+
+def folder_of(run_dir: str | Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(run_dir) / "checkpoints"
+
+
+def list_checkpoints(run_dir: str | Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    folder = folder_of(run_dir)
+    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name)[1]))
+
+
+def save(run_dir: str | Path, step: int, roles: list[Role], state: dict[str, Any], keep: int) -> Path:
+    """Write `roles` (the ones that learn) and `state` (JSON), then delete all but the last `keep` checkpoints."""
+    from megatron.core import dist_checkpointing
+
+    target = folder_of(run_dir) / f"step_{step:06d}"
+    aside = target.with_name(target.name + ".writing")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        with _quiet(), _results_queue_of_this_process():
+            for role in roles:
+                (aside / role.name).mkdir()
+                dist_checkpointing.save(_sharded(role, loading=False), str(aside / role.name))
+        document = {"step": step, "schedules": {r.name: r.schedule.state_dict() for r in roles}, **state}
+        (aside / _STATE).write_text(json.dumps(document, indent=1), encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(aside, target)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise RunError(f"{target}: the checkpoint cannot be written ({error.strerror or error})") from error
+    for old in list_checkpoints(run_dir)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def load(checkpoint: Path, roles: list[Role]) -> dict[str, Any]:
+    """Restore `roles` from a checkpoint; returns the state that was saved with them."""
+    from megatron.core import dist_checkpointing
+
+    document = read_state(checkpoint)
+    for role in roles:
+        folder = checkpoint / role.name
+        if not folder.is_dir():
+            raise CheckpointError(f"{checkpoint}: holds no {role.name}")
+        if role.learns:
+            for optimizer in _inner(role.optimizer):
+                optimizer._init_optimizer_states_with_dummy_values()
+        with _quiet():
+            loaded = dist_checkpointing.load(_sharded(role, loading=True), str(folder))
+        role.model.load_state_dict(loaded["model"])
+        if role.learns:
+            _load_optimizer(role, loaded["optimizer"])
+            role.schedule.load_state_dict(document["schedules"][role.name])
+    return document
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint."""
+    path = checkpoint / _STATE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); resume from an earlier checkpoint") from None
+
+
+@contextlib.contextmanager
+def _results_queue_of_this_process():
+    # Megatron's default is a queue of a manager process, which it spawns: seconds, and a script without a
+    # `__main__` guard would run again. Saving here is synchronous, so a plain queue will do.
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    before = filesystem_async._results_queue
+    filesystem_async._results_queue = queue.Queue()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = before
+
+
+@contextlib.contextmanager
+def _quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _sharded(role: Role, *, loading: bool) -> dict[str, Any]:
+    document = {"model": role.model.sharded_state_dict()}
+    if role.learns:
+        document["optimizer"] = role.optimizer.sharded_state_dict(
+            document["model"], is_loading=loading, metadata=_OPTIMIZER_FORMAT
+        )
+    return document
+
+
+def _load_optimizer(role: Role, state: dict[str, Any]) -> None:
+    for optimizer in _inner(role.optimizer):
+        optimizer._set_main_param_and_optimizer_states = _setter(optimizer)
+    role.optimizer.load_state_dict(state)
+    for optimizer in _inner(role.optimizer):
+        del optimizer._set_main_param_and_optimizer_states
+        # All parameters come back sharing one step tensor, which Adam then advances once per parameter.
+        for entry in optimizer.optimizer.state.values():
+            entry["step"] = entry["step"].clone()
+
+
+def _inner(optimizer) -> list[Any]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _setter(optimizer):
+    # Megatron's own writes keys that torch's AdamW does not hand it; only those given are copied.
+    def set_states(model_param, tensors) -> None:
+        group, order = optimizer.model_param_group_index_map[model_param]
+        main = optimizer.optimizer.param_groups[group]["params"][order]
+        place = {"param": main, **optimizer.optimizer.state[main]}
+        with torch.no_grad():
+            for name, value in tensors.items():
+                place[name].copy_(value)
+
+    return set_states

@@ -1,0 +1,238 @@
+"""The `icegrt` command: reads arguments and configuration, runs one stage, and says user errors in one message.
+
+Arguments are read here rather than by argparse because overrides, options and the file may come in any order, and
+because a mistake should be answered with what was probably meant. Stages, torch and rich are imported when needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+
+from icegrt import console
+from icegrt.errors import ConfigError, UserError
+
+COMMANDS = {
+    "sft": "fine-tune a base model on instructions",
+    "sample": "draw several answers per prompt, ready for ranking",
+    "reward": "train a reward model on ranked answers",
+    "ppo": "train the actor with PPO against the reward",
+    "generate": "answer prompts with a model or a run",
+    "export": "turn a run's checkpoint into a Hugging Face checkpoint",
+    "doctor": "check what this machine has and what the engine lacks",
+}
+RESUMABLE = ("sft", "reward", "ppo")
+_CONFIG_OPTIONS = {"--help": "show this page", "--print-config": "print the resolved configuration as YAML and exit"}
+_RESUME = {"--resume": "continue from the last checkpoint in the run's folder"}
+_DOCTOR_OPTIONS = {"--help": "show this page", "--json": "print the findings as JSON"}
+# The parts of the base install and of `icegrt[engine]` that a command cannot do without, by the name of their import.
+_PACKAGES = {"megatron": "megatron-core", "yaml": "pyyaml"} | {
+    n: n for n in ("pydantic", "rich", "torch", "transformers")
+}
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+@dataclasses.dataclass
+class Arguments:
+    """One command line, taken apart."""
+
+    command: str
+    options: set[str] = dataclasses.field(default_factory=set)
+    config: str | None = None
+    overrides: list[str] = dataclasses.field(default_factory=list)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0, 1 (doctor: cannot run here), 2 (user error), 130 (interrupted).
+
+    Errors other than `UserError` leave with their traceback, and so does `UserError` when ICEGRT_DEBUG is set.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(argv)
+    except UserError as error:
+        if os.environ.get("ICEGRT_DEBUG", "0") not in ("", "0"):
+            raise
+        _complain(error)
+        return USAGE
+    except KeyboardInterrupt:
+        _explain_interrupt(argv)
+        return INTERRUPTED
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        _write(_overview())
+        return OK
+    if argv[0] in ("-V", "--version"):
+        _write(f"icegrt {_version()}")
+        return OK
+    args = parse(argv)
+    if "--help" in args.options:
+        _print_help(args.command)
+        return OK
+    if args.command == "doctor":
+        from icegrt import doctor
+
+        return doctor.main(as_json="--json" in args.options)
+    with _needed_packages(args.command):
+        from icegrt.config import STAGES
+        from icegrt.config_io import as_yaml
+    overrides = [*args.overrides, f"{args.command}.run.resume=true"] if "--resume" in args.options else args.overrides
+    config = STAGES[args.command].load(args.config, overrides)
+    if "--print-config" in args.options:
+        _write(as_yaml(config).rstrip())
+        return OK
+    with _needed_packages(args.command):
+        stage = importlib.import_module(f"icegrt.stages.{args.command}")
+    stage.run(config)
+    return OK
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """Sort arguments into options, the configuration file and overrides. Raises `ConfigError` with what was meant."""
+    args = Arguments(argv[0])
+    if args.command not in COMMANDS:
+        near = difflib.get_close_matches(args.command, COMMANDS, 1)
+        hint = f"did you mean `icegrt {near[0]}`?" if near else f"the commands are {', '.join(COMMANDS)}"
+        raise ConfigError(f"`{args.command}` is not a command; {hint}")
+    options = _options(args.command)
+    for arg in argv[1:]:
+        if arg == "-h" or arg in options:
+            args.options.add("--help" if arg == "-h" else arg)
+        elif arg.startswith("-"):
+            raise ConfigError(_unknown_option(arg, args.command, options))
+        elif args.command == "doctor":
+            raise ConfigError(f"`icegrt doctor` takes no `{arg}`; its options are {', '.join(options)}")
+        elif re.match(r"[\w.\[\]-]*=", arg):
+            args.overrides.append(arg)
+        elif arg.endswith((".yaml", ".yml")):
+            if args.config is not None:
+                raise ConfigError(f"two configuration files, {args.config} and {arg}; put both into one")
+            args.config = arg
+        elif re.fullmatch(r"\w+(\.\w+)+", arg) and arg.split(".")[0] in COMMANDS:
+            raise ConfigError(f"`{arg}` has no value; write {arg}=VALUE")
+        else:
+            hint = "a configuration file ends in .yaml or .yml" if os.path.exists(arg) else "see the usage"
+            raise ConfigError(f"`{arg}` is neither a configuration file nor {args.command}.key=VALUE; {hint}")
+    return args
+
+
+def _options(command: str) -> dict[str, str]:
+    if command == "doctor":
+        return _DOCTOR_OPTIONS
+    return _CONFIG_OPTIONS | (_RESUME if command in RESUMABLE else {})
+
+
+def _unknown_option(arg: str, command: str, options: dict[str, str]) -> str:
+    name = arg.lstrip("-")
+    if command != "doctor" and ("=" in name or "." in name):
+        key = name if name.startswith(f"{command}.") else f"{command}.{name}"
+        return f"`{arg}` is not an option; keys are set without dashes: {key}" + ("" if "=" in key else "=VALUE")
+    near = difflib.get_close_matches(arg, options, 1)
+    hint = f"did you mean {near[0]}?" if near else f"the options are {', '.join(options)}"
+    return f"`{arg}` is not an option of `icegrt {command}`; {hint}"
+
+
+class _needed_packages:
+    """Turns a missing third-party package into a message that says how to install it."""
+
+    def __init__(self, command: str):
+        self.command = command
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind, error, traceback) -> None:
+        name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        if name in _PACKAGES:
+            raise UserError(
+                f"`icegrt {self.command}` needs {_PACKAGES[name]}, which is not installed; "
+                "pip install 'icegrt[engine]' brings it, and `icegrt doctor` shows what else is missing"
+            ) from error
+
+
+def _complain(error: UserError) -> None:
+    """The message, once per node for a configuration (all ranks read the same), from each rank for the rest."""
+    rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+    if isinstance(error, ConfigError) and local_rank != "0":
+        return
+    where = "" if rank == "0" else f"[rank {rank}] "
+    print(f"{where}error: {console.plain(error)}", file=sys.stderr, flush=True)
+
+
+def _explain_interrupt(argv: list[str]) -> None:
+    if not console.is_main():
+        return
+    hint = ""
+    if argv and argv[0] in RESUMABLE:
+        again = shlex.join([*(arg for arg in argv if arg != "--resume"), "--resume"])
+        start = "the same torchrun command with" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "run"
+        hint = f"; to go on from the last checkpoint, {start}: icegrt {again}"
+    print(f"interrupted{hint}", file=sys.stderr, flush=True)
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("icegrt")
+    except metadata.PackageNotFoundError:  # a checkout on the path, not installed
+        return "unknown (not installed)"
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [
+        "icegrt: PPO for language models, from a base model to an exported actor",
+        "",
+        "usage: icegrt COMMAND [CONFIG.yaml] [COMMAND.key=VALUE ...] [--resume]",
+        "",
+        "commands:",
+        *(f"  {name.ljust(width)}  {text}" for name, text in COMMANDS.items()),
+        "",
+        "examples:",
+        "  icegrt ppo recipe.yaml ppo.kl_coef=0.1 ppo.optimizer.lr=1e-4",
+        "  torchrun --nproc-per-node 8 -m icegrt ppo recipe.yaml --resume",
+        "",
+        "`icegrt COMMAND --help` lists every key with its default. `icegrt --version` prints the version.",
+        "ICEGRT_QUIET=1 silences progress; ICEGRT_DEBUG=1 adds the traceback to an error.",
+    ]
+    return "\n".join(lines)
+
+
+def _print_help(command: str) -> None:
+    lines = [f"icegrt {command}: {COMMANDS[command]}", ""]
+    if command == "doctor":
+        lines += ["usage: icegrt doctor [--json]", ""]
+    else:
+        resume = " [--resume]" if command in RESUMABLE else ""
+        lines += [f"usage: icegrt {command} [CONFIG.yaml] [{command}.key=VALUE ...]{resume} [--print-config]", ""]
+    lines += [f"  {option.ljust(14)}  {text}" for option, text in _options(command).items()]
+    if command == "doctor":
+        _write("\n".join(lines))
+        return
+    with _needed_packages(command):
+        from icegrt.config import STAGES
+        from icegrt.config_help import help_text, rows
+    cls = STAGES[command]
+    lines += ["", (cls.__doc__ or "").strip(), f"The file holds these keys under `{command}:`.", ""]
+    if not console.is_terminal(sys.stdout):
+        _write("\n".join([*lines, help_text(cls)]))
+        return
+    _write("\n".join(lines))
+    cells = [[r.name, f"{r.type} {r.bounds}".strip(), f"{r.default} {r.unit}".strip(), r.help] for r in rows(cls)]
+    console.table(["key", "type", "default", "meaning"], cells)
+
+
+def _write(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

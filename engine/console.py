@@ -1,0 +1,245 @@
+"""What people see while a stage runs: lines, warnings, progress and tables, on a terminal, in a log or in a notebook.
+
+Only rank 0 prints. Nothing here reads rich's markup, so brackets in a model's text are shown as they are; escape
+sequences would reach the terminal, and `plain` takes them out. `say` and `table` write to stdout; warnings and progress
+go to stderr, so that output may be redirected. rich is imported where a terminal needs it, and not before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, TextIO
+
+FIRST_LINE_S, NEXT_LINE_S = 2.0, 10.0
+# Escape sequences (CSI, OSC and two-byte ones), then every control character but tab and newline; then the marks that
+# reverse the direction of the text after them, which can make a line read as another.
+_ESCAPES = re.compile(r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x1b\x9b]\[?[0-?]*[ -/]*[@-~]?")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+_quiet: ContextVar[bool] = ContextVar("icegrt_quiet", default=False)
+_outer: ContextVar[Any] = ContextVar("icegrt_progress", default=None)
+
+
+def plain(text: Any) -> str:
+    """Text that is safe to print: no escape sequence, no control character but tab and newline."""
+    return _CONTROLS.sub("", _ESCAPES.sub("", str(text).replace("\r\n", "\n")))
+
+
+def is_main() -> bool:
+    """Whether this process is the one that prints (rank 0, or the only one)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_quiet() -> bool:
+    """Whether `say` and `progress` are silent: inside `quiet()`, or ICEGRT_QUIET is set to anything but 0."""
+    return _quiet.get() or os.environ.get("ICEGRT_QUIET", "0") not in ("", "0")
+
+
+@contextlib.contextmanager
+def quiet(on: bool = True) -> Iterator[None]:
+    """Silence `say` and `progress` inside the `with`. Warnings are still printed."""
+    token = _quiet.set(on)
+    try:
+        yield
+    finally:
+        _quiet.reset(token)
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether `stream` shows a person moving text. Notebooks and log files do not."""
+    try:
+        return stream.isatty() and os.environ.get("TERM") != "dumb"
+    except (AttributeError, ValueError):  # replaced by something smaller, or closed
+        return False
+
+
+def say(text: Any = "") -> None:
+    """Print a line on rank 0, unless quiet."""
+    if is_main() and not is_quiet():
+        _print(plain(text), sys.stdout)
+
+
+def warn(text: Any) -> None:
+    """Print a warning to stderr on rank 0, quiet or not."""
+    if is_main():
+        _print(f"warning: {plain(text)}", sys.stderr)
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[Any]], *, file: TextIO | None = None) -> None:
+    """Print rows under headers on rank 0: drawn by rich on a terminal, aligned with spaces elsewhere."""
+    file = file or sys.stdout
+    cells = [[plain(cell) for cell in row] for row in rows]
+    if not is_main():
+        return
+    if not is_terminal(file):
+        lines = [list(headers), *cells]
+        widths = [min(max(len(line[i]) for line in lines), 48) for i in range(len(headers))]
+        for line in lines:
+            padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+            _print("  ".join(padded).rstrip(), file)
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(*headers, box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn.columns[0].no_wrap = True  # names are searched for and copied
+    for row in cells:
+        drawn.add_row(*(Text(cell) for cell in row))
+    Console(file=file).print(drawn)
+
+
+def duration(seconds: float) -> str:
+    """`8.4 s`, `3 min 20 s`, `2 h 05 min`."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class Progress:
+    """How far a piece of work is. `advance` counts; its fields (a loss, a score) are shown beside."""
+
+    def __init__(self, total: float | None, label: str, unit: str, clock: Callable[[], float] = time.monotonic):
+        self.total, self.label, self.unit = total, plain(label), plain(unit)
+        self.done: float = 0
+        self._clock, self._fields = clock, ""
+        self._start = clock()
+        self._next = self._start + FIRST_LINE_S
+
+    def advance(self, n: float = 1, **fields: Any) -> None:
+        """`n` more are done. Fields replace those shown before."""
+        self.done += n
+        if fields:
+            self._fields = "  ".join(f"{name} {_field(value)}" for name, value in fields.items())
+        self._show()
+
+    def rate(self) -> str:
+        """Units per second so far."""
+        elapsed = self._clock() - self._start
+        return f"{_number(self.done / elapsed)} {self.unit}/s".replace(" /s", "/s") if elapsed > 0 and self.done else ""
+
+    def left(self) -> str:
+        """Time left at the rate so far, where the total is known."""
+        if not self.total or not self.done:
+            return ""
+        return f"{duration((self._clock() - self._start) * max(self.total - self.done, 0) / self.done)} left"
+
+    def count(self) -> str:
+        """`128/512 responses (25%)`, or `128 responses` where there is no total."""
+        of = f"/{_number(self.total)}" if self.total else ""
+        share = f" ({100 * self.done / self.total:.0f}%)" if self.total else ""
+        return f"{_number(self.done)}{of} {self.unit}".rstrip() + share
+
+    def closing(self, failed: bool) -> str:
+        """The line that stays, or nothing for work too short to mention."""
+        elapsed = self._clock() - self._start
+        if elapsed <= FIRST_LINE_S:
+            return ""
+        partial = failed or (self.total is not None and self.done < self.total)
+        what = f"stopped at {self.count()} after" if partial else f"{_number(self.done)} {self.unit}".rstrip() + " in"
+        return "  ".join(filter(None, (f"{self.label}: {what} {duration(elapsed)}", self.rate(), self._fields)))
+
+    def _show(self) -> None:
+        """Nothing: this class by itself is the silent one, of quiet mode and of ranks other than 0."""
+
+
+class _Lines(Progress):
+    """Progress where nothing can be redrawn: a line after 2 s, then one each 10 s."""
+
+    def _show(self) -> None:
+        if self._clock() < self._next or (self.total and self.done >= self.total):  # the closing line says the rest
+            return
+        self._next = self._clock() + NEXT_LINE_S
+        parts = (f"{self.label}: {self.count()}", self.rate(), self.left(), self._fields)
+        _print("  ".join(filter(None, parts)), sys.stderr)
+
+
+class _Bar(Progress):
+    """Progress as one line of rich's live display, which nested ones share."""
+
+    def __init__(self, display: Any, *args: Any):
+        super().__init__(*args)
+        self._display = display
+        self._task = display.add_task(self.label, total=self.total, note="")
+
+    def _show(self) -> None:
+        note = "  ".join(filter(None, (self.count(), self.rate(), self.left(), self._fields)))
+        self._display.update(self._task, completed=self.done, note=note)
+
+    def close(self) -> None:
+        self._display.remove_task(self._task)
+
+
+@contextlib.contextmanager
+def progress(
+    total: float | None, label: str, unit: str = "", *, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Progress]:
+    """Report work of `total` units (None: unknown) done inside the `with`; yields the object to `advance`.
+
+    A bar with rate and time left on a terminal, plain lines elsewhere, and one line at the end if it took over 2 s.
+    May be nested.
+    """
+    if not is_main() or is_quiet():
+        yield Progress(total, label, unit, clock)
+        return
+    with contextlib.ExitStack() as stack:
+        if is_terminal(sys.stderr):
+            work: Progress = _Bar(stack.enter_context(_display()), total, label, unit, clock)
+            stack.callback(work.close)
+        else:
+            work = _Lines(total, label, unit, clock)
+        failed = True
+        try:
+            yield work
+            failed = False
+        finally:
+            line = work.closing(failed)
+            if line:
+                _print(line, sys.stderr)
+
+
+@contextlib.contextmanager
+def _display() -> Iterator[Any]:
+    """rich's live display: the one that is open, or a new one."""
+    if _outer.get() is not None:
+        yield _outer.get()
+        return
+    from rich import progress as rich_progress
+    from rich.console import Console
+
+    columns = (
+        rich_progress.TextColumn("{task.description}", markup=False),
+        rich_progress.BarColumn(bar_width=24),
+        rich_progress.TextColumn("{task.fields[note]}", markup=False),
+    )
+    # Lines printed meanwhile go through the display, above the bars; a redirected stdout keeps its own way.
+    display = rich_progress.Progress(
+        *columns, console=Console(file=sys.stderr), transient=True, redirect_stdout=is_terminal(sys.stdout)
+    )
+    token = _outer.set(display)
+    try:
+        with display:
+            yield display
+    finally:
+        _outer.reset(token)
+
+
+def _print(text: str, stream: TextIO) -> None:
+    encoding = getattr(stream, "encoding", None) or "utf-8"  # a run must not end over a letter that a log cannot hold
+    print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _field(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else " ".join(plain(value).split())

@@ -1,0 +1,57 @@
+"""What the engine asks of a tokenizer. It is passed in as an object; only `load_tokenizer` imports transformers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from icegrt.errors import CheckpointError
+
+
+def load_tokenizer(path: str | Path, say: Callable[[str], None] = warnings.warn) -> Any:
+    """Load the tokenizer of a Hugging Face checkpoint and check it; `say` hears what is odd but bearable.
+
+    Raises `CheckpointError` where there is no tokenizer, it cannot be loaded, or it defines no EOS token.
+    """
+    folder = Path(path)
+    if not str(path) or (not folder.exists() and (str(path)[0] in "/.~" or str(path).count("/") > 1)):
+        raise CheckpointError(f"{path or 'an empty path'}: no such folder; expected a Hugging Face checkpoint")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except Exception as error:  # whatever a broken file makes of it, the cause is the checkpoint
+        raise CheckpointError(
+            f"{path}: the tokenizer cannot be loaded ({type(error).__name__}: {str(error).strip()[:300]}); "
+            "expected tokenizer.json and tokenizer_config.json beside the weights"
+        ) from error
+    check_tokenizer(tokenizer, str(path), say)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, name: str = "tokenizer", say: Callable[[str], None] = warnings.warn) -> None:
+    """Check a tokenizer object: EOS must be defined; a missing pad token, or one equal to EOS, is only remarked on.
+
+    Nothing in the engine is padded, so the pad token is never used and EOS is never taken for padding. A chat template
+    is optional: without one, rows of `messages` are refused and prompts are plain text.
+    """
+    if eos_id(tokenizer, name) == tokenizer.pad_token_id:
+        say(
+            f"{name}: pad token and EOS are both {tokenizer.eos_token!r}; nothing is padded here, and EOS is trained on"
+        )
+    elif tokenizer.pad_token_id is None:
+        say(f"{name}: no pad token; none is needed here, as nothing is padded")
+
+
+def eos_id(tokenizer: Any, name: str = "tokenizer") -> int:
+    """The id of the EOS token. Raises `CheckpointError` where none is defined: a response could never end."""
+    if tokenizer.eos_token_id is None:
+        raise CheckpointError(f"{name}: no EOS token is defined; set `eos_token` in tokenizer_config.json")
+    return tokenizer.eos_token_id
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether the tokenizer carries a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))

@@ -1,0 +1,88 @@
+"""Block-diagonal causal attention over a packed stream, and over a KV cache while decoding.
+
+Departs from the textbook in that nothing is padded: the stream's sequences are attended to one length at a time
+(equal lengths in one call), and sequences never see each other. Megatron's own attention refuses packed streams
+without Transformer Engine, so this is the `core_attention` of every layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class Cache(Protocol):
+    """What attention asks of a KV cache (`icegrt.rollout.cache` has one)."""
+
+    def fill(self, layer: int, k_THD: Tensor, v_THD: Tensor, lengths: list[int]) -> None: ...
+
+    def attend(self, layer: int, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor) -> Tensor: ...
+
+
+@dataclass
+class AttentionPlan(PackedSeqParams):
+    """How the rows of the stream attend. Travels through Megatron's layers as their `packed_seq_params`.
+
+    Training and prefill: `lengths` of the sequences in stream order. Decoding: a `cache` with one new row per live
+    sequence. In prefill the cache is given too, and is filled.
+    """
+
+    # Not 'thd': Megatron's thd path synchronises per layer and rotates by its own table instead of by positions.
+    qkv_format: str = "stream"
+    lengths: list[int] = field(default_factory=list)
+    cache: Cache | None = None
+    decoding: bool = False
+
+
+class PackedAttention(nn.Module):
+    """`core_attention` of a layer: [T, 1, heads, d] query, key and value -> [T, 1, heads * d]."""
+
+    def __init__(self, config, layer_number: int, *args, **kwargs) -> None:
+        super().__init__()
+        self.layer = layer_number - 1
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args, packed_seq_params=None, **kwargs) -> Tensor:
+        plan: AttentionPlan = packed_seq_params
+        q_THD, k_THD, v_THD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if plan.decoding:
+            out = plan.cache.attend(self.layer, q_THD, k_THD, v_THD)
+        else:
+            if plan.cache is not None:
+                plan.cache.fill(self.layer, k_THD, v_THD, plan.lengths)
+            out = packed_causal_attention(q_THD, k_THD, v_THD, plan.lengths)
+        return out.reshape(out.shape[0], 1, -1)
+
+
+def packed_causal_attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, lengths: list[int]) -> Tensor:
+    """Causal attention within each sequence of a stream.
+
+    Args: q [T, heads, d], k and v [T, kv_heads, d], any float dtype; `lengths` sum to T.
+    Returns [T, heads, d]. Sequences of one length share one call: fewer launches, and no dense T x T mask.
+    """
+    if len(set(lengths)) == 1:
+        return _equal_lengths(q_THD, k_THD, v_THD, lengths[0])
+    parts = [tensor.split(lengths) for tensor in (q_THD, k_THD, v_THD)]
+    order: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        order.setdefault(length, []).append(index)
+    out: list[Tensor] = [None] * len(lengths)
+    for length, members in order.items():
+        if length == 0:
+            for index in members:
+                out[index] = parts[0][index]
+            continue
+        together = [torch.cat([part[index] for index in members]) for part in parts]
+        for index, result in zip(members, _equal_lengths(*together, length).split(length), strict=True):
+            out[index] = result
+    return torch.cat(out)
+
+
+def _equal_lengths(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, length: int) -> Tensor:
+    q, k, v = (t.unflatten(0, (-1, length)).transpose(1, 2) for t in (q_THD, k_THD, v_THD))
+    out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2).flatten(0, 1)

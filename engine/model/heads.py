@@ -1,0 +1,35 @@
+"""What stands on the trunk: the LM head (a weight that the fused kernels multiply by) and the scalar head."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
+from torch import Tensor, nn
+
+
+class LMHead(nn.Module):
+    """The output projection's weight, [V / TP, H]. It has no forward: logits are formed inside the kernels."""
+
+    def __init__(self, config, rows: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, config.hidden_size, dtype=config.params_dtype))
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets=(), metadata=None):
+        """For Megatron's dist_checkpointing: sharded along the vocabulary."""
+        key = f"{prefix}weight"
+        return {key: make_tp_sharded_tensor_for_checkpoint(self.weight, key, allow_shape_mismatch=True)}
+
+
+class ScalarHead(nn.Module):
+    """One number per row: reward or value. [R, H] -> [R] float32."""
+
+    def __init__(self, config) -> None:
+        super().__init__()
+        # Float32 whatever the trunk's dtype: one row costs nothing, and bf16 would quantise scores to 8 bits.
+        self.weight = nn.Parameter(torch.zeros(1, config.hidden_size, dtype=torch.float32))
+        self.weight.sequence_parallel = False
+
+    def forward(self, hidden_RH: Tensor) -> Tensor:
+        return nn.functional.linear(hidden_RH.float(), self.weight).squeeze(-1)

@@ -1,0 +1,93 @@
+"""The trunk every role stands on: embedding, Megatron's TransformerBlock, final norm; packed streams in, hidden out.
+
+Not Megatron's GPTModel, which either drops the final norm or allocates a vocabulary-sized output layer for the critic
+too. Positions come with the stream, so the rope table is gathered by row and no layer has to synchronise.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from torch import Tensor, nn
+
+from icegrt.model.architecture import Architecture
+from icegrt.model.attention import AttentionPlan, PackedAttention
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm whose weight knows about sequence parallelism (Megatron's local one refuses it)."""
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **kwargs) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+def layer_spec(config):
+    """Megatron's local layer with icegrt's norm and packed attention in it."""
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return spec
+
+
+class Trunk(LanguageModule):
+    """Token stream to hidden states: [T] int64 tokens and positions -> [T, H]."""
+
+    def __init__(self, architecture: Architecture, config, *, pre_process: bool = True, post_process: bool = True):
+        super().__init__(config=config)
+        self.pre_process, self.post_process = pre_process, post_process
+        self.share_embeddings_and_output_weights = architecture.tied_embeddings
+        self.model_type = ModelType.encoder_or_decoder
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=architecture.vocab_size,
+                max_sequence_length=architecture.context_length,
+                position_embedding_type="rope",
+                tp_group=self.pg_collection.tp,
+            )
+        layers = [layer_spec(config)] * get_num_layers_to_build(config)
+        self.decoder = TransformerBlock(
+            config=config,
+            spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),
+            pre_process=pre_process,
+            post_process=post_process,
+        )
+        exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.int64).float() / architecture.head_dim
+        self.register_buffer("inverse_frequencies", 1.0 / architecture.rope_theta**exponents, persistent=False)
+
+    def set_input_tensor(self, input_tensor) -> None:
+        """Megatron's schedules hand over the previous stage's hidden states here."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, plan: AttentionPlan) -> Tensor:
+        """Returns [T, 1, H] (Megatron's layout): final hidden states on the last pipeline stage."""
+        hidden = None
+        if self.pre_process:
+            hidden = self.embedding(input_ids=tokens_T[None], position_ids=positions_T[None])
+        angles = torch.outer(positions_T.float(), self.inverse_frequencies)
+        rope = torch.cat((angles, angles), dim=-1)[:, None, None, :]
+        return self.decoder(
+            hidden_states=hidden, attention_mask=None, rotary_pos_emb=rope, packed_seq_params=plan
+        )
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """For Megatron's dist_checkpointing. LanguageModule's own expects an `output_layer`, which no trunk has."""
+        return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)

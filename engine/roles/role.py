@@ -1,0 +1,155 @@
+"""A role: a model and, if it learns, its gradients, optimizer and learning-rate schedule. All of them Megatron's.
+
+Every pass over micro-batches, with or without gradients, goes through Megatron's `get_forward_backward_func`; the
+loss is (sum, count, stats) with `calculate_per_token_loss`, so K micro-batches give the gradient of one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from icegrt.config import OptimizerConfig
+from icegrt.model.language_model import LanguageModel
+from icegrt.packing import PackedBatch
+
+# What a loss returns for a micro-batch: (sum over its tokens, how many tokens it counts, statistics).
+Loss = tuple[Tensor, int, Any]
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What an optimizer step did. `skipped`: a loss or gradient was not finite, and nothing was changed."""
+
+    stats: list[Any]
+    grad_norm: float
+    lr: float
+    skipped: bool
+
+
+class Role:
+    """actor, reference, reward or critic: `model` holds the weights, `learns` says whether they change."""
+
+    def __init__(self, name: str, model: LanguageModel) -> None:
+        self.name = name
+        self.model = model
+        self.learns = False
+        self.device = next(model.parameters()).device
+        model.requires_grad_(False)
+        model.eval()
+
+    def learn(self, config: OptimizerConfig, total_steps: int) -> None:
+        """Give the role gradients, a distributed optimizer, and a schedule over `total_steps` optimizer steps."""
+        from megatron.core.distributed import (
+            DistributedDataParallel,
+            DistributedDataParallelConfig,
+            finalize_model_grads,
+        )
+
+        self.learns = True
+        self.model.requires_grad_(True)
+        self.model.train()
+        ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+        self._ddp = DistributedDataParallel(self.model.config, ddp_config, self.model)
+        self.model.config.finalize_model_grads_func = finalize_model_grads
+        self.optimizer = _optimizer(config, self._ddp, self.model.config)
+        self.schedule = _schedule(config, self.optimizer, total_steps)
+
+    @torch.no_grad()
+    def score(self, batches: Sequence[PackedBatch], read: Callable[[Tensor, int], Any]) -> list[Any]:
+        """Forward passes without gradients: `read(hidden_TH, i)` for the i-th batch, its results in order."""
+
+        def collect(index: int):
+            return lambda hidden_T1H, non_loss_data: read(hidden_T1H.squeeze(1), index)
+
+        return self._pass(self.model, batches, collect, forward_only=True, collect_non_loss_data=True)
+
+    def step(self, batches: Sequence[PackedBatch], loss: Callable[[Tensor, int], Loss]) -> StepOutcome:
+        """One optimizer step: `loss(hidden_TH, i)` for the i-th micro-batch; gradients are of sum over count."""
+        self._ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        stats = self.accumulate(batches, loss)
+        lr = self.optimizer.param_groups[0]["lr"]
+        if not self._gradients_are_finite():
+            return StepOutcome(stats, math.nan, lr, skipped=True)
+        _, grad_norm, _ = self.optimizer.step()
+        self.schedule.step(increment=1)
+        return StepOutcome(stats, float(grad_norm or 0.0), lr, skipped=False)
+
+    def accumulate(self, batches: Sequence[PackedBatch], loss: Callable[[Tensor, int], Loss]) -> list[Any]:
+        """Forward and backward over all micro-batches, gradients left in the parameters' `main_grad`."""
+
+        def collect(index: int):
+            def loss_of(hidden_T1H: Tensor):
+                total, count, stats = loss(hidden_T1H.squeeze(1), index)
+                return total, torch.tensor(count, dtype=torch.int, device=self.device), stats
+
+            return loss_of
+
+        return self._pass(self._ddp, batches, collect, forward_only=False)
+
+    def _pass(self, module, batches: Sequence[PackedBatch], collect, **how) -> list[Any]:
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        def forward(iterator, module):
+            index, batch = next(iterator)
+            model = getattr(module, "module", module)
+            return model.hidden(batch.to(self.device)), collect(index)
+
+        return get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iter(enumerate(batches)),
+            model=[module],
+            num_microbatches=len(batches),
+            seq_length=max(batch.tokens_T.numel() for batch in batches),
+            micro_batch_size=1,
+            **how,
+        )
+
+    def _gradients_are_finite(self) -> bool:
+        return all(bool(torch.isfinite(buffer.grad_data.sum())) for buffer in self._ddp.buffers)
+
+
+def _optimizer(config: OptimizerConfig, ddp, model_config):
+    from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    settings = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.lr * config.min_lr_fraction,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.eps,
+        clip_grad=config.clip_grad,
+        bf16=model_config.bf16,
+        params_dtype=model_config.params_dtype,
+        use_distributed_optimizer=True,
+    )
+    return get_megatron_optimizer(settings, [ddp])
+
+
+def _schedule(config: OptimizerConfig, optimizer, total_steps: int):
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    warmup = min(int(config.warmup_fraction * total_steps), total_steps - 1)
+    return OptimizerParamScheduler(
+        optimizer,
+        # The first step of a warm-up moves already, by the first rung of the ladder.
+        init_lr=config.lr / (warmup + 1) if warmup else 0.0,
+        max_lr=config.lr,
+        min_lr=config.lr * config.min_lr_fraction,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=max(total_steps, 1),
+        lr_decay_style=config.schedule,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=total_steps,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,80 @@
+"""Keys and values of the sequences being decoded: a slot per sequence, the live slots always a prefix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class KVCache:
+    """[slots, kv_heads, capacity, d] keys and values per layer.
+
+    Live slots stay a prefix, so that a decode step attends over a view: a finished sequence's slot is overwritten by
+    the last live one. `lengths` counts the tokens held per slot; during a decode step it includes the new one.
+    """
+
+    def __init__(self, layers: int, slots: int, capacity: int, kv_heads: int, head_dim: int, *, dtype, device) -> None:
+        shape = (layers, slots, kv_heads, capacity, head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        # Masked values are multiplied by an exact zero, so they must at least be finite.
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.live = 0
+        self._copies: list[int] = []
+        self._places = torch.arange(capacity, device=device)
+        self._slots = torch.arange(slots, device=device)
+        self._visible: Tensor | None = None
+        self._span = 0
+
+    def admit(self, lengths: list[int], copies: list[int]) -> None:
+        """Make room behind the live slots: prompt i of `lengths[i]` tokens takes `copies[i]` neighbouring slots."""
+        self._first = self.live
+        self._copies = copies
+        held = torch.tensor(lengths).repeat_interleave(torch.tensor(copies)).to(self.lengths.device)
+        self.lengths[self.live : self.live + held.numel()] = held
+        self.live += held.numel()
+
+    def fill(self, layer: int, k_THD: Tensor, v_THD: Tensor, lengths: list[int]) -> None:
+        """Take over a prefill's keys and values ([T, kv_heads, d]) into the slots just admitted."""
+        for held, new in ((self.keys[layer], k_THD), (self.values[layer], v_THD)):
+            first = self._first
+            for part, copies in zip(new.split(lengths), self._copies, strict=True):
+                held[first : first + copies, :, : part.shape[0]] = part.transpose(0, 1)
+                first += copies
+
+    def begin_step(self) -> None:
+        """One more token per live sequence; its place is `lengths - 1` from now on."""
+        self.lengths[: self.live] += 1
+        held = self.lengths[: self.live]
+        self._span = int(held.max())
+        self._visible = (self._places[: self._span] < held[:, None])[:, None, None]
+
+    def attend(self, layer: int, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor) -> Tensor:
+        """Append this step's key and value ([live, kv_heads, d]), attend over all held; returns [live, heads, d]."""
+        slots, place = self._slots[: self.live], self.lengths[: self.live] - 1
+        keys, values = self.keys[layer], self.values[layer]
+        keys[slots, :, place] = k_NHD
+        values[slots, :, place] = v_NHD
+        out = scaled_dot_product_attention(
+            q_NHD.unsqueeze(2),
+            keys[: self.live, :, : self._span],
+            values[: self.live, :, : self._span],
+            attn_mask=self._visible,
+            enable_gqa=q_NHD.shape[1] != k_NHD.shape[1],
+        )
+        return out.squeeze(2)
+
+    def retire(self, finished: list[int]) -> list[tuple[int, int]]:
+        """Drop these slots. Returns the moves (from, to) that kept the live slots a prefix, in order."""
+        moves = []
+        for slot in sorted(finished, reverse=True):
+            self.live -= 1
+            last = self.live
+            if slot != last:
+                held = int(self.lengths[last])
+                self.keys[:, slot, :, :held] = self.keys[:, last, :, :held]
+                self.values[:, slot, :, :held] = self.values[:, last, :, :held]
+                self.lengths[slot] = held
+                moves.append((last, slot))
+        return moves

@@ -1,0 +1,165 @@
+"""Writes everything that the demo's training stages read: data, tokenizer and a random actor. Nothing is downloaded.
+
+    python examples/ad_moderation/prepare.py --out DIR --seed 0
+
+The same seed gives the same bytes in every process on one version of Python. README.md describes the files.
+"""
+
+import argparse
+import json
+import random
+import sys
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ad_moderation import ads, docstrings
+from ad_moderation.tokenizer import count_tokens, save_tokenizer, train_tokenizer
+
+MAX_POSITIONS = 512
+MAX_RESPONSE_TOKENS = 88  # with the end token: what the training stages give an answer room for
+MAX_PROMPT_TOKENS = 110
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Rows of each file; docstring rows beyond `sft_general` are left to `general.jsonl`."""
+
+    sft_ads: int = 1500
+    sft_general: int = 500
+    reward_prompts: int = 800
+    prompts_train: int = 2000
+    prompts_validation: int = 512
+    prompts_test: int = 512
+
+
+@dataclass(frozen=True)
+class ActorShape:
+    """The Llama architecture of the random actor: about 3 million parameters."""
+
+    layers: int = 4
+    hidden: int = 256
+    heads: int = 8
+    kv_heads: int = 4
+    ffn: int = 688
+
+
+def build_ads(sizes: Sizes, seed: int) -> dict[str, list[dict]]:
+    """The ad rows of each file. Prompts of the reward model and of PPO are distinct, and none is in the SFT rows."""
+    demonstrations = list(islice(ads.generate(("demonstrations",), seed, "sft"), sizes.sft_ads))
+    taken = {row["prompt"] for row in demonstrations}
+    wider = ads.generate(("demonstrations", "practice"), seed, "practice")
+    fresh = (row for row in wider if row["prompt"] not in taken)
+    return {
+        "sft": demonstrations,
+        "reward_prompts": list(islice(fresh, sizes.reward_prompts)),
+        "prompts_train": list(islice(fresh, sizes.prompts_train)),
+        "prompts_validation": list(islice(ads.generate(("validation",), seed, "validation"), sizes.prompts_validation)),
+        "prompts_test": list(islice(ads.generate(("test",), seed, "test"), sizes.prompts_test)),
+    }
+
+
+def build_tokenizer(tables: dict[str, list[dict]], general: list[dict]) -> PreTrainedTokenizerFast:
+    """Trained on training texts only, twice on ads: they are what is generated, so their words should be short."""
+    training = tables["sft"] * 2 + tables["prompts_train"] + general
+    return train_tokenizer((row[key] for row in training for key in ("prompt", "response")), MAX_POSITIONS)
+
+
+def fitting(tokenizer: PreTrainedTokenizerFast, rows: list[dict]) -> list[dict]:
+    """The rows whose prompt and response fit their token limits, the chat markers included."""
+    prompts = count_tokens(tokenizer, [row["prompt"] for row in rows])
+    responses = count_tokens(tokenizer, [row["response"] for row in rows])
+    sized = zip(rows, prompts, responses, strict=True)
+    return [row for row, p, r in sized if p + 2 <= MAX_PROMPT_TOKENS and r + 1 <= MAX_RESPONSE_TOKENS]
+
+
+def random_actor(tokenizer: PreTrainedTokenizerFast, seed: int, shape: ActorShape | None = None) -> LlamaForCausalLM:
+    """A Llama actor with normal(0, 0.02) weights in fp32 that depend on the seed alone."""
+    shape = shape or ActorShape()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=MAX_POSITIONS,
+        initializer_range=0.02,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def prepare(out_dir: str | Path, seed: int = 0, sizes: Sizes | None = None) -> dict:
+    """Writes all files into `out_dir` and returns the manifest."""
+    sizes, out = sizes or Sizes(), Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    tables = build_ads(sizes, seed)
+    general = {part: docstrings.rows(part) for part in ("train", "validation", "test")}
+    tokenizer = build_tokenizer(tables, general["train"])
+    general = {part: fitting(tokenizer, rows) for part, rows in general.items()}
+    rng = random.Random(f"{seed}/blend")
+    blend = tables["sft"] + rng.sample(general["train"], min(sizes.sft_general, len(general["train"])))
+    rng.shuffle(blend)
+    files = {
+        "sft": blend,
+        "general": general["train"],
+        "general_validation": general["validation"],
+        "general_test": general["test"],
+        **{name: rows for name, rows in tables.items() if name != "sft"},
+    }
+    for name, rows in files.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (out / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    save_tokenizer(tokenizer, out / "tokenizer")
+    actor = random_actor(tokenizer, seed)
+    logging.disable_progress_bar()
+    actor.save_pretrained(str(out / "actor_init"))
+    save_tokenizer(tokenizer, out / "actor_init")
+    manifest = {
+        "seed": seed,
+        "python": sys.version.split()[0],
+        "sizes": asdict(sizes),
+        "rows": {name: len(rows) for name, rows in files.items()},
+        "tokens": {name: token_lengths(tokenizer, rows) for name, rows in files.items()},
+        "max_prompt_tokens": MAX_PROMPT_TOKENS,
+        "max_response_tokens": MAX_RESPONSE_TOKENS,
+        "vocab_size": len(tokenizer),
+        "actor_parameters": sum(p.numel() for p in actor.parameters()),
+    }
+    (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return manifest
+
+
+def token_lengths(tokenizer: PreTrainedTokenizerFast, rows: list[dict]) -> dict[str, float]:
+    """Mean and longest prompt and response in tokens, markers included; the 2 and the 1 are the chat template's."""
+    lengths = {}
+    for key, markers in (("prompt", 2), ("response", 1)):
+        counts = [count + markers for count in count_tokens(tokenizer, [row[key] for row in rows])]
+        lengths[f"{key}_mean"] = round(sum(counts) / len(counts), 1) if counts else 0.0
+        lengths[f"{key}_max"] = max(counts, default=0)
+    return lengths
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    print(json.dumps(prepare(arguments.out, arguments.seed), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Argument checks shared by the public wrappers. Every message names the function, the argument and what was given."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from .types import Moments, VocabShard
+
+IGNORED_LABEL = -100
+KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
+
+
+def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype of the mathematics: fp64 if any input is fp64, fp32 otherwise."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def floating(op: str, name: str, x: Tensor, shape: tuple[int | None, ...], like: Tensor | None = None) -> None:
+    """x is a floating tensor of `shape` (None: any extent), on the device of `like`."""
+    _tensor(op, name, x)
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: {name} must be floating point, got {x.dtype}")
+    _shape(op, name, x, shape)
+    _device(op, name, x, like)
+
+
+def integral(op: str, name: str, x: Tensor, shape: tuple[int | None, ...], like: Tensor | None = None) -> None:
+    """x is an int32 or int64 tensor of `shape`, on the device of `like`."""
+    _tensor(op, name, x)
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: {name} must be int32 or int64, got {x.dtype}")
+    _shape(op, name, x, shape)
+    _device(op, name, x, like)
+
+
+def mask(op: str, name: str, x: Tensor | None, shape: tuple[int | None, ...], like: Tensor | None = None) -> None:
+    """x is None or a tensor of `shape`, bool or a number that is 0 where masked."""
+    if x is None:
+        return
+    _tensor(op, name, x)
+    _shape(op, name, x, shape)
+    _device(op, name, x, like)
+
+
+def number(op: str, name: str, x, *, low: float = -math.inf, high: float = math.inf, above: bool = False) -> None:
+    """x is a finite Python number (or a 0-dim tensor, whose value is not read) within [low, high]; above: x > low."""
+    if isinstance(x, Tensor):
+        if x.dim() != 0:
+            raise ValueError(f"{op}: {name} must be a number or a 0-dim tensor, got shape {tuple(x.shape)}")
+        return
+    if isinstance(x, bool) or not isinstance(x, Real):
+        raise TypeError(f"{op}: {name} must be a number or a 0-dim tensor, got {type(x).__name__}")
+    if not math.isfinite(x) or x < low or x > high or (above and x == low):
+        bound = f"{'>' if above else '>='} {low}" + (f" and <= {high}" if high < math.inf else "")
+        raise ValueError(f"{op}: {name} must be finite and {bound}, got {x}")
+
+
+def plain_number(op: str, name: str, x, **bounds) -> None:
+    """A finite Python number: for values that shape control flow and must not be read from a device."""
+    if isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a Python number, got a tensor")
+    number(op, name, x, **bounds)
+
+
+def choice(op: str, name: str, x: str, options: tuple[str, ...]) -> None:
+    if x not in options:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(options)}, got {x!r}")
+
+
+def moments(op: str, x: Moments | None) -> None:
+    if x is not None and not isinstance(x, Moments):
+        raise TypeError(f"{op}: moments must be Moments or None, got {type(x).__name__}")
+
+
+def shard(op: str, x: VocabShard | None, columns: int) -> None:
+    if x is None:
+        return
+    if not isinstance(x, VocabShard):
+        raise TypeError(f"{op}: shard must be a VocabShard or None, got {type(x).__name__}")
+    if x.size != columns:
+        raise ValueError(f"{op}: shard.size must be the vocabulary extent {columns}, got {x.size}")
+
+
+def labels_in_range(op: str, labels_A: Tensor, vocab_size: int) -> None:
+    """On CPU a label outside the vocabulary is refused; on a device it yields -inf (a check would stop the stream)."""
+    if labels_A.device.type != "cpu" or labels_A.numel() == 0:
+        return
+    bad = ((labels_A < 0) & (labels_A != IGNORED_LABEL)) | (labels_A >= vocab_size)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"{op}: labels_A must lie in [0, {vocab_size}) or be {IGNORED_LABEL}, got {int(labels_A[row])} at row {row}"
+        )
+
+
+def _tensor(op: str, name: str, x) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+
+
+def _shape(op: str, name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
+    if x.dim() != len(shape) or any(
+        want is not None and have != want for have, want in zip(x.shape, shape, strict=True)
+    ):
+        wanted = ", ".join("any" if s is None else str(s) for s in shape)
+        raise ValueError(f"{op}: {name} must have shape ({wanted}), got {tuple(x.shape)}")
+
+
+def _device(op: str, name: str, x: Tensor, like: Tensor | None) -> None:
+    if like is not None and x.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device} like the other tensors, got {x.device}")

@@ -1,0 +1,190 @@
+"""The one selector of backends: which implementation of an operation runs, why, and how to say otherwise.
+
+Order of authority: `use_backend` (innermost first, an operation's own name before the general one), then the
+environment variable ICEGRT_BACKEND ("reference", or "token_logprobs=triton,shaped_gae=reference"), then auto.
+auto takes Triton for CUDA tensors where it is installed and the reference otherwise. A backend that is asked for by
+name is used or is an error: a silent fallback would make a benchmark or a test lie.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "triton", "cpp", "reference")
+
+# operation -> backend -> "module:function" under this package, imported when first chosen.
+IMPLEMENTATIONS = MappingProxyType(
+    {
+        "token_logprobs": {
+            "triton": "token_logprobs_triton:token_logprobs",
+            "reference": "reference:token_logprobs",
+        },
+        "linear_logprobs": {"reference": "reference_linear:linear_logprobs"},
+        "linear_ppo_loss": {"reference": "reference_linear:linear_ppo_loss"},
+        "ppo_policy_loss": {"reference": "reference:ppo_policy_loss"},
+        "value_loss": {"reference": "reference:value_loss"},
+        "kl_divergence": {"reference": "reference:kl_divergence"},
+        "shaped_gae": {"triton": "shaped_gae_triton:shaped_gae", "reference": "reference_gae:shaped_gae"},
+        "masked_moments": {"reference": "reference:masked_moments"},
+        "whiten": {"reference": "reference:whiten"},
+        "sample_tokens": {"reference": "reference_sampling:sample_tokens"},
+        "pack_padded": {"reference": "pack_padded:pack_rows"},
+    }
+)
+
+_overrides: ContextVar[tuple[dict[str, str], ...]] = ContextVar("icegrt_backend", default=())
+_launches: ContextVar[list[tuple[str, str]] | None] = ContextVar("icegrt_launches", default=None)
+
+
+@contextlib.contextmanager
+def use_backend(backend: str | None = None, **per_op: str) -> Iterator[None]:
+    """Choose backends inside a `with`: `use_backend("reference")`, `use_backend(token_logprobs="triton")`, or both.
+
+    Raises ValueError for an unknown operation or backend, or one that the operation does not have.
+    """
+    choice = dict(per_op)
+    if backend is not None:
+        _check_backend("use_backend", backend)
+        choice["*"] = backend
+    _check_ops("use_backend", per_op)
+    token = _overrides.set((*_overrides.get(), choice))
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
+
+
+@contextlib.contextmanager
+def record_launches() -> Iterator[list[tuple[str, str]]]:
+    """Collects (kernel name, backend) of every kernel that is really launched inside the `with`, in order."""
+    seen: list[tuple[str, str]] = []
+    token = _launches.set(seen)
+    try:
+        yield seen
+    finally:
+        _launches.reset(token)
+
+
+def note_launch(kernel: str, backend: str) -> None:
+    """Called by kernel wrappers where they launch."""
+    seen = _launches.get()
+    if seen is not None:
+        seen.append((kernel, backend))
+
+
+def available_backends(op: str) -> tuple[str, ...]:
+    """The backends of `op` whose requirements are installed, best first."""
+    _check_ops("available_backends", [op])
+    return tuple(b for b in IMPLEMENTATIONS[op] if _installed(b))
+
+
+def describe(device: str | torch.device = "cuda" if torch.version.cuda else "cpu") -> dict[str, str]:
+    """operation -> the backend that it would take for floating-point tensors on `device`, for a status page."""
+    device = torch.device(device)
+    return {op: _resolve(op, device.type, True)[0] for op in IMPLEMENTATIONS}
+
+
+def select(op: str, *tensors: Tensor | None) -> Callable:
+    """The implementation of `op` for these tensors. Raises RuntimeError for a named backend that cannot run here."""
+    device = next((t.device.type for t in tensors if t is not None), "cpu")
+    supported = all(t is None or t.dtype != torch.float64 for t in tensors)
+    backend, why = _resolve(op, device, supported)
+    _log_once(op, backend, device, why)
+    return _load(op, backend)
+
+
+def _resolve(op: str, device: str, supported: bool) -> tuple[str, str]:
+    wanted, source = _wanted(op)
+    if wanted != "auto":
+        _require(op, wanted, device, supported, source)
+        return wanted, source
+    usable = device == "cuda" and supported and "triton" in IMPLEMENTATIONS[op] and _installed("triton")
+    return ("triton" if usable else "reference"), "auto"
+
+
+def _wanted(op: str) -> tuple[str, str]:
+    for choice in reversed(_overrides.get()):
+        for key in (op, "*"):
+            if key in choice:
+                return choice[key], "use_backend"
+    choice = _parse_environment(os.environ.get("ICEGRT_BACKEND", ""))
+    return choice.get(op, choice.get("*", "auto")), "ICEGRT_BACKEND" if choice else "auto"
+
+
+@functools.cache
+def _parse_environment(text: str) -> dict[str, str]:
+    choice: dict[str, str] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        op, _, backend = part.rpartition("=")
+        _check_backend("ICEGRT_BACKEND", backend)
+        if op:
+            _check_ops("ICEGRT_BACKEND", {op: backend})
+        choice[op or "*"] = backend
+    return choice
+
+
+def _require(op: str, backend: str, device: str, supported: bool, source: str) -> None:
+    have = IMPLEMENTATIONS[op]
+    hint = f"; choose one of {', '.join(available_backends(op))} or auto"
+    if backend not in have:
+        raise RuntimeError(f"{op}: backend {backend!r} was asked for by {source} and this operation has none{hint}")
+    if not _installed(backend):
+        raise RuntimeError(f"{op}: backend {backend!r} was asked for by {source} and is not installed{hint}")
+    if backend == "triton" and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            f"{op}: backend 'triton' was asked for by {source}, but the tensors are on {device!r}; move them to a CUDA "
+            f"device, or set TRITON_INTERPRET=1 before the first import{hint}"
+        )
+    if backend == "triton" and not supported:
+        raise RuntimeError(f"{op}: backend 'triton' was asked for by {source} and computes in fp32, got fp64{hint}")
+
+
+@functools.cache
+def _installed(backend: str) -> bool:
+    if backend == "reference":
+        return True
+    try:
+        return importlib.util.find_spec("triton" if backend == "triton" else "icegrt._C") is not None
+    except (ImportError, ValueError):
+        return False
+
+
+@functools.cache
+def _load(op: str, backend: str) -> Callable:
+    module, name = IMPLEMENTATIONS[op][backend].split(":")
+    return getattr(importlib.import_module(f".{module}", __package__), name)
+
+
+@functools.cache
+def _log_once(op: str, backend: str, device: str, why: str) -> None:
+    log.info("%s runs on backend %s for %s tensors (%s)", op, backend, device, why)
+
+
+def _check_backend(where: str, backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"{where}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def _check_ops(where: str, ops) -> None:
+    for op in ops:
+        if op not in IMPLEMENTATIONS:
+            raise ValueError(f"{where}: unknown operation {op!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
+    for op, backend in ops.items() if isinstance(ops, dict) else ():
+        _check_backend(where, backend)
+        if backend != "auto" and backend not in IMPLEMENTATIONS[op]:
+            raise ValueError(
+                f"{where}: {op} has no backend {backend!r}; expected auto or one of {', '.join(IMPLEMENTATIONS[op])}"
+            )

@@ -1,0 +1,50 @@
+"""What every test gets: few threads, fixed seeds; without a GPU the Triton interpreter, and no GPU tests.
+
+The environment is set before anything imports torch or triton: both read it once.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+if not HAS_CUDA:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+try:
+    from hypothesis import settings
+except ImportError:
+    pass
+else:
+    # Derandomised: a failing example fails for everyone, and a passing suite stays passing.
+    settings.register_profile("icegrt", deadline=None, derandomize=True, database=None, max_examples=60)
+    settings.load_profile("icegrt")
+
+GPU_TESTS = Path(__file__).parent / "gpu"
+
+
+def pytest_collection_modifyitems(items):
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if GPU_TESTS in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+        if not HAS_CUDA and item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeds():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

@@ -1,0 +1,79 @@
+"""What the kernel tests share: error budgets, fp64 truths, the interpreter, and ahead-of-time compilation."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+
+def worst(x, truth):
+    """Largest absolute error against fp64, with equal infinities counting as equal."""
+    x, truth = x.detach().double(), truth.detach().double()
+    return torch.where(x == truth, 0.0, (x - truth).abs()).max().item() if x.numel() else 0.0
+
+
+def assert_within_budget(ours, plain, truth, atol):
+    """Our error against fp64 truth is at most twice that of same-dtype PyTorch, plus a small atol."""
+    assert torch.isfinite(ours[torch.isfinite(truth)]).all()
+    assert worst(ours, truth) <= 2 * worst(plain, truth) + atol, (worst(ours, truth), worst(plain, truth))
+
+
+def plain_logprobs(logits, labels, temperature=1.0):
+    """Log-prob and entropy by torch's own log_softmax, in the dtype that is passed in."""
+    logp = torch.log_softmax(logits / temperature, dim=-1)
+    ignored = labels == -100
+    picked = logp.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
+    entropy = -torch.where(logp == -torch.inf, 0.0, logp.exp() * logp).sum(-1)
+    return picked.masked_fill(ignored, 0.0), entropy.masked_fill(ignored, 0.0)
+
+
+def naive_gae(score, value, logprob, ref, cu, *, kl_coef, gamma, lam, bootstrap=None, mask=None, token_reward=None):
+    """GAE token by token in Python floats (fp64), with the k1 penalty: the oracle of shaped_gae."""
+    size = len(value)
+    advantage, returns, reward = [0.0] * size, [0.0] * size, [0.0] * size
+    kl = []
+    for n in range(len(score)):
+        rows = [t for t in range(int(cu[n]), int(cu[n + 1])) if mask is None or mask[t]]
+        carry, following = 0.0, 0.0 if bootstrap is None else float(bootstrap[n])
+        kl.append(sum(float(logprob[t]) - float(ref[t]) for t in rows))
+        for t in reversed(rows):
+            r = -kl_coef * (float(logprob[t]) - float(ref[t]))
+            r += 0.0 if token_reward is None else float(token_reward[t])
+            r += float(score[n]) if t == rows[-1] else 0.0
+            carry = r + gamma * following - float(value[t]) + gamma * lam * carry
+            advantage[t], returns[t], reward[t] = carry, carry + float(value[t]), r
+            following = float(value[t])
+    return tuple(torch.tensor(x, dtype=torch.float64) for x in (advantage, returns, reward, kl))
+
+
+def run_under_interpreter(name):
+    """Runs tests/interpreted/<name>_cases.py in a process that had TRITON_INTERPRET=1 before Triton was imported."""
+    path = Path(__file__).parent / "interpreted" / f"{name}_cases.py"
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), env.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout, done.stdout
+
+
+def stack_bytes(kernel, signature, constants, capability, options):
+    """Compiles a kernel for an sm_<capability> that need not be present; returns the stack bytes that it spills to."""
+    import tempfile
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        report = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True)
+    usage = next(line for line in report.stdout.splitlines() if "STACK:" in line)
+    return int(usage.split("STACK:")[1].split()[0])
