@@ -3,8 +3,10 @@ VENV ?= .venv
 OUT ?= runs/demo
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.icegrt-installed
-DEVICE = $(shell $(PY) -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-").lower() if torch.cuda.is_available() else "cpu")')
+# BENCH_OPTIONS=--quick takes seconds instead of minutes.
+BENCH_OPTIONS ?=
 BENCHES = $(sort $(wildcard bench/bench_*.py))
+RUN_BENCHES = for file in $(BENCHES); do echo "== $$file"; $(PY) $$file $(BENCH_OPTIONS) || status=1; done
 # Two workers of one thread each: ranks and workers would otherwise fight over the cores.
 TEST_OPTIONS ?= -q -n 2 --dist loadfile
 
@@ -35,16 +37,11 @@ format: install  ## rewrite to the house format
 	$(PY) -m ruff format .
 
 bench: install  ## all benchmarks that this machine can run; rows go to bench/results/
-	@test -n "$(BENCHES)" || { echo "no bench/bench_*.py found"; exit 1; }
-	@status=0; for file in $(BENCHES); do echo "== $$file"; $(PY) $$file || status=1; done; exit $$status
+	@status=0; $(RUN_BENCHES); exit $$status
 
 gpu: install  ## GPU tests and benchmarks in one go; writes bench/results/<device>/
 	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu needs a CUDA device, and torch finds none")'
-	@mkdir -p bench/results/$(DEVICE)
-	@status=0; \
-	$(PY) -m pytest -q -m gpu tests --junitxml=bench/results/$(DEVICE)/tests.xml || status=1; \
-	$(MAKE) --no-print-directory bench || status=1; \
-	exit $$status
+	@status=0; $(PY) -m pytest -q -m gpu tests || status=1; $(RUN_BENCHES); exit $$status
 
 clean:  ## remove build products and caches; the environment and runs/ stay
 	rm -rf build dist *.egg-info engine/_C*.so .pytest_cache .ruff_cache .hypothesis

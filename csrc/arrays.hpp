@@ -18,8 +18,10 @@ namespace py = pybind11;
 // No silent conversion: a float or strided array is the caller's mistake, and a copy here would hide it.
 template <typename T>
 Span<T> view(const char* name, const py::array& array) {
-  require(py::isinstance<py::array_t<T>>(array), name, ": expected dtype ", py::str(py::dtype::of<T>()).template cast<std::string>(),
-          ", got ", py::str(array.dtype()).template cast<std::string>());
+  const auto text = [](const py::dtype& dtype) { return py::str(dtype).cast<std::string>(); };
+  if (!py::isinstance<py::array_t<T>>(array)) {
+    require(false, name, ": expected dtype ", text(py::dtype::of<T>()), ", got ", text(array.dtype()));
+  }
   require(array.ndim() == 1, name, ": expected one dimension, got ", array.ndim());
   require(array.size() == 0 || array.strides(0) == static_cast<py::ssize_t>(sizeof(T)), name,
           ": expected a contiguous array, got stride ", array.strides(0), " bytes");

@@ -128,8 +128,8 @@ inline void check_balance(const Items& items, int64_t budget, int64_t ranks, int
   require(ranks >= 1, "ranks: expected >= 1, got ", ranks);
   require(round_to >= 1, "round_to: expected >= 1, got ", round_to);
   int64_t smallest_plan;
-  require(!__builtin_mul_overflow(ranks, round_to, &smallest_plan) && smallest_plan <= kMaxBins, "ranks * round_to: ", ranks,
-          " * ", round_to, " micro-batches are more than ", kMaxBins);
+  require(!__builtin_mul_overflow(ranks, round_to, &smallest_plan) && smallest_plan <= kMaxBins,
+          "ranks * round_to: ", ranks, " * ", round_to, " micro-batches are more than ", kMaxBins);
   require(items.costs.size == items.lengths.size, "costs: expected one per sequence (", items.lengths.size, "), got ",
           items.costs.size);
   int64_t cost = 0;
@@ -158,7 +158,8 @@ inline Plan balance(Span<int64_t> lengths, Span<int64_t> costs, int64_t budget, 
   int64_t low = rounded(bins_lower_bound(lengths, order, total, budget));
   int64_t high = rounded(static_cast<int64_t>(fallback.size()));
   const auto n_bins = [&](int64_t units) { return units * ranks * round_to; };
-  require(n_bins(high) <= kMaxBins, "token_budget: ", budget, " asks for ", n_bins(high), " micro-batches, more than ", kMaxBins);
+  require(n_bins(high) <= kMaxBins, "token_budget: ", budget, " asks for ", n_bins(high),
+          " micro-batches, more than ", kMaxBins);
 
   std::vector<Bin> bins;
   const auto attempt = [&](int64_t units) {
@@ -177,7 +178,7 @@ inline Plan balance(Span<int64_t> lengths, Span<int64_t> costs, int64_t budget, 
       low = middle + 1;
     }
   }
-  if (accepted != high && !attempt(high)) {  // too tight for the even placement: start from the packing that is known to fit
+  if (accepted != high && !attempt(high)) {  // too tight for the even placement: start from the packing that fits
     bins = fallback;
     bins.resize(n_bins(high));
     for (Bin& bin : bins) bin.sort(by_length);

@@ -18,6 +18,17 @@ from icegrt import cpu
 from icegrt.errors import RunError
 
 
+# What Megatron-core 0.16 says on import (icegrt needs neither Transformer Engine nor apex) and provokes under a newer
+# torch on every run; nobody can act on it.
+_NOT_FOR_USERS = (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "full scope is deprecated",
+    r"The \.grad attribute of a Tensor that is not a leaf Tensor",
+    r"`torch\.distributed\.\w+` is deprecated",
+)
+
+
 @dataclass(frozen=True)
 class Layout:
     """How ranks are divided. One rank for now: tensor, pipeline and data parallel sizes multiply to the world size."""
@@ -86,7 +97,9 @@ def _start(layout: Layout) -> Cluster:
             f"use --nproc-per-node {layout.model}"
         )
     with contextlib.ExitStack() as stack:
-        parallel_state = _import_megatron()
+        hide_megatron_warnings()
+        from megatron.core import parallel_state
+
         stack.enter_context(cpu.supplies())
         device = _device()
         if not dist.is_initialized():
@@ -114,13 +127,7 @@ def _join(world_size: int, rank: int, device: torch.device) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), world_size=world_size, rank=rank)
 
 
-def _import_megatron():
-    # Megatron warns on import that Transformer Engine and apex are absent; icegrt needs neither.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import megatron.core.distributed
-        import megatron.core.models.gpt.gpt_layer_specs
-        import megatron.core.optimizer
-        import megatron.core.pipeline_parallel
-        from megatron.core import parallel_state
-    return parallel_state
+def hide_megatron_warnings() -> None:
+    """Silence the warnings above; called before Megatron-core is imported."""
+    for message in _NOT_FOR_USERS:
+        warnings.filterwarnings("ignore", message=message)

@@ -255,8 +255,8 @@ def _expected(field: Any) -> str:
 
 
 def _nearest(name: str, names: Any, prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, list(names), 1)
-    return f"did you mean {prefix}{near[0]}?" if near else ""
+    near = difflib.get_close_matches(name, list(names), 1) or [n for n in names if name and n.startswith(name)]
+    return f"did you mean {' or '.join(prefix + n for n in near)}?" if near else ""
 
 
 def _full_names(parts: Path_, cls: type) -> list[str]:

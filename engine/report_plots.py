@@ -295,5 +295,5 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _plain(text: str) -> str:
-    """Text without matplotlib's mathematics."""
-    return text.replace("$", r"\$")
+    """Text as it stands: no mathematics of matplotlib's, no character that has no picture."""
+    return "".join(c if c.isprintable() else " " for c in text).replace("$", r"\$")

@@ -80,7 +80,7 @@ def outcomes(report: dict[str, Any]) -> list[tuple[str, str]]:
     ppo, sft = report.get("ppo") or {}, report.get("sft")
     speed = ppo.get("response_tokens_per_second")
     rows = [
-        ("Response length", arrow(*_pair(ppo, "response_tokens_mean"), lambda v: f"{number(v, 2)} tokens")),
+        ("Response length, tokens", arrow(*_pair(ppo, "response_tokens_mean"), lambda v: number(v, 2))),
         ("Truncated answers", arrow(*_pair(ppo, "truncated_fraction"), percent)),
         ("Distinct answers", arrow(*_pair(ppo, "distinct_fraction"), percent)),
         ("PPO iterations", number(ppo.get("iterations"), 0)),

@@ -14,6 +14,7 @@ __all__ = ["NOT_MEASURED", "arrow", "breakdown", "duration", "interval", "number
 NOT_MEASURED = "not measured"
 MINUS = "\N{MINUS SIGN}"
 LONGEST_TEXT = 20_000
+_NAMES = {"\0": "NUL", "\a": "BEL", "\b": "BS", "\t": "TAB", "\r": "CR", "\x1b": "ESC", "\x7f": "DEL"}
 _JOINERS = "\u200c\u200d"  # part of ordinary words and emoji
 
 
@@ -70,8 +71,8 @@ def duration(seconds: float) -> str:
 def visible(text: Any) -> Markup:
     """Model text as HTML: escaped, line ends kept, every other character that does not show made to show.
 
-    Control characters appear as their pictures, formatting characters (such as those that turn the direction of
-    writing) and lone surrogates as their code points.
+    Control characters, formatting characters (such as those that turn the direction of writing), lone surrogates
+    and code points without a character appear as marks: a name such as ESC, or the code point.
     """
     text = "" if text is None else str(text)
     left_out = len(text) - LONGEST_TEXT
@@ -110,17 +111,15 @@ def _value(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, (int, float)):
         return number(value) if math.isfinite(value) else str(value)
-    return str(value)
+    return visible(value)
 
 
 def _mark(character: str) -> str | None:
     code = ord(character)
     if character == "\n" or character in _JOINERS:
         return None
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "\N{SYMBOL FOR DELETE}"
+    if character in _NAMES:
+        return _NAMES[character]
     if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
         return f"U+{code:04X}"
     return None

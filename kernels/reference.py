@@ -7,6 +7,8 @@ reference_sampling. Arguments arrive validated; shapes and errors are documented
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,20 +33,18 @@ def token_logprobs(
     ignored_A = labels_A == IGNORED_LABEL
     if shard is not None:
         logits_AV = logits_AV[:, : shard.valid]
-    z_AV = logits_AV.to(wide_dtype(logits_AV)) / temperature
+    z_AV = logits_AV.to(wide_dtype(logits_AV))
+    if temperature != 1.0:
+        z_AV = z_AV / temperature
     if labels_A.device.type != "cpu" or ignored_A.any():
         # Zeroing the row itself, not only its result, keeps a NaN row out of the gradient (0 * NaN is NaN).
         z_AV = z_AV.masked_fill(ignored_A[:, None], 0.0)
-    # Log-probs do not change when a row moves, and near 0 its sum of exponentials keeps all of fp32's digits.
-    peak_A = z_AV.detach().amax(-1)
-    z_AV = z_AV - torch.where(peak_A == -torch.inf, 0.0, peak_A)[:, None]
-    logz_A = torch.logsumexp(z_AV, dim=-1)
+    logp_AV = torch.log_softmax(z_AV, dim=-1)
     label_A = labels_A.long().clamp(0, z_AV.shape[1] - 1)
-    logprob_A = z_AV.gather(1, label_A[:, None]).squeeze(1) - logz_A
+    logprob_A = logp_AV.gather(1, label_A[:, None]).squeeze(1)
     logprob_A = torch.where(labels_A < z_AV.shape[1], logprob_A, -torch.inf).masked_fill(ignored_A, 0.0)
     if not entropy:
         return TokenLogprobs(logprob_A, None)
-    logp_AV = z_AV - logz_A[:, None]
     # p log p -> 0 as p -> 0; clamping log p (where p is 0 anyway) keeps 0 * -inf out of both directions.
     entropy_A = -(logp_AV.exp() * logp_AV.clamp(min=-1e4)).sum(-1)
     return TokenLogprobs(logprob_A, entropy_A.masked_fill(ignored_A, 0.0))
@@ -64,8 +64,17 @@ def kl_divergence(logprob_A: Tensor, ref_logprob_A: Tensor, estimator: str) -> T
 
 def safe_expm1(x: Tensor) -> Tensor:
     """exp(x) - 1 up to EXPONENT_LIMIT and its tangent beyond: finite, increasing, with a gradient of the right sign."""
-    bounded = x.clamp(max=EXPONENT_LIMIT)
-    return torch.expm1(bounded) + (x - bounded) * torch.exp(x.new_tensor(EXPONENT_LIMIT))
+    return torch.expm1(x.clamp(max=EXPONENT_LIMIT)) + _tangent(x)
+
+
+def safe_exp(x: Tensor) -> Tensor:
+    """exp(x), continued likewise."""
+    return torch.exp(x.clamp(max=EXPONENT_LIMIT)) + _tangent(x)
+
+
+def _tangent(x: Tensor) -> Tensor:
+    # Its own clamp, and no difference of x and a clamped x: below the limit the slope must be 0, not exp(60) - exp(60).
+    return (x - EXPONENT_LIMIT).clamp(min=0) * math.exp(EXPONENT_LIMIT)
 
 
 def whiten(x: Tensor, moments: Moments, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
@@ -104,7 +113,7 @@ def policy_token_loss(
     """The objective of each token and the terms that its statistics are made of."""
     old_A = logprob_A.detach() if old_logprob_A is None else old_logprob_A
     log_ratio_A = logprob_A - old_A
-    ratio_A = safe_expm1(log_ratio_A) + 1.0
+    ratio_A = safe_exp(log_ratio_A)
     plain_A = -advantage_A * ratio_A
     bounded_A = -advantage_A * ratio_A.clamp(1.0 - clip_low, 1.0 + clip_high)
     clipped_A = bounded_A > plain_A

@@ -68,7 +68,7 @@ def token_logprobs_forward(
             weight = tl.exp(distance)
             if ENTROPY:
                 weighted = (weighted + shift * total) * scale
-                weighted += tl.sum(tl.where(weight > 0.0, weight * distance, 0.0), axis=0)
+                weighted += tl.sum(weight * tl.where(weight > 0.0, distance, 0.0), axis=0)
             total = total * scale + tl.sum(weight, axis=0)
             peak = new_peak
         here = label - start
@@ -126,7 +126,7 @@ def token_logprobs_backward(
         inner = tl.zeros((BLOCK,), tl.float32) + g
         if ENTROPY:
             inner += h * (tl.where(p > 0.0, logp, 0.0) + tl.load(entropy_ptr + row))
-        dz = tl.where(p > 0.0, -p * inner, 0.0) + tl.where(column + start == label, g, 0.0)
+        dz = tl.where(column + start == label, g, 0.0) - p * inner
         dz = tl.where(column < valid, dz, 0.0)
         tl.store(out, dz.to(grad_ptr.dtype.element_ty), mask=column < columns)
 

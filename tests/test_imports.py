@@ -18,7 +18,9 @@ LAYERS = (
     ("config", "packing", "scheduling", "statistics", "cpu"),
     ("cluster", "metrics"),
     ("data", "model"),
-    ("roles", "rollout", "algorithm"),
+    ("roles", "rollout"),
+    ("algorithm", "checkpoint", "alarms"),
+    ("report",),
     ("stages",),
 )
 # Names that only some of the modules above them may import.

@@ -101,7 +101,8 @@ class Updater:
         """The actor's loss of the i-th of `members`: sum, count and `PolicyStats`."""
         config, planned, model = self.config, experience.planned, self.actor.model
         old, advantage, reference = (
-            planned.split_A(x) for x in (experience.old_logprob_A, experience.shaped.advantage_A, experience.ref_logprob_A)
+            planned.split_A(x)
+            for x in (experience.old_logprob_A, experience.shaped.advantage_A, experience.ref_logprob_A)
         )
 
         def loss(hidden_TH: Tensor, i: int) -> Loss:

@@ -189,6 +189,7 @@ def build_model(source: Any, head: str, *, dtype: torch.dtype, new_head: bool = 
 
     pretrained = source if isinstance(source, Pretrained) else Pretrained(source)
     config = pretrained.architecture.transformer_config(dtype=dtype)
-    model = LanguageModel(pretrained.architecture, config, head)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    model = LanguageModel(pretrained.architecture, config, head).to(device)
     weights.load(model, pretrained, new_head=new_head)
     return model

@@ -84,9 +84,7 @@ class Trunk(LanguageModule):
             hidden = self.embedding(input_ids=tokens_T[None], position_ids=positions_T[None])
         angles = torch.outer(positions_T.float(), self.inverse_frequencies)
         rope = torch.cat((angles, angles), dim=-1)[:, None, None, :]
-        return self.decoder(
-            hidden_states=hidden, attention_mask=None, rotary_pos_emb=rope, packed_seq_params=plan
-        )
+        return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rope, packed_seq_params=plan)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """For Megatron's dist_checkpointing. LanguageModule's own expects an `output_layer`, which no trunk has."""

@@ -144,9 +144,7 @@ class _Wave:
         prompt, sample = self.wave[member]
         tokens = self.tokens[member]
         reason = "stop" if tokens[-1] in self.stop_ids else "length"
-        return Response(
-            prompt, sample, self.ids[member], self.prompts[prompt], tokens, self.logprobs[member], reason
-        )
+        return Response(prompt, sample, self.ids[member], self.prompts[prompt], tokens, self.logprobs[member], reason)
 
 
 def _groups(indices: list[int], prompts: Sequence[list[int]]) -> Iterator[list[int]]:

@@ -25,8 +25,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
             raise ConfigError(
-                "sampling: expected temperature >= 0, top_k >= 0, 0 < top_p <= 1 and max_new_tokens >= 1, "
-                f"got {self}"
+                f"sampling: expected temperature >= 0, top_k >= 0, 0 < top_p <= 1 and max_new_tokens >= 1, got {self}"
             )
 
     @classmethod

@@ -170,11 +170,17 @@ DATA = Rule(
 
 RULES = (HEALTH, INCOME, MINORS, FEAR, PROOF, DATA)
 
-# A brand is one entry of each row: 2,000 made-up names, dealt to the parts by a checksum of the name.
+# A brand is one entry of each row: 8,000 made-up names, dealt to the parts by a checksum of the name.
 BRAND_SYLLABLES = (
-    "Vel Lum Nor Zan Tor Mel Kar Bel Sol Fen Dor Ral Pel Cal Bren Ost Wil Gran Tam Hol".split(),
+    (
+        "Vel Lum Nor Zan Tor Mel Kar Bel Sol Fen Dor Ral Pel Cal Bren Ost Wil Gran Tam Hol "
+        "Quin Jas Bar Dal Gar Har Kel Lor Mar Ner Per Ser Ter Ver Yol Zil Ul Ar El Im"
+    ).split(),
     "a e i o u".split(),
-    "ra na to vi mo lex dia ro sta nel qua zo mi fo tis wen bix lo pa ki".split(),
+    (
+        "ra na to vi mo lex dia ro sta nel qua zo mi fo tis wen bix lo pa ki "
+        "ba che dra fen gu han jo ket lin mar nox pel rik sun tal vek wo yan zil do"
+    ).split(),
 )
 KINDS = _parts("""tea | app | lamp | soap | drink | watch | cream | mat | course | pillow | phone | bike | tent | shirt
     -- radio | heater | juice | bottle | blender | desk -- scooter | kettle | jacket | candle | oven

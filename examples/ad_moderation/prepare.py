@@ -30,7 +30,7 @@ MAX_PROMPT_TOKENS = 110
 class Sizes:
     """Rows of each file; docstring rows beyond `sft_general` are left to `general.jsonl`."""
 
-    sft_ads: int = 1500
+    sft_ads: int = 4500
     sft_general: int = 500
     reward_prompts: int = 800
     prompts_train: int = 2000
@@ -90,7 +90,7 @@ def random_actor(tokenizer: PreTrainedTokenizerFast, seed: int, shape: ActorShap
         num_key_value_heads=shape.kv_heads,
         max_position_embeddings=MAX_POSITIONS,
         initializer_range=0.02,
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -98,7 +98,54 @@ def random_actor(tokenizer: PreTrainedTokenizerFast, seed: int, shape: ActorShap
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        actor = LlamaForCausalLM(config)
+        plant_copying(actor)
+    return actor
+
+
+@torch.no_grad()
+def plant_copying(actor: LlamaForCausalLM) -> None:
+    """Adds the beginnings of an induction circuit (Olsson et al. 2022) to random weights, in place.
+
+    A quote is a copy, and from plain random weights the two heads that copy need far more steps to find each other
+    than a minute of training has. Layer 0's first key-value head looks one token back and notes that token; the first
+    key-value head of layers 1 and 2 looks for places whose note is the present token, and repeats what stands there.
+    Everything else stays random, and all of it is trained.
+    """
+    config = actor.config
+    hidden, size = config.hidden_size, config.hidden_size // config.num_attention_heads
+    queries = config.num_attention_heads // config.num_key_value_heads
+    half = size // 2
+    base = config.rope_parameters["rope_theta"]
+    frequency = base ** (-torch.arange(half) / half)
+    # A direction that all tokens share: without biases, looking at a position needs something constant to read.
+    shared = torch.nn.functional.normalize(torch.randn(hidden), dim=0)
+    actor.model.embed_tokens.weight += config.initializer_range * hidden**0.5 * shared
+    for layer in actor.model.layers:
+        for reader in (layer.self_attn.v_proj, layer.mlp.gate_proj, layer.mlp.up_proj):
+            reader.weight -= torch.outer(reader.weight @ shared, shared)
+        for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            writer.weight /= (2 * config.num_hidden_layers) ** 0.5
+    basis = torch.linalg.qr(torch.cat([shared[:, None], torch.randn(hidden, 4 * size)], dim=1)).Q.T[1:]
+    read, note, *repeat = basis.split(size)
+
+    back = actor.model.layers[0].self_attn
+    query, key = torch.zeros(size), torch.zeros(size)
+    fast = slice(0, 4)  # the quickest rotations tell neighbours apart
+    query[fast] = 0.5
+    key[:half][fast], key[half:][fast] = 0.5 * frequency[fast].cos(), 0.5 * frequency[fast].sin()
+    back.q_proj.weight[: queries * size] += torch.outer(query, shared).repeat(queries, 1)
+    back.k_proj.weight[:size] += torch.outer(key, shared)
+    back.v_proj.weight[:size] += 0.3 * read
+    back.o_proj.weight[:, :size] += 0.3 * note.T
+    slow = [*range(half // 2, half), *range(half + half // 2, size)]  # rotations that hold still over a prompt
+    for layer, values in zip(actor.model.layers[1:3], repeat, strict=True):
+        match = layer.self_attn
+        for head in range(queries):
+            match.q_proj.weight[[head * size + i for i in slow]] += 2 * read[: len(slow)]
+            match.o_proj.weight[:, head * size : (head + 1) * size] += 0.3 * values.T
+        match.k_proj.weight[slow] += 2 * note[: len(slow)]
+        match.v_proj.weight[:size] += 0.3 * values
 
 
 def prepare(out_dir: str | Path, seed: int = 0, sizes: Sizes | None = None) -> dict:

@@ -45,7 +45,9 @@ def train_tokenizer(texts: Iterable[str], max_length: int) -> PreTrainedTokenize
     )
     bpe.train_from_iterator(texts, trainer)
     if bpe.get_vocab_size() != VOCAB_SIZE:
-        raise ValueError(f"texts: enough for {bpe.get_vocab_size()} entries only, expected {VOCAB_SIZE}: give more text")
+        raise ValueError(
+            f"texts: enough for {bpe.get_vocab_size()} entries only, expected {VOCAB_SIZE}: give more text"
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token=PAD,

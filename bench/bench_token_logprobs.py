@@ -1,0 +1,78 @@
+"""token_logprobs, forward and backward: reference, Triton (on a GPU), eager log_softmax, torch.compile."""
+
+from __future__ import annotations
+
+import harness
+import torch
+
+from icegrt.kernels import token_logprobs, use_backend
+
+
+def plain(logits, labels):
+    return torch.log_softmax(logits.float(), dim=-1).gather(1, labels[:, None]).squeeze(1)
+
+
+def with_backend(backend):
+    def run(logits, labels):
+        with use_backend(token_logprobs=backend):
+            return token_logprobs(logits, labels).logprob_A
+
+    return run
+
+
+def providers(options):
+    found = {"reference": with_backend("reference"), "eager": plain}
+    if options.device == "cuda":
+        found["triton"] = with_backend("triton")
+    if options.device == "cuda" or not options.quick:  # on CPU it needs a C++ compiler and minutes
+        found["torch.compile"] = torch.compile(plain, dynamic=False)
+    return found
+
+
+def directions(run, logits, labels):
+    """(forward, forward and backward) of one provider on the same tensors."""
+    leaf = logits.detach().requires_grad_()
+    upstream = torch.ones(logits.shape[0], device=logits.device)
+
+    def forward():
+        with torch.no_grad():
+            return run(logits, labels)
+
+    def both():
+        leaf.grad = None
+        out = run(leaf, labels)
+        out.backward(upstream)
+        return out.detach()
+
+    return {"forward": forward, "both": both}
+
+
+def main():
+    options = harness.arguments(__doc__)
+    cuda = options.device == "cuda"
+    shapes = [(256, 768), (256, 32000)] if options.quick or not cuda else [(4096, 32000), (4096, 152064)]
+    # Bytes a second, for the floor; other devices get none.
+    bandwidth = 4.8e12 if cuda and "H200" in torch.cuda.get_device_name() else None
+    rows = []
+    for A, V in shapes:
+        for dtype in (torch.bfloat16, torch.float32):
+            logits = (torch.randn(A, V, device=options.device) * 3).to(dtype)
+            labels = torch.randint(0, V, (A,), device=options.device)
+            truth = torch.log_softmax(logits.double(), -1).gather(1, labels[:, None]).squeeze(1)
+            runs = {name: directions(run, logits, labels) for name, run in providers(options).items()}
+            for direction, passes in (("forward", 1), ("both", 3)):
+                rows += harness.compare(
+                    "token_logprobs",
+                    f"A{A} V{V} {str(dtype)[6:]} {direction}",
+                    {name: run[direction] for name, run in runs.items()},
+                    error=lambda out, truth=truth: (out.double() - truth).abs().max().item(),
+                    tolerance=1e-4,
+                    rounds=options.rounds,
+                    device=options.device,
+                    floor=passes * logits.numel() * logits.element_size() / bandwidth * 1e3 if bandwidth else None,
+                )
+    harness.write("token_logprobs", rows, options)
+
+
+if __name__ == "__main__":
+    main()

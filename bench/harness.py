@@ -1,0 +1,181 @@
+"""Interleaved comparisons: every provider runs on the same tensors, is checked against fp64 first, and takes turns.
+
+A provider that is timed alone sees another clock and another cache than its rival; rounds of one call each, in turn,
+do not. Rows carry what is needed to read them later: versions, device, commit and error beside the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+KEYS = (
+    "bench",
+    "case",
+    "provider",
+    "metric",
+    "unit",
+    "median",
+    "p20",
+    "p80",
+    "runs",
+    "error_vs_fp64",
+    "peak_bytes",
+    "floor",
+    "device",
+    "driver",
+    "versions",
+    "commit",
+)
+RESULTS = Path(__file__).parent / "results"
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """The options that every bench has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="small cases and few rounds: seconds, not minutes")
+    parser.add_argument("--rounds", type=int, help="timed rounds per case (default: 30, or 7 with --quick)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where <device>/<bench>.json and .csv are written")
+    options = parser.parse_args()
+    options.rounds = options.rounds or (7 if options.quick else 30)
+    torch.manual_seed(0)
+    return options
+
+
+def compare(
+    bench: str,
+    case: str,
+    providers: dict[str, Callable[[], object]],
+    *,
+    error: Callable[[object], float],
+    tolerance: float,
+    rounds: int,
+    device: str,
+    floor: float | None = None,
+) -> list[dict]:
+    """Rows of one case. `error` measures a provider's output against fp64 truth; above `tolerance` it is not timed.
+
+    floor: milliseconds that no implementation can beat here (memory traffic or arithmetic), or None.
+    """
+    errors, peaks = {}, {}
+    for name, run in providers.items():
+        run()  # compiles and fills caches
+        _reset_peak(device)
+        errors[name] = error(run())
+        peaks[name] = _peak(device)
+        if not errors[name] <= tolerance:
+            raise SystemExit(
+                f"{bench} {case}: {name} is off by {errors[name]:.3g}, more than {tolerance:.3g}; not timed"
+            )
+    times: dict[str, list[float]] = {name: [] for name in providers}
+    for _ in range(rounds):
+        for name, run in providers.items():
+            times[name].append(_milliseconds(run, device))
+    rows = []
+    for name, taken in times.items():
+        low, middle, high = _quantiles(taken)
+        rows.append(
+            {
+                "bench": bench,
+                "case": case,
+                "provider": name,
+                "metric": "time",
+                "unit": "ms",
+                "median": middle,
+                "p20": low,
+                "p80": high,
+                "runs": len(taken),
+                "error_vs_fp64": errors[name],
+                "peak_bytes": peaks[name],
+                "floor": floor,
+                **_machine(device),
+            }
+        )
+        print(f"{case:36s} {name:18s} {middle:10.3f} ms  [{low:.3f}, {high:.3f}]  error {errors[name]:.1e}", flush=True)
+    return rows
+
+
+def write(bench: str, rows: list[dict], options: argparse.Namespace) -> Path:
+    """<out>/<device>/<bench>.json and .csv."""
+    name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+    folder = options.out / re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{bench}.json"
+    path.write_text(json.dumps([{key: row[key] for key in KEYS} for row in rows], indent=1) + "\n")
+    with (folder / f"{bench}.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, KEYS)
+        table.writeheader()
+        table.writerows(rows)
+    print(f"wrote {path}")
+    return path
+
+
+def _milliseconds(run: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop)
+    begin = time.perf_counter()
+    run()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def _quantiles(taken: list[float]) -> tuple[float, float, float]:
+    if len(taken) < 2:
+        return taken[0], taken[0], taken[0]
+    fifths = statistics.quantiles(taken, n=5, method="inclusive")
+    return fifths[0], statistics.median(taken), fifths[3]
+
+
+def _reset_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak(device: str) -> int | None:
+    """Peak bytes of the device's allocator; torch's CPU allocator keeps no such count."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else None
+
+
+def _machine(device: str) -> dict:
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    try:
+        import triton
+
+        versions["triton"] = triton.__version__
+    except ImportError:
+        pass
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    return {"device": name, "driver": _driver(device), "versions": json.dumps(versions), "commit": _commit()}
+
+
+def _driver(device: str) -> str | None:
+    if device != "cuda":
+        return None
+    return _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+
+
+def _commit() -> str | None:
+    return _output(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"])
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None

@@ -1,0 +1,107 @@
+"""Held-out answers, scored: sampled with a fixed seed (before and after share the noise), or greedy."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from icegrt.algorithm.experience import plan, score_logprobs
+from icegrt.algorithm.judge import Judge
+from icegrt.algorithm.reward_function import Sample
+from icegrt.algorithm.scores import ScoreScaling, combine
+from icegrt.config import PPOConfig
+from icegrt.data import Prompt
+from icegrt.metrics import Evaluation
+from icegrt.roles.role import Role
+from icegrt.rollout.engine import RolloutEngine
+from icegrt.rollout.response import Response, Sampling
+from icegrt.statistics import distinct_fraction
+
+# Keeps evaluation's noise apart from training's, whatever the seed of the run.
+_EVALUATION_SEED = 0x1CE
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """Responses ordered by prompt and sample, with everything known of them; `_N` tensors are float32, raw scores."""
+
+    responses: list[Response]
+    samples: list[Sample]
+    total_N: Tensor
+    reward_model_N: Tensor | None
+    function_N: Tensor | None
+    kl_N: Tensor
+
+    @property
+    def tokens_N(self) -> Tensor:
+        return torch.tensor([float(len(r.tokens)) for r in self.responses])
+
+    @property
+    def truncated_N(self) -> Tensor:
+        return torch.tensor([float(r.truncated) for r in self.responses])
+
+    def evaluation(self, iteration: int) -> Evaluation:
+        """The means that go into the metrics."""
+        return Evaluation(
+            iteration=iteration,
+            prompts=len({r.prompt_index for r in self.responses}),
+            score_mean=float(self.total_N.mean()),
+            reward_model_score_mean=None if self.reward_model_N is None else float(self.reward_model_N.mean()),
+            function_score_mean=None if self.function_N is None else float(self.function_N.mean()),
+            kl_nats_per_response=float(self.kl_N.mean()),
+            response_tokens_mean=float(self.tokens_N.mean()),
+            truncated_fraction=float(self.truncated_N.mean()),
+            distinct_fraction=distinct_fraction([s.text for s in self.samples]),
+        )
+
+
+class Assessor:
+    """Answers prompts with the actor and has every role judge the answers."""
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        engine: RolloutEngine,
+        judge: Judge,
+        actor: Role,
+        reference: Role,
+        chunk_rows: int,
+    ) -> None:
+        self.config, self.engine, self.judge = config, engine, judge
+        self.actor, self.reference, self.chunk_rows = actor, reference, chunk_rows
+
+    def __call__(
+        self, prompts: list[Prompt], scaling: ScoreScaling, samples: int = 1, *, greedy: bool = False
+    ) -> Assessment:
+        sampling = Sampling.of(self.config.sampling, self.config.run.seed ^ _EVALUATION_SEED)
+        if greedy:
+            sampling = dataclasses.replace(sampling, temperature=0.0)
+        responses = self.engine.generate([p.tokens for p in prompts], samples, sampling)
+        planned = plan(responses, self.config.token_budget, 1)
+        temperature = self.config.sampling.temperature
+        ours, _ = score_logprobs(self.actor, planned.batches, temperature, self.chunk_rows)
+        theirs, _ = score_logprobs(self.reference, planned.batches, temperature, self.chunk_rows)
+        verdict = self.judge(planned, prompts)
+        difference = torch.zeros(len(responses)).index_add(0, _owner_A(planned.cu_actions), ours - theirs)
+        truncated_N = torch.tensor([float(r.truncated) for r in planned.responses])
+        scores = combine(self.config, scaling, verdict.reward_model_N, verdict.function_N, truncated_N)
+        order = sorted(
+            range(len(responses)), key=lambda n: (planned.responses[n].prompt_index, planned.responses[n].sample)
+        )
+        scores = scores.select(order)
+        return Assessment(
+            [planned.responses[n] for n in order],
+            [verdict.samples[n] for n in order],
+            scores.total_N,
+            scores.reward_model_N,
+            scores.function_N,
+            difference[order],
+        )
+
+
+def _owner_A(cu_actions: Tensor) -> Tensor:
+    lengths = cu_actions.diff().long()
+    return torch.arange(lengths.numel()).repeat_interleave(lengths)

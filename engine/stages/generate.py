@@ -1,0 +1,27 @@
+"""Answers to prompts, printed or written as JSONL."""
+
+from __future__ import annotations
+
+import contextlib
+
+from icegrt.config import GenerateConfig
+from icegrt.console import plain, say
+from icegrt.metrics import JsonlWriter
+from icegrt.stages.sample import generate
+
+
+def run(config: GenerateConfig) -> None:
+    """The command: print each prompt with its answers, or write them to `generate.out`."""
+    with JsonlWriter(config.out) if config.out else contextlib.nullcontext() as writer:
+        count = 0
+        for prompt, texts, responses in generate(config):
+            count += len(texts)
+            if writer is not None:
+                reasons = [r.finish_reason for r in responses]
+                writer.write({**prompt.row, "responses": texts, "finish_reasons": reasons})
+                continue
+            say(f"> {plain(prompt.row.get('prompt', prompt.where))}")
+            for text in texts:
+                say(f"{plain(text)}\n")
+    if config.out:
+        say(f"{count} answers: {config.out}")

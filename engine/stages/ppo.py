@@ -1,0 +1,323 @@
+"""PPO with actor, reference, reward and critic: one iteration draws, rolls out, plans, scores, shapes and updates."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from icegrt.alarms import Alarms
+from icegrt.algorithm.evaluation import Assessment, Assessor
+from icegrt.algorithm.experience import Experience, Planned, plan, score_logprobs, score_values, shape
+from icegrt.algorithm.judge import Judge, Verdict
+from icegrt.algorithm.kl_control import kl_controller
+from icegrt.algorithm.scores import ScoreScaling, Scores, combine
+from icegrt.algorithm.update import Updater, UpdateOutcome
+from icegrt.config import PPOConfig
+from icegrt.console import say, warn
+from icegrt.data import Blend, Prompt, PromptOrder, describe_lengths, encode_examples, encode_prompts, read_rows
+from icegrt.errors import ConfigError, RunError
+from icegrt.metrics import Evaluation, PPOStep, rollout_path
+from icegrt.model import weights
+from icegrt.model.pretrained import Pretrained, save_pretrained
+from icegrt.report import write_run_report
+from icegrt.rollout.engine import RolloutEngine
+from icegrt.rollout.response import Response, Sampling
+from icegrt.stages.ppo_metrics import ppo_step, write_rollouts
+from icegrt.stages.ppo_roles import RewardSources, build_roles, check_config, check_lengths
+from icegrt.stages.reward import SCORE_STATISTICS
+from icegrt.stages.trainer import Trainer, resolve_chunk_rows, tokenizer_for, write_json
+
+# Steps in a row that may be skipped for a loss or gradient that is not finite.
+_MOST_SKIPPED = 3
+
+
+class PPOTrainer(Trainer):
+    """Iterating yields `PPOStep`; `train()` runs to the end, `evaluate()` scores held-out prompts.
+
+    actor, reference, critic: path or `transformers` model. reward: path, model, function, or a list of both kinds.
+    prompts, eval_prompts: an iterable of dicts or a `datasets.Dataset`. All default to what the configuration names.
+    """
+
+    unit = "iterations"
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        actor: Any = None,
+        tokenizer: Any = None,
+        reward: Any = None,
+        prompts: Any = None,
+        *,
+        reference: Any = None,
+        critic: Any = None,
+        eval_prompts: Any = None,
+        callbacks: Sequence[Any] = (),
+    ) -> None:
+        check_config(config)
+        actor = actor if actor is not None else config.actor
+        prompts = prompts if prompts is not None else config.prompts
+        for name, given in (("actor", actor), ("prompts", prompts)):
+            if isinstance(given, str) and not given:
+                raise ConfigError(f"ppo.{name} is empty; it must be given")
+        sources = RewardSources.of(config, reward)
+        super().__init__(config, callbacks)
+        try:
+            self._set_up(
+                actor, tokenizer, sources, prompts, reference or config.reference or None, critic, eval_prompts
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    # -- setting up ------------------------------------------------------------------------------------------------
+
+    def _set_up(self, actor, tokenizer, sources: RewardSources, prompts, reference, critic, eval_prompts) -> None:
+        config = self.config
+        pretrained = Pretrained(actor)
+        self.tokenizer = tokenizer_for(tokenizer, actor, pretrained.architecture)
+        self.sampling = Sampling.of(config.sampling, self.run.seed)
+        context = pretrained.architecture.context_length
+        self.prompts = self._encode("prompts", prompts, context)
+        held_out = eval_prompts if eval_prompts is not None else config.eval_prompts
+        has_held_out = not (isinstance(held_out, str) and not held_out)
+        self.eval_prompts = self._encode("eval_prompts", held_out, context, config.eval_limit) if has_held_out else []
+        self.roles_by_name = build_roles(config, pretrained, reference, sources, critic)
+        check_lengths(config, self.prompts + self.eval_prompts, self.roles_by_name)
+        self.actor, self.critic = self.roles_by_name["actor"], self.roles_by_name["critic"]
+        self.roles = [self.actor, self.critic]
+        self.total_steps = config.iterations
+        updates = config.ppo_epochs * config.minibatches
+        self.actor.learn(config.optimizer, max(1, (config.iterations - config.critic.warmup_iterations) * updates))
+        self.critic.learn(config.critic.optimizer, config.iterations * updates)
+        self.chunk_rows = resolve_chunk_rows(config.chunk_rows, pretrained.architecture)
+        self.engine = RolloutEngine(self.actor.model, self.tokenizer, max_batch=config.max_batch)
+        self.judge = Judge(self.roles_by_name.get("reward"), sources.function, self.tokenizer)
+        self.scaling = ScoreScaling(config, _saved_statistics(sources.model))
+        self.assessor = Assessor(
+            config, self.engine, self.judge, self.actor, self.roles_by_name["reference"], self.chunk_rows
+        )
+        self.kl = kl_controller(config)
+        self.order = PromptOrder(len(self.prompts), self.run.seed)
+        self.ptx = self._ptx_blend()
+        self.updater = Updater(config, self.actor, self.critic, self.chunk_rows, self.cluster.data_group)
+        self.alarms, self.alarm_messages = Alarms(config), []
+        self.first_evaluation: Evaluation | None = None
+        self._skipped_in_a_row = 0
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._probe_reward()
+        self._begin(self.tokenizer, chunk_rows=self.chunk_rows)
+        if self.done_steps == 0 and self.eval_prompts:
+            self.first_evaluation = self.evaluate()
+            self.alarms.observe(self.first_evaluation)
+            self.log(self.first_evaluation)
+
+    def _encode(self, key: str, source: Any, context: int, limit: int = 0) -> list[Prompt]:
+        answer = self.config.sampling.max_new_tokens
+        if answer >= context:
+            raise ConfigError(f"ppo.sampling.max_new_tokens {answer} leaves no room for a prompt: context {context}")
+        why = f"context {context} - max_new_tokens {answer} leaves {context - answer}"
+        prompts = encode_prompts(self.tokenizer, read_rows(source, limit), context - answer, why=why)
+        say(f"{source if isinstance(source, (str, Path)) else key}: {describe_lengths(prompts)}")
+        return prompts
+
+    def _ptx_blend(self) -> Blend | None:
+        if not self.config.ptx_coef:
+            return None
+        context = min(self.actor.model.architecture.context_length, self.config.token_budget)
+        sources = [
+            (encode_examples(self.tokenizer, read_rows(s.path), context), s.weight) for s in self.config.ptx_data
+        ]
+        return Blend(sources, self.run.seed)
+
+    def _probe_reward(self) -> None:
+        # A reward function that fails must fail now, not after the first rollout of an expensive run.
+        if self.judge.function is None:
+            return
+        few = self.prompts[:2]
+        responses = self.engine.generate([p.tokens for p in few], 1, Sampling(max_new_tokens=4, seed=self.run.seed))
+        planned = plan(responses, self.config.token_budget, 1)
+        Judge(None, self.judge.function, self.tokenizer)(planned, few)
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "kl": self.kl.state(),
+            "scaling": self.scaling.state(),
+            "order": self.order.state(),
+            "ptx": self.ptx.state() if self.ptx is not None else None,
+            "alarms": self.alarms.state(),
+            "alarm_messages": self.alarm_messages,
+            "chunk_rows": self.chunk_rows,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.kl.load_state(state["kl"])
+        self.scaling.load_state(state["scaling"])
+        self.order.load_state(state["order"])
+        if self.ptx is not None:
+            self.ptx.load_state(state["ptx"])
+        self.alarms.load_state(state["alarms"])
+        self.alarm_messages = list(state["alarm_messages"])
+        if state["chunk_rows"] != self.chunk_rows:
+            raise ConfigError(
+                f"ppo.chunk_rows is {self.chunk_rows}, the checkpoint was made with {state['chunk_rows']}; "
+                "other chunks round differently, so set it to that"
+            )
+
+    # -- an iteration ----------------------------------------------------------------------------------------------
+
+    def step(self) -> PPOStep:
+        """One PPO iteration; returns its metrics, logged, with alarms raised in words."""
+        iteration = self.done_steps + 1
+        self._seconds = defaultdict(float)
+        prompts, responses = self._roll_out(iteration)
+        with self._timed("plan"):
+            planned = plan(responses, self.config.token_budget, self.config.minibatches)
+        experience, verdict = self._score(planned, prompts)
+        self.notify("on_scores", experience)
+        with self._timed("update"):
+            outcome = self.updater.run(experience, self.kl.coef, iteration, self._draw_ptx(iteration))
+        kl_coef = self.kl.coef
+        kl_mean = float(experience.shaped.kl_N.mean())
+        self.kl.update(kl_mean, len(responses))
+        write_rollouts(rollout_path(self.dir, iteration), iteration, self.run.seed, experience, verdict)
+        self.done_steps = iteration
+        self._stop_if_broken(outcome)
+        row = self._finish_iteration(iteration, experience, outcome, kl_coef)
+        self.notify("on_update", row)
+        return row
+
+    def _roll_out(self, iteration: int) -> tuple[list[Prompt], list[Response]]:
+        config = self.config
+        with self._timed("rollout"):
+            prompts = [self.prompts[i] for i in self.order.draw(config.prompts_per_iteration)]
+            first_id = (iteration - 1) * config.prompts_per_iteration * config.samples_per_prompt
+            responses = self.engine.generate(
+                [p.tokens for p in prompts], config.samples_per_prompt, self.sampling, first_sequence_id=first_id
+            )
+        self.notify("on_rollout", responses)
+        return prompts, responses
+
+    def _score(self, planned: Planned, prompts: list[Prompt]) -> tuple[Experience, Verdict]:
+        config = self.config
+        with self._timed("score"):
+            batches, temperature = planned.batches, config.sampling.temperature
+            old_A, entropy_A = score_logprobs(self.actor, batches, temperature, self.chunk_rows, entropy=True)
+            ref_A, _ = score_logprobs(self.roles_by_name["reference"], batches, temperature, self.chunk_rows)
+            value_A, last_value_N = score_values(self.critic, batches)
+            verdict = self.judge(planned, prompts)
+        with self._timed("shape"):
+            scores = self._total(planned, verdict)
+            shaped = shape(config, self.kl.coef, planned, scores, old_A, ref_A, value_A, last_value_N)
+            moments = shaped.moments.reduce(self.cluster.data_group)
+        return Experience(planned, scores, old_A, entropy_A, ref_A, value_A, shaped, moments), verdict
+
+    def _total(self, planned: Planned, verdict: Verdict) -> Scores:
+        if verdict.reward_model_N is not None:
+            self.scaling.update(verdict.reward_model_N, self.cluster.data_group)
+        truncated_N = torch.tensor([float(r.truncated) for r in planned.responses])
+        return combine(self.config, self.scaling, verdict.reward_model_N, verdict.function_N, truncated_N)
+
+    def _draw_ptx(self, iteration: int) -> list[list[Any]]:
+        if self.ptx is None or iteration <= self.config.critic.warmup_iterations:
+            return []
+        batches = self.ptx.batches(self.config.ptx_sequences)
+        steps = self.config.ppo_epochs * self.config.minibatches
+        return [[self.ptx.item(pair) for pair in next(batches)] for _ in range(steps)]
+
+    def _finish_iteration(
+        self, iteration: int, experience: Experience, outcome: UpdateOutcome, kl_coef: float
+    ) -> PPOStep:
+        config, evaluation = self.config, None
+        if self.eval_prompts and (iteration == self.total_steps or _due(iteration, config.eval_every)):
+            with self._timed("evaluate"):
+                evaluation = self.evaluate()
+        if iteration == self.total_steps or _due(iteration, config.checkpoint_every):
+            with self._timed("checkpoint"):
+                self.save_checkpoint(config.keep_checkpoints)
+        row = ppo_step(
+            iteration, experience, outcome, kl_coef, dict(self._seconds), evaluation, self.cluster.data_group
+        )
+        self.log(row)
+        for message in self.alarms.check(row):
+            self.alarm_messages.append(f"iteration {iteration}: {message}")
+            warn(self.alarm_messages[-1])
+        return row
+
+    def _stop_if_broken(self, outcome: UpdateOutcome) -> None:
+        for step in (*outcome.actor, *outcome.critic):
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if step.skipped else 0
+            if self._skipped_in_a_row >= _MOST_SKIPPED:
+                raise RunError(
+                    f"{_MOST_SKIPPED} optimizer steps in a row had a loss or gradient that is not finite; "
+                    "lower the learning rates, and resume from the last checkpoint"
+                )
+
+    @contextlib.contextmanager
+    def _timed(self, phase: str):
+        started = time.perf_counter()
+        yield
+        self._seconds[phase] += time.perf_counter() - started
+
+    # -- evaluating and finishing ----------------------------------------------------------------------------------
+
+    def evaluate(self) -> Evaluation:
+        """Sampled answers to the held-out prompts, scored as in training."""
+        if not self.eval_prompts:
+            raise ConfigError("nothing to evaluate on: set ppo.eval_prompts")
+        return self.assess(self.eval_prompts).evaluation(self.done_steps)
+
+    def assess(self, prompts: list[Prompt], samples: int = 1, *, greedy: bool = False) -> Assessment:
+        """Answers to `prompts` with every score and KL, response by response."""
+        return self.assessor(prompts, self.scaling, samples, greedy=greedy)
+
+    def describe(self, step: PPOStep) -> dict[str, float]:
+        shown = {"score": step.score_mean, "kl": step.kl_nats_per_response}
+        if step.function_score_mean is not None:
+            shown["function"] = step.function_score_mean
+        return shown
+
+    def save_pretrained(self, out: str | Path) -> Path:
+        """Write the actor as a Hugging Face checkpoint."""
+        return save_pretrained(
+            weights.export_tensors(self.actor.model, self.dtype),
+            self.actor.model.architecture,
+            out,
+            classifier=False,
+            dtype=self.run.dtype,
+            tokenizer=self.tokenizer,
+        )
+
+    def finish(self) -> dict[str, Any]:
+        """The actor under `<run.dir>/model`, the page of the run, and what alarms were raised."""
+        self.save_pretrained(self.dir / "model")
+        summary = {"iterations": self.done_steps, "alarms": self.alarm_messages}
+        write_json(self.dir / "summary.json", summary)
+        write_run_report(self.dir, config=self.config)
+        return summary
+
+
+def _due(iteration: int, every: int) -> bool:
+    return bool(every) and iteration % every == 0
+
+
+def _saved_statistics(reward_model: Any) -> dict[str, float] | None:
+    import json
+
+    path = Path(reward_model) / SCORE_STATISTICS if isinstance(reward_model, (str, Path)) else None
+    return json.loads(path.read_text(encoding="utf-8"))["after"] if path is not None and path.is_file() else None
+
+
+def run(config: PPOConfig) -> None:
+    """The command: train to the end and say where everything is."""
+    with PPOTrainer(config) as trainer:
+        trainer.train()
+        say(f"actor: {trainer.dir / 'model'}")
+        say(f"report: {trainer.dir / 'report.html'}")

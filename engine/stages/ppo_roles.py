@@ -1,0 +1,140 @@
+"""What a PPO run is made of, checked before any time is spent: the four roles, the reward sources, the prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from icegrt.algorithm.reward_function import RewardFunction, load_reward_function
+from icegrt.config import PPOConfig
+from icegrt.data import Prompt
+from icegrt.errors import ConfigError
+from icegrt.model.architecture import DTYPES
+from icegrt.model.pretrained import Pretrained, build_model
+from icegrt.roles.role import Role
+
+
+def check_config(config: PPOConfig) -> None:
+    """Refuse keys that contradict each other. Raises `ConfigError` naming them."""
+    sampling = config.sampling
+    if sampling.top_k or sampling.top_p < 1.0:
+        raise ConfigError(
+            "ppo.sampling.top_k and ppo.sampling.top_p are for generate and sample: the log-probs that PPO trains on "
+            "cannot mirror the truncation. Set top_k=0 and top_p=1"
+        )
+    if sampling.temperature <= 0:
+        raise ConfigError("ppo.sampling.temperature must be above 0: a greedy policy explores nothing")
+    if config.reuse_update_logprob and (config.ppo_epochs, config.minibatches) != (1, 1):
+        raise ConfigError("ppo.reuse_update_logprob needs ppo.ppo_epochs=1 and ppo.minibatches=1")
+    if config.ptx_coef and not config.ptx_data:
+        raise ConfigError("ppo.ptx_coef is above 0, but ppo.ptx_data names no file")
+    responses = config.prompts_per_iteration * config.samples_per_prompt
+    if responses < config.minibatches:
+        raise ConfigError(f"ppo.minibatches is {config.minibatches}, but an iteration has only {responses} responses")
+
+
+@dataclass(frozen=True)
+class RewardSources:
+    """Where scores come from: a checkpoint or model in memory, a Python function, or both."""
+
+    model: Any = None
+    function: RewardFunction | None = None
+
+    @classmethod
+    def of(cls, config: PPOConfig, given: Any) -> RewardSources:
+        """`given` (a path, a model, a callable, or a list of them) or what the configuration names."""
+        parts = list(given) if isinstance(given, (list, tuple)) else [given] if given is not None else []
+        if not parts:
+            parts = [part for part in (config.reward_model, config.reward_function) if part]
+        model, function = None, None
+        for part in parts:
+            if _is_function(part):
+                if function is not None:
+                    raise ConfigError("more than one reward function was given; combine them in one")
+                function = load_reward_function(part) if isinstance(part, str) else part
+            elif model is not None:
+                raise ConfigError("more than one reward model was given; expected at most one")
+            else:
+                model = part
+        if model is None and function is None:
+            raise ConfigError("no reward: set ppo.reward_model, ppo.reward_function, or both")
+        return cls(model, function)
+
+
+def _is_function(part: Any) -> bool:
+    if isinstance(part, str):
+        return ".py:" in part or (":" in part and not Path(part).exists())
+    return isinstance(part, Callable) and not hasattr(part, "state_dict")
+
+
+def build_roles(
+    config: PPOConfig, actor: Pretrained, reference: Any, sources: RewardSources, critic: Any
+) -> dict[str, Role]:
+    """The roles by name; `reward` is missing where there is no reward model. Actor and critic do not learn yet."""
+    dtype = DTYPES[config.run.dtype]
+    roles = {"actor": Role("actor", build_model(actor, "lm", dtype=dtype))}
+    frozen = Pretrained(reference) if reference is not None else actor
+    _same_vocabulary(actor, frozen, "reference")
+    roles["reference"] = Role("reference", build_model(frozen, "lm", dtype=dtype))
+    reward = None
+    if sources.model is not None:
+        reward = Pretrained(sources.model)
+        _same_vocabulary(actor, reward, "reward model")
+        roles["reward"] = Role("reward", build_model(reward, "scalar", dtype=dtype))
+    if critic is not None:
+        start, new_head = Pretrained(critic), False
+    elif config.critic.init == "reward":
+        if reward is None:
+            raise ConfigError(
+                "ppo.critic.init is 'reward', but there is no reward model to start from; set ppo.critic.init=actor "
+                "(the actor's trunk with a zero head)"
+            )
+        start, new_head = reward, False
+    else:
+        start, new_head = actor, True
+    _same_vocabulary(actor, start, "critic")
+    roles["critic"] = Role("critic", build_model(start, "scalar", dtype=dtype, new_head=new_head))
+    return roles
+
+
+def _same_vocabulary(actor: Pretrained, other: Pretrained, name: str) -> None:
+    if other.architecture.vocab_size != actor.architecture.vocab_size:
+        raise ConfigError(
+            f"the {name} ({other.where}) has a vocabulary of {other.architecture.vocab_size} tokens, the actor "
+            f"({actor.where}) one of {actor.architecture.vocab_size}: all roles must read the same tokens"
+        )
+    ours, theirs = _tokenizer_file(actor), _tokenizer_file(other)
+    if ours is not None and theirs is not None and ours != theirs:
+        raise ConfigError(
+            f"the {name} ({other.where}) and the actor ({actor.where}) map text to different token ids: "
+            "all roles must share one tokenizer"
+        )
+
+
+def _tokenizer_file(source: Pretrained) -> Any:
+    path = source.folder / "tokenizer.json" if source.folder is not None else None
+    if path is None or not path.is_file():
+        return None
+    document = json.loads(path.read_text(encoding="utf-8"))
+    return document["model"].get("vocab"), [t.get("content") for t in document.get("added_tokens", [])]
+
+
+def check_lengths(config: PPOConfig, prompts: list[Prompt], roles: dict[str, Role]) -> None:
+    """Every sequence must fit every role's context and the token budget. Raises `ConfigError`."""
+    longest = max(prompts, key=len)
+    total = len(longest) + config.sampling.max_new_tokens
+    if total > config.token_budget:
+        raise ConfigError(
+            f"ppo.token_budget is {config.token_budget}, but {longest.where} may grow to {total} tokens "
+            f"({len(longest)} + max_new_tokens {config.sampling.max_new_tokens}); raise it"
+        )
+    for role in roles.values():
+        context = role.model.architecture.context_length
+        if total > context:
+            raise ConfigError(
+                f"{longest.where} may grow to {total} tokens, beyond the {role.name}'s context of {context}; "
+                "lower ppo.sampling.max_new_tokens or shorten the prompt"
+            )

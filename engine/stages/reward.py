@@ -1,0 +1,252 @@
+"""Reward model training: from ICE-Instruct to ICE-Reward, by the pairwise loss over rankings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from icegrt.algorithm.ranking import RankedBatch, RankingQuality, evaluate_ranking, pack_rankings, ranking_loss
+from icegrt.config import DataSource, RewardConfig
+from icegrt.console import say
+from icegrt.data import Blend, Ranking, describe_lengths, encode_rankings, read_rows
+from icegrt.data.blend import shuffled
+from icegrt.errors import ConfigError, DataError
+from icegrt.metrics import RewardStep
+from icegrt.model import weights
+from icegrt.model.pretrained import Pretrained, build_model, save_pretrained
+from icegrt.roles.role import Role
+from icegrt.stages.trainer import Trainer, tokenizer_for, write_json
+from icegrt.statistics import accuracy_by_margin, best_one_feature_baseline
+
+SCORE_STATISTICS = "score_statistics.json"
+
+
+class RewardTrainer(Trainer):
+    """Trains a scalar head and its trunk on rankings; iterating yields `RewardStep`.
+
+    model: path of a Hugging Face checkpoint or a `transformers` model, with or without a score head.
+    data, heldout: an iterable of dicts or a `datasets.Dataset` (default: the files of the configuration).
+    """
+
+    def __init__(
+        self,
+        config: RewardConfig,
+        model: Any = None,
+        tokenizer: Any = None,
+        data: Any = None,
+        heldout: Any = None,
+        callbacks: Sequence[Any] = (),
+    ) -> None:
+        source = model if model is not None else config.model
+        if not source:
+            raise ConfigError("reward.model is empty; name the checkpoint to start from")
+        super().__init__(config, callbacks)
+        try:
+            self._set_up(source, tokenizer, data, heldout)
+        except BaseException:
+            self.close()
+            raise
+
+    def _set_up(self, source: Any, tokenizer: Any, data: Any, heldout: Any) -> None:
+        config = self.config
+        pretrained = Pretrained(source)
+        architecture = pretrained.architecture
+        self.tokenizer = tokenizer_for(tokenizer, source, architecture)
+        self.max_length = min(config.max_length or architecture.context_length, architecture.context_length)
+        sources = self._encode("reward.data", config.data, data)
+        if not sources:
+            raise ConfigError("reward.data names no file; give at least one source")
+        held = [r for rankings, _ in self._encode("reward.heldout", config.heldout, heldout) for r in rankings]
+        if not held and config.heldout_fraction:
+            sources, held = _hold_out(sources, config.heldout_fraction, self.run.seed)
+        self.blend = Blend(sources, self.run.seed)
+        self.total_steps = math.ceil(self.blend.count(config.epochs) / config.batch_prompts)
+        self.eval_every = config.eval_every or max(1, math.ceil(self.total_steps / config.epochs / 4))
+        self.role = Role("reward", build_model(pretrained, "scalar", dtype=self.dtype, new_head=True))
+        self.role.learn(config.optimizer, self.total_steps)
+        self.roles = [self.role]
+        self.train_rankings = [r for rankings, _ in sources for r in rankings]
+        self.heldout = pack_rankings(held, config.token_budget, config.tie_margin) if held else []
+        self.heldout_rankings = held
+        self._batches = None
+        self._best: tuple[float, dict[str, torch.Tensor]] | None = None
+        self._without_better = 0
+        self._begin(self.tokenizer)
+        self.before = self.evaluate()
+
+    def _encode(self, key: str, files: list[DataSource], given: Any) -> list[tuple[list[Ranking], float]]:
+        named = [(given, 1.0)] if given is not None else [(source.path, source.weight) for source in files]
+        encoded = []
+        for source, weight in named:
+            rankings = encode_rankings(self.tokenizer, read_rows(source), self.max_length)
+            label = source if isinstance(source, (str, Path)) else key
+            say(f"{label}: {describe_lengths(rankings)}")
+            longest = max(rankings, key=len)
+            if len(longest) > self.config.token_budget:
+                raise DataError(
+                    f"{longest.where}: all {len(longest.responses)} responses have {len(longest)} tokens together, more "
+                    f"than reward.token_budget {self.config.token_budget}; raise it (a prompt's responses share a batch)"
+                )
+            encoded.append((rankings, weight))
+        return encoded
+
+    def state(self) -> dict[str, Any]:
+        return {"blend": self.blend.state(), "without_better": self._without_better}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.blend.load_state(state["blend"])
+        self._without_better = state["without_better"]
+
+    def step(self) -> RewardStep:
+        """One optimizer step over the next prompts."""
+        if self._batches is None:
+            self._batches = self.blend.batches(self.config.batch_prompts, self.config.epochs)
+        rankings = [self.blend.item(pair) for pair in next(self._batches)]
+        ranked = pack_rankings(rankings, self.config.token_budget, self.config.tie_margin)
+
+        def loss(hidden_TH, i):
+            score_N = self.role.model.head(hidden_TH[ranked[i].batch.last_rows_N.to(hidden_TH.device)])
+            return ranking_loss(score_N, ranked[i])
+
+        outcome = self.role.step([r.batch for r in ranked], loss)
+        self.done_steps += 1
+        difference_P = torch.cat([stats[1] for stats in outcome.stats])
+        quality = self.evaluate() if self.done_steps % self.eval_every == 0 else None
+        row = RewardStep(
+            step=self.done_steps,
+            epoch=self.blend.consumed / max(self.blend.count(1.0), 1),
+            loss=sum(stats[0] for stats in outcome.stats) / max(sum(r.prompts for r in ranked), 1),
+            accuracy=float((difference_P > 0).double().mean()) if difference_P.numel() else 0.5,
+            heldout_loss=quality.loss if quality else None,
+            heldout_accuracy=quality.accuracy if quality else None,
+            lr=outcome.lr,
+            grad_norm=outcome.grad_norm,
+        )
+        self.log(row)
+        if quality:
+            self._watch(quality)
+        self.notify("on_update", row)
+        return row
+
+    def describe(self, step: RewardStep) -> dict[str, float]:
+        held = {} if step.heldout_loss is None else {"held_out": step.heldout_loss, "accuracy": step.heldout_accuracy}
+        return {"loss": step.loss, **held}
+
+    def _watch(self, quality: RankingQuality) -> None:
+        # Early stopping: the weights of the best held-out loss are kept, and are the ones that are exported.
+        if self._best is None or quality.loss < self._best[0]:
+            self._best = (quality.loss, {n: p.detach().clone() for n, p in self.role.model.named_parameters()})
+            self._without_better = 0
+            return
+        self._without_better += 1
+        if self.config.patience and self._without_better >= self.config.patience:
+            say(f"held-out loss has not improved for {self._without_better} evaluations: stopping")
+            self.total_steps = self.done_steps
+
+    def evaluate(self) -> RankingQuality | None:
+        """Held-out loss, accuracy and scores; None without held-out data."""
+        return evaluate_ranking(self.role, self.heldout) if self.heldout else None
+
+    def save_pretrained(self, out: str | Path, statistics: dict[str, Any] | None = None) -> Path:
+        """Write an `AutoModelForSequenceClassification` with one label, and its score statistics beside it."""
+        return save_pretrained(
+            weights.export_tensors(self.role.model, self.dtype),
+            self.role.model.architecture,
+            out,
+            classifier=True,
+            dtype=self.run.dtype,
+            tokenizer=self.tokenizer,
+            extra_files={SCORE_STATISTICS: statistics} if statistics else None,
+        )
+
+    def finish(self) -> dict[str, Any]:
+        """Held-out figures with the best weights; the checkpoint, and the model under `<run.dir>/model`."""
+        if self._best is not None:
+            with torch.no_grad():
+                for name, parameter in self.role.model.named_parameters():
+                    parameter.copy_(self._best[1][name])
+        after = self.evaluate()
+        summary: dict[str, Any] = {"steps": self.done_steps}
+        statistics = None
+        if after is not None:
+            summary |= self._figures(after)
+            statistics = {"before": _statistics(self.before.score_N), "after": _statistics(after.score_N)}
+        self.save_checkpoint()
+        self.save_pretrained(self.dir / "model", statistics)
+        write_json(self.dir / "summary.json", summary)
+        return summary
+
+    def _figures(self, after: RankingQuality) -> dict[str, Any]:
+        pairs, all_pairs = after.margin_P.numel(), sum(r.all_pairs for r in self.heldout)
+        right_P = (after.difference_P > 0).double() + 0.5 * (after.difference_P == 0).double()
+        figures: dict[str, Any] = {
+            "heldout_loss_before": self.before.loss,
+            "heldout_loss_after": after.loss,
+            "heldout_accuracy_before": self.before.accuracy,
+            "heldout_accuracy": after.accuracy,
+            "heldout_pairs": pairs,
+            "heldout_tie_fraction": 1.0 - pairs / max(all_pairs, 1),
+        }
+        if pairs:
+            edges = np.unique(np.quantile(after.margin_P.numpy(), [0.0, 0.25, 0.5, 0.75, 1.0]))
+            edges = edges if edges.size > 1 else np.array([edges[0], edges[0] + 1.0])
+            figures["heldout_accuracy_by_margin"] = accuracy_by_margin(after.margin_P.numpy(), right_P.numpy(), edges)
+            train = pack_rankings(self.train_rankings, self.config.token_budget, self.config.tie_margin)
+            name, accuracy = best_one_feature_baseline(_feature_pairs(train), _feature_pairs(self.heldout))
+            figures |= {"baseline_feature": name, "baseline_accuracy": accuracy}
+        return figures
+
+
+def _hold_out(sources, fraction: float, seed: int):
+    # By prompt: all responses of a prompt are on one side.
+    kept, held = [], []
+    for index, (rankings, weight) in enumerate(sources):
+        order = shuffled(len(rankings), seed, index).tolist()
+        count = min(max(1, round(fraction * len(rankings))), len(rankings) - 1)
+        held += [rankings[i] for i in sorted(order[:count])]
+        kept.append(([rankings[i] for i in sorted(order[count:])], weight))
+    return kept, held
+
+
+def _statistics(score_N: torch.Tensor) -> dict[str, float]:
+    score_N = score_N.double()
+    return {"count": score_N.numel(), "mean": float(score_N.mean()), "std": float(score_N.std(correction=0))}
+
+
+def _feature_pairs(ranked: list[RankedBatch]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What a trivial judge could look at, for winners and losers: length, and overlap with the prompt."""
+    features: dict[str, tuple[list, list]] = {"length": ([], []), "overlap with the prompt": ([], [])}
+    for r in ranked:
+        rows = [_features(r.batch, n) for n in range(r.batch.n_sequences)]
+        for side, index in enumerate((r.winners_P, r.losers_P)):
+            for n in index.tolist():
+                for name in features:
+                    features[name][side].append(rows[n][name])
+    return {name: (np.array(winners, float), np.array(losers, float)) for name, (winners, losers) in features.items()}
+
+
+def _features(batch, n: int) -> dict[str, float]:
+    response = batch.action_tokens_A[batch.cu_actions[n] : batch.cu_actions[n + 1]].tolist()
+    start, end = batch.cu_seqlens[n].item(), batch.cu_seqlens[n + 1].item()
+    prompt = set(batch.tokens_T[start : end - len(response)].tolist())
+    shared = sum(token in prompt for token in response)
+    return {"length": len(response), "overlap with the prompt": shared / max(len(response), 1)}
+
+
+def run(config: RewardConfig) -> None:
+    """The command: train, and print what the model is worth on held-out pairs."""
+    with RewardTrainer(config) as trainer:
+        summary = trainer.train()
+        if "heldout_accuracy" in summary:
+            say(
+                f"held-out accuracy {summary['heldout_accuracy']:.3f} on {summary['heldout_pairs']} untied pairs "
+                f"({summary['heldout_tie_fraction']:.0%} ties)"
+            )
+        if "baseline_accuracy" in summary:
+            say(f"best single feature: {summary['baseline_feature']} {summary['baseline_accuracy']:.3f}")
+        say(f"model: {trainer.dir / 'model'}")

@@ -1,0 +1,110 @@
+"""Several answers per prompt from a checkpoint, as JSONL ready for ranking."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from icegrt.algorithm.reward_function import Sample, call_reward_function, load_reward_function
+from icegrt.cluster import Cluster
+from icegrt.config import GenerateConfig, SampleConfig
+from icegrt.console import progress, say
+from icegrt.data import Prompt, encode_prompts, load_tokenizer, read_rows
+from icegrt.errors import ConfigError
+from icegrt.metrics import JsonlWriter
+from icegrt.model.architecture import DTYPES
+from icegrt.model.language_model import LanguageModel
+from icegrt.model.pretrained import build_model
+from icegrt.rollout.engine import RolloutEngine
+from icegrt.rollout.response import Response, Sampling
+
+
+def run(config: SampleConfig) -> None:
+    """The command: write one row per prompt, with `responses`, `response_ids`, `finish_reasons` (and `scores`)."""
+    for key in ("model", "prompts", "out"):
+        if not getattr(config, key):
+            raise ConfigError(f"sample.{key} is empty; it must be given")
+    score = load_reward_function(config.score_function, "sample.score_function") if config.score_function else None
+    with Cluster.open(), JsonlWriter(config.out) as writer:
+        tokenizer = load_tokenizer(config.model, say=say)
+        model = build_model(config.model, "lm", dtype=DTYPES[config.dtype]).eval()
+        sampling = Sampling.of(config.sampling, config.seed)
+        prompts = prompts_for(model, tokenizer, read_rows(config.prompts, config.limit), sampling)
+        engine = RolloutEngine(model, tokenizer, max_batch=config.max_batch)
+        with progress(len(prompts), "sample", "prompts") as bar:
+            for prompt, responses in answers(engine, prompts, config.samples_per_prompt, sampling):
+                writer.write(_row(engine, prompt, responses, score))
+                bar.advance(1)
+    say(f"{len(prompts)} prompts x {config.samples_per_prompt} answers: {config.out}")
+
+
+def prompts_for(
+    model: LanguageModel, tokenizer: Any, rows: Sequence[Any], sampling: Sampling, *, chat: bool = True
+) -> list[Prompt]:
+    """Rows as prompts that leave room for the answer. Raises `DataError` naming the row that does not."""
+    context, answer = model.architecture.context_length, sampling.max_new_tokens
+    if answer >= context:
+        raise ConfigError(f"max_new_tokens {answer} leaves no room for a prompt in the model's context of {context}")
+    why = f"context {context} - max_new_tokens {answer} leaves {context - answer}"
+    return encode_prompts(tokenizer, rows, context - answer, why=why, chat=chat)
+
+
+def answers(
+    engine: RolloutEngine, prompts: Sequence[Prompt], samples: int, sampling: Sampling
+) -> Iterator[tuple[Prompt, list[Response]]]:
+    """Each prompt with all its responses, in the prompts' order, as soon as they are complete."""
+    held: dict[int, list[Response]] = defaultdict(list)
+    following = 0
+    for response in engine.stream([p.tokens for p in prompts], samples, sampling):
+        held[response.prompt_index].append(response)
+        while len(held.get(following, ())) == samples:
+            yield prompts[following], sorted(held.pop(following), key=lambda r: r.sample)
+            following += 1
+
+
+def samples_of(engine: RolloutEngine, prompt: Prompt, responses: Sequence[Response], group: int) -> list[Sample]:
+    """Responses as reward functions see them."""
+    return [
+        Sample(engine.text(r), r.tokens, prompt.tokens, r.finish_reason, prompt.row, prompt.where, group)
+        for r in responses
+    ]
+
+
+def _row(engine: RolloutEngine, prompt: Prompt, responses: list[Response], score) -> dict[str, Any]:
+    samples = samples_of(engine, prompt, responses, 0)
+    row = {
+        **prompt.row,
+        "responses": [sample.text for sample in samples],
+        "response_ids": [r.tokens for r in responses],
+        "finish_reasons": [r.finish_reason for r in responses],
+    }
+    if score is not None:
+        row["scores"] = call_reward_function(score, samples)
+    return row
+
+
+def generate(config: GenerateConfig) -> Iterator[tuple[Prompt, list[str], list[Response]]]:
+    """Answers to `generate.prompt` and `generate.prompts`: the prompt, the texts, the responses."""
+    if not config.model:
+        raise ConfigError("generate.model is empty; name a checkpoint")
+    rows: list[Any] = read_rows([{"prompt": text} for text in config.prompt]) if config.prompt else []
+    rows += read_rows(config.prompts) if config.prompts else []
+    if not rows:
+        raise ConfigError("nothing to answer: give generate.prompt='[\"...\"]' or generate.prompts=FILE")
+    with Cluster.open():
+        folder = model_folder(config.model)
+        tokenizer = load_tokenizer(folder, say=say)
+        model = build_model(folder, "lm", dtype=DTYPES[config.dtype]).eval()
+        sampling = Sampling.of(config.sampling, config.seed)
+        prompts = prompts_for(model, tokenizer, rows, sampling, chat=config.chat)
+        engine = RolloutEngine(model, tokenizer, max_batch=config.max_batch)
+        for prompt, responses in answers(engine, prompts, config.samples_per_prompt, sampling):
+            yield prompt, [engine.text(r) for r in responses], responses
+
+
+def model_folder(path: str) -> str:
+    """A checkpoint's folder: `path` itself, or the exported model of the run at `path`."""
+    exported = Path(path) / "model"
+    return str(exported) if not (Path(path) / "config.json").is_file() and exported.is_dir() else path

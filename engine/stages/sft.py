@@ -1,0 +1,159 @@
+"""Supervised fine-tuning: from a base model to ICE-Instruct. Loss on responses only, several files blended by weight."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from icegrt.algorithm.supervised import heldout_loss, pack_examples, response_nll
+from icegrt.config import DataSource, SFTConfig
+from icegrt.console import say
+from icegrt.data import Blend, Example, describe_lengths, encode_examples, read_rows
+from icegrt.errors import ConfigError
+from icegrt.metrics import SFTStep
+from icegrt.model import weights
+from icegrt.model.pretrained import Pretrained, build_model, save_pretrained
+from icegrt.roles.role import Role
+from icegrt.stages.trainer import Trainer, resolve_chunk_rows, tokenizer_for, write_json
+
+
+class SFTTrainer(Trainer):
+    """Fine-tunes a causal language model; iterating yields `SFTStep`.
+
+    model: path of a Hugging Face checkpoint, or a `transformers` model (default: `config.model`).
+    data, heldout: an iterable of dicts or a `datasets.Dataset` (default: the files of the configuration).
+    """
+
+    def __init__(
+        self,
+        config: SFTConfig,
+        model: Any = None,
+        tokenizer: Any = None,
+        data: Any = None,
+        heldout: Any = None,
+        callbacks: Sequence[Any] = (),
+    ) -> None:
+        source = model if model is not None else config.model
+        if not source:
+            raise ConfigError("sft.model is empty; name the checkpoint to start from")
+        super().__init__(config, callbacks)
+        try:
+            self._set_up(source, tokenizer, data, heldout)
+        except BaseException:
+            self.close()
+            raise
+
+    def _set_up(self, source: Any, tokenizer: Any, data: Any, heldout: Any) -> None:
+        config = self.config
+        pretrained = Pretrained(source)
+        architecture = pretrained.architecture
+        self.tokenizer = tokenizer_for(tokenizer, source, architecture)
+        self.max_length = min(config.max_length or architecture.context_length, architecture.context_length)
+        sources = self._encode("sft.data", config.data, data)
+        if not sources:
+            raise ConfigError("sft.data names no file; give at least one source")
+        self.heldout = [e for examples, _ in self._encode("sft.heldout", config.heldout, heldout) for e in examples]
+        self.blend = Blend(sources, self.run.seed)
+        self.total_steps = math.ceil(self.blend.count(config.epochs) / config.batch_sequences)
+        self.chunk_rows = resolve_chunk_rows(config.chunk_rows, architecture)
+        self.role = Role("actor", build_model(pretrained, "lm", dtype=self.dtype))
+        self.role.learn(config.optimizer, self.total_steps)
+        self.roles = [self.role]
+        self._batches = None
+        self._heldout_batches = pack_examples(self.heldout, config.token_budget) if self.heldout else []
+        self._heldout_before: float | None = None
+        self._begin(self.tokenizer, chunk_rows=self.chunk_rows)
+        if self._heldout_before is None:
+            self._heldout_before = self.evaluate()
+
+    def _encode(self, key: str, files: list[DataSource], given: Any) -> list[tuple[list[Example], float]]:
+        named = [(given, 1.0)] if given is not None else [(source.path, source.weight) for source in files]
+        encoded = []
+        for source, weight in named:
+            rows = read_rows(source)
+            examples = encode_examples(self.tokenizer, rows, self.max_length)
+            label = source if isinstance(source, (str, Path)) else key
+            say(f"{label}: {describe_lengths(examples, len(rows) - len(examples))}")
+            encoded.append((examples, weight))
+        return encoded
+
+    def state(self) -> dict[str, Any]:
+        return {"blend": self.blend.state(), "heldout_before": self._heldout_before}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.blend.load_state(state["blend"])
+        self._heldout_before = state["heldout_before"]
+
+    def step(self) -> SFTStep:
+        """One optimizer step over the next batch of the blend."""
+        if self._batches is None:
+            self._batches = self.blend.batches(self.config.batch_sequences, self.config.epochs)
+        started = time.perf_counter()
+        examples = [self.blend.item(pair) for pair in next(self._batches)]
+        batches = pack_examples(examples, self.config.token_budget)
+
+        def loss(hidden_TH, i):
+            batch = batches[i].to(hidden_TH.device)
+            total = response_nll(self.role, hidden_TH, batch, self.chunk_rows)
+            return total, batch.n_counted_actions, float(total.detach())
+
+        outcome = self.role.step(batches, loss)
+        self.done_steps += 1
+        tokens = sum(batch.n_tokens for batch in batches)
+        row = SFTStep(
+            step=self.done_steps,
+            epoch=self.blend.consumed / max(self.blend.count(1.0), 1),
+            loss=sum(outcome.stats) / max(sum(batch.n_counted_actions for batch in batches), 1),
+            heldout_loss=self.evaluate() if self._due(self.config.eval_every) else None,
+            tokens=tokens,
+            tokens_per_second=tokens / (time.perf_counter() - started),
+            lr=outcome.lr,
+            grad_norm=outcome.grad_norm,
+        )
+        self.log(row)
+        if self._due(self.config.checkpoint_every):
+            self.save_checkpoint()
+        self.notify("on_update", row)
+        return row
+
+    def _due(self, every: int) -> bool:
+        return bool(every) and self.done_steps % every == 0 and self.done_steps < self.total_steps
+
+    def evaluate(self) -> float | None:
+        """Held-out loss in nats per response token; None without held-out data."""
+        if not self._heldout_batches:
+            return None
+        return heldout_loss(self.role, self._heldout_batches, self.chunk_rows)
+
+    def save_pretrained(self, out: str | Path) -> Path:
+        """Write the model as a Hugging Face checkpoint."""
+        tensors = weights.export_tensors(self.role.model, self.dtype)
+        return save_pretrained(
+            tensors,
+            self.role.model.architecture,
+            out,
+            classifier=False,
+            dtype=self.run.dtype,
+            tokenizer=self.tokenizer,
+        )
+
+    def finish(self) -> dict[str, float | None]:
+        """Held-out loss before and after, the last checkpoint, and the model under `<run.dir>/model`."""
+        summary = {"heldout_loss_before": self._heldout_before, "heldout_loss_after": self.evaluate()}
+        self.save_checkpoint()
+        self.save_pretrained(self.dir / "model")
+        write_json(self.dir / "summary.json", summary)
+        return summary
+
+
+def run(config: SFTConfig) -> None:
+    """The command: train to the end and say where the model is."""
+    with SFTTrainer(config) as trainer:
+        summary = trainer.train()
+        if summary["heldout_loss_after"] is not None:
+            before, after = summary["heldout_loss_before"], summary["heldout_loss_after"]
+            say(f"held-out loss {before:.4f} -> {after:.4f} nats per response token")
+        say(f"model: {trainer.dir / 'model'}")

@@ -1,0 +1,191 @@
+"""What the three trainers share: the run's folder, the process groups, the log, callbacks and iteration."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from icegrt import checkpoint
+from icegrt.cluster import Cluster
+from icegrt.config import RunConfig
+from icegrt.console import progress, say
+from icegrt.data import check_tokenizer, load_tokenizer
+from icegrt.errors import ConfigError, RunError
+from icegrt.kernels.reference_linear import default_chunk_rows
+from icegrt.metrics import RunLog
+from icegrt.model.architecture import DTYPES, Architecture
+from icegrt.roles.role import Role
+
+
+class Callback:
+    """Hooks into a run; override what is needed. Each is called on every rank, after the fact."""
+
+    def on_rollout(self, trainer: Any, responses: list) -> None:
+        """Responses of an iteration have been sampled."""
+
+    def on_scores(self, trainer: Any, experience: Any) -> None:
+        """Log-probs, values, scores and advantages of an iteration are known."""
+
+    def on_update(self, trainer: Any, step: Any) -> None:
+        """An iteration (or an optimizer step of SFT and reward training) is done; `step` is what it yields."""
+
+    def on_checkpoint(self, trainer: Any, path: Path) -> None:
+        """A checkpoint has been written to `path`."""
+
+
+class Trainer:
+    """Iterate it for typed metrics, or `train()` to the end. Close it (or use `with`) to leave torch as it was."""
+
+    unit = "steps"
+    total_steps: int
+    roles: list[Role]  # those that learn, for checkpoints
+
+    def __init__(self, config: Any, callbacks: Sequence[Any] = ()) -> None:
+        self.config = config
+        self.run: RunConfig = config.run
+        self.callbacks = list(callbacks)
+        self.dtype = DTYPES[self.run.dtype]
+        self.done_steps = 0
+        self._log: RunLog | None = None
+        self._resumed_from: Path | None = None
+        self.dir = self._claim_folder()
+        self.cluster = Cluster.open()
+
+    # -- the run's folder ------------------------------------------------------------------------------------------
+
+    def _claim_folder(self) -> Path:
+        if not self.run.dir:
+            raise ConfigError(f"{self.config.section}.run.dir is empty; name a folder for the run")
+        folder = Path(self.run.dir)
+        try:
+            if folder.exists() and not folder.is_dir():
+                raise RunError(f"{folder}: not a folder; set {self.config.section}.run.dir to another place")
+            found = checkpoint.list_checkpoints(folder)
+            if self.run.resume:
+                if not found:
+                    raise RunError(f"{folder}: no checkpoint to resume from; start without --resume")
+                self._resumed_from = found[-1]
+            elif folder.exists() and any(folder.iterdir()):
+                raise RunError(
+                    f"{folder}: not empty; continue that run with --resume, or set "
+                    f"{self.config.section}.run.dir to another folder"
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+            # Root may write where the mode says no, and a full or read-only disk says nothing until asked.
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                probe.write(b"x")
+                probe.flush()
+        except OSError as error:
+            raise RunError(f"{folder}: cannot be written ({error.strerror or error})") from None
+        return folder
+
+    def _begin(self, tokenizer: Any, **saved: Any) -> None:
+        """Once models and data stand: restore the checkpoint, write the configuration, open the log."""
+        if self._resumed_from is not None:
+            state = checkpoint.load(self._resumed_from, self.roles)
+            self.done_steps = state["step"]
+            self.load_state(state["trainer"])
+            say(f"resumed from {self._resumed_from}: {self.done_steps} of {self.total_steps} {self.unit} done")
+        self.config.save(self.dir / "config.yaml")
+        tokenizer.save_pretrained(self.dir / "tokenizer")
+        self._log = RunLog(self.dir, None if self._resumed_from is None else self.done_steps)
+        self._saved = saved
+
+    # -- state that subclasses add ---------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Everything beside weights and optimizers that a resumed run needs, as JSON."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take `state()` back."""
+
+    def save_checkpoint(self, keep: int = 1) -> Path:
+        """Write a checkpoint of everything now."""
+        roles = {r.name: {"head": r.model.head_kind, "hf_config": r.model.architecture.hf_config} for r in self.roles}
+        document = {"stage": self.config.section, "roles": roles, "trainer": self.state(), **self._saved}
+        path = checkpoint.save(self.dir, self.done_steps, self.roles, document, keep)
+        self.notify("on_checkpoint", path)
+        return path
+
+    # -- running ---------------------------------------------------------------------------------------------------
+
+    def step(self) -> Any:
+        """One step; returns its metrics, which are logged already."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.done_steps < self.total_steps:
+            yield self.step()
+
+    def train(self) -> Any:
+        """Run to the end with a progress bar; returns what `finish()` says."""
+        with progress(self.total_steps, self.config.section, self.unit) as bar:
+            bar.advance(self.done_steps)
+            for step in self:
+                bar.advance(1, **self.describe(step))
+        return self.finish()
+
+    def describe(self, step: Any) -> dict[str, float]:
+        """The figures of a step that its progress line shows."""
+        return {"loss": step.loss}
+
+    def finish(self) -> Any:
+        """After the last step: final evaluation, checkpoint, exported model."""
+
+    def notify(self, hook: str, *args: Any) -> None:
+        """Call `hook` of every callback that has it."""
+        for callback in self.callbacks:
+            method = getattr(callback, hook, None)
+            if method is not None:
+                method(self, *args)
+
+    def log(self, row: Any) -> None:
+        """Write a row of metrics."""
+        self._log.log(row)
+
+    def close(self) -> None:
+        """Close the log and leave the process groups."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+        if self.cluster is not None:
+            self.cluster.close()
+            self.cluster = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+
+def tokenizer_for(given: Any, model: Any, architecture: Architecture) -> Any:
+    """The tokenizer: the given one, or the one beside the model; checked against the model's vocabulary."""
+    if given is None or isinstance(given, (str, Path)):
+        folder = given or (model if isinstance(model, (str, Path)) else None)
+        if folder is None:
+            raise ConfigError("a model in memory comes without a tokenizer; pass tokenizer=")
+        tokenizer = load_tokenizer(str(folder), say=say)
+    else:
+        tokenizer = given
+        check_tokenizer(tokenizer, say=say)
+    if len(tokenizer) > architecture.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary only {architecture.vocab_size}; "
+            "they do not belong together"
+        )
+    return tokenizer
+
+
+def resolve_chunk_rows(configured: int, architecture: Architecture) -> int:
+    """Rows of logits formed at once: the key, or a choice that follows from the vocabulary alone."""
+    return configured or default_chunk_rows(architecture.vocab_size)
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """A small JSON file, readable by people."""
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

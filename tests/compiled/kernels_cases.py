@@ -1,0 +1,42 @@
+"""Ahead-of-time compiles with a gate on spills (run by test_kernels_compile.py)."""
+
+import importlib
+
+import pytest
+from kernel_cases import stack_bytes
+
+GENERATIONS = pytest.mark.parametrize("capability", [80, 90, 100])
+
+
+@GENERATIONS
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("logits", ["bf16", "fp32"])
+def test_token_logprobs(capability, direction, logits):
+    module = importlib.import_module("icegrt.kernels.token_logprobs_triton")
+    kernel = getattr(module, f"token_logprobs_{direction}")
+    signature = dict.fromkeys(kernel.arg_names, "*fp32") | {
+        "logits_ptr": f"*{logits}",
+        "grad_ptr": f"*{logits}",
+        "labels_ptr": "*i64",
+        "row_stride": "i64",
+        "column_stride": "i32",
+        "columns": "i32",
+        "start": "i32",
+        "valid": "i32",
+        "temperature": "fp32",
+    }
+    constants = {"IGNORED": -100, "SCALED": True, "ENTROPY": True, "BLOCK": module.FORWARD_BLOCK}
+    assert stack_bytes(kernel, signature, constants, capability, module.OPTIONS) == 0
+
+
+@GENERATIONS
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+@pytest.mark.parametrize("optional", [True, False])
+def test_shaped_gae(capability, estimator, optional):
+    module = importlib.import_module("icegrt.kernels.shaped_gae_triton")
+    kernel = module.shaped_gae_kernel
+    signature = dict.fromkeys(kernel.arg_names, "*fp32")
+    signature |= {"cu_ptr": "*i32", "mask_ptr": "*u8", "kl_coef": "fp32", "gamma": "fp32", "decay": "fp32"}
+    flags = dict.fromkeys((n for n in kernel.arg_names if n.startswith("HAS_")), optional)
+    constants = {**flags, "ESTIMATOR": estimator, "LIMIT": module.EXPONENT_LIMIT, "BLOCK": module.BLOCK}
+    assert stack_bytes(kernel, signature, constants, capability, module.OPTIONS) == 0

@@ -1,0 +1,148 @@
+"""Vocabulary shards on gloo ranks: every operation agrees with one rank, to the bit across ranks, uneven and padded."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from icegrt.kernels import (
+    VocabShard,
+    linear_logprobs,
+    linear_ppo_loss,
+    masked_moments,
+    ppo_policy_loss,
+    sample_tokens,
+    token_logprobs,
+)
+
+VOCAB, PADDED, ROWS, WIDTH = 37, 44, 23, 6
+# Slices of the padded vocabulary; the last rank of three holds padding only.
+CUTS = {2: [0, 16, 44], 3: [0, 5, 38, 44]}
+
+
+def data():
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(ROWS, WIDTH, dtype=torch.float64, generator=generator)
+    weight = torch.randn(PADDED, WIDTH, dtype=torch.float64, generator=generator) * 2
+    labels = torch.randint(0, VOCAB, (ROWS,), generator=generator)
+    labels[4] = -100
+    return hidden, weight, labels, torch.randn(ROWS, dtype=torch.float64, generator=generator)
+
+
+def equal_on_all_ranks(x):
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    assert all(torch.equal(p, parts[0]) for p in parts)
+
+
+def worker(rank, world, path):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    start, stop = CUTS[world][rank : rank + 2]
+    shard = VocabShard(dist.group.WORLD, start, stop - start, VOCAB)
+    hidden, weight, labels, advantage = data()
+    check_token_logprobs(hidden, weight, labels, shard, slice(start, stop))
+    check_linear(hidden, weight, labels, advantage, shard, slice(start, stop))
+    check_fp32_bits(hidden.float(), weight.float(), labels, shard, slice(start, stop))
+    check_sampling(hidden, weight, shard, slice(start, stop))
+    check_reductions(rank, world)
+    dist.destroy_process_group()
+
+
+def check_token_logprobs(hidden, weight, labels, shard, mine):
+    logits = hidden @ weight.t()
+    logits[2, :16] = -torch.inf  # a rank without a finite logit in this row
+    labels = labels.clone()
+    labels[2] = 30
+    one, local = logits[:, :VOCAB].clone().requires_grad_(), logits[:, mine].clone().requires_grad_()
+    options = {"temperature": 0.7, "entropy": True}
+    expected, out = token_logprobs(one, labels, **options), token_logprobs(local, labels, shard=shard, **options)
+    upstream = torch.linspace(-1, 1, ROWS, dtype=torch.float64)
+    for a, b in ((out.logprob_A, expected.logprob_A), (out.entropy_A, expected.entropy_A)):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+        equal_on_all_ranks(a)
+    for o in (expected, out):
+        (o.logprob_A * upstream).sum().add((o.entropy_A * upstream.flip(0)).sum()).backward()
+    whole = torch.zeros_like(logits)
+    whole[:, :VOCAB] = one.grad
+    torch.testing.assert_close(local.grad, whole[:, mine], rtol=1e-9, atol=1e-11)
+
+
+def check_linear(hidden, weight, labels, advantage, shard, mine):
+    h1, w1 = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    h2, w2 = hidden.clone().requires_grad_(), weight[mine].clone().requires_grad_()
+    padded = VocabShard(None, 0, PADDED, VOCAB)
+    mask = torch.arange(ROWS) % 5 != 1
+    options = {"mask_A": mask, "temperature": 0.8, "chunk_rows": 7}
+    old = linear_logprobs(h1, w1, labels, shard=padded, **options).logprob_A.detach() + 0.3 * advantage.flip(0)
+    objective = {
+        "normalizer": 9.0,
+        "entropy_coef": 0.1,
+        "kl_coef": 0.2,
+        "kl_estimator": "k3",
+        "ref_logprob_A": old - 0.1,
+    }
+    plain = {**objective, "mask_A": mask & (labels != -100)}
+
+    def composed(h, w, part):
+        out = linear_logprobs(h, w, labels, entropy=True, shard=part, **options)
+        return ppo_policy_loss(out.logprob_A, old, advantage, entropy_A=out.entropy_A, **plain).loss
+
+    def fused(h, w, part):
+        return linear_ppo_loss(h, w, labels, old, advantage, shard=part, **options, **objective).loss
+
+    for loss in (composed, fused):
+        a, b = loss(h1, w1, padded), loss(h2, w2, shard)
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        equal_on_all_ranks(b)
+        (gh1, gw1), (gh2, gw2) = torch.autograd.grad(a, (h1, w1)), torch.autograd.grad(b, (h2, w2))
+        torch.testing.assert_close(gh2, gh1, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(gw2, gw1[mine], rtol=1e-9, atol=1e-11)
+
+
+def check_fp32_bits(hidden, weight, labels, shard, mine):
+    old = linear_logprobs(hidden, weight[mine], labels, shard=shard).logprob_A
+    equal_on_all_ranks(old)
+    truth = token_logprobs((hidden.double() @ weight.double().t())[:, :VOCAB], labels).logprob_A
+    assert (old.double() - truth).abs().max() < 1e-5
+    stats = linear_ppo_loss(hidden, weight[mine], labels, old, torch.ones(ROWS), normalizer=1.0, shard=shard).stats
+    assert stats.ratio_min == 1 and stats.ratio_max == 1
+
+
+def check_sampling(hidden, weight, shard, mine):
+    logits = (hidden @ weight.t()).float()
+    logits[:, VOCAB:] = 1e3  # padding must never be drawn
+    logits[0] = 0.0
+    logits[0, [3, 20]] = 50.0  # a tie across ranks goes to the lowest id
+    where = {"seed": 11, "sequence_ids": torch.arange(ROWS), "positions": torch.arange(ROWS) * 3}
+    for options in ({"temperature": 1.0}, {"temperature": 0.0}, {"temperature": 0.8, "top_k": 6, "top_p": 0.8}):
+        expected = sample_tokens(logits[:, :VOCAB], **where, **options)
+        token, logprob = sample_tokens(logits[:, mine], shard=shard, **where, **options)
+        assert torch.equal(token, expected[0]), options
+        torch.testing.assert_close(logprob, expected[1], rtol=1e-5, atol=1e-5)
+        equal_on_all_ranks(token)
+        equal_on_all_ranks(logprob)
+
+
+def check_reductions(rank, world):
+    x = torch.randn(40, generator=torch.Generator().manual_seed(1)) + 100
+    mine = x[: 40 - world + 1] if rank == 0 else x[:0] if rank == 1 else x[40 - world + 1 :]
+    rest = x[40 - world + 1 :] if world == 2 else x[:0]
+    if rank == 0:
+        mine = torch.cat([mine, rest])
+    moments = masked_moments(mine, group=dist.group.WORLD)  # rank 1 has nothing and joins all the same
+    torch.testing.assert_close(moments.variance, x.double().var(correction=0))
+    for part in (moments.count, moments.mean, moments.m2):
+        equal_on_all_ranks(part)
+    zeros = torch.zeros(rank)
+    stats = ppo_policy_loss(zeros - rank, zeros, zeros + 1, normalizer=1.0).stats.reduce()
+    assert stats.count == sum(range(world)) and stats.logprob_diff_abs_max == world - 1
+    assert stats.ratio_max.item() == pytest.approx(math.exp(-1)), stats.ratio_max
+    assert stats.ratio_min.item() == pytest.approx(math.exp(1 - world)), stats.ratio_min
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_shards_agree_with_one_rank(world, tmp_path):
+    mp.start_processes(worker, args=(world, tmp_path / "store"), nprocs=world, start_method="fork")

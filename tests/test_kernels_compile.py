@@ -1,0 +1,10 @@
+"""Every Triton kernel compiles for sm_80, sm_90 and sm_100 without spills, in a process that does not interpret."""
+
+import pytest
+from kernel_cases import run_cases
+
+pytest.importorskip("triton")
+
+
+def test_ahead_of_time():
+    run_cases("compiled/kernels_cases.py", interpret=False)

@@ -1,0 +1,144 @@
+"""ppo_policy_loss: the formulas of the recipe, token by token, and what overflow and masks must not do."""
+
+import math
+
+import pytest
+import torch
+
+from icegrt.kernels import Moments, PolicyStats, ppo_policy_loss
+
+
+def by_hand(logprob, old, advantage, low, high, dual):
+    rho = math.exp(logprob - old)
+    loss = max(-advantage * rho, -advantage * min(max(rho, 1 - low), 1 + high))
+    return min(loss, -advantage * dual) if dual and advantage < 0 else loss
+
+
+@pytest.mark.parametrize("dual", [None, 2.0])
+def test_surrogate_is_the_recipes(dual):
+    logprob, old, advantage = torch.randn(3, 50, dtype=torch.float64)
+    out = ppo_policy_loss(logprob, old, advantage, normalizer=50, clip_low=0.1, clip_high=0.3, dual_clip=dual)
+    expected = [by_hand(*x, 0.1, 0.3, dual) for x in zip(*(v.tolist() for v in (logprob, old, advantage)), strict=True)]
+    assert out.loss.item() == pytest.approx(sum(expected) / 50, rel=1e-12)
+    rho = (logprob - old).exp()
+    low, high = (rho < 0.9) & (advantage < 0), (rho > 1.3) & (advantage > 0)
+    assert out.stats.clipped_low == low.sum() and out.stats.clipped_high == high.sum()
+    assert out.stats.clipped_sum == (low | high).sum()
+
+
+def test_clipped_tokens_have_no_gradient_and_the_rest_minus_a_rho():
+    old = torch.zeros(4)
+    logprob = torch.tensor([0.5, -0.5, 0.5, 0.0], requires_grad=True)
+    advantage = torch.tensor([1.0, -1.0, -1.0, 2.0])
+    ppo_policy_loss(logprob, old, advantage, normalizer=1.0).loss.backward()
+    torch.testing.assert_close(logprob.grad, torch.tensor([0.0, 0.0, math.exp(0.5), -2.0]))
+
+
+@pytest.mark.parametrize(("estimator", "d"), [(e, d) for e in ("k1", "k2", "k3", "abs") for d in (-100.0, 0.0, 100.0)])
+def test_kl_and_ratio_extremes_stay_finite(estimator, d):
+    for gradient in ("k2", "raw"):
+        logprob = torch.tensor([d, 0.0], requires_grad=True)
+        out = ppo_policy_loss(
+            logprob,
+            torch.zeros(2),
+            torch.tensor([1.0, -1.0]),
+            ref_logprob_A=torch.zeros(2),
+            normalizer=1.0,
+            kl_coef=0.1,
+            kl_estimator=estimator,
+            kl_gradient=gradient,
+        )
+        out.loss.backward()
+        assert torch.isfinite(out.loss) and torch.isfinite(logprob.grad).all()
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3", "abs"])
+def test_kl_has_the_value_of_its_estimator_and_the_gradient_of_k2(estimator):
+    ref = torch.randn(6, dtype=torch.float64)
+    losses = []
+    for gradient in ("k2", "raw"):
+        logprob = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+        out = ppo_policy_loss(
+            logprob,
+            None,
+            torch.zeros(6),
+            ref_logprob_A=ref,
+            normalizer=1.0,
+            kl_coef=1.0,
+            kl_estimator=estimator,
+            kl_gradient=gradient,
+        )
+        out.loss.backward()
+        losses.append((out.loss.item(), logprob.grad))
+    assert losses[0][0] == losses[1][0]
+    torch.testing.assert_close(losses[0][1], -ref)
+    d = -ref
+    raw = {"k1": torch.ones_like(d), "k3": 1 - (-d).exp(), "abs": d.sign()}[estimator]
+    torch.testing.assert_close(losses[1][1], raw)
+
+
+def test_moments_whiten_the_advantage_on_the_fly():
+    advantage = torch.randn(10) * 3 + 2
+    moments = Moments(*(torch.tensor(x, dtype=torch.float64) for x in (10.0, advantage.mean().item(), 40.0)))
+    for shift in (True, False):
+        white = (advantage - advantage.mean()) / math.sqrt(4.0) + (0 if shift else advantage.mean())
+        a = ppo_policy_loss(torch.zeros(10), None, advantage, normalizer=10, moments=moments, shift_mean=shift)
+        b = ppo_policy_loss(torch.zeros(10), None, white, normalizer=10)
+        torch.testing.assert_close(a.loss, b.loss)
+        assert a.loss.dtype == torch.float32
+
+
+def test_masked_entries_have_no_effect_whatever_they_hold():
+    streams = [torch.randn(6) for _ in range(5)]
+    mask = torch.tensor([1, 1, 0, 1, 0, 1])
+
+    def run(logprob, old, advantage, ref, entropy):
+        leaf = logprob.detach().requires_grad_()
+        out = ppo_policy_loss(
+            leaf,
+            old,
+            advantage,
+            ref_logprob_A=ref,
+            entropy_A=entropy,
+            mask_A=mask,
+            normalizer=4.0,
+            kl_coef=0.1,
+            entropy_coef=0.1,
+            weight_A=torch.where(mask != 0, 1.0, torch.nan),
+        )
+        out.loss.backward()
+        return out, leaf.grad
+
+    clean = run(*streams)
+    dirty = run(*(torch.where(mask != 0, x, torch.nan) for x in streams))
+    assert clean[0].loss == dirty[0].loss and clean[0].stats == dirty[0].stats
+    assert torch.equal(clean[1], dirty[1]) and (clean[1][mask == 0] == 0).all()
+    assert clean[0].stats.count == 4
+
+
+def test_empty_stream_has_neutral_statistics():
+    none = torch.zeros(0, requires_grad=True)
+    out = ppo_policy_loss(none, None, torch.zeros(0), normalizer=torch.tensor(7.0))
+    out.loss.backward()
+    assert out.loss == 0 and out.stats.count == 0 and out.stats.ratio_min == math.inf
+    some = ppo_policy_loss(torch.zeros(3), None, torch.ones(3), normalizer=1.0).stats
+    assert some.merge(out.stats) == some
+    assert isinstance(some, PolicyStats) and all(getattr(some, f).dim() == 0 for f in some.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("match", "change"),
+    [
+        ("advantage_A must have shape", {"advantage_A": torch.zeros(4)}),
+        ("normalizer must be finite and > 0", {"normalizer": 0.0}),
+        ("ref_logprob_A must be given", {"kl_coef": 0.1}),
+        ("entropy_A must be given", {"entropy_coef": 0.1}),
+        ("kl_estimator must be one of", {"kl_estimator": "k4"}),
+        ("dual_clip must be finite and > 1", {"dual_clip": 1.0}),
+        ("clip_low must be finite", {"clip_low": -0.1}),
+    ],
+)
+def test_errors_name_the_argument(match, change):
+    arguments = {"logprob_A": torch.zeros(3), "old_logprob_A": None, "advantage_A": torch.zeros(3), "normalizer": 1.0}
+    with pytest.raises(ValueError, match=match):
+        ppo_policy_loss(**(arguments | change))

@@ -1,0 +1,55 @@
+"""masked_moments and whiten: Chan's rule, degenerate sets, masks."""
+
+import pytest
+import torch
+
+from icegrt.kernels import Moments, masked_moments, whiten
+
+
+def test_moments_of_parts_merge_to_those_of_the_whole():
+    x = torch.randn(1000) * 3 + 1e4  # a mean far from 0: sums of squares would lose every digit
+    whole = masked_moments(x)
+    parts = [masked_moments(p) for p in (x[:1], x[1:1], x[1:400], x[400:])]
+    merged = parts[0]
+    for part in parts[1:]:
+        merged = merged.merge(part)
+    assert merged.count == 1000
+    for m in (whole, merged):
+        torch.testing.assert_close(m.mean, x.double().mean())
+        torch.testing.assert_close(m.variance, x.double().var(correction=0))
+
+
+def test_masked_nan_has_no_effect():
+    x, mask = torch.randn(50), torch.rand(50) > 0.5
+    dirty = torch.where(mask, x, torch.nan)
+    masked, dropped = masked_moments(dirty, mask), masked_moments(x[mask])
+    assert masked == masked_moments(x, mask)
+    for name in ("count", "mean", "m2"):
+        torch.testing.assert_close(getattr(masked, name), getattr(dropped, name), rtol=1e-12, atol=1e-12)
+
+
+def test_one_element_and_none():
+    one = masked_moments(torch.tensor([3.0]))
+    assert one.variance == 0 and (whiten(torch.tensor([3.0]), one) == 0).all()
+    none = masked_moments(torch.zeros(0))
+    assert none.count == 0 and none.variance == 0 and whiten(torch.zeros(0), none).shape == (0,)
+
+
+def test_whiten_with_and_without_the_mean():
+    x = torch.randn(200) * 5 + 3
+    moments = masked_moments(x)
+    white = whiten(x, moments)
+    assert white.dtype == torch.float32
+    assert abs(white.mean()) < 1e-5 and white.var(correction=0).item() == pytest.approx(1, abs=1e-5)
+    kept = whiten(x, moments, shift_mean=False)
+    assert kept.mean().item() == pytest.approx(x.mean().item(), abs=1e-4)
+
+
+def test_errors_name_the_argument():
+    with pytest.raises(ValueError, match="mask must have shape"):
+        masked_moments(torch.zeros(3), torch.ones(2))
+    with pytest.raises(TypeError, match="moments must be Moments"):
+        whiten(torch.zeros(3), None)
+    with pytest.raises(TypeError, match="x must be floating"):
+        masked_moments(torch.zeros(3, dtype=torch.long))
+    assert isinstance(masked_moments(torch.zeros(2, 2)), Moments)
