@@ -1,1 +1,96 @@
-"""icegrt: PPO with four Megatron-core models in one process set."""
+"""icegrt: PPO with four Megatron-core models in one process set.
+
+What other programs may use is listed in `__all__` and imported when it is first asked for: `icegrt.kernels` and
+`icegrt.packing` need neither Megatron nor transformers, and importing `icegrt` alone imports nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from icegrt.algorithm.reward_function import Sample
+    from icegrt.config import ExportConfig, GenerateConfig, PPOConfig, RewardConfig, SampleConfig, SFTConfig
+    from icegrt.errors import CheckpointError, ConfigError, DataError, RewardError, RunError, UserError
+    from icegrt.metrics import Evaluation, PPOStep, RewardStep, SFTStep
+    from icegrt.rollout.engine import RolloutEngine
+    from icegrt.rollout.load import load_actor
+    from icegrt.rollout.response import Response, Sampling
+    from icegrt.stages.ppo import PPOTrainer
+    from icegrt.stages.reward import RewardTrainer
+    from icegrt.stages.sft import SFTTrainer
+    from icegrt.stages.trainer import Callback
+
+    __version__: str
+
+__all__ = [
+    "Callback",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Evaluation",
+    "ExportConfig",
+    "GenerateConfig",
+    "PPOConfig",
+    "PPOStep",
+    "PPOTrainer",
+    "Response",
+    "RewardConfig",
+    "RewardError",
+    "RewardStep",
+    "RewardTrainer",
+    "RolloutEngine",
+    "RunError",
+    "SFTConfig",
+    "SFTStep",
+    "SFTTrainer",
+    "Sample",
+    "SampleConfig",
+    "Sampling",
+    "UserError",
+    "__version__",
+    "load_actor",
+]
+
+_HOMES = {
+    "algorithm.reward_function": ("Sample",),
+    "config": ("ExportConfig", "GenerateConfig", "PPOConfig", "RewardConfig", "SampleConfig", "SFTConfig"),
+    "errors": ("CheckpointError", "ConfigError", "DataError", "RewardError", "RunError", "UserError"),
+    "metrics": ("Evaluation", "PPOStep", "RewardStep", "SFTStep"),
+    "rollout.engine": ("RolloutEngine",),
+    "rollout.load": ("load_actor",),
+    "rollout.response": ("Response", "Sampling"),
+    "stages.ppo": ("PPOTrainer",),
+    "stages.reward": ("RewardTrainer",),
+    "stages.sft": ("SFTTrainer",),
+    "stages.trainer": ("Callback",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_LIBRARY_MODULES = ("kernels", "packing")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        value = getattr(importlib.import_module(f"icegrt.{_HOME_OF[name]}"), name)
+    elif name in _LIBRARY_MODULES:
+        value = importlib.import_module(f"icegrt.{name}")
+    elif name == "__version__":
+        value = _version()
+    else:
+        raise AttributeError(f"module 'icegrt' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_LIBRARY_MODULES})
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("icegrt")
+    except metadata.PackageNotFoundError:  # a checkout on the path, not installed
+        return "0+unknown"

@@ -51,6 +51,7 @@ def save(run_dir: str | Path, step: int, roles: list[Role], state: dict[str, Any
         aside.mkdir(parents=True)
         with _quiet(), _results_queue_of_this_process():
             for role in roles:
+                _begin_states(role)
                 (aside / role.name).mkdir()
                 dist_checkpointing.save(_sharded(role, loading=False), str(aside / role.name))
         document = {"step": step, "schedules": {r.name: r.schedule.state_dict() for r in roles}, **state}
@@ -123,6 +124,17 @@ def _sharded(role: Role, *, loading: bool) -> dict[str, Any]:
             document["model"], is_loading=loading, metadata=_OPTIMIZER_FORMAT
         )
     return document
+
+
+def _begin_states(role: Role) -> None:
+    # A role that has not stepped yet (the actor, while the critic warms up) has no Adam state, which Megatron cannot
+    # save. What torch would begin with is put there; Megatron's own way is a step, and that decays the weights.
+    for optimizer in _inner(role.optimizer):
+        adam = optimizer.optimizer
+        for parameter in (p for group in adam.param_groups for p in group["params"]):
+            if isinstance(adam, torch.optim.Adam) and not adam.state[parameter]:
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                adam.state[parameter] = {"step": torch.zeros((), dtype=torch.float32), **zeros}
 
 
 def _load_optimizer(role: Role, state: dict[str, Any]) -> None:

@@ -45,10 +45,10 @@ class Judge:
         text = self.tokenizer.decode(response.tokens, skip_special_tokens=True)
         return Sample(
             text,
-            response.tokens,
-            prompt.tokens,
+            list(response.tokens),  # copies: what a user's function does to them must not reach the update
+            list(prompt.tokens),
             response.finish_reason,
-            prompt.row,
+            dict(prompt.row),
             prompt.where,
             response.prompt_index,
         )

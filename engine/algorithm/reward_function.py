@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,33 +79,50 @@ def call_reward_function(function: RewardFunction, samples: list[Sample]) -> lis
     """Score all samples. Raises `RewardError` if it raises, or returns anything but one finite number per sample."""
     name = getattr(function, "__name__", type(function).__name__)
     try:
-        scores = list(function(samples))
+        returned = function(samples)
+        scores = list(returned) if isinstance(returned, Iterable) and not isinstance(returned, (str, Mapping)) else None
     except Exception as error:
         place = _row_at_fault(function, samples)
         raise RewardError(f"reward function `{name}` raised {type(error).__name__}: {error}{place}") from error
+    if scores is None:
+        raise RewardError(
+            f"reward function `{name}` returned {_short(returned)} for {len(samples)} samples, the first of which is "
+            f"{samples[0].where}; expected a list with one number for each"
+        )
     if len(scores) != len(samples):
-        raise RewardError(f"reward function `{name}` returned {len(scores)} scores for {len(samples)} samples")
+        raise RewardError(
+            f"reward function `{name}` returned {len(scores)} scores for {len(samples)} samples, the first of which is "
+            f"{samples[0].where}; expected one for each"
+        )
     for sample, score in zip(samples, scores, strict=True):
-        if isinstance(score, bool) or not _is_finite_number(score):
+        if not _is_finite_number(score):
             raise RewardError(
-                f"reward function `{name}` returned {score!r} for {sample.where}; expected a finite number. "
+                f"reward function `{name}` returned {_short(score)} for {sample.where}; expected a finite number. "
                 f"The answer was: {sample.text[:80]!r}"
             )
     return [float(score) for score in scores]
 
 
 def _is_finite_number(score: Any) -> bool:
-    try:
-        return math.isfinite(float(score)) and not isinstance(score, str)
-    except (TypeError, ValueError):
+    # numpy and torch have booleans of their own.
+    if isinstance(score, (bool, str)) or str(getattr(score, "dtype", "")).endswith(("bool", "bool_")):
         return False
+    try:
+        return math.isfinite(float(score))
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return False
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _row_at_fault(function: RewardFunction, samples: list[Sample]) -> str:
     # Called again one by one: a crash over a batch is no help without the row that caused it.
     for sample in samples:
         try:
-            function([sample])
+            list(function([sample]))  # a generator runs only when it is read
         except Exception:
             return f" (at {sample.where}, answer {sample.text[:80]!r})"
     return " (on the whole batch, on no single row)"

@@ -20,7 +20,8 @@ class ScoreScaling:
     """Running moments of the reward model's scores over all ranks and iterations (Chan's rule, fp64).
 
     score' = clip((score - shift * mean) / std, -c, c). The moments take in an iteration's scores before they are
-    applied to them. `start` gives statistics that were saved with the reward model.
+    applied to them. `start` gives statistics that were saved with the reward model; without them, and before the first
+    iteration, scores are taken as they are.
     """
 
     def __init__(self, config: PPOConfig, start: dict[str, float] | None = None) -> None:
@@ -39,7 +40,7 @@ class ScoreScaling:
         score_N = score_N.double()
         if self.shift:
             score_N = score_N - self.moments.mean.item()
-        if self.scale:
+        if self.scale and self.moments.count > 0:
             score_N = score_N / max(self.moments.variance.sqrt().item(), _LEAST_STD)
         if self.clip:
             score_N = score_N.clamp(-self.clip, self.clip)

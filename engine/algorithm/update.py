@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from icegrt.algorithm.experience import Experience
+from icegrt.algorithm.supervised import pack_examples, response_nll
 from icegrt.config import PPOConfig
 from icegrt.data import Example
-from icegrt.algorithm.supervised import pack_examples, response_nll
 from icegrt.kernels import linear_ppo_loss, value_loss
 from icegrt.packing import PackedBatch
 from icegrt.roles.role import Loss, Role, StepOutcome

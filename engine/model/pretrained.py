@@ -53,7 +53,10 @@ class Pretrained:
         path = self._files[name]
         if path not in self._open:
             self._open[path] = _open_safetensors(path)
-        return self._open[path].get_tensor(name)
+        try:
+            return self._open[path].get_tensor(name)
+        except Exception as error:  # safetensors' own, or the system's where the file is cut short
+            raise CheckpointError(f"{path}: tensor `{name}` cannot be read ({error})") from None
 
 
 def _open_safetensors(path: Path):
@@ -68,8 +71,11 @@ def _open_safetensors(path: Path):
 def _find_tensors(folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: folder / Path(file).name for name, file in files.items()}
+        try:
+            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return {name: folder / Path(file).name for name, file in files.items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index}: not an index of safetensors ({error!r}); copy the file again") from None
     single = folder / "model.safetensors"
     if single.is_file():
         return {name: single for name in _open_safetensors(single).keys()}  # noqa: SIM118 (not a dict)
@@ -99,8 +105,8 @@ def save_pretrained(
     documents to lay beside them. Raises `RunError` if `out` holds files or cannot be written.
     """
     out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise RunError(f"{out}: not empty; choose another folder for the exported model")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out}: not an empty folder; choose another folder for the exported model")
     aside = out.with_name(out.name + ".writing")
     try:
         shutil.rmtree(aside, ignore_errors=True)

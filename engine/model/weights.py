@@ -104,16 +104,26 @@ def load(model: LanguageModel, source: Pretrained, *, new_head: bool = False) ->
                 continue
             raise CheckpointError(_missing_message(source, missing[0]))
         available.difference_update(entry.sources)
-        whole = join(entry, [source.get(name) for name in entry.sources], model.architecture)
-        piece = shard(entry, whole, rank, ranks)
-        if piece.shape != parameter.shape:
-            raise CheckpointError(
-                f"{source.where}: tensor `{entry.sources[0]}` has shape {tuple(piece.shape)} where config.json "
-                f"asks for {tuple(parameter.shape)}"
-            )
+        parts = [source.get(name) for name in entry.sources]
+        expected = _source_shapes(entry, parameter.shape, ranks, model.architecture)
+        for name, part, shape in zip(entry.sources, parts, expected, strict=True):
+            if part.shape != shape:
+                raise CheckpointError(
+                    f"{source.where}: tensor `{name}` has shape {tuple(part.shape)} where config.json asks for "
+                    f"{tuple(shape)}"
+                )
+        piece = shard(entry, join(entry, parts, model.architecture), rank, ranks)
         parameter.copy_(piece)
     assert not parameters, f"parameters without a source: {sorted(parameters)}"
     _refuse_leftovers(source, available, model.head_kind)
+
+
+def _source_shapes(entry: Entry, piece: torch.Size, ranks: int, architecture: Architecture) -> list[torch.Size]:
+    """Shapes in Hugging Face of the tensors that a parameter of shape `piece` on each rank is made of."""
+    whole = list(piece)
+    if entry.cut != "whole":
+        whole[entry.cut == "columns"] *= ranks
+    return [part.shape for part in separate(entry, torch.empty(whole, device="meta"), architecture)]
 
 
 def _missing_message(source: Pretrained, name: str) -> str:

@@ -73,9 +73,17 @@ class Role:
         """One optimizer step: `loss(hidden_TH, i)` for the i-th micro-batch; gradients are of sum over count."""
         self._ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        stats = self.accumulate(batches, loss)
+        totals: list[Tensor] = []
+
+        def watched(hidden_TH: Tensor, index: int) -> Loss:
+            result = loss(hidden_TH, index)
+            totals.append(result[0].detach())
+            return result
+
+        stats = self.accumulate(batches, watched)
         lr = self.optimizer.param_groups[0]["lr"]
-        if not self._gradients_are_finite():
+        # A loss may overflow where its gradient does not, and the other way round.
+        if not (bool(torch.isfinite(torch.stack(totals)).all()) and self._gradients_are_finite()):
             return StepOutcome(stats, math.nan, lr, skipped=True)
         _, grad_norm, _ = self.optimizer.step()
         self.schedule.step(increment=1)
@@ -132,7 +140,19 @@ def _optimizer(config: OptimizerConfig, ddp, model_config):
         params_dtype=model_config.params_dtype,
         use_distributed_optimizer=True,
     )
-    return get_megatron_optimizer(settings, [ddp])
+    optimizer = get_megatron_optimizer(settings, [ddp])
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        _index_as_ordered(inner)
+    return optimizer
+
+
+def _index_as_ordered(optimizer) -> None:
+    # Checkpoints look a parameter's state up by its place in the group. Megatron numbers the places in buffer order and
+    # then puts fp32 parameters first: beside bf16 ones the scalar head would be given another parameter's state.
+    groups = zip(optimizer.model_fp32_groups, optimizer.model_float16_groups, strict=True)
+    for group, (fp32, float16) in enumerate(groups):
+        for order, parameter in enumerate((*fp32, *float16)):
+            optimizer.model_param_group_index_map[parameter] = (group, order)
 
 
 def _schedule(config: OptimizerConfig, optimizer, total_steps: int):

@@ -16,8 +16,8 @@ class KVCache:
 
     def __init__(self, layers: int, slots: int, capacity: int, kv_heads: int, head_dim: int, *, dtype, device) -> None:
         shape = (layers, slots, kv_heads, capacity, head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        # Masked values are multiplied by an exact zero, so they must at least be finite.
+        # What is masked takes part all the same (a score plus -inf, a value times 0), so it must at least be finite.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
         self.live = 0

@@ -9,7 +9,7 @@ from icegrt.cluster import Cluster
 from icegrt.config import ExportConfig
 from icegrt.console import say
 from icegrt.data import load_tokenizer
-from icegrt.errors import CheckpointError, ConfigError
+from icegrt.errors import CheckpointError, ConfigError, RunError
 from icegrt.model import weights
 from icegrt.model.architecture import DTYPES, Architecture
 from icegrt.model.language_model import LanguageModel
@@ -22,6 +22,9 @@ def run(config: ExportConfig) -> None:
     for key in ("run", "out"):
         if not getattr(config, key):
             raise ConfigError(f"export.{key} is empty; it must be given")
+    out = Path(config.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out}: already there, and not an empty folder; set export.out to another place")
     found = checkpoint.list_checkpoints(config.run)
     if not found:
         raise CheckpointError(f"{config.run}: holds no checkpoint of a run")

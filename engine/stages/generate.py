@@ -6,13 +6,13 @@ import contextlib
 
 from icegrt.config import GenerateConfig
 from icegrt.console import plain, say
-from icegrt.metrics import JsonlWriter
+from icegrt.stages.folders import rows_file
 from icegrt.stages.sample import generate
 
 
 def run(config: GenerateConfig) -> None:
     """The command: print each prompt with its answers, or write them to `generate.out`."""
-    with JsonlWriter(config.out) if config.out else contextlib.nullcontext() as writer:
+    with rows_file(config.out) if config.out else contextlib.nullcontext() as writer:
         count = 0
         for prompt, texts, responses in generate(config):
             count += len(texts)

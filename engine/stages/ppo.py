@@ -16,8 +16,8 @@ from icegrt.algorithm.evaluation import Assessment, Assessor
 from icegrt.algorithm.experience import Experience, Planned, plan, score_logprobs, score_values, shape
 from icegrt.algorithm.judge import Judge, Verdict
 from icegrt.algorithm.kl_control import kl_controller
-from icegrt.algorithm.scores import ScoreScaling, Scores, combine
-from icegrt.algorithm.update import Updater, UpdateOutcome
+from icegrt.algorithm.scores import Scores, ScoreScaling, combine
+from icegrt.algorithm.update import UpdateOutcome, Updater
 from icegrt.config import PPOConfig
 from icegrt.console import say, warn
 from icegrt.data import Blend, Prompt, PromptOrder, describe_lengths, encode_examples, encode_prompts, read_rows
@@ -29,7 +29,7 @@ from icegrt.report import write_run_report
 from icegrt.rollout.engine import RolloutEngine
 from icegrt.rollout.response import Response, Sampling
 from icegrt.stages.ppo_metrics import ppo_step, write_rollouts
-from icegrt.stages.ppo_roles import RewardSources, build_roles, check_config, check_lengths
+from icegrt.stages.ppo_roles import RewardSources, build_roles, check_config, check_critic, check_lengths
 from icegrt.stages.reward import SCORE_STATISTICS
 from icegrt.stages.trainer import Trainer, resolve_chunk_rows, tokenizer_for, write_json
 
@@ -66,6 +66,7 @@ class PPOTrainer(Trainer):
             if isinstance(given, str) and not given:
                 raise ConfigError(f"ppo.{name} is empty; it must be given")
         sources = RewardSources.of(config, reward)
+        check_critic(config, sources, critic)
         super().__init__(config, callbacks)
         try:
             self._set_up(
@@ -176,7 +177,7 @@ class PPOTrainer(Trainer):
     def step(self) -> PPOStep:
         """One PPO iteration; returns its metrics, logged, with alarms raised in words."""
         iteration = self.done_steps + 1
-        self._seconds = defaultdict(float)
+        self._seconds = defaultdict(float, {k: s for k, s in self._seconds.items() if k == "checkpoint"})
         prompts, responses = self._roll_out(iteration)
         with self._timed("plan"):
             planned = plan(responses, self.config.token_budget, self.config.minibatches)
@@ -239,9 +240,6 @@ class PPOTrainer(Trainer):
         if self.eval_prompts and (iteration == self.total_steps or _due(iteration, config.eval_every)):
             with self._timed("evaluate"):
                 evaluation = self.evaluate()
-        if iteration == self.total_steps or _due(iteration, config.checkpoint_every):
-            with self._timed("checkpoint"):
-                self.save_checkpoint(config.keep_checkpoints)
         row = ppo_step(
             iteration, experience, outcome, kl_coef, dict(self._seconds), evaluation, self.cluster.data_group
         )
@@ -249,6 +247,11 @@ class PPOTrainer(Trainer):
         for message in self.alarms.check(row):
             self.alarm_messages.append(f"iteration {iteration}: {message}")
             warn(self.alarm_messages[-1])
+        # Last, so that the checkpoint holds the alarms of this iteration too; a row beyond a checkpoint is dropped on
+        # resume, a missing one would never come back. Its seconds are shown with the next iteration.
+        if iteration == self.total_steps or _due(iteration, config.checkpoint_every):
+            with self._timed("checkpoint"):
+                self.save_checkpoint(config.keep_checkpoints)
         return row
 
     def _stop_if_broken(self, outcome: UpdateOutcome) -> None:
@@ -297,7 +300,7 @@ class PPOTrainer(Trainer):
 
     def finish(self) -> dict[str, Any]:
         """The actor under `<run.dir>/model`, the page of the run, and what alarms were raised."""
-        self.save_pretrained(self.dir / "model")
+        self.write_model()
         summary = {"iterations": self.done_steps, "alarms": self.alarm_messages}
         write_json(self.dir / "summary.json", summary)
         write_run_report(self.dir, config=self.config)

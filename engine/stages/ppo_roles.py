@@ -36,6 +36,15 @@ def check_config(config: PPOConfig) -> None:
         raise ConfigError(f"ppo.minibatches is {config.minibatches}, but an iteration has only {responses} responses")
 
 
+def check_critic(config: PPOConfig, sources: RewardSources, critic: Any) -> None:
+    """Refuse a critic that has nothing to start from. Raises `ConfigError`."""
+    if critic is None and config.critic.init == "reward" and sources.model is None:
+        raise ConfigError(
+            "ppo.critic.init is 'reward', but there is no reward model to start from; set ppo.critic.init=actor "
+            "(the actor's trunk with a zero head)"
+        )
+
+
 @dataclass(frozen=True)
 class RewardSources:
     """Where scores come from: a checkpoint or model in memory, a Python function, or both."""
@@ -47,9 +56,10 @@ class RewardSources:
     def of(cls, config: PPOConfig, given: Any) -> RewardSources:
         """`given` (a path, a model, a callable, or a list of them) or what the configuration names."""
         parts = list(given) if isinstance(given, (list, tuple)) else [given] if given is not None else []
-        if not parts:
-            parts = [part for part in (config.reward_model, config.reward_function) if part]
         model, function = None, None
+        if not parts:
+            model = config.reward_model or None
+            function = load_reward_function(config.reward_function) if config.reward_function else None
         for part in parts:
             if _is_function(part):
                 if function is not None:
@@ -87,11 +97,6 @@ def build_roles(
     if critic is not None:
         start, new_head = Pretrained(critic), False
     elif config.critic.init == "reward":
-        if reward is None:
-            raise ConfigError(
-                "ppo.critic.init is 'reward', but there is no reward model to start from; set ppo.critic.init=actor "
-                "(the actor's trunk with a zero head)"
-            )
         start, new_head = reward, False
     else:
         start, new_head = actor, True

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from icegrt.algorithm.ranking import RankedBatch, RankingQuality, evaluate_ranking, pack_rankings, ranking_loss
 from icegrt.config import DataSource, RewardConfig
@@ -24,6 +25,7 @@ from icegrt.stages.trainer import Trainer, tokenizer_for, write_json
 from icegrt.statistics import accuracy_by_margin, best_one_feature_baseline
 
 SCORE_STATISTICS = "score_statistics.json"
+_BEST_WEIGHTS = "best_weights.safetensors"
 
 
 class RewardTrainer(Trainer):
@@ -74,10 +76,17 @@ class RewardTrainer(Trainer):
         self.heldout = pack_rankings(held, config.token_budget, config.tie_margin) if held else []
         self.heldout_rankings = held
         self._batches = None
-        self._best: tuple[float, dict[str, torch.Tensor]] | None = None
+        self._best_loss: float | None = None
         self._without_better = 0
+        self._before: dict[str, Any] | None = None
         self._begin(self.tokenizer)
-        self.before = self.evaluate()
+        if self._before is None and self.heldout:
+            quality = self.evaluate()
+            self._before = {
+                "loss": quality.loss,
+                "accuracy": quality.accuracy,
+                "statistics": _statistics(quality.score_N),
+            }
 
     def _encode(self, key: str, files: list[DataSource], given: Any) -> list[tuple[list[Ranking], float]]:
         named = [(given, 1.0)] if given is not None else [(source.path, source.weight) for source in files]
@@ -89,18 +98,29 @@ class RewardTrainer(Trainer):
             longest = max(rankings, key=len)
             if len(longest) > self.config.token_budget:
                 raise DataError(
-                    f"{longest.where}: all {len(longest.responses)} responses have {len(longest)} tokens together, more "
-                    f"than reward.token_budget {self.config.token_budget}; raise it (a prompt's responses share a batch)"
+                    f"{longest.where}: all {len(longest.responses)} responses have {len(longest)} tokens together, "
+                    f"more than reward.token_budget {self.config.token_budget}; raise it (a prompt's responses share a "
+                    "batch)"
                 )
             encoded.append((rankings, weight))
         return encoded
 
     def state(self) -> dict[str, Any]:
-        return {"blend": self.blend.state(), "without_better": self._without_better}
+        return {
+            "blend": self.blend.state(),
+            "without_better": self._without_better,
+            "best_loss": self._best_loss,
+            "before": self._before,
+            "stopped": self.done_steps >= self.total_steps,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.blend.load_state(state["blend"])
         self._without_better = state["without_better"]
+        self._best_loss = state["best_loss"]
+        self._before = state["before"]
+        if state["stopped"]:
+            self.total_steps = self.done_steps
 
     def step(self) -> RewardStep:
         """One optimizer step over the next prompts."""
@@ -130,6 +150,8 @@ class RewardTrainer(Trainer):
         self.log(row)
         if quality:
             self._watch(quality)
+            if self.done_steps < self.total_steps:
+                self.save_checkpoint()
         self.notify("on_update", row)
         return row
 
@@ -138,10 +160,14 @@ class RewardTrainer(Trainer):
         return {"loss": step.loss, **held}
 
     def _watch(self, quality: RankingQuality) -> None:
-        # Early stopping: the weights of the best held-out loss are kept, and are the ones that are exported.
-        if self._best is None or quality.loss < self._best[0]:
-            self._best = (quality.loss, {n: p.detach().clone() for n, p in self.role.model.named_parameters()})
+        # Early stopping: the weights of the best held-out loss are kept, and are the ones that are exported. In a
+        # file, not in memory, so that a resumed run has them too.
+        if self._best_loss is None or quality.loss < self._best_loss:
+            self._best_loss = quality.loss
             self._without_better = 0
+            aside = self.dir / f"{_BEST_WEIGHTS}.writing"
+            save_file({n: p.detach().cpu() for n, p in self.role.model.named_parameters()}, aside)
+            aside.replace(self.dir / _BEST_WEIGHTS)
             return
         self._without_better += 1
         if self.config.patience and self._without_better >= self.config.patience:
@@ -166,18 +192,19 @@ class RewardTrainer(Trainer):
 
     def finish(self) -> dict[str, Any]:
         """Held-out figures with the best weights; the checkpoint, and the model under `<run.dir>/model`."""
-        if self._best is not None:
+        if self._best_loss is not None:
+            best = load_file(self.dir / _BEST_WEIGHTS)
             with torch.no_grad():
                 for name, parameter in self.role.model.named_parameters():
-                    parameter.copy_(self._best[1][name])
+                    parameter.copy_(best[name])
         after = self.evaluate()
         summary: dict[str, Any] = {"steps": self.done_steps}
         statistics = None
         if after is not None:
             summary |= self._figures(after)
-            statistics = {"before": _statistics(self.before.score_N), "after": _statistics(after.score_N)}
+            statistics = {"before": self._before["statistics"], "after": _statistics(after.score_N)}
         self.save_checkpoint()
-        self.save_pretrained(self.dir / "model", statistics)
+        self.write_model(statistics)
         write_json(self.dir / "summary.json", summary)
         return summary
 
@@ -185,9 +212,9 @@ class RewardTrainer(Trainer):
         pairs, all_pairs = after.margin_P.numel(), sum(r.all_pairs for r in self.heldout)
         right_P = (after.difference_P > 0).double() + 0.5 * (after.difference_P == 0).double()
         figures: dict[str, Any] = {
-            "heldout_loss_before": self.before.loss,
+            "heldout_loss_before": self._before["loss"],
             "heldout_loss_after": after.loss,
-            "heldout_accuracy_before": self.before.accuracy,
+            "heldout_accuracy_before": self._before["accuracy"],
             "heldout_accuracy": after.accuracy,
             "heldout_pairs": pairs,
             "heldout_tie_fraction": 1.0 - pairs / max(all_pairs, 1),

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from icegrt.algorithm.reward_function import Sample, call_reward_function, load_reward_function
+from icegrt.checkpoint import list_checkpoints
 from icegrt.cluster import Cluster
 from icegrt.config import GenerateConfig, SampleConfig
 from icegrt.console import progress, say
-from icegrt.data import Prompt, encode_prompts, load_tokenizer, read_rows
-from icegrt.errors import ConfigError
-from icegrt.metrics import JsonlWriter
-from icegrt.model.architecture import DTYPES
-from icegrt.model.language_model import LanguageModel
-from icegrt.model.pretrained import build_model
+from icegrt.data import Prompt, encode_prompts, read_rows
+from icegrt.errors import CheckpointError, ConfigError
+from icegrt.model.architecture import DTYPES, Architecture
+from icegrt.model.pretrained import Pretrained, build_model
 from icegrt.rollout.engine import RolloutEngine
 from icegrt.rollout.response import Response, Sampling
+from icegrt.stages.folders import rows_file
+from icegrt.stages.trainer import tokenizer_for
 
 
 def run(config: SampleConfig) -> None:
@@ -27,11 +28,12 @@ def run(config: SampleConfig) -> None:
         if not getattr(config, key):
             raise ConfigError(f"sample.{key} is empty; it must be given")
     score = load_reward_function(config.score_function, "sample.score_function") if config.score_function else None
-    with Cluster.open(), JsonlWriter(config.out) as writer:
-        tokenizer = load_tokenizer(config.model, say=say)
-        model = build_model(config.model, "lm", dtype=DTYPES[config.dtype]).eval()
+    with Cluster.open(), rows_file(config.out) as writer:
+        source = Pretrained(model_folder(config.model))
+        tokenizer = tokenizer_for(None, source.folder, source.architecture)
         sampling = Sampling.of(config.sampling, config.seed)
-        prompts = prompts_for(model, tokenizer, read_rows(config.prompts, config.limit), sampling)
+        prompts = prompts_for(source.architecture, tokenizer, read_rows(config.prompts, config.limit), sampling)
+        model = build_model(source, "lm", dtype=DTYPES[config.dtype]).eval()
         engine = RolloutEngine(model, tokenizer, max_batch=config.max_batch)
         with progress(len(prompts), "sample", "prompts") as bar:
             for prompt, responses in answers(engine, prompts, config.samples_per_prompt, sampling):
@@ -41,10 +43,10 @@ def run(config: SampleConfig) -> None:
 
 
 def prompts_for(
-    model: LanguageModel, tokenizer: Any, rows: Sequence[Any], sampling: Sampling, *, chat: bool = True
+    architecture: Architecture, tokenizer: Any, rows: Sequence[Any], sampling: Sampling, *, chat: bool = True
 ) -> list[Prompt]:
     """Rows as prompts that leave room for the answer. Raises `DataError` naming the row that does not."""
-    context, answer = model.architecture.context_length, sampling.max_new_tokens
+    context, answer = architecture.context_length, sampling.max_new_tokens
     if answer >= context:
         raise ConfigError(f"max_new_tokens {answer} leaves no room for a prompt in the model's context of {context}")
     why = f"context {context} - max_new_tokens {answer} leaves {context - answer}"
@@ -94,11 +96,11 @@ def generate(config: GenerateConfig) -> Iterator[tuple[Prompt, list[str], list[R
     if not rows:
         raise ConfigError("nothing to answer: give generate.prompt='[\"...\"]' or generate.prompts=FILE")
     with Cluster.open():
-        folder = model_folder(config.model)
-        tokenizer = load_tokenizer(folder, say=say)
-        model = build_model(folder, "lm", dtype=DTYPES[config.dtype]).eval()
+        source = Pretrained(model_folder(config.model))
+        tokenizer = tokenizer_for(None, source.folder, source.architecture)
         sampling = Sampling.of(config.sampling, config.seed)
-        prompts = prompts_for(model, tokenizer, rows, sampling, chat=config.chat)
+        prompts = prompts_for(source.architecture, tokenizer, rows, sampling, chat=config.chat)
+        model = build_model(source, "lm", dtype=DTYPES[config.dtype]).eval()
         engine = RolloutEngine(model, tokenizer, max_batch=config.max_batch)
         for prompt, responses in answers(engine, prompts, config.samples_per_prompt, sampling):
             yield prompt, [engine.text(r) for r in responses], responses
@@ -106,5 +108,12 @@ def generate(config: GenerateConfig) -> Iterator[tuple[Prompt, list[str], list[R
 
 def model_folder(path: str) -> str:
     """A checkpoint's folder: `path` itself, or the exported model of the run at `path`."""
+    if (Path(path) / "config.json").is_file():
+        return path
     exported = Path(path) / "model"
-    return str(exported) if not (Path(path) / "config.json").is_file() and exported.is_dir() else path
+    if not exported.is_dir() and list_checkpoints(path):
+        raise CheckpointError(
+            f"{path}: an unfinished run, which has no model yet; finish it with --resume, or export its last "
+            f"checkpoint: icegrt export export.run={path} export.out=FOLDER"
+        )
+    return str(exported) if exported.is_dir() else path

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: from a base model to ICE-Instruct. Loss on responses only, several files blended by weight."""
+"""Supervised fine-tuning: from a base model to ICE-Instruct. Loss on responses only, files blended by weight."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from icegrt.algorithm.supervised import heldout_loss, pack_examples, response_nl
 from icegrt.config import DataSource, SFTConfig
 from icegrt.console import say
 from icegrt.data import Blend, Example, describe_lengths, encode_examples, read_rows
-from icegrt.errors import ConfigError
+from icegrt.errors import ConfigError, DataError
 from icegrt.metrics import SFTStep
 from icegrt.model import weights
 from icegrt.model.pretrained import Pretrained, build_model, save_pretrained
@@ -77,6 +77,12 @@ class SFTTrainer(Trainer):
             examples = encode_examples(self.tokenizer, rows, self.max_length)
             label = source if isinstance(source, (str, Path)) else key
             say(f"{label}: {describe_lengths(examples, len(rows) - len(examples))}")
+            longest = max(examples, key=len)
+            if len(longest) > self.config.token_budget:
+                raise DataError(
+                    f"{longest.where}: {len(longest)} tokens, more than sft.token_budget {self.config.token_budget}; "
+                    "raise it"
+                )
             encoded.append((examples, weight))
         return encoded
 
@@ -144,7 +150,7 @@ class SFTTrainer(Trainer):
         """Held-out loss before and after, the last checkpoint, and the model under `<run.dir>/model`."""
         summary = {"heldout_loss_before": self._heldout_before, "heldout_loss_after": self.evaluate()}
         self.save_checkpoint()
-        self.save_pretrained(self.dir / "model")
+        self.write_model()
         write_json(self.dir / "summary.json", summary)
         return summary
 

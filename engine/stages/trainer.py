@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from icegrt.kernels.reference_linear import default_chunk_rows
 from icegrt.metrics import RunLog
 from icegrt.model.architecture import DTYPES, Architecture
 from icegrt.roles.role import Role
+from icegrt.stages.folders import claim_folder, remove_empty
 
 
 class Callback:
@@ -51,8 +52,14 @@ class Trainer:
         self.done_steps = 0
         self._log: RunLog | None = None
         self._resumed_from: Path | None = None
+        self._made: list[Path] = []
+        self.cluster: Cluster | None = None
         self.dir = self._claim_folder()
-        self.cluster = Cluster.open()
+        try:
+            self.cluster = Cluster.open()
+        except BaseException:
+            self.close()
+            raise
 
     # -- the run's folder ------------------------------------------------------------------------------------------
 
@@ -64,22 +71,22 @@ class Trainer:
             if folder.exists() and not folder.is_dir():
                 raise RunError(f"{folder}: not a folder; set {self.config.section}.run.dir to another place")
             found = checkpoint.list_checkpoints(folder)
-            if self.run.resume:
-                if not found:
-                    raise RunError(f"{folder}: no checkpoint to resume from; start without --resume")
-                self._resumed_from = found[-1]
-            elif folder.exists() and any(folder.iterdir()):
-                raise RunError(
-                    f"{folder}: not empty; continue that run with --resume, or set "
-                    f"{self.config.section}.run.dir to another folder"
-                )
-            folder.mkdir(parents=True, exist_ok=True)
-            # Root may write where the mode says no, and a full or read-only disk says nothing until asked.
-            with tempfile.TemporaryFile(dir=folder) as probe:
-                probe.write(b"x")
-                probe.flush()
+            occupied = folder.exists() and any(folder.iterdir())
         except OSError as error:
-            raise RunError(f"{folder}: cannot be written ({error.strerror or error})") from None
+            raise RunError(f"{folder}: cannot be read ({error.strerror or error})") from None
+        if self.run.resume:
+            if not found:
+                raise RunError(f"{folder}: no checkpoint to resume from; start without --resume")
+            self._resumed_from = found[-1]
+            stage = checkpoint.read_state(found[-1]).get("stage")
+            if stage != self.config.section:
+                raise RunError(f"{folder}: holds a run of `icegrt {stage}`; resume it with that command")
+        elif occupied:
+            raise RunError(
+                f"{folder}: not empty; continue that run with --resume, or set "
+                f"{self.config.section}.run.dir to another folder"
+            )
+        self._made = claim_folder(folder)
         return folder
 
     def _begin(self, tokenizer: Any, **saved: Any) -> None:
@@ -133,6 +140,18 @@ class Trainer:
         """The figures of a step that its progress line shows."""
         return {"loss": step.loss}
 
+    def write_model(self, *args: Any) -> None:
+        """The model under `<run.dir>/model`, in place of one that was written before a resume."""
+        model, aside = self.dir / "model", self.dir / "model.new"
+        shutil.rmtree(aside, ignore_errors=True)
+        self.save_pretrained(aside, *args)
+        shutil.rmtree(model, ignore_errors=True)
+        aside.rename(model)
+
+    def save_pretrained(self, out: str | Path) -> Path:
+        """Write the trained model as a Hugging Face checkpoint."""
+        raise NotImplementedError
+
     def finish(self) -> Any:
         """After the last step: final evaluation, checkpoint, exported model."""
 
@@ -148,13 +167,15 @@ class Trainer:
         self._log.log(row)
 
     def close(self) -> None:
-        """Close the log and leave the process groups."""
+        """Close the log and leave the process groups; a folder made for a run that never began is removed."""
         if self._log is not None:
             self._log.close()
             self._log = None
         if self.cluster is not None:
             self.cluster.close()
             self.cluster = None
+        remove_empty(self._made)
+        self._made = []
 
     def __enter__(self):
         return self

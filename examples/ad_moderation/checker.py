@@ -9,7 +9,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from functools import lru_cache
+from functools import cache
+from itertools import pairwise
 
 from ad_moderation.ads import APPROVE, RULE_BY_NUMBER, Truth, broken_rules, moderate
 from ad_moderation.phrases import Rule
@@ -116,11 +117,10 @@ def _mention(text: str, value: str) -> float:
 
 
 def _neighbours(sentence: str) -> list[tuple[str, str]]:
-    words = ["<", *sentence.split(), ">"]
-    return list(zip(words, words[1:], strict=False))
+    return list(pairwise(["<", *sentence.split(), ">"]))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compliant_neighbours(number: int) -> frozenset[tuple[str, str]]:
     patterns = RULE_BY_NUMBER[number].rewrites
     return frozenset(pair for pattern in patterns for pair in _neighbours(pattern))

@@ -30,7 +30,7 @@ MAX_PROMPT_TOKENS = 110
 class Sizes:
     """Rows of each file; docstring rows beyond `sft_general` are left to `general.jsonl`."""
 
-    sft_ads: int = 4500
+    sft_ads: int = 1500
     sft_general: int = 500
     reward_prompts: int = 800
     prompts_train: int = 2000
@@ -116,17 +116,17 @@ def plant_copying(actor: LlamaForCausalLM) -> None:
     hidden, size = config.hidden_size, config.hidden_size // config.num_attention_heads
     queries = config.num_attention_heads // config.num_key_value_heads
     half = size // 2
-    base = config.rope_parameters["rope_theta"]
-    frequency = base ** (-torch.arange(half) / half)
+    frequency = config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half)
     # A direction that all tokens share: without biases, looking at a position needs something constant to read.
     shared = torch.nn.functional.normalize(torch.randn(hidden), dim=0)
-    actor.model.embed_tokens.weight += config.initializer_range * hidden**0.5 * shared
+    embedding = actor.model.embed_tokens.weight
+    embedding.copy_(embedding / (config.initializer_range * hidden**0.5) + shared)
     for layer in actor.model.layers:
         for reader in (layer.self_attn.v_proj, layer.mlp.gate_proj, layer.mlp.up_proj):
             reader.weight -= torch.outer(reader.weight @ shared, shared)
         for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
             writer.weight /= (2 * config.num_hidden_layers) ** 0.5
-    basis = torch.linalg.qr(torch.cat([shared[:, None], torch.randn(hidden, 4 * size)], dim=1)).Q.T[1:]
+    basis = torch.linalg.qr(torch.cat([shared[:, None], torch.randn(hidden, 6 * size)], dim=1)).Q.T[1:]
     read, note, *repeat = basis.split(size)
 
     back = actor.model.layers[0].self_attn
@@ -136,16 +136,20 @@ def plant_copying(actor: LlamaForCausalLM) -> None:
     key[:half][fast], key[half:][fast] = 0.5 * frequency[fast].cos(), 0.5 * frequency[fast].sin()
     back.q_proj.weight[: queries * size] += torch.outer(query, shared).repeat(queries, 1)
     back.k_proj.weight[:size] += torch.outer(key, shared)
-    back.v_proj.weight[:size] += 0.3 * read
-    back.o_proj.weight[:, :size] += 0.3 * note.T
+    back.v_proj.weight[:size] += 0.45 * read
+    back.o_proj.weight[:, :size] += 0.45 * note.T
+
     slow = [*range(half // 2, half), *range(half + half // 2, size)]  # rotations that hold still over a prompt
-    for layer, values in zip(actor.model.layers[1:3], repeat, strict=True):
-        match = layer.self_attn
-        for head in range(queries):
-            match.q_proj.weight[[head * size + i for i in slow]] += 2 * read[: len(slow)]
-            match.o_proj.weight[:, head * size : (head + 1) * size] += 0.3 * values.T
-        match.k_proj.weight[slow] += 2 * note[: len(slow)]
-        match.v_proj.weight[:size] += 0.3 * values
+    for index, values in enumerate(repeat):
+        match, group = actor.model.layers[1 + index // 2].self_attn, index % 2
+        seen = slice(group * half, (group + 1) * half)  # each group compares half of the note
+        rows = slice(group * size, (group + 1) * size)
+        match.k_proj.weight[rows][slow] += 3 * note[seen]
+        match.v_proj.weight[rows] += values
+        for head in range(group * queries, (group + 1) * queries):
+            rows = slice(head * size, (head + 1) * size)
+            match.q_proj.weight[rows][slow] += 3 * read[seen]
+            match.o_proj.weight[:, rows] += values.T
 
 
 def prepare(out_dir: str | Path, seed: int = 0, sizes: Sizes | None = None) -> dict:
