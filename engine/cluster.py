@@ -17,7 +17,6 @@ import torch.distributed as dist
 from icegrt import cpu
 from icegrt.errors import RunError
 
-
 # What Megatron-core 0.16 says on import (icegrt needs neither Transformer Engine nor apex) and provokes under a newer
 # torch on every run; nobody can act on it.
 _NOT_FOR_USERS = (

@@ -93,7 +93,6 @@ class RunConfig:
     resume: bool = key(False, "continue from the last checkpoint in dir")
     seed: int = key(0, "seed of everything drawn at random", ge=0)
     dtype: Literal["fp32", "bf16"] = key("fp32", "parameters and activations (bf16 keeps fp32 master weights)")
-    log_every: int = key(10, "optimizer steps between two lines of progress where there is no terminal", ge=1)
 
 
 @config_class

@@ -27,7 +27,21 @@ _MODULES_SAYING_CUDA = (
     "dist_checkpointing.exchange_utils",
 )
 _CONSTRUCTORS = frozenset(
-    "arange as_tensor empty empty_like full full_like ones ones_like rand randn tensor zeros zeros_like".split()
+    [
+        "arange",
+        "as_tensor",
+        "empty",
+        "empty_like",
+        "full",
+        "full_like",
+        "ones",
+        "ones_like",
+        "rand",
+        "randn",
+        "tensor",
+        "zeros",
+        "zeros_like",
+    ]
 )
 _CPU = torch.device("cpu")
 

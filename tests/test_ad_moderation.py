@@ -52,30 +52,51 @@ def digest(folder):
 
 
 @pytest.mark.parametrize("rule", phrases.RULES, ids=lambda rule: rule.name)
-def test_cues_mark_offending_patterns_and_nothing_else(rule):
-    for patterns in rule.offending.values():
-        for pattern in patterns:
-            assert ads.broken_rules(pattern.format(p="Velora tea", t="$900 a day")) == [rule.number], pattern
-    topics = [topic for values in rule.topics.values() for topic in values]
-    harmless = [text for table in (rule.decoys,) for texts in table.values() for text in texts]
-    for text in (*harmless, *rule.rewrites, *topics, rule.name):
-        assert not ads.broken_rules(text) or text == rule.name, text
+def test_cues_mark_claims_and_nothing_else(rule):
+    for claim in rule.claims:
+        assert ads.broken_rules(claim.format(p="Nova tea", t="$900 a day")) == [rule.number], claim
+    for text in (*rule.decoys, *rule.rewrites, *ads.topics(rule)):
+        assert not ads.broken_rules(text), text
     assert all(re.search(rule.disclosure, rewrite.lower()) for rewrite in rule.rewrites)
 
 
-def test_openers_and_fillers_have_no_cue():
-    for table in (phrases.OPENERS, phrases.FILLERS, phrases.KINDS):
-        assert not [text for texts in table.values() for text in texts if ads.broken_rules(text)]
+def test_everything_but_claims_has_no_cue():
+    tables = (phrases.LEADS, phrases.TAILS, phrases.OPENERS, phrases.KINDS, phrases.BRANDS, phrases.SUBJECTS)
+    for table in (*tables, phrases.VERBS, phrases.OBJECTS, phrases.TIMES):
+        assert len(table) == len(set(table))
+        assert not [text for text in table if ads.broken_rules(text)]
 
 
-def test_every_table_is_disjoint_between_parts():
-    tables = [phrases.OPENERS, phrases.FILLERS, phrases.KINDS, {part: ads.brands(part) for part in phrases.PARTS}]
-    for rule in phrases.RULES:
-        tables += [rule.offending, rule.topics, rule.decoys]
-    for table in tables:
-        entries = [entry for part in phrases.PARTS for entry in table[part]]
-        assert all(table[part] for part in phrases.PARTS)
-        assert len(entries) == len(set(entries))
+def test_every_combination_belongs_to_one_part_and_every_part_has_its_share():
+    combinations = [(lead, claim, tail) for lead in phrases.LEADS for claim in phrases.RULES[0].claims
+                    for tail in phrases.TAILS]  # fmt: skip
+    dealt = [phrases.part_of(*pieces) for pieces in combinations]
+    shares = [dealt.count(part) / len(dealt) for part in phrases.PARTS]
+    assert shares == pytest.approx([0.4, 0.2, 0.2, 0.2], abs=0.05)
+
+
+def offending_template(row):
+    """The lead, claim and tail that an offending sentence was made of."""
+    rule = ads.RULE_BY_NUMBER[row["rule"]]
+    for lead in phrases.LEADS:
+        for tail in phrases.TAILS:
+            if row["sentence"].startswith(lead + " ") and row["sentence"].endswith(f" {tail}."):
+                middle = row["sentence"][len(lead) + 1 : -len(tail) - 2]
+                for claim in rule.claims:
+                    if claim.format(p=row["product"], t=row["topic"]).removesuffix(".") == middle:
+                        return lead, claim, tail
+    raise AssertionError(row["sentence"])
+
+
+@pytest.mark.parametrize("part", phrases.PARTS)
+def test_templates_products_and_topics_of_an_ad_are_of_its_part(part):
+    for row in sample_ads(part, 400):
+        assert phrases.part_of(*row["product"].split(" ")) == part
+        if row["rule"]:
+            assert phrases.part_of(*offending_template(row)) == part
+            rule = ads.RULE_BY_NUMBER[row["rule"]]
+            pieces = [(m, k) for m in rule.modifiers for k in rule.kinds if row["topic"] in (m + k, f"{m} {k}")]
+            assert [phrases.part_of(*piece) for piece in pieces] == [part]
 
 
 def test_policy_lists_the_rules_of_the_tables():
@@ -84,8 +105,8 @@ def test_policy_lists_the_rules_of_the_tables():
     assert headings == [(str(rule.number), rule.name) for rule in phrases.RULES]
     for number, example in re.findall(r'## Rule (\d+).*?\*Violation\*: "([^"]+)"', policy, re.DOTALL):
         assert ads.broken_rules(example) == [int(number)]
-    for example in re.findall(r'\*Compliant\*: "([^"]+)" or "([^"]+)"', policy):
-        assert not ads.broken_rules(" ".join(example))
+    compliant = re.findall(r'\*Compliant\*: "([^"]+)"', policy)
+    assert len(compliant) == len(phrases.RULES) and not ads.broken_rules(" ".join(compliant))
 
 
 # ---- truth and splits
@@ -104,7 +125,7 @@ def test_moderate_refuses_what_is_no_ad_of_the_task():
     with pytest.raises(ValueError, match="names a product"):
         ads.moderate("Ad: Hello there.")
     with pytest.raises(ValueError, match="at most one"):
-        ads.moderate("Ad: Velora tea cures acne in a week. Kids, grab Velora tea and win a comic.")
+        ads.moderate("Ad: Nova tea cures knee rash in a week. Kids, grab Nova tea and win a red comic.")
     with pytest.raises(ValueError, match="parts"):
         next(ads.generate(("holdout",), 0, "x"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from icegrt.config import PPOConfig
 from icegrt.console import say, warn
 from icegrt.data import Blend, Prompt, PromptOrder, describe_lengths, encode_examples, encode_prompts, read_rows
 from icegrt.errors import ConfigError, RunError
+from icegrt.kernels import masked_moments
 from icegrt.metrics import Evaluation, PPOStep, rollout_path
 from icegrt.model import weights
 from icegrt.model.pretrained import Pretrained, save_pretrained
@@ -109,7 +111,7 @@ class PPOTrainer(Trainer):
         self.updater = Updater(config, self.actor, self.critic, self.chunk_rows, self.cluster.data_group)
         self.alarms, self.alarm_messages = Alarms(config), []
         self.first_evaluation: Evaluation | None = None
-        self._skipped_in_a_row = 0
+        self._skipped_in_a_row = {"actor": 0, "critic": 0}
         self._seconds: dict[str, float] = defaultdict(float)
         self._probe_reward()
         self._begin(self.tokenizer, chunk_rows=self.chunk_rows)
@@ -141,7 +143,8 @@ class PPOTrainer(Trainer):
         if self.judge.function is None:
             return
         few = self.prompts[:2]
-        responses = self.engine.generate([p.tokens for p in few], 1, Sampling(max_new_tokens=4, seed=self.run.seed))
+        sampling = dataclasses.replace(self.sampling, max_new_tokens=min(4, self.sampling.max_new_tokens))
+        responses = self.engine.generate([p.tokens for p in few], 1, sampling)
         planned = plan(responses, self.config.token_budget, 1)
         Judge(None, self.judge.function, self.tokenizer)(planned, few)
 
@@ -155,6 +158,7 @@ class PPOTrainer(Trainer):
             "ptx": self.ptx.state() if self.ptx is not None else None,
             "alarms": self.alarms.state(),
             "alarm_messages": self.alarm_messages,
+            "skipped_in_a_row": self._skipped_in_a_row,
             "chunk_rows": self.chunk_rows,
         }
 
@@ -166,6 +170,7 @@ class PPOTrainer(Trainer):
             self.ptx.load_state(state["ptx"])
         self.alarms.load_state(state["alarms"])
         self.alarm_messages = list(state["alarm_messages"])
+        self._skipped_in_a_row = dict(state["skipped_in_a_row"])
         if state["chunk_rows"] != self.chunk_rows:
             raise ConfigError(
                 f"ppo.chunk_rows is {self.chunk_rows}, the checkpoint was made with {state['chunk_rows']}; "
@@ -186,8 +191,8 @@ class PPOTrainer(Trainer):
         with self._timed("update"):
             outcome = self.updater.run(experience, self.kl.coef, iteration, self._draw_ptx(iteration))
         kl_coef = self.kl.coef
-        kl_mean = float(experience.shaped.kl_N.mean())
-        self.kl.update(kl_mean, len(responses))
+        kl = masked_moments(experience.shaped.kl_N.double(), group=self.cluster.data_group)
+        self.kl.update(float(kl.mean), int(kl.count))
         write_rollouts(rollout_path(self.dir, iteration), iteration, self.run.seed, experience, verdict)
         self.done_steps = iteration
         self._stop_if_broken(outcome)
@@ -255,13 +260,14 @@ class PPOTrainer(Trainer):
         return row
 
     def _stop_if_broken(self, outcome: UpdateOutcome) -> None:
-        for step in (*outcome.actor, *outcome.critic):
-            self._skipped_in_a_row = self._skipped_in_a_row + 1 if step.skipped else 0
-            if self._skipped_in_a_row >= _MOST_SKIPPED:
-                raise RunError(
-                    f"{_MOST_SKIPPED} optimizer steps in a row had a loss or gradient that is not finite; "
-                    "lower the learning rates, and resume from the last checkpoint"
-                )
+        for name, steps in (("actor", outcome.actor), ("critic", outcome.critic)):
+            for step in steps:
+                self._skipped_in_a_row[name] = self._skipped_in_a_row[name] + 1 if step.skipped else 0
+                if self._skipped_in_a_row[name] >= _MOST_SKIPPED:
+                    raise RunError(
+                        f"{_MOST_SKIPPED} optimizer steps in a row of the {name} had a loss or gradient that is not "
+                        "finite; lower its learning rate, and resume from the last checkpoint"
+                    )
 
     @contextlib.contextmanager
     def _timed(self, phase: str):

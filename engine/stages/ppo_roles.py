@@ -32,6 +32,11 @@ def check_config(config: PPOConfig) -> None:
     if config.ptx_coef and not config.ptx_data:
         raise ConfigError("ppo.ptx_coef is above 0, but ppo.ptx_data names no file")
     responses = config.prompts_per_iteration * config.samples_per_prompt
+    if config.kl_control == "adaptive" and 0.2 * responses >= config.kl_horizon_responses:
+        raise ConfigError(
+            f"ppo.kl_horizon_responses is {config.kl_horizon_responses}, too short for {responses} responses an "
+            f"iteration: the coefficient could fall to zero at once. Set it above {responses}"
+        )
     if responses < config.minibatches:
         raise ConfigError(f"ppo.minibatches is {config.minibatches}, but an iteration has only {responses} responses")
 

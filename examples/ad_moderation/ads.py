@@ -11,7 +11,21 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from ad_moderation.phrases import BRAND_SYLLABLES, FILLERS, KINDS, OPENERS, PARTS, RULES, Rule
+from ad_moderation.phrases import (
+    BRANDS,
+    KINDS,
+    LEADS,
+    OBJECTS,
+    OPENERS,
+    PARTS,
+    RULES,
+    SUBJECTS,
+    TAILS,
+    TIMES,
+    VERBS,
+    Rule,
+    part_of,
+)
 
 APPROVE = "Approve."
 PROMPT_PREFIX = "Ad: "
@@ -19,12 +33,7 @@ COMPLIANT_SHARE = 0.2
 CUES = {rule.number: re.compile(rf"(?<![a-z])(?:{rule.cues})(?![a-z])") for rule in RULES}
 RULE_BY_NUMBER = {rule.number: rule for rule in RULES}
 
-_SUM = re.compile(r"\$\d[\d,]* a (?:day|week|month)")
-_PERIODS = ("day", "week", "month")
-_BRAND = "".join(f"(?:{'|'.join(row)})" for row in BRAND_SYLLABLES)
-_PRODUCT = re.compile(rf"\b{_BRAND} (?:{'|'.join(KINDS)})\b")
-# Brands dealt by checksum modulo 10: four tenths to the demonstrations, two to each other part.
-_BRAND_PART = ("demonstrations",) * 4 + ("practice",) * 2 + ("validation",) * 2 + ("test",) * 2
+_PRODUCT = re.compile(rf"\b(?:{'|'.join(BRANDS)}) (?:{'|'.join(KINDS)})\b")
 
 
 @dataclass(frozen=True)
@@ -35,13 +44,6 @@ class Truth:
     sentence: str
     product: str
     topic: str
-
-
-def brands(part: str) -> list[str]:
-    """All brand names of one part, in a fixed order."""
-    first, middle, last = BRAND_SYLLABLES
-    names = (a + b + c for a in first for b in middle for c in last)
-    return [name for name in names if _BRAND_PART[zlib.crc32(name.encode()) % 10] == part]
 
 
 def split_sentences(ad: str) -> list[str]:
@@ -55,13 +57,15 @@ def broken_rules(text: str) -> list[int]:
     return [number for number, cue in CUES.items() if cue.search(lowered)]
 
 
+def topics(rule: Rule) -> list[str]:
+    """All topics of a rule: a kind behind a modifier (sums of money are written without a space)."""
+    space = "" if rule.number == 2 else " "
+    return [f"{modifier}{space}{kind}" for modifier in rule.modifiers for kind in rule.kinds]
+
+
 def find_topic(rule: Rule, sentence: str) -> str:
     """The longest of the rule's topics that the sentence names, or an empty string."""
-    if rule.number == 2:
-        found = _SUM.search(sentence)
-        return found.group() if found else ""
-    topics = [topic for part in PARTS for topic in rule.topics[part] if topic in sentence]
-    return max(topics, key=len, default="")
+    return max((topic for topic in topics(rule) if topic in sentence), key=len, default="")
 
 
 def moderate(prompt: str) -> Truth:
@@ -92,37 +96,41 @@ def reference_answer(prompt: str, truth: Truth) -> str:
     return f'Rule {rule.number}: {rule.name}.\nQuote: "{truth.sentence}"\nRewrite: {rewrite}'
 
 
-def _pick(rng: random.Random, table: dict[str, tuple[str, ...]], parts: tuple[str, ...]) -> str:
-    return rng.choice([entry for part in parts for entry in table[part]])
+def _combine(rng: random.Random, parts: tuple[str, ...], *tables: tuple[str, ...]) -> tuple[str, ...]:
+    """One entry of each table, such that the combination belongs to one of `parts`."""
+    while True:
+        pieces = tuple(rng.choice(table) for table in tables)
+        if part_of(*pieces) in parts:
+            return pieces
 
 
 def _topic(rng: random.Random, rule: Rule, parts: tuple[str, ...]) -> str:
-    """A topic of the rule; sums of money are told apart by their leading digit, so that no sum is in two parts."""
-    topic = _pick(rng, rule.topics, parts)
-    if rule.number != 2:
-        return topic
-    tail = f"{rng.randrange(100):02d}0" if rng.random() < 0.5 else f"{rng.randrange(10)}0"
-    return f"${topic},{tail} a {rng.choice(_PERIODS)}" if len(tail) == 3 else f"${topic}{tail} a {rng.choice(_PERIODS)}"
+    return ("" if rule.number == 2 else " ").join(_combine(rng, parts, rule.modifiers, rule.kinds))
 
 
-def make_ad(rng: random.Random, parts: tuple[str, ...], names: list[str]) -> dict:
-    """One row: prompt, reference response and the truth columns, from the patterns and values of `parts`."""
-    product = f"{rng.choice(names)} {rng.choice(KINDS)}"
-    sentences = [_pick(rng, OPENERS, parts).format(p=product)]
-    if rng.random() < 0.5:
-        decoy = rng.choice(RULES)
-        sentences.append(_pick(rng, decoy.decoys, parts).format(t=_topic(rng, decoy, parts)))
-    else:
-        sentences.append(_pick(rng, FILLERS, parts))
+def _filler(rng: random.Random, parts: tuple[str, ...]) -> str:
+    return " ".join(_combine(rng, parts, SUBJECTS, VERBS, OBJECTS, TIMES)) + "."
+
+
+def _offence(rng: random.Random, rule: Rule, parts: tuple[str, ...], product: str, topic: str) -> str:
+    lead, claim, tail = _combine(rng, parts, LEADS, rule.claims, TAILS)
+    return f"{lead} {claim.format(p=product, t=topic).removesuffix('.')} {tail}."
+
+
+def make_ad(rng: random.Random, parts: tuple[str, ...]) -> dict:
+    """One row: prompt, reference response and the truth columns, from the templates and values of `parts`."""
+    product = " ".join(_combine(rng, parts, BRANDS, KINDS))
+    decoy = rng.choice(RULES)
+    second = rng.choice(decoy.decoys).format(t=_topic(rng, decoy, parts)) if rng.random() < 0.5 else _filler(rng, parts)
     truth = Truth(0, "", product, "")
     if rng.random() >= COMPLIANT_SHARE:
         rule = rng.choice(RULES)
         topic = _topic(rng, rule, parts)
-        sentence = _pick(rng, rule.offending, parts).format(p=product, t=topic)
+        sentence = _offence(rng, rule, parts, product, topic)
         truth = Truth(rule.number, sentence, product, topic)
-        sentences.append(sentence)
+        sentences = [second if product in sentence else rng.choice(OPENERS).format(p=product), sentence]
     else:
-        sentences.append(_pick(rng, FILLERS, parts))
+        sentences = [rng.choice(OPENERS).format(p=product), second]
     rng.shuffle(sentences)
     prompt = PROMPT_PREFIX + " ".join(sentences)
     return {"prompt": prompt, "response": reference_answer(prompt, truth), "source": "ads", **asdict(truth)}
@@ -134,10 +142,9 @@ def generate(parts: tuple[str, ...], seed: int, stream: str) -> Iterator[dict]:
     if unknown or not parts:
         raise ValueError(f"parts: expected some of {PARTS}, got {parts}")
     rng = random.Random(f"{seed}/{stream}")
-    names = [name for part in parts for name in brands(part)]
     seen = set()
     while True:
-        row = make_ad(rng, parts, names)
+        row = make_ad(rng, parts)
         if row["prompt"] not in seen:
             seen.add(row["prompt"])
             yield row

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cache
-from itertools import pairwise
 
 from ad_moderation.ads import APPROVE, RULE_BY_NUMBER, Truth, broken_rules, moderate
 from ad_moderation.phrases import Rule
@@ -89,7 +88,7 @@ def grade_rewrite(rewrite: str, truth: Truth, rule: Rule) -> float:
 
 
 def _result(score: float, truncated: bool, **parts: float) -> CheckResult:
-    return CheckResult(score * (TRUNCATED if truncated else 1.0), parts)
+    return CheckResult(round(score * (TRUNCATED if truncated else 1.0), 6), parts)
 
 
 def _parse(answer: str) -> tuple[int | None, str, str, str, float]:
@@ -117,7 +116,8 @@ def _mention(text: str, value: str) -> float:
 
 
 def _neighbours(sentence: str) -> list[tuple[str, str]]:
-    return list(pairwise(["<", *sentence.split(), ">"]))
+    words = ["<", *sentence.split(), ">"]
+    return list(pairwise(words))
 
 
 @cache

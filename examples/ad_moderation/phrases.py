@@ -1,25 +1,34 @@
-"""The words of the demo: every sentence pattern and value, in four disjoint parts.
+"""The words of the demo: clauses and values whose combinations make every ad.
 
-Parts: `demonstrations` feeds supervised fine-tuning; `practice` adds patterns and values that only the prompts of the
-reward model and of PPO draw on (annotated answers are scarce, prompts are not); `validation` and `test` are held out.
-A pattern has two slots: `{p}` is the product and `{t}` the rule's topic (an ailment, a sum, a gift, ...), which the
-compliant rewrite keeps. Every offending pattern has a cue of its own rule and none of another's; no other sentence
-has any cue. What an answer may have to repeat is made of words that some demonstration's answer has, in new patterns
-and combinations: a small model cannot write tokens that it never wrote. `tests/test_ad_moderation.py` holds the tables
-to all of that.
+A template is a combination of clauses (lead, claim, tail of the offending sentence; subject, verb, object, time of a
+harmless one) and a value is a combination too (product of brand and kind, topic of two words). `part_of` deals every
+combination to one of four disjoint parts by a checksum, so a held-out template or value is never seen in training,
+while its words are. `demonstrations` feeds supervised fine-tuning; `practice` is what the prompts of the reward model
+and of PPO draw on besides (annotated answers are scarce, prompts are not); `validation` and `test` are held out.
+
+A claim has two slots: `{p}` is the product and `{t}` the rule's topic, which the compliant rewrite keeps. Every claim
+has a cue of its own rule and none of another's; no other sentence has any cue: `tests/test_ad_moderation.py` holds the
+tables to that.
 """
 
+import zlib
 from dataclasses import dataclass
 
 PARTS = ("demonstrations", "practice", "validation", "test")
+_DEAL = ("demonstrations",) * 4 + ("practice",) * 2 + ("validation",) * 2 + ("test",) * 2
+
+
+def part_of(*pieces: str) -> str:
+    """The part that a combination belongs to: four tenths demonstrations, two tenths each of the others."""
+    return _DEAL[zlib.crc32("|".join(pieces).encode()) % 10]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule of `policy.md`: what breaks it (`cues`, `offending`) and what repairs it (`rewrites`, `disclosure`).
+    """One rule of `policy.md`: what breaks it (`cues`, `claims`) and what repairs it (`rewrites`, `disclosure`).
 
-    `offending`, `topics` and `decoys` map a part's name to its patterns or values; decoys are compliant sentences on
-    the same topic. `cues` and `disclosure` are regular expressions over lower-case text.
+    A topic is one of `kinds` behind one of `modifiers`; `decoys` are compliant sentences on a topic. `cues` and
+    `disclosure` are regular expressions over lower-case text.
     """
 
     number: int
@@ -27,29 +36,15 @@ class Rule:
     cues: str
     disclosure: str
     rewrites: tuple[str, ...]
-    topics: dict[str, tuple[str, ...]]
-    offending: dict[str, tuple[str, ...]]
-    decoys: dict[str, tuple[str, ...]]
+    modifiers: tuple[str, ...]
+    kinds: tuple[str, ...]
+    claims: tuple[str, ...]
+    decoys: tuple[str, ...]
 
 
-def _parts(text: str) -> dict[str, tuple[str, ...]]:
-    """Reads one paragraph per part (in the order of PARTS), entries separated by ` | ` or by line ends."""
-    paragraphs = [" | ".join(line.strip() for line in part.strip().splitlines()) for part in text.split("--")]
-    return {name: tuple(paragraph.split(" | ")) for name, paragraph in zip(PARTS, paragraphs, strict=True)}
-
-
-def _grid(first: str, second: str, article: str = "") -> dict[str, tuple[str, ...]]:
-    """Eight first words by eight second ones, dealt along the diagonals: all words are in all parts, no pair in two."""
-    table = {name: () for name in PARTS}
-    for i, one in enumerate(first.split()):
-        for j, other in enumerate(second.split(", ")):
-            part = ("demonstrations",) * 4 + ("practice",) * 2 + ("validation", "test")
-            table[part[(i + j) % 8]] += (f"{article}{one} {other}",)
-    return table
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
+def _list(text: str) -> tuple[str, ...]:
+    """Entries separated by ` | ` or by line ends."""
+    return tuple(entry.strip() for line in text.strip().splitlines() for entry in line.strip().split(" | "))
 
 
 HEALTH = Rule(
@@ -57,26 +52,15 @@ HEALTH = Rule(
     name="health claims",
     cues=r"cure[sd]?|heal(s|ed)?|treats|banish(es)?|wipes out|gets? rid of|reverses|miracle|pills",
     disclosure=r"not a medicine|doctor",
-    rewrites=("{p} is not a medicine for {t}.", "See a doctor about {t}, {p} is no remedy."),
-    topics=_grid(
-        "chronic severe sudden mild old nightly bad constant",
-        "back pain, insomnia, migraine, asthma, eczema, acne, flu, cough",
-    ),
-    offending=_parts("""{p} cures {t} in a week. | This {p} heals {t} for good. | Use {p} and it wipes out {t}.
-        Take {p} daily and your {t} is healed. | One touch of {p} banishes {t} for good.
-        Say goodbye to {t}, the cure is here. | {p} gets rid of {t} in ten minutes.
-        Nothing treats {t} faster than {p}.
-        The miracle {p} treats {t} without pills. | Only {p} reverses {t} while you sleep.
-        Your {t} will be cured in three days. | With {p} you get rid of {t} today.
-        -- {p} reverses {t} in a week. | Take {p} and get rid of {t} for good. | Say goodbye to pills, {p} heals {t}.
-        Your {t} is healed while you sleep. | This miracle cures {t} in ten minutes.
-        Nothing wipes out {t} faster than {p}.
-        -- With {p} your {t} will be healed. | One {p} daily cures {t} for good. | {p} banishes {t} while you sleep.
-        Only the miracle {p} gets rid of {t}.
-        -- Use {p} daily and {t} is cured. | The cure is here for {t}. | {p} treats {t} in three days without pills.
-        Nothing heals {t} faster, {p} is here."""),
-    decoys=_parts("""Ask a doctor about {t}. | We make no promise about {t}. -- This does nothing for {t}.
-        -- Your doctor knows more about {t}. -- We do not claim to help with {t}."""),
+    rewrites=("{p} is not a medicine for {t}.",),
+    modifiers=_list("back | knee | neck | skin | chest | tooth | foot | hand | joint | muscle"),
+    kinds=_list("pain | ache | rash | cramps | swelling | itching"),
+    claims=_list("""{p} cures {t} in a week. | This {p} heals {t} for good. | Use {p} and it wipes out {t}.
+        Take {p} daily and your {t} is healed. | One touch of {p} banishes {t}.
+        Say goodbye to {t}, the cure is here. | {p} gets rid of {t} overnight.
+        The miracle {p} treats {t} without pills. | Cured of {t} in three days, thanks to {p}."""),
+    decoys=_list("""Ask a doctor about {t}. | We make no promise about {t}. | This does nothing for {t}.
+        Your doctor knows more about {t}. | We do not claim to help with {t}."""),
 )
 
 INCOME = Rule(
@@ -85,25 +69,15 @@ INCOME = Rule(
     cues=r"earns?|guaranteed|(get|gets) rich|makes? (you )?\$|pays you|quit your job|doubles? your money"
     r"|sure profit|passive income|retire early",
     disclosure=r"vary|no promise|may be less",
-    rewrites=("Results with {p} vary and {t} is no promise.", "What {p} brings may be less than {t}."),
-    topics=_parts("1 | 2 | 5 | 8 -- 9 -- 3 | 7 -- 4 | 6"),
-    offending=_parts("""Earn {t} from home with {p}. | {p} pays you {t}, guaranteed. | Make {t} with no work at all.
-        Get rich with {p} and bank {t}. | Quit your job, {p} brings you {t}. | A sure profit of {t} comes with {p}.
-        Double your money when {p} returns {t}. | Owners of {p} earn {t} with no risk.
-        You will make {t} while you sleep.
-        With {p} a passive income of {t} is yours. | Your guaranteed profit is {t}.
-        It is easy to get rich, {p} pays {t}.
-        -- Owners of {p} get rich with {t}. | You will earn {t} while you sleep.
-        With {p} a sure profit of {t} is yours.
-        {p} brings you {t}, guaranteed at home. | Quit your job and make {t} at home.
-        A passive income of {t} comes from {p}.
-        -- With {p} you will earn {t}. | Your sure profit from {p} is {t}. | Get rich at home when {p} pays {t}.
-        {p} returns {t} with no risk, guaranteed.
-        -- Quit your job, you earn {t} with {p}. | It is a guaranteed income of {t}.
-        Owners of {p} make {t} with no work.
-        Double your money and bank {t} with {p}."""),
-    decoys=_parts("""Most buyers save less than {t}. | Our shop rent is {t}. -- We gave {t} to a charity.
-        -- Our team pays {t} for its office. -- The prize fund is less than {t}."""),
+    rewrites=("Results with {p} vary and {t} is no promise.",),
+    modifiers=_list("$1 | $2 | $3 | $4 | $5 | $6 | $7 | $8 | $9"),
+    kinds=_list("00 a day | 00 a week | 00 a month | 50 a day | 50 a week | 50 a month | 000 a month"),
+    claims=_list("""Earn {t} from home with {p}. | {p} pays you {t}, guaranteed. | Make {t} with no work at all.
+        Get rich with {p} and bank {t}. | Quit your job, {p} brings {t}.
+        A sure profit of {t} comes with {p}. | Double your money when {p} returns {t}.
+        Owners of {p} earn {t} with no risk. | Passive income of {t} is yours with {p}."""),
+    decoys=_list("""Most buyers save less than {t}. | Our shop rent is {t}. | We gave {t} to a charity.
+        Our team pays {t} for its office. | The prize fund is less than {t}."""),
 )
 
 MINORS = Rule(
@@ -111,26 +85,15 @@ MINORS = Rule(
     name="minors",
     cues=r"kids?|teens?|children|pupils?|pocket money|mum and dad|parents|(to|after) school|classmates",
     disclosure=r"adults",
-    rewrites=("Adults aged 18 and over get {t} with {p}.", "Only adults may order {p} and {t}."),
-    topics=_grid(
-        "red blue green tiny magic golden secret funny",
-        "poster, robot, comic, puzzle, balloon, card, yo-yo, badge",
-        "a ",
-    ),
-    offending=_parts("""Kids, grab {p} and win {t}. | Hey teens, {p} comes with {t}.
-        Ask your parents for {p} and get {t}.
-        Spend your pocket money on {p} for {t}. | {p} is made for children and has {t}. | Every kid wants {p} and {t}.
-        Bring {p} to school and show {t}. | Pupils who buy {p} receive {t}. | Teens love {p} and there is {t} inside.
-        Your classmates have {p} and {t}. | For children under 12 there is {t}. | Get {t} after school with {p}.
-        -- Kids love {p} and {t}. | Every kid wants {p} with {t} inside. | Bring {t} and show your classmates {p}.
-        Ask your parents for {t}. | Pupils get {p} and show {t} after school. | {p} has {t} and is for children.
-        -- Teens who buy {p} win {t}. | Spend your pocket money and get {t}. | Your parents love {p} and {t}.
-        Kids, get {p} and receive {t}.
-        -- Hey children, there is {t} with {p}. | Bring {p} to school and win {t}.
-        Get {p} and show your classmates {t}.
-        Pupils have pocket money for {p} and {t}."""),
-    decoys=_parts("""Adults get {t} in the box. | The first ten buyers win {t}. -- Our staff like {t} a lot.
-        -- Grown-ups can collect {t} too. -- Order by phone and receive {t}."""),
+    rewrites=("Adults aged 18 and over get {t} with {p}.",),
+    modifiers=_list("a free | a red | a paper | a blue | a toy | a lucky | a gold | a mini"),
+    kinds=_list("poster | robot | star | comic | balloon | card | kite | badge"),
+    claims=_list("""Kids, grab {p} and win {t}. | Hey teens, {p} comes with {t}. | Ask your parents for {p} and get {t}.
+        Spend your pocket money on {p} for {t}. | {p} is made for children and has {t}.
+        Every kid wants {p} and {t}. | Bring {p} to school and show {t}. | Pupils who buy {p} receive {t}.
+        Teens love {p} and there is {t} inside."""),
+    decoys=_list("""Adults get {t} in the box. | The first ten buyers win {t}. | Our staff like {t} a lot.
+        Grown-ups can collect {t} too. | Order by phone and receive {t}."""),
 )
 
 FEAR = Rule(
@@ -138,29 +101,16 @@ FEAR = Rule(
     name="fear",
     cues=r"ruins?|destroys?|afraid|too late|in danger|everything|panic|regret|nightmare|doomed",
     disclosure=r"prepare|plan",
-    rewrites=("{p} is one way to prepare for {t}.", "You can plan for {t} with or without {p}."),
-    topics=_grid(
-        "big sudden silent violent sneaky local winter city",
-        "burglars, fires, floods, storms, thieves, dogs, wasps, hackers",
-    ),
-    offending=_parts("""Without {p} the next {t} will ruin your life. | Buy {p} now or {t} will destroy your home.
+    rewrites=("{p} is one way to prepare for {t}.",),
+    modifiers=_list("house | city | night | winter | summer | office | car | street"),
+    kinds=_list("fires | floods | thieves | storms | power cuts | gas leaks"),
+    claims=_list("""Without {p} the next {t} will ruin your life. | Buy {p} now or {t} will destroy your home.
         Be afraid, {t} come for your family. | You lose everything to {t} without {p}.
-        It is too late for {p} after {t}.
-        Your home is in danger of {t}, get {p}. | Panic about {t} and buy {p}. | Ignore {p} and regret it with {t}.
-        Soon {t} take everything from you. | Do not wait until {t} ruin your family.
-        The nightmare of {t} starts without {p}.
-        You are doomed by {t}, so order {p}.
-        -- Your family is doomed by {t}. | Without {p} you lose everything to {t}.
-        Ignore {t} and your home is in danger.
-        Be afraid of {t} and get {p}. | Do not wait with {p} until {t} destroy you.
-        The next {t} will destroy your family.
-        -- You will regret {t} without {p}. | Soon {t} ruin your home, so buy {p}.
-        It is a nightmare of {t} without {p}.
-        Panic now or {t} come for you.
-        -- Your life is in danger from {t}. | Buy {p} or be afraid of {t}. | Without {p} it is too late after {t}.
-        You lose your home to {t} and regret it."""),
-    decoys=_parts("""Our blog has news on {t}. | The city has tips on {t}. -- Read our free page about {t}.
-        -- Our guide covers {t} as well. -- A short film about {t} is online."""),
+        It is too late for {p} after {t}. | Your home is in danger of {t}, get {p}.
+        Panic about {t} and buy {p}. | Ignore {p} and regret it with {t}.
+        Do not wait until {t} ruin your family."""),
+    decoys=_list("""Our blog has news on {t}. | The city has tips on {t}. | Read our free page about {t}.
+        Our guide covers {t} as well. | A short film about {t} is online."""),
 )
 
 PROOF = Rule(
@@ -168,23 +118,15 @@ PROOF = Rule(
     name="false proof",
     cues=r"out of ten|prove[ns]?|proof|agree|stud(y|ies)|confirm(s|ed)?|endorsed?|award|swear by|certified|recommend",
     disclosure=r"not tested|judge for yourself",
-    rewrites=("So far {t} have not tested {p}.", "Judge for yourself if {p} suits you, not by {t}."),
-    topics=_grid(
-        "famous senior young local foreign modern retired busy",
-        "dentists, chefs, engineers, nurses, pilots, farmers, lawyers, coaches",
-    ),
-    offending=_parts("""Nine out of ten {t} choose {p}. | {p} is proven by {t}. | All {t} agree that {p} is the best.
-        A secret study by {t} confirms {p}. | Endorsed by {t}, {p} never fails. | The top award of {t} went to {p}.
-        Tests by {t} prove {p} is perfect. | Even {t} swear by {p} now. | Every study shows that {t} choose {p}.
-        There is proof from {t} that {p} works. | Confirmed by {t}, nothing beats {p}. | The leading {t} recommend {p}.
-        -- All {t} recommend {p} now. | {p} is the best, {t} agree. | Every {p} is proven by {t}.
-        A study by {t} shows that {p} works. | Even the leading {t} swear by {p}. | Nine out of ten {t} recommend {p}.
-        -- Confirmed by {t}, {p} is the best. | There is a secret study by {t} on {p}. | {p} never fails, {t} agree.
-        Even {t} prove that {p} works.
-        -- All leading {t} swear by {p}. | The award of {t} confirms {p}. | Endorsed by {t}, {p} is perfect now.
-        Nine out of ten {t} agree that {p} works."""),
-    decoys=_parts("""Our office is next to some {t}. | Some of our buyers are {t}. -- We send a newsletter to {t}.
-        -- We also have a shop for {t}. -- Our founders were {t} once."""),
+    rewrites=("So far {t} have not tested {p}.",),
+    modifiers=_list("top | young | local | Swiss | old | famous | army | village"),
+    kinds=_list("dentists | chefs | engineers | nurses | pilots | farmers | lawyers | scientists"),
+    claims=_list("""Nine out of ten {t} choose {p}. | {p} is proven by {t}. | All {t} agree that {p} is the best.
+        A secret study by {t} confirms {p}. | Endorsed by {t}, {p} never fails.
+        The top award of {t} went to {p}. | Tests by {t} prove {p} is perfect. | Even {t} swear by {p} now.
+        We know that all {t} recommend {p}."""),
+    decoys=_list("""Our office is next to some {t}. | Some of our buyers are {t}. | We send a newsletter to {t}.
+        We also have a shop for {t}. | Our founders were {t} once."""),
 )
 
 DATA = Rule(
@@ -193,52 +135,38 @@ DATA = Rule(
     cues=r"(send|enter|tell us|text us|upload|hand over|type in|need|collects?|shares?|sells?|read) (us )?your"
     r"|is shared",
     disclosure=r"never asks for|private",
-    rewrites=("{p} never asks for your {t}.", "Keep your {t} private when you order {p}."),
-    topics=_grid(
-        "home bank work phone mail old new secret", "address, password, number, record, code, file, photo, diary"
-    ),
-    offending=_parts("""Send us your {t} to get {p}. | Enter your {t} to unlock {p}. | We share your {t} with anyone.
-        {p} sells your {t} to partners. | Tell us your {t} and {p} is free. | Upload your {t} before you buy {p}.
-        Hand over your {t} to save on {p}. | We need your {t} to ship {p}. | Your {t} is shared when you use {p}.
-        {p} collects your {t} and keeps it. | No {p} until you send your {t}. | Just text us your {t} for {p}.
-        -- Your {t} is shared with partners. | Send us your {t} and {p} is free. | We need your {t} before you use {p}.
-        Enter your {t} to save on {p}. | {p} sells your {t} when you buy it. | No {p} before you send your {t}.
-        -- Tell us your {t} to unlock {p}. | Upload your {t} and get {p}. | We share your {t} when you use {p}.
-        {p} collects your {t} before you buy.
-        -- Hand over your {t} before you buy {p}. | Just text us your {t} to save on {p}.
-        We send your {t} to partners.
-        Your {t} is shared until you buy {p}."""),
-    decoys=_parts("""Nobody here wants your {t}. | Your {t} stays with you. -- Please hide your {t} from us.
-        -- We have no use for your {t}. -- Your {t} is your own business."""),
+    rewrites=("{p} never asks for your {t}.",),
+    modifiers=_list("bank | mail | work | school | phone | home | tax | health"),
+    kinds=_list("password | number | address | card | file | code | photo | record"),
+    claims=_list("""Send us your {t} to get {p}. | Enter your {t} to unlock {p}. | We share your {t} with anyone.
+        {p} sells your {t} to partners. | Tell us your {t} and {p} is free.
+        Upload your {t} before you buy {p}. | Hand over your {t} to save on {p}.
+        We need your {t} to ship {p}. | Your {t} is shared when you use {p}."""),
+    decoys=_list("""Nobody here wants your {t}. | Your {t} stays with you. | Please hide your {t} from us.
+        We have no use for your {t}. | Your {t} is your own business."""),
 )
 
 RULES = (HEALTH, INCOME, MINORS, FEAR, PROOF, DATA)
 
-# A brand is one entry of each row: 8,000 made-up names, dealt to the parts by a checksum of the name.
-BRAND_SYLLABLES = (
-    _words("""Vel Lum Nor Zan Tor Mel Kar Bel Sol Fen Dor Ral Pel Cal Bren Ost Wil Gran Tam Hol
-        Quin Jas Bar Dal Gar Har Kel Lor Mar Ner Per Ser Ter Ver Yol Zil Ul Ar El Im"""),
-    _words("a e i o u"),
-    _words("""ra na to vi mo lex dia ro sta nel qua zo mi fo tis wen bix lo pa ki
-        ba che dra fen gu han jo ket lin mar nox pel rik sun tal vek wo yan zil do"""),
-)
-KINDS = _words("""tea app lamp soap drink watch cream mat course pillow phone bike tent shirt radio heater juice
-    bottle blender desk kettle jacket candle camera""")
+# A product is a kind of thing behind a brand word.
+BRANDS = _list("""Sunny | Nova | Lucky | Royal | Silver | Golden | Alpha | Delta | Polar | Ocean | Forest | Rocket
+    Tiger | Panda | Eagle | Comet | Maple | Lotus | Pixel | Turbo | Magic | Prime | Ultra | Happy""")
+KINDS = _list("""tea | app | lamp | soap | drink | watch | cream | mat | course | pillow | phone | bike | tent | shirt
+    radio | heater | juice | bottle | blender | desk | kettle | jacket | candle | oven | camera | mixer | fan | mug""")
 
-OPENERS = _parts("""Meet {p}, new this year. | Here is {p} for your home. | Try {p} this weekend.
-    {p} is back in our shop.
-    Say hello to {p}. | We made {p} for busy people. | {p} comes in blue and green. | Look at {p} on our page.
-    -- Our new {p} is out now. | Discover {p} in every store. | You asked for it, so here is {p}. | Enjoy {p} at home.
-    -- Welcome {p} to your home. | This week we show {p}. | The new {p} is in our shop. | {p} comes in three colors.
-    -- Have a look at {p}. | Now in store you find {p}. | {p} is new on our page. | We are happy to show {p}.""")
-FILLERS = _parts("""Shipping is free on Monday. | It weighs very little. | The box is easy to open. | Colors may differ.
-    Returns are open for 30 days. | Pick it up in our store. | It fits in any bag. | Made with care in a small town.
-    Pay in two parts if you like. | The price is $20 this month. | Call us with any question. | Stock is limited.
-    -- We answer mail within a day. | It comes with a short manual. | Gift wrap costs $2. | The handle is made of wood.
-    Cleaning it is easy. | Two sizes are on offer. | Order online or by phone. | A spare part is in the box.
-    -- Delivery is free on Friday. | It is light and easy to use. | The price is $35 this week.
-    Visit our store in town.
-    Returns cost nothing for 60 days. | The box is made of paper.
-    -- Shipping takes two days. | It is small and fits in a drawer. | Pay by card or in cash.
-    We open at nine on Sunday.
-    The price is $48 online. | It comes with a long cable.""")
+LEADS = _list("""Good news: | Look here: | Today only: | At last: | Friends: | New this week: | Hello: | Believe us:
+    From our shop: | Just out: | Hurry: | Our best offer:""")
+TAILS = _list("""today | right now | this week | at our shop | before Sunday | from Monday on | in every town | all year
+    again | as always | for real | in the end""")
+
+OPENERS = _list("""Meet {p}, new this year. | Here is {p} for your home. | Try {p} this weekend.
+    {p} is back in our shop. | Say hello to {p}. | We made {p} for busy people. | {p} comes in blue and green.
+    Look at {p} on our page. | Our new {p} is out now. | Discover {p} in every store.
+    You asked for it, so here is {p}. | Enjoy {p} at home. | Welcome {p} to your home. | This week we show {p}.
+    The new {p} is in our shop. | {p} comes in three colors.""")
+SUBJECTS = _list(
+    "Our team | This shop | The crew | Every store | Our partner | The courier | Your neighbor | The manager"
+)
+VERBS = _list("ships | packs | wraps | tests | repairs | prints | paints | sells | delivers | cleans")
+OBJECTS = _list("each box | every order | all parcels | the parts | two colors | many sizes | gift cards | the labels")
+TIMES = _list("on Monday | within a day | by hand | with care | for free | at noon | in town | all week | online")

@@ -30,8 +30,8 @@ MAX_PROMPT_TOKENS = 110
 class Sizes:
     """Rows of each file; docstring rows beyond `sft_general` are left to `general.jsonl`."""
 
-    sft_ads: int = 1500
-    sft_general: int = 500
+    sft_ads: int = 3000
+    sft_general: int = 400
     reward_prompts: int = 800
     prompts_train: int = 2000
     prompts_validation: int = 512

@@ -1,0 +1,190 @@
+"""The whole recipe on a small example: data, SFT, samples, reward model, PPO, and a page that says what came of it.
+
+    python examples/ad_moderation/demo.py --out runs/demo --seed 0
+
+Run again after an interruption, it continues where it was. Settings are in recipe.yaml; overrides work as everywhere:
+`demo.py ppo.iterations=4 sft.epochs=1`.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from ad_moderation.outcome import Outcome, assess_both  # noqa: E402
+from ad_moderation.prepare import prepare  # noqa: E402
+from icegrt import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SampleConfig, SFTConfig, SFTTrainer  # noqa: E402
+from icegrt.console import duration, say  # noqa: E402
+from icegrt.errors import UserError  # noqa: E402
+from icegrt.stages import sample  # noqa: E402
+
+RECIPE = HERE / "recipe.yaml"
+CHECKER = f"{HERE / 'reward.py'}:checker_reward"
+STAGES = ("prepare", "sft", "sample", "reward", "ppo", "report")
+
+
+class Demo:
+    """One run of the demo in `out`. Each stage leaves a file that says it is done, with the seconds it took."""
+
+    def __init__(self, out: Path, seed: int, overrides: list[str]) -> None:
+        self.out, self.seed, self.overrides = out, seed, overrides
+        self.data = out / "data"
+        out.mkdir(parents=True, exist_ok=True)
+        self._check_same_settings()
+
+    def run(self) -> None:
+        """All stages that are not done yet."""
+        for number, name in enumerate(STAGES, 1):
+            done = self.out / "stages" / f"{name}.json"
+            if done.is_file():
+                say(f"[{number}/{len(STAGES)}] {name}: done before")
+                continue
+            say(f"[{number}/{len(STAGES)}] {name}")
+            started = time.perf_counter()
+            getattr(self, name)()
+            seconds = time.perf_counter() - started
+            done.parent.mkdir(exist_ok=True)
+            done.write_text(json.dumps({"seconds": seconds}) + "\n", encoding="utf-8")
+            say(f"    {name} took {duration(seconds)}")
+
+    # -- stages ----------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        prepare(self.data, self.seed)
+
+    def sft(self) -> None:
+        config = SFTConfig.load(
+            RECIPE,
+            [
+                f"sft.model={self.data / 'actor_init'}",
+                f"sft.data=[{{path: {self.data / 'sft.jsonl'}}}]",
+                f"sft.heldout=[{{path: {self.data / 'prompts_validation.jsonl'}}}, "
+                f"{{path: {self.data / 'general_validation.jsonl'}}}]",
+                *self._run("sft"),
+            ],
+        )
+        with SFTTrainer(config) as trainer:
+            trainer.train()
+
+    def sample(self) -> None:
+        sample.run(
+            SampleConfig.load(
+                RECIPE,
+                [
+                    f"sample.model={self.out / 'sft' / 'model'}",
+                    f"sample.prompts={self.data / 'reward_prompts.jsonl'}",
+                    f"sample.out={self.out / 'rankings.jsonl'}",
+                    f"sample.score_function={CHECKER}",
+                    f"sample.seed={self.seed}",
+                    *self._mine("sample"),
+                ],
+            )
+        )
+
+    def reward(self) -> None:
+        config = RewardConfig.load(
+            RECIPE,
+            [
+                f"reward.model={self.out / 'sft' / 'model'}",
+                f"reward.data=[{{path: {self.out / 'rankings.jsonl'}}}]",
+                *self._run("reward"),
+            ],
+        )
+        with RewardTrainer(config) as trainer:
+            trainer.train()
+
+    def ppo(self) -> None:
+        config = PPOConfig.load(
+            RECIPE,
+            [
+                f"ppo.actor={self.out / 'sft' / 'model'}",
+                f"ppo.reward_model={self.out / 'reward' / 'model'}",
+                f"ppo.reward_function={CHECKER}",
+                f"ppo.prompts={self.data / 'prompts_train.jsonl'}",
+                f"ppo.eval_prompts={self.data / 'prompts_validation.jsonl'}",
+                *self._run("ppo"),
+            ],
+        )
+        with PPOTrainer(config) as trainer:
+            self._assess(trainer, "before")
+            trainer.train()
+            self._assess(trainer, "after")
+
+    def report(self) -> None:
+        for name in ("metrics.jsonl", "config.yaml"):
+            shutil.copyfile(self.out / "ppo" / name, self.out / name)
+        for name, source in (("tensorboard", self.out / "ppo"), ("actor", self.out / "ppo" / "model")):
+            shutil.rmtree(self.out / name, ignore_errors=True)
+            shutil.copytree(source / name if name == "tensorboard" else source, self.out / name)
+        outcome = Outcome(self.out)
+        outcome.write()
+        for line in outcome.lines():
+            say(line)
+        say(f"page: {self.out / 'report.html'}\nactor: {self.out / 'actor'}")
+
+    # -- helpers ---------------------------------------------------------------------------------------------------
+
+    def _assess(self, trainer: PPOTrainer, when: str) -> None:
+        path = self.out / f"assessment_{when}.json"
+        if path.is_file():
+            return
+        document = assess_both(trainer, self.data)
+        aside = path.with_suffix(".writing")
+        aside.write_text(json.dumps(document), encoding="utf-8")
+        os.replace(aside, path)
+
+    def _run(self, stage: str) -> list[str]:
+        """Where a stage runs, and whether it continues: a folder without a checkpoint is started anew."""
+        folder = self.out / stage
+        resume = any((folder / "checkpoints").glob("step_*"))
+        if not resume:
+            shutil.rmtree(folder, ignore_errors=True)
+        return [
+            f"{stage}.run.dir={folder}",
+            f"{stage}.run.seed={self.seed}",
+            f"{stage}.run.resume={str(resume).lower()}",
+            *self._mine(stage),
+        ]
+
+    def _mine(self, stage: str) -> list[str]:
+        return [override for override in self.overrides if override.startswith(f"{stage}.")]
+
+    def _check_same_settings(self) -> None:
+        path, settings = self.out / "demo.json", {"seed": self.seed, "overrides": self.overrides}
+        if path.is_file():
+            if json.loads(path.read_text(encoding="utf-8")) != settings:
+                raise UserError(f"{self.out}: holds a demo with other settings; choose another --out or delete it")
+        elif any(self.out.iterdir()):
+            raise UserError(f"{self.out}: not empty, and not a demo's folder; choose another --out")
+        else:
+            path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "runs/demo")), help="folder of the run")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data, sampling and training")
+    parser.add_argument("overrides", nargs="*", help="settings, as in sft.epochs=1 ppo.kl_coef=0.1")
+    arguments = parser.parse_args()
+    unknown = [o for o in arguments.overrides if o.split(".")[0] not in STAGES or "=" not in o]
+    if unknown:
+        parser.error(f"expected STAGE.KEY=VALUE with a stage of sft, sample, reward or ppo, got {unknown[0]!r}")
+    try:
+        Demo(arguments.out, arguments.seed, arguments.overrides).run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
