@@ -123,6 +123,9 @@ class SampleConfig(Loadable):
     prompts: str = key("", "JSONL file of prompts (`prompt` or `messages`; other columns are kept)")
     out: str = key("", "JSONL file to write: one row per prompt with `responses`")
     samples_per_prompt: int = key(4, "answers per prompt (K)", ge=1)
+    temperatures: list[float] = key(
+        [], "the K answers take turns at these, for diverse rankings; empty: sampling.temperature for all"
+    )
     limit: int = key(0, "prompts to use; 0 uses all", ge=0)
     max_batch: int = key(256, "sequences decoded at once", ge=1)
     score_function: str = key("", "`file.py:function` that scores answers: rows then carry `scores`")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,7 +37,12 @@ def run(config: SampleConfig) -> None:
         model = build_model(source, "lm", dtype=DTYPES[config.dtype]).eval()
         engine = RolloutEngine(model, tokenizer, max_batch=config.max_batch)
         with progress(len(prompts), "sample", "prompts") as bar:
-            for prompt, responses in answers(engine, prompts, config.samples_per_prompt, sampling):
+            found = (
+                diverse_answers(engine, prompts, config.samples_per_prompt, sampling, config.temperatures)
+                if config.temperatures
+                else answers(engine, prompts, config.samples_per_prompt, sampling)
+            )
+            for prompt, responses in found:
                 writer.write(_row(engine, prompt, responses, score))
                 bar.advance(1)
     say(f"{len(prompts)} prompts x {config.samples_per_prompt} answers: {config.out}")
@@ -64,6 +70,26 @@ def answers(
         while len(held.get(following, ())) == samples:
             yield prompts[following], sorted(held.pop(following), key=lambda r: r.sample)
             following += 1
+
+
+def diverse_answers(
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    samples: int,
+    sampling: Sampling,
+    temperatures: Sequence[float],
+) -> Iterator[tuple[Prompt, list[Response]]]:
+    """As `answers`, but the samples of a prompt take turns at `temperatures`."""
+    block = engine.decoder.max_batch
+    for start in range(0, len(prompts), block):
+        some = prompts[start : start + block]
+        columns = []
+        for sample in range(samples):
+            own = dataclasses.replace(sampling, temperature=temperatures[sample % len(temperatures)])
+            first_id = sample * len(prompts) + start
+            responses = engine.generate([p.tokens for p in some], 1, own, first_sequence_id=first_id)
+            columns.append([dataclasses.replace(r, sample=sample) for r in responses])
+        yield from zip(some, (list(row) for row in zip(*columns, strict=True)), strict=True)
 
 
 def samples_of(engine: RolloutEngine, prompt: Prompt, responses: Sequence[Response], group: int) -> list[Sample]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cache
+from itertools import pairwise
 
 from ad_moderation.ads import APPROVE, RULE_BY_NUMBER, Truth, broken_rules, moderate
 from ad_moderation.phrases import Rule

@@ -19,7 +19,7 @@ from icegrt.report import write_ppo_report
 from icegrt.statistics import distinct_fraction, paired_bootstrap_ci95
 
 TEST_ADS = 512
-SAMPLES = 4
+SAMPLES = 3
 FIXED_EXAMPLES = RANDOM_EXAMPLES = 10
 
 
