@@ -7,13 +7,18 @@ without Transformer Engine, so this is the `core_attention` of every layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+
+_FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 
 class Cache(Protocol):
@@ -62,8 +67,12 @@ def packed_causal_attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, lengths
     """Causal attention within each sequence of a stream.
 
     Args: q [T, heads, d], k and v [T, kv_heads, d], any float dtype; `lengths` sum to T.
-    Returns [T, heads, d]. Sequences of one length share one call: fewer launches, and no dense T x T mask.
+    Returns [T, heads, d]. One call of flash-attn where it is installed and takes these tensors (CUDA, half precision);
+    elsewhere sequences of one length share a call of SDPA: fewer launches, and no dense T x T mask.
     """
+    varlen = flash_attention() if q_THD.is_cuda and q_THD.dtype in _FLASH_DTYPES else None
+    if varlen is not None:
+        return _varlen(varlen, q_THD, k_THD, v_THD, lengths)
     if len(set(lengths)) == 1:
         return _equal_lengths(q_THD, k_THD, v_THD, lengths[0])
     parts = [tensor.split(lengths) for tensor in (q_THD, k_THD, v_THD)]
@@ -86,3 +95,19 @@ def _equal_lengths(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, length: int) -> 
     q, k, v = (t.unflatten(0, (-1, length)).transpose(1, 2) for t in (q_THD, k_THD, v_THD))
     out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2).flatten(0, 1)
+
+
+def _varlen(attend: Callable, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, lengths: list[int]) -> Tensor:
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=q_THD.device)
+    longest = max(lengths)
+    return attend(q_THD, k_THD, v_THD, ends, ends, longest, longest, causal=True)
+
+
+@cache
+def flash_attention() -> Callable | None:
+    """flash-attn's variable-length attention, or None where it is not installed."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func

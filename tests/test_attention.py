@@ -1,0 +1,58 @@
+"""Packed attention: sequences never see each other, whichever implementation attends."""
+
+import sys
+import types
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from icegrt.model import attention
+
+LENGTHS = [3, 1, 7, 3]
+
+
+def streams(heads=4, kv_heads=2, dim=8, lengths=LENGTHS):
+    generator = torch.Generator().manual_seed(0)
+    total = sum(lengths)
+    return [torch.randn(total, n, dim, generator=generator) for n in (heads, kv_heads, kv_heads)]
+
+
+def one_by_one(q, k, v, lengths=LENGTHS):
+    rows = []
+    for parts in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
+        qi, ki, vi = (x.transpose(0, 1)[None] for x in parts)
+        rows.append(scaled_dot_product_attention(qi, ki, vi, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [4, 4, 4], [1], [2, 0, 3]])
+def test_packed_attention_is_each_sequence_alone(lengths):
+    q, k, v = streams(lengths=lengths)
+    expected = one_by_one(q, k, v, lengths)
+    torch.testing.assert_close(attention.packed_causal_attention(q, k, v, lengths), expected)
+
+
+def test_flash_attention_is_called_with_the_boundaries_of_the_stream():
+    seen = {}
+
+    def varlen(q, k, v, cu_q, cu_k, longest_q, longest_k, causal):
+        seen.update(cu=cu_q.tolist(), same=torch.equal(cu_q, cu_k), longest=(longest_q, longest_k), causal=causal)
+        return one_by_one(q, k, v)
+
+    q, k, v = streams()
+    out = attention._varlen(varlen, q, k, v, LENGTHS)
+    assert seen == {"cu": [0, 3, 4, 11, 14], "same": True, "longest": (7, 7), "causal": True}
+    torch.testing.assert_close(out, attention.packed_causal_attention(q, k, v, LENGTHS))
+
+
+def test_flash_attention_is_found_when_installed_and_missed_quietly_when_not(monkeypatch):
+    fake = types.ModuleType("flash_attn")
+    fake.flash_attn_varlen_func = lambda *args, **kwargs: None
+    monkeypatch.setitem(sys.modules, "flash_attn", fake)
+    attention.flash_attention.cache_clear()
+    assert attention.flash_attention() is fake.flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    attention.flash_attention.cache_clear()
+    assert attention.flash_attention() is None
+    attention.flash_attention.cache_clear()
