@@ -47,7 +47,8 @@ def type_text(kind: Any, long: bool = False) -> str:
     if origin is typing.Literal:
         return f"one of {', '.join(args)}" if long else " | ".join(args)
     if origin is list:
-        item = "{" + ", ".join(fields_of(args[0])) + "}" if dataclasses.is_dataclass(args[0]) else "text"
+        plain = {str: "text", float: "numbers"}
+        item = "{" + ", ".join(fields_of(args[0])) + "}" if dataclasses.is_dataclass(args[0]) else plain[args[0]]
         return f"a list of {item}" if long else f"list of {item}"
     if origin in (typing.Union, types.UnionType):
         return " or ".join("null" if k is type(None) else type_text(k, long) for k in args)

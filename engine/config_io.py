@@ -190,7 +190,7 @@ def _value(field: Any, value: Any, base: Any, path: Path_, where: dict[Path_, st
 
 def _leaf(field: Any, value: Any) -> Any:
     """`value` as the type of `field`, or ValueError with a hint. An int serves for a float; a bool is no number."""
-    kind, numeric = field.annotation, isinstance(value, (int, float)) and not isinstance(value, bool)
+    kind, numeric = field.annotation, _is_number(value)
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         if value is None:
             return None
@@ -207,11 +207,17 @@ def _leaf(field: Any, value: Any) -> Any:
         return value or []
     if typing.get_origin(kind) is list and value is None:
         return []
+    if kind == list[float] and isinstance(value, list) and all(_is_number(v) for v in value):
+        return [_bounded(field, float(v)) for v in value]
     if kind is float and numeric:
         return _bounded(field, float(value))
     if kind is int and numeric and math.isfinite(value) and value == int(value):
         return _bounded(field, int(value))
     raise ValueError("put it in quotes" if kind is str and not isinstance(value, (list, dict)) else "")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _bounded(field: Any, number: float) -> float:
