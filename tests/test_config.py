@@ -256,6 +256,7 @@ def _other(row):
         return next(choice for choice in row.type.split(" | ") if choice != row.default)
     upper = "<" in row.bounds
     values = {"text": "yes", "bool": "false" if row.default == "true" else "true", "list of text": '["1", "a: b", "é"]'}
+    values["list of numbers"] = "[0.5, 2, 1e-3]"
     return values.get(row.type) or ("7" if row.type == "int" else "0.123456789e-3" if upper else "3.5")
 
 

@@ -68,10 +68,12 @@ def check(ad: Mapping | str, answer: str, truncated: bool = False) -> CheckResul
 def grade_quote(quote: str, sentence: str) -> float:
     """1 for the offending sentence itself; less than INEXACT_QUOTE for anything else, 0 at half the letters.
 
-    The likeness counts both lengths, so that quoting the whole ad, which has every sentence in it, earns nothing.
+    More than one sentence earns nothing: the whole ad has every sentence in it. The likeness counts both lengths.
     """
     if quote == sentence:
         return 1.0
+    if ". " in quote:
+        return 0.0
     return INEXACT_QUOTE * max(0.0, 2 * _likeness(quote, sentence) - 1)
 
 
