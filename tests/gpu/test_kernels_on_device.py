@@ -1,0 +1,62 @@
+"""The Triton kernels on a CUDA device: launched for real, held to the error budget, and the same bits twice."""
+
+import pytest
+import torch
+from kernel_cases import assert_within_budget, naive_gae, plain_logprobs
+
+from icegrt.kernels import linear_logprobs, linear_ppo_loss, record_launches, shaped_gae, token_logprobs, use_backend
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocab", [7, 1000, 32003, 152064])
+def test_token_logprobs_forward_and_backward(vocab, dtype):
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = (4 * torch.randn(65, vocab, device="cuda", generator=generator)).to(dtype)
+    labels = torch.randint(vocab, (65,), device="cuda", generator=generator)
+    labels[::7] = -100
+    upstream = torch.randn(65, device="cuda", generator=generator)
+
+    def run(x, call):
+        x = x.clone().requires_grad_()
+        logprob, entropy = call(x)
+        (logprob * upstream.to(logprob.dtype)).sum().backward()
+        return logprob, entropy, x.grad
+
+    def ours(x):
+        out = token_logprobs(x, labels, entropy=True)
+        return out.logprob_A, out.entropy_A
+
+    with use_backend("triton"), record_launches() as launches:
+        mine, again = run(logits, ours), run(logits, ours)
+    assert ("token_logprobs", "triton") in launches
+    plain = run(logits.float(), lambda x: plain_logprobs(x, labels))
+    truth = run(logits.double(), lambda x: plain_logprobs(x, labels))
+    for part, (a, b) in enumerate(zip(mine, again, strict=True)):
+        assert torch.equal(a, b)
+        atol = 2e-2 if part == 2 and dtype is not torch.float32 else 2e-5
+        assert_within_budget(a.float(), plain[part], truth[part], atol=atol)
+
+
+def test_shaped_gae_agrees_with_the_loop_over_time():
+    generator = torch.Generator().manual_seed(0)
+    lengths = [1, 88, 1, 2500, 40, 7]
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    value, logprob, ref = (torch.randn(int(cu[-1]), generator=generator) for _ in range(3))
+    score = torch.randn(len(lengths), generator=generator)
+    truth = naive_gae(score, value, logprob, ref, cu, kl_coef=0.05, gamma=1.0, lam=0.95)
+    with use_backend("triton"), record_launches() as launches:
+        out = shaped_gae(*(x.cuda() for x in (score, value, logprob, ref, cu)), kl_coef=0.05)
+    assert ("shaped_gae", "triton") in launches
+    for ours, theirs in zip((out.advantage_A, out.return_A, out.reward_A, out.kl_N), truth, strict=True):
+        torch.testing.assert_close(ours.double().cpu(), theirs, atol=2e-3, rtol=1e-4)
+
+
+def test_the_ratio_is_exactly_one_after_scoring_in_bf16():
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(300, 64, device="cuda", generator=generator).bfloat16()
+    weight = torch.randn(1000, 64, device="cuda", generator=generator).bfloat16()
+    labels = torch.randint(1000, (300,), device="cuda", generator=generator)
+    advantage = torch.randn(300, device="cuda", generator=generator)
+    old = linear_logprobs(hidden, weight, labels, chunk_rows=128).logprob_A.detach()
+    loss = linear_ppo_loss(hidden.requires_grad_(), weight, labels, old, advantage, normalizer=300.0, chunk_rows=128)
+    assert loss.stats.ratio_min.item() == loss.stats.ratio_max.item() == 1.0
