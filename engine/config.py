@@ -124,7 +124,7 @@ class SampleConfig(Loadable):
     out: str = key("", "JSONL file to write: one row per prompt with `responses`")
     samples_per_prompt: int = key(4, "answers per prompt (K)", ge=1)
     temperatures: list[float] = key(
-        [], "the K answers take turns at these (each above 0); empty: sampling.temperature for all"
+        [], "the K answers take turns at these (0 is greedy); empty: sampling.temperature for all"
     )
     limit: int = key(0, "prompts to use; 0 uses all", ge=0)
     max_batch: int = key(256, "sequences decoded at once", ge=1)
