@@ -103,6 +103,7 @@ class Outcome:
 
     def _ppo(self) -> dict[str, Any]:
         figures: dict[str, Any] = {"test_ads": len(self.rows), "iterations": len(self.steps)}
+        figures["heldout_reward_name"] = "what PPO is paid"
         names = {
             ("sampled", "reward"): "heldout_reward",
             ("sampled", "task"): "task_score",
