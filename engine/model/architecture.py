@@ -1,39 +1,31 @@
-"""From a Hugging Face configuration to what Megatron-core builds: one `Architecture`, one table row per family."""
+"""From a Hugging Face configuration to what Megatron-core builds: one `Architecture` for every family."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from icegrt.errors import CheckpointError
+from icegrt.model.families import FAMILIES, Family, family_of, refuse_unsupported
+from icegrt.model.rope import Rope
+
+__all__ = ["DTYPES", "FAMILIES", "Architecture"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Family:
-    """What distinguishes a family of checkpoints: its names in Hugging Face and the parts its layers have."""
-
-    model_type: str
-    causal_lm: str
-    sequence_classifier: str
-    qkv_bias: bool = False
-    qk_norm: bool = False
-
-
-# One row per family; tensor names are those of `weights.py`, which Llama's descendants share.
-FAMILIES = {
-    family.model_type: family for family in (Family("llama", "LlamaForCausalLM", "LlamaForSequenceClassification"),)
-}
-
-
-@dataclass(frozen=True)
 class Architecture:
-    """A decoder-only transformer: sizes, rope and head sharing, as its checkpoint states them."""
+    """A decoder-only transformer: sizes, rope, windows and head sharing, as its checkpoint states them.
+
+    `window`: the most tokens that a layer of `windowed_layers` sees, the current one included; None where no layer has
+    a window or none is shorter than the context. `generation_config`: the checkpoint's own, to be handed on.
+    """
 
     family: Family
     num_layers: int
@@ -45,52 +37,76 @@ class Architecture:
     vocab_size: int
     context_length: int
     norm_eps: float
-    rope_theta: float
+    rope: Rope
+    window: int | None
+    windowed_layers: tuple[bool, ...]
     tied_embeddings: bool
     hf_config: dict[str, Any]
+    generation_config: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Architecture:
-        """Read `config.json` of `folder`. Raises `CheckpointError` for what is missing or not supported."""
+        """Read `config.json` and, where there is one, `generation_config.json` of `folder`.
+
+        Raises `CheckpointError` for what is missing or not supported.
+        """
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise CheckpointError(f"{folder}: no config.json; expected a folder with a Hugging Face checkpoint")
-        try:
-            return cls.from_config(json.loads(path.read_text(encoding="utf-8")), where=str(path))
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{path}: not JSON ({error})") from None
+        generation = path.with_name("generation_config.json")
+        settings = read_object(generation) if generation.is_file() else {}
+        return cls.from_config(read_object(path), where=str(path), generation_config=settings)
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], where: str = "config") -> Architecture:
+    def from_config(
+        cls, config: dict[str, Any], where: str = "config", generation_config: dict[str, Any] | None = None
+    ) -> Architecture:
         """Check a Hugging Face configuration (as a dict) and take over what it says."""
-
-        def need(name: str):
-            if config.get(name) is None:
-                raise CheckpointError(f"{where}: `{name}` is missing")
-            return config[name]
-
-        family = FAMILIES.get(str(config.get("model_type")))
-        if family is None:
+        family = family_of(config, where)
+        refuse_unsupported(family, config, where)
+        given = {**family.defaults, **config}
+        sizes = _Sizes(given, where)
+        heads, hidden = sizes.need("num_attention_heads"), sizes.need("hidden_size")
+        kv_heads = sizes.get("num_key_value_heads") or heads
+        if heads % kv_heads:
             raise CheckpointError(
-                f"{where}: model_type {config.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
+                f"{where}: `num_attention_heads` {heads} is not a multiple of `num_key_value_heads` {kv_heads}"
             )
-        _refuse_unsupported(config, where)
-        heads = need("num_attention_heads")
+        head_dim = sizes.get("head_dim")
+        if head_dim is None and hidden % heads:
+            raise CheckpointError(
+                f"{where}: `hidden_size` {hidden} is not a multiple of `num_attention_heads` {heads}, and no "
+                "`head_dim` is given"
+            )
+        head_dim = head_dim or hidden // heads
+        if head_dim % 2:
+            raise CheckpointError(f"{where}: heads of {head_dim} dimensions cannot be rotated in pairs; expected even")
+        layers, context = sizes.need("num_hidden_layers"), sizes.need("max_position_embeddings")
+        window, windowed = _windows(family, given, sizes, layers, context)
+        vocab_size = sizes.need("vocab_size")
+        _check_token_ids(config, vocab_size, where)
         return cls(
             family=family,
-            num_layers=need("num_hidden_layers"),
-            hidden_size=need("hidden_size"),
-            ffn_size=need("intermediate_size"),
+            num_layers=layers,
+            hidden_size=hidden,
+            ffn_size=sizes.need("intermediate_size"),
             num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or need("hidden_size") // heads,
-            vocab_size=need("vocab_size"),
-            context_length=need("max_position_embeddings"),
-            norm_eps=need("rms_norm_eps"),
-            rope_theta=_rope_theta(config, where),
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            vocab_size=vocab_size,
+            context_length=context,
+            norm_eps=_epsilon(config, where),
+            rope=Rope.from_config(config, where),
+            window=window,
+            windowed_layers=windowed,
+            tied_embeddings=_flag(config, "tie_word_embeddings", where),
             hf_config=dict(config),
+            generation_config=dict(generation_config or {}),
         )
+
+    def padded_vocab_size(self, ranks: int) -> int:
+        """Rows of the embedding over all tensor-parallel ranks: the vocabulary, padded to a multiple of `ranks`."""
+        return -(-self.vocab_size // ranks) * ranks
 
     def transformer_config(self, *, dtype: torch.dtype, tensor: int = 1, pipeline: int = 1):
         """Megatron's TransformerConfig of this architecture (local layers, no fused CUDA-only parts)."""
@@ -110,6 +126,8 @@ class Architecture:
             add_bias_linear=False,
             add_qkv_bias=self.family.qkv_bias,
             qk_layernorm=self.family.qk_norm,
+            window_size=(self.window - 1, 0) if self.window else None,
+            window_attn_skip_freq=[*map(int, self.windowed_layers)],
             attention_dropout=0.0,
             hidden_dropout=0.0,
             tensor_model_parallel_size=tensor,
@@ -133,21 +151,94 @@ class Architecture:
         )
 
 
-def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
-    if config.get("quantization_config"):
-        raise CheckpointError(f"{where}: quantised weights are not supported; export the checkpoint in fp32 or bf16")
-    for name in ("attention_bias", "mlp_bias"):
-        if config.get(name):
-            raise CheckpointError(f"{where}: `{name}` is true, which this family's layers do not have yet")
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise CheckpointError(f"{where}: hidden_act {activation!r} is not supported; expected 'silu'")
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises `CheckpointError` naming it."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # not readable, not UTF-8, or not JSON
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); copy the file again") from None
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path}: holds no JSON object but {type(document).__name__}; copy the file again")
+    return document
 
 
-def _rope_theta(config: dict[str, Any], where: str) -> float:
-    # transformers 5 writes `rope_parameters`; earlier versions wrote `rope_theta` and `rope_scaling`.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise CheckpointError(f"{where}: rope type {kind!r} is not supported yet; supported: 'default'")
-    return float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
+@dataclass(frozen=True)
+class _Sizes:
+    """Whole numbers above 0 of a configuration."""
+
+    config: Mapping[str, Any]
+    where: str
+
+    def need(self, name: str) -> int:
+        if self.config.get(name) is None:
+            raise CheckpointError(f"{self.where}: `{name}` is missing")
+        return self.get(name)
+
+    def get(self, name: str) -> int | None:
+        value = self.config.get(name)
+        if value is None:
+            return None
+        if type(value) is not int or value < 1:
+            raise CheckpointError(f"{self.where}: `{name}` must be a whole number above 0, got {value!r}")
+        return value
+
+
+def _windows(
+    family: Family, config: Mapping[str, Any], sizes: _Sizes, layers: int, context: int
+) -> tuple[int | None, tuple[bool, ...]]:
+    everywhere, nowhere = (True,) * layers, (False,) * layers
+    if family.windows == "none":
+        return None, nowhere
+    if family.windows == "all_layers":
+        windowed = everywhere
+    else:
+        windowed = _windowed_layers(config, sizes, layers)
+    # Qwen's configurations name a window even where it is switched off, which its layers then may not ask for.
+    switched_off = family.windows == "by_layer" and not _flag(config, "use_sliding_window", sizes.where)
+    window = None if switched_off else sizes.get("sliding_window")
+    if family.windows == "by_layer" and window is None and config.get("layer_types") and any(windowed):
+        raise CheckpointError(
+            f"{sizes.where}: `layer_types` asks for sliding_attention, but `use_sliding_window` or `sliding_window` "
+            "switches it off"
+        )
+    if window is None or window >= context or not any(windowed):
+        return None, nowhere
+    return window, windowed
+
+
+def _windowed_layers(config: Mapping[str, Any], sizes: _Sizes, layers: int) -> tuple[bool, ...]:
+    types = config.get("layer_types")
+    if types is None:
+        first = 28 if config.get("max_window_layers") is None else config["max_window_layers"]
+        if type(first) is not int or first < 0:
+            raise CheckpointError(f"{sizes.where}: `max_window_layers` must be a whole number, got {first!r}")
+        return tuple(layer >= first for layer in range(layers))
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or len(types) != layers or any(kind not in known for kind in types):
+        raise CheckpointError(
+            f"{sizes.where}: `layer_types` must name {' or '.join(known)} for each of the {layers} layers"
+        )
+    return tuple(kind == "sliding_attention" for kind in types)
+
+
+def _epsilon(config: Mapping[str, Any], where: str) -> float:
+    value = config.get("rms_norm_eps")
+    if value is None:
+        raise CheckpointError(f"{where}: `rms_norm_eps` is missing")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+        raise CheckpointError(f"{where}: `rms_norm_eps` must be a number between 0 and 1, got {value!r}")
+    return float(value)
+
+
+def _flag(config: Mapping[str, Any], name: str, where: str) -> bool:
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"{where}: `{name}` must be true or false, got {value!r}")
+    return bool(value)
+
+
+def _check_token_ids(config: Mapping[str, Any], vocab_size: int, where: str) -> None:
+    named = config.get("eos_token_id")
+    for token in named if isinstance(named, list) else [named]:
+        if token is not None and (type(token) is not int or not 0 <= token < vocab_size):
+            raise CheckpointError(f"{where}: `eos_token_id` {token!r} is not in the vocabulary of {vocab_size} tokens")

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -26,7 +27,7 @@ class Cache(Protocol):
 
     def fill(self, layer: int, k_THD: Tensor, v_THD: Tensor, lengths: list[int]) -> None: ...
 
-    def attend(self, layer: int, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor) -> Tensor: ...
+    def attend(self, layer: int, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, window: int | None) -> Tensor: ...
 
 
 @dataclass
@@ -50,31 +51,36 @@ class PackedAttention(nn.Module):
     def __init__(self, config, layer_number: int, *args, **kwargs) -> None:
         super().__init__()
         self.layer = layer_number - 1
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if windowed else None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args, packed_seq_params=None, **kwargs) -> Tensor:
         plan: AttentionPlan = packed_seq_params
         q_THD, k_THD, v_THD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if plan.decoding:
-            out = plan.cache.attend(self.layer, q_THD, k_THD, v_THD)
+            out = plan.cache.attend(self.layer, q_THD, k_THD, v_THD, self.window)
         else:
             if plan.cache is not None:
                 plan.cache.fill(self.layer, k_THD, v_THD, plan.lengths)
-            out = packed_causal_attention(q_THD, k_THD, v_THD, plan.lengths)
+            out = packed_causal_attention(q_THD, k_THD, v_THD, plan.lengths, self.window)
         return out.reshape(out.shape[0], 1, -1)
 
 
-def packed_causal_attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, lengths: list[int]) -> Tensor:
+def packed_causal_attention(
+    q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, lengths: list[int], window: int | None = None
+) -> Tensor:
     """Causal attention within each sequence of a stream.
 
-    Args: q [T, heads, d], k and v [T, kv_heads, d], any float dtype; `lengths` sum to T.
+    Args: q [T, heads, d], k and v [T, kv_heads, d], any float dtype; `lengths` sum to T. `window`: the most tokens that
+    a token sees, itself included; None sees all before it.
     Returns [T, heads, d]. One call of flash-attn where it is installed and takes these tensors (CUDA, half precision);
     elsewhere sequences of one length share a call of SDPA: fewer launches, and no dense T x T mask.
     """
     varlen = flash_attention() if q_THD.is_cuda and q_THD.dtype in _FLASH_DTYPES else None
     if varlen is not None:
-        return _varlen(varlen, q_THD, k_THD, v_THD, lengths)
+        return _varlen(varlen, q_THD, k_THD, v_THD, lengths, window)
     if len(set(lengths)) == 1:
-        return _equal_lengths(q_THD, k_THD, v_THD, lengths[0])
+        return _equal_lengths(q_THD, k_THD, v_THD, lengths[0], window)
     parts = [tensor.split(lengths) for tensor in (q_THD, k_THD, v_THD)]
     order: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
@@ -86,21 +92,41 @@ def packed_causal_attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, lengths
                 out[index] = parts[0][index]
             continue
         together = [torch.cat([part[index] for index in members]) for part in parts]
-        for index, result in zip(members, _equal_lengths(*together, length).split(length), strict=True):
+        for index, result in zip(members, _equal_lengths(*together, length, window).split(length), strict=True):
             out[index] = result
     return torch.cat(out)
 
 
-def _equal_lengths(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, length: int) -> Tensor:
+def _equal_lengths(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, length: int, window: int | None) -> Tensor:
     q, k, v = (t.unflatten(0, (-1, length)).transpose(1, 2) for t in (q_THD, k_THD, v_THD))
-    out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    grouped = q.shape[1] != k.shape[1]
+    if window is None or window >= length:
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    else:
+        out = torch.cat([_window_block(q, k, v, start, window, grouped) for start in range(0, length, window)], dim=2)
     return out.transpose(1, 2).flatten(0, 1)
 
 
-def _varlen(attend: Callable, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, lengths: list[int]) -> Tensor:
+def _window_block(q: Tensor, k: Tensor, v: Tensor, start: int, window: int, grouped: bool) -> Tensor:
+    # `window` queries at a time see fewer than 2 * window keys: the work grows with the length, not with its square.
+    rows = torch.arange(start, min(start + window, q.shape[2]), device=q.device)[:, None]
+    first = max(0, start - window + 1)
+    columns = torch.arange(first, start + len(rows), device=q.device)
+    visible = (columns <= rows) & (columns > rows - window)
+    keys = slice(first, start + len(rows))
+    return scaled_dot_product_attention(
+        q[:, :, start : start + len(rows)], k[:, :, keys], v[:, :, keys], attn_mask=visible, enable_gqa=grouped
+    )
+
+
+def _varlen(
+    attend: Callable, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, lengths: list[int], window: int | None = None
+) -> Tensor:
     ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=q_THD.device)
     longest = max(lengths)
-    return attend(q_THD, k_THD, v_THD, ends, ends, longest, longest, causal=True)
+    # flash-attn counts the tokens to the left of the current one.
+    sides = {} if window is None else {"window_size": (window - 1, 0)}
+    return attend(q_THD, k_THD, v_THD, ends, ends, longest, longest, causal=True, **sides)
 
 
 @cache

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,30 +15,41 @@ import torch
 from torch import Tensor
 
 from icegrt.errors import CheckpointError, RunError
-from icegrt.model.architecture import DTYPES, Architecture
+from icegrt.model import weights
+from icegrt.model.architecture import DTYPES, Architecture, read_object
+from icegrt.model.safetensors_writer import write_safetensors
 
-_MAX_FILE_BYTES = 4 << 30
+_INDEX = "model.safetensors.index.json"
+_SHARD_BYTES = 5_000_000_000  # of files on export; what transformers writes
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class Pretrained:
-    """A checkpoint that can be read tensor by tensor.
+    """A checkpoint that can be read tensor by tensor, and of a tensor only the part that is asked for.
 
-    `source`: path of a folder with `config.json` and safetensors, or a `transformers` model.
+    `source`: path of a folder with `config.json` and safetensors, or a `transformers` model. Names, shapes and dtypes
+    are read at once, from the headers; a file that is cut short is found then. No pickle is read and no code of the
+    checkpoint runs. Raises `CheckpointError` naming the file or key.
     """
 
     def __init__(self, source: Any) -> None:
         self.where = str(source) if isinstance(source, (str, Path)) else f"the given {type(source).__name__}"
         self._tensors: dict[str, Tensor] = {}
         self._files: dict[str, Path] = {}
-        self._open: dict[Path, Any] = {}
+        self._described: dict[str, tuple[tuple[int, ...], str]] = {}
         if isinstance(source, (str, Path)):
             self.architecture = Architecture.from_pretrained(source)
             self.folder: Path | None = Path(source)
-            self._files = _find_tensors(self.folder)
+            self._find_tensors(self.folder)
         elif hasattr(source, "state_dict") and hasattr(source, "config"):
-            self.architecture = Architecture.from_config(source.config.to_dict(), where=self.where)
+            generation = getattr(source, "generation_config", None)
+            self.architecture = Architecture.from_config(
+                source.config.to_dict(), self.where, generation.to_diff_dict() if generation is not None else {}
+            )
             self.folder = None
             self._tensors = source.state_dict()
+            for name, tensor in self._tensors.items():
+                self._described[name] = tuple(tensor.shape), _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
         else:
             raise CheckpointError(
                 f"expected the folder of a Hugging Face checkpoint or a transformers model, got {type(source).__name__}"
@@ -44,19 +57,42 @@ class Pretrained:
 
     def names(self) -> Iterable[str]:
         """Names of all tensors."""
-        return self._tensors.keys() or self._files.keys()
+        return self._described.keys()
 
-    def get(self, name: str) -> Tensor:
-        """One tensor, read now."""
+    def describe(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype ('F32', 'BF16', ...) of a tensor."""
+        return self._described[name]
+
+    def get(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        """`start` to `stop` of one tensor along `dim`, read now; nothing else of it is."""
+        stop = self._described[name][0][dim] if stop is None else stop
         if name in self._tensors:
-            return self._tensors[name].detach()
+            return self._tensors[name].detach().narrow(dim, start, stop - start)
+        # Opened for this one tensor: what a mapped file has handed out counts as this process's memory until it is
+        # closed.
         path = self._files[name]
-        if path not in self._open:
-            self._open[path] = _open_safetensors(path)
-        try:
-            return self._open[path].get_tensor(name)
-        except Exception as error:  # safetensors' own, or the system's where the file is cut short
-            raise CheckpointError(f"{path}: tensor `{name}` cannot be read ({error})") from None
+        with _open_safetensors(path) as file:
+            try:
+                part = (slice(None),) * dim + (slice(start, stop),)
+                return file.get_slice(name)[part]
+            except Exception as error:  # safetensors' own, or the system's where the file was cut short meanwhile
+                raise CheckpointError(f"{path}: tensor `{name}` cannot be read ({error})") from None
+
+    def _find_tensors(self, folder: Path) -> None:
+        index = _read_index(folder) if (folder / _INDEX).is_file() else {}
+        single = folder / "model.safetensors"
+        if not index and not single.is_file():
+            raise CheckpointError(_no_safetensors(folder))
+        for path in sorted(set(index.values())) or [single]:
+            with _open_safetensors(path) as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    if index.get(name, path) == path:
+                        self._files[name] = path
+                        part = file.get_slice(name)
+                        self._described[name] = tuple(part.get_shape()), str(part.get_dtype())
+        for name, path in index.items():
+            if name not in self._files:
+                raise CheckpointError(f"{path}: holds no tensor `{name}`, which {_INDEX} says it does; copy it again")
 
 
 def _open_safetensors(path: Path):
@@ -68,25 +104,48 @@ def _open_safetensors(path: Path):
         raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); copy the file again") from None
 
 
-def _find_tensors(folder: Path) -> dict[str, Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {name: folder / Path(file).name for name, file in files.items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index}: not an index of safetensors ({error!r}); copy the file again") from None
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return {name: single for name in _open_safetensors(single).keys()}  # noqa: SIM118 (not a dict)
-    pickled = sorted(folder.glob("pytorch_model*.bin"))
-    hint = (
-        f"; {pickled[0].name} is a pickle and is not read: convert it with "
-        "`transformers` (`from_pretrained(...).save_pretrained(...)`)"
-        if pickled
-        else ""
+def _read_index(folder: Path) -> dict[str, Path]:
+    path = folder / _INDEX
+    weight_map = read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: not an index of safetensors (no `weight_map`); copy the file again")
+    files = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not _is_inside(folder, file):
+            raise CheckpointError(
+                f"{path}: names {file!r} for `{name}`, which is not a file of this folder; nothing outside "
+                f"{folder} is read"
+            )
+        files[name] = folder / file
+    return files
+
+
+def _is_inside(folder: Path, file: str) -> bool:
+    if not file.endswith(".safetensors") or ".." in Path(file).parts:
+        return False
+    home, path = folder.resolve(), (folder / file).resolve()
+    # The cache of the Hugging Face hub holds `snapshots/<revision>/` of links into the `blobs/` beside it.
+    blobs = [home.parent.parent / "blobs"] if home.parent.name == "snapshots" else []
+    return any(path.is_relative_to(place) for place in (home, *blobs))
+
+
+def _no_safetensors(folder: Path) -> str:
+    text = f"{folder}: no model.safetensors or {_INDEX}"
+    pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+    if not pickled:
+        return text
+    names = read_object(folder / "config.json").get("architectures")
+    scores = bool(isinstance(names, list) and names and str(names[0]).endswith("ForSequenceClassification"))
+    kind = "AutoModelForSequenceClassification" if scores else "AutoModelForCausalLM"
+    origin, target = str(folder), f"{folder}-safetensors"
+    code = (
+        f"import transformers as t; t.{kind}.from_pretrained({origin!r}, dtype='auto').save_pretrained({target!r}); "
+        f"t.AutoTokenizer.from_pretrained({origin!r}).save_pretrained({target!r})"
     )
-    raise CheckpointError(f"{folder}: no model.safetensors or model.safetensors.index.json{hint}")
+    return (
+        f"{text}; {pickled[0].name} is a pickle, which could run code and is not read. If you trust it, convert it:\n"
+        f"  python -c {shlex.quote(code)}"
+    )
 
 
 def save_pretrained(
@@ -98,69 +157,55 @@ def save_pretrained(
     dtype: str = "fp32",
     tokenizer: Any = None,
     extra_files: dict[str, Any] | None = None,
+    shard_bytes: int = _SHARD_BYTES,
 ) -> Path:
     """Write a Hugging Face folder: safetensors, config, generation config, tokenizer. Aside first, then renamed.
 
-    `classifier`: `AutoModelForSequenceClassification` with one label instead of a causal LM. `extra_files`: JSON
-    documents to lay beside them. Raises `RunError` if `out` holds files or cannot be written.
+    `tensors`: all of `weights.layout`, in its order, on the CPU, in `dtype`; one is held at a time. `classifier`:
+    `AutoModelForSequenceClassification` with one label instead of a causal LM. `extra_files`: JSON documents to lay
+    beside them. `shard_bytes`: the most that a file holds. Raises `RunError` if `out` holds files or cannot be written.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out}: not an empty folder; choose another folder for the exported model")
     aside = out.with_name(out.name + ".writing")
+    new_folders = [folder for folder in aside.parents if not folder.exists()]
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        _write_tensors(tensors, aside)
-        config = _hf_config(architecture, classifier, dtype, tokenizer)
-        _write_json(aside / "config.json", config)
-        if not classifier:
-            _write_json(aside / "generation_config.json", _generation_config(config))
-        for name, document in (extra_files or {}).items():
-            _write_json(aside / name, document)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(aside)
+        shapes = weights.source_shapes(architecture, "scalar" if classifier else "lm")
+        write_safetensors(aside, tensors, shapes, DTYPES[dtype], shard_bytes)
+        _write_documents(aside, architecture, classifier, dtype, tokenizer, extra_files or {})
         if out.exists():
             out.rmdir()
         os.replace(aside, out)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise RunError(f"{out}: cannot be written ({error.strerror or error})") from None
+        with contextlib.suppress(OSError):
+            for folder in new_folders:
+                folder.rmdir()
+        if isinstance(error, OSError):
+            raise RunError(f"{out}: cannot be written ({error.strerror or error})") from None
+        raise
     return out
 
 
-def _write_tensors(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    files: list[Path] = []
-    weight_map: dict[str, int] = {}
-    pending: dict[str, Tensor] = {}
-    pending_bytes = total_bytes = 0
-
-    def flush() -> None:
-        nonlocal pending, pending_bytes
-        if pending:
-            path = folder / f"part-{len(files):05d}"
-            save_file(pending, path, metadata={"format": "pt"})
-            weight_map.update(dict.fromkeys(pending, len(files)))
-            files.append(path)
-            pending, pending_bytes = {}, 0
-
-    for name, tensor in tensors:
-        if pending_bytes + tensor.nbytes > _MAX_FILE_BYTES:
-            flush()
-        pending[name] = tensor
-        pending_bytes += tensor.nbytes
-        total_bytes += tensor.nbytes
-    flush()
-    if len(files) == 1:
-        files[0].rename(folder / "model.safetensors")
-        return
-    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    for path, name in zip(files, names, strict=True):
-        path.rename(folder / name)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": {n: names[i] for n, i in weight_map.items()}}
-    _write_json(folder / "model.safetensors.index.json", index)
+def _write_documents(
+    folder: Path,
+    architecture: Architecture,
+    classifier: bool,
+    dtype: str,
+    tokenizer: Any,
+    extra_files: dict[str, Any],
+) -> None:
+    config = _hf_config(architecture, classifier, dtype, tokenizer)
+    _write_json(folder / "config.json", config)
+    if not classifier:
+        _write_json(folder / "generation_config.json", _generation_config(architecture, config))
+    for name, document in extra_files.items():
+        _write_json(folder / name, document)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def _hf_config(architecture: Architecture, classifier: bool, dtype: str, tokenizer: Any) -> dict[str, Any]:
@@ -168,20 +213,39 @@ def _hf_config(architecture: Architecture, classifier: bool, dtype: str, tokeniz
     family = architecture.family
     config["architectures"] = [family.sequence_classifier if classifier else family.causal_lm]
     config["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
-    config.pop("torch_dtype", None)
-    config.pop("_name_or_path", None)
+    for name in ("torch_dtype", "_name_or_path", "auto_map"):  # `auto_map`: the code that it names is not handed on
+        config.pop(name, None)
     if classifier:
         config.update(num_labels=1, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0}, tie_word_embeddings=False)
     if tokenizer is not None:
-        for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+        for name in ("pad_token_id", "bos_token_id"):
             if getattr(tokenizer, name, None) is not None:
                 config[name] = getattr(tokenizer, name)
+        config["eos_token_id"] = _union(tokenizer.eos_token_id, config.get("eos_token_id"))
+    if classifier and config.get("pad_token_id") in token_ids(config.get("eos_token_id")):
+        # transformers scores the last token that is not padding, which would not be the EOS that is scored here.
+        # Without a pad token it scores the last one, and refuses a padded batch.
+        config["pad_token_id"] = None
     return config
 
 
-def _generation_config(config: dict[str, Any]) -> dict[str, Any]:
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {name: config[name] for name in names if config.get(name) is not None}
+def _generation_config(architecture: Architecture, config: dict[str, Any]) -> dict[str, Any]:
+    settings = {name: value for name, value in architecture.generation_config.items() if not name.startswith("_")}
+    for name in ("bos_token_id", "pad_token_id"):
+        if config.get(name) is not None:
+            settings[name] = config[name]
+    settings["eos_token_id"] = _union(config.get("eos_token_id"), settings.get("eos_token_id"))
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def token_ids(named: int | list[int] | None) -> list[int]:
+    """What a configuration names as its EOS, as a list: nothing, one token or several."""
+    return named if isinstance(named, list) else [] if named is None else [named]
+
+
+def _union(one: int | list[int] | None, other: int | list[int] | None) -> int | list[int] | None:
+    ids = list(dict.fromkeys([*token_ids(one), *token_ids(other)]))
+    return ids if len(ids) > 1 else next(iter(ids), None)
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:
@@ -190,7 +254,6 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
 
 def build_model(source: Any, head: str, *, dtype: torch.dtype, new_head: bool = False):
     """A `LanguageModel` with a checkpoint's weights. `head`: 'lm' or 'scalar'; `new_head`: a missing one is zero."""
-    from icegrt.model import weights
     from icegrt.model.language_model import LanguageModel
 
     pretrained = source if isinstance(source, Pretrained) else Pretrained(source)

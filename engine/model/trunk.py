@@ -70,8 +70,8 @@ class Trunk(LanguageModule):
             pre_process=pre_process,
             post_process=post_process,
         )
-        exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.int64).float() / architecture.head_dim
-        self.register_buffer("inverse_frequencies", 1.0 / architecture.rope_theta**exponents, persistent=False)
+        frequencies = architecture.rope.inverse_frequencies(architecture.head_dim)
+        self.register_buffer("inverse_frequencies", frequencies, persistent=False)
 
     def set_input_tensor(self, input_tensor) -> None:
         """Megatron's schedules hand over the previous stage's hidden states here."""

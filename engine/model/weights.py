@@ -1,129 +1,192 @@
 """Hugging Face checkpoints in and out, tensor by tensor.
 
-`layout()` lists every parameter of a model once: its name here, its names there, and how the one is made of the other.
-Import, export and the checks for missing or unexpected tensors all read that list.
+`layout()` lists every parameter of a model once: its name here, its names and shapes there. `pieces()` says which part
+of which source a tensor-parallel rank's parameter is made of. Import, export and the checks for missing, unexpected or
+misshapen tensors all read these two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from icegrt.errors import CheckpointError
 from icegrt.model.architecture import Architecture
-from icegrt.model.language_model import HeadKind, LanguageModel
-from icegrt.model.pretrained import Pretrained
 
-# How a parameter is cut over tensor-parallel ranks: not at all, by rows, by columns, by groups of query heads with
-# their key and value, or the halves of gate and up each by rows.
-Cut = Literal["whole", "rows", "columns", "qkv", "gate_up"]
+if TYPE_CHECKING:
+    from icegrt.model.language_model import HeadKind, LanguageModel
+    from icegrt.model.pretrained import Pretrained
+
+# How a parameter is cut over tensor-parallel ranks: not at all, by rows of the padded vocabulary, by columns, by groups
+# of query heads with their key and value, or the halves of gate and up each by rows.
+Cut = Literal["whole", "vocabulary", "columns", "qkv", "gate_up"]
+_FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter: `name` in icegrt, `sources` in Hugging Face, and how it is cut."""
+    """One parameter: `name` in icegrt, `sources` in Hugging Face with their `shapes`, and how it is cut."""
 
     name: str
     sources: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
     cut: Cut = "whole"
 
 
-def layout(architecture: Architecture, head: HeadKind) -> Iterator[Entry]:
-    """Every parameter of a model with this head, in the order of the forward pass."""
-    yield Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "rows")
-    for layer in range(architecture.num_layers):
-        ours, theirs = f"decoder.layers.{layer}", f"model.layers.{layer}"
-        yield Entry(f"{ours}.input_layernorm.weight", (f"{theirs}.input_layernorm.weight",))
-        qkv = tuple(f"{theirs}.self_attn.{part}_proj.weight" for part in "qkv")
-        yield Entry(f"{ours}.self_attention.linear_qkv.weight", qkv, "qkv")
-        yield Entry(f"{ours}.self_attention.linear_proj.weight", (f"{theirs}.self_attn.o_proj.weight",), "columns")
-        yield Entry(f"{ours}.pre_mlp_layernorm.weight", (f"{theirs}.post_attention_layernorm.weight",))
-        gate_up = (f"{theirs}.mlp.gate_proj.weight", f"{theirs}.mlp.up_proj.weight")
-        yield Entry(f"{ours}.mlp.linear_fc1.weight", gate_up, "gate_up")
-        yield Entry(f"{ours}.mlp.linear_fc2.weight", (f"{theirs}.mlp.down_proj.weight",), "columns")
-    yield Entry("decoder.final_layernorm.weight", ("model.norm.weight",))
-    if head == "scalar":
-        yield Entry("head.weight", ("score.weight",))
-    elif not architecture.tied_embeddings:
-        yield Entry("head.weight", ("lm_head.weight",), "rows")
+@dataclass(frozen=True)
+class Piece:
+    """`start` to `stop` of a source along `dim` go to place `at` of a rank's parameter along the same dimension."""
+
+    source: int
+    dim: int
+    start: int
+    stop: int
+    at: int
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """This piece's place in the parameter, as a view."""
+        return parameter.narrow(self.dim, self.at, self.stop - self.start)
 
 
-def join(entry: Entry, parts: list[Tensor], architecture: Architecture) -> Tensor:
-    """Hugging Face's tensors -> Megatron's, whole. Query heads are stored beside the key and value they share."""
-    if entry.cut == "qkv":
-        groups, dim = architecture.num_kv_heads, architecture.head_dim
-        shaped = [part.reshape(groups, -1, dim, *part.shape[1:]) for part in parts]
-        return torch.cat(shaped, dim=1).flatten(0, 2)
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+def layout(
+    architecture: Architecture,
+    head: HeadKind,
+    layers: range | None = None,
+    *,
+    first: bool = True,
+    last: bool = True,
+) -> Iterator[Entry]:
+    """Every parameter of a model with this head, in the order of the forward pass.
 
-
-def separate(entry: Entry, whole: Tensor, architecture: Architecture) -> list[Tensor]:
-    """The inverse of `join`."""
-    if entry.cut == "qkv":
-        groups, dim = architecture.num_kv_heads, architecture.head_dim
-        queries = architecture.num_heads // groups
-        shaped = whole.reshape(groups, queries + 2, dim, *whole.shape[1:])
-        return [part.flatten(0, 2) for part in shaped.split([queries, 1, 1], dim=1)]
-    return list(whole.chunk(len(entry.sources)))
-
-
-def shard(entry: Entry, whole: Tensor, rank: int, ranks: int) -> Tensor:
-    """This tensor-parallel rank's piece of a whole Megatron tensor."""
-    if ranks == 1 or entry.cut == "whole":
-        return whole
-    if entry.cut == "columns":
-        return whole.chunk(ranks, dim=1)[rank]
-    if entry.cut == "gate_up":
-        return torch.cat([half.chunk(ranks)[rank] for half in whole.chunk(2)])
-    return whole.chunk(ranks)[rank]
-
-
-@torch.no_grad()
-def load(model: LanguageModel, source: Pretrained, *, new_head: bool = False) -> None:
-    """Copy a checkpoint into `model`, one tensor at a time.
-
-    `new_head=True` lets a missing scalar head be zero; otherwise a missing tensor is an error, as is a tensor that no
-    parameter takes, or one of another shape. Raises `CheckpointError` naming the tensor.
+    Of a pipeline stage: the `layers` it holds (which it counts from 0), and whether it is the `first`, with the
+    embedding, and the `last`, with the head, which for tied embeddings is a copy of the first's.
     """
-    from megatron.core import parallel_state
+    a = architecture
+    layers = range(a.num_layers) if layers is None else layers
+    vocabulary = ((a.vocab_size, a.hidden_size),)
+    if first:
+        yield Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary, "vocabulary")
+    for layer in layers:
+        yield from _layer(a, f"decoder.layers.{layer - layers.start}", f"model.layers.{layer}")
+    if not last:
+        return
+    yield Entry("decoder.final_layernorm.weight", ("model.norm.weight",), ((a.hidden_size,),))
+    if head == "scalar":
+        yield Entry("head.weight", ("score.weight",), ((1, a.hidden_size),))
+    elif not a.tied_embeddings:
+        yield Entry("head.weight", ("lm_head.weight",), vocabulary, "vocabulary")
+    elif not first:
+        yield Entry("head.weight", ("model.embed_tokens.weight",), vocabulary, "vocabulary")
 
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    ranks = parallel_state.get_tensor_model_parallel_world_size()
-    parameters = dict(model.named_parameters())
-    available = set(source.names())
-    for entry in layout(model.architecture, model.head_kind):
-        parameter = parameters.pop(entry.name)
-        missing = [name for name in entry.sources if name not in available]
-        if missing:
-            if entry.name == "head.weight" and model.head_kind == "scalar" and new_head:
-                parameter.zero_()
-                continue
-            raise CheckpointError(_missing_message(source, missing[0]))
-        available.difference_update(entry.sources)
-        parts = [source.get(name) for name in entry.sources]
-        expected = _source_shapes(entry, parameter.shape, ranks, model.architecture)
-        for name, part, shape in zip(entry.sources, parts, expected, strict=True):
-            if part.shape != shape:
+
+def _layer(a: Architecture, ours: str, theirs: str) -> Iterator[Entry]:
+    hidden, ffn = a.hidden_size, a.ffn_size
+    queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+    attention = f"{theirs}.self_attn"
+    yield Entry(f"{ours}.input_layernorm.weight", (f"{theirs}.input_layernorm.weight",), ((hidden,),))
+    names = tuple(f"{attention}.{part}_proj" for part in "qkv")
+    shapes = ((queries, hidden), (keys, hidden), (keys, hidden))
+    yield Entry(f"{ours}.self_attention.linear_qkv.weight", tuple(f"{n}.weight" for n in names), shapes, "qkv")
+    if a.family.qkv_bias:
+        rows = tuple(shape[:1] for shape in shapes)
+        yield Entry(f"{ours}.self_attention.linear_qkv.bias", tuple(f"{n}.bias" for n in names), rows, "qkv")
+    if a.family.qk_norm:
+        for part in "qk":
+            norm = f"{ours}.self_attention.{part}_layernorm.weight"
+            yield Entry(norm, (f"{attention}.{part}_norm.weight",), ((a.head_dim,),))
+    projection = ((hidden, queries),)
+    yield Entry(f"{ours}.self_attention.linear_proj.weight", (f"{attention}.o_proj.weight",), projection, "columns")
+    yield Entry(f"{ours}.pre_mlp_layernorm.weight", (f"{theirs}.post_attention_layernorm.weight",), ((hidden,),))
+    gate_up = (f"{theirs}.mlp.gate_proj.weight", f"{theirs}.mlp.up_proj.weight")
+    yield Entry(f"{ours}.mlp.linear_fc1.weight", gate_up, ((ffn, hidden),) * 2, "gate_up")
+    yield Entry(f"{ours}.mlp.linear_fc2.weight", (f"{theirs}.mlp.down_proj.weight",), ((hidden, ffn),), "columns")
+
+
+def source_shapes(architecture: Architecture, head: HeadKind) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors of the Hugging Face checkpoint, in the order of `layout`."""
+    entries = layout(architecture, head)
+    return {name: shape for entry in entries for name, shape in zip(entry.sources, entry.shapes, strict=True)}
+
+
+def pieces(entry: Entry, architecture: Architecture, rank: int = 0, ranks: int = 1) -> Iterator[Piece]:
+    """What tensor-parallel rank `rank` of `ranks` holds of an entry; rows of vocabulary padding belong to no piece."""
+    rows = entry.shapes[0][0]
+    if entry.cut == "whole":
+        yield Piece(0, 0, 0, rows, 0)
+    elif entry.cut == "columns":
+        size = entry.shapes[0][1] // ranks
+        yield Piece(0, 1, rank * size, (rank + 1) * size, 0)
+    elif entry.cut == "gate_up":
+        size = rows // ranks
+        for source in range(2):
+            yield Piece(source, 0, rank * size, (rank + 1) * size, source * size)
+    elif entry.cut == "vocabulary":
+        size = architecture.padded_vocab_size(ranks) // ranks
+        yield Piece(0, 0, min(rank * size, rows), min((rank + 1) * size, rows), 0)
+    else:
+        yield from _qkv_pieces(architecture, rank, ranks)
+
+
+def _qkv_pieces(a: Architecture, rank: int, ranks: int) -> Iterator[Piece]:
+    # Megatron stores the query heads of a group beside the key and value they share, and cuts the rows of all groups
+    # evenly: with fewer groups than ranks through the middle of a group.
+    queries = a.num_heads // a.num_kv_heads * a.head_dim
+    size = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim // ranks
+    low, high = rank * size, (rank + 1) * size
+    place = 0
+    for group in range(a.num_kv_heads):
+        for source, length in enumerate((queries, a.head_dim, a.head_dim)):
+            start, stop = max(place, low), min(place + length, high)
+            if start < stop:
+                offset = group * length - place
+                yield Piece(source, 0, start + offset, stop + offset, start - low)
+            place += length
+
+
+def separate(entry: Entry, shards: Tensor | Sequence[Tensor], architecture: Architecture) -> list[Tensor]:
+    """A Megatron tensor, whole or as all ranks' shards in order -> the tensors of Hugging Face that it is made of."""
+    shards = [shards] if isinstance(shards, Tensor) else shards
+    return [_source(entry, index, shards, architecture) for index in range(len(entry.sources))]
+
+
+def _source(entry: Entry, index: int, shards: Sequence[Tensor], architecture: Architecture) -> Tensor:
+    if len(entry.sources) == len(shards) == 1:
+        return shards[0][: entry.shapes[0][0]]
+    part = torch.empty(entry.shapes[index], dtype=shards[0].dtype, device=shards[0].device)
+    for rank, shard in enumerate(shards):
+        for piece in pieces(entry, architecture, rank, len(shards)):
+            if piece.source == index:
+                part.narrow(piece.dim, piece.start, piece.stop - piece.start).copy_(piece.of(shard))
+    return part
+
+
+def check(source: Pretrained, head: HeadKind, *, new_head: bool = False) -> None:
+    """Compare names, shapes and dtypes of all tensors with what `config.json` asks for, before any is read.
+
+    Raises `CheckpointError` naming the first tensor that is missing, of another shape or dtype, or left over.
+    """
+    names = set(source.names())
+    for entry in layout(source.architecture, head):
+        for name, shape in zip(entry.sources, entry.shapes, strict=True):
+            if name not in names:
+                if name == "score.weight" and new_head:
+                    continue
+                raise CheckpointError(_missing_message(source, name))
+            names.discard(name)
+            found, dtype = source.describe(name)
+            if found != shape:
                 raise CheckpointError(
-                    f"{source.where}: tensor `{name}` has shape {tuple(part.shape)} where config.json asks for "
-                    f"{tuple(shape)}"
+                    f"{source.where}: tensor `{name}` has shape {found} where config.json asks for {shape}"
                 )
-        piece = shard(entry, join(entry, parts, model.architecture), rank, ranks)
-        parameter.copy_(piece)
-    assert not parameters, f"parameters without a source: {sorted(parameters)}"
-    _refuse_leftovers(source, available, model.head_kind)
-
-
-def _source_shapes(entry: Entry, piece: torch.Size, ranks: int, architecture: Architecture) -> list[torch.Size]:
-    """Shapes in Hugging Face of the tensors that a parameter of shape `piece` on each rank is made of."""
-    whole = list(piece)
-    if entry.cut != "whole":
-        whole[entry.cut == "columns"] *= ranks
-    return [part.shape for part in separate(entry, torch.empty(whole, device="meta"), architecture)]
+            if dtype not in _FLOATS:
+                raise CheckpointError(
+                    f"{source.where}: tensor `{name}` is of dtype {dtype}; only {', '.join(_FLOATS)} can be read"
+                )
+    _refuse_leftovers(source, names, head)
 
 
 def _missing_message(source: Pretrained, name: str) -> str:
@@ -132,13 +195,15 @@ def _missing_message(source: Pretrained, name: str) -> str:
             f"{source.where}: no value head (`score.weight`). This is a language model, not a reward model: train one "
             "with `icegrt reward`, or choose a new head explicitly (`ppo.critic.init=actor`)"
         )
-    return f"{source.where}: tensor `{name}` is missing"
+    return f"{source.where}: tensor `{name}` is missing; copy the checkpoint again, or mend config.json"
 
 
 def _refuse_leftovers(source: Pretrained, names: set[str], head: HeadKind) -> None:
     # The other kind of head is left behind knowingly; rope tables of old checkpoints are computed here.
     expected = {"lm_head.weight"} if head == "scalar" else {"score.weight"}
-    expected |= {"lm_head.weight"} if source.architecture.tied_embeddings else set()
+    if source.architecture.tied_embeddings and head == "lm" and "lm_head.weight" in names:
+        _refuse_untied(source)
+        expected.add("lm_head.weight")
     leftovers = sorted(n for n in names - expected if not n.endswith("rotary_emb.inv_freq"))
     if leftovers:
         raise CheckpointError(
@@ -146,11 +211,75 @@ def _refuse_leftovers(source: Pretrained, names: set[str], head: HeadKind) -> No
         )
 
 
+def _refuse_untied(source: Pretrained) -> None:
+    ours, theirs = ("model.embed_tokens.weight", "lm_head.weight")
+    same = source.describe(ours) == source.describe(theirs)
+    step = 4096
+    for start in range(0, source.architecture.vocab_size if same else 0, step):
+        stop = min(start + step, source.architecture.vocab_size)
+        same = same and torch.equal(source.get(ours, 0, start, stop), source.get(theirs, 0, start, stop))
+    if not same:
+        raise CheckpointError(
+            f"{source.where}: `tie_word_embeddings` is true, but `{theirs}` is not `{ours}`; set it to false in "
+            "config.json, or remove the tensor"
+        )
+
+
+@torch.no_grad()
+def load(model: LanguageModel, source: Pretrained, *, new_head: bool = False) -> None:
+    """Copy a checkpoint into `model`, one tensor at a time, of each only what this rank holds.
+
+    `new_head=True` lets a missing scalar head be zero; otherwise a missing tensor is an error, as is a tensor that no
+    parameter takes, or one of another shape. Raises `CheckpointError` naming the tensor.
+    """
+    from megatron.core import parallel_state
+
+    check(source, model.head_kind, new_head=new_head)
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    ranks = parallel_state.get_tensor_model_parallel_world_size()
+    parameters = dict(model.named_parameters())
+    available = set(source.names())
+    for entry in _entries_of(model):
+        parameter = parameters.pop(entry.name)
+        if not available.issuperset(entry.sources):  # only a new head can be, after the check
+            parameter.zero_()
+            continue
+        wanted = list(pieces(entry, model.architecture, rank, ranks))
+        if entry.cut == "vocabulary":
+            parameter[wanted[0].stop - wanted[0].start :].zero_()  # padding
+        _read_into(parameter, entry, source, wanted)
+    assert not parameters, f"parameters without a source: {sorted(parameters)}"
+
+
+def _entries_of(model: LanguageModel) -> Iterator[Entry]:
+    held = [layer.layer_number - 1 for layer in model.decoder.layers]
+    layers = range(held[0], held[0] + len(held)) if held else range(0)
+    return layout(model.architecture, model.head_kind, layers, first=model.pre_process, last=model.post_process)
+
+
+def _read_into(parameter: Tensor, entry: Entry, source: Pretrained, wanted: list[Piece]) -> None:
+    for index, name in enumerate(entry.sources):
+        own = [piece for piece in wanted if piece.source == index and piece.start < piece.stop]
+        if not own:
+            continue
+        start, stop, dim = min(p.start for p in own), max(p.stop for p in own), own[0].dim
+        part = source.get(name, dim, start, stop)
+        for piece in own:
+            piece.of(parameter).copy_(part.narrow(dim, piece.start - start, piece.stop - piece.start))
+        del part  # before the next one is read
+
+
 @torch.no_grad()
 def export_tensors(model: LanguageModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The model's parameters under their Hugging Face names, one at a time, on the CPU, in `dtype`."""
     parameters = dict(model.named_parameters())
     for entry in layout(model.architecture, model.head_kind):
-        parts = separate(entry, parameters[entry.name].detach(), model.architecture)
-        for name, part in zip(entry.sources, parts, strict=True):
-            yield name, part.to("cpu", dtype, copy=True).contiguous()
+        yield from exported(entry, parameters[entry.name].detach(), model.architecture, dtype)
+
+
+def exported(
+    entry: Entry, parameter: Tensor, architecture: Architecture, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """One whole parameter as the tensors of Hugging Face, on the CPU, in `dtype`. Padding is left behind."""
+    for index, name in enumerate(entry.sources):
+        yield name, _source(entry, index, [parameter], architecture).to("cpu", dtype)

@@ -24,7 +24,7 @@ class KVCache:
         self._copies: list[int] = []
         self._places = torch.arange(capacity, device=device)
         self._slots = torch.arange(slots, device=device)
-        self._visible: Tensor | None = None
+        self._visible: dict[int | None, Tensor] = {}
         self._span = 0
 
     def admit(self, lengths: list[int], copies: list[int]) -> None:
@@ -48,10 +48,11 @@ class KVCache:
         self.lengths[: self.live] += 1
         held = self.lengths[: self.live]
         self._span = int(held.max())
-        self._visible = (self._places[: self._span] < held[:, None])[:, None, None]
+        self._visible.clear()
 
-    def attend(self, layer: int, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor) -> Tensor:
-        """Append this step's key and value ([live, kv_heads, d]), attend over all held; returns [live, heads, d]."""
+    def attend(self, layer: int, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, window: int | None = None) -> Tensor:
+        """Append this step's key and value ([live, kv_heads, d]), attend over the last `window` of those held (None:
+        over all); returns [live, heads, d]."""
         slots, place = self._slots[: self.live], self.lengths[: self.live] - 1
         keys, values = self.keys[layer], self.values[layer]
         keys[slots, :, place] = k_NHD
@@ -60,10 +61,20 @@ class KVCache:
             q_NHD.unsqueeze(2),
             keys[: self.live, :, : self._span],
             values[: self.live, :, : self._span],
-            attn_mask=self._visible,
+            attn_mask=self._mask(window),
             enable_gqa=q_NHD.shape[1] != k_NHD.shape[1],
         )
         return out.squeeze(2)
+
+    def _mask(self, window: int | None) -> Tensor:
+        # One for all layers of a step that look as far back.
+        if window not in self._visible:
+            held, places = self.lengths[: self.live, None], self._places[: self._span]
+            visible = places < held
+            if window is not None:
+                visible &= places >= held - window
+            self._visible[window] = visible[:, None, None]
+        return self._visible[window]
 
     def retire(self, finished: list[int]) -> list[tuple[int, int]]:
         """Drop these slots. Returns the moves (from, to) that kept the live slots a prefix, in order."""
