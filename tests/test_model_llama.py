@@ -260,7 +260,7 @@ def test_an_architecture_that_is_not_ours_is_refused_by_name(changes, words, sav
 
 
 def test_rope_theta_is_read_as_old_and_new_transformers_write_it():
-    new = tiny.llama_config(rope_parameters={"rope_type": "default", "rope_theta": 5e5}).to_dict()
+    new = tiny.model_config(rope_parameters={"rope_type": "default", "rope_theta": 5e5}).to_dict()
     old = {key: value for key, value in new.items() if key != "rope_parameters"} | {"rope_theta": 5e5}
     for config in (new, old, old | {"rope_scaling": None}):
         assert Architecture.from_config(config).rope.theta == 5e5

@@ -7,7 +7,14 @@ import random
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from icegrt.config import CriticConfig, OptimizerConfig, PPOConfig, RunConfig, SamplingConfig
 from icegrt.model import weights
@@ -39,7 +46,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def llama_config(**changes) -> LlamaConfig:
+def model_config(family: str = "llama", **changes) -> PreTrainedConfig:
     """Two layers of width 32, grouped-query attention, an odd vocabulary."""
     settings = {
         "vocab_size": VOCAB,
@@ -56,27 +63,27 @@ def llama_config(**changes) -> LlamaConfig:
         "tie_word_embeddings": False,
         "attn_implementation": "eager",
     }
-    return LlamaConfig(**(settings | changes))
+    return AutoConfig.for_model(family, **(settings | changes))
 
 
-def _made(kind, seed: int, **changes):
+def _made(kind, seed: int, family: str, **changes):
     torch.manual_seed(seed)
-    model = kind(llama_config(**changes)).eval()
-    with torch.no_grad():  # norms of one would hide a norm that is read from the wrong place
+    model = kind.from_config(model_config(family, **changes)).eval()
+    with torch.no_grad():  # norms of one and biases of zero would hide that they are read from the wrong place
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or "bias" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return model
 
 
-def causal_lm(seed: int = 0, **changes) -> LlamaForCausalLM:
+def causal_lm(seed: int = 0, family: str = "llama", **changes) -> PreTrainedModel:
     """A random language model in fp32."""
-    return _made(LlamaForCausalLM, seed, **changes)
+    return _made(AutoModelForCausalLM, seed, family, **changes)
 
 
-def scorer(seed: int = 1, **changes) -> LlamaForSequenceClassification:
+def scorer(seed: int = 1, family: str = "llama", **changes) -> PreTrainedModel:
     """A random model with a scalar head in fp32."""
-    return _made(LlamaForSequenceClassification, seed, num_labels=1, **changes)
+    return _made(AutoModelForSequenceClassification, seed, family, num_labels=1, **changes)
 
 
 def nudged(model, scale: float, seed: int = 7):
@@ -183,7 +190,7 @@ def doubles(model) -> dict[str, torch.Tensor]:
     return {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
 
 
-def llama64(weights: dict[str, torch.Tensor], config: LlamaConfig, ids: list[int]) -> torch.Tensor:
+def llama64(weights: dict[str, torch.Tensor], config: PreTrainedConfig, ids: list[int]) -> torch.Tensor:
     """The hidden states [L, H] of one sequence in float64 throughout (transformers' own norms compute in fp32)."""
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     dim = config.head_dim
