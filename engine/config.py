@@ -267,6 +267,7 @@ class ExportConfig(Loadable):
     role: Literal["actor", "critic"] = key("actor", "which trained model (SFT and reward runs have only one)")
     out: str = key("", "folder to write; must be empty or absent")
     dtype: Literal["fp32", "bf16"] = key("fp32", "dtype of the exported weights")
+    shard_gigabytes: float = key(5.0, "most that one file of weights holds", unit="GB", gt=0)
 
 
 STAGES: dict[str, type[Loadable]] = {

@@ -21,7 +21,8 @@ def load_tokenizer(path: str | Path, say: Callable[[str], None] = warnings.warn)
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        # Unless told not to, transformers asks on the terminal whether code that came with the files may run.
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # whatever a broken file makes of it, the cause is the checkpoint
         raise CheckpointError(
             f"{path}: the tokenizer cannot be loaded ({type(error).__name__}: {str(error).strip()[:300]}); "

@@ -1,20 +1,22 @@
-"""A run's last checkpoint as a Hugging Face checkpoint. Needs neither a GPU nor torchrun."""
+"""A run's last checkpoint as a Hugging Face checkpoint, one tensor at a time. Needs neither a GPU nor torchrun."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from icegrt import checkpoint
-from icegrt.cluster import Cluster
+from icegrt.checkpoint_tensors import CheckpointTensors
 from icegrt.config import ExportConfig
 from icegrt.console import say
 from icegrt.data import load_tokenizer
 from icegrt.errors import CheckpointError, ConfigError, RunError
 from icegrt.model import weights
 from icegrt.model.architecture import DTYPES, Architecture
-from icegrt.model.language_model import LanguageModel
 from icegrt.model.pretrained import save_pretrained
-from icegrt.roles.role import Role
 
 
 def run(config: ExportConfig) -> None:
@@ -32,18 +34,22 @@ def run(config: ExportConfig) -> None:
     if config.role not in saved["roles"]:
         raise ConfigError(f"export.role: {found[-1]} holds {', '.join(saved['roles'])}, not {config.role}")
     kind = saved["roles"][config.role]
-    architecture = Architecture.from_config(kind["hf_config"], where=str(found[-1]))
+    architecture = Architecture.from_config(kind["hf_config"], str(found[-1]), kind.get("generation_config"))
     tokenizer = load_tokenizer(str(Path(config.run) / "tokenizer"), say=say)
-    dtype = DTYPES[config.dtype]
-    with Cluster.open():
-        model = LanguageModel(architecture, architecture.transformer_config(dtype=dtype), kind["head"])
-        checkpoint.load(found[-1], [Role(config.role, model)])
-        out = save_pretrained(
-            weights.export_tensors(model, dtype),
-            architecture,
-            config.out,
-            classifier=kind["head"] == "scalar",
-            dtype=config.dtype,
-            tokenizer=tokenizer,
-        )
+    out = save_pretrained(
+        _tensors(CheckpointTensors(found[-1] / config.role), architecture, kind["head"], DTYPES[config.dtype]),
+        architecture,
+        config.out,
+        classifier=kind["head"] == "scalar",
+        dtype=config.dtype,
+        tokenizer=tokenizer,
+        shard_bytes=int(config.shard_gigabytes * 1e9),
+    )
     say(f"{config.role} at step {saved['step']}: {out}")
+
+
+def _tensors(
+    held: CheckpointTensors, architecture: Architecture, head: str, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    for entry in weights.layout(architecture, head):
+        yield from weights.exported(entry, held.read(entry.name), architecture, dtype)

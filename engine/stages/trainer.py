@@ -112,7 +112,14 @@ class Trainer:
 
     def save_checkpoint(self, keep: int = 1) -> Path:
         """Write a checkpoint of everything now."""
-        roles = {r.name: {"head": r.model.head_kind, "hf_config": r.model.architecture.hf_config} for r in self.roles}
+        roles = {
+            r.name: {
+                "head": r.model.head_kind,
+                "hf_config": r.model.architecture.hf_config,
+                "generation_config": r.model.architecture.generation_config,
+            }
+            for r in self.roles
+        }
         document = {"stage": self.config.section, "roles": roles, "trainer": self.state(), **self._saved}
         path = checkpoint.save(self.dir, self.done_steps, self.roles, document, keep)
         self.notify("on_checkpoint", path)

@@ -1,0 +1,72 @@
+"""One step on a large checkpoint in a process of its own, whose peak memory is printed in bytes.
+
+`python large_checkpoint.py make FOLDER DTYPE` writes a random model; `pass IN OUT RUN DTYPE` imports it, exports it and
+saves it as the checkpoint of a run; `export RUN OUT DTYPE` is `icegrt export`.
+"""
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+
+from icegrt import cli
+from icegrt.cluster import Cluster
+from icegrt.model import weights
+from icegrt.model.architecture import DTYPES, Architecture
+from icegrt.model.pretrained import build_model, save_pretrained
+
+# Llama 3.2 1B's proportions, untied: 1.02 billion parameters.
+CONFIG = {
+    "model_type": "llama",
+    "num_hidden_layers": 16,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 12001,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+
+def make(folder: str, dtype: str) -> None:
+    """Random weights, made tensor by tensor."""
+    architecture = Architecture.from_config(CONFIG)
+    draw = torch.Generator().manual_seed(0)
+    shapes = weights.source_shapes(architecture, "lm")
+    tensors = ((n, torch.randn(s, generator=draw, dtype=torch.float32).to(DTYPES[dtype])) for n, s in shapes.items())
+    save_pretrained(tensors, architecture, folder, classifier=False, dtype=dtype, shard_bytes=10**9)
+
+
+def through(origin: str, out: str, run: str, dtype: str) -> None:
+    """Import, export, then the weights as a run's checkpoint; the peak is taken before the last."""
+    with Cluster.open():
+        model = build_model(origin, "lm", dtype=DTYPES[dtype]).requires_grad_(False)
+        tensors = weights.export_tensors(model, DTYPES[dtype])
+        save_pretrained(tensors, model.architecture, out, classifier=False, dtype=dtype, shard_bytes=10**9)
+        peak()
+        step = Path(run) / "checkpoints" / "step_000001"
+        (step / "actor").mkdir(parents=True)
+        dist_checkpointing.save({"model": model.sharded_state_dict()}, str(step / "actor"))
+        roles = {"actor": {"head": "lm", "hf_config": model.architecture.hf_config}}
+        (step / "state.json").write_text(json.dumps({"step": 1, "roles": roles}))
+
+
+def export(run: str, out: str, dtype: str) -> None:
+    """The command as a user runs it."""
+    keys = [f"export.run={run}", f"export.out={out}", f"export.dtype={dtype}", "export.shard_gigabytes=1"]
+    assert cli.main(["export", *keys]) == 0
+    peak()
+
+
+def peak() -> None:
+    """Print the most memory that this process has had so far."""
+    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
+
+
+if __name__ == "__main__":
+    {"make": make, "pass": through, "export": export}[sys.argv[1]](*sys.argv[2:])
