@@ -1,0 +1,35 @@
+"""How the corpus of bad input is run: one command, one refusal, nothing left behind."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import stage_cases as cases
+
+from icegrt import cli
+
+MOST_LINES = 6
+
+
+def refused(capsys, watched: Path, argv: Sequence[str], *needles: str | Path) -> str:
+    """Run `icegrt argv`, which must end in one short error with all `needles`, no traceback and no new file.
+
+    `watched` is the folder that must hold afterwards what it held before. Returns the error.
+    """
+    before = cases.files_under(watched)
+    capsys.readouterr()
+    assert cli.main(list(argv)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning:")]
+    text = "\n".join(lines)
+    assert text.startswith("error: ") and text.count("error: ") == 1 and "Traceback" not in text, text
+    assert len(lines) <= MOST_LINES, text
+    for needle in needles:
+        assert str(needle) in text, f"expected {str(needle)!r} in: {text}"
+    assert cases.files_under(watched) == before
+    return text
+
+
+def change_json(path: Path, **changes) -> None:
+    """Set keys of a JSON object; `...` removes one."""
+    document = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps({key: value for key, value in document.items() if value is not ...}), encoding="utf-8")
