@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from icegrt.errors import CheckpointError
 from icegrt.model.architecture import Architecture
@@ -52,35 +52,18 @@ class Piece:
         return parameter.narrow(self.dim, self.at, self.stop - self.start)
 
 
-def layout(
-    architecture: Architecture,
-    head: HeadKind,
-    layers: range | None = None,
-    *,
-    first: bool = True,
-    last: bool = True,
-) -> Iterator[Entry]:
-    """Every parameter of a model with this head, in the order of the forward pass.
-
-    Of a pipeline stage: the `layers` it holds (which it counts from 0), and whether it is the `first`, with the
-    embedding, and the `last`, with the head, which for tied embeddings is a copy of the first's.
-    """
+def layout(architecture: Architecture, head: HeadKind) -> Iterator[Entry]:
+    """Every parameter of a model with this head, in the order of the forward pass; layers count over all stages."""
     a = architecture
-    layers = range(a.num_layers) if layers is None else layers
     vocabulary = ((a.vocab_size, a.hidden_size),)
-    if first:
-        yield Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary, "vocabulary")
-    for layer in layers:
-        yield from _layer(a, f"decoder.layers.{layer - layers.start}", f"model.layers.{layer}")
-    if not last:
-        return
+    yield Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary, "vocabulary")
+    for layer in range(a.num_layers):
+        yield from _layer(a, f"decoder.layers.{layer}", f"model.layers.{layer}")
     yield Entry("decoder.final_layernorm.weight", ("model.norm.weight",), ((a.hidden_size,),))
     if head == "scalar":
         yield Entry("head.weight", ("score.weight",), ((1, a.hidden_size),))
     elif not a.tied_embeddings:
         yield Entry("head.weight", ("lm_head.weight",), vocabulary, "vocabulary")
-    elif not first:
-        yield Entry("head.weight", ("model.embed_tokens.weight",), vocabulary, "vocabulary")
 
 
 def _layer(a: Architecture, ours: str, theirs: str) -> Iterator[Entry]:
@@ -225,9 +208,20 @@ def _refuse_untied(source: Pretrained) -> None:
         )
 
 
+def held_parameters(model: LanguageModel) -> dict[str, nn.Parameter]:
+    """The parameters that this rank holds, under the names of `layout()`: layers count over the whole model."""
+    held = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
+        held[".".join(parts)] = parameter
+    return held
+
+
 @torch.no_grad()
 def load(model: LanguageModel, source: Pretrained, *, new_head: bool = False) -> None:
-    """Copy a checkpoint into `model`, one tensor at a time, of each only what this rank holds.
+    """Copy a checkpoint into `model`, one tensor at a time, and of each only what this rank holds.
 
     `new_head=True` lets a missing scalar head be zero; otherwise a missing tensor is an error, as is a tensor that no
     parameter takes, or one of another shape. Raises `CheckpointError` naming the tensor.
@@ -237,27 +231,22 @@ def load(model: LanguageModel, source: Pretrained, *, new_head: bool = False) ->
     check(source, model.head_kind, new_head=new_head)
     rank = parallel_state.get_tensor_model_parallel_rank()
     ranks = parallel_state.get_tensor_model_parallel_world_size()
-    parameters = dict(model.named_parameters())
+    held = held_parameters(model)
     available = set(source.names())
-    for entry in _entries_of(model):
-        parameter = parameters.pop(entry.name)
+    for entry in layout(model.architecture, model.head_kind):
+        parameter = held.pop(entry.name, None)
+        if parameter is None:
+            continue
         if not available.issuperset(entry.sources):  # only a new head can be, after the check
             parameter.zero_()
             continue
-        wanted = list(pieces(entry, model.architecture, rank, ranks))
-        if entry.cut == "vocabulary":
-            parameter[wanted[0].stop - wanted[0].start :].zero_()  # padding
-        _read_into(parameter, entry, source, wanted)
-    assert not parameters, f"parameters without a source: {sorted(parameters)}"
-
-
-def _entries_of(model: LanguageModel) -> Iterator[Entry]:
-    held = [layer.layer_number - 1 for layer in model.decoder.layers]
-    layers = range(held[0], held[0] + len(held)) if held else range(0)
-    return layout(model.architecture, model.head_kind, layers, first=model.pre_process, last=model.post_process)
+        _read_into(parameter, entry, source, list(pieces(entry, model.architecture, rank, ranks)))
+    assert not held, f"parameters without a source: {sorted(held)}"
 
 
 def _read_into(parameter: Tensor, entry: Entry, source: Pretrained, wanted: list[Piece]) -> None:
+    if entry.cut == "vocabulary":
+        parameter[wanted[0].stop - wanted[0].start :].zero_()  # padding
     for index, name in enumerate(entry.sources):
         own = [piece for piece in wanted if piece.source == index and piece.start < piece.stop]
         if not own:
@@ -272,14 +261,17 @@ def _read_into(parameter: Tensor, entry: Entry, source: Pretrained, wanted: list
 @torch.no_grad()
 def export_tensors(model: LanguageModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The model's parameters under their Hugging Face names, one at a time, on the CPU, in `dtype`."""
-    parameters = dict(model.named_parameters())
+    held = held_parameters(model)
     for entry in layout(model.architecture, model.head_kind):
-        yield from exported(entry, parameters[entry.name].detach(), model.architecture, dtype)
+        yield from exported(entry, [held[entry.name].detach()], model.architecture, dtype)
 
 
 def exported(
-    entry: Entry, parameter: Tensor, architecture: Architecture, dtype: torch.dtype
+    entry: Entry, shards: Sequence[Tensor], architecture: Architecture, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """One whole parameter as the tensors of Hugging Face, on the CPU, in `dtype`. Padding is left behind."""
+    """One parameter, as the shards of all ranks in order, under its names in Hugging Face, on the CPU, in `dtype`.
+
+    Rows that pad the vocabulary are left behind. A single tensor may be a view of its parameter.
+    """
     for index, name in enumerate(entry.sources):
-        yield name, _source(entry, index, [parameter], architecture).to("cpu", dtype)
+        yield name, _source(entry, index, shards, architecture).to("cpu", dtype)

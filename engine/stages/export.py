@@ -52,4 +52,4 @@ def _tensors(
     held: CheckpointTensors, architecture: Architecture, head: str, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     for entry in weights.layout(architecture, head):
-        yield from weights.exported(entry, held.read(entry.name), architecture, dtype)
+        yield from weights.exported(entry, [held.read(entry.name)], architecture, dtype)
