@@ -67,14 +67,15 @@ class Home:
     function: str
 
 
-def make_home(folder):
-    """Everything a run can be started from, written under `folder`."""
+def make_home(folder, **model):
+    """Everything a run can be started from, written under `folder`; `model`: family and sizes other than usual."""
     tokenizer = tiny_models.tokenizer()
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "score.py").write_text(REWARD_FILE, encoding="utf-8")
     return Home(
         folder,
-        save_model(folder / "actor", tiny_models.causal_lm(), tokenizer),
-        save_model(folder / "scorer", tiny_models.scorer(), tokenizer),
+        save_model(folder / "actor", tiny_models.causal_lm(**model), tokenizer),
+        save_model(folder / "scorer", tiny_models.scorer(**model), tokenizer),
         write_jsonl(folder / "prompts.jsonl", prompt_rows()),
         write_jsonl(folder / "sft.jsonl", sft_rows()),
         write_jsonl(folder / "rankings.jsonl", ranking_rows()),

@@ -46,6 +46,30 @@ def test_flash_attention_is_called_with_the_boundaries_of_the_stream():
     torch.testing.assert_close(out, attention.packed_causal_attention(q, k, v, LENGTHS))
 
 
+@pytest.mark.parametrize("window", [1, 2, 3, 5, 7, 20])
+@pytest.mark.parametrize("lengths", [LENGTHS, [6, 6], [11, 1]])
+def test_a_window_shows_the_last_tokens_and_the_current_one(window, lengths):
+    q, k, v = streams(lengths=lengths)
+    place = torch.cat([torch.arange(n) for n in lengths])
+    sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    back = place[:, None] - place
+    visible = (sequence[:, None] == sequence) & (back >= 0) & (back < window)
+    whole = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    expected = scaled_dot_product_attention(*whole, attn_mask=visible, enable_gqa=True)[0].transpose(0, 1)
+    torch.testing.assert_close(attention.packed_causal_attention(q, k, v, lengths, window), expected)
+
+
+def test_flash_attention_is_told_how_many_tokens_lie_before_the_current_one():
+    seen = {}
+
+    def varlen(q, *args, window_size, **kwargs):
+        seen["window"] = window_size
+        return q
+
+    attention._varlen(varlen, *streams(), LENGTHS, window=3)
+    assert seen["window"] == (2, 0)
+
+
 def test_flash_attention_is_found_when_installed_and_missed_quietly_when_not(monkeypatch):
     fake = types.ModuleType("flash_attn")
     fake.flash_attn_varlen_func = lambda *args, **kwargs: None
