@@ -24,6 +24,11 @@ def load_tokenizer(path: str | Path, say: Callable[[str], None] = warnings.warn)
         # Unless told not to, transformers asks on the terminal whether code that came with the files may run.
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # whatever a broken file makes of it, the cause is the checkpoint
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"{path}: the tokenizer is code that came with the checkpoint (`auto_map`), which is never run; save "
+                "it as a fast tokenizer (tokenizer.json), and remove `auto_map` from tokenizer_config.json"
+            ) from None
         raise CheckpointError(
             f"{path}: the tokenizer cannot be loaded ({type(error).__name__}: {str(error).strip()[:300]}); "
             "expected tokenizer.json and tokenizer_config.json beside the weights"

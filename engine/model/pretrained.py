@@ -137,10 +137,10 @@ def _no_safetensors(folder: Path) -> str:
     names = read_object(folder / "config.json").get("architectures")
     scores = bool(isinstance(names, list) and names and str(names[0]).endswith("ForSequenceClassification"))
     kind = "AutoModelForSequenceClassification" if scores else "AutoModelForCausalLM"
-    origin, target = str(folder), f"{folder}-safetensors"
+    origin, target = json.dumps(str(folder)), json.dumps(f"{folder}-safetensors")
     code = (
-        f"import transformers as t; t.{kind}.from_pretrained({origin!r}, dtype='auto').save_pretrained({target!r}); "
-        f"t.AutoTokenizer.from_pretrained({origin!r}).save_pretrained({target!r})"
+        f'import transformers as t; t.{kind}.from_pretrained({origin}, dtype="auto").save_pretrained({target}); '
+        f"t.AutoTokenizer.from_pretrained({origin}).save_pretrained({target})"
     )
     return (
         f"{text}; {pickled[0].name} is a pickle, which could run code and is not read. If you trust it, convert it:\n"

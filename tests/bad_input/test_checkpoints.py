@@ -1,6 +1,7 @@
 """Checkpoints that cannot work: refused by the name of the file, key or tensor before anything is computed."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -209,7 +210,7 @@ def test_the_command_that_converts_a_pickle_does(folder, home, refused, capsys):
     (folder / "model.safetensors").unlink()
     torch.save(tensors, folder / "pytorch_model.bin")
     text = refused(sample(home, folder), "pytorch_model.bin")
-    code = text.split("python -c ", 1)[1].strip().strip("'").replace("'\"'\"'", "'")
+    (code,) = shlex.split(text.split("python -c ", 1)[1])
     exec(code, {})
     assert cli.main(sample(home, Path(f"{folder}-safetensors"))) == 0
 
@@ -303,7 +304,7 @@ def test_a_tokenizer_that_is_code(folder, home, refused, trap):
     change_json(
         folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.Thing", None]}, tokenizer_class="Thing"
     )
-    text = refused(sample(home, folder), folder, "tokenizer")
+    text = refused(sample(home, folder), folder, "`auto_map`", "tokenizer.json")
     assert "trust_remote_code" not in text and not trap.exists()
 
 
