@@ -12,7 +12,7 @@ from icegrt.data.encode import (
 )
 from icegrt.data.ranking import Ranking, encode_ranking, encode_rankings, untied_pairs
 from icegrt.data.rows import Row, read_rows
-from icegrt.data.tokenizer import check_tokenizer, eos_id, has_template, load_tokenizer
+from icegrt.data.tokenizer import check_tokenizer, eos_id, has_template, load_tokenizer, stop_ids
 
 __all__ = [
     "Blend",
@@ -33,5 +33,6 @@ __all__ = [
     "has_template",
     "load_tokenizer",
     "read_rows",
+    "stop_ids",
     "untied_pairs",
 ]

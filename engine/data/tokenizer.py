@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,34 @@ def eos_id(tokenizer: Any, name: str = "tokenizer") -> int:
     if tokenizer.eos_token_id is None:
         raise CheckpointError(f"{name}: no EOS token is defined; set `eos_token` in tokenizer_config.json")
     return tokenizer.eos_token_id
+
+
+def stop_ids(
+    tokenizer: Any,
+    hf_config: dict[str, Any] | None = None,
+    folder: str | Path | None = None,
+    extra: Sequence[int] = (),
+) -> list[int]:
+    """Tokens that end an answer: the tokenizer's EOS, and what the model's configuration, `generation_config.json` in
+    `folder` and the user (`extra`) name. Raises `CheckpointError` for one that the tokenizer does not have."""
+    path = Path(folder) / "generation_config.json" if folder is not None else None
+    named = {"config.json": (hf_config or {}).get("eos_token_id"), "stop_token_ids": list(extra)}
+    if path is not None and path.is_file():
+        try:
+            named[str(path)] = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path}: cannot be read as JSON ({error}); copy or write it again") from None
+    ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    for where, value in named.items():
+        for token in value if isinstance(value, list) else [] if value is None else [value]:
+            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                raise CheckpointError(f"{where}: expected token ids that end an answer, got {token!r}")
+            if where == "stop_token_ids" and token >= len(tokenizer):
+                raise CheckpointError(
+                    f"sampling.stop_token_ids names token {token}, but the tokenizer has only {len(tokenizer)}"
+                )
+            ids.add(token)
+    return sorted(ids)
 
 
 def has_template(tokenizer: Any) -> bool:
