@@ -62,7 +62,7 @@ def stop_ids(
     """Tokens that end an answer: the tokenizer's EOS, and what the model's configuration, `generation_config.json` in
     `folder` and the user (`extra`) name. Raises `CheckpointError` for one that the tokenizer does not have."""
     path = Path(folder) / "generation_config.json" if folder is not None else None
-    named = {"config.json": (hf_config or {}).get("eos_token_id"), "stop_token_ids": list(extra)}
+    named = {"config.json": (hf_config or {}).get("eos_token_id"), "sampling.stop_token_ids": list(extra)}
     if path is not None and path.is_file():
         try:
             named[str(path)] = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
@@ -73,10 +73,8 @@ def stop_ids(
         for token in value if isinstance(value, list) else [] if value is None else [value]:
             if isinstance(token, bool) or not isinstance(token, int) or token < 0:
                 raise CheckpointError(f"{where}: expected token ids that end an answer, got {token!r}")
-            if where == "stop_token_ids" and token >= len(tokenizer):
-                raise CheckpointError(
-                    f"sampling.stop_token_ids names token {token}, but the tokenizer has only {len(tokenizer)}"
-                )
+            if where == "sampling.stop_token_ids" and token >= len(tokenizer):
+                raise CheckpointError(f"{where} names token {token}, but the tokenizer has only {len(tokenizer)}")
             ids.add(token)
     return sorted(ids)
 
