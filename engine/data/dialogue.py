@@ -250,4 +250,5 @@ def _tools(row: Row) -> list | None:
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return ", ".join(f"`{name}`" for name in names[:12]) + more
