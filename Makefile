@@ -10,10 +10,10 @@ RUN_BENCHES = for file in $(BENCHES); do echo "== $$file"; $(PY) $$file $(BENCH_
 # Two workers of one thread each: ranks and workers would otherwise fight over the cores.
 TEST_OPTIONS ?= -q -n 2 --dist loadfile
 
-.PHONY: help install ppo test check format bench gpu clean
+.PHONY: help install ppo test test-long check format bench gpu clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/'
 
 install: $(STAMP)  ## create the environment, build icegrt._C, install everything
 
@@ -24,8 +24,11 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt tools/setup.sh $(wildcard csrc/
 ppo: install  ## the whole recipe on a small example: text to PPO to an exported checkpoint (OUT=runs/demo)
 	OUT=$(OUT) $(PY) examples/ad_moderation/demo.py
 
-test: install  ## all tests that this machine can run
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(TEST_OPTIONS) tests
+test: install  ## all tests that this machine can run, but those that take minutes
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(TEST_OPTIONS) -m "not long" tests
+
+test-long: install  ## the tests that take minutes each
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m long tests
 
 check: install  ## lint, format, import direction
 	$(PY) -m ruff check .

@@ -97,7 +97,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[Any]], *, file: TextIO
 
 
 def styled(pieces: Sequence[tuple[str, str]]) -> None:
-    """Print one paragraph of (text, rich style) pieces on rank 0, unless quiet; the text's own markup is shown as it is."""
+    """Print one paragraph of (text, rich style) pieces on rank 0, unless quiet; markup in a text is shown as it is."""
     if not is_main() or is_quiet():
         return
     from rich.console import Console

@@ -154,7 +154,21 @@ def test_a_merge_across_the_generation_prompt_is_refused():
         encode_example(tokenizer, row(prompt="ask", response="yes"), 100)
 
 
+def test_marks_decide_on_one_answer_too():
+    part = MARKED.replace("{% generation %}{{ m.content }}", "{{ m.content[:2] }}{% generation %}{{ m.content[2:] }}")
+    tokenizer = make(part)
+    assert trained(tokenizer, encode_example(tokenizer, row(prompt="ask", response="yes"), 100)) == "s<|im_end|>"
+
+
+def test_a_template_that_renders_no_answer_is_refused():
+    silent = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    with pytest.raises(DataError, match=r"file.jsonl:12: the chat template renders nothing of the answer"):
+        encode_example(make(silent), row(prompt="ask", response="yes"), 100)
+
+
 def test_an_empty_generation_mask_is_refused():
+    with pytest.raises(DataError, match="marks tokens of 0 of 1 assistant turns"):
+        encode_example(make(MARKS_NOTHING), row(prompt="ask", response="yes"), 100)
     with pytest.raises(DataError, match="marks tokens of 0 of 2 assistant turns"):
         encode_example(make(MARKS_NOTHING), row(messages=CHAT), 200)
 

@@ -35,8 +35,8 @@ def parser() -> argparse.ArgumentParser:
         "preview",
         allow_abbrev=False,
         help="show what is trained on",
-        description="Show the first rows of a file as tokens become text again: what is trained on stands out in colour "
-        "on a terminal, and between [[ and ]] elsewhere.",
+        description="Show the first rows of a file, tokenised and turned into text again: what is trained on stands out "
+        "in colour on a terminal, and between [[ and ]] elsewhere.",
     )
     preview.add_argument("file", help="JSONL or Parquet file")
     preview.add_argument(
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
         "--tokenizer",
         required=True,
         metavar="FOLDER",
-        help="checkpoint whose tokenizer and template are used",
+        help="checkpoint whose tokenizer is used",
     )
     preview.add_argument("--rows", type=int, default=3, help="rows to show (3)")
     preview.add_argument("--kind", choices=KINDS, help="what the file is read as; told from its first row otherwise")

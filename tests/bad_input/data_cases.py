@@ -87,7 +87,7 @@ def arguments(case: Case, home: stages.Home, path: Path, folder: Path) -> list[s
     own = folder / "model"
     model = str(own) if own.is_dir() else home.actor
     run, out = folder / "out" / "run", folder / "out" / "rows.jsonl"
-    source = "{path: %s}" % path
+    source = f"{{path: {path}}}"
     if case.command == "preview":
         return ["data", "preview", str(path), "--model", model, *case.keys]
     made = {
