@@ -1,7 +1,6 @@
 """Data larger than memory: rows by index from JSONL and Parquet, encoded when asked for, and a gigabyte of it."""
 
 import json
-import os
 import random
 from datetime import datetime
 
@@ -84,12 +83,12 @@ def test_a_data_set_with_indices_is_not_copied():
 
 
 def test_encoded_again_is_what_was_kept(path, monkeypatch):
-    encoder = ExampleEncoder(make(PLAIN), 70, "drop")
+    encoder = ExampleEncoder(make(PLAIN), 45, "drop")
     kept = Encoded(open_rows(path), encoder)
     monkeypatch.setattr(dataset, "HELD_BYTES", 0)
     lazy = Encoded(open_rows(path), encoder)
     assert kept._held is not None and lazy._held is None
-    assert 0 < len(lazy) < 300 and lazy.dropped == kept.dropped == {"longer than 70 tokens": 300 - len(lazy)}
+    assert 0 < len(lazy) < 300 and lazy.dropped == kept.dropped == {"longer than 45 tokens": 300 - len(lazy)}
     assert list(lazy) == list(kept) and lazy[-1] == kept[-1] and lazy[3:5] == kept[3:5]
     assert lazy.lengths.tolist() == [len(example) for example in kept] and lazy.longest() == kept.longest()
     some = lazy.subset([7, 2])
@@ -117,7 +116,7 @@ def anonymous_bytes():
         return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
 
 
-def write_gigabyte(path, size):
+def write_rows(path, size):
     """JSONL of about `size` bytes, 1 KB a row; returns the number of rows."""
     body, count, written = "lorem ipsum dolor sit amet " * 37, 0, 0
     with open(path, "w", encoding="utf-8") as file:
@@ -139,8 +138,7 @@ class _Letters:
 @pytest.mark.long
 def test_a_gigabyte_streams_with_flat_memory(tmp_path):
     path = tmp_path / "rows.jsonl"
-    size = int(os.environ.get("ICEGRT_TEST_BYTES", 1 << 30))
-    count = write_gigabyte(path, size)
+    count = write_rows(path, 1 << 30)
     before = anonymous_bytes()
     prompts = Encoded(open_rows(path), PromptEncoder(_Letters(), 1 << 20), "rows")
     order = Blend([(prompts, 1.0)], 0)
@@ -151,4 +149,5 @@ def test_a_gigabyte_streams_with_flat_memory(tmp_path):
             assert prompt.row["id"] == pair[1]
         peak = max(peak, anonymous_bytes())
     assert len(prompts) == count and np.all(prompts.lengths == 40)
-    assert peak - before < 64 << 20 < path.stat().st_size / 8
+    print(f"{count:,} rows of {path.stat().st_size:,} bytes: memory grew by {(peak - before) / 1e6:.0f} MB")
+    assert peak - before < 64 << 20

@@ -35,8 +35,8 @@ def parser() -> argparse.ArgumentParser:
         "preview",
         allow_abbrev=False,
         help="show what is trained on",
-        description="Show the first rows of a file, tokenised and turned into text again: what is trained on stands out "
-        "in colour on a terminal, and between [[ and ]] elsewhere.",
+        description="Show the first rows of a file, tokenised and turned into text again: what is trained on stands "
+        "out in colour on a terminal, and between [[ and ]] elsewhere.",
     )
     preview.add_argument("file", help="JSONL or Parquet file")
     preview.add_argument(

@@ -160,13 +160,29 @@ def _check_prefix(tokenizer: Any, dialogue: Dialogue, start: list[int], tokens: 
 
 
 def _marked_spans(tokenizer: Any, dialogue: Dialogue, start: int) -> list[Span]:
-    encoded = _apply(
-        tokenizer, dialogue, _given(dialogue) + dialogue.answers, return_dict=True, return_assistant_tokens_mask=True
+    """What the template marks, from token `start` on. The marks are characters, and a token that holds one counts.
+
+    `return_assistant_tokens_mask` is not used: it marks all that follows where a mark encloses nothing, or where no
+    token begins at its last character.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = tokenizer.get_chat_template(tools=dialogue.tools)
+    conversation = _given(dialogue) + dialogue.answers
+    (text,), (marks,) = render_jinja_template(
+        [conversation],
+        dialogue.tools,
+        None,
+        template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
     )
-    mask = [False] * start + [bool(flag) for flag in encoded["assistant_masks"][start:]]
-    edges = [i for i in range(1, len(mask) + 1) if (mask[i] if i < len(mask) else False) != mask[i - 1]]
-    spans = list(zip(edges[::2], edges[1::2], strict=True))
-    # A lost end runs on through the turns after it, so it too leaves fewer runs than turns.
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    spans = []
+    for first, last in marks:
+        held = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if i >= start and a < last and b > first]
+        if held:
+            spans.append((held[0], held[-1] + 1))
     turns = sum(m["role"] == "assistant" and _says_something(m) for m in dialogue.answers)
     if len(spans) < turns:
         raise DataError(

@@ -114,10 +114,10 @@ def _open_items(source: Iterable[Mapping[str, Any] | Row], limit: int) -> Sequen
             f"expected a sequence of rows, got one {type(source).__name__} with keys {keys}: "
             "choose a split of a dataset, or put a single row in a list"
         )
-    if not isinstance(source, Iterable):
-        raise DataError(f"expected the path of a data file or an iterable of dicts, got {type(source).__name__}")
     if not isinstance(source, (list, tuple)) and hasattr(source, "__len__") and hasattr(source, "__getitem__"):
         return _Items(source, limit)
+    if not isinstance(source, Iterable):
+        raise DataError(f"expected the path of a data file or an iterable of dicts, got {type(source).__name__}")
     items = islice(source, limit) if limit else source
     return [_item(number, item) for number, item in enumerate(items)]
 

@@ -1,4 +1,4 @@
-"""What the engine asks of a tokenizer. It is passed in as an object; only `load_tokenizer` imports transformers."""
+"""What the engine asks of a tokenizer, which is passed in as an object."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ def load_tokenizer(path: str | Path, say: Callable[[str], None] = warnings.warn)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except Exception as error:  # whatever a broken file makes of it, the cause is the checkpoint
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise CheckpointError(
-            f"{path}: the tokenizer cannot be loaded ({type(error).__name__}: {str(error).strip()[:300]}); "
+            f"{path}: the tokenizer cannot be loaded ({type(error).__name__}: {reason}); "
             "expected tokenizer.json and tokenizer_config.json beside the weights"
         ) from error
     check_tokenizer(tokenizer, str(path), say)
