@@ -6,6 +6,7 @@ because a mistake should be answered with what was probably meant. Stages, torch
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -25,6 +26,7 @@ COMMANDS = {
     "ppo": "train the actor with PPO against the reward",
     "generate": "answer prompts with a model or a run",
     "export": "turn a run's checkpoint into a Hugging Face checkpoint",
+    "data": "show what of a data file is trained on",
     "doctor": "check what this machine has and what the engine lacks",
 }
 RESUMABLE = ("sft", "reward", "ppo")
@@ -73,6 +75,12 @@ def _run(argv: list[str]) -> int:
         return OK
     if argv[0] in ("-V", "--version"):
         _write(f"icegrt {_version()}")
+        return OK
+    if argv[0] == "data":
+        with _needed_packages("data"):
+            from icegrt.data import preview
+        with contextlib.suppress(SystemExit):  # argparse leaves this way once it has shown its help
+            preview.main(argv[1:])
         return OK
     args = parse(argv)
     if "--help" in args.options:

@@ -75,13 +75,18 @@ class SamplingConfig:
     top_k: int = key(0, "keep the k likeliest tokens; 0 keeps all", ge=0)
     top_p: float = key(1.0, "keep the smallest set of tokens with this probability", gt=0, le=1)
     max_new_tokens: int = key(256, "longest answer", unit="tokens", ge=1)
+    stop_token_ids: list[int] = key(
+        [], "token ids that end an answer, beside those of the model's configurations and the tokenizer's EOS"
+    )
 
 
 @config_class
 class DataSource:
-    """One JSONL file and its share in the blend."""
+    """One file and its share in the blend."""
 
-    path: str = key("", "JSONL file: `messages`, or `prompt` and `response`")
+    path: str = key("", "JSONL or Parquet file; docs/data.md lists the columns that are recognised")
+    input_key: str = key("", "column of the prompt where its name is not recognised (a dot goes into an object)")
+    output_key: str = key("", "column of the answer, or of the answers to rank, likewise")
     weight: float = key(1.0, "times each row is seen per epoch (1: once; 0.5: every other row; 2: twice)", gt=0)
 
 
@@ -107,6 +112,10 @@ class SFTConfig(Loadable):
     batch_sequences: int = key(32, "sequences per optimizer step", ge=1)
     token_budget: int = key(4096, "most tokens in a micro-batch", unit="tokens", ge=1)
     max_length: int = key(0, "longest sequence; 0 takes the model's context", unit="tokens", ge=0)
+    truncation: Literal["error", "drop", "left", "right"] = key(
+        "error",
+        "a longer row: refuse it, leave it out, or cut the prompt's beginning (left) or the response's end (right)",
+    )
     eval_every: int = key(0, "optimizer steps between evaluations; 0 evaluates before and after only", ge=0)
     checkpoint_every: int = key(0, "optimizer steps between checkpoints; 0 keeps the last one only", ge=0)
     chunk_rows: int = key(0, "rows of logits formed at once; 0 chooses", ge=0)
@@ -120,7 +129,11 @@ class SampleConfig(Loadable):
 
     section = "sample"
     model: str = key("", "Hugging Face checkpoint")
-    prompts: str = key("", "JSONL file of prompts (`prompt` or `messages`; other columns are kept)")
+    prompts: str = key("", "JSONL or Parquet file of prompts (`prompt` or `messages`; other columns are kept)")
+    input_key: str = key("", "column of the prompt where its name is not recognised (a dot goes into an object)")
+    truncation: Literal["error", "drop", "left"] = key(
+        "error", "a prompt that leaves no room for the answer: refuse it, leave it out, or cut its beginning"
+    )
     out: str = key("", "JSONL file to write: one row per prompt with `responses`")
     samples_per_prompt: int = key(4, "answers per prompt (K)", ge=1)
     temperatures: list[float] = key(
@@ -140,13 +153,17 @@ class RewardConfig(Loadable):
 
     section = "reward"
     model: str = key("", "Hugging Face checkpoint to start from (the instruction-tuned actor)")
-    data: list[DataSource] = key([], "JSONL: `prompt` with `responses` and `scores` or `ranks`, or `chosen`/`rejected`")
+    data: list[DataSource] = key([], "`prompt` with `responses` and `scores` or `ranks`, or `chosen`/`rejected`")
     heldout: list[DataSource] = key([], "held-out files of the same form")
     heldout_fraction: float = key(0.1, "share of the prompts held out where no held-out file is named", ge=0, lt=1)
     epochs: float = key(1.0, "passes over the prompts (two overfit easily)", gt=0)
     batch_prompts: int = key(16, "prompts per optimizer step; all responses of a prompt are in one micro-batch", ge=1)
     token_budget: int = key(4096, "most tokens in a micro-batch", unit="tokens", ge=1)
     max_length: int = key(0, "longest sequence; 0 takes the model's context", unit="tokens", ge=0)
+    truncation: Literal["error", "drop", "left", "right"] = key(
+        "error",
+        "a longer row: refuse it, leave it out, or cut the prompt's beginning (left) or the responses' ends (right)",
+    )
     tie_margin: float = key(0.0, "scores closer than this are ties and left out", ge=0)
     eval_every: int = key(0, "optimizer steps between evaluations; 0 evaluates each quarter of an epoch", ge=0)
     patience: int = key(3, "evaluations without a better held-out loss before stopping; 0 never stops", ge=0)
@@ -178,8 +195,12 @@ class PPOConfig(Loadable):
     reward_model_weight: float = key(1.0, "weight of the reward model's (normalised) score")
     reward_function: str = key("", "`file.py:function` or `module:function`; empty uses none")
     reward_function_weight: float = key(1.0, "weight of the function's score, which is not normalised")
-    prompts: str = key("", "JSONL file of prompts; all columns reach the reward function")
-    eval_prompts: str = key("", "JSONL file of held-out prompts; empty evaluates nothing")
+    prompts: str = key("", "JSONL or Parquet file of prompts; all columns reach the reward function")
+    eval_prompts: str = key("", "file of held-out prompts; empty evaluates nothing")
+    input_key: str = key("", "column of the prompt where its name is not recognised (a dot goes into an object)")
+    truncation: Literal["error", "drop", "left"] = key(
+        "error", "a prompt that leaves no room for the answer: refuse it, leave it out, or cut its beginning"
+    )
     critic: CriticConfig = key(CriticConfig(), "the critic")
     # The iteration.
     iterations: int = key(24, "PPO iterations", ge=1)
@@ -248,7 +269,11 @@ class GenerateConfig(Loadable):
     section = "generate"
     model: str = key("", "Hugging Face checkpoint, or a run's folder")
     prompt: list[str] = key([], "prompts given here")
-    prompts: str = key("", "JSONL file of prompts")
+    prompts: str = key("", "JSONL or Parquet file of prompts")
+    input_key: str = key("", "column of the prompt where its name is not recognised (a dot goes into an object)")
+    truncation: Literal["error", "drop", "left"] = key(
+        "error", "a prompt that leaves no room for the answer: refuse it, leave it out, or cut its beginning"
+    )
     out: str = key("", "JSONL file to write; empty prints")
     chat: bool = key(True, "apply the tokenizer's chat template, if it has one")
     samples_per_prompt: int = key(1, "answers per prompt", ge=1)

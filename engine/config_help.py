@@ -47,7 +47,7 @@ def type_text(kind: Any, long: bool = False) -> str:
     if origin is typing.Literal:
         return f"one of {', '.join(args)}" if long else " | ".join(args)
     if origin is list:
-        plain = {str: "text", float: "numbers"}
+        plain = {str: "text", float: "numbers", int: "whole numbers"}
         item = "{" + ", ".join(fields_of(args[0])) + "}" if dataclasses.is_dataclass(args[0]) else plain[args[0]]
         return f"a list of {item}" if long else f"list of {item}"
     if origin in (typing.Union, types.UnionType):

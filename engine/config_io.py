@@ -209,6 +209,8 @@ def _leaf(field: Any, value: Any) -> Any:
         return []
     if kind == list[float] and isinstance(value, list) and all(_is_number(v) for v in value):
         return [_bounded(field, float(v)) for v in value]
+    if kind == list[int] and isinstance(value, list) and all(_is_number(v) and v % 1 == 0 for v in value):
+        return [int(v) for v in value]
     if kind is float and numeric:
         return _bounded(field, float(value))
     if kind is int and numeric and math.isfinite(value) and value == int(value):

@@ -96,6 +96,16 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[Any]], *, file: TextIO
     Console(file=file).print(drawn)
 
 
+def styled(pieces: Sequence[tuple[str, str]]) -> None:
+    """Print one paragraph of (text, rich style) pieces on rank 0, unless quiet; markup in a text is shown as it is."""
+    if not is_main() or is_quiet():
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(file=sys.stdout).print(Text.assemble(*((plain(text), style) for text, style in pieces)), soft_wrap=True)
+
+
 def duration(seconds: float) -> str:
     """`8.4 s`, `3 min 20 s`, `2 h 05 min`."""
     if seconds < 59.95:

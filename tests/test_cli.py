@@ -176,7 +176,7 @@ def test_help_of_a_command_has_every_key_and_option(name, capsys, stages):
 
 
 def test_commands_are_the_stages_and_doctor():
-    assert list(cli.COMMANDS) == [*STAGES, "doctor"]
+    assert list(cli.COMMANDS) == [*STAGES, "data", "doctor"]
 
 
 def test_exit_codes_of_the_process():

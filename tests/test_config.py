@@ -140,7 +140,7 @@ def test_whole_numbers_may_be_written_with_an_exponent():
         ("  actor: 7", ["got 7 (number), expected text (put it in quotes)"]),
         ("  actor: [a]", ["(list), expected text"]),
         ("  optimizer: 1e-5", ["expected a mapping with the keys lr, schedule"]),
-        ("  ptx_data: a.jsonl", ["got 'a.jsonl' (text), expected a list of {path, weight}"]),
+        ("  ptx_data: a.jsonl", ["got 'a.jsonl' (text), expected a list of {path, input_key, output_key, weight}"]),
         ("  ptx_data:\n    - path: a\n    - b", ["recipe.yaml:4: ppo.ptx_data[1]: got 'b' (text), expected a mapping"]),
         ("  ptx_data:\n    - path: a\n      weight: 0", ["recipe.yaml:4: ppo.ptx_data[0].weight", "> 0"]),
         ("  ptx_data: [{pth: a}]", ["ppo.ptx_data[0].pth is not a key; did you mean ppo.ptx_data[0].path?"]),
@@ -256,7 +256,7 @@ def _other(row):
         return next(choice for choice in row.type.split(" | ") if choice != row.default)
     upper = "<" in row.bounds
     values = {"text": "yes", "bool": "false" if row.default == "true" else "true", "list of text": '["1", "a: b", "é"]'}
-    values["list of numbers"] = "[0.5, 2, 1e-3]"
+    values |= {"list of numbers": "[0.5, 2, 1e-3]", "list of whole numbers": "[7, 0]"}
     return values.get(row.type) or ("7" if row.type == "int" else "0.123456789e-3" if upper else "3.5")
 
 

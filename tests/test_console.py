@@ -214,3 +214,11 @@ def test_a_redirected_stdout_keeps_its_lines_while_bars_are_shown():
     shown, out = on_terminal(NESTED, redirect_stdout=True)
     assert out == "said [/x]\nsaid [/x]\na\n[/x]\n"
     assert "said" not in shown and "━" in shown
+
+
+def test_styled_pieces_show_markup_and_lose_escapes(capsys, monkeypatch):
+    console.styled([("[red]a\x1b[31m", "bold"), ("b\u202e[/red]", "dim")])
+    assert capsys.readouterr().out == "[red]ab[/red]\n"
+    with console.quiet():
+        console.styled([("a", "bold")])
+    assert capsys.readouterr().out == ""

@@ -17,12 +17,14 @@ from test_data_tokenizer import (
 )
 
 from icegrt.data import (
-    describe_lengths,
+    Encoded,
+    ExampleEncoder,
     encode_example,
     encode_examples,
     encode_prompt,
     encode_prompts,
     read_rows,
+    report_lengths,
 )
 from icegrt.errors import DataError
 
@@ -107,9 +109,16 @@ def test_a_prompt_of_messages_trains_the_response_only(chat):
     assert "answer" in text(chat, example.prompt)
 
 
-def test_messages_come_before_prompt_and_response(chat):
-    example = encode_example(chat, row(messages=CHAT[1:3], prompt="other", response="other"), 100)
-    assert trained(chat, example) == "call<|im_end|>"
+def test_a_row_of_messages_and_something_else_must_agree(chat):
+    talk = CHAT[1:3]
+    for prompt in ("ask", talk[:1], talk):  # the first question beside the conversation, as many data sets have it
+        assert trained(chat, encode_example(chat, row(messages=talk, prompt=prompt), 100)) == "call<|im_end|>"
+    with pytest.raises(DataError, match=r"file.jsonl:12: `prompt` is not how the row's messages begin"):
+        encode_example(chat, row(messages=talk, prompt="other"), 100)
+    with pytest.raises(DataError, match="has both `messages` and `response`"):
+        encode_example(chat, row(messages=talk, prompt="ask", response="other"), 100)
+    with pytest.raises(DataError, match="`prompt` is not how the row's messages begin"):
+        encode_prompt(chat, row(messages=talk, prompt="other"), 100)
 
 
 def test_tools_and_calls_without_content_reach_the_template():
@@ -145,7 +154,21 @@ def test_a_merge_across_the_generation_prompt_is_refused():
         encode_example(tokenizer, row(prompt="ask", response="yes"), 100)
 
 
+def test_marks_decide_on_one_answer_too():
+    part = MARKED.replace("{% generation %}{{ m.content }}", "{{ m.content[:2] }}{% generation %}{{ m.content[2:] }}")
+    tokenizer = make(part)
+    assert trained(tokenizer, encode_example(tokenizer, row(prompt="ask", response="yes"), 100)) == "s<|im_end|>"
+
+
+def test_a_template_that_renders_no_answer_is_refused():
+    silent = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    with pytest.raises(DataError, match=r"file.jsonl:12: the chat template renders nothing of the answer"):
+        encode_example(make(silent), row(prompt="ask", response="yes"), 100)
+
+
 def test_an_empty_generation_mask_is_refused():
+    with pytest.raises(DataError, match="marks tokens of 0 of 1 assistant turns"):
+        encode_example(make(MARKS_NOTHING), row(prompt="ask", response="yes"), 100)
     with pytest.raises(DataError, match="marks tokens of 0 of 2 assistant turns"):
         encode_example(make(MARKS_NOTHING), row(messages=CHAT), 200)
 
@@ -191,28 +214,45 @@ def test_messages_need_a_template(plain):
 # Lengths.
 
 
-def test_too_long(plain):
+def test_rows_beyond_the_longest(plain):
     rows = read_rows([{"prompt": "a" * n, "response": "b" * 4} for n in (2, 5, 9, 12)])
     with pytest.raises(DataError, match=r"^row 2: 14 tokens \(prompt 9, response 5\), but max_length is 10: shorten"):
         encode_examples(plain, rows, 10)
-    kept = encode_examples(plain, rows, 10, too_long="drop")
+    kept = encode_examples(plain, rows, 10, truncation="drop")
     assert [example.where for example in kept] == ["row 0", "row 1"]
-    cut = encode_examples(plain, rows, 10, too_long="truncate")
+    cut = encode_examples(plain, rows, 10, truncation="right")
     assert [(e.where, text(plain, e.response), e.truncated) for e in cut] == [
         ("row 0", "bbbb<|im_end|>", False),
         ("row 1", "bbbb<|im_end|>", False),
         ("row 2", "b", True),
     ]
-    assert describe_lengths(cut, dropped=1) == (
-        "3 rows, 27 tokens, length mean 9.0, p95 10, max 10, 1 dropped, 1 truncated"
-    )
-    assert describe_lengths([], dropped=4) == "0 rows, 4 dropped"
+    left = encode_examples(plain, rows, 10, truncation="left")
+    assert [(e.where, text(plain, e.prompt), text(plain, e.response), e.truncated) for e in left] == [
+        ("row 0", "aa", "bbbb<|im_end|>", False),
+        ("row 1", "aaaaa", "bbbb<|im_end|>", False),
+        ("row 2", "aaaaa", "bbbb<|im_end|>", True),
+        ("row 3", "aaaaa", "bbbb<|im_end|>", True),
+    ]
+
+
+def test_left_keeps_a_token_of_the_prompt(plain):
+    rows = read_rows([{"prompt": "ab", "response": "c" * n} for n in (3, 4, 5)])  # and EOS
+    assert [e.where for e in encode_examples(plain, rows, 5, truncation="left")] == ["row 0"]
+
+
+def test_lengths_and_what_is_left_out_are_reported(plain, capsys):
+    rows = read_rows([{"prompt": "a" * n, "response": "b" * 4} for n in (2, 5, 9, 12)])
+    report_lengths([Encoded(rows, ExampleEncoder(plain, 10, "right"), "ads.jsonl")])
+    header, figures, why = capsys.readouterr().out.splitlines()
+    assert header.split() == ["data", "rows", "tokens", "mean", "p95", "longest", "cut", "left", "out"]
+    assert figures.split() == ["ads.jsonl", "3", "27", "9", "10", "10", "1", "1"]
+    assert why == "ads.jsonl: left out 1 longer than 10 tokens"
 
 
 def test_truncation_keeps_masks_in_step(chat):
     whole = encode_example(chat, row(messages=CHAT), 200)
     for limit in range(len(whole.prompt) + 1, len(whole)):
-        (example,) = encode_examples(chat, [row(messages=CHAT)], limit, too_long="truncate")
+        (example,) = encode_examples(chat, [row(messages=CHAT)], limit, truncation="right")
         assert len(example) == limit
         mask = example.action_mask or [True] * len(example.response)
         assert mask == whole.action_mask[: len(example.response)]
@@ -220,20 +260,18 @@ def test_truncation_keeps_masks_in_step(chat):
 
 def test_nothing_left_and_wrong_options(plain):
     rows = [row(prompt="abc", response="d")]
-    for too_long in ("drop", "truncate"):
-        with pytest.raises(DataError, match="all 1 rows from here on are longer than 3 tokens"):
-            encode_examples(plain, rows, 3, too_long=too_long)
+    for truncation in ("drop", "right"):
+        with pytest.raises(DataError, match=r"file.jsonl:12: all 1 rows from here on are left out"):
+            encode_examples(plain, rows, 3, truncation=truncation)
     with pytest.raises(ValueError, match="at least 1 token, got 0"):
         encode_examples(plain, rows, 0)
-    with pytest.raises(ValueError, match="too_long"):
-        encode_prompts(plain, rows, 9, too_long="truncate")
+    with pytest.raises(ValueError, match="truncation must be one of error, drop, left, got 'right'"):
+        encode_prompts(plain, rows, 9, truncation="right")
 
 
-def test_many_rows_equal_one_by_one_and_report_progress(chat):
+def test_many_rows_equal_one_by_one(chat):
     rows = read_rows([{"prompt": f"ask {i}", "response": f"yes {i}"} for i in range(1100)])
-    seen = []
-    together = encode_examples(chat, rows, 100, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(512, 1100), (1024, 1100), (1100, 1100)]
+    together = encode_examples(chat, rows, 100)
     assert together[::97] == [encode_example(chat, r, 100) for r in rows[::97]]
 
 
@@ -278,6 +316,6 @@ def test_a_prompt_without_tokens_is_refused():
 def test_long_prompts(plain):
     rows = read_rows([{"prompt": "a" * 600}, {"prompt": "b"}])
     why = "context 512 - max_new_tokens 88 leaves 424"
-    with pytest.raises(DataError, match=f"^row 0: prompt of 600 tokens, but {why}: shorten it, or lower"):
+    with pytest.raises(DataError, match=f"^row 0: prompt of 600 tokens, but {why}: shorten it, lower max_new_tokens"):
         encode_prompts(plain, rows, 424, why=why)
-    assert [p.where for p in encode_prompts(plain, rows, 424, too_long="drop")] == ["row 1"]
+    assert [p.where for p in encode_prompts(plain, rows, 424, truncation="drop")] == ["row 1"]

@@ -106,5 +106,5 @@ def test_bad_rankings(plain, data, says):
 
 def test_many_rankings(plain):
     rows = read_rows([R2 | {"prompt": "p" * n, "scores": [0, n]} for n in (1, 8, 2)])
-    assert [r.where for r in encode_rankings(plain, rows, 9, too_long="drop")] == ["row 0", "row 2"]
+    assert [r.where for r in encode_rankings(plain, rows, 9, truncation="drop")] == ["row 0", "row 2"]
     assert encode_rankings(plain, rows, 20) == [encode_ranking(plain, r, 20) for r in rows]

@@ -77,8 +77,12 @@ def test_missing_file_folder_and_other_formats(tmp_path, file):
         read_rows(tmp_path / "absent.jsonl")
     with pytest.raises(DataError, match="is a folder"):
         read_rows(tmp_path)
-    with pytest.raises(DataError, match="Parquet is not read"):
+    with pytest.raises(DataError, match=r"rows.parquet: not a Parquet file that can be read .*copy or write it again"):
         read_rows(file("PAR1", "rows.parquet"))
+    with pytest.raises(DataError, match=r"rows.csv: .csv is not read; expected a JSONL .* or Parquet"):
+        read_rows(file("a,b", "rows.csv"))
+    with pytest.raises(DataError, match=r"rows.jsonl.gz: .gz is not read; .*unpack it first"):
+        read_rows(file("a,b", "rows.jsonl.gz"))
     with pytest.raises(DataError, match="no data file was named"):
         read_rows("")
 

@@ -17,6 +17,8 @@ from icegrt.data import Ranking, untied_pairs
 from icegrt.packing import PackedBatch, balance, pack
 from icegrt.roles.role import Loss, Role
 
+_AT_ONCE = 256
+
 
 @dataclass(frozen=True)
 class RankedBatch:
@@ -42,10 +44,11 @@ class RankedBatch:
 def pack_rankings(rankings: Sequence[Ranking], token_budget: int, tie_margin: float) -> list[RankedBatch]:
     """Rankings into micro-batches under a token budget; a ranking is never torn apart."""
     (micro_batches,) = balance([len(r) for r in rankings], token_budget=token_budget).assignments
-    return [_pack([rankings[i] for i in members], tie_margin) for members in micro_batches]
+    return [pack_group([rankings[i] for i in members], tie_margin) for members in micro_batches]
 
 
-def _pack(rankings: list[Ranking], tie_margin: float) -> RankedBatch:
+def pack_group(rankings: list[Ranking], tie_margin: float) -> RankedBatch:
+    """Rankings as one micro-batch."""
     prompts, responses, pairs, weights, margins = [], [], [], [], []
     with_pairs = all_pairs = 0
     for ranking in rankings:
@@ -94,17 +97,23 @@ class RankingQuality:
 def evaluate_ranking(role: Role, ranked: Sequence[RankedBatch]) -> RankingQuality:
     """Loss per prompt, pair accuracy and scores over micro-batches of rankings."""
 
-    def read(hidden_TH: Tensor, index: int) -> Tensor:
-        return role.model.head(hidden_TH[ranked[index].batch.last_rows_N.to(hidden_TH.device)]).cpu()
+    scores, losses, margins = [], [], []
+    for start in range(0, len(ranked), _AT_ONCE):  # held-out data may be packed when read: never all of it at once
+        part = ranked[start : start + _AT_ONCE]
 
-    scores = role.score([r.batch for r in ranked], read)
-    losses = [ranking_loss(score_N, r) for score_N, r in zip(scores, ranked, strict=True)]
+        def read(hidden_TH: Tensor, index: int, part=part) -> Tensor:
+            return role.model.head(hidden_TH[part[index].batch.last_rows_N.to(hidden_TH.device)]).cpu()
+
+        some = role.score([r.batch for r in part], read)
+        losses += [ranking_loss(score_N, r) for score_N, r in zip(some, part, strict=True)]
+        scores += some
+        margins += [r.margin_P for r in part]
     difference_P = torch.cat([stats[1] for _, _, stats in losses])
     right_P = (difference_P > 0).double() + 0.5 * (difference_P == 0).double()
     return RankingQuality(
         loss=sum(stats[0] for _, _, stats in losses) / max(sum(count for _, count, _ in losses), 1),
         accuracy=float(right_P.mean()) if right_P.numel() else 0.5,
         difference_P=difference_P,
-        margin_P=torch.cat([r.margin_P for r in ranked]),
+        margin_P=torch.cat(margins),
         score_N=torch.cat(scores),
     )

@@ -28,10 +28,11 @@ def response_nll(role: Role, hidden_TH: Tensor, batch: PackedBatch, chunk_rows: 
 def pack_examples(examples: Sequence[Example], token_budget: int) -> list[PackedBatch]:
     """Examples into packed micro-batches of at most `token_budget` tokens."""
     (micro_batches,) = balance([len(e) for e in examples], token_budget=token_budget).assignments
-    return [_pack_group([examples[i] for i in members]) for members in micro_batches]
+    return [pack_group([examples[i] for i in members]) for members in micro_batches]
 
 
-def _pack_group(group: list[Example]) -> PackedBatch:
+def pack_group(group: list[Example]) -> PackedBatch:
+    """Examples as one micro-batch."""
     masks = None
     if any(e.action_mask is not None for e in group):
         masks = [e.action_mask if e.action_mask is not None else [True] * len(e.response) for e in group]

@@ -1,28 +1,34 @@
-"""Data: rows of JSONL or dicts, tokens with the prompt told from the response, and the order in which they are seen."""
+"""Data: rows of files or dicts, tokens with the prompt told from the response, and the order in which they are seen."""
 
 from icegrt.data.blend import Blend, PromptOrder
+from icegrt.data.dataset import Encoded, Joined, report_lengths
 from icegrt.data.encode import (
     Example,
+    ExampleEncoder,
     Prompt,
-    describe_lengths,
+    PromptEncoder,
     encode_example,
     encode_examples,
     encode_prompt,
     encode_prompts,
 )
-from icegrt.data.ranking import Ranking, encode_ranking, encode_rankings, untied_pairs
-from icegrt.data.rows import Row, read_rows
-from icegrt.data.tokenizer import check_tokenizer, eos_id, has_template, load_tokenizer
+from icegrt.data.ranking import Ranking, RankingEncoder, encode_ranking, encode_rankings, untied_pairs
+from icegrt.data.rows import Row, open_rows, read_rows
+from icegrt.data.tokenizer import check_tokenizer, eos_id, has_template, load_tokenizer, stop_ids
 
 __all__ = [
     "Blend",
+    "Encoded",
     "Example",
+    "ExampleEncoder",
+    "Joined",
     "Prompt",
+    "PromptEncoder",
     "PromptOrder",
     "Ranking",
+    "RankingEncoder",
     "Row",
     "check_tokenizer",
-    "describe_lengths",
     "encode_example",
     "encode_examples",
     "encode_prompt",
@@ -32,6 +38,9 @@ __all__ = [
     "eos_id",
     "has_template",
     "load_tokenizer",
+    "open_rows",
     "read_rows",
+    "report_lengths",
+    "stop_ids",
     "untied_pairs",
 ]

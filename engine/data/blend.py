@@ -20,7 +20,7 @@ _EPOCH, _ROTATION, _PROMPTS = range(3)  # streams of one seed
 Pair = tuple[int, int]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)  # an order takes 8 bytes a row
 def shuffled(n: int, seed: int, *stream: int) -> np.ndarray:
     """A permutation of n (int64, read-only) for (seed, stream). Sorts raw PCG64 words, the part of numpy's generators
     that keeps its bits between versions, unlike `Generator.permutation`: a run may resume under another numpy."""
@@ -54,16 +54,21 @@ class Blend:
         self.seed = seed
         self._epoch = 0
         self._position = 0
-        self._order: tuple[int, list[Pair]] | None = None
+        # Items of all sources are numbered through; source s begins at `_first[s]`.
+        self._first = np.cumsum([0, *map(len, self.sources)])
+        self._order: tuple[int, np.ndarray] | None = None
 
     def epoch(self, e: int) -> list[Pair]:
         """Epoch `e` (from 0), shuffled by (seed, e): the same list whenever it is asked for."""
-        pairs = [
-            (source, int(item))
-            for source in range(len(self.sources))
-            for item in self._items(source, e)
-        ]  # fmt: skip
-        return [pairs[i] for i in shuffled(len(pairs), self.seed, _EPOCH, e)]
+        return self._pairs(self._numbers(e))
+
+    def _numbers(self, e: int) -> np.ndarray:
+        numbers = np.concatenate([self._items(s, e) + self._first[s] for s in range(len(self.sources))])
+        return numbers[shuffled(numbers.size, self.seed, _EPOCH, e)]
+
+    def _pairs(self, numbers: np.ndarray) -> list[Pair]:
+        sources = np.searchsorted(self._first, numbers, side="right") - 1
+        return list(zip(sources.tolist(), (numbers - self._first[sources]).tolist(), strict=True))
 
     def count(self, epochs: float = 1.0) -> int:
         """Items in so many passes, a part of a pass rounded to whole items."""
@@ -118,8 +123,11 @@ class Blend:
         n = len(self.sources[source])
         whole, start, _ = self._window(source, e)
         stop = self._window(source, e + 1)[1]
+        items = np.tile(np.arange(n), whole)
+        if start == stop:
+            return items
         rotation = shuffled(n, self.seed, _ROTATION, source)
-        return np.concatenate([np.tile(np.arange(n), whole), rotation[np.arange(start, stop) % n]])
+        return np.concatenate([items, rotation[np.arange(start, stop) % n]])
 
     def _size(self, e: int) -> int:
         return sum(self._window(s, e + 1)[2] - self._window(s, e)[2] for s in range(len(self.sources)))
@@ -128,9 +136,9 @@ class Blend:
         taken: list[Pair] = []
         while len(taken) < k:
             if self._order is None or self._order[0] != self._epoch:
-                self._order = (self._epoch, self.epoch(self._epoch))
+                self._order = (self._epoch, self._numbers(self._epoch))
             part = self._order[1][self._position : self._position + k - len(taken)]
-            taken += part
+            taken += self._pairs(part)
             self._position += len(part)
             if self._position >= len(self._order[1]):
                 self._epoch, self._position = self._epoch + 1, 0
@@ -160,7 +168,7 @@ class PromptOrder:
         drawn: list[int] = []
         while len(drawn) < k:
             part = self._order()[self._position : self._position + k - len(drawn)]
-            drawn += part
+            drawn += part.tolist()
             self._position += len(part)
             if self._position == self.n:
                 self._epoch, self._position = self._epoch + 1, 0
@@ -179,14 +187,13 @@ class PromptOrder:
         self._epoch, self._position = _place(state)
         self._late, self._head = list(state["late"]), int(state["head"])
 
-    def _order(self) -> list[int]:
-        order = shuffled(self.n, self.seed, _PROMPTS, self._epoch).tolist()
+    def _order(self) -> np.ndarray:
+        order = shuffled(self.n, self.seed, _PROMPTS, self._epoch)
         if not self._late:
             return order
-        late = set(self._late)
-        first = [p for p in order if p not in late][: self._head]
-        taken = set(first)
-        return first + [p for p in order if p not in taken]
+        # The first `_head` that are not late, then all others: found at the order's beginning.
+        places = np.flatnonzero(~np.isin(order[: self._head + len(self._late)], self._late))[: self._head]
+        return np.concatenate([order[places], np.delete(order, places)])
 
 
 def _place(state: dict[str, Any]) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """From the columns of a row to a dialogue: which text is given, and which is answered.
 
-Shapes of a row: `messages`; or `prompt` (a string, or a list of messages) with `response`. A prompt alone serves
-sampling. Nothing is tokenised here; every refusal names the row and the key.
+Shapes of a row: `messages`; or a prompt (a string, or a list of messages) with a response. Columns go by the names of
+TRL, verl and OpenRLHF as well as our own. A prompt alone serves sampling. Nothing is tokenised
+here; every refusal names the row and the key.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from icegrt.data.rows import Row
+from icegrt.data.rows import PROMPTS, RESPONSES, Row
 from icegrt.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -29,47 +30,51 @@ class Dialogue:
     answers: list[Message] = field(default_factory=list)
     tools: list | None = None
 
-    def answered(self, response: str) -> Dialogue:
-        """The same prompt with one assistant turn as its answer."""
-        return Dialogue(self.prompt, self.where, [{"role": "assistant", "content": response}], self.tools)
+    def answered(self, response: str | list[Message]) -> Dialogue:
+        """The same prompt with an answer: the text of one assistant turn, or messages that begin with one."""
+        answers = [{"role": "assistant", "content": response}] if isinstance(response, str) else response
+        return Dialogue(self.prompt, self.where, answers, self.tools)
 
 
 def training_dialogue(row: Row) -> Dialogue:
-    """A row of supervised data: `messages` (loss on every assistant turn), else `prompt` and `response`."""
+    """A row of supervised data: `messages` (loss on every assistant turn), else a prompt and a response."""
+    answer = column(row, RESPONSES)
     if row.get("messages") is not None:
+        if answer is not None:
+            raise DataError(
+                f"{row.where}: has both `messages` and `{answer}`: keep the one to learn from, or name the "
+                "prompt's column with input_key"
+            )
         messages = _messages(row, "messages")
-        roles = [message["role"] for message in messages]
-        if "assistant" not in roles:
-            raise DataError(
-                f"{row.where}: key `messages`: no assistant turn to learn from; roles are {', '.join(roles)}"
-            )
-        first = roles.index("assistant")
-        if first == 0:
-            raise DataError(f"{row.where}: key `messages`: starts with an assistant turn; expected a prompt before it")
-        if roles[-1] != "assistant":
-            raise DataError(
-                f"{row.where}: key `messages`: ends with a turn of {roles[-1]!r}; expected the assistant's: "
-                "remove what follows its last turn"
-            )
-        return Dialogue(messages[:first], row.where, messages[first:], _tools(row))
-    if row.get("prompt") is not None and row.get("response") is not None:
-        response = text_at(row, "response", row.get("response"))
-        if not response.strip():
-            raise DataError(f"{row.where}: key `response`: is empty; there is nothing to learn from it")
-        return prompt_dialogue(row).answered(response)
+        _check_agreement(row, messages)
+        return _split(row, "messages", messages)
+    if prompt_column(row) is not None and answer is not None:
+        dialogue, response = prompt_dialogue(row), row.get(answer)
+        if isinstance(response, list) and any(isinstance(message, dict) for message in response):
+            turns = _answer_turns(row, answer, _messages(row, answer))
+            return dialogue.answered(turns)
+        if not text_at(row, answer, response).strip():
+            raise DataError(f"{row.where}: key `{answer}`: is empty; there is nothing to learn from it")
+        return dialogue.answered(response)
     raise unknown_shape(row, "`messages`, or `prompt` and `response`")
 
 
 def prompt_dialogue(row: Row) -> Dialogue:
-    """A row's prompt: `prompt`, else `messages` without the assistant turn that ends it."""
-    if row.get("prompt") is not None:
-        prompt = row.get("prompt")
+    """A row's prompt: its prompt column, else `messages` without the assistant turn that ends it."""
+    key = prompt_column(row)
+    if key is not None:
+        prompt = row.get(key)
         if isinstance(prompt, str):
-            text_at(row, "prompt", prompt)
+            text_at(row, key, prompt)
             if not prompt.strip():
-                raise DataError(f"{row.where}: key `prompt`: is empty")
+                raise DataError(f"{row.where}: key `{key}`: is empty")
+            messages = None
+        else:
+            messages = _messages(row, key)
+        if row.get("messages") is not None:
+            _check_agreement(row, _messages(row, "messages"))
+        if messages is None:
             return Dialogue(prompt, row.where, tools=_tools(row))
-        key, messages = "prompt", _messages(row, "prompt")
     elif row.get("messages") is not None:
         key, messages = "messages", _messages(row, "messages")
         if messages[-1]["role"] == "assistant":
@@ -80,13 +85,75 @@ def prompt_dialogue(row: Row) -> Dialogue:
         raise DataError(f"{row.where}: key `{key}`: holds only an assistant turn, which leaves no prompt")
     if messages[-1]["role"] == "assistant":
         raise DataError(f"{row.where}: key `{key}`: the prompt ends with an assistant turn; there is nothing to answer")
+    if all(message["role"] == "system" for message in messages):
+        raise DataError(f"{row.where}: key `{key}`: holds only a system turn; there is nothing to answer")
     return Dialogue(messages, row.where, tools=_tools(row))
+
+
+def preference_dialogues(row: Row) -> tuple[Dialogue, Dialogue]:
+    """A row's `chosen` and `rejected`, each as the shared prompt with its answer.
+
+    Both are strings beside a prompt; or both are lists of messages, whose shared beginning is the prompt (a prompt
+    column, where there is one, must agree with it) or follows the prompt column.
+    """
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if isinstance(chosen, list) != isinstance(rejected, list):
+        key, other = ("chosen", "rejected") if isinstance(chosen, list) else ("rejected", "chosen")
+        raise DataError(f"{row.where}: key `{key}`: expected a string, got list, as `{other}` is no list of messages")
+    if chosen == rejected:
+        raise DataError(
+            f"{row.where}: `chosen` and `rejected` are the same, so there is nothing to prefer; leave it out"
+        )
+    if not isinstance(chosen, list):
+        texts = [text_at(row, key, row.get(key)) for key in ("chosen", "rejected")]
+        prompt = prompt_dialogue(row)
+        return prompt.answered(texts[0]), prompt.answered(texts[1])
+    turns = {key: _messages(row, key) for key in ("chosen", "rejected")}
+    if turns["chosen"][0]["role"] == "assistant" and prompt_column(row) is not None:
+        prompt, shared = prompt_dialogue(row), 0
+    else:
+        pairs = zip(turns["chosen"], turns["rejected"], strict=False)
+        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(map(len, turns.values())))
+        given = turns["chosen"][:shared]
+        if not given:
+            raise DataError(
+                f"{row.where}: `chosen` and `rejected` share no first message, and there is no prompt column; expected "
+                "the same prompt in both"
+            )
+        if prompt_column(row) is not None:
+            _check_agreement(row, given)
+        prompt = Dialogue(given, row.where, tools=_tools(row))
+    answers = [_answer_turns(row, key, messages[shared:]) for key, messages in turns.items()]
+    return prompt.answered(answers[0]), prompt.answered(answers[1])
+
+
+def column(row: Row, names: tuple[str, ...]) -> str | None:
+    """Which of `names` the row has: the first, else the only other. Raises `DataError` where two others compete."""
+    if row.get(names[0]) is not None:
+        return names[0]
+    found = [name for name in names[1:] if row.get(name) is not None]
+    if len(found) > 1:
+        raise DataError(f"{row.where}: columns {_listed(found)} could each be the `{names[0]}`: keep one of them")
+    return found[0] if found else None
+
+
+def prompt_column(row: Row) -> str | None:
+    """The column that holds the prompt. Raises `DataError` where it cannot be told."""
+    key = column(row, PROMPTS)
+    if key == "input" and row.get("instruction") is not None:
+        raise DataError(
+            f"{row.where}: columns `instruction` and `input`: join them into one `prompt`, or name the one to use with "
+            "input_key"
+        )
+    return key
 
 
 def unknown_shape(row: Row, accepted: str) -> DataError:
     """The error for a row whose columns fit no accepted shape."""
-    found = ", ".join(f"`{key}`" for key in row.columns()) or "none"
-    return DataError(f"{row.where}: columns found: {found}; expected {accepted}")
+    found = _listed(row.columns()) or "none"
+    return DataError(
+        f"{row.where}: columns found: {found}; expected {accepted}; a prompt of another name is named with input_key"
+    )
 
 
 def text_at(row: Row, key: str, value: Any) -> str:
@@ -102,30 +169,86 @@ def text_at(row: Row, key: str, value: Any) -> str:
     return value
 
 
+def _split(row: Row, key: str, messages: list[Message]) -> Dialogue:
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        raise DataError(f"{row.where}: key `{key}`: no assistant turn to learn from; roles are {', '.join(roles)}")
+    first = roles.index("assistant")
+    if first == 0:
+        raise DataError(f"{row.where}: key `{key}`: starts with an assistant turn; expected a prompt before it")
+    return Dialogue(messages[:first], row.where, _answer_turns(row, key, messages[first:]), _tools(row))
+
+
+def _answer_turns(row: Row, key: str, turns: list[Message]) -> list[Message]:
+    if not turns or turns[0]["role"] != "assistant":
+        got = f"a turn of {turns[0]['role']!r}" if turns else "nothing"
+        raise DataError(f"{row.where}: key `{key}`: expected the assistant's turn after the prompt, got {got}")
+    if turns[-1]["role"] != "assistant":
+        raise DataError(
+            f"{row.where}: key `{key}`: ends with a turn of {turns[-1]['role']!r}; expected the assistant's: "
+            "remove what follows its last turn"
+        )
+    spoken = [m for m in turns if m["role"] == "assistant"]
+    if not any((m.get("content") or "").strip() or m.get("tool_calls") for m in spoken):
+        raise DataError(f"{row.where}: key `{key}`: every assistant turn is empty; there is nothing to learn from it")
+    return turns
+
+
+def _check_agreement(row: Row, messages: list[Message]) -> None:
+    """Data sets often carry the first question beside the conversation; another prompt would be a guess."""
+    key = prompt_column(row)
+    if key is None:
+        return
+    prompt = row.get(key)
+    if isinstance(prompt, str):
+        first = next((m.get("content") for m in messages if m["role"] == "user"), None)
+        agrees = first is not None and first.strip() == prompt.strip()
+    else:
+        turns = _messages(row, key)
+        agrees = messages[: len(turns)] == turns
+    if not agrees:
+        raise DataError(
+            f"{row.where}: `{key}` is not how the row's messages begin: keep the one to use, or name it with input_key"
+        )
+
+
 def _messages(row: Row, key: str) -> list[Message]:
     messages = row.get(key)
     if not isinstance(messages, list) or not messages:
         got = "an empty list" if isinstance(messages, list) else type(messages).__name__
         raise DataError(f"{row.where}: key `{key}`: expected a list of messages, got {got}")
-    for index, message in enumerate(messages):
-        place = f"{key}[{index}]"
-        if not isinstance(message, dict):
-            raise DataError(
-                f"{row.where}: key `{place}`: expected an object with `role` and `content`, "
-                f"got {type(message).__name__}"
-            )
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise DataError(f"{row.where}: key `{place}.role`: expected one of {', '.join(ROLES)}, got {role!r}")
-        if content is not None:
-            text_at(row, f"{place}.content", content)
-        elif not (role == "assistant" and message.get("tool_calls")):
-            raise DataError(f"{row.where}: key `{place}.content`: is missing; expected a string")
-    return messages
+    return [_message(row, f"{key}[{index}]", message) for index, message in enumerate(messages)]
+
+
+def _message(row: Row, place: str, message: Any) -> Message:
+    if not isinstance(message, dict):
+        raise DataError(
+            f"{row.where}: key `{place}`: expected an object with `role` and `content`, got {type(message).__name__}"
+        )
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise DataError(f"{row.where}: key `{place}.role`: expected one of {', '.join(ROLES)}, got {role!r}")
+    if content is not None:
+        text_at(row, f"{place}.content", content)
+    elif not (role == "assistant" and message.get("tool_calls")):
+        raise DataError(f"{row.where}: key `{place}.content`: is missing; expected a string")
+    # Arrow gives every message the fields of all: to a template, a null `tool_calls` is not an absent one.
+    return _without_nulls(message, keep=("content",))
+
+
+def _without_nulls(value: Any, keep: tuple[str, ...] = ()) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None or k in keep}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def _tools(row: Row) -> list | None:
     tools = row.get("tools")
     if tools is not None and not isinstance(tools, list):
         raise DataError(f"{row.where}: key `tools`: expected a list of JSON schemas, got {type(tools).__name__}")
-    return tools or None
+    return _without_nulls(tools) or None
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return ", ".join(f"`{name}`" for name in names[:12]) + more

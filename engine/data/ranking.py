@@ -1,20 +1,27 @@
 """Rows to rankings: the responses of one prompt with a score each, for the reward model's pairwise loss.
 
-Shapes of a row: `prompt` with `responses` and `scores` (higher is better) or `ranks` (1 is best), or with `chosen` and
-`rejected`. Where `response_ids` holds the tokens as they were sampled, those are used: decoded text tokenised again
-gives other tokens than the policy produced.
+Shapes of a row: a prompt with `responses` and `scores` (higher is better) or `ranks` (1 is best); or `chosen` and
+`rejected`, strings beside a prompt or lists of messages. Where `response_ids` holds the tokens as they were sampled,
+those are used: decoded text tokenised again gives other tokens than the policy produced.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from icegrt.data.dialogue import prompt_dialogue, text_at, unknown_shape
-from icegrt.data.encode import Progress, check_options, chunks, some_left
-from icegrt.data.render import segments
+from icegrt.data.dialogue import (
+    Dialogue,
+    preference_dialogues,
+    prompt_column,
+    prompt_dialogue,
+    text_at,
+    unknown_shape,
+)
+from icegrt.data.encode import Dropped, Truncation, check_options, kept
+from icegrt.data.render import Segment, segments
 from icegrt.data.rows import Row
 from icegrt.data.tokenizer import eos_id
 from icegrt.errors import DataError
@@ -30,6 +37,7 @@ class Ranking:
     responses: list[list[int]]
     scores: list[float]
     where: str
+    truncated: bool = False
 
     def __len__(self) -> int:
         """Tokens of all K sequences, the prompt counted in each."""
@@ -41,47 +49,77 @@ class _Ranked:
     """A row's responses before tokenising. `sampled` holds the ids to use verbatim, or None, for each."""
 
     row: Row
-    texts: list[str]
+    dialogues: list[Dialogue]
     scores: list[float]
     sampled: list[list[int] | None]
     cut: list[bool]
 
 
-def encode_ranking(tokenizer: Any, row: Row, max_length: int) -> Ranking:
-    """One row as a `Ranking`; prompt and longest response together have at most `max_length` tokens.
+class RankingEncoder:
+    """Rows to `Ranking`s; prompt and longest response together have at most `max_length` tokens.
 
     A response of text gets the chat template's rendering and EOS, unless its `finish_reasons` entry is "length".
-    Raises `DataError` naming file, line and key.
+    truncation, where they have more: "error" refuses, "drop" leaves the prompt out with all its responses, "left" cuts
+    the prompt's beginning, "right" the ends of the responses (no EOS is added then). A prompt whose responses no longer
+    differ is left out too.
     """
-    return encode_rankings(tokenizer, [row], max_length)[0]
+
+    def __init__(
+        self, tokenizer: Any, max_length: int, truncation: Truncation = "error", stop_ids: Collection[int] = ()
+    ) -> None:
+        check_options(max_length, truncation)
+        self.tokenizer, self.max_length, self.truncation = tokenizer, max_length, truncation
+        self.stop_ids = frozenset(stop_ids)
+
+    def __call__(self, rows: Sequence[Row]) -> list[Ranking | Dropped]:
+        """A ranking for each row, or why there is none. Raises `DataError` naming file, line and key."""
+        ranked = [_read(self.tokenizer, row) for row in rows]
+        found = iter(segments(self.tokenizer, [d for item in ranked for d in item.dialogues], self.stop_ids))
+        return [self._fit(self._assemble(item, [next(found) for _ in item.dialogues])) for item in ranked]
+
+    def _assemble(self, item: _Ranked, encoded: list[Segment]) -> Ranking:
+        eos = eos_id(self.tokenizer)
+        responses = []
+        for segment, sampled, cut in zip(encoded, item.sampled, item.cut, strict=True):
+            tokens = segment.response if sampled is None else sampled
+            if sampled is None and cut and len(tokens) > 1 and (tokens[-1] == eos or tokens[-1] in self.stop_ids):
+                tokens = tokens[:-1]  # it was cut at the length limit: the policy never wrote this EOS
+            responses.append(tokens)
+        return Ranking(encoded[0].prompt, responses, item.scores, item.row.where)
+
+    def _fit(self, ranking: Ranking) -> Ranking | Dropped:
+        prompt, longest = len(ranking.prompt), max(map(len, ranking.responses))
+        if prompt + longest <= self.max_length:
+            return ranking
+        if self.truncation == "error":
+            raise DataError(
+                f"{ranking.where}: {prompt + longest} tokens (prompt {prompt}, longest response {longest}), but "
+                f"max_length is {self.max_length}: shorten it, raise max_length, or set truncation to drop, "
+                "left or right"
+            )
+        left, right = ranking.prompt, ranking.responses
+        if self.truncation == "left":
+            left = left[-max(self.max_length - longest, 0) :]
+        if self.truncation == "right":
+            right = [tokens[: max(self.max_length - prompt, 0)] for tokens in right]
+        fits = len(left) + max(map(len, right)) <= self.max_length
+        if self.truncation == "drop" or not fits or not all(right):
+            return Dropped(f"longer than {self.max_length} tokens")
+        if all(tokens == right[0] for tokens in right):
+            return Dropped("responses alike once cut")
+        return Ranking(left, right, ranking.scores, ranking.where, truncated=True)
+
+
+def encode_ranking(tokenizer: Any, row: Row, max_length: int) -> Ranking:
+    """One row as a `Ranking`; a longer one than `max_length` is refused. Raises `DataError` naming file, line, key."""
+    return RankingEncoder(tokenizer, max_length)([row])[0]
 
 
 def encode_rankings(
-    tokenizer: Any,
-    rows: Sequence[Row],
-    max_length: int,
-    too_long: Literal["error", "drop"] = "error",
-    progress: Progress | None = None,
+    tokenizer: Any, rows: Sequence[Row], max_length: int, truncation: Truncation = "error"
 ) -> list[Ranking]:
-    """`encode_ranking` of many rows; `too_long="drop"` leaves out a prompt one of whose responses does not fit."""
-    check_options(max_length, too_long, ("error", "drop"))
-    rankings: list[Ranking] = []
-    for chunk in chunks(rows, progress):
-        ranked = [_read(tokenizer, row) for row in chunk]
-        dialogues = [prompt_dialogue(item.row).answered(text) for item in ranked for text in item.texts]
-        found = iter(segments(tokenizer, dialogues))
-        for item in ranked:
-            ranking = _assemble(item, [next(found) for _ in item.texts], eos_id(tokenizer))
-            longest = max(map(len, ranking.responses))
-            if len(ranking.prompt) + longest <= max_length:
-                rankings.append(ranking)
-            elif too_long == "error":
-                raise DataError(
-                    f"{ranking.where}: {len(ranking.prompt) + longest} tokens (prompt {len(ranking.prompt)}, longest "
-                    f"response {longest}), but max_length is {max_length}: shorten it, raise max_length, "
-                    'or set too_long to "drop"'
-                )
-    return some_left(rankings, rows, max_length)
+    """Many rows as `Ranking`s in memory, without those that `truncation` leaves out (see `RankingEncoder`)."""
+    return kept(RankingEncoder(tokenizer, max_length, truncation), rows)
 
 
 def untied_pairs(scores: Sequence[float], margin: float = 0.0) -> list[tuple[int, int]]:
@@ -94,31 +132,22 @@ def untied_pairs(scores: Sequence[float], margin: float = 0.0) -> list[tuple[int
     ]
 
 
-def _assemble(item: _Ranked, encoded: list, eos: int) -> Ranking:
-    responses = []
-    for segment, sampled, cut in zip(encoded, item.sampled, item.cut, strict=True):
-        tokens = segment.response if sampled is None else sampled
-        if sampled is None and cut and len(tokens) > 1 and tokens[-1] == eos:
-            tokens = tokens[:-1]  # it was cut at the length limit: the policy never wrote this EOS
-        responses.append(tokens)
-    return Ranking(encoded[0].prompt, responses, item.scores, item.row.where)
-
-
 def _read(tokenizer: Any, row: Row) -> _Ranked:
     listed = row.get("responses") is not None
     pair = row.get("chosen") is not None and row.get("rejected") is not None
-    if row.get("prompt") is None or not (listed or pair):
-        raise unknown_shape(row, SHAPES)
     if listed and pair:
         raise DataError(f"{row.where}: has `responses` and `chosen`/`rejected`: keep one of them")
-    if pair:
-        texts = [text_at(row, key, row.get(key)) for key in ("chosen", "rejected")]
-        return _Ranked(row, texts, [1.0, 0.0], [None, None], [False, False])
+    if pair and (prompt_column(row) is not None or isinstance(row.get("chosen"), list)):
+        return _Ranked(row, list(preference_dialogues(row)), [1.0, 0.0], [None, None], [False, False])
+    if not listed or (prompt_column(row) is None and row.get("messages") is None):
+        raise unknown_shape(row, SHAPES)
     texts = _list(row, "responses")
     if len(texts) < 2:
         raise DataError(f"{row.where}: key `responses`: expected at least 2 to compare, got {len(texts)}")
     texts = [text_at(row, f"responses[{i}]", text) for i, text in enumerate(texts)]
-    return _Ranked(row, texts, _scores(row, len(texts)), _sampled(tokenizer, row, texts), _cut(row, len(texts)))
+    prompt, scores = prompt_dialogue(row), _scores(row, len(texts))
+    dialogues = [prompt.answered(text) for text in texts]
+    return _Ranked(row, dialogues, scores, _sampled(tokenizer, row, texts), _cut(row, len(texts)))
 
 
 def _list(row: Row, key: str, length: int | None = None) -> list:

@@ -2,13 +2,15 @@
 
 With a chat template the prompt is rendered with its generation prompt, exactly as it will be at sampling time, and the
 whole conversation must begin with the same tokens: otherwise the model would be trained on a prompt that it never sees.
-A response ends with EOS, and what a template writes after the last EOS is cut: nothing after EOS is ever sampled.
+Which tokens are the assistant's is what the template's `{% generation %}` marks, where it has it; otherwise each turn
+is what the rendering gains by it, compared token by token. A response ends with EOS or another stop token, and what a
+template writes after the last one is cut: nothing after it is ever sampled.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,14 +55,18 @@ def prompt_tokens(tokenizer: Any, dialogues: Sequence[Dialogue], *, chat: bool =
     return prompts
 
 
-def segments(tokenizer: Any, dialogues: Sequence[Dialogue]) -> list[Segment]:
-    """Tokens of each dialogue's prompt and answers, EOS included. Raises `DataError` as the module says."""
+def segments(tokenizer: Any, dialogues: Sequence[Dialogue], stop_ids: Collection[int] = ()) -> list[Segment]:
+    """Tokens of each dialogue's prompt and answers, EOS included; `stop_ids` end a turn as EOS does.
+
+    Raises `DataError` for a template that is not prefix-stable or leaves no token of an answer to train on.
+    """
     eos = eos_id(tokenizer)
+    stops = frozenset({eos, *stop_ids})
     prompts = prompt_tokens(tokenizer, dialogues)
     if not has_template(tokenizer):
-        responses = tokenize(tokenizer, [d.answers[0]["content"] for d in dialogues], special=False)
+        responses = tokenize(tokenizer, [_plain_answer(d) for d in dialogues], special=False)
         return [
-            Segment(p, r if r and r[-1] == eos else [*r, eos], None) for p, r in zip(prompts, responses, strict=True)
+            Segment(p, r if r and r[-1] in stops else [*r, eos], None) for p, r in zip(prompts, responses, strict=True)
         ]
     whole = [_render(tokenizer, d, _given(d) + d.answers, False) for d in dialogues]
     rows = tokenize(tokenizer, whole, special=False)
@@ -68,14 +74,24 @@ def segments(tokenizer: Any, dialogues: Sequence[Dialogue]) -> list[Segment]:
     found = []
     for dialogue, prompt, tokens in zip(dialogues, prompts, rows, strict=True):
         _check_prefix(tokenizer, dialogue, prompt, tokens, "the prompt")
-        if len(dialogue.answers) == 1:
-            spans = [(len(prompt), len(tokens))]
-        elif marked:
+        if marked:
             spans = _marked_spans(tokenizer, dialogue, len(prompt))
+        elif len(dialogue.answers) == 1:
+            spans = [(len(prompt), len(tokens))]
         else:
             spans = _rendered_spans(tokenizer, dialogue, tokens)
-        found.append(_close(tokenizer, prompt, tokens, spans, eos))
+        _check_trained(tokenizer, dialogue, tokens, spans, stops)
+        found.append(_close(tokenizer, prompt, tokens, spans, eos, stops))
     return found
+
+
+def _plain_answer(dialogue: Dialogue) -> str:
+    if len(dialogue.answers) > 1 or dialogue.answers[0].get("content") is None:
+        raise DataError(
+            f"{dialogue.where}: an answer of several messages, or of tool calls, needs a chat template, and none is in "
+            "use: set `chat_template`, or give one answer as a string"
+        )
+    return dialogue.answers[0]["content"]
 
 
 def _given(dialogue: Dialogue) -> list[Message]:
@@ -112,6 +128,24 @@ def _apply(tokenizer: Any, dialogue: Dialogue, messages: list[Message], **option
         ) from error
 
 
+def _says_something(message: Message) -> bool:
+    return bool((message.get("content") or "").strip() or message.get("tool_calls"))
+
+
+def _check_trained(
+    tokenizer: Any, dialogue: Dialogue, tokens: list[int], spans: list[Span], stops: frozenset[int]
+) -> None:
+    """An answer that says something must leave it to train on: closing tokens alone would teach nothing but to stop."""
+    text = [token for start, end in spans for token in tokens[start:end] if token not in stops]
+    if not tokenizer.decode(text).strip() and any(
+        m["role"] == "assistant" and (m.get("content") or "").strip() for m in dialogue.answers
+    ):
+        raise DataError(
+            f"{dialogue.where}: the chat template renders nothing of the answer, so no token of it would be trained "
+            "on; correct `chat_template`"
+        )
+
+
 def _check_prefix(tokenizer: Any, dialogue: Dialogue, start: list[int], tokens: list[int], what: str) -> None:
     if tokens[: len(start)] == start:
         return
@@ -126,19 +160,37 @@ def _check_prefix(tokenizer: Any, dialogue: Dialogue, start: list[int], tokens: 
 
 
 def _marked_spans(tokenizer: Any, dialogue: Dialogue, start: int) -> list[Span]:
-    encoded = _apply(
-        tokenizer, dialogue, _given(dialogue) + dialogue.answers, return_dict=True, return_assistant_tokens_mask=True
+    """What the template marks, from token `start` on. The marks are characters, and a token that holds one counts.
+
+    `return_assistant_tokens_mask` is not used: it marks all that follows where a mark encloses nothing, or where no
+    token begins at its last character.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = tokenizer.get_chat_template(tools=dialogue.tools)
+    conversation = _given(dialogue) + dialogue.answers
+    (text,), (marks,) = render_jinja_template(
+        [conversation],
+        dialogue.tools,
+        None,
+        template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
     )
-    mask = [False] * start + [bool(flag) for flag in encoded["assistant_masks"][start:]]
-    edges = [i for i in range(1, len(mask) + 1) if (mask[i] if i < len(mask) else False) != mask[i - 1]]
-    spans = list(zip(edges[::2], edges[1::2], strict=True))
-    # A lost end runs on through the turns after it, so it too leaves fewer runs than turns.
-    turns = sum(m["role"] == "assistant" and bool((m.get("content") or "").strip()) for m in dialogue.answers)
-    if len(spans) < max(turns, 1):
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    spans = []
+    for first, last in marks:
+        held = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if i >= start and a < last and b > first]
+        if held:
+            spans.append((held[0], held[-1] + 1))
+    turns = sum(m["role"] == "assistant" and _says_something(m) for m in dialogue.answers)
+    if len(spans) < turns:
         raise DataError(
             f"{dialogue.where}: the chat template's {{% generation %}} marks tokens of {len(spans)} of {turns} "
             "assistant turns; put it around the content of every one"
         )
+    if not spans:  # an empty answer: its end alone is trained
+        spans = [(start, start)]
     return spans
 
 
@@ -157,12 +209,14 @@ def _rendered_spans(tokenizer: Any, dialogue: Dialogue, tokens: list[int]) -> li
     return spans
 
 
-def _close(tokenizer: Any, prompt: list[int], tokens: list[int], spans: list[Span], eos: int) -> Segment:
-    """End each turn at its EOS, and the last one with an EOS whether or not the template writes it."""
-    closed = [_to_eos(tokenizer, tokens, span, eos) for span in spans]
+def _close(
+    tokenizer: Any, prompt: list[int], tokens: list[int], spans: list[Span], eos: int, stops: frozenset[int]
+) -> Segment:
+    """End each turn at its stop token, and the last one with EOS where the template writes none."""
+    closed = [_to_stop(tokenizer, tokens, span, stops) for span in spans]
     end = closed[-1][1]
     tokens = tokens[:end]
-    if tokens[-1] != eos:
+    if tokens[-1] not in stops:
         tokens.append(eos)
         closed[-1] = (closed[-1][0], end + 1)
     mask = [False] * len(tokens)
@@ -172,11 +226,11 @@ def _close(tokenizer: Any, prompt: list[int], tokens: list[int], spans: list[Spa
     return Segment(prompt, tokens[len(prompt) :], None if all(mask) else mask)
 
 
-def _to_eos(tokenizer: Any, tokens: list[int], span: Span, eos: int) -> Span:
+def _to_stop(tokenizer: Any, tokens: list[int], span: Span, stops: frozenset[int]) -> Span:
     start, end = span
-    if tokens[end : end + 1] == [eos]:  # {% generation %} often stops short of it; unlearned, no turn would ever end
-        return start, end + 1
-    at = max((i for i in range(start, end) if tokens[i] == eos), default=-1)
+    if end < len(tokens) and tokens[end] in stops and (end == start or tokens[end - 1] not in stops):
+        return start, end + 1  # {% generation %} often stops short of it; unlearned, no turn would ever end
+    at = max((i for i in range(start, end) if tokens[i] in stops), default=-1)
     if at >= 0 and not tokenizer.decode(tokens[at + 1 : end], skip_special_tokens=True).strip():
         return start, at + 1
     return start, end

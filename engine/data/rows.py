@@ -1,12 +1,13 @@
 """Rows of data with the place they came from, so that every later error can name a file and a line.
 
-A source is a JSONL file, an iterable of dicts, or a `datasets.Dataset` (anything that yields dicts).
+A source is a JSONL or Parquet file, an iterable of dicts, or a `datasets.Dataset` (anything that yields dicts). Files
+are opened, not loaded: a row is read when it is asked for, so data may be larger than memory.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from os import PathLike
@@ -15,10 +16,18 @@ from typing import Any
 
 from icegrt.errors import DataError
 
+JSONL_SUFFIXES = ("", ".jsonl", ".ndjson", ".json")
+PARQUET_SUFFIXES = (".parquet", ".pq")
+# Columns that are recognised as the prompt and as the answer (TRL, verl, OpenRLHF); the first name is our own.
+PROMPTS = ("prompt", "input", "context_messages")
+RESPONSES = ("response", "completion", "output")
+_EXPECTED = "expected a JSONL (.jsonl, .ndjson, .json) or Parquet (.parquet) file"
+
 
 @dataclass(frozen=True)
 class Row:
-    """One object of a source. `where` is "path:line" for a file (from 1), else "row i" (from 0, as `source[i]`)."""
+    """One object of a source. `where` is "path:line" for JSONL (from 1), "path:row i" for Parquet (from 0), else
+    "row i" (from 0, as `source[i]`)."""
 
     data: dict[str, Any]
     where: str
@@ -32,96 +41,151 @@ class Row:
         return [key for key, value in self.data.items() if value is not None]
 
 
-def read_rows(source: str | PathLike | Iterable[Mapping[str, Any] | Row], limit: int = 0) -> list[Row]:
-    """Read a JSONL file, or take the dicts of an iterable; `limit` > 0 keeps the first so many and reads no further.
+def open_rows(
+    source: str | PathLike | Iterable[Mapping[str, Any] | Row],
+    limit: int = 0,
+    *,
+    input_key: str = "",
+    output_key: str = "",
+) -> Sequence[Row]:
+    """The rows of a source, read when asked for; `limit` > 0 keeps the first so many.
 
-    Blank lines are skipped but counted. Raises `DataError` for a missing or unreadable file, a folder, text that is
-    not UTF-8, a line that is not a JSON object, an item that is not a dict, and a source without rows.
+    `input_key` and `output_key` name the columns of prompt and answer where their names are not recognised; a dot goes
+    into an object (`extra_info.question`). Raises `DataError` for a file that is missing, unreadable, of another
+    format, or without rows. A row that cannot be read raises when it is.
     """
     if limit < 0:
         raise ValueError(f"limit must be 0 (all rows) or more, got {limit}")
-    if isinstance(source, (str, PathLike)):
-        name, rows = str(source), _read_file(Path(source))
-    else:
-        name, rows = type(source).__name__, _read_items(source)
-    found = list(islice(rows, limit)) if limit else list(rows)
-    if not found:
-        raise DataError(f"{name}: no rows")
-    return found
+    is_path = isinstance(source, (str, PathLike))
+    name = str(source) if is_path else type(source).__name__
+    rows = _open_file(Path(source), limit) if is_path else _open_items(source, limit)
+    if not len(rows):
+        raise DataError(f"{name}: no rows; expected at least one")
+    return _Keyed(rows, input_key, output_key) if input_key or output_key else rows
 
 
-def _read_file(path: Path) -> Iterator[Row]:
-    # The one place that chooses a reader by file name: another format is another line here.
+def read_rows(source: str | PathLike | Iterable[Mapping[str, Any] | Row], limit: int = 0) -> list[Row]:
+    """`open_rows`, every row read now. Raises `DataError` also for the first row that cannot be read."""
+    return list(open_rows(source, limit))
+
+
+class LazyRows(Sequence):
+    """Rows that are read when asked for, of so many bytes. A subclass has `__len__` and `row(i)`."""
+
+    nbytes: float = 0
+
+    def row(self, index: int) -> Row:
+        """Row `index`, from 0."""
+        raise NotImplementedError
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self.row(i) for i in range(*index.indices(len(self)))]
+        return self.row(range(len(self))[index])
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(self.row, range(len(self)))
+
+
+def _open_file(path: Path, limit: int) -> LazyRows:
     if not str(path) or path == Path():
-        raise DataError("no data file was named: expected the path of a JSONL file")
+        raise DataError(f"no data file was named: {_EXPECTED}")
     if path.is_dir():
-        raise DataError(f"{path}: is a folder; expected a JSONL file")
+        raise DataError(f"{path}: is a folder; {_EXPECTED}")
     if not path.exists():
-        raise DataError(f"{path}: no such file; expected a JSONL file (relative paths start at {Path.cwd()})")
-    if path.suffix == ".parquet":
-        raise DataError(f"{path}: Parquet is not read; convert it: datasets.Dataset.from_parquet(...).to_json(...)")
-    return _read_jsonl(path)
+        raise DataError(f"{path}: no such file; {_EXPECTED} (relative paths start at {Path.cwd()})")
+    suffix = path.suffix.lower()
+    if suffix in PARQUET_SUFFIXES:
+        from icegrt.data.parquet import ParquetRows
+
+        return ParquetRows(path, limit)
+    if suffix not in JSONL_SUFFIXES:
+        packed = "; unpack it first" if suffix in (".gz", ".zst", ".bz2", ".xz", ".zip") else ""
+        raise DataError(f"{path}: {suffix} is not read; {_EXPECTED}{packed}")
+    from icegrt.data.jsonl import JsonlRows
+
+    return JsonlRows(path, limit)
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    # Bytes, split at newlines only: str.splitlines would also cut at U+2028 and its like, which JSON strings may hold.
-    try:
-        with open(path, "rb") as file:
-            for number, raw in enumerate(file, start=1):
-                where = f"{path}:{number}"
-                if number == 1:
-                    raw = raw.removeprefix(b"\xef\xbb\xbf")
-                if raw.strip():
-                    yield Row(_parse(raw, where), where)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def _parse(raw: bytes, where: str) -> dict[str, Any]:
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: not UTF-8: byte 0x{raw[error.start]:02x} at column {error.start + 1}; save the file as UTF-8"
-        ) from error
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}; got {_excerpt(text)}") from error
-    except RecursionError as error:
-        raise DataError(f"{where}: nested too deeply to be read") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: expected a JSON object with named columns, got {_kind(value)}")
-    return value
-
-
-def _read_items(source: Iterable[Mapping[str, Any] | Row]) -> Iterator[Row]:
+def _open_items(source: Iterable[Mapping[str, Any] | Row], limit: int) -> Sequence[Row]:
     if isinstance(source, Mapping):
         keys = ", ".join(map(str, list(source)[:8]))
         raise DataError(
             f"expected a sequence of rows, got one {type(source).__name__} with keys {keys}: "
             "choose a split of a dataset, or put a single row in a list"
         )
+    if not isinstance(source, (list, tuple)) and hasattr(source, "__len__") and hasattr(source, "__getitem__"):
+        return _Items(source, limit)
     if not isinstance(source, Iterable):
-        raise DataError(f"expected the path of a JSONL file or an iterable of dicts, got {type(source).__name__}")
-    return _take_items(source)
+        raise DataError(f"expected the path of a data file or an iterable of dicts, got {type(source).__name__}")
+    items = islice(source, limit) if limit else source
+    return [_item(number, item) for number, item in enumerate(items)]
 
 
-def _take_items(source: Iterable[Mapping[str, Any] | Row]) -> Iterator[Row]:
-    for number, item in enumerate(source):
-        if isinstance(item, Row):
-            yield item
-        elif isinstance(item, Mapping):
-            yield Row(dict(item), f"row {number}")
-        else:
-            raise DataError(f"row {number}: expected a dict with named columns, got {_kind(item)}")
+def _item(number: int, item: Any) -> Row:
+    if isinstance(item, Row):
+        return item
+    if isinstance(item, Mapping):
+        return Row(dict(item), f"row {number}")
+    raise DataError(f"row {number}: expected a dict with named columns, got {kind(item)}")
 
 
-def _kind(value: Any) -> str:
+class _Items(LazyRows):
+    """Rows of something that has a length and indices but is no list, such as a memory-mapped `datasets.Dataset`."""
+
+    nbytes = math.inf
+
+    def __init__(self, source: Any, limit: int) -> None:
+        self._source = source
+        self._length = min(limit or len(source), len(source))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def row(self, index: int) -> Row:
+        return _item(index, self._source[index])
+
+
+class _Keyed(LazyRows):
+    """Rows whose prompt and answer stand in columns that the user named: they are there as `prompt`, `response` and
+    `responses` too."""
+
+    def __init__(self, rows: Sequence[Row], input_key: str, output_key: str) -> None:
+        self._rows, self._input, self._output = rows, input_key, output_key
+        self.nbytes = getattr(rows, "nbytes", 0)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row(self, index: int) -> Row:
+        row = self._rows[index]
+        data = dict(row.data)
+        if self._input:
+            value = _at(row, self._input, "input_key")
+            whole = self._input == "messages"
+            # Columns that could be taken for the prompt must not compete with the one that was named.
+            for name in (*PROMPTS, *RESPONSES) if whole else ("messages", *PROMPTS):
+                data.pop(name, None)
+            data["messages" if whole else "prompt"] = value
+        if self._output:
+            value = _at(row, self._output, "output_key")
+            data["responses" if isinstance(value, list) and all(isinstance(v, str) for v in value) else "response"] = (
+                value
+            )
+        return Row(data, row.where)
+
+
+def _at(row: Row, key: str, option: str) -> Any:
+    value: Any = row.data
+    for part in [key] if key in row.data else key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    if value is None:
+        found = ", ".join(f"`{name}`" for name in row.columns()) or "none"
+        raise DataError(f"{row.where}: {option} names `{key}`, which is not there; columns found: {found}")
+    return value
+
+
+def kind(value: Any) -> str:
+    """What a value is, in words for a message."""
     names = {list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
     return names.get(type(value), type(value).__name__)
-
-
-def _excerpt(text: str, width: int = 60) -> str:
-    text = text.strip()
-    return repr(text if len(text) <= width else text[:width] + "...")

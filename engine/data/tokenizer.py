@@ -1,9 +1,10 @@
-"""What the engine asks of a tokenizer. It is passed in as an object; only `load_tokenizer` imports transformers."""
+"""What the engine asks of a tokenizer, which is passed in as an object."""
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ def load_tokenizer(path: str | Path, say: Callable[[str], None] = warnings.warn)
                 f"{path}: the tokenizer is code that came with the checkpoint (`auto_map`), which is never run; save "
                 "it as a fast tokenizer (tokenizer.json), and remove `auto_map` from tokenizer_config.json"
             ) from None
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise CheckpointError(
-            f"{path}: the tokenizer cannot be loaded ({type(error).__name__}: {str(error).strip()[:300]}); "
+            f"{path}: the tokenizer cannot be loaded ({type(error).__name__}: {reason}); "
             "expected tokenizer.json and tokenizer_config.json beside the weights"
         ) from error
     check_tokenizer(tokenizer, str(path), say)
@@ -56,6 +58,32 @@ def eos_id(tokenizer: Any, name: str = "tokenizer") -> int:
     if tokenizer.eos_token_id is None:
         raise CheckpointError(f"{name}: no EOS token is defined; set `eos_token` in tokenizer_config.json")
     return tokenizer.eos_token_id
+
+
+def stop_ids(
+    tokenizer: Any,
+    hf_config: dict[str, Any] | None = None,
+    folder: str | Path | None = None,
+    extra: Sequence[int] = (),
+) -> list[int]:
+    """Tokens that end an answer: the tokenizer's EOS, and what the model's configuration, `generation_config.json` in
+    `folder` and the user (`extra`) name. Raises `CheckpointError` for one that the tokenizer does not have."""
+    path = Path(folder) / "generation_config.json" if folder is not None else None
+    named = {"config.json": (hf_config or {}).get("eos_token_id"), "sampling.stop_token_ids": list(extra)}
+    if path is not None and path.is_file():
+        try:
+            named[str(path)] = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path}: cannot be read as JSON ({error}); copy or write it again") from None
+    ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    for where, value in named.items():
+        for token in value if isinstance(value, list) else [] if value is None else [value]:
+            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                raise CheckpointError(f"{where}: expected token ids that end an answer, got {token!r}")
+            if where == "sampling.stop_token_ids" and token >= len(tokenizer):
+                raise CheckpointError(f"{where} names token {token}, but the tokenizer has only {len(tokenizer)}")
+            ids.add(token)
+    return sorted(ids)
 
 
 def has_template(tokenizer: Any) -> bool:

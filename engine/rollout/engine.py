@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from icegrt.data import stop_ids
 from icegrt.model.language_model import LanguageModel
 from icegrt.rollout.decoder import Decoder
 from icegrt.rollout.response import Response, Sampling
@@ -13,12 +14,16 @@ from icegrt.rollout.response import Response, Sampling
 class RolloutEngine:
     """Generates with a `LanguageModel` (see `icegrt.load_actor`) and its tokenizer.
 
-    Prompts are token ids, or text, which is tokenised as it stands (apply a chat template beforehand).
+    Prompts are token ids, or text, which is tokenised as it stands (apply a chat template beforehand). An answer ends
+    with the tokenizer's EOS, what the model's configuration names, or one of `stop_token_ids`.
     """
 
-    def __init__(self, model: LanguageModel, tokenizer: Any, *, max_batch: int = 256) -> None:
+    def __init__(
+        self, model: LanguageModel, tokenizer: Any, *, max_batch: int = 256, stop_token_ids: Sequence[int] = ()
+    ) -> None:
         self.tokenizer = tokenizer
-        self.decoder = Decoder(model, stop_ids(tokenizer, model.architecture.hf_config), max_batch)
+        stops = stop_ids(tokenizer, model.architecture.hf_config, extra=stop_token_ids)
+        self.decoder = Decoder(model, stops, max_batch)
 
     def stream(
         self,
@@ -40,12 +45,3 @@ class RolloutEngine:
     def text(self, response: Response) -> str:
         """The answer as text, without special tokens."""
         return self.tokenizer.decode(response.tokens, skip_special_tokens=True)
-
-
-def stop_ids(tokenizer: Any, hf_config: dict[str, Any] | None = None) -> list[int]:
-    """Tokens that end an answer: the tokenizer's EOS and those that the model's configuration names."""
-    named = (hf_config or {}).get("eos_token_id")
-    ids = set(named if isinstance(named, list) else [] if named is None else [named])
-    if tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
-    return sorted(ids)

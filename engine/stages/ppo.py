@@ -21,7 +21,17 @@ from icegrt.algorithm.scores import Scores, ScoreScaling, combine
 from icegrt.algorithm.update import UpdateOutcome, Updater
 from icegrt.config import PPOConfig
 from icegrt.console import say, warn
-from icegrt.data import Blend, Prompt, PromptOrder, describe_lengths, encode_examples, encode_prompts, read_rows
+from icegrt.data import (
+    Blend,
+    Encoded,
+    ExampleEncoder,
+    Prompt,
+    PromptEncoder,
+    PromptOrder,
+    open_rows,
+    report_lengths,
+    stop_ids,
+)
 from icegrt.errors import ConfigError, RunError
 from icegrt.kernels import masked_moments
 from icegrt.metrics import Evaluation, PPOStep, rollout_path
@@ -33,6 +43,7 @@ from icegrt.rollout.response import Response, Sampling
 from icegrt.stages.ppo_metrics import ppo_step, write_rollouts
 from icegrt.stages.ppo_roles import RewardSources, build_roles, check_config, check_critic, check_lengths
 from icegrt.stages.reward import SCORE_STATISTICS
+from icegrt.stages.sources import encode_sources
 from icegrt.stages.trainer import Trainer, resolve_chunk_rows, tokenizer_for, write_json
 
 # Steps in a row that may be skipped for a loss or gradient that is not finite.
@@ -85,13 +96,16 @@ class PPOTrainer(Trainer):
         pretrained = Pretrained(actor)
         self.tokenizer = tokenizer_for(tokenizer, actor, pretrained.architecture)
         self.sampling = Sampling.of(config.sampling, self.run.seed)
+        self.stop_ids = stop_ids(
+            self.tokenizer, pretrained.architecture.hf_config, pretrained.folder, config.sampling.stop_token_ids
+        )
         context = pretrained.architecture.context_length
         self.prompts = self._encode("prompts", prompts, context)
         held_out = eval_prompts if eval_prompts is not None else config.eval_prompts
         has_held_out = not (isinstance(held_out, str) and not held_out)
         self.eval_prompts = self._encode("eval_prompts", held_out, context, config.eval_limit) if has_held_out else []
         self.roles_by_name = build_roles(config, pretrained, reference, sources, critic)
-        check_lengths(config, self.prompts + self.eval_prompts, self.roles_by_name)
+        check_lengths(config, [p for p in (self.prompts, self.eval_prompts) if p], self.roles_by_name)
         self.actor, self.critic = self.roles_by_name["actor"], self.roles_by_name["critic"]
         self.roles = [self.actor, self.critic]
         self.scaling = ScoreScaling(config, _saved_statistics(sources.model))
@@ -103,7 +117,9 @@ class PPOTrainer(Trainer):
         self.actor.learn(config.optimizer, max(1, updates))
         self.critic.learn(config.critic.optimizer, config.iterations * config.critic_epochs * config.minibatches)
         self.chunk_rows = resolve_chunk_rows(config.chunk_rows, pretrained.architecture)
-        self.engine = RolloutEngine(self.actor.model, self.tokenizer, max_batch=config.max_batch)
+        self.engine = RolloutEngine(
+            self.actor.model, self.tokenizer, max_batch=config.max_batch, stop_token_ids=self.stop_ids
+        )
         self.judge = Judge(self.roles_by_name.get("reward"), sources.function, self.tokenizer)
         self.assessor = Assessor(
             config, self.engine, self.judge, self.actor, self.roles_by_name["reference"], self.chunk_rows
@@ -123,23 +139,23 @@ class PPOTrainer(Trainer):
             self.alarms.observe(self.first_evaluation)
             self.log(self.first_evaluation)
 
-    def _encode(self, key: str, source: Any, context: int, limit: int = 0) -> list[Prompt]:
+    def _encode(self, key: str, source: Any, context: int, limit: int = 0) -> Encoded[Prompt]:
         answer = self.config.sampling.max_new_tokens
         if answer >= context:
             raise ConfigError(f"ppo.sampling.max_new_tokens {answer} leaves no room for a prompt: context {context}")
         why = f"context {context} - max_new_tokens {answer} leaves {context - answer}"
-        prompts = encode_prompts(self.tokenizer, read_rows(source, limit), context - answer, why=why)
-        say(f"{source if isinstance(source, (str, Path)) else key}: {describe_lengths(prompts)}")
+        encoder = PromptEncoder(self.tokenizer, context - answer, self.config.truncation, why=why)
+        rows = open_rows(source, limit, input_key=self.config.input_key)
+        prompts = Encoded(rows, encoder, str(source) if isinstance(source, (str, Path)) else key)
+        report_lengths([prompts])
         return prompts
 
     def _ptx_blend(self) -> Blend | None:
         if not self.config.ptx_coef:
             return None
         context = min(self.actor.model.architecture.context_length, self.config.token_budget)
-        sources = [
-            (encode_examples(self.tokenizer, read_rows(s.path), context), s.weight) for s in self.config.ptx_data
-        ]
-        return Blend(sources, self.run.seed)
+        encoder = ExampleEncoder(self.tokenizer, context, stop_ids=self.stop_ids)
+        return Blend(encode_sources("ppo.ptx_data", self.config.ptx_data, None, encoder), self.run.seed)
 
     def _probe_reward(self) -> None:
         # A reward function that fails must fail now, not after the first rollout of an expensive run.
@@ -286,7 +302,7 @@ class PPOTrainer(Trainer):
             raise ConfigError("nothing to evaluate on: set ppo.eval_prompts")
         return self.assess(self.eval_prompts).evaluation(self.done_steps)
 
-    def assess(self, prompts: list[Prompt], samples: int = 1, *, greedy: bool = False) -> Assessment:
+    def assess(self, prompts: Sequence[Prompt], samples: int = 1, *, greedy: bool = False) -> Assessment:
         """Answers to `prompts` with every score and KL, response by response."""
         return self.assessor(prompts, self.scaling, samples, greedy=greedy)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from icegrt.algorithm.reward_function import RewardFunction, load_reward_function
 from icegrt.config import PPOConfig
-from icegrt.data import Prompt
+from icegrt.data import Encoded, Prompt
 from icegrt.errors import ConfigError
 from icegrt.model.architecture import DTYPES
 from icegrt.model.pretrained import Pretrained, build_model
@@ -132,9 +132,9 @@ def _tokenizer_file(source: Pretrained) -> Any:
     return document["model"].get("vocab"), [t.get("content") for t in document.get("added_tokens", [])]
 
 
-def check_lengths(config: PPOConfig, prompts: list[Prompt], roles: dict[str, Role]) -> None:
+def check_lengths(config: PPOConfig, prompts: list[Encoded[Prompt]], roles: dict[str, Role]) -> None:
     """Every sequence must fit every role's context and the token budget. Raises `ConfigError`."""
-    longest = max(prompts, key=len)
+    longest = max((part.longest() for part in prompts), key=len)
     total = len(longest) + config.sampling.max_new_tokens
     if total > config.token_budget:
         raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,30 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from icegrt.algorithm.ranking import RankedBatch, RankingQuality, evaluate_ranking, pack_rankings, ranking_loss
+from icegrt.algorithm.ranking import (
+    RankedBatch,
+    RankingQuality,
+    evaluate_ranking,
+    pack_group,
+    pack_rankings,
+    ranking_loss,
+)
 from icegrt.config import DataSource, RewardConfig
 from icegrt.console import say
-from icegrt.data import Blend, Ranking, describe_lengths, encode_rankings, read_rows
+from icegrt.data import Blend, Encoded, Joined, Ranking, RankingEncoder, stop_ids
 from icegrt.data.blend import shuffled
 from icegrt.errors import ConfigError, DataError
 from icegrt.metrics import RewardStep
 from icegrt.model import weights
 from icegrt.model.pretrained import Pretrained, build_model, save_pretrained
 from icegrt.roles.role import Role
+from icegrt.stages.sources import encode_sources, packed
 from icegrt.stages.trainer import Trainer, tokenizer_for, write_json
 from icegrt.statistics import accuracy_by_margin, best_one_feature_baseline
 
 SCORE_STATISTICS = "score_statistics.json"
 _BEST_WEIGHTS = "best_weights.safetensors"
+_BASELINE_PROMPTS = 4096  # the trivial judge is fitted on so many training prompts at most
 
 
 class RewardTrainer(Trainer):
@@ -59,11 +69,12 @@ class RewardTrainer(Trainer):
         pretrained = Pretrained(source)
         architecture = pretrained.architecture
         self.tokenizer = tokenizer_for(tokenizer, source, architecture)
+        self.stop_ids = stop_ids(self.tokenizer, architecture.hf_config, pretrained.folder)
         self.max_length = min(config.max_length or architecture.context_length, architecture.context_length)
         sources = self._encode("reward.data", config.data, data)
         if not sources:
             raise ConfigError("reward.data names no file; give at least one source")
-        held = [r for rankings, _ in self._encode("reward.heldout", config.heldout, heldout) for r in rankings]
+        held = [rankings for rankings, _ in self._encode("reward.heldout", config.heldout, heldout)]
         if not held and config.heldout_fraction:
             sources, held = _hold_out(sources, config.heldout_fraction, self.run.seed)
         self.blend = Blend(sources, self.run.seed)
@@ -72,9 +83,8 @@ class RewardTrainer(Trainer):
         self.role = Role("reward", build_model(pretrained, "scalar", dtype=self.dtype, new_head=True))
         self.role.learn(config.optimizer, self.total_steps)
         self.roles = [self.role]
-        self.train_rankings = [r for rankings, _ in sources for r in rankings]
-        self.heldout = pack_rankings(held, config.token_budget, config.tie_margin) if held else []
-        self.heldout_rankings = held
+        self.train_rankings = Joined([rankings for rankings, _ in sources])
+        self.heldout = packed(Joined(held), config.token_budget, partial(pack_group, tie_margin=config.tie_margin))
         self._batches = None
         self._best_loss: float | None = None
         self._without_better = 0
@@ -88,21 +98,17 @@ class RewardTrainer(Trainer):
                 "statistics": _statistics(quality.score_N),
             }
 
-    def _encode(self, key: str, files: list[DataSource], given: Any) -> list[tuple[list[Ranking], float]]:
-        named = [(given, 1.0)] if given is not None else [(source.path, source.weight) for source in files]
-        encoded = []
-        for source, weight in named:
-            rankings = encode_rankings(self.tokenizer, read_rows(source), self.max_length)
-            label = source if isinstance(source, (str, Path)) else key
-            say(f"{label}: {describe_lengths(rankings)}")
-            longest = max(rankings, key=len)
+    def _encode(self, key: str, files: list[DataSource], given: Any) -> list[tuple[Encoded[Ranking], float]]:
+        encoder = RankingEncoder(self.tokenizer, self.max_length, self.config.truncation, self.stop_ids)
+        encoded = encode_sources(key, files, given, encoder)
+        for rankings, _ in encoded:
+            longest = rankings.longest()
             if len(longest) > self.config.token_budget:
                 raise DataError(
                     f"{longest.where}: all {len(longest.responses)} responses have {len(longest)} tokens together, "
                     f"more than reward.token_budget {self.config.token_budget}; raise it (a prompt's responses share a "
                     "batch)"
                 )
-            encoded.append((rankings, weight))
         return encoded
 
     def state(self) -> dict[str, Any]:
@@ -223,7 +229,8 @@ class RewardTrainer(Trainer):
             edges = np.unique(np.quantile(after.margin_P.numpy(), [0.0, 0.25, 0.5, 0.75, 1.0]))
             edges = edges if edges.size > 1 else np.array([edges[0], edges[0] + 1.0])
             figures["heldout_accuracy_by_margin"] = accuracy_by_margin(after.margin_P.numpy(), right_P.numpy(), edges)
-            train = pack_rankings(self.train_rankings, self.config.token_budget, self.config.tie_margin)
+            some = self.train_rankings[:_BASELINE_PROMPTS]
+            train = pack_rankings(some, self.config.token_budget, self.config.tie_margin)
             name, accuracy = best_one_feature_baseline(_feature_pairs(train), _feature_pairs(self.heldout))
             figures |= {"baseline_feature": name, "baseline_accuracy": accuracy}
         return figures
@@ -233,10 +240,10 @@ def _hold_out(sources, fraction: float, seed: int):
     # By prompt: all responses of a prompt are on one side.
     kept, held = [], []
     for index, (rankings, weight) in enumerate(sources):
-        order = shuffled(len(rankings), seed, index).tolist()
+        order = shuffled(len(rankings), seed, index)
         count = min(max(1, round(fraction * len(rankings))), len(rankings) - 1)
-        held += [rankings[i] for i in sorted(order[:count])]
-        kept.append(([rankings[i] for i in sorted(order[count:])], weight))
+        held.append(rankings.subset(np.sort(order[:count])))
+        kept.append((rankings.subset(np.sort(order[count:])), weight))
     return kept, held
 
 

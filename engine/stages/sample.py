@@ -13,7 +13,8 @@ from icegrt.checkpoint import list_checkpoints
 from icegrt.cluster import Cluster
 from icegrt.config import GenerateConfig, SampleConfig
 from icegrt.console import progress, say
-from icegrt.data import Prompt, encode_prompts, read_rows
+from icegrt.data import Encoded, Joined, Prompt, PromptEncoder, open_rows, report_lengths, stop_ids
+from icegrt.data.encode import Truncation
 from icegrt.errors import CheckpointError, ConfigError
 from icegrt.model.architecture import DTYPES, Architecture
 from icegrt.model.pretrained import Pretrained, build_model
@@ -21,6 +22,8 @@ from icegrt.rollout.engine import RolloutEngine
 from icegrt.rollout.response import Response, Sampling
 from icegrt.stages.folders import rows_file
 from icegrt.stages.trainer import tokenizer_for
+
+_PROMPTS_AT_ONCE = 4096
 
 
 def run(config: SampleConfig) -> None:
@@ -33,9 +36,13 @@ def run(config: SampleConfig) -> None:
         source = Pretrained(model_folder(config.model))
         tokenizer = tokenizer_for(None, source.folder, source.architecture)
         sampling = Sampling.of(config.sampling, config.seed)
-        prompts = prompts_for(source.architecture, tokenizer, read_rows(config.prompts, config.limit), sampling)
+        rows = open_rows(config.prompts, config.limit, input_key=config.input_key)
+        prompts = prompts_for(source.architecture, tokenizer, rows, sampling, config.truncation, name=config.prompts)
+        report_lengths([prompts])
         model = build_model(source, "lm", dtype=DTYPES[config.dtype]).eval()
-        engine = RolloutEngine(model, tokenizer, max_batch=config.max_batch)
+        engine = RolloutEngine(
+            model, tokenizer, max_batch=config.max_batch, stop_token_ids=_stops(config, source, tokenizer)
+        )
         with progress(len(prompts), "sample", "prompts") as bar:
             found = (
                 diverse_answers(engine, prompts, config.samples_per_prompt, sampling, config.temperatures)
@@ -49,27 +56,40 @@ def run(config: SampleConfig) -> None:
 
 
 def prompts_for(
-    architecture: Architecture, tokenizer: Any, rows: Sequence[Any], sampling: Sampling, *, chat: bool = True
-) -> list[Prompt]:
+    architecture: Architecture,
+    tokenizer: Any,
+    rows: Sequence[Any],
+    sampling: Sampling,
+    truncation: Truncation,
+    *,
+    chat: bool = True,
+    name: str = "prompts",
+) -> Encoded[Prompt]:
     """Rows as prompts that leave room for the answer. Raises `DataError` naming the row that does not."""
     context, answer = architecture.context_length, sampling.max_new_tokens
     if answer >= context:
         raise ConfigError(f"max_new_tokens {answer} leaves no room for a prompt in the model's context of {context}")
     why = f"context {context} - max_new_tokens {answer} leaves {context - answer}"
-    return encode_prompts(tokenizer, rows, context - answer, why=why, chat=chat)
+    return Encoded(rows, PromptEncoder(tokenizer, context - answer, truncation, chat=chat, why=why), name)
+
+
+def _stops(config: SampleConfig | GenerateConfig, source: Pretrained, tokenizer: Any) -> list[int]:
+    return stop_ids(tokenizer, source.architecture.hf_config, source.folder, config.sampling.stop_token_ids)
 
 
 def answers(
     engine: RolloutEngine, prompts: Sequence[Prompt], samples: int, sampling: Sampling
 ) -> Iterator[tuple[Prompt, list[Response]]]:
     """Each prompt with all its responses, in the prompts' order, as soon as they are complete."""
-    held: dict[int, list[Response]] = defaultdict(list)
-    following = 0
-    for response in engine.stream([p.tokens for p in prompts], samples, sampling):
-        held[response.prompt_index].append(response)
-        while len(held.get(following, ())) == samples:
-            yield prompts[following], sorted(held.pop(following), key=lambda r: r.sample)
-            following += 1
+    for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
+        some = prompts[start : start + _PROMPTS_AT_ONCE]
+        held: dict[int, list[Response]] = defaultdict(list)
+        following = 0
+        for response in engine.stream([p.tokens for p in some], samples, sampling, first_sequence_id=start * samples):
+            held[response.prompt_index].append(response)
+            while len(held.get(following, ())) == samples:
+                yield some[following], sorted(held.pop(following), key=lambda r: r.sample)
+                following += 1
 
 
 def diverse_answers(
@@ -117,18 +137,23 @@ def generate(config: GenerateConfig) -> Iterator[tuple[Prompt, list[str], list[R
     """Answers to `generate.prompt` and `generate.prompts`: the prompt, the texts, the responses."""
     if not config.model:
         raise ConfigError("generate.model is empty; name a checkpoint")
-    rows: list[Any] = read_rows([{"prompt": text} for text in config.prompt]) if config.prompt else []
-    rows += read_rows(config.prompts) if config.prompts else []
-    if not rows:
+    sources = [open_rows([{"prompt": text} for text in config.prompt])] if config.prompt else []
+    sources += [open_rows(config.prompts, input_key=config.input_key)] if config.prompts else []
+    if not sources:
         raise ConfigError("nothing to answer: give generate.prompt='[\"...\"]' or generate.prompts=FILE")
     with Cluster.open():
         source = Pretrained(model_folder(config.model))
         tokenizer = tokenizer_for(None, source.folder, source.architecture)
         sampling = Sampling.of(config.sampling, config.seed)
-        prompts = prompts_for(source.architecture, tokenizer, rows, sampling, chat=config.chat)
+        parts = [
+            prompts_for(source.architecture, tokenizer, rows, sampling, config.truncation, chat=config.chat)
+            for rows in sources
+        ]
         model = build_model(source, "lm", dtype=DTYPES[config.dtype]).eval()
-        engine = RolloutEngine(model, tokenizer, max_batch=config.max_batch)
-        for prompt, responses in answers(engine, prompts, config.samples_per_prompt, sampling):
+        engine = RolloutEngine(
+            model, tokenizer, max_batch=config.max_batch, stop_token_ids=_stops(config, source, tokenizer)
+        )
+        for prompt, responses in answers(engine, Joined(parts), config.samples_per_prompt, sampling):
             yield prompt, [engine.text(r) for r in responses], responses
 
 

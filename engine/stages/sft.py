@@ -8,15 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from icegrt.algorithm.supervised import heldout_loss, pack_examples, response_nll
+from icegrt.algorithm.supervised import heldout_loss, pack_examples, pack_group, response_nll
 from icegrt.config import DataSource, SFTConfig
 from icegrt.console import say
-from icegrt.data import Blend, Example, describe_lengths, encode_examples, read_rows
+from icegrt.data import Blend, Encoded, Example, ExampleEncoder, Joined, stop_ids
 from icegrt.errors import ConfigError, DataError
 from icegrt.metrics import SFTStep
 from icegrt.model import weights
 from icegrt.model.pretrained import Pretrained, build_model, save_pretrained
 from icegrt.roles.role import Role
+from icegrt.stages.sources import encode_sources, packed
 from icegrt.stages.trainer import Trainer, resolve_chunk_rows, tokenizer_for, write_json
 
 
@@ -51,11 +52,12 @@ class SFTTrainer(Trainer):
         pretrained = Pretrained(source)
         architecture = pretrained.architecture
         self.tokenizer = tokenizer_for(tokenizer, source, architecture)
+        self.stop_ids = stop_ids(self.tokenizer, architecture.hf_config, pretrained.folder)
         self.max_length = min(config.max_length or architecture.context_length, architecture.context_length)
         sources = self._encode("sft.data", config.data, data)
         if not sources:
             raise ConfigError("sft.data names no file; give at least one source")
-        self.heldout = [e for examples, _ in self._encode("sft.heldout", config.heldout, heldout) for e in examples]
+        self.heldout = Joined([examples for examples, _ in self._encode("sft.heldout", config.heldout, heldout)])
         self.blend = Blend(sources, self.run.seed)
         self.total_steps = math.ceil(self.blend.count(config.epochs) / config.batch_sequences)
         self.chunk_rows = resolve_chunk_rows(config.chunk_rows, architecture)
@@ -63,27 +65,22 @@ class SFTTrainer(Trainer):
         self.role.learn(config.optimizer, self.total_steps)
         self.roles = [self.role]
         self._batches = None
-        self._heldout_batches = pack_examples(self.heldout, config.token_budget) if self.heldout else []
+        self._heldout_batches = packed(self.heldout, config.token_budget, pack_group)
         self._heldout_before: float | None = None
         self._begin(self.tokenizer, chunk_rows=self.chunk_rows)
         if self._heldout_before is None:
             self._heldout_before = self.evaluate()
 
-    def _encode(self, key: str, files: list[DataSource], given: Any) -> list[tuple[list[Example], float]]:
-        named = [(given, 1.0)] if given is not None else [(source.path, source.weight) for source in files]
-        encoded = []
-        for source, weight in named:
-            rows = read_rows(source)
-            examples = encode_examples(self.tokenizer, rows, self.max_length)
-            label = source if isinstance(source, (str, Path)) else key
-            say(f"{label}: {describe_lengths(examples, len(rows) - len(examples))}")
-            longest = max(examples, key=len)
+    def _encode(self, key: str, files: list[DataSource], given: Any) -> list[tuple[Encoded[Example], float]]:
+        encoder = ExampleEncoder(self.tokenizer, self.max_length, self.config.truncation, self.stop_ids)
+        encoded = encode_sources(key, files, given, encoder)
+        for examples, _ in encoded:
+            longest = examples.longest()
             if len(longest) > self.config.token_budget:
                 raise DataError(
                     f"{longest.where}: {len(longest)} tokens, more than sft.token_budget {self.config.token_budget}; "
                     "raise it"
                 )
-            encoded.append((examples, weight))
         return encoded
 
     def state(self) -> dict[str, Any]:
