@@ -97,6 +97,10 @@ class PPOStep:
     response_tokens_per_second: float  # over the whole iteration, evaluation and checkpoint left out
     rollout_logprob_gap_max: float  # |log-prob in rollout - log-prob in scoring|, nats, the largest of any token
     padding_fraction: float  # alignment tail over all tokens
+    # By source of reward: score_mean, score_std, errors, and metrics/NAME_mean, _std for what it gave beside the score.
+    sources: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    reward_errors: int = 0  # responses that a source failed on, counted once for each source
+    dropped_responses: int = 0  # left out of the update because a source failed on them
     seconds_by_phase: dict[str, float] = dataclasses.field(default_factory=dict)  # keys: PHASES
     evaluation: Evaluation | None = None
 
