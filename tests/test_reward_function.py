@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from icegrt.errors import ConfigError, RewardError
-from icegrt.rewards.function import call_reward_function, load_reward_function
+from icegrt.rewards.calling import call_reward_function
+from icegrt.rewards.function import load_reward_function
 from icegrt.rewards.sample import Sample
 
 

@@ -123,8 +123,8 @@ def _ground_truth(sample: Sample, label_key: str) -> Any:
     if "ground_truth" in sample.row:
         return sample.row["ground_truth"]
     raise RewardError(
-        f"{sample.where}: a function of verl's form needs the column reward_model.ground_truth (or ground_truth); found "
-        f"{', '.join(sample.row)}; name another one by ppo.reward.sources[].label_key"
+        f"{sample.where}: a function of verl's form needs the column reward_model.ground_truth (or ground_truth); "
+        f"found {', '.join(sample.row)}; name another one by ppo.reward.sources[].label_key"
     )
 
 

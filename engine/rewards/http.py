@@ -1,7 +1,7 @@
 """A scorer behind HTTP: batches of samples are posted as JSON, several at once, and tried again where that can help.
 
-    POST url  {"samples": [{"prompt", "messages", "response", "response_ids", "finish_reason", "row", "group", "index"}]}
-    200       {"scores": [0.5, {"score": 1.0, "metrics": {"length": 12}, "token_rewards": [...]}]}  (or the list alone)
+    POST {"samples": [{"prompt", "messages", "response", "response_ids", "finish_reason", "row", "group", "index"}]}
+    200  {"scores": [0.5, {"score": 1.0, "metrics": {"length": 12}, "token_rewards": [...]}]}  (or the list alone)
 
 Standard library only: a request is small beside what it costs to score, and nothing need be installed.
 """
@@ -108,23 +108,12 @@ class HTTPScorer:
         raise AssertionError("the last try returns or raises")
 
     def _post(self, body: bytes) -> bytes:
-        limit, deadline = self.config.max_answer_bytes, time.monotonic() + self.config.timeout_seconds
+        deadline = time.monotonic() + self.config.timeout_seconds
         request = urllib.request.Request(self._url, body, self._headers, method="POST")
         slow = _Trouble(f"no answer within {self.config.timeout_seconds:g} s (ppo.reward.http.timeout_seconds)", True)
         try:
             with self._opener.open(request, timeout=self.config.timeout_seconds) as response:
-                parts, size = [], 0
-                # Read in parts: the socket's own time-out starts anew with every byte of a server that trickles.
-                while part := response.read1(_CHUNK_BYTES):
-                    size += len(part)
-                    parts.append(part)
-                    if size > limit:
-                        raise _Trouble(
-                            f"the answer is longer than {limit} bytes (ppo.reward.http.max_answer_bytes)", False
-                        )
-                    if time.monotonic() > deadline:
-                        raise slow
-                return b"".join(parts)
+                return self._read_all(response, deadline, slow)
         except urllib.error.HTTPError as error:
             raise self._refusal(error) from None
         except TimeoutError:
@@ -134,6 +123,17 @@ class HTTPScorer:
             if isinstance(reason, TimeoutError):
                 raise slow from None
             raise _Trouble(f"cannot be reached: {reason or type(error).__name__}", True) from None
+
+    def _read_all(self, response: Any, deadline: float, slow: _Trouble) -> bytes:
+        # In parts: the socket's own time-out starts anew with every byte of a server that trickles.
+        parts, limit = bytearray(), self.config.max_answer_bytes
+        while part := response.read1(_CHUNK_BYTES):
+            parts += part
+            if len(parts) > limit:
+                raise _Trouble(f"the answer is longer than {limit} bytes (ppo.reward.http.max_answer_bytes)", False)
+            if time.monotonic() > deadline:
+                raise slow
+        return bytes(parts)
 
     def _refusal(self, error: urllib.error.HTTPError) -> _Trouble:
         if 300 <= error.code < 400:

@@ -15,7 +15,8 @@ from itertools import groupby
 from multiprocessing.connection import Connection, Pipe
 
 from icegrt.errors import ConfigError
-from icegrt.rewards.function import CallError, timed_out
+from icegrt.rewards.calling import Call, timed_out
+from icegrt.rewards.function import CallError
 from icegrt.rewards.sample import Graded, Sample
 
 # The path is handed over as it is now: what this process can import, the worker can.
@@ -142,9 +143,7 @@ class WorkerPool:
         parts = [groups[len(groups) * i // count : len(groups) * (i + 1) // count] for i in range(count)]
         return [[sample for group in part for sample in group] for part in parts]
 
-    def grade(
-        self, samples: list[Sample], how: Callable[[Callable[[list[Sample]], list[Graded]], list[Sample]], list[Graded]]
-    ) -> list[Graded]:
+    def grade(self, samples: list[Sample], how: Callable[[Call, list[Sample]], list[Graded]]) -> list[Graded]:
         """`how(worker.grade, share)` for every worker at once, the results in the samples' order."""
         shares = self.shares(samples)
         futures = [

@@ -17,7 +17,8 @@ from icegrt.config import RewardCallConfig, RewardSource
 from icegrt.console import warn
 from icegrt.errors import ConfigError, RewardError
 from icegrt.rewards.adapters import adapt
-from icegrt.rewards.function import grade, grade_or_raise, grade_what_can_be, load_reward_function, name_of, within
+from icegrt.rewards.calling import grade_or_raise, grade_what_can_be, within
+from icegrt.rewards.function import grade, load_reward_function, name_of
 from icegrt.rewards.http import HTTPScorer
 from icegrt.rewards.pool import Worker, WorkerPool
 from icegrt.rewards.sample import Failure, Graded, RewardResult, Sample

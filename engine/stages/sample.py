@@ -18,7 +18,8 @@ from icegrt.errors import CheckpointError, ConfigError
 from icegrt.model.architecture import DTYPES, Architecture
 from icegrt.model.pretrained import Pretrained, build_model
 from icegrt.rewards.adapters import adapt
-from icegrt.rewards.function import call_reward_function, load_reward_function
+from icegrt.rewards.calling import call_reward_function
+from icegrt.rewards.function import load_reward_function
 from icegrt.rollout.engine import RolloutEngine
 from icegrt.rollout.response import Response, Sampling
 from icegrt.stages.folders import rows_file
