@@ -203,7 +203,7 @@ class RewardCallConfig:
     sources: list[RewardSource] = key([], "functions and HTTP scorers beside ppo.reward_function")
     workers: int = key(1, "processes per function and rank; 0 calls it in the process that trains", ge=0)
     timeout_seconds: float = key(
-        300.0, "longest that loading a function or one call may take; its worker is then killed; 0: no limit",
+        300.0, "longest that one call of a function may take; its worker is then killed; 0: no limit",
         unit="seconds", ge=0,
     )  # fmt: skip
     on_error: Literal["stop", "score", "drop"] = key(

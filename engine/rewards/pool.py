@@ -19,6 +19,8 @@ from icegrt.rewards.calling import Call, timed_out
 from icegrt.rewards.function import CallError
 from icegrt.rewards.sample import Graded, Sample
 
+# Imports take their time on a busy machine, however short a call may be.
+SHORTEST_LOAD_LIMIT_S = 60.0
 # The path is handed over as it is now: what this process can import, the worker can.
 _START = """
 import json, sys
@@ -52,8 +54,9 @@ class Worker:
         self._connection = ours
         try:
             ours.send(self._load)
-            if not ours.poll(self.timeout_seconds or None):
-                raise ConfigError(f"{self.key}: loading {self.spec} took longer than {self.timeout_seconds:g} s")
+            limit = self.timeout_seconds and max(self.timeout_seconds, SHORTEST_LOAD_LIMIT_S)
+            if not ours.poll(limit or None):
+                raise ConfigError(f"{self.key}: loading {self.spec} took longer than {limit:g} s")
             answer, message = ours.recv()
         except (EOFError, OSError):
             raise ConfigError(f"{self.key}: loading {self.spec} ended its process ({self._end()})") from None
@@ -67,10 +70,11 @@ class Worker:
     def grade(self, samples: list[Sample]) -> list[Graded]:
         """What the function says of the samples. Raises `CallError`; after a time-out or a death the next call has a
         new process."""
-        if self._cancelled:
-            raise CallError("cancelled", f"reward function `{self.name}` was not called: another call had failed")
-        if self._process is None:
+        if self._process is None and not self._cancelled:
             self.start()
+        if self._cancelled:  # perhaps while it started, when there was no process to end yet
+            self.stop()
+            raise CallError("cancelled", f"reward function `{self.name}` was not called: another call had failed")
         first = f"{len(samples)} samples, the first of which is {samples[0].where}"
         try:
             request = pickle.dumps(("grade", samples))
