@@ -22,7 +22,7 @@ FAILURES = {
     "dies": "if any(s.text == 'bad' for s in samples): os._exit(3)\n",
     "crashes": "if any(s.text == 'bad' for s in samples): os.kill(os.getpid(), signal.SIGSEGV)\n",
     "hangs": "while any(s.text == 'bad' for s in samples): time.sleep(0.01)\n",
-    "NaN": "if any(s.text == 'bad' for s in samples): return [float('nan' if s.text == 'bad' else 0) for s in samples]\n",
+    "too large": "if any(s.text == 'bad' for s in samples): return [10 ** (999 * (s.text == 'bad')) for s in samples]\n",
 }
 
 
@@ -85,7 +85,7 @@ def test_only_the_response_at_fault_has_no_score(tmp_path, how):
         (found,) = made.grade(given)
         assert found.scores[2] == -1.0 and found.errors[2] is not None and "data.jsonl:3" in found.errors[2]
         assert found.errors[:2] + found.errors[3:] == [None] * 4
-        good = [0.0] * 4 if how == "NaN" else [1.0, 2.0, 4.0, 5.0]
+        good = [1.0] * 4 if how == "too large" else [1.0, 2.0, 4.0, 5.0]
         assert found.scores[:2] + found.scores[3:] == good
         assert made.grade(cases.samples("xyz"))[0].scores == [3.0]  # the next call finds a worker
 
@@ -98,7 +98,7 @@ def test_only_the_response_at_fault_has_no_score(tmp_path, how):
         ("dies", r"ended its process \(exit status 3\).*\(at data\.jsonl:3"),
         ("crashes", r"ended its process \(signal SIGSEGV\).*\(at data\.jsonl:3"),
         ("hangs", r"took longer than 1 s for 5 samples, the first of which is data\.jsonl:1; .*timeout_seconds"),
-        ("NaN", r"returned nan for data\.jsonl:3; expected a finite number"),
+        ("too large", r"returned 10+\.\.\. for data\.jsonl:3; expected a finite number"),
     ],
 )
 def test_a_run_that_stops_says_why_and_where(tmp_path, how, words):
