@@ -197,7 +197,7 @@ def test_a_broken_connection_is_a_message():
         handler.end_headers()
         handler.wfile.write(b"[1")
 
-    assert "cannot be reached: IncompleteRead" in failure(lambda body: (200, hang_up))
+    assert "the answer broke off (tried 3 times)" in failure(lambda body: (200, hang_up))
 
 
 def test_only_the_batch_at_fault_fails():

@@ -22,7 +22,7 @@ FAILURES = {
     "dies": "if any(s.text == 'bad' for s in samples): os._exit(3)\n",
     "crashes": "if any(s.text == 'bad' for s in samples): os.kill(os.getpid(), signal.SIGSEGV)\n",
     "hangs": "while any(s.text == 'bad' for s in samples): time.sleep(0.01)\n",
-    "too large": "if any(s.text == 'bad' for s in samples): return [10 ** (999 * (s.text == 'bad')) for s in samples]\n",
+    "too large": "if len(samples) > 2: return [10 ** (999 * (s.text == 'bad')) for s in samples]\n",
 }
 
 

@@ -133,6 +133,8 @@ class HTTPScorer:
                 raise _Trouble(f"the answer is longer than {limit} bytes (ppo.reward.http.max_answer_bytes)", False)
             if time.monotonic() > deadline:
                 raise slow
+        if response.length:  # what Content-Length still owes
+            raise _Trouble("the answer broke off", True)
         return bytes(parts)
 
     def _refusal(self, error: urllib.error.HTTPError) -> _Trouble:
