@@ -90,7 +90,7 @@ def grade(function: RewardFunction, samples: list[Sample]) -> list[Graded]:
         raise CallError("raised", str(error)) from error
     except (Exception, SystemExit) as error:
         at = _line_of(error, _file_of(function))
-        what = redact_text(f"{type(error).__name__}: {_clipped(str(error), 300)}".removesuffix(": "))
+        what = redact_text(f"{type(error).__name__}: {_clipped(' '.join(str(error).split()), 300)}".removesuffix(": "))
         raise CallError("raised", f"reward function `{name}` raised {what}{at}") from error
     first = f"for {len(samples)} samples, the first of which is {samples[0].where}"
     if results is None:
