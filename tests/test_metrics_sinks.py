@@ -92,6 +92,11 @@ def mlflow(monkeypatch):
     return FakeMlflow(monkeypatch)
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return cases.make_home(tmp_path_factory.mktemp("home"))
+
+
 def flat(row):
     """A row of metrics.jsonl under the names that sinks use."""
 
@@ -105,10 +110,10 @@ def flat(row):
     return dict(walk(row["kind"], {k: v for k, v in row.items() if k != "kind"}))
 
 
-def test_a_ppo_run_gives_every_sink_the_same_names_and_numbers(tmp_path, wandb, mlflow):
+def test_a_ppo_run_gives_every_sink_the_same_names_and_numbers(home, tmp_path, wandb, mlflow):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    home, run = cases.make_home(tmp_path / "home"), tmp_path / "run"
+    run = tmp_path / "run"
     keys = cases.ppo_keys(home, run, "ppo.run.log_to=[wandb, mlflow]", f"ppo.eval_prompts={home.prompts}")
     keys += ["ppo.reward.sources=[{function: '" + home.function + "', name: again, weight: 0}]"]
     config = icegrt.PPOConfig.load(None, keys)
@@ -140,8 +145,7 @@ def test_a_logger_gets_the_configuration_without_secrets(tmp_path, wandb, mlflow
     ]
 
 
-def test_a_trainer_hands_over_what_is_redacted(tmp_path, wandb):
-    home = cases.make_home(tmp_path / "home")
+def test_a_trainer_hands_over_what_is_redacted(home, tmp_path, wandb):
     config = icegrt.SFTConfig.load(None, cases.sft_keys(home, tmp_path / "run", "sft.run.log_to=wandb"))
     with icegrt.SFTTrainer(config) as trainer:
         assert trainer.step().step == 1

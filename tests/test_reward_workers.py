@@ -193,7 +193,10 @@ def test_a_row_that_cannot_be_sent_says_so(tmp_path):
         ("raise RuntimeError('no key')\ndef score(samples): ...", r"RuntimeError: no key in score_file\.py:2"),
         ("os._exit(4)\ndef score(samples): ...", r"ended its process \(exit status 4\)"),
         ("time.sleep(600)\ndef score(samples): ...", "took longer than 1 s"),
-        ("def score(samples, model): ...", r"`score\(samples, model\)` is no reward function that is known"),
+        (
+            "def score(samples, model): ...",
+            r"`score\(samples, model\)` in score_file\.py:2 is no reward function that is known",
+        ),
     ],
 )
 def test_what_cannot_be_loaded_is_refused_before_anything_is_scored(tmp_path, monkeypatch, body, words):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from icegrt.errors import ConfigError, RewardError
@@ -59,11 +60,16 @@ def style_of(function: Callable[..., Any], key: str = "reward") -> str:
     takes_one = any(p.kind != p.KEYWORD_ONLY and p.kind != p.VAR_KEYWORD for p in parameters.values())
     if len(required) > 1 or not takes_one or any(p.kind == p.KEYWORD_ONLY for p in required):
         raise ConfigError(
-            f"{key}: `{name_of(function)}({', '.join(names and parameters)})` is no reward function that is known: "
+            f"{key}: `{name_of(function)}({', '.join(parameters)})`{_place(function)} is no reward function that is known: "
             "expected reward(samples), or the parameters of TRL (completions), verl (solution_str, ground_truth) or "
             "OpenRLHF (queries, prompts, labels); say which by ppo.reward.sources[].style"
         )
     return "icegrt"
+
+
+def _place(function: Callable[..., Any]) -> str:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return f" in {Path(code.co_filename).name}:{code.co_firstlineno}" if code is not None else ""
 
 
 def _from_trl(function: Callable[..., Any], label_key: str) -> RewardFunction:

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 from icegrt.config import RewardCallConfig, RewardSource
 from icegrt.console import warn
@@ -222,7 +221,7 @@ def _names(entries: Sequence[Entry]) -> list[str]:
 
 def _made_name(entry: Entry) -> str:
     if entry.url:
-        return urlsplit(entry.url).netloc.rpartition("@")[2]
+        return re.sub(r"^\w+://(?:[^/?#]*@)?([^/?#]*).*", r"\1", entry.url)
     return entry.function.rpartition(":")[2] if isinstance(entry.function, str) else name_of(entry.function)
 
 
