@@ -195,7 +195,7 @@ def test_a_row_that_cannot_be_sent_says_so(tmp_path):
         ("time.sleep(600)\ndef score(samples): ...", "took longer than 1 s"),
         (
             "def score(samples, model): ...",
-            r"`score\(samples, model\)` in score_file\.py:2 is no reward function that is known",
+            r"`score\(samples, model\)` in score_file\.py:2 is no reward",
         ),
     ],
 )

@@ -59,8 +59,9 @@ def style_of(function: Callable[..., Any], key: str = "reward") -> str:
     ]
     takes_one = any(p.kind != p.KEYWORD_ONLY and p.kind != p.VAR_KEYWORD for p in parameters.values())
     if len(required) > 1 or not takes_one or any(p.kind == p.KEYWORD_ONLY for p in required):
+        form = f"`{name_of(function)}({', '.join(parameters)})`{_place(function)}"
         raise ConfigError(
-            f"{key}: `{name_of(function)}({', '.join(parameters)})`{_place(function)} is no reward function that is known: "
+            f"{key}: {form} is no reward function that is known: "
             "expected reward(samples), or the parameters of TRL (completions), verl (solution_str, ground_truth) or "
             "OpenRLHF (queries, prompts, labels); say which by ppo.reward.sources[].style"
         )
