@@ -10,10 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from icegrt.algorithm.reward_function import Sample
     from icegrt.config import ExportConfig, GenerateConfig, PPOConfig, RewardConfig, SampleConfig, SFTConfig
     from icegrt.errors import CheckpointError, ConfigError, DataError, RewardError, RunError, UserError
     from icegrt.metrics import Evaluation, PPOStep, RewardStep, SFTStep
+    from icegrt.rewards.sample import RewardResult, Sample
     from icegrt.rollout.engine import RolloutEngine
     from icegrt.rollout.load import load_actor
     from icegrt.rollout.response import Response, Sampling
@@ -38,6 +38,7 @@ __all__ = [
     "Response",
     "RewardConfig",
     "RewardError",
+    "RewardResult",
     "RewardStep",
     "RewardTrainer",
     "RolloutEngine",
@@ -54,10 +55,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "algorithm.reward_function": ("Sample",),
     "config": ("ExportConfig", "GenerateConfig", "PPOConfig", "RewardConfig", "SampleConfig", "SFTConfig"),
     "errors": ("CheckpointError", "ConfigError", "DataError", "RewardError", "RunError", "UserError"),
     "metrics": ("Evaluation", "PPOStep", "RewardStep", "SFTStep"),
+    "rewards.sample": ("RewardResult", "Sample"),
     "rollout.engine": ("RolloutEngine",),
     "rollout.load": ("load_actor",),
     "rollout.response": ("Response", "Sampling"),

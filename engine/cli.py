@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from icegrt import console
 from icegrt.errors import ConfigError, UserError
+from icegrt.redaction import redact_text
 
 COMMANDS = {
     "sft": "fine-tune a base model on instructions",
@@ -172,7 +173,7 @@ def _complain(error: UserError) -> None:
     if isinstance(error, ConfigError) and local_rank != "0":
         return
     where = "" if rank == "0" else f"[rank {rank}] "
-    print(f"{where}error: {console.plain(error)}", file=sys.stderr, flush=True)
+    print(f"{where}error: {console.plain(redact_text(str(error)))}", file=sys.stderr, flush=True)
 
 
 def _explain_interrupt(argv: list[str]) -> None:

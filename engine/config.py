@@ -98,6 +98,7 @@ class RunConfig:
     resume: bool = key(False, "continue from the last checkpoint in dir")
     seed: int = key(0, "seed of everything drawn at random", ge=0)
     dtype: Literal["fp32", "bf16"] = key("fp32", "parameters and activations (bf16 keeps fp32 master weights)")
+    log_to: list[str] = key([], "loggers beside metrics.jsonl and TensorBoard: wandb, mlflow")
 
 
 @config_class
@@ -184,6 +185,52 @@ class CriticConfig:
 
 
 @config_class
+class RewardSource:
+    """A reward function or an HTTP scorer, with its weight in the score."""
+
+    name: str = key("", "what metrics and rollouts call it; empty: the function's name, or the URL's host")
+    function: str = key("", "`file.py:function` or `module:function`")
+    url: str = key("", "an HTTP scorer that samples are posted to; give this or function")
+    weight: float = key(1.0, "weight of its score, which is not normalised")
+    style: Literal["auto", "icegrt", "trl", "verl", "openrlhf"] = key(
+        "auto", "whose form the function has; auto tells by the names of its parameters"
+    )
+    label_key: str = key("", "column that verl's ground_truth or OpenRLHF's labels are taken from; empty: their usual")
+
+
+@config_class
+class HTTPConfig:
+    """How HTTP scorers are asked."""
+
+    batch_size: int = key(32, "samples per request", ge=1)
+    concurrency: int = key(4, "requests at a time, per scorer and rank", ge=1)
+    timeout_seconds: float = key(60.0, "longest that a request may take", unit="seconds", gt=0)
+    retries: int = key(5, "further tries after no answer, a time-out, or status 408, 425, 429 or 5xx", ge=0)
+    backoff_seconds: float = key(
+        0.5, "pause before the second try; doubles, with jitter, up to 30", unit="seconds", ge=0
+    )
+    max_answer_bytes: int = key(16_000_000, "longest answer that is read", unit="bytes", ge=1)
+    token_env: str = key("", "environment variable with the token to send as `Authorization: Bearer`; empty sends none")
+
+
+@config_class
+class RewardCallConfig:
+    """Reward functions and HTTP scorers: more of them, and how all are called."""
+
+    sources: list[RewardSource] = key([], "functions and HTTP scorers beside ppo.reward_function")
+    workers: int = key(1, "processes per function and rank; 0 calls it in the process that trains", ge=0)
+    timeout_seconds: float = key(
+        300.0, "longest that one call of a function may take; its worker is then killed; 0: no limit",
+        unit="seconds", ge=0,
+    )  # fmt: skip
+    on_error: Literal["stop", "score", "drop"] = key(
+        "stop", "a response that a source fails on: end the run, give it error_score, or train without it"
+    )
+    error_score: float = key(0.0, "the source's score of a response that it failed on, with on_error=score")
+    http: HTTPConfig = key(HTTPConfig(), "HTTP scorers")
+
+
+@config_class
 class PPOConfig(Loadable):
     """PPO with actor, reference, reward and critic (ICE-GRT)."""
 
@@ -195,6 +242,7 @@ class PPOConfig(Loadable):
     reward_model_weight: float = key(1.0, "weight of the reward model's (normalised) score")
     reward_function: str = key("", "`file.py:function` or `module:function`; empty uses none")
     reward_function_weight: float = key(1.0, "weight of the function's score, which is not normalised")
+    reward: RewardCallConfig = key(RewardCallConfig(), "functions and HTTP scorers")
     prompts: str = key("", "JSONL or Parquet file of prompts; all columns reach the reward function")
     eval_prompts: str = key("", "file of held-out prompts; empty evaluates nothing")
     input_key: str = key("", "column of the prompt where its name is not recognised (a dot goes into an object)")

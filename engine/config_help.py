@@ -123,7 +123,8 @@ icegrt ppo recipe.yaml --print-config        # the resolved configuration, as YA
 * Relative paths start at the current directory, not at the file. Neither `~` nor environment variables are expanded.
 * An unknown section or key, a key given twice, a value of the wrong type or out of bounds is an error that names the
   file and line, and nothing is run.
-* Values of keys whose name holds `token`, `secret` or `password` are hidden where a configuration is printed or saved.
+* Secrets are hidden wherever a configuration is saved, printed or sent to a logger: texts under keys that name a token,
+  secret, password or API key (`hub_token`, but not `token_budget` or `stop_token`), and passwords inside URLs.
 
 In Python: `PPOConfig.load("recipe.yaml", ["ppo.kl_coef=0.1"])`. Objects are frozen; `dataclasses.replace` makes others.
 """

@@ -13,7 +13,6 @@ import difflib
 import math
 import operator
 import os
-import re
 import types
 import typing
 from collections.abc import Sequence
@@ -26,9 +25,8 @@ from icegrt.config import STAGES
 from icegrt.config_help import SIGNS, bounds_of, fields_of, rows, type_text, unit_of
 from icegrt.config_yaml import dump, parse
 from icegrt.errors import ConfigError
+from icegrt.redaction import REDACTED, is_secret, redact, redact_text
 
-REDACTED = "<redacted>"
-_SECRET = re.compile(r"token|secret|password", re.IGNORECASE)
 _COMMAND_LINE = "command line"
 
 Path_ = tuple[Any, ...]  # the keys from the section down, list positions included
@@ -195,7 +193,7 @@ def _leaf(field: Any, value: Any) -> Any:
         if value is None:
             return None
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    if value == REDACTED or (isinstance(value, list) and REDACTED in value):
+    if any(isinstance(v, str) and REDACTED in v for v in (value if isinstance(value, list) else [value])):
         raise ValueError("it was hidden when this file was written: give it again")
     if typing.get_origin(kind) is typing.Literal and value in typing.get_args(kind):
         return value
@@ -249,9 +247,9 @@ def _kind(value: Any) -> str:
 def _shown(path: Path_, value: Any) -> str:
     if value is None:
         return "nothing"
-    if _SECRET.search(str(path[-1])) and not isinstance(value, (bool, int, float)):
+    if any(is_secret(part) for part in path) and not isinstance(value, (bool, int, float)):
         return f"{REDACTED} ({_kind(value)})"
-    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    text = str(value).lower() if isinstance(value, bool) else redact_text(repr(value))
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({_kind(value)})"
 
 
@@ -288,22 +286,14 @@ def _unknown(path: Path_, owner: type, stage: type | None) -> str:
     return f"{_dotted(path)} is not a key; {hint}"
 
 
-def _is_secret(name: Any, value: Any) -> bool:
-    # Only text: token_budget and max_new_tokens are no secrets.
-    return isinstance(value, str) and value != "" and bool(_SECRET.search(str(name)))
-
-
-def _redact(data: Any, name: Any = "") -> Any:
-    if isinstance(data, dict):
-        return {k: _redact(v, k) for k, v in data.items()}
-    if isinstance(data, list):
-        return [_redact(v, name) for v in data]
-    return REDACTED if _is_secret(name, data) else data
+def as_dict(config: Any) -> dict[str, Any]:
+    """The resolved configuration as plain data, safe to save, print or send: values of secret keys are hidden."""
+    return redact(dataclasses.asdict(config))
 
 
 def as_yaml(config: Any) -> str:
     """The resolved configuration as YAML under its section. Values of secret keys are hidden."""
-    return dump({config.section: _redact(dataclasses.asdict(config))})
+    return dump({config.section: as_dict(config)})
 
 
 def save(config: Any, path: str | Path) -> None:

@@ -1,7 +1,8 @@
 """What a stage measures: the objects that iterating a trainer yields, and the files they are written to.
 
-`RunLog` writes one JSON object per step to `metrics.jsonl` (flushed, always valid JSON) and the same numbers as
-TensorBoard scalars. Steps and iterations count from 1; an `Evaluation` of iteration 0 is the one before training.
+`RunLog` writes one JSON object per step to `metrics.jsonl` (flushed, always valid JSON) and the same numbers, under the
+same names, as TensorBoard scalars and to the loggers of `metrics_sinks`. Steps and iterations count from 1; an
+`Evaluation` of iteration 0 is the one before training.
 Only one rank opens a `RunLog`: what it is given is already reduced over ranks.
 """
 
@@ -12,11 +13,12 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from icegrt.errors import DataError, RunError
+from icegrt.metrics_sinks import open_sinks
 
 __all__ = [
     "PHASES",
@@ -97,6 +99,10 @@ class PPOStep:
     response_tokens_per_second: float  # over the whole iteration, evaluation and checkpoint left out
     rollout_logprob_gap_max: float  # |log-prob in rollout - log-prob in scoring|, nats, the largest of any token
     padding_fraction: float  # alignment tail over all tokens
+    # By source of reward: score_mean, score_std, errors, and metrics/NAME_mean, _std for what it gave beside the score.
+    sources: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    reward_errors: int = 0  # responses that a source failed on, counted once for each source
+    dropped_responses: int = 0  # left out of the update because a source failed on them
     seconds_by_phase: dict[str, float] = dataclasses.field(default_factory=dict)  # keys: PHASES
     evaluation: Evaluation | None = None
 
@@ -134,13 +140,22 @@ _KINDS = {PPOStep: "ppo", SFTStep: "sft", RewardStep: "reward", Evaluation: "eva
 
 
 class RunLog:
-    """`metrics.jsonl` and TensorBoard scalars of one run.
+    """`metrics.jsonl`, TensorBoard scalars and further loggers of one run.
 
     dir: the run's folder. resume_from_step: the last step that the checkpoint holds (0: none yet); rows beyond it
     are dropped, so that no step is there twice. None starts anew and refuses a folder that has metrics already.
+    log_to: names of further loggers (wandb, mlflow), which are also given `config`, its secrets hidden already.
     """
 
-    def __init__(self, dir: str | Path, resume_from_step: int | None = None, *, tensorboard: bool = True):
+    def __init__(
+        self,
+        dir: str | Path,
+        resume_from_step: int | None = None,
+        *,
+        tensorboard: bool = True,
+        log_to: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
+    ):
         self.dir = Path(dir)
         self.path = self.dir / METRICS_FILE
         self._resume_from_step = resume_from_step
@@ -157,18 +172,25 @@ class RunLog:
             kept = [row for row in read_metrics(self.dir) if _index(row) <= resume_from_step]
             write_text_aside(self.path, "".join(_line(row) for row in kept))
         self._file = _open(self.path, "a")
+        self._sinks = open_sinks(log_to, self.dir, config or {}, resume_from_step is not None)
 
     def log(self, step: Step) -> None:
-        """Write one step: a line of JSON, flushed, and its numbers as TensorBoard scalars."""
+        """Write one step: a line of JSON, flushed, and its numbers as scalars for every other logger."""
         row = {"kind": _KINDS[type(step)], **json_safe(step)}
         self._file.write(_line(row))
         self._file.flush()
+        restored = _restored(row)
         if self._tensorboard:
-            self._log_scalars(_restored(row))
+            self._log_scalars(restored)
+        for sink in self._sinks:
+            sink.write(dict(_scalars(row["kind"], restored)), _index(row))
 
     def close(self) -> None:
-        """Close both files. Closing twice does nothing."""
+        """Close all loggers. Closing twice does nothing."""
         self._file.close()
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = []
         if self._writer is not None:
             self._writer.close()
             self._writer = None

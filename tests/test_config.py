@@ -9,9 +9,10 @@ import pytest
 
 from icegrt.config import STAGES, DataSource, GenerateConfig, PPOConfig, SFTConfig, config_class, key
 from icegrt.config_help import help_text, markdown, rows
-from icegrt.config_io import REDACTED, as_yaml, load, save
+from icegrt.config_io import as_yaml, load, save
 from icegrt.config_yaml import dump, parse
 from icegrt.errors import ConfigError
+from icegrt.redaction import REDACTED
 
 ROOT = Path(__file__).parent.parent
 
@@ -251,7 +252,8 @@ def test_saving_and_loading_gives_the_same_configuration(cls, tmp_path):
 def _other(row):
     """A valid value that is not the default, and that a careless writer would get wrong."""
     if row.type.startswith("list of {"):
-        return '[{path: "1e-4", weight: 0.3}]'
+        first = row.type.removeprefix("list of {").partition(",")[0]
+        return f'[{{{first}: "1e-4", weight: 0.3}}]'
     if " | " in row.type:
         return next(choice for choice in row.type.split(" | ") if choice != row.default)
     upper = "<" in row.bounds

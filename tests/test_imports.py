@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # `config_help` belongs to `config`, as every module does whose name begins with a listed one and an underscore.
 # A module that is not listed belongs to the top: it may import anything, and nothing listed may import it.
 LAYERS = (
-    ("errors", "console", "_C"),
+    ("errors", "console", "redaction", "_C"),
     ("config", "packing", "scheduling", "statistics", "cpu"),
-    ("cluster", "metrics"),
+    ("cluster", "metrics", "rewards"),
     ("data", "model"),
     ("roles", "rollout"),
     ("algorithm", "checkpoint", "alarms"),

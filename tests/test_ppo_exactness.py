@@ -328,7 +328,7 @@ def test_the_kl_penalty_does_not_reach_the_scores_that_are_reported(trainer, mod
     step = run.step()
     experience = seen[1]
     again = combine(
-        run.config, run.scaling, experience.scores.reward_model_N, experience.scores.function_N,
+        run.config, run.scaling, experience.scores.reward_model_N, experience.scores.paid_N,
         torch.tensor([float(r.truncated) for r in experience.planned.responses]),
     )  # fmt: skip
     assert step.kl_nats_per_response != 0.0

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from icegrt.algorithm.reward_function import Sample, call_reward_function, load_reward_function
 from icegrt.errors import ConfigError, RewardError
+from icegrt.rewards.calling import call_reward_function
+from icegrt.rewards.function import load_reward_function
+from icegrt.rewards.sample import Sample
 
 
 def sample(text="hello", where="data.jsonl:3", **row):
-    return Sample(text, [5, 1], [2, 3], "stop", row or {"prompt": "hi"}, where, 0)
+    return Sample(text, [5, 1], "hi", [2, 3], "stop", row or {"prompt": "hi"}, where, 0)
 
 
 def turn(role, content):

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from icegrt.algorithm.experience import plan, score_logprobs
-from icegrt.algorithm.judge import Judge
-from icegrt.algorithm.reward_function import Sample
+from icegrt.algorithm.judge import Judge, Verdict
 from icegrt.algorithm.scores import ScoreScaling, combine
 from icegrt.config import PPOConfig
 from icegrt.data import Prompt
 from icegrt.metrics import Evaluation
+from icegrt.rewards.sample import Sample
 from icegrt.roles.role import Role
 from icegrt.rollout.engine import RolloutEngine
 from icegrt.rollout.response import Response, Sampling
@@ -26,14 +26,27 @@ _EVALUATION_SEED = 0x1CE
 
 @dataclass(frozen=True)
 class Assessment:
-    """Responses ordered by prompt and sample, with everything known of them; `_N` tensors are float32, raw scores."""
+    """Responses ordered by prompt and sample, with everything known of them; `_N` tensors are float32, raw scores.
+
+    The total of a response is NaN where a source failed on it and it is dropped.
+    """
 
     responses: list[Response]
-    samples: list[Sample]
+    verdict: Verdict
     total_N: Tensor
-    reward_model_N: Tensor | None
-    function_N: Tensor | None
     kl_N: Tensor
+
+    @property
+    def samples(self) -> list[Sample]:
+        return self.verdict.samples
+
+    @property
+    def reward_model_N(self) -> Tensor | None:
+        return self.verdict.reward_model_N
+
+    @property
+    def function_N(self) -> Tensor | None:
+        return self.verdict.function_N
 
     @property
     def tokens_N(self) -> Tensor:
@@ -48,9 +61,9 @@ class Assessment:
         return Evaluation(
             iteration=iteration,
             prompts=len({r.prompt_index for r in self.responses}),
-            score_mean=float(self.total_N.mean()),
+            score_mean=float(self.total_N.nanmean()),
             reward_model_score_mean=None if self.reward_model_N is None else float(self.reward_model_N.mean()),
-            function_score_mean=None if self.function_N is None else float(self.function_N.mean()),
+            function_score_mean=None if self.function_N is None else float(self.function_N.nanmean()),
             kl_nats_per_response=float(self.kl_N.mean()),
             response_tokens_mean=float(self.tokens_N.mean()),
             truncated_fraction=float(self.truncated_N.mean()),
@@ -87,18 +100,13 @@ class Assessor:
         verdict = self.judge(planned, prompts)
         difference = torch.zeros(len(responses)).index_add(0, _owner_A(planned.cu_actions), ours - theirs)
         truncated_N = torch.tensor([float(r.truncated) for r in planned.responses])
-        scores = combine(self.config, scaling, verdict.reward_model_N, verdict.function_N, truncated_N)
+        scores = combine(self.config, scaling, verdict.reward_model_N, verdict.paid_N, truncated_N)
+        total_N = scores.total_N.masked_fill(verdict.dropped_N, torch.nan)
         order = sorted(
             range(len(responses)), key=lambda n: (planned.responses[n].prompt_index, planned.responses[n].sample)
         )
-        scores = scores.select(order)
         return Assessment(
-            [planned.responses[n] for n in order],
-            [verdict.samples[n] for n in order],
-            scores.total_N,
-            scores.reward_model_N,
-            scores.function_N,
-            difference[order],
+            [planned.responses[n] for n in order], verdict.select(order), total_N[order], difference[order]
         )
 
 

@@ -7,7 +7,7 @@ update read them with one routine (`linear_logprobs` and `linear_ppo_loss` share
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,23 @@ class Planned:
         """Offsets of the responses in the concatenated action stream."""
         lengths = torch.tensor([len(r.tokens) for r in self.responses])
         return torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32)
+
+    @property
+    def mask_A(self) -> Tensor | None:
+        """Which actions count, over the concatenated action stream; None where all do."""
+        masks = [b.action_mask_A for b in self.batches]
+        if all(mask is None for mask in masks):
+            return None
+        return torch.cat([torch.ones(b.n_actions, dtype=torch.bool) if m is None else m
+                          for b, m in zip(self.batches, masks, strict=True)])  # fmt: skip
+
+    def without(self, dropped_N: Tensor) -> Planned:
+        """The same sequences in the same shapes, but no action of a dropped response counts anywhere."""
+        if not bool(dropped_N.any()):
+            return self
+        kept = self.split_A((~dropped_N).repeat_interleave(self.cu_actions.diff().long()))
+        masks = [m if b.action_mask_A is None else m & b.action_mask_A for m, b in zip(kept, self.batches, strict=True)]
+        return Planned(self.responses, [replace(b, action_mask_A=m) for b, m in zip(self.batches, masks, strict=True)])
 
 
 def plan(responses: Sequence[Response], token_budget: int, minibatches: int) -> Planned:
@@ -119,6 +136,7 @@ def shape(
     ref_logprob_A: Tensor,
     value_A: Tensor,
     last_value_N: Tensor,
+    token_reward_A: Tensor | None = None,
 ) -> ShapedGAE:
     """KL penalty, GAE, returns and this rank's moments in one pass over the action stream."""
     truncated_N = torch.tensor([r.truncated for r in planned.responses])
@@ -134,4 +152,6 @@ def shape(
         gamma=config.gamma,
         lam=config.lam,
         bootstrap_N=bootstrap_N,
+        mask_A=planned.mask_A,
+        token_reward_A=token_reward_A,
     )

@@ -1,54 +1,113 @@
-"""Asks every source of reward what responses are worth: the reward model, the Python function, or both."""
+"""Asks every source of reward what responses are worth: the reward model, functions and HTTP scorers."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from icegrt.algorithm.experience import Planned, score_sequences
-from icegrt.algorithm.reward_function import RewardFunction, Sample, call_reward_function
 from icegrt.data import Prompt
+from icegrt.rewards.sample import Sample
+from icegrt.rewards.sources import Scorers, SourceScores
 from icegrt.roles.role import Role
 from icegrt.rollout.response import Response
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the sources said of responses, in their order: raw scores, [N] float32, None for an absent source."""
+    """What the sources said of N responses, in their order: raw scores, [N] float32, None for an absent source."""
 
     samples: list[Sample]
     reward_model_N: Tensor | None
-    function_N: Tensor | None
+    sources: list[SourceScores]
+
+    @property
+    def function_N(self) -> Tensor | None:
+        """The first function's or scorer's score, NaN where it has none: the metric that the run is watched by."""
+        return torch.tensor(self.sources[0].scores, dtype=torch.float32) if self.sources else None
+
+    @property
+    def paid_N(self) -> Tensor | None:
+        """The weighted sum over functions and scorers; one that has no score for a response pays it nothing."""
+        if not self.sources:
+            return None
+        said = [s.weight * torch.tensor(s.scores, dtype=torch.float32).nan_to_num(nan=0.0) for s in self.sources]
+        return torch.stack(said).sum(0)
+
+    @property
+    def dropped_N(self) -> Tensor:
+        """[N] bool: a source failed on the response, and `on_error` is to drop it."""
+        dropped = torch.zeros(len(self.samples), dtype=torch.bool)
+        for source in self.sources:
+            left_out = [e is not None and r.score is None for e, r in zip(source.errors, source.results, strict=True)]
+            dropped |= torch.tensor(left_out, dtype=torch.bool)
+        return dropped
+
+    @property
+    def token_reward_A(self) -> Tensor | None:
+        """[A] float32, the weighted sum of token rewards over the responses' tokens; None where no source gave any."""
+        if all(r.token_rewards_A is None for source in self.sources for r in source.results):
+            return None
+        parts = [torch.zeros(len(sample.tokens)) for sample in self.samples]
+        for source in self.sources:
+            for part, result in zip(parts, source.results, strict=True):
+                if result.token_rewards_A is not None:
+                    part += source.weight * torch.tensor(result.token_rewards_A, dtype=torch.float32)
+        return torch.cat(parts)
+
+    def select(self, index: Sequence[int]) -> Verdict:
+        """The verdict on some responses, in the order of `index`."""
+        sources = [
+            replace(s, results=[s.results[i] for i in index], errors=[s.errors[i] for i in index]) for s in self.sources
+        ]
+        model_N = None if self.reward_model_N is None else self.reward_model_N[list(index)]
+        return Verdict([self.samples[i] for i in index], model_N, sources)
+
+    def values(self) -> dict[str, dict[str, list[float]]]:
+        """By source, then by name: `score` and the source's own metrics, of the responses that have them."""
+        found: dict[str, dict[str, list[float]]] = {}
+        if self.reward_model_N is not None:
+            found["reward_model"] = {"score": self.reward_model_N.tolist()}
+        for source in self.sources:
+            own = found[source.name] = {"score": [x for x in source.scores if not math.isnan(x)]}
+            for result in source.results:
+                for name, value in result.metrics.items():
+                    own.setdefault(f"metrics/{name}", []).append(value)
+        return found
+
+    def errors(self) -> dict[str, int]:
+        """By source: how many responses it failed on."""
+        return {s.name: sum(error is not None for error in s.errors) for s in self.sources}
 
 
 class Judge:
-    """`reward`: the reward model's role; `function`: the user's; either may be None."""
+    """`reward`: the reward model's role, if there is one; `scorers`: functions and HTTP scorers."""
 
-    def __init__(self, reward: Role | None, function: RewardFunction | None, tokenizer: Any) -> None:
-        self.reward, self.function, self.tokenizer = reward, function, tokenizer
+    def __init__(self, reward: Role | None, scorers: Scorers, tokenizer: Any) -> None:
+        self.reward, self.scorers, self.tokenizer = reward, scorers, tokenizer
 
     def __call__(self, planned: Planned, prompts: Sequence[Prompt]) -> Verdict:
         """Score planned responses; `prompts[r.prompt_index]` is what response r answers. Raises `RewardError`."""
-        samples = [self.sample(r, prompts[r.prompt_index]) for r in planned.responses]
+        samples = [sample_of(self.tokenizer, r, prompts[r.prompt_index]) for r in planned.responses]
         model_N = score_sequences(self.reward, planned.batches) if self.reward is not None else None
-        function_N = None
-        if self.function is not None:
-            function_N = torch.tensor(call_reward_function(self.function, samples), dtype=torch.float32)
-        return Verdict(samples, model_N, function_N)
+        return Verdict(samples, model_N, self.scorers.grade(samples))
 
-    def sample(self, response: Response, prompt: Prompt) -> Sample:
-        """A response as a reward function sees it: cut at the stop token first, scored after."""
-        text = self.tokenizer.decode(response.tokens, skip_special_tokens=True)
-        return Sample(
-            text,
-            list(response.tokens),  # copies: what a user's function does to them must not reach the update
-            list(prompt.tokens),
-            response.finish_reason,
-            dict(prompt.row),
-            prompt.where,
-            response.prompt_index,
-        )
+
+def sample_of(tokenizer: Any, response: Response, prompt: Prompt) -> Sample:
+    """A response as a reward function sees it: cut at the stop token first, scored after."""
+    return Sample(
+        text=tokenizer.decode(response.tokens, skip_special_tokens=True),
+        tokens=list(response.tokens),  # copies: what a user's function does to them must not reach the update
+        prompt=tokenizer.decode(prompt.tokens, skip_special_tokens=False),
+        prompt_tokens=list(prompt.tokens),
+        finish_reason=response.finish_reason,
+        row=dict(prompt.row),
+        where=prompt.where,
+        group=response.prompt_index,
+        index=response.sample,
+    )

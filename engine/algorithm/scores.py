@@ -66,29 +66,29 @@ def _moments(count: float, mean: float, std: float) -> Moments:
 
 @dataclass(frozen=True)
 class Scores:
-    """Per response, [N] float32 each: the parts as they were given, and the total that PPO is paid."""
+    """Per response, [N] float32 each: the parts as they were given, and the total that PPO is paid.
+
+    paid_N: the weighted sum of what functions and HTTP scorers said. The total of a dropped response is 0.
+    """
 
     total_N: Tensor
     reward_model_N: Tensor | None
-    function_N: Tensor | None
-
-    def select(self, index: list[int]) -> Scores:
-        """The scores of some responses."""
-        parts = (self.total_N, self.reward_model_N, self.function_N)
-        return Scores(*(None if part is None else part[index] for part in parts))
+    paid_N: Tensor | None
 
 
 def combine(
     config: PPOConfig,
     scaling: ScoreScaling,
     reward_model_N: Tensor | None,
-    function_N: Tensor | None,
+    paid_N: Tensor | None,
     truncated_N: Tensor,
+    dropped_N: Tensor | None = None,
 ) -> Scores:
-    """weight * normalised reward-model score + weight * function score - penalty where truncated."""
+    """weight * normalised reward-model score + what functions and scorers pay - penalty where truncated."""
     total_N = torch.zeros(truncated_N.shape[0])
     if reward_model_N is not None:
         total_N = total_N + config.reward_model_weight * scaling.apply(reward_model_N)
-    if function_N is not None:
-        total_N = total_N + config.reward_function_weight * function_N
-    return Scores(total_N - config.missing_eos_penalty * truncated_N, reward_model_N, function_N)
+    if paid_N is not None:
+        total_N = total_N + paid_N
+    total_N = total_N - config.missing_eos_penalty * truncated_N
+    return Scores(total_N if dropped_N is None else total_N.masked_fill(dropped_N, 0.0), reward_model_N, paid_N)

@@ -15,7 +15,7 @@ import torch
 from icegrt.alarms import Alarms
 from icegrt.algorithm.evaluation import Assessment, Assessor
 from icegrt.algorithm.experience import Experience, Planned, plan, score_logprobs, score_values, shape
-from icegrt.algorithm.judge import Judge, Verdict
+from icegrt.algorithm.judge import Judge, Verdict, sample_of
 from icegrt.algorithm.kl_control import kl_controller
 from icegrt.algorithm.scores import Scores, ScoreScaling, combine
 from icegrt.algorithm.update import UpdateOutcome, Updater
@@ -32,12 +32,13 @@ from icegrt.data import (
     report_lengths,
     stop_ids,
 )
-from icegrt.errors import ConfigError, RunError
+from icegrt.errors import ConfigError, RewardError, RunError
 from icegrt.kernels import masked_moments
 from icegrt.metrics import Evaluation, PPOStep, rollout_path
 from icegrt.model import weights
 from icegrt.model.pretrained import Pretrained, save_pretrained
 from icegrt.report import write_run_report
+from icegrt.rewards.sources import Scorers
 from icegrt.rollout.engine import RolloutEngine
 from icegrt.rollout.response import Response, Sampling
 from icegrt.stages.ppo_metrics import ppo_step, write_rollouts
@@ -53,11 +54,13 @@ _MOST_SKIPPED = 3
 class PPOTrainer(Trainer):
     """Iterating yields `PPOStep`; `train()` runs to the end, `evaluate()` scores held-out prompts.
 
-    actor, reference, critic: path or `transformers` model. reward: path, model, function, or a list of both kinds.
+    actor, reference, critic: path or `transformers` model. reward: a path or model, a function, the URL of an HTTP
+    scorer, or a list of these, each alone or as (source, weight).
     prompts, eval_prompts: an iterable of dicts or a `datasets.Dataset`. All default to what the configuration names.
     """
 
     unit = "iterations"
+    scorers: Scorers | None = None
 
     def __init__(
         self,
@@ -93,6 +96,8 @@ class PPOTrainer(Trainer):
 
     def _set_up(self, actor, tokenizer, sources: RewardSources, prompts, reference, critic, eval_prompts) -> None:
         config = self.config
+        self.scorers = sources.scorers
+        self.scorers.start()
         pretrained = Pretrained(actor)
         self.tokenizer = tokenizer_for(tokenizer, actor, pretrained.architecture)
         self.sampling = Sampling.of(config.sampling, self.run.seed)
@@ -120,7 +125,7 @@ class PPOTrainer(Trainer):
         self.engine = RolloutEngine(
             self.actor.model, self.tokenizer, max_batch=config.max_batch, stop_token_ids=self.stop_ids
         )
-        self.judge = Judge(self.roles_by_name.get("reward"), sources.function, self.tokenizer)
+        self.judge = Judge(self.roles_by_name.get("reward"), self.scorers, self.tokenizer)
         self.assessor = Assessor(
             config, self.engine, self.judge, self.actor, self.roles_by_name["reference"], self.chunk_rows
         )
@@ -159,13 +164,12 @@ class PPOTrainer(Trainer):
 
     def _probe_reward(self) -> None:
         # A reward function that fails must fail now, not after the first rollout of an expensive run.
-        if self.judge.function is None:
+        if not self.scorers:
             return
         few = self.prompts[:2]
         sampling = dataclasses.replace(self.sampling, max_new_tokens=min(4, self.sampling.max_new_tokens))
         responses = self.engine.generate([p.tokens for p in few], 1, sampling)
-        planned = plan(responses, self.config.token_budget, 1)
-        Judge(None, self.judge.function, self.tokenizer)(planned, few)
+        self.scorers.probe([sample_of(self.tokenizer, r, few[r.prompt_index]) for r in responses])
 
     # -- state -----------------------------------------------------------------------------------------------------
 
@@ -210,12 +214,12 @@ class PPOTrainer(Trainer):
         with self._timed("update"):
             outcome = self.updater.run(experience, self.kl.coef, iteration, self._draw_ptx(iteration))
         kl_coef = self.kl.coef
-        kl = masked_moments(experience.shaped.kl_N.double(), group=self.cluster.data_group)
+        kl = masked_moments(experience.shaped.kl_N.double(), ~verdict.dropped_N, group=self.cluster.data_group)
         self.kl.update(float(kl.mean), int(kl.count))
         write_rollouts(rollout_path(self.dir, iteration), iteration, self.run.seed, experience, verdict)
         self.done_steps = iteration
         self._stop_if_broken(outcome)
-        row = self._finish_iteration(iteration, experience, outcome, kl_coef)
+        row = self._finish_iteration(iteration, experience, verdict, outcome, kl_coef)
         self.notify("on_update", row)
         return row
 
@@ -233,14 +237,18 @@ class PPOTrainer(Trainer):
     def _score(self, planned: Planned, prompts: list[Prompt]) -> tuple[Experience, Verdict]:
         config = self.config
         with self._timed("score"):
+            # First of all: what is dropped must be masked alike in scoring and update, or their bits would differ.
+            verdict = self.judge(planned, prompts)
+            planned = planned.without(verdict.dropped_N)
+            self._stop_if_all_are_dropped(verdict)
             batches, temperature = planned.batches, config.sampling.temperature
             old_A, entropy_A = score_logprobs(self.actor, batches, temperature, self.chunk_rows, entropy=True)
             ref_A, _ = score_logprobs(self.roles_by_name["reference"], batches, temperature, self.chunk_rows)
             value_A, last_value_N = score_values(self.critic, batches)
-            verdict = self.judge(planned, prompts)
         with self._timed("shape"):
             scores = self._total(planned, verdict)
-            shaped = shape(config, self.kl.coef, planned, scores, old_A, ref_A, value_A, last_value_N)
+            rewards_A = verdict.token_reward_A
+            shaped = shape(config, self.kl.coef, planned, scores, old_A, ref_A, value_A, last_value_N, rewards_A)
             moments = shaped.moments.reduce(self.cluster.data_group)
         return Experience(planned, scores, old_A, entropy_A, ref_A, value_A, shaped, moments), verdict
 
@@ -248,7 +256,14 @@ class PPOTrainer(Trainer):
         if verdict.reward_model_N is not None:
             self.scaling.update(verdict.reward_model_N, self.cluster.data_group)
         truncated_N = torch.tensor([float(r.truncated) for r in planned.responses])
-        return combine(self.config, self.scaling, verdict.reward_model_N, verdict.function_N, truncated_N)
+        dropped_N = verdict.dropped_N
+        return combine(self.config, self.scaling, verdict.reward_model_N, verdict.paid_N, truncated_N, dropped_N)
+
+    def _stop_if_all_are_dropped(self, verdict: Verdict) -> None:
+        kept = masked_moments((~verdict.dropped_N).double(), ~verdict.dropped_N, group=self.cluster.data_group)
+        if not float(kept.count):
+            error = next((e for source in verdict.sources for e in source.errors if e), "")
+            raise RewardError(f"every response of an iteration was dropped, so there is nothing to learn from: {error}")
 
     def _draw_ptx(self, iteration: int) -> list[list[Any]]:
         if self.ptx is None or iteration <= self.config.critic.warmup_iterations:
@@ -258,14 +273,14 @@ class PPOTrainer(Trainer):
         return [[self.ptx.item(pair) for pair in next(batches)] for _ in range(steps)]
 
     def _finish_iteration(
-        self, iteration: int, experience: Experience, outcome: UpdateOutcome, kl_coef: float
+        self, iteration: int, experience: Experience, verdict: Verdict, outcome: UpdateOutcome, kl_coef: float
     ) -> PPOStep:
         config, evaluation = self.config, None
         if self.eval_prompts and (iteration == self.total_steps or _due(iteration, config.eval_every)):
             with self._timed("evaluate"):
                 evaluation = self.evaluate()
         row = ppo_step(
-            iteration, experience, outcome, kl_coef, dict(self._seconds), evaluation, self.cluster.data_group
+            iteration, experience, verdict, outcome, kl_coef, dict(self._seconds), evaluation, self.cluster.data_group
         )
         self.log(row)
         for message in self.alarms.check(row):
@@ -322,6 +337,13 @@ class PPOTrainer(Trainer):
             dtype=self.run.dtype,
             tokenizer=self.tokenizer,
         )
+
+    def close(self) -> None:
+        """As every trainer; and end the reward functions' worker processes."""
+        if self.scorers is not None:
+            self.scorers.close()
+            self.scorers = None
+        super().close()
 
     def finish(self) -> dict[str, Any]:
         """The actor under `<run.dir>/model`, the page of the run, and what alarms were raised."""

@@ -22,36 +22,40 @@ _NOT_THE_ITERATION = ("evaluate", "checkpoint")
 def ppo_step(
     iteration: int,
     experience: Experience,
+    verdict: Verdict,
     outcome: UpdateOutcome,
     kl_coef: float,
     seconds: dict[str, float],
     evaluation: Evaluation | None,
     group: dist.ProcessGroup,
 ) -> PPOStep:
-    """The metrics of an iteration, reduced over `group` (the data-parallel ranks)."""
+    """The metrics of an iteration, reduced over `group` (the data-parallel ranks). Dropped responses count in those
+    of tokens and truncation only."""
     planned, shaped, scores = experience.planned, experience.shaped, experience.scores
+    kept_N, counted_A = ~verdict.dropped_N, planned.mask_A
     rollout_A = torch.tensor([x for r in planned.responses for x in r.logprobs])
     reward_N = _sum_by_response(shaped.reward_A, planned.cu_actions)
     tokens_N = planned.cu_actions.diff().double()
     truncated_N = torch.tensor([float(r.truncated) for r in planned.responses])
     means = _means(
         {
-            "score": scores.total_N,
-            "reward_model": scores.reward_model_N,
-            "function": scores.function_N,
-            "reward": reward_N,
-            "kl": shaped.kl_N,
-            "entropy": experience.entropy_A,
-            "tokens": tokens_N,
-            "truncated": truncated_N,
+            "score": (scores.total_N, kept_N),
+            "reward_model": (scores.reward_model_N, None),
+            "function": _with_known(verdict.function_N),
+            "reward": (reward_N, kept_N),
+            "kl": (shaped.kl_N, kept_N),
+            "entropy": (experience.entropy_A, counted_A),
+            "tokens": (tokens_N, None),
+            "truncated": (truncated_N, None),
         },
         group,
     )
     policy = outcome.policy_stats.reduce(group) if outcome.policy_stats is not None else None
     value = outcome.value_stats.reduce(group)
-    return_moments = masked_moments(shaped.return_A.double(), group=group)
+    return_moments = masked_moments(shaped.return_A.double(), counted_A, group=group)
     unexplained = float(experience.moments.variance / return_moments.variance.clamp(min=1e-30))
-    gap = _maximum((rollout_A - experience.old_logprob_A).abs().max(), group)
+    gap_A = (rollout_A - experience.old_logprob_A).abs()
+    gap = _maximum((gap_A if counted_A is None else gap_A * counted_A).max(), group)
     elapsed = sum(s for phase, s in seconds.items() if phase not in _NOT_THE_ITERATION)
     count = int(means["tokens"][1])
     response_tokens = round(means["tokens"][0] * count)
@@ -60,7 +64,7 @@ def ppo_step(
         score_mean=means["score"][0],
         reward_model_score_mean=means["reward_model"][0],
         function_score_mean=means["function"][0],
-        score_std=float(masked_moments(scores.total_N.double(), group=group).variance.sqrt()),
+        score_std=float(masked_moments(scores.total_N.double(), kept_N, group=group).variance.sqrt()),
         reward_mean=means["reward"][0],
         kl_nats_per_response=means["kl"][0],
         kl_coef=kl_coef,
@@ -86,14 +90,55 @@ def ppo_step(
         response_tokens_per_second=response_tokens / elapsed,
         rollout_logprob_gap_max=gap,
         padding_fraction=planned.padding_fraction,
+        **source_figures(verdict, group),
         seconds_by_phase=seconds,
         evaluation=evaluation,
     )
 
 
-def _means(parts: dict[str, Tensor | None], group: dist.ProcessGroup) -> dict[str, tuple[float | None, float]]:
-    moments = {name: masked_moments(x.double(), group=group) for name, x in parts.items() if x is not None}
+def source_figures(verdict: Verdict, group: dist.ProcessGroup | None) -> dict[str, Any]:
+    """`sources`, `reward_errors` and `dropped_responses` of a `PPOStep`, over all ranks of `group`.
+
+    A source's metrics may have other names on another rank, so ranks exchange what they have by name.
+    """
+    ours = {
+        source: {name: masked_moments(torch.tensor(x, dtype=torch.float64)) for name, x in values.items()}
+        for source, values in verdict.values().items()
+    }
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, (ours, verdict.errors(), int(verdict.dropped_N.sum())), group=group)
+    merged: dict[str, dict[str, Any]] = {}
+    for theirs, _, _ in found:
+        for source, values in theirs.items():
+            into = merged.setdefault(source, {})
+            for name, moments in values.items():
+                into[name] = into[name].merge(moments) if name in into else moments
+    sources: dict[str, dict[str, float]] = {}
+    for source, values in merged.items():
+        figures = sources[source] = {}
+        for name, moments in sorted(values.items(), key=lambda item: (item[0] != "score", item[0])):
+            if float(moments.count):
+                figures[f"{name}_mean"], figures[f"{name}_std"] = float(moments.mean), float(moments.variance.sqrt())
+        if source in verdict.errors():
+            figures["errors"] = sum(errors[source] for _, errors, _ in found)
+    return {
+        "sources": sources,
+        "reward_errors": sum(sum(errors.values()) for _, errors, _ in found),
+        "dropped_responses": sum(dropped for _, _, dropped in found),
+    }
+
+
+def _means(
+    parts: dict[str, tuple[Tensor | None, Tensor | None]], group: dist.ProcessGroup
+) -> dict[str, tuple[float | None, float]]:
+    moments = {
+        name: masked_moments(x.double(), mask, group=group) for name, (x, mask) in parts.items() if x is not None
+    }
     return {n: (float(moments[n].mean), float(moments[n].count)) if n in moments else (None, 0.0) for n in parts}
+
+
+def _with_known(x_N: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if x_N is None else (x_N, ~x_N.isnan())
 
 
 def _maximum(x: Tensor, group: dist.ProcessGroup) -> float:
@@ -114,7 +159,7 @@ def _sum_by_response(x_A: Tensor, cu_actions: Tensor) -> Tensor:
 def write_rollouts(path: Path, iteration: int, seed: int, experience: Experience, verdict: Verdict) -> None:
     """One row per response: text, ids, finish reason, score parts, KL, advantages, and what it was sampled with."""
     lengths = experience.planned.cu_actions.diff().tolist()
-    advantages = experience.shaped.advantage_A.split(lengths)
+    advantages, function_N = experience.shaped.advantage_A.split(lengths), verdict.function_N
     with JsonlWriter(path) as writer:
         for n, (response, sample) in enumerate(zip(experience.planned.responses, verdict.samples, strict=True)):
             writer.write(
@@ -129,7 +174,8 @@ def write_rollouts(path: Path, iteration: int, seed: int, experience: Experience
                     "finish_reason": response.finish_reason,
                     "score": _number(experience.scores.total_N, n),
                     "reward_model_score": _number(verdict.reward_model_N, n),
-                    "function_score": _number(verdict.function_N, n),
+                    "function_score": _number(function_N, n),
+                    **_said(verdict, n),
                     "kl_nats": _number(experience.shaped.kl_N, n),
                     "prompt_ids": response.prompt,
                     "response_ids": response.tokens,
@@ -139,8 +185,22 @@ def write_rollouts(path: Path, iteration: int, seed: int, experience: Experience
             )
 
 
+def _said(verdict: Verdict, n: int) -> dict[str, Any]:
+    """What each source said of response n, errors in words."""
+    said: dict[str, dict[str, Any]] = {}
+    for source in verdict.sources:
+        result, error = source.results[n], source.errors[n]
+        parts = {"score": result.score, "weight": source.weight, "error": error}
+        if result.metrics:
+            parts["metrics"] = dict(result.metrics)
+        if result.token_rewards_A is not None:
+            parts["token_rewards"] = [_short(x) for x in result.token_rewards_A]
+        said[source.name] = parts
+    return {"sources": said, "dropped": bool(verdict.dropped_N[n])}
+
+
 def _number(x_N: Tensor | None, n: int) -> float | None:
-    return None if x_N is None else float(x_N[n])
+    return None if x_N is None or bool(x_N[n].isnan()) else float(x_N[n])
 
 
 def _short(x: float) -> float:

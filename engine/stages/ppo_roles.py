@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icegrt.algorithm.reward_function import RewardFunction, load_reward_function
 from icegrt.config import PPOConfig
 from icegrt.data import Encoded, Prompt
 from icegrt.errors import ConfigError
 from icegrt.model.architecture import DTYPES
 from icegrt.model.pretrained import Pretrained, build_model
+from icegrt.rewards.sources import Entry, Scorers
 from icegrt.roles.role import Role
 
 
@@ -52,31 +52,52 @@ def check_critic(config: PPOConfig, sources: RewardSources, critic: Any) -> None
 
 @dataclass(frozen=True)
 class RewardSources:
-    """Where scores come from: a checkpoint or model in memory, a Python function, or both."""
+    """Where scores come from: a reward model (a checkpoint or a model in memory), and functions and HTTP scorers."""
 
-    model: Any = None
-    function: RewardFunction | None = None
+    model: Any
+    scorers: Scorers
 
     @classmethod
     def of(cls, config: PPOConfig, given: Any) -> RewardSources:
-        """`given` (a path, a model, a callable, or a list of them) or what the configuration names."""
-        parts = list(given) if isinstance(given, (list, tuple)) else [given] if given is not None else []
-        model, function = None, None
-        if not parts:
-            model = config.reward_model or None
-            function = load_reward_function(config.reward_function) if config.reward_function else None
-        for part in parts:
-            if _is_function(part):
-                if function is not None:
-                    raise ConfigError("more than one reward function was given; combine them in one")
-                function = load_reward_function(part) if isinstance(part, str) else part
-            elif model is not None:
-                raise ConfigError("more than one reward model was given; expected at most one")
-            else:
-                model = part
-        if model is None and function is None:
-            raise ConfigError("no reward: set ppo.reward_model, ppo.reward_function, or both")
-        return cls(model, function)
+        """`given` (a path, model, callable or URL, each alone or with a weight, or a list of them), or else what the
+        configuration names. Nothing is loaded yet."""
+        if given is None:
+            model, entries = config.reward_model or None, _configured(config)
+        else:
+            model, entries = _given(config, list(given) if isinstance(given, list) else [given])
+        if model is None and not entries:
+            raise ConfigError(
+                "no reward: set ppo.reward_model, ppo.reward_function, or both (or name others in ppo.reward.sources)"
+            )
+        return cls(model, Scorers.of(entries, config.reward, config.run.seed))
+
+
+def _configured(config: PPOConfig) -> list[Entry]:
+    entries = []
+    if config.reward_function:
+        key, weight = "ppo.reward_function", config.reward_function_weight
+        entries.append(Entry(function=config.reward_function, weight=weight, key=key))
+    sources = enumerate(config.reward.sources)
+    return entries + [Entry.of(source, f"ppo.reward.sources[{i}]") for i, source in sources]
+
+
+def _given(config: PPOConfig, parts: list[Any]) -> tuple[Any, list[Entry]]:
+    models, entries = [], []
+    for part in parts:
+        part, weight = part if isinstance(part, tuple) and len(part) == 2 else (part, None)
+        if isinstance(part, str) and part.startswith(("http://", "https://")):
+            entries.append(Entry(url=part, weight=1.0 if weight is None else weight))
+        elif _is_function(part):
+            first = not any(entry.function is not None for entry in entries)
+            default = config.reward_function_weight if first else 1.0
+            entries.append(Entry(function=part, weight=default if weight is None else weight))
+        elif weight is not None:
+            raise ConfigError("a reward model's weight is ppo.reward_model_weight; pass the model alone")
+        else:
+            models.append(part)
+    if len(models) > 1:
+        raise ConfigError(f"{len(models)} reward models were given; expected at most one")
+    return models[0] if models else None, entries
 
 
 def _is_function(part: Any) -> bool:

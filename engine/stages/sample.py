@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from icegrt.algorithm.reward_function import Sample, call_reward_function, load_reward_function
+from icegrt.algorithm.judge import sample_of
 from icegrt.checkpoint import list_checkpoints
 from icegrt.cluster import Cluster
 from icegrt.config import GenerateConfig, SampleConfig
@@ -18,6 +18,9 @@ from icegrt.data.encode import Truncation
 from icegrt.errors import CheckpointError, ConfigError
 from icegrt.model.architecture import DTYPES, Architecture
 from icegrt.model.pretrained import Pretrained, build_model
+from icegrt.rewards.adapters import adapt
+from icegrt.rewards.calling import call_reward_function
+from icegrt.rewards.function import load_reward_function
 from icegrt.rollout.engine import RolloutEngine
 from icegrt.rollout.response import Response, Sampling
 from icegrt.stages.folders import rows_file
@@ -31,7 +34,9 @@ def run(config: SampleConfig) -> None:
     for key in ("model", "prompts", "out"):
         if not getattr(config, key):
             raise ConfigError(f"sample.{key} is empty; it must be given")
-    score = load_reward_function(config.score_function, "sample.score_function") if config.score_function else None
+    score, key = None, "sample.score_function"
+    if config.score_function:
+        score = adapt(load_reward_function(config.score_function, key), key=key)
     with Cluster.open(), rows_file(config.out) as writer:
         source = Pretrained(model_folder(config.model))
         tokenizer = tokenizer_for(None, source.folder, source.architecture)
@@ -112,16 +117,8 @@ def diverse_answers(
         yield from zip(some, (list(row) for row in zip(*columns, strict=True)), strict=True)
 
 
-def samples_of(engine: RolloutEngine, prompt: Prompt, responses: Sequence[Response], group: int) -> list[Sample]:
-    """Responses as reward functions see them."""
-    return [
-        Sample(engine.text(r), r.tokens, prompt.tokens, r.finish_reason, prompt.row, prompt.where, group)
-        for r in responses
-    ]
-
-
 def _row(engine: RolloutEngine, prompt: Prompt, responses: list[Response], score) -> dict[str, Any]:
-    samples = samples_of(engine, prompt, responses, 0)
+    samples = [sample_of(engine.tokenizer, response, prompt) for response in responses]
     row = {
         **prompt.row,
         "responses": [sample.text for sample in samples],

@@ -11,11 +11,13 @@ from typing import Any
 from icegrt import checkpoint
 from icegrt.cluster import Cluster
 from icegrt.config import RunConfig
+from icegrt.config_io import as_dict
 from icegrt.console import progress, say
 from icegrt.data import check_tokenizer, load_tokenizer
 from icegrt.errors import ConfigError, RunError
 from icegrt.kernels.reference_linear import default_chunk_rows
 from icegrt.metrics import RunLog
+from icegrt.metrics_sinks import check_sinks
 from icegrt.model.architecture import DTYPES, Architecture
 from icegrt.roles.role import Role
 from icegrt.stages.folders import claim_folder, remove_empty
@@ -54,6 +56,7 @@ class Trainer:
         self._resumed_from: Path | None = None
         self._made: list[Path] = []
         self.cluster: Cluster | None = None
+        check_sinks(self.run.log_to, f"{config.section}.run.log_to")
         self.dir = self._claim_folder()
         try:
             self.cluster = Cluster.open()
@@ -98,7 +101,8 @@ class Trainer:
             say(f"resumed from {self._resumed_from}: {self.done_steps} of {self.total_steps} {self.unit} done")
         self.config.save(self.dir / "config.yaml")
         tokenizer.save_pretrained(self.dir / "tokenizer")
-        self._log = RunLog(self.dir, None if self._resumed_from is None else self.done_steps)
+        resumed = None if self._resumed_from is None else self.done_steps
+        self._log = RunLog(self.dir, resumed, log_to=self.run.log_to, config=as_dict(self.config))
         self._saved = saved
 
     # -- state that subclasses add ---------------------------------------------------------------------------------

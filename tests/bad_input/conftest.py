@@ -1,4 +1,4 @@
-"""Fixtures of the corpus of bad input."""
+"""What the corpus of bad input shares: a home with good inputs, and a check of how a command refuses."""
 
 import pytest
 import stage_cases as cases
@@ -13,16 +13,22 @@ def home(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
-    """One process that nobody launched."""
+    """One process that nobody launched, and no proxy on the way to itself."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ICEGRT_DEBUG"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
 @pytest.fixture
-def refused(capsys, tmp_path):
+def run_dir(tmp_path):
+    return tmp_path / "new" / "run"
+
+
+@pytest.fixture
+def refused(capfd, tmp_path):
     """`refused(argv, *needles)`: see `corpus.refused`; nothing may be left in `tmp_path`."""
 
     def run(argv, *needles):
-        return corpus.refused(capsys, tmp_path, argv, *needles)
+        return corpus.refused(capfd, tmp_path, argv, *needles)
 
     return run

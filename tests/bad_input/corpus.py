@@ -9,20 +9,22 @@ import stage_cases as cases
 from icegrt import cli
 
 MOST_LINES = 6
+MOST_LETTERS = 1500
 
 
-def refused(capsys, watched: Path, argv: Sequence[str], *needles: str | Path) -> str:
+def refused(captured, watched: Path, argv: Sequence[str], *needles: str | Path) -> str:
     """Run `icegrt argv`, which must end in one short error with all `needles`, no traceback and no new file.
 
-    `watched` is the folder that must hold afterwards what it held before. Returns the error.
+    captured: pytest's `capfd` or `capsys`. `watched` is the folder that must hold afterwards what it held before.
+    Returns the error.
     """
     before = cases.files_under(watched)
-    capsys.readouterr()
+    captured.readouterr()
     assert cli.main(list(argv)) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning:")]
+    lines = [line for line in captured.readouterr().err.splitlines() if not line.startswith("warning:")]
     text = "\n".join(lines)
     assert text.startswith("error: ") and text.count("error: ") == 1 and "Traceback" not in text, text
-    assert len(lines) <= MOST_LINES, text
+    assert len(lines) <= MOST_LINES and len(text) < MOST_LETTERS, text
     for needle in needles:
         assert str(needle) in text, f"expected {str(needle)!r} in: {text}"
     assert cases.files_under(watched) == before

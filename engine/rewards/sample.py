@@ -1,0 +1,64 @@
+"""What a reward function is given of a response, and what it may say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response.
+
+    text: the answer without special tokens. tokens: as sampled, EOS included. finish_reason: 'stop' or 'length'.
+    prompt: the text that it answers, as the model saw it (chat template included); prompt_tokens: its ids.
+    row: all columns of the prompt's data row; where: its file and line. group: responses to one prompt share it;
+    index: which of them this is, from 0.
+    """
+
+    text: str
+    tokens: list[int]
+    prompt: str
+    prompt_tokens: list[int]
+    finish_reason: str
+    row: dict[str, Any]
+    where: str
+    group: int
+    index: int = 0
+
+    @property
+    def prompt_messages(self) -> list[dict[str, Any]]:
+        """The prompt as a conversation: a plain prompt is one user message."""
+        prompt = self.row.get("messages") or self.row.get("prompt")
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or [])
+        return turns[:-1] if turns and turns[-1].get("role") == "assistant" else turns
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation: the prompt's messages, then the answer."""
+        return [*self.prompt_messages, {"role": "assistant", "content": self.text}]
+
+
+@dataclass(frozen=True)
+class RewardResult:
+    """What a reward function says of one response, where a number is not enough.
+
+    score: a finite number, paid at the last token; None says nothing of this response, which is no error.
+    metrics: numbers to log beside it, by name. token_rewards_A: one finite number per token of `sample.tokens`, paid
+    there and not part of the score.
+    """
+
+    score: float | None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    token_rewards_A: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a response has no score, in one sentence that names its row."""
+
+    message: str
+
+
+Graded = RewardResult | Failure

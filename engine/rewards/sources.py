@@ -1,0 +1,234 @@
+"""All functions and HTTP scorers of a run: made from the configuration or from Python, called, and what they failed on.
+
+Each source grades all responses, sorted so that the answers to one prompt stand together. What `on_error` says is
+applied here; weights are applied where the total is formed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from icegrt.config import RewardCallConfig, RewardSource
+from icegrt.console import warn
+from icegrt.errors import ConfigError, RewardError
+from icegrt.rewards.adapters import adapt
+from icegrt.rewards.calling import grade_or_raise, grade_what_can_be, within
+from icegrt.rewards.function import grade, load_reward_function, name_of
+from icegrt.rewards.http import HTTPScorer
+from icegrt.rewards.pool import Worker, WorkerPool
+from icegrt.rewards.sample import Failure, Graded, RewardResult, Sample
+
+_RESERVED = "reward_model"
+
+
+@dataclass(frozen=True)
+class SourceScores:
+    """What one source said of N responses, in their order.
+
+    results: for a response that it failed on, what `on_error` makes of it (a score of None drops it).
+    errors: why it failed, None where it did not.
+    """
+
+    name: str
+    weight: float
+    results: list[RewardResult]
+    errors: list[str | None]
+
+    @property
+    def scores(self) -> list[float]:
+        """A score per response, NaN where the source has none."""
+        return [math.nan if r.score is None else r.score for r in self.results]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A source as it was asked for. `function`: `file.py:function`, or the function itself; `key` for messages."""
+
+    function: str | Callable | None = None
+    url: str = ""
+    name: str = ""
+    weight: float = 1.0
+    style: str = "auto"
+    label_key: str = ""
+    key: str = "reward"
+
+    @classmethod
+    def of(cls, source: RewardSource, key: str) -> Entry:
+        """From an entry of `ppo.reward.sources`. Raises `ConfigError` unless it names one thing to call."""
+        if bool(source.function) == bool(source.url):
+            what = "both function and url" if source.url else "neither function nor url"
+            raise ConfigError(f"{key} names {what}; expected one of the two")
+        return cls(
+            function=source.function or None,
+            url=source.url,
+            name=source.name,
+            weight=source.weight,
+            style=source.style,
+            label_key=source.label_key,
+            key=key,
+        )
+
+
+class Source(Protocol):
+    """Something that grades samples."""
+
+    name: str
+    weight: float
+
+    def start(self) -> None:
+        """Find out now whether it can be used. Raises `ConfigError`."""
+
+    def grade(self, samples: list[Sample], keep_going: bool) -> list[Graded]:
+        """A result per sample; failures only with `keep_going`, else `RewardError`."""
+
+    def close(self) -> None:
+        """Let go of processes."""
+
+
+class FunctionSource:
+    """A function in worker processes, or in this process: 0 workers, or a function that only this process has."""
+
+    def __init__(self, name: str, entry: Entry, how: RewardCallConfig) -> None:
+        self.name, self.weight = name, entry.weight
+        self._entry, self._how = entry, how
+        self._function: Callable | None = None
+        self._pool: WorkerPool | None = None
+
+    def start(self) -> None:
+        entry, how, key = self._entry, self._how, self._entry.key
+        form = (entry.style, entry.label_key, key)
+        if not isinstance(entry.function, str):
+            self._function = adapt(entry.function, *form)
+        elif how.workers:
+            workers = [Worker(entry.function, *form, how.timeout_seconds) for _ in range(how.workers)]
+            self._pool = WorkerPool(workers)
+            self._pool.start()
+        else:
+            self._function = adapt(load_reward_function(entry.function, key), *form)
+
+    def grade(self, samples: list[Sample], keep_going: bool) -> list[Graded]:
+        how = grade_what_can_be if keep_going else grade_or_raise
+        if self._pool is not None:
+            return self._pool.grade(samples, how)
+        return how(self._in_this_process, samples)
+
+    def _in_this_process(self, samples: list[Sample]) -> list[Graded]:
+        return within(self._how.timeout_seconds, self.name, grade, self._function, samples)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+
+
+class HTTPSource:
+    """An HTTP scorer as a source."""
+
+    def __init__(self, name: str, entry: Entry, how: RewardCallConfig, seed: int) -> None:
+        self.name, self.weight = name, entry.weight
+        self._scorer = HTTPScorer(name, entry.url, how.http, key=entry.key, seed=seed)
+
+    def start(self) -> None: ...
+
+    def grade(self, samples: list[Sample], keep_going: bool) -> list[Graded]:
+        return self._scorer.grade(samples) if keep_going else grade_or_raise(self._scorer.grade, samples)
+
+    def close(self) -> None: ...
+
+
+class Scorers:
+    """The functions and HTTP scorers of a run. Close it, or use it in a `with`: worker processes hang on it."""
+
+    def __init__(self, sources: Sequence[Source], how: RewardCallConfig) -> None:
+        self.sources, self._how = list(sources), how
+
+    def __bool__(self) -> bool:
+        return bool(self.sources)
+
+    @classmethod
+    def of(cls, entries: Sequence[Entry], how: RewardCallConfig, seed: int = 0) -> Scorers:
+        """Sources for the entries, each with a name of its own. Nothing is loaded yet: see `start`."""
+        made = zip(_names(entries), entries, strict=True)
+        return cls([HTTPSource(n, e, how, seed) if e.url else FunctionSource(n, e, how) for n, e in made], how)
+
+    def start(self) -> None:
+        """Load every function. Raises `ConfigError` for one that cannot be."""
+        for source in self.sources:
+            source.start()
+
+    def probe(self, samples: list[Sample]) -> None:
+        """Grade a few samples; a source that fails on all of them is refused whatever `on_error` says."""
+        for source, scores in zip(self.sources, self.grade(samples, quietly=True), strict=True):
+            if all(scores.errors):
+                raise RewardError(f"`{source.name}` could score none of {len(samples)} answers: {scores.errors[0]}")
+
+    def grade(self, samples: list[Sample], *, quietly: bool = False) -> list[SourceScores]:
+        """What every source says of the samples. Raises `RewardError` with `on_error: stop`."""
+        order = sorted(range(len(samples)), key=lambda i: (samples[i].group, samples[i].index))
+        ordered = [samples[i] for i in order]
+        found = []
+        for source in self.sources:
+            graded: list[Any] = [None] * len(samples)
+            if samples:
+                for place, result in zip(order, source.grade(ordered, self._how.on_error != "stop"), strict=True):
+                    graded[place] = result
+            found.append(self._settled(source, graded))
+            if not quietly:
+                _warn_of_failures(found[-1], self._how)
+        return found
+
+    def _settled(self, source: Source, graded: list[Graded]) -> SourceScores:
+        instead = RewardResult(self._how.error_score if self._how.on_error == "score" else None)
+        return SourceScores(
+            source.name,
+            source.weight,
+            [instead if isinstance(g, Failure) else g for g in graded],
+            [g.message if isinstance(g, Failure) else None for g in graded],
+        )
+
+    def close(self) -> None:
+        """End all worker processes."""
+        for source in self.sources:
+            source.close()
+
+    def __enter__(self) -> Scorers:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _names(entries: Sequence[Entry]) -> list[str]:
+    """A name for every entry, its own or one made of the function or the host; made ones are numbered apart."""
+    said = [entry.name for entry in entries if entry.name]
+    for entry in entries:
+        if entry.name and (said.count(entry.name) > 1 or entry.name == _RESERVED):
+            why = "is given twice" if entry.name != _RESERVED else "is what the reward model is called"
+            raise ConfigError(f"{entry.key}.name: `{entry.name}` {why}; give each source a name of its own")
+        if not re.fullmatch(r"[\w.:-]*", entry.name):
+            raise ConfigError(f"{entry.key}.name: expected letters, digits and any of . _ : -, got {entry.name!r}")
+    taken, names = {*said, _RESERVED}, []
+    for entry in entries:
+        base = re.sub(r"[^\w.:-]", "_", entry.name or _made_name(entry))
+        numbered = (base if i == 1 else f"{base}_{i}" for i in range(1, len(entries) + 3))
+        names.append(entry.name or next(name for name in numbered if name not in taken))
+        taken.add(names[-1])
+    return names
+
+
+def _made_name(entry: Entry) -> str:
+    if entry.url:
+        return re.sub(r"^\w+://(?:[^/?#]*@)?([^/?#]*).*", r"\1", entry.url)
+    return entry.function.rpartition(":")[2] if isinstance(entry.function, str) else name_of(entry.function)
+
+
+def _warn_of_failures(scores: SourceScores, how: RewardCallConfig) -> None:
+    failed = [error for error in scores.errors if error]
+    if failed:
+        what = f"scored {how.error_score:g}" if how.on_error == "score" else "left out of the update"
+        warn(
+            f"`{scores.name}` failed on {len(failed)} of {len(scores.errors)} responses, {what}; the first: {failed[0]}"
+        )

@@ -1,0 +1,95 @@
+"""What the tests of reward sources share: samples, functions in files, and an HTTP scorer on this machine."""
+
+import contextlib
+import http.server
+import json
+import threading
+from pathlib import Path
+
+from icegrt.config import RewardCallConfig
+from icegrt.rewards.sample import Sample
+from icegrt.rewards.sources import Entry, Scorers
+
+
+def sample(text="hello", number=0, group=None, tokens=None, **row):
+    """Sample `number`: its row stands on that line of data.jsonl."""
+    return Sample(
+        text=text,
+        tokens=[5] * len(text) if tokens is None else tokens,
+        prompt=f"<user>q{number}<assistant>",
+        prompt_tokens=[2, 3],
+        finish_reason="stop",
+        row=row or {"prompt": f"q{number}"},
+        where=f"data.jsonl:{number + 1}",
+        group=number if group is None else group,
+    )
+
+
+def samples(*texts, **row):
+    return [sample(text, i, **row) for i, text in enumerate(texts)]
+
+
+def function_file(folder, body, name="score"):
+    """`FILE:score` of a file that defines it: `body` is the function's, or a whole module if it has a `def`."""
+    text = body if "def " in body else f"def {name}(samples):\n    " + body.replace("\n", "\n    ")
+    path = Path(folder) / f"{name}_file.py"
+    path.write_text(f"import os, signal, sys, time\n{text}\n", encoding="utf-8")
+    return f"{path}:{name}"
+
+
+def scorers(*functions, **how):
+    """Started scorers for functions (a spec, a callable or an Entry); use it in a `with`."""
+    entries = [f if isinstance(f, Entry) else Entry(function=f, key="ppo.reward_function") for f in functions]
+    made = Scorers.of(entries, RewardCallConfig(**({"timeout_seconds": 20.0} | how)))
+    try:
+        made.start()
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+def echo(request):
+    """A good answer: the length of every response."""
+    return 200, {"scores": [len(s["response"]) for s in request["samples"]]}
+
+
+@contextlib.contextmanager
+def http_scorer(answer=echo):
+    """A scorer on a free port: `answer(request)` gives status and document (or bytes, or a function of the handler).
+
+    Yields an object with `url` and `requests`, the documents and headers received.
+    """
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            received.append((body, dict(self.headers)))
+            status, document, *headers = answer(body)
+            if callable(document):
+                with contextlib.suppress(OSError):  # the client gave up
+                    document(self)
+                return
+            data = document if isinstance(document, bytes) else json.dumps(document).encode()
+            self.send_response(status)
+            for name, value in headers:
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                self.wfile.write(data)
+
+        def log_message(self, *args): ...
+
+    received = []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        place = type("Place", (), {"url": f"http://127.0.0.1:{server.server_port}/score", "requests": received})
+        yield place
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
