@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from icegrt import cli
 from icegrt.config import PPOConfig, RewardConfig, SFTConfig
+from icegrt.errors import DataError
 from icegrt.metrics import read_metrics, step_from_row
 from icegrt.stages.ppo import PPOTrainer
 from icegrt.stages.reward import RewardTrainer
@@ -191,14 +192,22 @@ def test_sft_on_messages_learns_from_every_answer_and_nothing_else(home, tmp_pat
         assert sft.heldout[0].action_mask is None
 
 
-def test_a_reward_batch_of_ties_is_no_step_into_nan(home, tmp_path):
-    rows = [{"prompt": p, "responses": ["a", "b"], "scores": [1.0, 1.0]} for p in cases.PROMPTS]
+def test_prompts_whose_responses_all_tie_take_no_step_and_make_no_nan(home, tmp_path):
+    ties = [{"prompt": p, "responses": ["a", "b"], "scores": [1.0, 1.0]} for p in cases.PROMPTS]
     keys = cases.reward_keys(home, tmp_path / "run")
-    with trainer(RewardTrainer, RewardConfig, keys, data=rows, heldout=rows) as run:
+    with trainer(RewardTrainer, RewardConfig, keys, data=ties + cases.ranking_rows(), heldout=ties) as run:
+        assert len(run.train_rankings) == len(cases.ranking_rows())
         steps = list(run)
         figures = run.finish()
-    assert [step.loss for step in steps] == [0.0, 0.0] and figures["heldout_pairs"] == 0
+    assert all(step.loss > 0.0 for step in steps) and figures["heldout_pairs"] == 0
     assert all(bool(t.isfinite().all()) for t in load_file(tmp_path / "run" / "model" / "model.safetensors").values())
+
+
+def test_nothing_but_ties_is_refused(home, tmp_path):
+    ties = [{"prompt": p, "responses": ["a", "b"], "scores": [1.0, 0.9]} for p in cases.PROMPTS]
+    keys = cases.reward_keys(home, tmp_path / "run", "reward.tie_margin=0.2")
+    with pytest.raises(DataError, match=r"no prompt has responses whose scores differ by reward.tie_margin 0\.2"):
+        RewardTrainer(RewardConfig.load(None, keys), data=ties)
 
 
 def test_early_stopping_exports_the_best_weights(home, tmp_path):

@@ -22,7 +22,7 @@ from icegrt.algorithm.ranking import (
 )
 from icegrt.config import DataSource, RewardConfig
 from icegrt.console import say
-from icegrt.data import Blend, Encoded, Joined, Ranking, RankingEncoder, stop_ids
+from icegrt.data import Blend, Encoded, Joined, Ranking, RankingEncoder, stop_ids, untied_pairs
 from icegrt.data.blend import shuffled
 from icegrt.errors import ConfigError, DataError
 from icegrt.metrics import RewardStep
@@ -77,6 +77,7 @@ class RewardTrainer(Trainer):
         held = [rankings for rankings, _ in self._encode("reward.heldout", config.heldout, heldout)]
         if not held and config.heldout_fraction:
             sources, held = _hold_out(sources, config.heldout_fraction, self.run.seed)
+        sources = [(_that_differ(rankings, config.tie_margin), weight) for rankings, weight in sources]
         self.blend = Blend(sources, self.run.seed)
         self.total_steps = math.ceil(self.blend.count(config.epochs) / config.batch_prompts)
         self.eval_every = config.eval_every or max(1, math.ceil(self.total_steps / config.epochs / 4))
@@ -234,6 +235,19 @@ class RewardTrainer(Trainer):
             name, accuracy = best_one_feature_baseline(_feature_pairs(train), _feature_pairs(self.heldout))
             figures |= {"baseline_feature": name, "baseline_accuracy": accuracy}
         return figures
+
+
+def _that_differ(rankings: Encoded[Ranking], tie_margin: float) -> Encoded[Ranking]:
+    # A prompt without a pair has no loss; a forward pass over it would buy nothing.
+    chosen = [i for i, ranking in enumerate(rankings) if untied_pairs(ranking.scores, tie_margin)]
+    if not chosen:
+        raise DataError(
+            f"{rankings.name}: no prompt has responses whose scores differ by reward.tie_margin {tie_margin:g} or "
+            "more, so there is nothing to learn; lower it, or rank other responses"
+        )
+    if len(chosen) < len(rankings):
+        say(f"{rankings.name}: {len(rankings) - len(chosen):,} of {len(rankings):,} prompts have only ties, left out")
+    return rankings.subset(chosen)
 
 
 def _hold_out(sources, fraction: float, seed: int):
