@@ -136,6 +136,7 @@ class _Letters:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_a_gigabyte_streams_with_flat_memory(tmp_path):
     path = tmp_path / "rows.jsonl"
     count = write_rows(path, 1 << 30)

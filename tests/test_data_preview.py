@@ -33,7 +33,7 @@ def preview(folder, name, capsys, *options):
 
 def test_trained_text_stands_between_brackets(files, capsys):
     out = preview(files, "talk", capsys)
-    assert out.splitlines()[0] == f"-- {files}/talk.jsonl:1: 107 tokens, 12 trained on"
+    assert out.splitlines()[0] == f"-- {files}/talk.jsonl:1: 71 tokens, 12 trained on"
     assert "assistant\n[[call<|im_end|>]]\n<|im_start|>tool\nresult<|im_end|>" in out
     assert "[[answer<|im_end|>]]" in out and out.count("[[") == 2
 
