@@ -93,6 +93,7 @@ class JsonlRows(LazyRows):
                         reported = offset
                     if limit and len(self._starts) == limit:
                         break
+                bar.advance((self._stamp[0] - reported) / 1e6)
             self._starts.append(offset)
 
     def _check_head(self, head: bytes) -> None:
