@@ -205,7 +205,7 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(name, folder, hom
     assert f"{folder}-safetensors" in text
 
 
-def test_the_command_that_converts_a_pickle_does(folder, home, refused, capsys):
+def test_the_command_that_converts_a_pickle_does(folder, home, refused):
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(tensors, folder / "pytorch_model.bin")
