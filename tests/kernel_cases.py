@@ -74,7 +74,10 @@ def run_cases(path, *, interpret):
 
 
 def stack_bytes(kernel, signature, constants, capability, options):
-    """Compiles a kernel for an sm_<capability> that need not be present; returns the stack bytes that it spills to."""
+    """Compiles a kernel for an sm_<capability> that need not be present; prints its registers and shared memory.
+
+    Returns the stack bytes that it spills to.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -88,4 +91,10 @@ def stack_bytes(kernel, signature, constants, capability, options):
         cubin.flush()
         report = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True)
     usage = next(line for line in report.stdout.splitlines() if "STACK:" in line)
-    return int(usage.split("STACK:")[1].split()[0])
+    found = dict(part.split(":") for part in usage.split() if part.count(":") == 1)
+    flags = " ".join(f"{k}={v}" for k, v in constants.items())
+    shared = compiled.metadata.shared
+    print(
+        f"sm_{capability} {kernel.__name__:24s} REG {found['REG']:>3s} SHARED {shared} STACK {found['STACK']} {flags}"
+    )
+    return int(found["STACK"])

@@ -126,7 +126,71 @@ TOKEN_LOGPROBS = (
     ),
 )
 
-MUTANTS: tuple[Mutant, ...] = TOKEN_LOGPROBS
+
+def _policy(broken: str, old: str, new: str, check: str, **arguments) -> Mutant:
+    module, check = "ppo_policy_loss_triton", f"losses_cases:{check}"
+    return Mutant(module, "ppo_policy_loss", broken, old, new, check, arguments)
+
+
+def _value(broken: str, old: str, new: str, check: str, **arguments) -> Mutant:
+    return Mutant("value_loss_triton", "value_loss", broken, old, new, f"losses_cases:{check}", arguments)
+
+
+LOSSES = (
+    _policy("the mask is dropped", "other=1) != 0)", "other=1) >= 0)", "check_masked_entries_do_not_matter"),
+    _policy("the tail of the last program counts", "    keep = inside & (", "    keep = (", "check_policy"),
+    _policy(
+        "the ratio's exponent is not bounded",
+        "return tl.exp(bounded) +",
+        "return tl.exp(x) +",
+        "check_policy_extremes",
+    ),
+    _policy(
+        "clipped tokens keep their gradient", "tl.where(clipped | dual, 0.0,", "tl.where(dual, 0.0,", "check_policy"
+    ),
+    _policy("no dual clip", "dual = (advantage < 0.0) &", "dual = (advantage < -1e9) &", "check_policy", dual=1.5),
+    _policy(
+        "k3's own gradient instead of k2's",
+        "        if RAW:\n            slope = 1.0 - tl",
+        "        if True:\n            slope = 1.0 - tl",
+        "check_policy",
+    ),
+    _policy("the mean is not subtracted", "white = (advantage - mean)", "white = advantage", "check_policy"),
+    Mutant(
+        "ppo_policy_loss_triton",
+        "fold_statistics",
+        "only the first rows of statistics are added",
+        "for first in range(0, programs, BLOCK):",
+        "for first in range(0, 1, BLOCK):\n        programs = 1",
+        "losses_cases:check_policy",
+    ),
+    _value("the mask is dropped", "other=1) != 0)", "other=1) >= 0)", "check_masked_entries_do_not_matter", op="value"),
+    _value("the tail of the last program counts", "    keep = inside & (", "    keep = (", "check_value"),
+    _value("the smaller error is taken", "(bounded > plain)", "(bounded < plain)", "check_value"),
+    _value("the clip is one-sided", "tl.maximum(value - old, -clip)", "(value - old)", "check_value"),
+)
+
+LINEAR = (
+    Mutant(
+        "token_logprobs_triton",
+        "token_logprobs_backward",
+        "compacted rows are read at their new place",
+        "        row = tl.load(live_ptr + row).to(tl.int64)\n",
+        "        row = row + 0\n",
+        "linear_cases:check_loss",
+        {"masked": False, "clip_low": 0.01, "clip_high": 0.01},
+    ),
+    Mutant(
+        "linear_triton",
+        "linear_ppo_loss",
+        "the shift of the labels is forgotten in the gradient",
+        "gradient_launch(z, labels, rows, entropy, g, h, out, live, start,",
+        "gradient_launch(z, labels, rows, entropy, g, h, out, live, start + 1,",
+        "linear_cases:check_loss",
+    ),
+)
+
+MUTANTS: tuple[Mutant, ...] = TOKEN_LOGPROBS + LOSSES + LINEAR
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The linear operations in Triton under the interpreter (run by test_linear_triton.py), against the reference in fp64."""
+"""The linear operations in Triton under the interpreter, against the reference in fp64 (run by test_linear_triton.py)."""
 
 import pytest
 import torch
@@ -32,7 +32,9 @@ def logprobs_of(backend, hidden, weight, labels, upstream, **options):
     hidden, weight = (x.clone().requires_grad_() for x in (hidden, weight))
     with use_backend(backend):
         out = linear_logprobs(hidden, weight, labels, entropy=True, **options)
-        torch.autograd.backward([out.logprob_A, out.entropy_A], [upstream.to(out.logprob_A), upstream.to(out.logprob_A)])
+        torch.autograd.backward(
+            [out.logprob_A, out.entropy_A], [upstream.to(out.logprob_A), upstream.to(out.logprob_A)]
+        )
     return out.logprob_A, out.entropy_A, hidden.grad, weight.grad
 
 
