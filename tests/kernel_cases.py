@@ -64,13 +64,14 @@ def naive_gae(score, value, logprob, ref, cu, *, kl_coef, gamma, lam, bootstrap=
 def run_cases(path, *, interpret):
     """Runs a file under tests/ in a fresh process: Triton reads TRITON_INTERPRET once, when it is imported."""
     env = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist"]
     here = Path(__file__).parent
     done = subprocess.run(
         [*command, str(here / path)], env=env, cwd=here.parent, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and " skipped" not in done.stdout, done.stdout
+    return done.stdout
 
 
 def stack_bytes(kernel, signature, constants, capability, options):

@@ -104,7 +104,9 @@ def test_a_plain_transformers_loop_with_adamw(checkpointing):
 
 def test_inside_a_reentrant_or_plain_checkpoint():
     """The forward runs twice there, once without gradients: what it forms must come from the second run."""
-    expected = torch.autograd.grad(Policy()(*batch(), normalizer=7.0), (model := Policy()).lm_head.weight, allow_unused=True)
+    expected = torch.autograd.grad(
+        Policy()(*batch(), normalizer=7.0), (model := Policy()).lm_head.weight, allow_unused=True
+    )
     assert expected == (None,)
     parts = batch()
     plain = torch.autograd.grad(model(*parts, normalizer=7.0), list(model.parameters()))
