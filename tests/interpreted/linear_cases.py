@@ -1,4 +1,4 @@
-"""The linear operations in Triton under the interpreter, against the reference in fp64 (run by test_linear_triton.py)."""
+"""The linear operations in Triton under the interpreter, against fp64 (run by test_linear_triton.py)."""
 
 import pytest
 import torch
