@@ -6,5 +6,6 @@ from kernel_cases import run_cases
 pytest.importorskip("triton")
 
 
-def test_under_the_interpreter():
-    run_cases("interpreted/linear_cases.py", interpret=True)
+@pytest.mark.parametrize("file", ["linear_cases", "vocab_shard_cases"])
+def test_under_the_interpreter(file):
+    run_cases(f"interpreted/{file}.py", interpret=True)
