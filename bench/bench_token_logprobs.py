@@ -1,9 +1,11 @@
-"""token_logprobs, forward and backward: reference, Triton (on a GPU), eager log_softmax, torch.compile."""
+"""token_logprobs, forward and backward: ours (also in place), eager, torch.compile, cross_entropy, flash-attn."""
 
 from __future__ import annotations
 
 import harness
+import sweeps
 import torch
+import torch.nn.functional as F
 
 from icegrt.kernels import token_logprobs, use_backend
 
@@ -12,9 +14,11 @@ def plain(logits, labels):
     return torch.log_softmax(logits.float(), dim=-1).gather(1, labels[:, None]).squeeze(1)
 
 
-def with_backend(backend):
+def with_backend(backend, inplace=False):
     def run(logits, labels):
         with use_backend(token_logprobs=backend):
+            if inplace and logits.requires_grad:
+                return token_logprobs(logits.view_as(logits), labels, inplace_backward=True).logprob_A
             return token_logprobs(logits, labels).logprob_A
 
     return run
@@ -22,8 +26,12 @@ def with_backend(backend):
 
 def providers(options):
     found = {"reference": with_backend("reference"), "eager": plain}
+    found["F.cross_entropy"] = lambda logits, labels: -F.cross_entropy(logits.float(), labels, reduction="none")
     if options.device == "cuda":
         found["triton"] = with_backend("triton")
+        flash = sweeps.peer("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
+        if flash is not None:
+            found["flash-attn"] = lambda logits, labels: -flash(logits, labels)[0]
     if options.device == "cuda" or not options.quick:  # on CPU it needs a C++ compiler and minutes
         found["torch.compile"] = torch.compile(plain, dynamic=False)
     return found
@@ -51,8 +59,6 @@ def main():
     options = harness.arguments(__doc__)
     cuda = options.device == "cuda"
     shapes = [(256, 768), (256, 32000)] if options.quick or not cuda else [(4096, 32000), (4096, 152064)]
-    # Bytes a second, for the floor; other devices get none.
-    bandwidth = 4.8e12 if cuda and "H200" in torch.cuda.get_device_name() else None
     rows = []
     for A, V in shapes:
         for dtype in (torch.bfloat16, torch.float32):
@@ -69,9 +75,10 @@ def main():
                     tolerance=1e-4,
                     rounds=options.rounds,
                     device=options.device,
-                    floor=passes * logits.numel() * logits.element_size() / bandwidth * 1e3 if bandwidth else None,
+                    floor=sweeps.floor_ms(options, traffic=passes * logits.numel() * logits.element_size()),
                 )
-    harness.write("token_logprobs", rows, options)
+    path = harness.write("token_logprobs", rows, options)
+    sweeps.plot([r for r in rows if r["case"].endswith("float32 both")], path)
 
 
 if __name__ == "__main__":

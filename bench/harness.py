@@ -73,7 +73,7 @@ def compare(
         run()  # compiles and fills caches
         _reset_peak(device)
         errors[name] = error(run())
-        peaks[name] = _peak(device)
+        peaks[name] = _peak(device) if device == "cuda" else cpu_peak_bytes(run)
         if not errors[name] <= tolerance:
             raise SystemExit(
                 f"{bench} {case}: {name} is off by {errors[name]:.3g}, more than {tolerance:.3g}; not timed"
@@ -102,7 +102,10 @@ def compare(
                 **_machine(device),
             }
         )
-        print(f"{case:36s} {name:18s} {middle:10.3f} ms  [{low:.3f}, {high:.3f}]  error {errors[name]:.1e}", flush=True)
+        above = f"  {middle / floor:.2f}x floor" if floor else ""
+        size = f"  {peaks[name] / 2**20:9.1f} MiB" if peaks[name] is not None else ""
+        times_text = f"{middle:10.3f} ms  [{low:.3f}, {high:.3f}]{size}"
+        print(f"{case:36s} {name:22s} {times_text}  error {errors[name]:.1e}{above}", flush=True)
     return rows
 
 
@@ -148,8 +151,20 @@ def _reset_peak(device: str) -> None:
 
 
 def _peak(device: str) -> int | None:
-    """Peak bytes of the device's allocator; torch's CPU allocator keeps no such count."""
+    """Peak bytes of the device's allocator."""
     return torch.cuda.max_memory_allocated() if device == "cuda" else None
+
+
+def cpu_peak_bytes(run: Callable[[], object]) -> int:
+    """The most that torch's CPU allocator holds at once during a call, beyond what it held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    records = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for record in sorted(records, key=lambda e: e.start_ns()):
+        held += record.nbytes()
+        most = max(most, held)
+    return most
 
 
 def _machine(device: str) -> dict:

@@ -1,5 +1,6 @@
 """What the kernel tests share: error budgets, fp64 truths, the interpreter, and ahead-of-time compilation."""
 
+import mmap
 import os
 import subprocess
 import sys
@@ -30,6 +31,17 @@ def plain_logprobs(logits, labels, temperature=1.0):
     return picked.masked_fill(ignored, 0.0), entropy.masked_fill(ignored, 0.0)
 
 
+def virtual_rows(columns, dtype=torch.bfloat16):
+    """[3, columns] of zeros, rows 2^30 + 8 elements apart, with as much memory before them as an offset wraps back.
+
+    Pages that nobody touches cost nothing; an int32 offset to row 2 lands on one of them instead of on row 2.
+    """
+    elements = (1 << 32) + (1 << 20)
+    no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python names since 3.13 only
+    pages = mmap.mmap(-1, elements * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    return torch.frombuffer(pages, dtype=dtype).as_strided((3, columns), ((1 << 30) + 8, 1), 1 << 31)
+
+
 def naive_gae(score, value, logprob, ref, cu, *, kl_coef, gamma, lam, bootstrap=None, mask=None, token_reward=None):
     """GAE token by token in Python floats (fp64), with the k1 penalty: the oracle of shaped_gae."""
     size = len(value)
@@ -52,17 +64,21 @@ def naive_gae(score, value, logprob, ref, cu, *, kl_coef, gamma, lam, bootstrap=
 def run_cases(path, *, interpret):
     """Runs a file under tests/ in a fresh process: Triton reads TRITON_INTERPRET once, when it is imported."""
     env = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist"]
     here = Path(__file__).parent
     done = subprocess.run(
         [*command, str(here / path)], env=env, cwd=here.parent, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and " skipped" not in done.stdout, done.stdout
+    return done.stdout
 
 
 def stack_bytes(kernel, signature, constants, capability, options):
-    """Compiles a kernel for an sm_<capability> that need not be present; returns the stack bytes that it spills to."""
+    """Compiles a kernel for an sm_<capability> that need not be present; prints its registers and shared memory.
+
+    Returns the stack bytes that it spills to.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -76,4 +92,10 @@ def stack_bytes(kernel, signature, constants, capability, options):
         cubin.flush()
         report = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True)
     usage = next(line for line in report.stdout.splitlines() if "STACK:" in line)
-    return int(usage.split("STACK:")[1].split()[0])
+    found = dict(part.split(":") for part in usage.split() if part.count(":") == 1)
+    flags = " ".join(f"{k}={v}" for k, v in constants.items())
+    shared = compiled.metadata.shared
+    print(
+        f"sm_{capability} {kernel.__name__:24s} REG {found['REG']:>3s} SHARED {shared} STACK {found['STACK']} {flags}"
+    )
+    return int(found["STACK"])

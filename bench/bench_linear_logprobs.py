@@ -1,0 +1,89 @@
+"""linear_logprobs, forward and with backward: ours, eager, torch.compile, F.linear_cross_entropy and peers."""
+
+from __future__ import annotations
+
+import harness
+import sweeps
+import torch
+import torch.nn.functional as F
+
+from icegrt.kernels import linear_logprobs, use_backend
+
+
+def ours(backend):
+    def run(hidden, weight, labels):
+        with use_backend(linear_logprobs=backend):
+            return linear_logprobs(hidden, weight, labels).logprob_A.sum()
+
+    return run
+
+
+def eager(hidden, weight, labels):
+    return torch.log_softmax((hidden @ weight.t()).float(), -1).gather(1, labels[:, None]).sum()
+
+
+def providers(options):
+    found = {"chunked": ours("chunked"), "reference": ours("reference"), "eager": eager}
+    if options.device == "cuda":
+        found["triton"] = ours("triton")
+    if options.device == "cuda" or not options.quick:
+        found["torch.compile"] = torch.compile(eager, dynamic=False)
+    if hasattr(F, "linear_cross_entropy"):
+        found["F.linear_cross_entropy"] = lambda h, w, y: -F.linear_cross_entropy(h, w, y, reduction="sum")
+    liger = sweeps.peer("liger_kernel.ops.fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction")
+    if liger is not None and options.device == "cuda":
+        found["liger-kernel"] = lambda h, w, y: -liger.apply(h, w, y, None, None, -100, 0.0, 0.0, "sum")[0]
+    cce = sweeps.peer("cut_cross_entropy", "linear_cross_entropy")
+    if cce is not None and options.device == "cuda":
+        found["cut-cross-entropy"] = lambda h, w, y: -cce(h, w, y, reduction="sum")
+    return found
+
+
+def directions(run, hidden, weight, labels):
+    leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
+
+    def forward():
+        with torch.no_grad():
+            return run(hidden, weight, labels)
+
+    def both():
+        for leaf in leaves:
+            leaf.grad = None
+        total = run(*leaves, labels)
+        total.backward()
+        return total.detach()
+
+    return {"forward": forward, "both": both}
+
+
+def main():
+    options = harness.arguments(__doc__)
+    if options.device == "cuda":
+        H, dtype, shapes = 4096, torch.bfloat16, [(A, 151936) for A in (2048, 8192)] + [(8192, 32000)]
+    else:
+        H, dtype = 512, torch.float32
+        shapes = [(256, 32000)] if options.quick else [(512, 32000), (2048, 32000), (2048, 8000), (2048, 128000)]
+    rows = []
+    for A, V in shapes:
+        hidden = torch.randn(A, H, device=options.device).to(dtype)
+        weight = (torch.randn(V, H, device=options.device) * 0.05).to(dtype)
+        labels = torch.randint(0, V, (A,), device=options.device)
+        truth = eager(hidden.double(), weight.double(), labels).item()
+        runs = {name: directions(run, hidden, weight, labels) for name, run in providers(options).items()}
+        for direction, products in (("forward", 1), ("both", 4)):
+            rows += harness.compare(
+                "linear_logprobs",
+                f"A{A} V{V} H{H} {str(dtype)[6:]} {direction}",
+                {name: run[direction] for name, run in runs.items()},
+                error=lambda out, truth=truth, A=A: abs(out.item() - truth) / A,
+                tolerance=1e-1 if dtype == torch.bfloat16 else 1e-4,
+                rounds=options.rounds,
+                device=options.device,
+                floor=sweeps.floor_ms(options, flops=2.0 * A * V * H * products),
+            )
+    path = harness.write("linear_logprobs", rows, options)
+    sweeps.plot([r for r in rows if r["case"].endswith("both")], path)
+
+
+if __name__ == "__main__":
+    main()
