@@ -2,8 +2,9 @@
 
 Order of authority: `use_backend` (innermost first, an operation's own name before the general one), then the
 environment variable ICEGRT_BACKEND ("reference", or "token_logprobs=triton,shaped_gae=reference"), then auto.
-auto takes Triton for CUDA tensors where it is installed and the reference otherwise. A backend that is asked for by
-name is used or is an error: a silent fallback would make a benchmark or a test lie.
+auto takes Triton for CUDA tensors and C++ for CPU tensors where they are installed and the operation has them, and the
+reference otherwise. A backend that is asked for by name is used or is an error: a silent fallback would make a
+benchmark or a test lie.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ IMPLEMENTATIONS = MappingProxyType(
         "ppo_policy_loss": {"reference": "reference:ppo_policy_loss"},
         "value_loss": {"reference": "reference:value_loss"},
         "kl_divergence": {"reference": "reference:kl_divergence"},
-        "shaped_gae": {"triton": "shaped_gae_triton:shaped_gae", "reference": "reference_gae:shaped_gae"},
+        "shaped_gae": {
+            "triton": "shaped_gae_triton:shaped_gae",
+            "cpp": "shaped_gae_cpp:shaped_gae",
+            "reference": "reference_gae:shaped_gae",
+        },
         "masked_moments": {"reference": "reference:masked_moments"},
         "whiten": {"reference": "reference:whiten"},
         "sample_tokens": {"reference": "reference_sampling:sample_tokens"},
@@ -111,8 +116,9 @@ def _resolve(op: str, device: str, supported: bool) -> tuple[str, str]:
     if wanted != "auto":
         _require(op, wanted, device, supported, source)
         return wanted, source
-    usable = device == "cuda" and supported and "triton" in IMPLEMENTATIONS[op] and _installed("triton")
-    return ("triton" if usable else "reference"), "auto"
+    best = {"cuda": "triton", "cpu": "cpp"}.get(device)
+    usable = best in IMPLEMENTATIONS[op] and _installed(best) and (supported or best != "triton")
+    return (best if usable else "reference"), "auto"
 
 
 def _wanted(op: str) -> tuple[str, str]:
@@ -148,6 +154,8 @@ def _require(op: str, backend: str, device: str, supported: bool, source: str) -
             f"{op}: backend 'triton' was asked for by {source}, but the tensors are on {device!r}; move them to a CUDA "
             f"device, or set TRITON_INTERPRET=1 before the first import{hint}"
         )
+    if backend == "cpp" and device != "cpu":
+        raise RuntimeError(f"{op}: backend 'cpp' was asked for by {source} and runs on the CPU, got {device!r}{hint}")
     if backend == "triton" and not supported:
         raise RuntimeError(f"{op}: backend 'triton' was asked for by {source} and computes in fp32, got fp64{hint}")
 
