@@ -37,14 +37,20 @@ IMPLEMENTATIONS = MappingProxyType(
         "linear_ppo_loss": {"reference": "reference_linear:linear_ppo_loss"},
         "ppo_policy_loss": {"reference": "reference:ppo_policy_loss"},
         "value_loss": {"reference": "reference:value_loss"},
-        "kl_divergence": {"reference": "reference:kl_divergence"},
+        "kl_divergence": {
+            "triton": "kl_divergence_triton:kl_divergence",
+            "reference": "reference:kl_divergence",
+        },
         "shaped_gae": {
             "triton": "shaped_gae_triton:shaped_gae",
             "cpp": "shaped_gae_cpp:shaped_gae",
             "reference": "reference_gae:shaped_gae",
         },
-        "masked_moments": {"reference": "reference:masked_moments"},
-        "whiten": {"reference": "reference:whiten"},
+        "masked_moments": {
+            "triton": "whitening_triton:masked_moments",
+            "reference": "reference:masked_moments",
+        },
+        "whiten": {"triton": "whitening_triton:whiten", "reference": "reference:whiten"},
         "sample_tokens": {"reference": "reference_sampling:sample_tokens"},
         "pack_padded": {"reference": "pack_padded:pack_rows"},
     }
@@ -88,6 +94,14 @@ def note_launch(kernel: str, backend: str) -> None:
     seen = _launches.get()
     if seen is not None:
         seen.append((kernel, backend))
+
+
+def refuse_double_backward(op: str) -> None:
+    """Called first in a kernel's backward, which autograd runs with gradients on only to differentiate it again."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op}: double backward is not supported by backend 'triton'; use_backend({op}='reference') supports it"
+        )
 
 
 def available_backends(op: str) -> tuple[str, ...]:
