@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import KL_ESTIMATORS
 from .dispatch import note_launch
 from .kl_divergence_triton import estimate
 from .reference import EXPONENT_LIMIT
@@ -26,8 +27,8 @@ from .whitening_triton import finish_moments
 
 ROWS, CHUNK = 8, 128
 # Chunks that are looked back at in one step, and sequences that are looked at in one step of the search.
-LOOKBACK, FANOUT = 128, 64
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+LOOKBACK, FANOUT = 64, 64
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -57,13 +58,9 @@ def _sequence_of(slot, cu_ptr, sequences, stride, CHUNK: tl.constexpr, FANOUT: t
     return n
 
 
-# None of these shapes the code: one binary serves every combination of optional inputs and every size.
-# The extent of an absent input is 0.
-RUNTIME = ("sequences", "actions", "places", "tiles", "search_stride", "kl_coef", "gamma", "decay")
-RUNTIME += ("reference_size", "bootstrap_size", "mask_size", "token_reward_size", "kl_coef_size")
-
-
-@triton.jit(do_not_specialize=RUNTIME)
+# Nothing but the tile shapes the code: one binary serves every estimator, size, alignment and set of optional inputs
+# (the extent of an absent one is 0). Lanes run backwards, so alignment would not widen a single access.
+@triton.jit(do_not_specialize=range(30), do_not_specialize_on_alignment=range(30))
 def shaped_gae_kernel(
     score_ptr,
     value_ptr,
@@ -95,7 +92,7 @@ def shaped_gae_kernel(
     mask_size,
     token_reward_size,
     kl_coef_size,
-    ESTIMATOR: tl.constexpr,
+    estimator,
     LIMIT: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -124,7 +121,13 @@ def shaped_gae_kernel(
     charged = keep & (t < reference_size)
     difference = tl.load(logprob_ptr + t, mask=charged, other=0.0)
     difference -= tl.load(ref_logprob_ptr + t, mask=charged, other=0.0)
-    kl = estimate(difference, ESTIMATOR, LIMIT)
+    kl = difference
+    if estimator == 1:
+        kl = estimate(difference, "k2", LIMIT)
+    elif estimator == 2:
+        kl = estimate(difference, "k3", LIMIT)
+    elif estimator == 3:
+        kl = estimate(difference, "abs", LIMIT)
     coef = kl_coef
     if kl_coef_size > 0:
         coef = tl.load(kl_coef_ptr)
@@ -276,7 +279,7 @@ def shaped_gae(
             extent(mask_A),
             extent(token_reward_A),
             extent(coef),
-            ESTIMATOR=kl_estimator,
+            KL_ESTIMATORS.index(kl_estimator),
             LIMIT=EXPONENT_LIMIT,
             ROWS=ROWS,
             CHUNK=CHUNK,

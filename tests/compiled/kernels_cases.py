@@ -27,16 +27,3 @@ def test_token_logprobs(capability, direction, logits):
     }
     constants = {"IGNORED": -100, "SCALED": True, "ENTROPY": True, "BLOCK": module.FORWARD_BLOCK}
     assert stack_bytes(kernel, signature, constants, capability, module.OPTIONS) == 0
-
-
-@GENERATIONS
-@pytest.mark.parametrize("estimator", ["k1", "k3"])
-@pytest.mark.parametrize("optional", [True, False])
-def test_shaped_gae(capability, estimator, optional):
-    module = importlib.import_module("icegrt.kernels.shaped_gae_triton")
-    kernel = module.shaped_gae_kernel
-    signature = dict.fromkeys(kernel.arg_names, "*fp32")
-    signature |= {"cu_ptr": "*i32", "mask_ptr": "*u8", "kl_coef": "fp32", "gamma": "fp32", "decay": "fp32"}
-    flags = dict.fromkeys((n for n in kernel.arg_names if n.startswith("HAS_")), optional)
-    constants = {**flags, "ESTIMATOR": estimator, "LIMIT": module.EXPONENT_LIMIT, "BLOCK": module.BLOCK}
-    assert stack_bytes(kernel, signature, constants, capability, module.OPTIONS) == 0
