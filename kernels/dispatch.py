@@ -51,7 +51,10 @@ IMPLEMENTATIONS = MappingProxyType(
             "reference": "reference:masked_moments",
         },
         "whiten": {"triton": "whitening_triton:whiten", "reference": "reference:whiten"},
-        "sample_tokens": {"reference": "reference_sampling:sample_tokens"},
+        "sample_tokens": {
+            "triton": "sample_tokens_triton:sample_tokens",
+            "reference": "reference_sampling:sample_tokens",
+        },
         "pack_padded": {"reference": "pack_padded:pack_rows"},
     }
 )

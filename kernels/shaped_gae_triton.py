@@ -60,7 +60,7 @@ def _sequence_of(slot, cu_ptr, sequences, stride, CHUNK: tl.constexpr, FANOUT: t
 
 # Nothing but the tile shapes the code: one binary serves every estimator, size, alignment and set of optional inputs
 # (the extent of an absent one is 0). Lanes run backwards, so alignment would not widen a single access.
-@triton.jit(do_not_specialize=range(30), do_not_specialize_on_alignment=range(30))
+@triton.jit(do_not_specialize=range(31), do_not_specialize_on_alignment=range(31))
 def shaped_gae_kernel(
     score_ptr,
     value_ptr,
