@@ -27,6 +27,7 @@ def token_logprobs(
     temperature: float = 1.0,
     entropy: bool = False,
     shard: VocabShard | None = None,
+    inplace_backward: bool = False,  # an allowance, which autograd has no use for
 ) -> TokenLogprobs:
     if shard is not None and shard.group is not None:
         return reference_rows.token_logprobs(logits_AV, labels_A, temperature, entropy, shard)

@@ -2,7 +2,9 @@
 
 The forward leaves four numbers per row (see reference_rows.Rows) and torch turns them into log-prob and entropy, so a
 vocabulary shard merges exactly as the reference does. Row offsets are int64: rows times vocabulary passes 2^31 at
-14,134 rows of Qwen's 151,936. The running maximum starts at -inf and is never subtracted while it is.
+14,134 rows of Qwen's 151,936. The running maximum starts at -inf and is never subtracted while it is. A row whose
+upstream gradient is zero is answered with zeros; its logits are not read. Nothing here may be autotuned: with
+inplace_backward the backward kernel writes over its own input, and a second trial would read gradients.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import IGNORED_LABEL
+from .checks import IGNORED_LABEL, single_backward
 from .dispatch import note_launch
 from .reference_rows import Rows, finite, merge_rows
 from .types import TokenLogprobs, VocabShard
@@ -94,6 +96,8 @@ def token_logprobs_backward(
     grad_ptr,
     row_stride,
     column_stride,
+    grad_row_stride,
+    grad_column_stride,
     columns,
     start,
     valid,
@@ -105,7 +109,7 @@ def token_logprobs_backward(
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    out = grad_ptr + row * columns + column
+    out = grad_ptr + row * grad_row_stride + column.to(tl.int64) * grad_column_stride
     label = tl.load(labels_ptr + row).to(tl.int64)
     g = tl.load(grad_logprob_ptr + row).to(tl.float32)
     h = tl.full((), 0.0, tl.float32)
@@ -137,7 +141,7 @@ def _block(columns: int, most: int) -> int:
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_AV, labels_A, temperature, entropy, shard):
+    def forward(ctx, logits_AV, labels_A, temperature, entropy, shard, inplace):
         rows_count, columns = logits_AV.shape
         start, valid = (0, columns) if shard is None else (shard.start, shard.valid)
         labels_A = labels_A.contiguous()
@@ -163,15 +167,21 @@ class _TokenLogprobs(torch.autograd.Function):
         ignored_A = labels_A == IGNORED_LABEL
         entropy_A = rows.entropy().masked_fill(ignored_A, 0.0) if entropy else None
         ctx.save_for_backward(logits_AV, labels_A, finite(rows.peak), rows.total.log(), entropy_A)
-        ctx.options = (temperature, entropy, start, valid)
+        ctx.options = (temperature, entropy, start, valid, inplace)
         return rows.logprob().masked_fill(ignored_A, 0.0), entropy_A
 
     @staticmethod
     def backward(ctx, grad_logprob_A, grad_entropy_A):
+        single_backward("token_logprobs")
         logits_AV, labels_A, peak_A, log_total_A, entropy_A = ctx.saved_tensors
-        temperature, entropy, start, valid = ctx.options
+        temperature, entropy, start, valid, inplace = ctx.options
         rows_count, columns = logits_AV.shape
-        grad_AV = torch.empty((rows_count, columns), dtype=logits_AV.dtype, device=logits_AV.device)
+        if inplace:
+            # Whoever else saved these logits must hear of it: autograd compares versions, a kernel's write has none.
+            torch.autograd.graph.increment_version(logits_AV)
+            grad_AV = logits_AV.detach()
+        else:
+            grad_AV = torch.empty((rows_count, columns), dtype=logits_AV.dtype, device=logits_AV.device)
         if rows_count:
             grad_logprob_A = grad_logprob_A.contiguous()  # an expanded gradient has stride 0
             grad_entropy_A = grad_entropy_A.contiguous() if entropy else grad_logprob_A
@@ -188,6 +198,7 @@ class _TokenLogprobs(torch.autograd.Function):
                     grad_entropy_A,
                     grad_AV,
                     *logits_AV.stride(),
+                    *grad_AV.stride(),
                     columns,
                     start,
                     valid,
@@ -198,7 +209,7 @@ class _TokenLogprobs(torch.autograd.Function):
                     BLOCK=block,
                     **OPTIONS,
                 )
-        return grad_AV, None, None, None, None
+        return grad_AV, None, None, None, None, None
 
 
 def token_logprobs(
@@ -208,5 +219,6 @@ def token_logprobs(
     temperature: float = 1.0,
     entropy: bool = False,
     shard: VocabShard | None = None,
+    inplace_backward: bool = False,
 ) -> TokenLogprobs:
-    return TokenLogprobs(*_TokenLogprobs.apply(logits_AV, labels_A, temperature, entropy, shard))
+    return TokenLogprobs(*_TokenLogprobs.apply(logits_AV, labels_A, temperature, entropy, shard, inplace_backward))

@@ -20,6 +20,8 @@ def test_token_logprobs(capability, direction, logits):
         "labels_ptr": "*i64",
         "row_stride": "i64",
         "column_stride": "i32",
+        "grad_row_stride": "i64",
+        "grad_column_stride": "i32",
         "columns": "i32",
         "start": "i32",
         "valid": "i32",
