@@ -2,8 +2,8 @@
 
 Order of authority: `use_backend` (innermost first, an operation's own name before the general one), then the
 environment variable ICEGRT_BACKEND ("reference", or "token_logprobs=triton,shaped_gae=reference"), then auto.
-auto takes Triton for CUDA tensors where it is installed and the reference otherwise. A backend that is asked for by
-name is used or is an error: a silent fallback would make a benchmark or a test lie.
+auto takes Triton for CUDA tensors where it is installed; otherwise PyTorch in chunks ("chunked") where the plain meaning
+takes too much memory, and the reference where it does not. A backend that is asked for by name is used or is an error: a silent fallback would make a benchmark or a test lie.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "triton", "cpp", "reference")
+BACKENDS = ("auto", "triton", "cpp", "chunked", "reference")
 
 # operation -> backend -> "module:function" under this package, imported when first chosen.
 IMPLEMENTATIONS = MappingProxyType(
@@ -32,8 +32,14 @@ IMPLEMENTATIONS = MappingProxyType(
             "triton": "token_logprobs_triton:token_logprobs",
             "reference": "reference:token_logprobs",
         },
-        "linear_logprobs": {"reference": "reference_linear:linear_logprobs"},
-        "linear_ppo_loss": {"reference": "reference_linear:linear_ppo_loss"},
+        "linear_logprobs": {
+            "chunked": "linear_chunked:linear_logprobs",
+            "reference": "reference_linear:linear_logprobs",
+        },
+        "linear_ppo_loss": {
+            "chunked": "linear_chunked:linear_ppo_loss",
+            "reference": "reference_linear:linear_ppo_loss",
+        },
         "ppo_policy_loss": {"reference": "reference:ppo_policy_loss"},
         "value_loss": {"reference": "reference:value_loss"},
         "kl_divergence": {"reference": "reference:kl_divergence"},
@@ -112,7 +118,8 @@ def _resolve(op: str, device: str, supported: bool) -> tuple[str, str]:
         _require(op, wanted, device, supported, source)
         return wanted, source
     usable = device == "cuda" and supported and "triton" in IMPLEMENTATIONS[op] and _installed("triton")
-    return ("triton" if usable else "reference"), "auto"
+    plain = "chunked" if "chunked" in IMPLEMENTATIONS[op] else "reference"
+    return ("triton" if usable else plain), "auto"
 
 
 def _wanted(op: str) -> tuple[str, str]:
@@ -154,7 +161,7 @@ def _require(op: str, backend: str, device: str, supported: bool, source: str) -
 
 @functools.cache
 def _installed(backend: str) -> bool:
-    if backend == "reference":
+    if backend in ("chunked", "reference"):
         return True
     try:
         return importlib.util.find_spec("triton" if backend == "triton" else "icegrt._C") is not None
