@@ -2,8 +2,9 @@
 
 Order of authority: `use_backend` (innermost first, an operation's own name before the general one), then the
 environment variable ICEGRT_BACKEND ("reference", or "token_logprobs=triton,shaped_gae=reference"), then auto.
-auto takes Triton for CUDA tensors where it is installed; otherwise PyTorch in chunks ("chunked") where the plain meaning
-takes too much memory, and the reference where it does not. A backend that is asked for by name is used or is an error: a silent fallback would make a benchmark or a test lie.
+auto takes Triton for CUDA tensors where it is installed; otherwise PyTorch in chunks ("chunked") where an operation has
+it, since its plain meaning takes much memory, and the reference where not. A backend that is asked for by name is used
+or is an error: a silent fallback would make a benchmark or a test lie.
 """
 
 from __future__ import annotations
@@ -33,15 +34,20 @@ IMPLEMENTATIONS = MappingProxyType(
             "reference": "reference:token_logprobs",
         },
         "linear_logprobs": {
+            "triton": "linear_triton:linear_logprobs",
             "chunked": "linear_chunked:linear_logprobs",
             "reference": "reference_linear:linear_logprobs",
         },
         "linear_ppo_loss": {
+            "triton": "linear_triton:linear_ppo_loss",
             "chunked": "linear_chunked:linear_ppo_loss",
             "reference": "reference_linear:linear_ppo_loss",
         },
-        "ppo_policy_loss": {"reference": "reference:ppo_policy_loss"},
-        "value_loss": {"reference": "reference:value_loss"},
+        "ppo_policy_loss": {
+            "triton": "ppo_policy_loss_triton:ppo_policy_loss",
+            "reference": "reference:ppo_policy_loss",
+        },
+        "value_loss": {"triton": "value_loss_triton:value_loss", "reference": "reference:value_loss"},
         "kl_divergence": {"reference": "reference:kl_divergence"},
         "shaped_gae": {"triton": "shaped_gae_triton:shaped_gae", "reference": "reference_gae:shaped_gae"},
         "masked_moments": {"reference": "reference:masked_moments"},

@@ -27,18 +27,18 @@ COLUMNS = len(fields(PolicyStats))
 
 
 @triton.jit
-def scalar(x):
+def scalar(x, POINTER: tl.constexpr):
     """A number that came by value, or as a pointer to a 0-dim tensor, in fp32."""
-    if x.dtype.is_ptr():
+    if POINTER:
         return tl.load(x).to(tl.float32)
     else:
-        return x.to(tl.float32)
+        return x
 
 
 @triton.jit
-def stream(pointer, index, inside, given):
-    """An optional stream: 0 where it is not given, and whatever the pointer is then, it is not read."""
-    return tl.load(pointer + index, mask=inside & (given != 0), other=0.0).to(tl.float32)
+def stream(pointer, index, keep):
+    """A stream at the entries that count, 0 elsewhere; what is masked is not read, so it may be NaN or not exist."""
+    return tl.load(pointer + index, mask=keep, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -101,11 +101,11 @@ def ppo_policy_loss_kernel(
     grad_entropy_ptr,
     partials_ptr,
     size,
-    has_old,
-    has_entropy,
-    has_ref,
-    has_mask,
-    has_weight,
+    old_size,
+    entropy_size,
+    ref_size,
+    mask_size,
+    weight_size,
     has_moments,
     shift_mean,
     normalizer,
@@ -114,6 +114,9 @@ def ppo_policy_loss_kernel(
     clip_low,
     clip_high,
     dual_clip,
+    NORMALIZER_POINTER: tl.constexpr,
+    KL_POINTER: tl.constexpr,
+    ENTROPY_POINTER: tl.constexpr,
     ESTIMATOR: tl.constexpr,
     RAW: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -123,18 +126,19 @@ def ppo_policy_loss_kernel(
     block = tl.program_id(0).to(tl.int64)
     index = block * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
-    keep = inside & ((has_mask == 0) | (tl.load(mask_ptr + index, mask=inside & (has_mask != 0), other=0) != 0))
-    # A masked token is never read, so that what it holds (NaN, perhaps) cannot matter.
-    logprob = stream(logprob_ptr, index, keep, 1)
-    old = tl.where(has_old != 0, stream(old_ptr, index, keep, has_old), logprob)
-    entropy = stream(entropy_ptr, index, keep, has_entropy)
-    weight = tl.where(has_weight != 0, stream(weight_ptr, index, keep, has_weight), tl.where(keep, 1.0, 0.0))
-    advantage = stream(advantage_ptr, index, keep, 1)
+    # An optional stream has `size` entries or none: what lies beyond its end is not there.
+    keep = inside & (tl.load(mask_ptr + index, mask=index < mask_size, other=1) != 0)
+    logprob = stream(logprob_ptr, index, keep)
+    old = tl.where(index < old_size, stream(old_ptr, index, keep & (index < old_size)), logprob)
+    entropy = stream(entropy_ptr, index, keep & (index < entropy_size))
+    weight = stream(weight_ptr, index, keep & (index < weight_size))
+    weight = tl.where(index < weight_size, weight, tl.where(keep, 1.0, 0.0))
+    advantage = stream(advantage_ptr, index, keep)
     if has_moments != 0:
         mean = tl.load(mean_ptr).to(tl.float32)
         variance = tl.load(m2_ptr).to(tl.float64) / tl.maximum(tl.load(count_ptr).to(tl.float64), 1.0)
         white = (advantage - mean) * (1.0 / tl.sqrt(variance + 1e-8)).to(tl.float32)
-        advantage = tl.where(keep, white + tl.where(shift_mean != 0, 0.0, mean), 0.0)
+        advantage = tl.where(keep, white + (1 - shift_mean) * mean, 0.0)
 
     log_ratio = logprob - old
     ratio = bounded_exp(log_ratio, LIMIT)
@@ -146,16 +150,17 @@ def ppo_policy_loss_kernel(
     dual = (advantage < 0.0) & (policy > ceiling)
     policy = tl.where(dual, ceiling, policy)
     slope = tl.where(clipped | dual, 0.0, -advantage * tl.exp(tl.minimum(log_ratio, LIMIT)))
-    kl, kl_slope = kl_to_reference(logprob - stream(ref_ptr, index, keep, has_ref), ESTIMATOR, RAW, LIMIT)
-    referred = keep & (has_ref != 0)
+    referred = keep & (index < ref_size)
+    kl, kl_slope = kl_to_reference(logprob - stream(ref_ptr, index, referred), ESTIMATOR, RAW, LIMIT)
     kl, kl_slope = tl.where(referred, kl, 0.0), tl.where(referred, kl_slope, 0.0)
-    entropy_weight = scalar(entropy_coef)
-    loss = policy + scalar(kl_coef) * kl - entropy_weight * entropy
+    entropy_weight = scalar(entropy_coef, ENTROPY_POINTER)
+    kl_weight = scalar(kl_coef, KL_POINTER)
+    loss = policy + kl_weight * kl - entropy_weight * entropy
 
-    share = weight / scalar(normalizer)
-    grad = (slope + scalar(kl_coef) * kl_slope) * share
+    share = weight / scalar(normalizer, NORMALIZER_POINTER)
+    grad = (slope + kl_weight * kl_slope) * share
     tl.store(grad_logprob_ptr + index, tl.where(keep, grad, 0.0), mask=inside)
-    tl.store(grad_entropy_ptr + index, tl.where(keep, -entropy_weight * share, 0.0), mask=inside & (has_entropy != 0))
+    tl.store(grad_entropy_ptr + index, tl.where(keep, -entropy_weight * share, 0.0), mask=index < entropy_size)
 
     one = tl.where(keep, 1.0, 0.0)
     cut = clipped & keep
@@ -183,7 +188,15 @@ def ppo_policy_loss_kernel(
 
 @triton.jit
 def fold_statistics_kernel(
-    partials_ptr, stats_ptr, loss_ptr, programs, normalizer, SUMS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    partials_ptr,
+    stats_ptr,
+    loss_ptr,
+    programs,
+    normalizer,
+    NORMALIZER_POINTER: tl.constexpr,
+    SUMS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Columns before SUMS add up, SUMS is a minimum, those behind it are maxima; the loss is column 2 / normalizer."""
     column = tl.arange(0, WIDTH)
@@ -192,14 +205,14 @@ def fold_statistics_kernel(
     high = tl.full((WIDTH,), float("-inf"), tl.float64)
     for first in range(0, programs, BLOCK):
         row = (first + tl.arange(0, BLOCK))[:, None]
-        inside = (row < programs) & (column[None, :] < WIDTH)
+        inside = (row < programs) & (column[None, :] >= 0)
         part = tl.load(partials_ptr + row * WIDTH + column[None, :], mask=inside, other=0.0).to(tl.float64)
         total += tl.sum(part, axis=0)
         low = tl.minimum(low, tl.min(tl.where(inside, part, float("inf")), axis=0))
         high = tl.maximum(high, tl.max(tl.where(inside, part, float("-inf")), axis=0))
     stats = tl.where(column < SUMS, total, tl.where(column == SUMS, low, high))
     tl.store(stats_ptr + column, stats)
-    loss = tl.sum(tl.where(column == 2, total, 0.0)) / scalar(normalizer).to(tl.float64)
+    loss = tl.sum(tl.where(column == 2, total, 0.0)) / scalar(normalizer, NORMALIZER_POINTER)
     tl.store(loss_ptr, loss.to(tl.float32))
 
 
@@ -215,6 +228,7 @@ def fold(partials: Tensor, normalizer, sums: int) -> tuple[Tensor, Tensor]:
             loss,
             partials.shape[0],
             on_device(normalizer),
+            NORMALIZER_POINTER=isinstance(normalizer, Tensor),
             SUMS=sums,
             WIDTH=partials.shape[1],
             BLOCK=FOLD_BLOCK,
@@ -279,7 +293,8 @@ def policy_launch(
                 grad_entropy_A,
                 partials,
                 size,
-                *(int(x is not None) for x in (old_A, entropy_A, ref_A, mask_A, weight_A, moments)),
+                *(0 if x is None else size for x in (old_A, entropy_A, ref_A, mask_A, weight_A)),
+                int(moments is not None),
                 int(shift_mean),
                 on_device(normalizer),
                 on_device(kl_coef),
@@ -287,6 +302,9 @@ def policy_launch(
                 clip_low,
                 clip_high,
                 math.inf if dual_clip is None else float(dual_clip),
+                NORMALIZER_POINTER=isinstance(normalizer, Tensor),
+                KL_POINTER=isinstance(kl_coef, Tensor),
+                ENTROPY_POINTER=isinstance(entropy_coef, Tensor),
                 ESTIMATOR=kl_estimator,
                 RAW=kl_gradient == "raw",
                 LIMIT=EXPONENT_LIMIT,

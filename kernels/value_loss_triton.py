@@ -33,32 +33,34 @@ def value_loss_kernel(
     grad_ptr,
     partials_ptr,
     size,
-    has_old,
-    has_mask,
-    has_weight,
+    old_size,
+    mask_size,
+    weight_size,
     clip,
     normalizer,
+    NORMALIZER_POINTER: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
     index = block * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
-    keep = inside & ((has_mask == 0) | (tl.load(mask_ptr + index, mask=inside & (has_mask != 0), other=0) != 0))
-    value, target = stream(value_ptr, index, keep, 1), stream(return_ptr, index, keep, 1)
-    weight = tl.where(has_weight != 0, stream(weight_ptr, index, keep, has_weight), tl.where(keep, 1.0, 0.0))
-    old = tl.where(has_old != 0, stream(old_ptr, index, keep, has_old), value)
+    keep = inside & (tl.load(mask_ptr + index, mask=index < mask_size, other=1) != 0)
+    value, target = stream(value_ptr, index, keep), stream(return_ptr, index, keep)
+    weight = stream(weight_ptr, index, keep & (index < weight_size))
+    weight = tl.where(index < weight_size, weight, tl.where(keep, 1.0, 0.0))
+    old = tl.where(index < old_size, stream(old_ptr, index, keep & (index < old_size)), value)
     error = target - value
     step = tl.minimum(tl.maximum(value - old, -clip), clip)
     cautious = old + step - target
     plain, bounded = error * error, cautious * cautious
-    clipped = (bounded > plain) & (has_old != 0)
+    clipped = (bounded > plain) & (index < old_size)
     worst = tl.where(clipped, bounded, plain)
     # Where the clipped error is the larger one the clip is active and the value has no pull, unless the clip is not
     # (rounding of old + step alone can make it larger): then it pulls like the plain one.
     moves = tl.abs(value - old) <= clip
     slope = tl.where(clipped, tl.where(moves, cautious, 0.0), -error)
-    grad = slope * weight / scalar(normalizer)
+    grad = slope * weight / scalar(normalizer, NORMALIZER_POINTER)
     tl.store(grad_ptr + index, tl.where(keep, grad, 0.0), mask=inside)
 
     row = tl.zeros((WIDTH,), tl.float32)
@@ -106,9 +108,10 @@ def value_loss(
                 grad_A,
                 partials,
                 size,
-                *(int(x is not None) for x in (old_A, mask_A, weight_A)),
+                *(0 if x is None else size for x in (old_A, mask_A, weight_A)),
                 math.inf if clip is None else float(clip),
                 on_device(normalizer),
+                NORMALIZER_POINTER=isinstance(normalizer, Tensor),
                 WIDTH=width,
                 BLOCK=BLOCK,
                 **OPTIONS,

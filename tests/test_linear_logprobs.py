@@ -4,8 +4,7 @@ import pytest
 import torch
 from kernel_cases import plain_logprobs
 
-from icegrt.kernels import VocabShard, linear_logprobs
-from icegrt.kernels import linear_products
+from icegrt.kernels import VocabShard, linear_logprobs, linear_products
 
 
 def problem(A=13, H=5, V=11, dtype=torch.float64):

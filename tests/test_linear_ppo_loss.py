@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from icegrt.kernels import Moments, linear_logprobs, linear_ppo_loss, ppo_policy_loss, token_logprobs
-from icegrt.kernels import linear_products
+from icegrt.kernels import Moments, linear_logprobs, linear_ppo_loss, linear_products, ppo_policy_loss, token_logprobs
 
 
 def problem(dtype=torch.float64, A=17, H=5, V=11):

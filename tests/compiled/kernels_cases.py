@@ -18,6 +18,7 @@ def test_token_logprobs(capability, direction, logits):
         "logits_ptr": f"*{logits}",
         "grad_ptr": f"*{logits}",
         "labels_ptr": "*i64",
+        "live_ptr": "*i64",
         "row_stride": "i64",
         "column_stride": "i32",
         "grad_row_stride": "i64",
@@ -28,6 +29,7 @@ def test_token_logprobs(capability, direction, logits):
         "temperature": "fp32",
     }
     constants = {"IGNORED": -100, "SCALED": True, "ENTROPY": True, "BLOCK": module.FORWARD_BLOCK}
+    constants |= {"COMPACT": True} if direction == "backward" else {}
     assert stack_bytes(kernel, signature, constants, capability, module.OPTIONS) == 0
 
 
