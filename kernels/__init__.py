@@ -8,6 +8,7 @@ from .dispatch import available_backends, describe, record_launches, use_backend
 from .kl_divergence import kl_divergence
 from .linear_logprobs import linear_logprobs
 from .linear_ppo_loss import linear_ppo_loss
+from .linear_products import default_chunk_rows
 from .pack_padded import pack_padded
 from .ppo_policy_loss import ppo_policy_loss
 from .sample_tokens import sample_tokens
@@ -38,6 +39,7 @@ __all__ = [
     "ValueStats",
     "VocabShard",
     "available_backends",
+    "default_chunk_rows",
     "describe",
     "kl_divergence",
     "linear_logprobs",

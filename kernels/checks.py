@@ -97,9 +97,31 @@ def labels_in_range(op: str, labels_A: Tensor, vocab_size: int) -> None:
         )
 
 
+def overwritable(op: str, name: str, x: Tensor) -> None:
+    """x may be written over in backward: not a leaf, and no two of its elements share memory."""
+    if x.requires_grad and x.is_leaf:
+        raise ValueError(f"{op}: {name} must not be a leaf when its gradient is to be written over it")
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(f"{op}: {name} must not be expanded when its gradient is to be written over it")
+
+
+def single_backward(op: str) -> None:
+    """Called by a backward that is written by hand: its own gradient does not exist, and must not read as zero."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op}: double backward is not supported (its backward is not differentiable); use create_graph=False, or "
+            f"the plain PyTorch meaning under use_backend('reference')"
+        )
+
+
 def _tensor(op: str, name: str, x) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if type(x).__name__ == "DTensor":  # by name: importing its module costs every user of the library a second
+        raise TypeError(
+            f"{op}: {name} must be a plain tensor, got a DTensor; call inside the module that FSDP2 wraps, where "
+            f"parameters are whole, or pass {name}.full_tensor()"
+        )
 
 
 def _shape(op: str, name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:

@@ -2,9 +2,9 @@
 
 Order of authority: `use_backend` (innermost first, an operation's own name before the general one), then the
 environment variable ICEGRT_BACKEND ("reference", or "token_logprobs=triton,shaped_gae=reference"), then auto.
-auto takes Triton for CUDA tensors and C++ for CPU tensors where they are installed and the operation has them, and the
-reference otherwise. A backend that is asked for by name is used or is an error: a silent fallback would make a
-benchmark or a test lie.
+auto takes the first of these that an operation has and that can run: Triton for CUDA tensors, C++ for CPU tensors,
+PyTorch in chunks ("chunked", where the plain meaning takes much memory), the reference. A backend that is asked for by
+name is used or is an error: a silent fallback would make a benchmark or a test lie.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "triton", "cpp", "reference")
+BACKENDS = ("auto", "triton", "cpp", "chunked", "reference")
 
 # operation -> backend -> "module:function" under this package, imported when first chosen.
 IMPLEMENTATIONS = MappingProxyType(
@@ -33,10 +33,21 @@ IMPLEMENTATIONS = MappingProxyType(
             "triton": "token_logprobs_triton:token_logprobs",
             "reference": "reference:token_logprobs",
         },
-        "linear_logprobs": {"reference": "reference_linear:linear_logprobs"},
-        "linear_ppo_loss": {"reference": "reference_linear:linear_ppo_loss"},
-        "ppo_policy_loss": {"reference": "reference:ppo_policy_loss"},
-        "value_loss": {"reference": "reference:value_loss"},
+        "linear_logprobs": {
+            "triton": "linear_triton:linear_logprobs",
+            "chunked": "linear_chunked:linear_logprobs",
+            "reference": "reference_linear:linear_logprobs",
+        },
+        "linear_ppo_loss": {
+            "triton": "linear_triton:linear_ppo_loss",
+            "chunked": "linear_chunked:linear_ppo_loss",
+            "reference": "reference_linear:linear_ppo_loss",
+        },
+        "ppo_policy_loss": {
+            "triton": "ppo_policy_loss_triton:ppo_policy_loss",
+            "reference": "reference:ppo_policy_loss",
+        },
+        "value_loss": {"triton": "value_loss_triton:value_loss", "reference": "reference:value_loss"},
         "kl_divergence": {
             "triton": "kl_divergence_triton:kl_divergence",
             "reference": "reference:kl_divergence",
@@ -99,14 +110,6 @@ def note_launch(kernel: str, backend: str) -> None:
         seen.append((kernel, backend))
 
 
-def refuse_double_backward(op: str) -> None:
-    """Called first in a kernel's backward, which autograd runs with gradients on only to differentiate it again."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{op}: double backward is not supported by backend 'triton'; use_backend({op}='reference') supports it"
-        )
-
-
 def available_backends(op: str) -> tuple[str, ...]:
     """The backends of `op` whose requirements are installed, best first."""
     _check_ops("available_backends", [op])
@@ -133,9 +136,11 @@ def _resolve(op: str, device: str, supported: bool) -> tuple[str, str]:
     if wanted != "auto":
         _require(op, wanted, device, supported, source)
         return wanted, source
-    best = {"cuda": "triton", "cpu": "cpp"}.get(device)
-    usable = best in IMPLEMENTATIONS[op] and _installed(best) and (supported or best != "triton")
-    return (best if usable else "reference"), "auto"
+    for backend in ("triton", "cpp", "chunked"):
+        runs = {"triton": device == "cuda" and supported, "cpp": device == "cpu", "chunked": True}[backend]
+        if runs and backend in IMPLEMENTATIONS[op] and _installed(backend):
+            return backend, "auto"
+    return "reference", "auto"
 
 
 def _wanted(op: str) -> tuple[str, str]:
@@ -179,7 +184,7 @@ def _require(op: str, backend: str, device: str, supported: bool, source: str) -
 
 @functools.cache
 def _installed(backend: str) -> bool:
-    if backend == "reference":
+    if backend in ("chunked", "reference"):
         return True
     try:
         return importlib.util.find_spec("triton" if backend == "triton" else "icegrt._C") is not None

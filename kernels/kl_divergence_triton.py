@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import note_launch, refuse_double_backward
+from .checks import single_backward
+from .dispatch import note_launch
 from .reference import EXPONENT_LIMIT
 
 BLOCK = 2048
@@ -94,7 +95,7 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream_A):
-        refuse_double_backward("kl_divergence")
+        single_backward("kl_divergence")
         logprob_A, ref_logprob_A = ctx.saved_tensors
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (logprob_A, ref_logprob_A)]
         _launch(kl_backward_kernel, ctx.estimator, logprob_A, ref_logprob_A, upstream_A, *grads)

@@ -52,6 +52,11 @@ def check_head(op, hidden_AH, weight_VH, labels_A, mask_A, temperature, shard, c
     """Checks the arguments that both linear operations share."""
     checks.floating(op, "hidden_AH", hidden_AH, (None, None))
     checks.floating(op, "weight_VH", weight_VH, (None, hidden_AH.shape[1]), hidden_AH)
+    if hidden_AH.dtype != weight_VH.dtype and not torch.is_autocast_enabled(hidden_AH.device.type):
+        raise TypeError(
+            f"{op}: hidden_AH and weight_VH must have one dtype (or run under autocast), got {hidden_AH.dtype} and "
+            f"{weight_VH.dtype}"
+        )
     checks.integral(op, "labels_A", labels_A, (hidden_AH.shape[0],), hidden_AH)
     checks.mask(op, "mask_A", mask_A, (hidden_AH.shape[0],), hidden_AH)
     checks.plain_number(op, "temperature", temperature, low=0.0, above=True)

@@ -27,6 +27,7 @@ def token_logprobs(
     temperature: float = 1.0,
     entropy: bool = False,
     shard: VocabShard | None = None,
+    inplace_backward: bool = False,  # an allowance, which autograd has no use for
 ) -> TokenLogprobs:
     if shard is not None and shard.group is not None:
         return reference_rows.token_logprobs(logits_AV, labels_A, temperature, entropy, shard)
@@ -94,6 +95,11 @@ def masked_moments(x: Tensor, mask: Tensor | None = None, group=None) -> Moments
     return mine if group is None else mine.reduce(group)
 
 
+def counts(coefficient) -> bool:
+    """Whether a term with this coefficient is part of a loss; one on a device may be anything."""
+    return isinstance(coefficient, Tensor) or coefficient != 0
+
+
 def policy_token_loss(
     logprob_A: Tensor,
     entropy_A: Tensor | None,
@@ -131,9 +137,9 @@ def policy_token_loss(
             # The gradient of E[k1] or E[k3] under a detached sample is not that of the KL; k2's is.
             slope_A = kl_divergence(logprob_A, ref_logprob_A, "k2")
             ref_kl_A = ref_kl_A.detach() + (slope_A - slope_A.detach())
-        if not (isinstance(kl_coef, float | int) and kl_coef == 0):
+        if counts(kl_coef):
             loss_A = loss_A + kl_coef * ref_kl_A
-    if entropy_A is not None and not (isinstance(entropy_coef, float | int) and entropy_coef == 0):
+    if entropy_A is not None and counts(entropy_coef):
         loss_A = loss_A - entropy_coef * entropy_A
     return loss_A, {
         "policy": policy_A,

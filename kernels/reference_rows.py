@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checks import IGNORED_LABEL, wide_dtype
+from .checks import IGNORED_LABEL, single_backward, wide_dtype
 from .types import TokenLogprobs, VocabShard
 
 # Below this exp() is exactly 0 in fp32 and fp64 alike; clamping -inf to it keeps 0 * -inf out of p * log p.
@@ -127,6 +127,7 @@ class _ShardedTokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logprob_A, grad_entropy_A):
+        single_backward("token_logprobs")
         logits_AV, labels_A, *merged = ctx.saved_tensors
         temperature, entropy, shard = ctx.options
         z = _scaled(logits_AV, labels_A, temperature, shard)

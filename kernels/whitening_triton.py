@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import note_launch, refuse_double_backward
+from .checks import single_backward
+from .dispatch import note_launch
 from .types import Moments
 
 BLOCK = 4096
@@ -118,7 +119,7 @@ class _Whiten(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        refuse_double_backward("whiten")
+        single_backward("whiten")
         return _launch_whiten(grad, ctx.moments, ctx.eps, "gradient", ctx.dtype), None, None, None
 
 

@@ -1,5 +1,6 @@
 """What the kernel tests share: error budgets, fp64 truths, the interpreter, and ahead-of-time compilation."""
 
+import mmap
 import os
 import subprocess
 import sys
@@ -28,6 +29,17 @@ def plain_logprobs(logits, labels, temperature=1.0):
     picked = logp.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
     entropy = -torch.where(logp == -torch.inf, 0.0, logp.exp() * logp).sum(-1)
     return picked.masked_fill(ignored, 0.0), entropy.masked_fill(ignored, 0.0)
+
+
+def virtual_rows(columns, dtype=torch.bfloat16):
+    """[3, columns] of zeros, rows 2^30 + 8 elements apart, with as much memory before them as an offset wraps back.
+
+    Pages that nobody touches cost nothing; an int32 offset to row 2 lands on one of them instead of on row 2.
+    """
+    elements = (1 << 32) + (1 << 20)
+    no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python names since 3.13 only
+    pages = mmap.mmap(-1, elements * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    return torch.frombuffer(pages, dtype=dtype).as_strided((3, columns), ((1 << 30) + 8, 1), 1 << 31)
 
 
 def naive_gae(score, value, logprob, ref, cu, *, kl_coef, gamma, lam, bootstrap=None, mask=None, token_reward=None):

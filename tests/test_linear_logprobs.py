@@ -4,8 +4,7 @@ import pytest
 import torch
 from kernel_cases import plain_logprobs
 
-from icegrt.kernels import VocabShard, linear_logprobs
-from icegrt.kernels import reference_linear as linear
+from icegrt.kernels import VocabShard, linear_logprobs, linear_products
 
 
 def problem(A=13, H=5, V=11, dtype=torch.float64):
@@ -68,8 +67,8 @@ def test_masked_and_ignored_rows_never_count_whatever_they_hold():
 
 def test_mask_drops_rows_before_the_head(monkeypatch):
     seen = []
-    product = linear._matmul
-    monkeypatch.setattr(linear, "_matmul", lambda a, b: seen.append(a.shape[0]) or product(a, b))
+    product = linear_products.product
+    monkeypatch.setattr(linear_products, "product", lambda a, b, out: seen.append(a.shape[0]) or product(a, b, out))
     hidden, weight, labels = problem()
     linear_logprobs(hidden.detach(), weight.detach(), labels, mask_A=torch.arange(13) < 6, chunk_rows=4)
     assert seen == [4, 2]
@@ -115,7 +114,10 @@ def test_views_empty_streams_and_default_chunks():
     empty = linear_logprobs(hidden[:0], weight, labels[:0], entropy=True)
     empty.logprob_A.sum().backward()
     assert empty.entropy_A.shape == (0,) and (weight.grad == 0).all()
-    assert linear.default_chunk_rows(152064) == 256 and linear.default_chunk_rows(7) == linear.CHUNK_ROWS_MAX
+    assert linear_products.default_chunk_rows(152064) == 32
+    assert linear_products.default_chunk_rows(7) == linear_products.CHUNK_ROWS_MAX["cpu"]
+    assert linear_products.default_chunk_rows(152064, "cuda") == 512
+    assert linear_products.default_chunk_rows(152064, "cuda", free_bytes=64 << 30) == 2048
 
 
 @pytest.mark.parametrize(

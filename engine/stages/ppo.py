@@ -162,6 +162,10 @@ class PPOTrainer(Trainer):
             "chunk_rows": self.chunk_rows,
         }
 
+    def use_chunk_rows(self, chunk_rows: int) -> None:
+        """Takes a checkpoint's choice, for scoring, evaluation and update alike."""
+        self.chunk_rows = self.assessor.chunk_rows = self.updater.chunk_rows = chunk_rows
+
     def load_state(self, state: dict[str, Any]) -> None:
         self.kl.load_state(state["kl"])
         self.scaling.load_state(state["scaling"])

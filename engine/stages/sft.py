@@ -58,9 +58,9 @@ class SFTTrainer(Trainer):
         self.heldout = [e for examples, _ in self._encode("sft.heldout", config.heldout, heldout) for e in examples]
         self.blend = Blend(sources, self.run.seed)
         self.total_steps = math.ceil(self.blend.count(config.epochs) / config.batch_sequences)
-        self.chunk_rows = resolve_chunk_rows(config.chunk_rows, architecture)
         self.role = Role("actor", build_model(pretrained, "lm", dtype=self.dtype))
         self.role.learn(config.optimizer, self.total_steps)
+        self.chunk_rows = resolve_chunk_rows(config.chunk_rows, architecture)
         self.roles = [self.role]
         self._batches = None
         self._heldout_batches = pack_examples(self.heldout, config.token_budget) if self.heldout else []

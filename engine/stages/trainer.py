@@ -8,13 +8,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from icegrt import checkpoint
 from icegrt.cluster import Cluster
 from icegrt.config import RunConfig
 from icegrt.console import progress, say
 from icegrt.data import check_tokenizer, load_tokenizer
 from icegrt.errors import ConfigError, RunError
-from icegrt.kernels.reference_linear import default_chunk_rows
+from icegrt.kernels import default_chunk_rows
 from icegrt.metrics import RunLog
 from icegrt.model.architecture import DTYPES, Architecture
 from icegrt.roles.role import Role
@@ -94,12 +97,21 @@ class Trainer:
         if self._resumed_from is not None:
             state = checkpoint.load(self._resumed_from, self.roles)
             self.done_steps = state["step"]
+            if saved.get("chunk_rows") and not self.config.chunk_rows:
+                self.use_chunk_rows(state["chunk_rows"])
+                saved["chunk_rows"] = self.chunk_rows
             self.load_state(state["trainer"])
             say(f"resumed from {self._resumed_from}: {self.done_steps} of {self.total_steps} {self.unit} done")
         self.config.save(self.dir / "config.yaml")
         tokenizer.save_pretrained(self.dir / "tokenizer")
         self._log = RunLog(self.dir, None if self._resumed_from is None else self.done_steps)
         self._saved = saved
+        if saved.get("chunk_rows"):
+            say(f"logits are formed {saved['chunk_rows']} rows at a time (chunk_rows), here and in every resumed run")
+
+    def use_chunk_rows(self, chunk_rows: int) -> None:
+        """Takes a checkpoint's choice: other chunks would round differently from the run that is continued."""
+        self.chunk_rows = chunk_rows
 
     # -- state that subclasses add ---------------------------------------------------------------------------------
 
@@ -203,8 +215,17 @@ def tokenizer_for(given: Any, model: Any, architecture: Architecture) -> Any:
 
 
 def resolve_chunk_rows(configured: int, architecture: Architecture) -> int:
-    """Rows of logits formed at once: the key, or a choice that follows from the vocabulary alone."""
-    return configured or default_chunk_rows(architecture.vocab_size)
+    """Rows of logits formed at once: the key, or what the vocabulary and free device memory allow, alike on all ranks.
+
+    Asked once per run, when models and optimizers stand; a resumed run takes its checkpoint's (`use_chunk_rows`).
+    """
+    if configured:
+        return configured
+    if not torch.cuda.is_available():
+        return default_chunk_rows(architecture.vocab_size)
+    free = torch.tensor(torch.cuda.mem_get_info()[0], device="cuda")
+    dist.all_reduce(free, op=dist.ReduceOp.MIN)
+    return default_chunk_rows(architecture.vocab_size, "cuda", int(free))
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

@@ -18,12 +18,16 @@ def test_token_logprobs(capability, direction, logits):
         "logits_ptr": f"*{logits}",
         "grad_ptr": f"*{logits}",
         "labels_ptr": "*i64",
+        "live_ptr": "*i64",
         "row_stride": "i64",
         "column_stride": "i32",
+        "grad_row_stride": "i64",
+        "grad_column_stride": "i32",
         "columns": "i32",
         "start": "i32",
         "valid": "i32",
         "temperature": "fp32",
     }
     constants = {"IGNORED": -100, "SCALED": True, "ENTROPY": True, "BLOCK": module.FORWARD_BLOCK}
+    constants |= {"COMPACT": True} if direction == "backward" else {}
     assert stack_bytes(kernel, signature, constants, capability, module.OPTIONS) == 0

@@ -3,9 +3,11 @@
 The interpreter truncates where a device rounds to bf16, so low precision is only an input here, never asserted on.
 """
 
+import contextlib
+
 import pytest
 import torch
-from kernel_cases import assert_within_budget, plain_logprobs
+from kernel_cases import assert_within_budget, plain_logprobs, virtual_rows
 
 from icegrt.kernels import VocabShard, record_launches, token_logprobs, use_backend
 from icegrt.kernels import token_logprobs as op
@@ -50,12 +52,12 @@ def test_bf16_logits_are_widened():
 
 
 def test_row_offsets_beyond_int32():
-    # Rows 2^30 elements apart in an untouched (virtual) buffer: row 2 lies past 2^31.
-    try:
-        store = torch.empty((1 << 31) + (1 << 20), dtype=torch.bfloat16)
-    except RuntimeError:
-        pytest.skip("no 4 GiB of address space")
-    wide = store.as_strided((3, 300), ((1 << 30) + 8, 1))
+    check_row_offsets_beyond_int32()
+
+
+def check_row_offsets_beyond_int32():
+    """Rows 2^30 elements apart in untouched (virtual) memory: row 2 lies past 2^31, and where it would wrap to is 0."""
+    wide = virtual_rows(300)
     wide.copy_(torch.randn(3, 300))
     labels = torch.tensor([1, 2, 299])
     ours = both_directions(wide, labels, torch.ones(3), torch.zeros(3))
@@ -64,29 +66,131 @@ def test_row_offsets_beyond_int32():
     assert torch.isfinite(ours[2]).all() and ours[2][2].abs().sum() > 0
 
 
-def test_negative_infinite_ignored_and_nan_rows_into_poisoned_outputs(monkeypatch):
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
-    monkeypatch.setattr(torch, "empty_like", lambda x, **k: empty(x.shape, dtype=x.dtype).fill_(torch.nan))
+def check_all_negative_logits():
+    logits, labels = torch.randn(4, 100) - 1e4, torch.arange(4)
+    ours = both_directions(logits, labels, torch.ones(4), torch.ones(4))
+    assert torch.isfinite(ours[2]).all()
+    for mine, plain, truth in zip(ours, plain_logprobs(logits, labels), plain_logprobs(logits.double(), labels)):
+        assert_within_budget(mine, plain, truth, 1e-5)
+
+
+def check_infinite_logits():
+    """-inf at some columns, in whole blocks before the first finite logit, and at all but one column."""
+    logits = torch.randn(3, 9000)
+    logits[0, ::2] = -torch.inf
+    logits[1, :8500] = -torch.inf
+    logits[2, :8999] = -torch.inf
+    labels = torch.tensor([1, 8600, 8999])
+    ours = both_directions(logits, labels, torch.ones(3), torch.ones(3))
+    for mine, truth in zip(ours, plain_logprobs(logits.double(), labels)):
+        assert (mine.double() - truth).abs().max() < 1e-5, mine
+    assert torch.isfinite(ours[2]).all() and (ours[2][logits == -torch.inf] == 0).all()
+
+
+def check_a_maximum_that_rises():
+    """From block to block by as much as fp32's exponent can tell apart."""
+    logits = torch.randn(2, 13000) + torch.arange(13000) * 0.01
+    labels = torch.tensor([0, 12999])
+    ours = both_directions(logits, labels, torch.ones(2), torch.ones(2))
+    for mine, plain, truth in zip(ours, plain_logprobs(logits, labels), plain_logprobs(logits.double(), labels)):
+        assert_within_budget(mine, plain, truth, 1e-5)
+
+
+def check_ignored_rows_are_written():
+    """Outputs are poisoned first: what a kernel leaves unwritten reads as NaN."""
     logits = torch.randn(5, 37)
-    logits[0] -= 1e4
-    logits[1, ::2] = -torch.inf
     logits[2] = torch.nan
-    logits[3, :36] = -torch.inf
     labels = torch.tensor([3, 1, -100, 36, 0])
-    logprob, entropy, grad = both_directions(logits, labels, torch.randn(5), torch.randn(5))
+    with poisoned_buffers():
+        logprob, entropy, grad = both_directions(logits, labels, torch.randn(5), torch.randn(5))
     for x in (logprob, entropy, grad):
-        assert torch.isfinite(x).all()
-    assert logprob[2] == 0 and entropy[2] == 0 and (grad[2] == 0).all()
-    truth = plain_logprobs(logits.double()[[0, 1, 3, 4]], labels[[0, 1, 3, 4]])
-    assert (logprob[[0, 1, 3, 4]].double() - truth[0]).abs().max() < 1e-5
+        assert torch.isfinite(x).all() and (x[2] == 0).all()
 
 
-def test_rows_without_upstream_gradient_are_zero():
+@contextlib.contextmanager
+def poisoned_buffers():
+    empty = torch.empty
+    torch.empty = lambda *a, **k: x.fill_(torch.nan) if (x := empty(*a, **k)).is_floating_point() else x
+    try:
+        yield
+    finally:
+        torch.empty = empty
+
+
+def check_rows_without_gradient_are_not_read():
+    """Their logits turn into NaN after the forward: whoever reads them multiplies NaN by 0."""
     logits = torch.randn(4, 50)
-    g = torch.tensor([0.0, 1.0, 0.0, 2.0])
-    _, _, grad = both_directions(logits, torch.arange(4), g, torch.zeros(4))
-    assert (grad[[0, 2]] == 0).all() and (grad[[1, 3]] != 0).all()
+    store = logits.clone()
+    leaf = store.requires_grad_()
+    with use_backend("triton"):
+        out = token_logprobs(leaf, torch.tensor([0, 1, -100, 3]), entropy=True)
+        store.data[[0, 2]] = torch.nan
+        torch.autograd.backward([out.logprob_A, out.entropy_A], [torch.tensor([0.0, 1.0, 1.0, 0.0]), torch.zeros(4)])
+    assert (leaf.grad[[0, 2, 3]] == 0).all() and (leaf.grad[1] != 0).all()
+
+
+def check_gradient_in_place():
+    """The same bits as out of place, in the logits' own memory and strides; nothing beside them is touched."""
+    base = torch.full((6, 40), 7.0)
+    base[:, 3:36] = torch.randn(6, 33)
+    labels, upstream = torch.tensor([0, 32, -100, 4, 5, 6]), torch.tensor([1.0, -2.0, 3.0, 0.0, 0.5, 1.0])
+    expected = both_directions(base[:, 3:36], labels, upstream, upstream)[2]
+    store = base.clone()
+    view = store[:, 3:36]
+    leaf = torch.zeros(6, 33, requires_grad=True)
+    logits = Overwrite.apply(leaf, view)
+    with use_backend("triton"):
+        out = token_logprobs(logits, labels, entropy=True, inplace_backward=True)
+        torch.autograd.backward([out.logprob_A, out.entropy_A], [upstream, upstream])
+    assert torch.equal(leaf.grad, expected) and torch.equal(view, expected)
+    assert (store[:, :3] == 7).all() and (store[:, 36:] == 7).all()
+
+
+class Overwrite(torch.autograd.Function):
+    """A logit-producing operation that saves nothing: its output may be overwritten."""
+
+    @staticmethod
+    def forward(ctx, leaf, view):
+        return view.view_as(view)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clone(), None
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        check_all_negative_logits,
+        check_infinite_logits,
+        check_a_maximum_that_rises,
+        check_ignored_rows_are_written,
+        check_rows_without_gradient_are_not_read,
+        check_gradient_in_place,
+    ],
+)
+def test_hazard(check):
+    check()
+
+
+def test_whoever_saved_overwritten_logits_hears_of_it():
+    leaf = torch.randn(3, 8, requires_grad=True)
+    logits = leaf.exp()  # exp saves its output
+    with use_backend("triton"):
+        out = token_logprobs(logits, torch.arange(3), inplace_backward=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.logprob_A.sum().backward()
+    for refused, match in ((leaf, "must not be a leaf"), (leaf[:1].expand(3, 8), "must not be expanded")):
+        with pytest.raises(ValueError, match=match):
+            token_logprobs(refused, torch.arange(3), inplace_backward=True)
+
+
+def test_double_backward_is_refused_by_name():
+    leaf = torch.randn(3, 8, requires_grad=True)
+    with use_backend("triton"):
+        loss = token_logprobs(leaf, torch.arange(3)).logprob_A.sum()
+        with pytest.raises(RuntimeError, match="token_logprobs: double backward is not supported"):
+            torch.autograd.grad(loss, leaf, create_graph=True)
 
 
 def test_strided_views_and_expanded_gradients():
