@@ -159,9 +159,10 @@ class CriticConfig:
     """Where the critic comes from and how it is warmed up."""
 
     init: Literal["reward", "actor"] = key(
-        "reward", "start from the reward model, head included, or from the actor with a zero head"
+        "reward", "start from the reward model, its head on the scale of the reward, or from the actor with a zero head"
     )
     warmup_iterations: int = key(0, "first iterations in which only the critic learns", ge=0)
+    epochs: int = key(0, "the critic's passes over an iteration's experience; 0: as many as ppo_epochs", ge=0)
     optimizer: OptimizerConfig = key(OptimizerConfig(lr=1e-4), "AdamW of the critic")
 
 
@@ -233,6 +234,11 @@ class PPOConfig(Loadable):
     checkpoint_every: int = key(5, "iterations between checkpoints; the last one is always written", ge=1)
     keep_checkpoints: int = key(2, "checkpoints kept", ge=1)
     run: RunConfig = key(RunConfig(dir="runs/ppo"), "the run")
+
+    @property
+    def critic_epochs(self) -> int:
+        """The critic's passes over an iteration's experience."""
+        return self.critic.epochs or self.ppo_epochs
 
 
 @config_class

@@ -253,6 +253,28 @@ def test_critic_warm_up_leaves_the_actor_bit_identical(trainer):
     assert not tiny.same(tiny.parameters(run.actor), before)
 
 
+def test_the_critic_takes_its_own_number_of_passes(assembled, models, cluster):
+    _, under = assembled
+    experience = under(4096, 2)
+    for critic_epochs, steps in ((3, 6), (1, 2), (0, 4)):
+        config = tiny.ppo_config("unused", token_budget=4096, critic=CriticConfig(epochs=critic_epochs))
+        actor = tiny.role(models.actor, learns=UNCLIPPED)
+        critic = tiny.role(models.reward, "scalar", learns=UNCLIPPED)
+        outcome = Updater(config, actor, critic, CHUNK, cluster.data_group).run(experience, 0.0, 1)
+        assert (len(outcome.actor), len(outcome.critic)) == (4, steps)
+
+
+def test_a_critic_from_the_reward_model_starts_on_the_scale_of_the_reward(models, tmp_path):
+    folder = tmp_path / "scored"
+    models.reward.save_pretrained(folder)
+    (folder / "score_statistics.json").write_text('{"after": {"count": 10, "mean": 3.0, "std": 4.0}}')
+    config = tiny.ppo_config(tmp_path / "run", reward_model_weight=0.5)
+    with PPOTrainer(config, models.actor, tiny.tokenizer(), str(folder), tiny.PROMPTS) as run:
+        raw, critic = run.roles_by_name["reward"].model.head.weight, run.critic.model.head.weight
+        assert raw.abs().max() > 0
+        assert torch.equal(critic, raw * (0.5 / 4.0))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_skips_the_step(trainer, value):
     def spoil(run, experience):

@@ -31,6 +31,13 @@ class ScoreScaling:
         if start is not None:
             self.moments = _moments(start["count"], start["mean"], start["std"])
 
+    @property
+    def factor(self) -> float:
+        """What scores are multiplied by; 1 where nothing is known of them yet."""
+        if not (self.scale and self.moments.count > 0):
+            return 1.0
+        return 1.0 / max(self.moments.variance.sqrt().item(), _LEAST_STD)
+
     def update(self, score_N: Tensor, group: dist.ProcessGroup | None) -> None:
         """Take in an iteration's scores, reduced over `group`."""
         self.moments = self.moments.merge(masked_moments(score_N.double().cpu(), group=group))
@@ -40,8 +47,7 @@ class ScoreScaling:
         score_N = score_N.double()
         if self.shift:
             score_N = score_N - self.moments.mean.item()
-        if self.scale and self.moments.count > 0:
-            score_N = score_N / max(self.moments.variance.sqrt().item(), _LEAST_STD)
+        score_N = score_N * self.factor
         if self.clip:
             score_N = score_N.clamp(-self.clip, self.clip)
         return score_N.float()

@@ -58,15 +58,20 @@ class Updater:
     def run(
         self, experience: Experience, kl_coef: float, iteration: int, ptx: Sequence[Sequence[Example]] = ()
     ) -> UpdateOutcome:
-        """`ppo_epochs` passes of `minibatches` steps. `ptx`: one batch of examples per actor step, or none."""
+        """Passes of `minibatches` steps: `ppo_epochs` for the actor, `critic.epochs` for the critic.
+
+        `ptx`: one batch of examples per actor step, or none.
+        """
         outcome = UpdateOutcome()
         warming_up = iteration <= self.config.critic.warmup_iterations
-        for epoch in range(self.config.ppo_epochs):
+        actor_epochs = 0 if warming_up else self.config.ppo_epochs
+        for epoch in range(max(actor_epochs, self.config.critic_epochs)):
             for number, members in enumerate(self._minibatches(experience, iteration, epoch)):
-                if not warming_up:
+                if epoch < actor_epochs:
                     step = epoch * self.config.minibatches + number
                     self._actor_step(experience, members, kl_coef, ptx[step] if ptx else (), outcome)
-                self._critic_step(experience, members, outcome)
+                if epoch < self.config.critic_epochs:
+                    self._critic_step(experience, members, outcome)
         return outcome
 
     def _minibatches(self, experience: Experience, iteration: int, epoch: int) -> list[list[int]]:

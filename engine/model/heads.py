@@ -31,5 +31,10 @@ class ScalarHead(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1, config.hidden_size, dtype=torch.float32))
         self.weight.sequence_parallel = False
 
+    @torch.no_grad()
+    def scale_by(self, factor: float) -> None:
+        """Multiply every output from now on."""
+        self.weight.mul_(factor)
+
     def forward(self, hidden_RH: Tensor) -> Tensor:
         return nn.functional.linear(hidden_RH.float(), self.weight).squeeze(-1)

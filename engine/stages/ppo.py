@@ -94,14 +94,17 @@ class PPOTrainer(Trainer):
         check_lengths(config, self.prompts + self.eval_prompts, self.roles_by_name)
         self.actor, self.critic = self.roles_by_name["actor"], self.roles_by_name["critic"]
         self.roles = [self.actor, self.critic]
+        self.scaling = ScoreScaling(config, _saved_statistics(sources.model))
+        if critic is None and config.critic.init == "reward":
+            # The reward model's head speaks in raw scores, returns are on the scale of what is paid.
+            self.critic.model.head.scale_by(config.reward_model_weight * self.scaling.factor)
         self.total_steps = config.iterations
-        updates = config.ppo_epochs * config.minibatches
-        self.actor.learn(config.optimizer, max(1, (config.iterations - config.critic.warmup_iterations) * updates))
-        self.critic.learn(config.critic.optimizer, config.iterations * updates)
+        updates = (config.iterations - config.critic.warmup_iterations) * config.ppo_epochs * config.minibatches
+        self.actor.learn(config.optimizer, max(1, updates))
+        self.critic.learn(config.critic.optimizer, config.iterations * config.critic_epochs * config.minibatches)
         self.chunk_rows = resolve_chunk_rows(config.chunk_rows, pretrained.architecture)
         self.engine = RolloutEngine(self.actor.model, self.tokenizer, max_batch=config.max_batch)
         self.judge = Judge(self.roles_by_name.get("reward"), sources.function, self.tokenizer)
-        self.scaling = ScoreScaling(config, _saved_statistics(sources.model))
         self.assessor = Assessor(
             config, self.engine, self.judge, self.actor, self.roles_by_name["reference"], self.chunk_rows
         )
