@@ -19,6 +19,8 @@ from .types import VocabShard
 
 BLOCK = 1024
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+# top_p travels in units of 2^-53: a float argument would round it to fp32, which a tie can show.
+WHOLE = tl.constexpr(1 << 53)
 
 
 @triton.jit
@@ -128,7 +130,7 @@ def _leading(row_ptr, columns, temperature, peak, last, cut, target, WEIGHTED: t
     return found, edge
 
 
-@triton.jit(do_not_specialize=range(17), do_not_specialize_on_alignment=range(17))
+@triton.jit(do_not_specialize=range(16), do_not_specialize_on_alignment=range(16))
 def sample_tokens_kernel(
     logits_ptr,
     ids_ptr,
@@ -163,8 +165,9 @@ def sample_tokens_kernel(
         top = tl.where(top == -float("inf"), 0.0, top)
         if top_k > 0:
             last, cut = _leading(row_ptr, columns, temperature, top, last, cut, top_k, False, BLOCK)
-        if top_p < 1.0:
-            last, cut = _leading(row_ptr, columns, temperature, top, last, cut, top_p, True, BLOCK)
+        if top_p < WHOLE:
+            share = top_p.to(tl.float64) / WHOLE
+            last, cut = _leading(row_ptr, columns, temperature, top, last, cut, share, True, BLOCK)
 
     best = tl.full((), -float("inf"), tl.float32)
     chosen = tl.full((), -float("inf"), tl.float32)
@@ -240,7 +243,7 @@ def sample_tokens(
                 temperature,
                 noisy,
                 top_k,
-                top_p,
+                round(top_p * WHOLE.value),
                 TRUNCATE=bool(top_k or top_p < 1.0),
                 BLOCK=BLOCK,
                 **OPTIONS,
