@@ -27,9 +27,10 @@ ppo: install  ## the whole recipe on a small example: text to PPO to an exported
 test: install  ## all tests that this machine can run
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(TEST_OPTIONS) tests
 
-check: install  ## lint, format, import direction
+check: install  ## lint, format, import direction, and that every kernel has its reference, test and bench
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) tools/check_kernels.py
 	$(PY) -m pytest -q tests/test_imports.py
 
 format: install  ## rewrite to the house format

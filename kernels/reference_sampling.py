@@ -1,8 +1,9 @@
 """Layout-invariant sampling: the arg-max of logits plus Gumbel noise that depends on nothing but who is asking.
 
 The noise of a candidate is a hash of (seed, sequence id, position, global vocabulary id). Batch order, batch size and
-the split of the vocabulary over ranks do not enter, so neither do they enter the token. Ranks exchange (maximum, id)
-and the statistics of the row; top-k and top-p, which are for evaluation, gather the whole row instead.
+the split of the vocabulary over ranks do not enter, so neither do they enter the token. A rank sends its best perturbed
+logit, that candidate's id and plain logit, and its log-sum-exp, never its logits; what top-k and top-p need besides is
+in reference_truncation.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ def exponential_noise(keys: tuple[Tensor, Tensor], start: int, size: int) -> Ten
 
 @dataclass(frozen=True)
 class Draw:
-    """What a rank knows of each row [N] from its own columns: the best perturbed logit, its global id (the largest int64
-    where there is no column), its own logit, and the log-sum-exp of the columns."""
+    """What a rank knows of each row [N] from its own columns: the best perturbed logit, its global id (the largest
+    int64 where there is no column), its own logit, and the log-sum-exp of the columns."""
 
     perturbed: Tensor
     token: Tensor
@@ -119,10 +120,9 @@ def sample_tokens(
         return merge_draws(_draw(z, perturbed, start), shard)
 
 
-def scaled_rows(
-    logits_NV: Tensor, temperature: float, top_k: int, top_p: float, shard: VocabShard | None
-) -> Tensor:
-    """Valid columns over the temperature, -inf where top-k or top-p drops them: the log-weights that are sampled from."""
+def scaled_rows(logits_NV: Tensor, temperature: float, top_k: int, top_p: float, shard: VocabShard | None) -> Tensor:
+    """Valid columns over the temperature, -inf where top-k or top-p drops them: the log-weights that are sampled
+    from."""
     if shard is not None:
         logits_NV = logits_NV[:, : shard.valid]
     z = logits_NV.to(wide_dtype(logits_NV))

@@ -1,9 +1,10 @@
 """top-k and top-p in plain PyTorch: by sorting where the row is whole, by a search over thresholds where it is not.
 
-Both keep the top_k largest, then of those the smallest set of mass >= top_p; among equals the lowest ids stay. Masses are
-fp64, so that the two ways disagree only where a mass lies within 1e-15 of top_p. Over a sharded vocabulary no logit
-travels: 32 rounds find the last value that is kept, bit by bit, with one number per row and rank in each, and one round of
-three numbers settles its equals. top_k and top_p together: 66 small gathers and one of peaks, whatever the vocabulary.
+Both keep the top_k largest, then of those the smallest set of mass >= top_p; among equals the lowest ids stay. Masses
+are fp64, so that the two ways disagree only where a mass lies within 1e-15 of top_p. Over a sharded vocabulary no
+logit travels: 32 rounds find the last value that is kept, bit by bit, with one number per row and rank in each, and
+one round of three numbers settles its equals. top_k and top_p together: 66 small gathers and one of peaks, whatever
+the vocabulary.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def order_key(z: Tensor) -> Tensor:
 
 
 def _leading(key: Tensor, kept: Tensor, weight: Tensor, target: Tensor, shard: VocabShard) -> Tensor:
-    """Of the columns in `kept`, largest first and lowest id first among equals, those before which less than `target` of
-    weight lies."""
+    """Of the columns in `kept`, largest first and lowest id first among equals, those before which less than `target`
+    of weight lies."""
     weight = torch.where(kept, weight, 0.0)
 
     def total(chosen: Tensor) -> Tensor:
@@ -66,7 +67,9 @@ def _leading(key: Tensor, kept: Tensor, weight: Tensor, target: Tensor, shard: V
     above = torch.where(key > last[:, None], weight, 0.0).sum(-1)
     one = share.amax(-1) if share.shape[1] else torch.zeros_like(above)
     start = torch.full_like(above, shard.start)
-    above_R, one_R, count_R, start_R = gather_ranks(torch.stack([above, one, equal.double().sum(-1), start]), shard).unbind(1)
+    above_R, one_R, count_R, start_R = gather_ranks(
+        torch.stack([above, one, equal.double().sum(-1), start]), shard
+    ).unbind(1)
     before = torch.where(start_R < shard.start, count_R, 0.0).sum(0)
     rank = before[:, None] + equal.double().cumsum(-1) - 1
     fits = above_R.sum(0)[:, None] + rank * one_R.amax(0)[:, None] < target[:, None]

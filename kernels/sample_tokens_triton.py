@@ -1,9 +1,9 @@
 """sample_tokens in Triton: one program per row reads it once for the draw and the log-prob of what was drawn.
 
-The hash of a candidate is that of reference_sampling, bit for bit. Departing from it, -log1p(-u) is log(1 - u) rescaled by
-u / (1 - (1 - u)), which undoes the rounding of 1 - u (Kahan), and the log-sum-exp runs along with the maximum. top-k and
-top-p need no sort: the last value that is kept is found bit by bit, with a count or a mass over the row in each of 32 steps
-(the row stays in the cache), and an id settles its equals.
+The hash of a candidate is that of reference_sampling, bit for bit. Departing from it, -log1p(-u) is log(1 - u)
+rescaled by u / (1 - (1 - u)), which undoes the rounding of 1 - u (Kahan), and the log-sum-exp runs along with the
+maximum. top-k and top-p need no sort: the last value that is kept is found bit by bit, with a count or a mass over
+the row in each of 32 steps (the row stays in the cache), and an id settles its equals.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def _survives(key, at, last, cut):
 
 @triton.jit
 def _leading(row_ptr, columns, temperature, peak, last, cut, target, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
-    """Narrows (last, cut), the last value that survives and the last id among its equals, to the columns before which less
-    than `target` lies: `target` of their number, or where WEIGHTED of the mass of what survived so far."""
+    """Narrows (last, cut), the last value that survives and the last id among its equals, to the columns before which
+    less than `target` lies: `target` of their number, or where WEIGHTED of the mass of what survived so far."""
     lane = tl.arange(0, BLOCK)
     if WEIGHTED:
         mass = tl.zeros((BLOCK,), tl.float64)

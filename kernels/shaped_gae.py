@@ -38,8 +38,8 @@ def shaped_gae(
     Returns ShapedGAE in fp32 (fp64 if an input is), without gradient; kl_N sums the estimator over each response,
     unscaled; moments are of the unmasked advantages of this rank (reduce them before whitening).
     Raises TypeError or ValueError naming the argument; a nonzero score with no unmasked action to land on is refused.
-    On a device nothing is read back: there boundaries are the caller's word, and a score without an action turns kl_N of
-    its response and the mean of the moments into NaN instead.
+    On a device nothing is read back: there boundaries are the caller's word, and a score without an action turns kl_N
+    of its response and the mean of the moments into NaN instead.
     """
     op = "shaped_gae"
     on_cpu = getattr(score_N, "device", None) == CPU
@@ -99,5 +99,6 @@ def _check_scores(op: str, shaped: ShapedGAE, score_N: Tensor, cu_actions: Tenso
         if homeless_N.any():
             n = int(homeless_N.nonzero()[0])
             raise ValueError(
-                f"{op}: score_N must be 0 for a response without unmasked actions, got {float(score_N[n])} at sequence {n}"
+                f"{op}: score_N must be 0 for a response without unmasked actions, got {float(score_N[n])} at "
+                f"sequence {n}"
             )

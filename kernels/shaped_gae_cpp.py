@@ -1,4 +1,4 @@
-"""shaped_gae on CPU threads: prepares arrays for the C++ routine (csrc/shaped_gae.hpp), which does everything in one pass.
+"""shaped_gae on CPU threads: prepares arrays for the C++ routine (csrc/shaped_gae.hpp), which does all in one pass.
 
 Departing from the reference: sequences are walked once, from their ends, and nothing but the results is written.
 Streams in another dtype than fp32 or fp64 are widened first; contiguous ones of that dtype are read in place.

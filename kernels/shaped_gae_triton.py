@@ -1,14 +1,16 @@
 """shaped_gae in Triton: one launch over the packed action stream, a segmented scan whose carry crosses programs.
 
-With `pending` = gamma * V of the entry behind plus the score until an unmasked entry takes it, an unmasked entry maps the
-state (A, pending) to (decay * A + pending + reward - value, gamma * value) and a masked one to itself. Both are affine,
-A' = a A + b pending + c and pending' = e pending + d, so maps compose and a run of entries is an associative scan.
+With `pending` = gamma * V of the entry behind plus the score until an unmasked entry takes it, an unmasked entry maps
+the state (A, pending) to (decay * A + pending + reward - value, gamma * value) and a masked one to itself. Both are
+affine, A' = a A + b pending + c and pending' = e pending + d, so maps compose and a run of entries is an associative
+scan.
 
-Every sequence is cut into chunks from its end. A chunk is one row of a program's tile; the place of chunk k of sequence n
-is cu[n] // CHUNK + n + k, which leaves no two in one place, so programs find their sequences by search alone. A program
-scans its rows, publishes the map of each, waits for the programs before it that hold later entries of the same sequence,
-and applies the maps of those chunks in their order. Programs draw tickets, so whoever is waited for already runs.
-Neither timing nor the batch around a sequence enters its arithmetic: the bits repeat, alone or in company.
+Every sequence is cut into chunks from its end. A chunk is one row of a program's tile; the place of chunk k of
+sequence n is cu[n] // CHUNK + n + k, which leaves no two in one place, so programs find their sequences by search
+alone. A program scans its rows, publishes the map of each, waits for the programs before it that hold later entries
+of the same sequence, and applies the maps of those chunks in their order. Programs draw tickets, so whoever is waited
+for already runs. Neither timing nor the batch around a sequence enters its arithmetic: the bits repeat, alone or in
+company.
 """
 
 from __future__ import annotations

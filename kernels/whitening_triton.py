@@ -68,9 +68,7 @@ def masked_moments_kernel(
 
 
 @triton.jit
-def whiten_kernel(
-    x_ptr, count_ptr, mean_ptr, m2_ptr, out_ptr, size, eps, MODE: tl.constexpr, BLOCK: tl.constexpr
-):
+def whiten_kernel(x_ptr, count_ptr, mean_ptr, m2_ptr, out_ptr, size, eps, MODE: tl.constexpr, BLOCK: tl.constexpr):
     """MODE: shift subtracts the mean, keep leaves it in, gradient is the derivative of either."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = at < size

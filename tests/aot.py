@@ -17,8 +17,8 @@ class Usage:
 
 
 def compiled_usage(kernel, signature, constants, capability, options, aligned=True):
-    """What `kernel` occupies on an sm_<capability>. aligned: pointers are known to be multiples of 16 bytes, as a launch
-    on whole tensors finds them; the other specialisation is what a launch on odd views selects."""
+    """What `kernel` occupies on an sm_<capability>. aligned: pointers are known to be multiples of 16 bytes, as a
+    launch on whole tensors finds them; the other specialisation is what a launch on odd views selects."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -59,7 +59,10 @@ def test_context_beats_environment_and_names_beat_the_general(monkeypatch):
 
 
 def test_a_named_backend_that_cannot_run_is_an_error_that_says_what_to_do(monkeypatch):
-    with use_backend("triton"), pytest.raises(RuntimeError, match=r"pack_padded.*has none; choose one of reference or auto"):
+    with (
+        use_backend("triton"),
+        pytest.raises(RuntimeError, match=r"pack_padded.*has none; choose one of reference or auto"),
+    ):
         chosen("pack_padded")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with (

@@ -1,5 +1,7 @@
 """sample_tokens in Triton under the interpreter (run by test_sample_tokens_triton.py)."""
 
+import sys
+
 import pytest
 import torch
 import triton
@@ -17,7 +19,7 @@ def draw(logits, backend="triton", seed=0, ids=None, positions=None, block=64, t
     n = logits.shape[0]
     ids = torch.arange(n) * 1_000_003 if ids is None else ids
     positions = torch.arange(n) if positions is None else positions
-    module = dispatch._load("sample_tokens", "triton").__globals__
+    module = vars(sys.modules[dispatch._load("sample_tokens", "triton").__module__])
     saved, module["BLOCK"] = module["BLOCK"], block
     try:
         with use_backend(backend), record_launches() as launches:
