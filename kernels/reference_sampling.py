@@ -87,13 +87,12 @@ class Draw:
 
 def merge_draws(mine: Draw, shard: VocabShard) -> tuple[Tensor, Tensor]:
     """(token_N, logprob_N) of the whole rows. One gather of four numbers per row, merged in rank order in fp64."""
-    packed = torch.stack([x.double() for x in (mine.perturbed, mine.logit, mine.lse)])
-    best_RN, logit_RN, lse_RN = gather_ranks(packed, shard).unbind(1)
-    token_RN = gather_ranks(mine.token, shard)
-    winner = torch.where(best_RN == best_RN.amax(0), token_RN, torch.iinfo(torch.int64).max)
-    token_N, rank_N = winner.min(0)
+    # An id is exact in fp64; the largest int64 of a rank without columns rounds, and loses to every id.
+    packed = torch.stack([x.double() for x in (mine.perturbed, mine.token, mine.logit, mine.lse)])
+    best_RN, token_RN, logit_RN, lse_RN = gather_ranks(packed, shard).unbind(1)
+    token_N, rank_N = torch.where(best_RN == best_RN.amax(0), token_RN, torch.inf).min(0)
     logit_N = logit_RN.gather(0, rank_N[None]).squeeze(0)
-    return token_N, (logit_N - torch.logsumexp(lse_RN, 0)).to(mine.logit.dtype)
+    return token_N.long(), (logit_N - torch.logsumexp(lse_RN, 0)).to(mine.logit.dtype)
 
 
 def sample_tokens(
