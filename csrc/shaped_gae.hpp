@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <limits>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -154,7 +155,11 @@ class ShapedGAE {
     } else {
       std::fill(kl, kl + size, T(0));
     }
-    for (int64_t i = 0; i < size; ++i) reward[i] = -coef * kl[i];
+    if (coef == 0) {  // and not 0 times what may be infinite
+      std::fill(reward, reward + size, T(0));
+    } else {
+      for (int64_t i = 0; i < size; ++i) reward[i] = -coef * kl[i];
+    }
     if (in_.token_reward.data) {
       const T* extra = in_.token_reward.data + low;
       for (int64_t i = 0; i < size; ++i) reward[i] += extra[i];
@@ -260,7 +265,11 @@ Moments shaped_gae(const GAEInput<T>& in, const GAEOutput<T>& out, int64_t threa
     for (int64_t g = next++; g < groups; g = next++) parts[g] = gae.run(cuts[g], cuts[g + 1]);
   };
   std::vector<std::thread> helpers;
-  for (int64_t t = 1; t < std::min(threads, groups); ++t) helpers.emplace_back(work);
+  try {
+    for (int64_t t = 1; t < std::min(threads, groups); ++t) helpers.emplace_back(work);
+  } catch (const std::system_error&) {
+    // No more threads are to be had: the ones that there are do the work.
+  }
   work();
   for (std::thread& helper : helpers) helper.join();
   for (T* x : {out.advantage, out.returns, out.reward}) std::fill(x + in.cu_actions[sequences], x + in.value.size, T(0));

@@ -133,7 +133,10 @@ def shaped_gae_kernel(
     coef = kl_coef
     if kl_coef_size > 0:
         coef = tl.load(kl_coef_ptr)
-    reward = -coef * kl + tl.load(token_reward_ptr + t, mask=keep & (t < token_reward_size), other=0.0)
+    # A coefficient of 0 takes the penalty out, also where it is infinite.
+    reward = tl.where(coef != 0.0, -coef * kl, 0.0) + tl.load(
+        token_reward_ptr + t, mask=keep & (t < token_reward_size), other=0.0
+    )
 
     a = tl.where(keep, decay, 1.0)
     b = tl.where(keep, 1.0, 0.0)

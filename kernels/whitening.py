@@ -26,8 +26,8 @@ def whiten(x: Tensor, moments: Moments, *, shift_mean: bool = True, eps: float =
     """(x - mean) * rsqrt(variance + eps) with the population variance of `moments`; plus the mean if not shift_mean.
 
     x: floating, any shape. Returns fp32 (fp64 for fp64 x). Shift advantages; do not shift rewards.
-    The gradient is that by x alone. Raises TypeError for anything but floating x and Moments, ValueError for eps < 0 and
-    for moments on another device.
+    The gradient is that by x alone. Raises TypeError for anything but floating x and Moments, ValueError for eps < 0
+    and for moments on another device.
     """
     op = "whiten"
     checks.floating(op, "x", x, (None,) * getattr(x, "ndim", 1))

@@ -192,8 +192,8 @@ SHAPED_GAE = _mutants(
     ),
     (
         "the penalty is added, not subtracted",
-        "reward = -coef * kl",
-        "reward = coef * kl",
+        "-coef * kl, 0.0)",
+        "coef * kl, 0.0)",
         "check_error_budget",
         {"lengths": [3]},
     ),

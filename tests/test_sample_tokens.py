@@ -145,7 +145,7 @@ def test_wrong_dtypes_and_devices_are_refused_by_name():
         draw(torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(TypeError, match="positions must be int32 or int64"):
         draw(torch.zeros(2, 3), positions=torch.zeros(2))
-    with pytest.raises(ValueError, match="sequence_ids must be on cpu .* got meta"):
+    with pytest.raises(ValueError, match=r"sequence_ids must be on cpu .* got meta"):
         draw(torch.zeros(2, 3), ids=torch.zeros(2, dtype=torch.long, device="meta"))
 
 

@@ -116,6 +116,12 @@ def test_kl_is_reported_unscaled_and_inputs_are_left_alone(backend):
     assert out.advantage_A.dtype == out.reward_A.dtype == torch.float32 and not out.advantage_A.requires_grad
 
 
+def test_a_coefficient_of_zero_takes_the_penalty_out_even_where_it_is_infinite(backend):
+    none = torch.zeros(2)
+    out = shaped_gae(none[:1], none, none, none - torch.inf, torch.tensor([0, 2]), kl_coef=0.0)
+    assert (out.reward_A == 0).all() and out.kl_N.isinf().all()
+
+
 def test_critic_returns_include_the_kl_like_the_advantages(backend):
     streams = batch([5], dtype=torch.float64)
     out = shaped_gae(*streams, kl_coef=0.2)
