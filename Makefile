@@ -30,9 +30,10 @@ test: install  ## all tests that this machine can run, but those that take minut
 test-long: install  ## the tests that take minutes each
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m long tests
 
-check: install  ## lint, format, import direction
+check: install  ## lint, format, import direction, and that every kernel has its reference, test and bench
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) tools/check_kernels.py
 	$(PY) -m pytest -q tests/test_imports.py
 
 format: install  ## rewrite to the house format

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -26,6 +27,20 @@ Span<T> view(const char* name, const py::array& array) {
   require(array.size() == 0 || array.strides(0) == static_cast<py::ssize_t>(sizeof(T)), name,
           ": expected a contiguous array, got stride ", array.strides(0), " bytes");
   return {static_cast<const T*>(array.data()), static_cast<int64_t>(array.size())};
+}
+
+// An absent array is an empty view without data.
+template <typename T>
+Span<T> view(const char* name, const std::optional<py::array>& array) {
+  return array ? view<T>(name, *array) : Span<T>{};
+}
+
+// An array that the caller allocated for a result.
+template <typename T>
+T* writable(const char* name, py::array& array, int64_t size) {
+  const Span<T> checked = view<T>(name, array);
+  require(checked.size == size, name, ": expected ", size, " entries, got ", checked.size);
+  return static_cast<T*>(array.mutable_data());
 }
 
 template <typename T>

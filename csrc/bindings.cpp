@@ -1,12 +1,14 @@
-// icegrt._C: the table of contents. One operation per header; arrays are int64 and contiguous; work runs without the GIL.
+// icegrt._C: the table of contents. One operation per header; arrays are contiguous; work runs without the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <string>
 
 #include "arrays.hpp"
 #include "balance.hpp"
 #include "pack.hpp"
+#include "shaped_gae.hpp"
 
 namespace py = pybind11;
 using namespace icegrt;
@@ -55,13 +57,56 @@ py::tuple py_balance(const py::array& lengths, const std::optional<py::array>& c
                         hand_over(std::move(plan.bin_tokens)));
 }
 
+using Optional = std::optional<py::array>;
+
+template <typename T>
+py::tuple py_shaped_gae(const py::array& score, const py::array& value, const py::array& logprob, const Optional& ref,
+                         const py::array& cu_actions, const Optional& bootstrap, const Optional& mask,
+                         const Optional& token_reward, py::array advantage, py::array returns, py::array reward,
+                         py::array kl, const std::string& estimator, double kl_coef, double gamma, double lam,
+                         int64_t threads) {
+  GAEInput<T> in;
+  in.score = view<T>("score_N", score);
+  in.value = view<T>("value_A", value);
+  in.logprob = view<T>("logprob_A", logprob);
+  in.ref_logprob = view<T>("ref_logprob_A", ref);
+  in.bootstrap = view<T>("bootstrap_N", bootstrap);
+  in.token_reward = view<T>("token_reward_A", token_reward);
+  in.mask = view<uint8_t>("mask_A", mask);
+  in.cu_actions = view<int64_t>("cu_actions", cu_actions);
+  in.kl_coef = static_cast<T>(kl_coef);
+  in.gamma = static_cast<T>(gamma);
+  in.decay = static_cast<T>(gamma * lam);
+  in.estimator = kl_estimator(estimator);
+  const int64_t actions = in.value.size;
+  const GAEOutput<T> out{writable<T>("advantage_A", advantage, actions), writable<T>("return_A", returns, actions),
+                         writable<T>("reward_A", reward, actions), writable<T>("kl_N", kl, in.score.size)};
+  Moments moments;
+  {
+    py::gil_scoped_release release;
+    moments = shaped_gae(in, out, threads);
+  }
+  return py::make_tuple(moments.count, moments.mean, moments.m2);
+}
+
+template <typename T>
+void def_shaped_gae(py::module_& m, const char* name) {
+  m.def(name, &py_shaped_gae<T>, py::arg("score_N"), py::arg("value_A"), py::arg("logprob_A"), py::arg("ref_logprob_A"),
+        py::arg("cu_actions"), py::arg("bootstrap_N"), py::arg("mask_A"), py::arg("token_reward_A"),
+        py::arg("advantage_A"), py::arg("return_A"), py::arg("reward_A"), py::arg("kl_N"), py::arg("kl_estimator"),
+        py::arg("kl_coef"), py::arg("gamma"), py::arg("lam"), py::arg("threads"),
+        "Rewards, GAE, returns and KL into the arrays given for them -> (count, mean, m2) of the advantages.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Rollout batching in C++. Use icegrt.packing; these functions take raw int64 arrays.";
+  m.doc() = "Rollout batching and CPU kernels in C++. Use icegrt.packing and icegrt.kernels; these take raw arrays.";
   m.def("pack", &py_pack, py::arg("prompt_tokens"), py::arg("prompt_offsets"), py::arg("response_tokens"),
         py::arg("response_offsets"), py::arg("mask_offsets"), py::arg("tail_multiple"), py::arg("tail_token"),
         "Ragged prompts and responses -> token stream and action stream.");
   m.def("balance", &py_balance, py::arg("lengths"), py::arg("costs"), py::arg("token_budget"), py::arg("ranks"),
         py::arg("round_to"), "Sequences -> (micro-batches per rank, order, offsets, tokens per micro-batch).");
+  def_shaped_gae<float>(m, "shaped_gae_float32");
+  def_shaped_gae<double>(m, "shaped_gae_float64");
 }

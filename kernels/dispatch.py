@@ -2,9 +2,9 @@
 
 Order of authority: `use_backend` (innermost first, an operation's own name before the general one), then the
 environment variable ICEGRT_BACKEND ("reference", or "token_logprobs=triton,shaped_gae=reference"), then auto.
-auto takes Triton for CUDA tensors where it is installed; otherwise PyTorch in chunks ("chunked") where an operation has
-it, since its plain meaning takes much memory, and the reference where not. A backend that is asked for by name is used
-or is an error: a silent fallback would make a benchmark or a test lie.
+auto takes the first of these that an operation has and that can run: Triton for CUDA tensors, C++ for CPU tensors,
+PyTorch in chunks ("chunked", where the plain meaning takes much memory), the reference. A backend that is asked for by
+name is used or is an error: a silent fallback would make a benchmark or a test lie.
 """
 
 from __future__ import annotations
@@ -48,11 +48,24 @@ IMPLEMENTATIONS = MappingProxyType(
             "reference": "reference:ppo_policy_loss",
         },
         "value_loss": {"triton": "value_loss_triton:value_loss", "reference": "reference:value_loss"},
-        "kl_divergence": {"reference": "reference:kl_divergence"},
-        "shaped_gae": {"triton": "shaped_gae_triton:shaped_gae", "reference": "reference_gae:shaped_gae"},
-        "masked_moments": {"reference": "reference:masked_moments"},
-        "whiten": {"reference": "reference:whiten"},
-        "sample_tokens": {"reference": "reference_sampling:sample_tokens"},
+        "kl_divergence": {
+            "triton": "kl_divergence_triton:kl_divergence",
+            "reference": "reference:kl_divergence",
+        },
+        "shaped_gae": {
+            "triton": "shaped_gae_triton:shaped_gae",
+            "cpp": "shaped_gae_cpp:shaped_gae",
+            "reference": "reference_gae:shaped_gae",
+        },
+        "masked_moments": {
+            "triton": "whitening_triton:masked_moments",
+            "reference": "reference:masked_moments",
+        },
+        "whiten": {"triton": "whitening_triton:whiten", "reference": "reference:whiten"},
+        "sample_tokens": {
+            "triton": "sample_tokens_triton:sample_tokens",
+            "reference": "reference_sampling:sample_tokens",
+        },
         "pack_padded": {"reference": "pack_padded:pack_rows"},
     }
 )
@@ -123,9 +136,11 @@ def _resolve(op: str, device: str, supported: bool) -> tuple[str, str]:
     if wanted != "auto":
         _require(op, wanted, device, supported, source)
         return wanted, source
-    usable = device == "cuda" and supported and "triton" in IMPLEMENTATIONS[op] and _installed("triton")
-    plain = "chunked" if "chunked" in IMPLEMENTATIONS[op] else "reference"
-    return ("triton" if usable else plain), "auto"
+    for backend in ("triton", "cpp", "chunked"):
+        runs = {"triton": device == "cuda" and supported, "cpp": device == "cpu", "chunked": True}[backend]
+        if runs and backend in IMPLEMENTATIONS[op] and _installed(backend):
+            return backend, "auto"
+    return "reference", "auto"
 
 
 def _wanted(op: str) -> tuple[str, str]:
@@ -161,6 +176,8 @@ def _require(op: str, backend: str, device: str, supported: bool, source: str) -
             f"{op}: backend 'triton' was asked for by {source}, but the tensors are on {device!r}; move them to a CUDA "
             f"device, or set TRITON_INTERPRET=1 before the first import{hint}"
         )
+    if backend == "cpp" and device != "cpu":
+        raise RuntimeError(f"{op}: backend 'cpp' was asked for by {source} and runs on the CPU, got {device!r}{hint}")
     if backend == "triton" and not supported:
         raise RuntimeError(f"{op}: backend 'triton' was asked for by {source} and computes in fp32, got fp64{hint}")
 

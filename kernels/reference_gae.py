@@ -8,6 +8,8 @@ sum of 2^k deltas of its own sequence.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -57,12 +59,14 @@ def shaped_gae(
     def spread(x_R: Tensor) -> Tensor:
         return torch.zeros(value_A.shape, dtype=dtype, device=value_A.device).index_copy_(0, index_R, x_R)
 
+    homeless_N = ~filled_N & (score_N != 0)
+    moments = reference.masked_moments(advantage_R)
     return ShapedGAE(
         advantage_A=spread(advantage_R),
         return_A=spread(advantage_R + value_R),
         reward_A=spread(reward_R),
-        kl_N=_sum_by_sequence(kl_R, length_N),
-        moments=reference.masked_moments(advantage_R),
+        kl_N=_sum_by_sequence(kl_R, length_N).masked_fill(homeless_N, torch.nan),
+        moments=replace(moments, mean=moments.mean.masked_fill(homeless_N.any(), torch.nan)),
     )
 
 

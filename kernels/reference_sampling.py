@@ -1,18 +1,21 @@
 """Layout-invariant sampling: the arg-max of logits plus Gumbel noise that depends on nothing but who is asking.
 
 The noise of a candidate is a hash of (seed, sequence id, position, global vocabulary id). Batch order, batch size and
-the split of the vocabulary over ranks do not enter, so neither do they enter the token. Ranks exchange (maximum, id)
-and the statistics of the row; top-k and top-p, which are for evaluation, gather the whole row instead.
+the split of the vocabulary over ranks do not enter, so neither do they enter the token. A rank sends its best perturbed
+logit, that candidate's id and plain logit, and its log-sum-exp, never its logits; what top-k and top-p need besides is
+in reference_truncation.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .checks import wide_dtype
-from .reference_rows import local_rows, merge_rows
+from .reference_rows import local_rows
+from .reference_truncation import gather_ranks, truncate, truncate_sharded
 from .types import VocabShard
 
 _WORD = 1 << 64
@@ -46,12 +49,8 @@ def _shift_xor_(x: Tensor, scratch: Tensor, shift: int) -> None:
     x ^= scratch.bitwise_and_((1 << (32 - shift)) - 1)
 
 
-def exponential_noise(keys: tuple[Tensor, Tensor], start: int, size: int) -> Tensor:
-    """[N, size] fp32 draws from Exp(1); minus their logarithm is Gumbel noise.
-
-    The uniform keeps all of 31 bits near 0, where -log1p(-u) is smallest: the smallest draw decides, and coarse steps
-    there would let ties favour low ids in a large vocabulary.
-    """
+def candidate_bits(keys: tuple[Tensor, Tensor], start: int, size: int) -> Tensor:
+    """[N, size] int32 in [0, 2^31): the hash of each candidate."""
     ids = torch.arange(start, start + size, device=keys[0].device, dtype=torch.int64)
     ids = (ids * _ID_STEP).to(torch.int32)
     x = ids[None, :] + keys[0][:, None]
@@ -62,8 +61,38 @@ def exponential_noise(keys: tuple[Tensor, Tensor], start: int, size: int) -> Ten
     _shift_xor_(x, scratch, 15)
     x *= _signed(_ID_B, 32)
     _shift_xor_(x, scratch, 16)
-    u = x.bitwise_and_((1 << 31) - 1).to(torch.float32)
+    return x.bitwise_and_((1 << 31) - 1)
+
+
+def exponential_noise(keys: tuple[Tensor, Tensor], start: int, size: int) -> Tensor:
+    """[N, size] fp32 draws from Exp(1); minus their logarithm is Gumbel noise.
+
+    The uniform keeps all of 31 bits near 0, where -log1p(-u) is smallest: the smallest draw decides, and coarse steps
+    there would let ties favour low ids in a large vocabulary.
+    """
+    u = candidate_bits(keys, start, size).to(torch.float32)
     return u.add_(0.5).mul_(-(2.0**-31)).clamp_(min=-(1 - 2.0**-24)).log1p_().neg_()
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a rank knows of each row [N] from its own columns: the best perturbed logit, its global id (the largest
+    int64 where there is no column), its own logit, and the log-sum-exp of the columns."""
+
+    perturbed: Tensor
+    token: Tensor
+    logit: Tensor
+    lse: Tensor
+
+
+def merge_draws(mine: Draw, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """(token_N, logprob_N) of the whole rows. One gather of four numbers per row, merged in rank order in fp64."""
+    # An id is exact in fp64; the largest int64 of a rank without columns rounds, and loses to every id.
+    packed = torch.stack([x.double() for x in (mine.perturbed, mine.token, mine.logit, mine.lse)])
+    best_RN, token_RN, logit_RN, lse_RN = gather_ranks(packed, shard).unbind(1)
+    token_N, rank_N = torch.where(best_RN == best_RN.amax(0), token_RN, torch.inf).min(0)
+    logit_N = logit_RN.gather(0, rank_N[None]).squeeze(0)
+    return token_N.long(), (logit_N - torch.logsumexp(lse_RN, 0)).to(mine.logit.dtype)
 
 
 def sample_tokens(
@@ -78,69 +107,37 @@ def sample_tokens(
     shard: VocabShard | None,
 ) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
-        if (top_k or top_p < 1.0) and shard is not None and shard.group is not None:
-            logits_NV, shard = _gather_rows(logits_NV, shard), None
-        if shard is not None:
-            logits_NV = logits_NV[:, : shard.valid]
-        z = logits_NV.to(wide_dtype(logits_NV))
-        if temperature > 0 and temperature != 1.0:
-            z = z / temperature
-        if temperature > 0 and (top_k or top_p < 1.0):
-            z = _truncate(z, top_k, top_p)
+        z = scaled_rows(logits_NV, temperature, top_k, top_p, shard)
         start = 0 if shard is None else shard.start
         perturbed = z
         if temperature > 0 and z.shape[1]:
             noise = exponential_noise(row_keys(seed, sequence_ids, positions), start, z.shape[1])
             perturbed = noise.log_().neg_().add_(z) if z.dtype == torch.float32 else z - noise.to(z.dtype).log()
-        token_N = _argmax(perturbed, start, shard)
-        local, _, _ = local_rows(z, token_N, shard, False)
-        return token_N, merge_rows(local, shard).logprob()
+        if shard is None or shard.group is None:
+            token_N = perturbed.max(dim=-1).indices  # the first of equal maxima
+            return token_N, local_rows(z, token_N, shard, False)[0].logprob()
+        return merge_draws(_draw(z, perturbed, start), shard)
 
 
-def _argmax(perturbed: Tensor, start: int, shard: VocabShard | None) -> Tensor:
-    """Global id of each row's maximum, the lowest id among equals."""
-    if perturbed.shape[1]:
-        best, token = perturbed.max(dim=-1)  # max returns the first of equal maxima
-        token = token + start
-    else:
-        best = perturbed.new_full((perturbed.shape[0],), -torch.inf)
-        token = torch.full_like(best, torch.iinfo(torch.int64).max, dtype=torch.int64)
-    if shard is None or shard.group is None:
-        return token
-    ranks = dist.get_world_size(shard.group)
-    bests, tokens = [torch.empty_like(best) for _ in range(ranks)], [torch.empty_like(token) for _ in range(ranks)]
-    dist.all_gather(bests, best, group=shard.group)
-    dist.all_gather(tokens, token, group=shard.group)
-    best_RN, token_RN = torch.stack(bests), torch.stack(tokens)
-    tied = best_RN == best_RN.amax(0)
-    return torch.where(tied, token_RN, torch.iinfo(torch.int64).max).amin(0)
+def scaled_rows(logits_NV: Tensor, temperature: float, top_k: int, top_p: float, shard: VocabShard | None) -> Tensor:
+    """Valid columns over the temperature, -inf where top-k or top-p drops them: the log-weights that are sampled
+    from."""
+    if shard is not None:
+        logits_NV = logits_NV[:, : shard.valid]
+    z = logits_NV.to(wide_dtype(logits_NV))
+    if temperature > 0 and temperature != 1.0:
+        z = z / temperature
+    if temperature > 0 and (top_k or top_p < 1.0):
+        if shard is None or shard.group is None:
+            return truncate(z, top_k, top_p)
+        return truncate_sharded(z, top_k, top_p, shard)
+    return z
 
 
-def _truncate(z: Tensor, top_k: int, top_p: float) -> Tensor:
-    """-inf outside the top_k largest, then outside the smallest set of mass >= top_p; equals keep the lowest ids."""
-    ordered, index = torch.sort(z, dim=-1, descending=True, stable=True)
-    if top_k and top_k < z.shape[1]:
-        ordered[:, top_k:] = -torch.inf
-    if top_p < 1.0:
-        mass = torch.softmax(ordered, dim=-1)
-        before = mass.cumsum(-1) - mass
-        drop = before >= top_p
-        drop[:, 0] = False
-        ordered = ordered.masked_fill(drop, -torch.inf)
-    return torch.empty_like(z).scatter_(1, index, ordered)
-
-
-def _gather_rows(logits_NV: Tensor, shard: VocabShard) -> Tensor:
-    """The whole row in vocabulary order, padding dropped; slices may differ in size."""
-    ranks = dist.get_world_size(shard.group)
-    mine = torch.tensor([shard.start, shard.valid], device=logits_NV.device)
-    places = [torch.empty_like(mine) for _ in range(ranks)]
-    dist.all_gather(places, mine, group=shard.group)
-    extents = [tuple(p.tolist()) for p in places]
-    widest = max(size for _, size in extents)
-    padded = logits_NV.new_zeros(logits_NV.shape[0], widest)
-    padded[:, : shard.valid] = logits_NV[:, : shard.valid]
-    parts = [torch.empty_like(padded) for _ in range(ranks)]
-    dist.all_gather(parts, padded, group=shard.group)
-    by_start = sorted(zip(extents, parts, strict=True), key=lambda item: item[0][0])
-    return torch.cat([part[:, :size] for (_, size), part in by_start], dim=1)
+def _draw(z: Tensor, perturbed: Tensor, start: int) -> Draw:
+    if z.shape[1] == 0:
+        nothing = z.new_full((z.shape[0],), -torch.inf)
+        token = torch.full_like(nothing, torch.iinfo(torch.int64).max, dtype=torch.int64)
+        return Draw(nothing, token, nothing, nothing)
+    best, column = perturbed.max(dim=-1)
+    return Draw(best, column + start, z.gather(1, column[:, None]).squeeze(1), torch.logsumexp(z.double(), -1))

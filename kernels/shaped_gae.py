@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import checks
 from .dispatch import select
 from .reference_gae import has_homeless_score
 from .types import ShapedGAE
+
+CPU = torch.device("cpu")
 
 
 def shaped_gae(
@@ -35,8 +38,11 @@ def shaped_gae(
     Returns ShapedGAE in fp32 (fp64 if an input is), without gradient; kl_N sums the estimator over each response,
     unscaled; moments are of the unmasked advantages of this rank (reduce them before whitening).
     Raises TypeError or ValueError naming the argument; a nonzero score with no unmasked action to land on is refused.
+    On a device nothing is read back: there boundaries are the caller's word, and a score without an action turns kl_N
+    of its response and the mean of the moments into NaN instead.
     """
     op = "shaped_gae"
+    on_cpu = getattr(score_N, "device", None) == CPU
     checks.floating(op, "score_N", score_N, (None,))
     checks.integral(op, "cu_actions", cu_actions, (score_N.shape[0] + 1,), score_N)
     checks.floating(op, "value_A", value_A, (None,), score_N)
@@ -49,19 +55,16 @@ def shaped_gae(
         checks.floating(op, "bootstrap_N", bootstrap_N, tuple(score_N.shape), score_N)
     checks.mask(op, "mask_A", mask_A, shape, score_N)
     checks.number(op, "kl_coef", kl_coef)
+    if isinstance(kl_coef, Tensor) and kl_coef.device != score_N.device:
+        raise ValueError(f"{op}: kl_coef must be a number or on {score_N.device} like score_N, got {kl_coef.device}")
     if ref_logprob_A is None and (isinstance(kl_coef, Tensor) or kl_coef != 0):
         raise ValueError(f"{op}: ref_logprob_A must be given when kl_coef is {kl_coef}, got None")
     checks.choice(op, "kl_estimator", kl_estimator, checks.KL_ESTIMATORS)
     checks.plain_number(op, "gamma", gamma, low=0.0, high=1.0)
     checks.plain_number(op, "lam", lam, low=0.0, high=1.0)
-    _check_boundaries(op, cu_actions, shape[0])
-    homeless_N = has_homeless_score(score_N, cu_actions, mask_A)
-    if homeless_N.any():
-        n = int(homeless_N.nonzero()[0])
-        raise ValueError(
-            f"{op}: score_N must be 0 for a response without unmasked actions, got {float(score_N[n])} at sequence {n}"
-        )
-    return select(op, value_A, score_N, logprob_A)(
+    if on_cpu:
+        _check_boundaries(op, cu_actions, shape[0])
+    shaped = select(op, value_A, score_N, logprob_A, ref_logprob_A, token_reward_A)(
         score_N,
         value_A,
         logprob_A,
@@ -75,6 +78,9 @@ def shaped_gae(
         mask_A=mask_A,
         token_reward_A=token_reward_A,
     )
+    if on_cpu:
+        _check_scores(op, shaped, score_N, cu_actions, mask_A)
+    return shaped
 
 
 def _check_boundaries(op: str, cu_actions: Tensor, extent: int) -> None:
@@ -84,3 +90,15 @@ def _check_boundaries(op: str, cu_actions: Tensor, extent: int) -> None:
             f"{op}: cu_actions must start at 0, never fall and end at or before {extent}, got "
             f"{cu_actions[:4].tolist()} ... {cu_actions[-2:].tolist()}"
         )
+
+
+def _check_scores(op: str, shaped: ShapedGAE, score_N: Tensor, cu_actions: Tensor, mask_A: Tensor | None) -> None:
+    # Every backend marks a score without an action as NaN in kl_N; so do NaN log-probs, hence the second look.
+    if shaped.kl_N.isnan().any():
+        homeless_N = has_homeless_score(score_N, cu_actions, mask_A)
+        if homeless_N.any():
+            n = int(homeless_N.nonzero()[0])
+            raise ValueError(
+                f"{op}: score_N must be 0 for a response without unmasked actions, got {float(score_N[n])} at "
+                f"sequence {n}"
+            )

@@ -26,12 +26,15 @@ def whiten(x: Tensor, moments: Moments, *, shift_mean: bool = True, eps: float =
     """(x - mean) * rsqrt(variance + eps) with the population variance of `moments`; plus the mean if not shift_mean.
 
     x: floating, any shape. Returns fp32 (fp64 for fp64 x). Shift advantages; do not shift rewards.
-    Raises TypeError for anything but floating x and Moments, ValueError for eps < 0.
+    The gradient is that by x alone. Raises TypeError for anything but floating x and Moments, ValueError for eps < 0
+    and for moments on another device.
     """
     op = "whiten"
     checks.floating(op, "x", x, (None,) * getattr(x, "ndim", 1))
     if moments is None:
         raise TypeError(f"{op}: moments must be Moments, got None")
     checks.moments(op, moments)
+    if moments.mean.device != x.device:
+        raise ValueError(f"{op}: moments must be on {x.device} like x, got {moments.mean.device}")
     checks.plain_number(op, "eps", eps, low=0.0)
     return select(op, x)(x, moments, shift_mean=shift_mean, eps=eps)

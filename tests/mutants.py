@@ -190,7 +190,200 @@ LINEAR = (
     ),
 )
 
-MUTANTS: tuple[Mutant, ...] = TOKEN_LOGPROBS + LOSSES + LINEAR
+
+def _mutants(module: str, kernel: str, cases: str, *rows) -> tuple[Mutant, ...]:
+    """Mutants of one kernel: (what is broken, text to replace, replacement, check, its arguments)."""
+    return tuple(Mutant(module, kernel, *row[:3], f"{cases}:{row[3]}", *row[4:]) for row in rows)
+
+
+SHAPED_GAE = _mutants(
+    "shaped_gae_triton",
+    "shaped_gae_kernel",
+    "shaped_gae_cases",
+    (
+        "the segment's reset is dropped: chunks of the sequence before are looked back at",
+        "behind = past < chunk[:, None]",
+        "behind = past < chunk[:, None] + first_slot[:, None]",
+        "check_error_budget",
+        {"lengths": [9, 9]},
+    ),
+    (
+        "no carry between chunks",
+        "advantage_in = ra * advantage_in + rb * pending_in + rc\n",
+        "advantage_in = advantage_in * 1.0\n",
+        "check_error_budget",
+        {"lengths": [30]},
+    ),
+    (
+        "a chunk's first entries are lost: the tail mask is one too strict",
+        "live = t >= begin[:, None]",
+        "live = t > begin[:, None]",
+        "check_error_budget",
+        {"lengths": [3, 5]},
+    ),
+    (
+        "masked entries decay the carry",
+        "a = tl.where(keep, decay, 1.0)",
+        "a = tl.where(live, decay, 1.0)",
+        "check_error_budget",
+        {"lengths": [9], "masked": True},
+    ),
+    (
+        "masked entries cut the value behind them off",
+        "e = tl.where(keep, 0.0, 1.0)",
+        "e = tl.where(live, 0.0, 1.0)",
+        "check_error_budget",
+        {"lengths": [9], "masked": True},
+    ),
+    (
+        "masked entries are read",
+        "value = tl.load(value_ptr + t, mask=keep, other=0.0)",
+        "value = tl.load(value_ptr + t, mask=live, other=0.0)",
+        "check_masked_nan_does_not_leak",
+    ),
+    (
+        "the score lands on the last action of every chunk",
+        "& (untaken_in > 0.0)[:, None]",
+        "& (score == score)[:, None]",
+        "check_a_tail_that_is_masked",
+    ),
+    (
+        "the search for the sequence takes one step less",
+        "while stride > 0:",
+        "while stride > 1:",
+        "check_many_sequences_of_one_token",
+        {"N": 9},
+    ),
+    (
+        "the penalty is added, not subtracted",
+        "-coef * kl, 0.0)",
+        "coef * kl, 0.0)",
+        "check_error_budget",
+        {"lengths": [3]},
+    ),
+)
+
+SAMPLE_TOKENS = _mutants(
+    "sample_tokens_triton",
+    "sample_tokens_kernel",
+    "sample_tokens_cases",
+    (
+        "columns beyond the vocabulary count as logits of 0",
+        'mask=at < columns, other=-float("inf"))',
+        "mask=at < columns, other=0.0)",
+        "check_padding",
+    ),
+    (
+        "the running maximum of the log-sum-exp starts at 0",
+        'peak = tl.full((), -float("inf"), tl.float32)',
+        "peak = tl.full((), 0.0, tl.float32)",
+        "check_negative_infinite_and_tied_logits",
+    ),
+    (
+        "ties go to the highest id",
+        "better = highest > best",
+        "better = highest >= best",
+        "check_negative_infinite_and_tied_logits",
+    ),
+    (
+        "the temperature is left out",
+        "return tl.div_rn(z, tl.full(z.shape, 0.0, tl.float32) + temperature)",
+        "return z",
+        "check_tokens",
+        {"temperature": 0.3},
+    ),
+    (
+        "another hash",
+        "x = x ^ (x >> 15)",
+        "x = x ^ (x >> 14)",
+        "check_tokens",
+    ),
+    (
+        "a block's noise starts at 0 again",
+        "gumbel(candidate_hash(key, start + at))",
+        "gumbel(candidate_hash(key, start + lane))",
+        "check_tokens",
+    ),
+    (
+        "all equals of the last value survive",
+        "((key == last) & (at <= cut))",
+        "(key == last)",
+        "check_truncation_among_equals",
+    ),
+    (
+        "row offsets in int32",
+        "row_ptr = logits_ptr + n * row_stride",
+        "row_ptr = logits_ptr + n.to(tl.int32) * row_stride",
+        "check_row_offsets_beyond_int32",
+    ),
+)
+
+ELEMENTWISE = (
+    *_mutants(
+        "kl_divergence_triton",
+        "kl_forward_kernel",
+        "elementwise_cases",
+        (
+            "k3 overflows",
+            "bounded = tl.minimum(x, LIMIT)",
+            "bounded = x",
+            "check_kl",
+        ),
+        (
+            "k3 cancels near 0",
+            "tl.where(tl.abs(x) < 0.5, x * x * series, plain)",
+            "plain",
+            "check_kl",
+        ),
+    ),
+    *_mutants(
+        "kl_divergence_triton",
+        "kl_backward_kernel",
+        "elementwise_cases",
+        (
+            "the reference's gradient has the sign of the policy's",
+            "tl.store(ref_grad_ptr + at, -grad, mask=here)",
+            "tl.store(ref_grad_ptr + at, grad, mask=here)",
+            "check_kl",
+        ),
+    ),
+    *_mutants(
+        "whitening_triton",
+        "masked_moments_kernel",
+        "elementwise_cases",
+        (
+            "blocks are merged without the distance of their means",
+            "squares += n * off * off\n",
+            "pass\n",
+            "check_moments",
+        ),
+        (
+            "masked entries are read",
+            "x = tl.load(x_ptr + at, mask=keep, other=0.0).to(tl.float64)",
+            "x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float64)",
+            "check_moments",
+        ),
+        (
+            "sums in fp32",
+            "x = tl.load(x_ptr + at, mask=keep, other=0.0).to(tl.float64)",
+            "x = tl.load(x_ptr + at, mask=keep, other=0.0)",
+            "check_moments",
+        ),
+    ),
+    *_mutants(
+        "whitening_triton",
+        "whiten_kernel",
+        "elementwise_cases",
+        (
+            "the mean stays out where it should be left in",
+            "out = (x - mean) * scale + mean",
+            "out = (x - mean) * scale",
+            "check_whiten",
+        ),
+    ),
+)
+
+MUTANTS: tuple[Mutant, ...] = (*TOKEN_LOGPROBS, *LOSSES, *LINEAR, *SHAPED_GAE, *SAMPLE_TOKENS, *ELEMENTWISE)
 
 
 @contextlib.contextmanager

@@ -21,13 +21,23 @@ def chosen(op="token_logprobs"):
 
 def test_auto_takes_the_reference_on_cpu():
     assert chosen().endswith(".reference")
-    assert describe("cpu")["shaped_gae"] == "reference"
+    assert describe("cpu")["whiten"] == "reference"
     assert set(describe("cpu")) == set(dispatch.IMPLEMENTATIONS)
+
+
+def test_auto_takes_cpp_on_cpu_where_the_extension_is(monkeypatch):
+    monkeypatch.setattr(dispatch, "_installed", lambda backend: backend in ("cpp", "reference"))
+    assert describe("cpu")["shaped_gae"] == "cpp" and describe("cuda")["shaped_gae"] == "reference"
+    monkeypatch.setattr(dispatch, "_installed", lambda backend: backend == "reference")
+    assert describe("cpu")["shaped_gae"] == "reference"
+    monkeypatch.setattr(dispatch, "_installed", lambda backend: True)
+    with use_backend(shaped_gae="cpp"), pytest.raises(RuntimeError, match=r"shaped_gae.*runs on the CPU, got 'cuda'"):
+        describe("cuda")
 
 
 def test_auto_takes_triton_for_cuda_where_it_is_installed(monkeypatch):
     monkeypatch.setattr(dispatch, "_installed", lambda backend: True)
-    assert describe("cuda")["token_logprobs"] == "triton" and describe("cuda")["whiten"] == "reference"
+    assert describe("cuda")["token_logprobs"] == "triton" and describe("cuda")["pack_padded"] == "reference"
     monkeypatch.setattr(dispatch, "_installed", lambda backend: backend == "reference")
     assert describe("cuda")["token_logprobs"] == "reference"
     assert available_backends("token_logprobs") == ("reference",)
@@ -49,8 +59,11 @@ def test_context_beats_environment_and_names_beat_the_general(monkeypatch):
 
 
 def test_a_named_backend_that_cannot_run_is_an_error_that_says_what_to_do(monkeypatch):
-    with use_backend("triton"), pytest.raises(RuntimeError, match=r"whiten.*has none; choose one of reference or auto"):
-        chosen("whiten")
+    with (
+        use_backend("triton"),
+        pytest.raises(RuntimeError, match=r"pack_padded.*has none; choose one of reference or auto"),
+    ):
+        chosen("pack_padded")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with (
         use_backend("triton"),
@@ -67,7 +80,7 @@ def test_a_named_backend_that_cannot_run_is_an_error_that_says_what_to_do(monkey
 
 
 def test_unknown_names_are_refused(monkeypatch):
-    for arguments, options in ((("cuda",), {}), ((), {"token_logprob": "triton"}), ((), {"whiten": "triton"})):
+    for arguments, options in ((("cuda",), {}), ((), {"token_logprob": "triton"}), ((), {"pack_padded": "triton"})):
         with pytest.raises(ValueError, match="expected"), use_backend(*arguments, **options):
             pass
     monkeypatch.setenv("ICEGRT_BACKEND", "fast")

@@ -29,13 +29,36 @@ assert not torch.cuda.is_initialized()
 """
 
 
+SCANS = """
+import torch
+from icegrt.kernels import describe, masked_moments, pack_padded, sample_tokens, shaped_gae, whiten
+x, cu = torch.randn(6), torch.tensor([0, 2, 6])
+out = shaped_gae(torch.randn(2), x, x, x * 2, cu, kl_coef=0.1)
+white = whiten(out.advantage_A, masked_moments(out.advantage_A))
+ids = torch.arange(2)
+sample_tokens(torch.randn(2, 5), temperature=1.0, top_k=2, seed=0, sequence_ids=ids, positions=ids)
+pack_padded(torch.ones(1, 3).long(), torch.ones(1, 3), torch.tensor([[0, 1, 1]]))
+print(describe("cpu")["shaped_gae"])
+"""
+
+
 def run(code):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def test_without_megatron_transformers_and_triton():
     run(BLOCK.format(blocked={"megatron", "transformers", "triton", "numpy_financial"}) + USE)
+
+
+def test_scans_and_sampling_with_the_base_install_with_and_without_the_extension():
+    blocked = {"megatron", "transformers", "triton", "datasets", "pydantic", "yaml", "rich"}
+    assert run(BLOCK.format(blocked=blocked) + SCANS).strip() == "cpp"
+    without = BLOCK.format(blocked=blocked).replace(
+        'name.split(".")[0] in', 'name == "icegrt._C" or name.split(".")[0] in'
+    )
+    assert run(without + SCANS).strip() == "reference"
 
 
 def test_import_loads_neither_triton_kernels_nor_the_engines_dependencies():

@@ -39,3 +39,7 @@ def test_dtypes_and_errors():
         kl_divergence(x, x, "k9")
     with pytest.raises(ValueError, match="ref_logprob_A must have shape"):
         kl_divergence(x, x[:1], "k1")
+    with pytest.raises(TypeError, match=r"ref_logprob_A must be floating point, got torch\.int64"):
+        kl_divergence(x, x.long(), "k1")
+    with pytest.raises(ValueError, match=r"ref_logprob_A must be on cpu .* got meta"):
+        kl_divergence(x, x.to("meta"), "k1")

@@ -138,3 +138,27 @@ def test_truncation_keeps_the_lowest_ids_of_equals():
 def test_errors_name_the_argument(match, change):
     with pytest.raises(ValueError, match=match):
         draw(torch.zeros(2, 3), **change)
+
+
+def test_wrong_dtypes_and_devices_are_refused_by_name():
+    with pytest.raises(TypeError, match="logits_NV must be floating point"):
+        draw(torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(TypeError, match="positions must be int32 or int64"):
+        draw(torch.zeros(2, 3), positions=torch.zeros(2))
+    with pytest.raises(ValueError, match=r"sequence_ids must be on cpu .* got meta"):
+        draw(torch.zeros(2, 3), ids=torch.zeros(2, dtype=torch.long, device="meta"))
+
+
+@pytest.mark.parametrize("options", [{"top_k": 7}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.7}], ids=str)
+def test_truncation_by_threshold_search_keeps_what_sorting_keeps(options, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        logits = torch.randn(400, 50) * 2
+        logits[:, 30] = logits[:, 4]  # equals
+        logits[0] = 0.0
+        shard = VocabShard(torch.distributed.group.WORLD, 0, 50, 50)
+        searched, sorted_ = draw(logits, shard=shard, **options), draw(logits, **options)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(searched[0], sorted_[0])
+    torch.testing.assert_close(searched[1], sorted_[1], rtol=1e-5, atol=1e-5)

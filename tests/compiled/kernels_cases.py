@@ -73,16 +73,3 @@ def test_value_loss_and_the_fold(capability, pointers):
     for width, sums in ((32, policy.SUMS), (16, module.SUMS)):
         constants = {"NORMALIZER_POINTER": pointers, "SUMS": sums, "WIDTH": width, "BLOCK": policy.FOLD_BLOCK}
         assert stack_bytes(kernel, signature, constants, capability, policy.OPTIONS) == 0
-
-
-@GENERATIONS
-@pytest.mark.parametrize("estimator", ["k1", "k3"])
-@pytest.mark.parametrize("optional", [True, False])
-def test_shaped_gae(capability, estimator, optional):
-    module = importlib.import_module("icegrt.kernels.shaped_gae_triton")
-    kernel = module.shaped_gae_kernel
-    signature = dict.fromkeys(kernel.arg_names, "*fp32")
-    signature |= {"cu_ptr": "*i32", "mask_ptr": "*u8", "kl_coef": "fp32", "gamma": "fp32", "decay": "fp32"}
-    flags = dict.fromkeys((n for n in kernel.arg_names if n.startswith("HAS_")), optional)
-    constants = {**flags, "ESTIMATOR": estimator, "LIMIT": module.EXPONENT_LIMIT, "BLOCK": module.BLOCK}
-    assert stack_bytes(kernel, signature, constants, capability, module.OPTIONS) == 0

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from kernel_cases import assert_within_budget, naive_gae, plain_logprobs
+from kernel_cases import assert_within_budget, plain_logprobs
 
-from icegrt.kernels import linear_logprobs, linear_ppo_loss, record_launches, shaped_gae, token_logprobs, use_backend
+from icegrt.kernels import linear_logprobs, linear_ppo_loss, record_launches, token_logprobs, use_backend
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -35,20 +35,6 @@ def test_token_logprobs_forward_and_backward(vocab, dtype):
         assert torch.equal(a, b)
         atol = 2e-2 if part == 2 and dtype is not torch.float32 else 2e-5
         assert_within_budget(a.float(), plain[part], truth[part], atol=atol)
-
-
-def test_shaped_gae_agrees_with_the_loop_over_time():
-    generator = torch.Generator().manual_seed(0)
-    lengths = [1, 88, 1, 2500, 40, 7]
-    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    value, logprob, ref = (torch.randn(int(cu[-1]), generator=generator) for _ in range(3))
-    score = torch.randn(len(lengths), generator=generator)
-    truth = naive_gae(score, value, logprob, ref, cu, kl_coef=0.05, gamma=1.0, lam=0.95)
-    with use_backend("triton"), record_launches() as launches:
-        out = shaped_gae(*(x.cuda() for x in (score, value, logprob, ref, cu)), kl_coef=0.05)
-    assert ("shaped_gae", "triton") in launches
-    for ours, theirs in zip((out.advantage_A, out.return_A, out.reward_A, out.kl_N), truth, strict=True):
-        torch.testing.assert_close(ours.double().cpu(), theirs, atol=2e-3, rtol=1e-4)
 
 
 def test_the_ratio_is_exactly_one_after_scoring_in_bf16():

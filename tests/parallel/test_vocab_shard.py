@@ -1,5 +1,6 @@
 """Vocabulary shards on gloo ranks: every operation agrees with one rank, to the bit across ranks, uneven and padded."""
 
+import importlib.util
 import math
 
 import pytest
@@ -13,8 +14,10 @@ from icegrt.kernels import (
     linear_ppo_loss,
     masked_moments,
     ppo_policy_loss,
+    record_launches,
     sample_tokens,
     token_logprobs,
+    use_backend,
 )
 
 VOCAB, PADDED, ROWS, WIDTH = 37, 44, 23, 6
@@ -47,6 +50,9 @@ def worker(rank, world, path):
     check_linear(hidden, weight, labels, advantage, shard, slice(start, stop))
     check_fp32_bits(hidden.float(), weight.float(), labels, shard, slice(start, stop))
     check_sampling(hidden, weight, shard, slice(start, stop))
+    check_sampling_exchange(shard, slice(start, stop))
+    if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+        check_triton_draws(shard, slice(start, stop))
     check_reductions(rank, world)
     dist.destroy_process_group()
 
@@ -124,6 +130,49 @@ def check_sampling(hidden, weight, shard, mine):
         torch.testing.assert_close(logprob, expected[1], rtol=1e-5, atol=1e-5)
         equal_on_all_ranks(token)
         equal_on_all_ranks(logprob)
+
+
+def check_sampling_exchange(shard, mine):
+    """Many rows, and what travels: numbers per row, never a slice of logits."""
+    rows = 3000
+    generator = torch.Generator().manual_seed(9)
+    logits = torch.randn(rows, PADDED, generator=generator) * 2
+    logits[:, 20] = logits[:, 3]  # equals on different ranks
+    where = {"seed": 3, "sequence_ids": torch.arange(rows), "positions": torch.zeros(rows, dtype=torch.long)}
+    plain, gather = [], dist.all_gather
+    for options in ({}, {"top_k": 3}, {"top_p": 0.6}, {"top_k": 7, "top_p": 0.9}):
+        expected, logprob = sample_tokens(logits[:, :VOCAB], temperature=0.9, **where, **options)
+        sent = []
+
+        def counted(parts, x, group, sent=sent):
+            sent.append(x.numel())
+            return gather(parts, x, group=group)
+
+        dist.all_gather = counted
+        try:
+            token, mine_logprob = sample_tokens(logits[:, mine], temperature=0.9, shard=shard, **where, **options)
+        finally:
+            dist.all_gather = gather
+        assert torch.equal(token, expected), options
+        torch.testing.assert_close(mine_logprob, logprob, rtol=1e-5, atol=1e-5)
+        assert max(sent) <= 4 * rows and sum(sent) <= (4 + 80 * len(options)) * rows, (options, sent)
+        plain.append(len(sent))
+    assert plain[0] == 1
+
+
+def check_triton_draws(shard, mine):
+    """The same tokens from the kernel, under the interpreter."""
+    logits = torch.randn(6, PADDED, generator=torch.Generator().manual_seed(4)) * 2
+    logits[:, VOCAB:] = 1e3
+    where = {"seed": 3, "sequence_ids": torch.arange(6), "positions": torch.arange(6)}
+    for options in ({"temperature": 0.7}, {"temperature": 0.0}, {"temperature": 0.7, "top_k": 5, "top_p": 0.8}):
+        expected, logprob = sample_tokens(logits[:, :VOCAB], **where, **options)
+        with use_backend(sample_tokens="triton"), record_launches() as launches:
+            token, mine_logprob = sample_tokens(logits[:, mine], shard=shard, **where, **options)
+        assert launches == [("sample_tokens_kernel", "triton")]
+        assert torch.equal(token, expected), options
+        torch.testing.assert_close(mine_logprob, logprob, rtol=1e-5, atol=1e-5)
+        equal_on_all_ranks(mine_logprob)
 
 
 def check_reductions(rank, world):

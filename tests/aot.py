@@ -1,0 +1,38 @@
+"""Compiles Triton kernels for devices that need not be present, and reads what they would occupy there."""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Per thread: registers, and stack bytes (what does not fit into registers); per program: shared memory bytes."""
+
+    registers: int
+    stack: int
+    shared: int
+
+
+def compiled_usage(kernel, signature, constants, capability, options, aligned=True):
+    """What `kernel` occupies on an sm_<capability>. aligned: pointers are known to be multiples of 16 bytes, as a
+    launch on whole tensors finds them; the other specialisation is what a launch on odd views selects."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
+    pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
+    attrs = {(i,): [["tt.divisibility", 16]] for i in pointers} if aligned else {}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attrs)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        report = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True)
+    line = next(line for line in report.stdout.splitlines() if "STACK:" in line)
+    registers, stack = (int(re.search(rf"{key}:(\d+)", line)[1]) for key in ("REG", "STACK"))
+    return Usage(registers, stack, compiled.metadata.shared)
