@@ -32,7 +32,7 @@ class Sizes:
 
     sft_ads: int = 3000
     sft_general: int = 400
-    reward_prompts: int = 1400
+    reward_prompts: int = 2500
     prompts_train: int = 2000
     prompts_validation: int = 512
     prompts_test: int = 512
