@@ -158,10 +158,10 @@ def sample_tokens_kernel(
     last = n * 0
     cut = last - 1
     if TRUNCATE:
-        highest = tl.full((BLOCK,), -float("inf"), tl.float32)
+        highs = tl.full((BLOCK,), -float("inf"), tl.float32)
         for begin in range(0, columns, BLOCK):
-            highest = tl.maximum(highest, _row(row_ptr, begin + lane, columns, temperature))
-        top = tl.max(highest, axis=0)
+            highs = tl.maximum(highs, _row(row_ptr, begin + lane, columns, temperature))
+        top = tl.max(highs, axis=0)
         top = tl.where(top == -float("inf"), 0.0, top)
         if top_k > 0:
             last, cut = _leading(row_ptr, columns, temperature, top, last, cut, top_k, False, BLOCK)
