@@ -20,7 +20,10 @@ from .dispatch import note_launch
 from .reference import EXPONENT_LIMIT, counts
 from .types import PolicyStats, PPOLoss
 
-BLOCK, FOLD_BLOCK = 1024, 64
+BLOCK = 1024
+FOLD_ROWS_PER_COLUMN = (
+    2  # rows of partials read at once, over their width; more or fewer spill on one generation or other
+)
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 SUMS = sum("merge" not in f.metadata for f in fields(PolicyStats))
 COLUMNS = len(fields(PolicyStats))
@@ -231,7 +234,7 @@ def fold(partials: Tensor, normalizer, sums: int) -> tuple[Tensor, Tensor]:
             NORMALIZER_POINTER=isinstance(normalizer, Tensor),
             SUMS=sums,
             WIDTH=partials.shape[1],
-            BLOCK=FOLD_BLOCK,
+            BLOCK=FOLD_ROWS_PER_COLUMN * partials.shape[1],
             **OPTIONS,
         )
     return stats, loss

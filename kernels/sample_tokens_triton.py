@@ -18,7 +18,7 @@ from .reference_sampling import Draw, merge_draws, scaled_rows
 from .types import VocabShard
 
 BLOCK = 1024
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 # top_p travels in units of 2^-53: a float argument would round it to fp32, which a tie can show.
 WHOLE = tl.constexpr(1 << 53)
 

@@ -71,5 +71,10 @@ def test_value_loss_and_the_fold(capability, pointers):
     kernel = policy.fold_statistics_kernel
     signature = dict.fromkeys(kernel.arg_names, "*fp32") | number | {"stats_ptr": "*fp64", "programs": "i32"}
     for width, sums in ((32, policy.SUMS), (16, module.SUMS)):
-        constants = {"NORMALIZER_POINTER": pointers, "SUMS": sums, "WIDTH": width, "BLOCK": policy.FOLD_BLOCK}
+        constants = {
+            "NORMALIZER_POINTER": pointers,
+            "SUMS": sums,
+            "WIDTH": width,
+            "BLOCK": policy.FOLD_ROWS_PER_COLUMN * width,
+        }
         assert stack_bytes(kernel, signature, constants, capability, policy.OPTIONS) == 0
