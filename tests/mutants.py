@@ -237,8 +237,8 @@ SHAPED_GAE = _mutants(
     ),
     (
         "masked entries are read",
-        "value = tl.load(value_ptr + t, mask=keep, other=0.0)",
-        "value = tl.load(value_ptr + t, mask=live, other=0.0)",
+        "charged = keep & (t < reference_size)",
+        "charged = live & (t < reference_size)",
         "check_masked_nan_does_not_leak",
     ),
     (
