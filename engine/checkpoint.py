@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from icegrt.cluster import Cluster
 from icegrt.errors import CheckpointError, RunError
 from icegrt.roles.role import Role
 
@@ -41,28 +42,39 @@ def list_checkpoints(run_dir: str | Path) -> list[Path]:
 
 
 def save(run_dir: str | Path, step: int, roles: list[Role], state: dict[str, Any], keep: int) -> Path:
-    """Write `roles` (the ones that learn) and `state` (JSON), then delete all but the last `keep` checkpoints."""
+    """Write `roles` (the ones that learn) and `state` (JSON), then delete all but the last `keep` checkpoints.
+
+    All ranks call it, with the same step and state; each writes what it holds, to a folder that all of them see.
+    """
     from megatron.core import dist_checkpointing
 
+    cluster = Cluster.current()
     target = folder_of(run_dir) / f"step_{step:06d}"
     aside = target.with_name(target.name + ".writing")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        if cluster.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+            for role in roles:
+                (aside / role.name).mkdir(parents=True)
+        cluster.wait()
         with _quiet(), _results_queue_of_this_process():
             for role in roles:
+                role.model.settle()
                 _begin_states(role)
-                (aside / role.name).mkdir()
                 dist_checkpointing.save(_sharded(role, loading=False), str(aside / role.name))
+        cluster.wait()
         document = {"step": step, "schedules": {r.name: r.schedule.state_dict() for r in roles}, **state}
-        (aside / _STATE).write_text(json.dumps(document, indent=1), encoding="utf-8")
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(aside, target)
+        if cluster.is_main:
+            (aside / _STATE).write_text(json.dumps(document, indent=1), encoding="utf-8")
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(aside, target)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise RunError(f"{target}: the checkpoint cannot be written ({error.strerror or error})") from error
-    for old in list_checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old)
+    if cluster.is_main:
+        for old in list_checkpoints(run_dir)[:-keep]:
+            shutil.rmtree(old)
+    cluster.wait()
     return target
 
 
@@ -80,7 +92,8 @@ def load(checkpoint: Path, roles: list[Role]) -> dict[str, Any]:
                 optimizer._init_optimizer_states_with_dummy_values()
         with _quiet():
             loaded = dist_checkpointing.load(_sharded(role, loading=True), str(folder))
-        role.model.load_state_dict(loaded["model"])
+        for chunk, state in zip(role.model.chunks, loaded["model"], strict=True):
+            chunk.load_state_dict(state)
         if role.learns:
             _load_optimizer(role, loaded["optimizer"])
             role.schedule.load_state_dict(document["schedules"][role.name])
@@ -118,7 +131,7 @@ def _quiet():
 
 
 def _sharded(role: Role, *, loading: bool) -> dict[str, Any]:
-    document = {"model": role.model.sharded_state_dict()}
+    document: dict[str, Any] = {"model": [chunk.sharded_state_dict() for chunk in role.model.chunks]}
     if role.learns:
         document["optimizer"] = role.optimizer.sharded_state_dict(
             document["model"], is_loading=loading, metadata=_OPTIMIZER_FORMAT

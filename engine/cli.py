@@ -16,7 +16,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from icegrt import console
+from icegrt import console, failure
 from icegrt.errors import ConfigError, UserError
 from icegrt.redaction import redact_text
 
@@ -60,14 +60,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(argv)
-    except UserError as error:
-        if os.environ.get("ICEGRT_DEBUG", "0") not in ("", "0"):
-            raise
-        _complain(error)
-        return USAGE
     except KeyboardInterrupt:
         _explain_interrupt(argv)
         return INTERRUPTED
+    except Exception as error:
+        expected = isinstance(error, UserError)
+        if not failure.speaks(error):
+            return USAGE if expected else FAILED
+        if not expected or os.environ.get("ICEGRT_DEBUG", "0") not in ("", "0"):
+            if failure.several_ranks():
+                print(f"[rank {os.environ['RANK']}] failed:", file=sys.stderr, flush=True)
+            raise
+        _complain(error)
+        return USAGE
 
 
 def _run(argv: list[str]) -> int:
@@ -101,7 +106,8 @@ def _run(argv: list[str]) -> int:
         return OK
     with _needed_packages(args.command):
         stage = importlib.import_module(f"icegrt.stages.{args.command}")
-    stage.run(config)
+    with failure.leaving_together():
+        stage.run(config)
     return OK
 
 
@@ -168,10 +174,7 @@ class _needed_packages:
 
 
 def _complain(error: UserError) -> None:
-    """The message, once per node for a configuration (all ranks read the same), from each rank for the rest."""
-    rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
-    if isinstance(error, ConfigError) and local_rank != "0":
-        return
+    rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f"[rank {rank}] "
     print(f"{where}error: {console.plain(redact_text(str(error)))}", file=sys.stderr, flush=True)
 

@@ -7,15 +7,23 @@ process groups and the CPU supplies down again.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
+import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from icegrt import cpu
+from icegrt import cpu, failure
+from icegrt.cluster_layout import Layout, check_world_size
 from icegrt.errors import RunError
+from icegrt.packing import Share
 
 # What Megatron-core 0.16 says on import (icegrt needs neither Transformer Engine nor apex) and provokes under a newer
 # torch on every run; nobody can act on it.
@@ -26,18 +34,9 @@ _NOT_FOR_USERS = (
     r"The \.grad attribute of a Tensor that is not a leaf Tensor",
     r"`torch\.distributed\.\w+` is deprecated",
 )
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How ranks are divided. One rank for now: tensor, pipeline and data parallel sizes multiply to the world size."""
-
-    tensor: int = 1
-    pipeline: int = 1
-
-    @property
-    def model(self) -> int:
-        return self.tensor * self.pipeline
+# Rank 0 may write a large model or ask a slow reward function while the others wait.
+_PATIENCE = datetime.timedelta(hours=2)
+_openings = count()
 
 
 @dataclass
@@ -55,19 +54,31 @@ class Cluster:
 
     @classmethod
     def open(cls, layout: Layout | None = None) -> Cluster:
-        """Join (or start) the process groups. Raises `RunError` when the world size does not fit the layout."""
-        layout = layout or Layout()
+        """Join (or start) the process groups.
+
+        layout: None takes the one that is open already, or no cut at all. Raises `ConfigError` when the world size
+        does not fit it, `RunError` when another layout is open.
+        """
         if cls._current is not None:
-            if cls._current.layout != layout:
+            if layout is not None and cls._current.layout != layout:
                 raise RunError(f"this process already runs {cls._current.layout}; close it before opening {layout}")
             cls._current._users += 1
             return cls._current
-        cls._current = _start(layout)
+        cls._current = _start(layout or Layout())
+        return cls._current
+
+    @classmethod
+    def current(cls) -> Cluster:
+        """The cluster that is open."""
+        assert cls._current is not None, "no cluster is open"
         return cls._current
 
     def close(self) -> None:
         """Leave; the last user takes the process groups down."""
         self._users -= 1
+        error = sys.exc_info()[1]
+        if isinstance(error, Exception):
+            failure.speaks(error)  # said before the connections close, and with them the other ranks' calls fail
         if self._users == 0:
             Cluster._current = None
             self._stack.close()
@@ -79,22 +90,75 @@ class Cluster:
         self.close()
 
     @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0: the one that writes files and speaks to people."""
+        return self.rank == 0
+
+    @property
     def data_group(self) -> dist.ProcessGroup:
         """Ranks that hold the same parameters and see different sequences (context parallelism included)."""
         from megatron.core import parallel_state
 
         return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
+    @property
+    def model_group(self) -> dist.ProcessGroup:
+        """Ranks that hold one model together and see the same sequences."""
+        from megatron.core import parallel_state
+
+        return parallel_state.get_model_parallel_group()
+
+    @property
+    def share(self) -> Share:
+        """What of a plan over all ranks falls to this one, and how its micro-batches must be cut."""
+        layout = self.layout
+        return Share(
+            ranks=dist.get_world_size(self.data_group),
+            rank=dist.get_rank(self.data_group),
+            round_to=layout.pipeline if layout.virtual_pipeline > 1 else 1,
+            tail_multiple=layout.tensor if layout.sequence_parallel else 1,
+        )
+
+    # -- small collectives over CPU tensors and plain values -------------------------------------------------------
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """Every data-parallel rank's `x` ([n, ...] on the CPU; n may differ), in the order of ranks."""
+        ranks = dist.get_world_size(self.data_group)
+        if ranks == 1:
+            return [x]
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks)]
+        dist.all_gather(sizes, torch.tensor([x.shape[0]]), group=self.data_group)
+        counts = [int(size) for size in sizes]
+        padded = x.new_zeros(max(counts), *x.shape[1:])
+        padded[: x.shape[0]] = x
+        parts = [torch.empty_like(padded) for _ in range(ranks)]
+        dist.all_gather(parts, padded, group=self.data_group)
+        return [part[:count] for part, count in zip(parts, counts, strict=True)]
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """The sums of `values` over data-parallel ranks, in fp64."""
+        sums = torch.tensor([float(v) for v in values], dtype=torch.float64)
+        dist.all_reduce(sums, group=self.data_group)
+        return sums.tolist()
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's `value` on every rank."""
+        if self.world_size == 1:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]
+
+    def wait(self) -> None:
+        """Until every rank has come here."""
+        if self.world_size > 1:
+            dist.all_reduce(torch.zeros(1))
+
 
 def _start(layout: Layout) -> Cluster:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
-    if world_size != layout.model:
-        raise RunError(
-            f"torchrun started {world_size} ranks, but this version trains with {layout.model} "
-            f"(tensor {layout.tensor} x pipeline {layout.pipeline}, no data parallelism yet): "
-            f"use --nproc-per-node {layout.model}"
-        )
+    check_world_size(layout, world_size)
     with contextlib.ExitStack() as stack:
         hide_megatron_warnings()
         from megatron.core import parallel_state
@@ -104,7 +168,12 @@ def _start(layout: Layout) -> Cluster:
         if not dist.is_initialized():
             _join(world_size, rank, device)
             stack.callback(dist.destroy_process_group)
-        parallel_state.initialize_model_parallel(layout.tensor, layout.pipeline, create_gloo_process_groups=True)
+        parallel_state.initialize_model_parallel(
+            layout.tensor,
+            layout.pipeline,
+            layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+            create_gloo_process_groups=True,
+        )
         stack.callback(parallel_state.destroy_model_parallel)
         kept = stack.pop_all()
     return Cluster(layout, rank, world_size, device, kept)
@@ -121,9 +190,11 @@ def _device() -> torch.device:
 def _join(world_size: int, rank: int, device: torch.device) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend)
+        # Each opening under a name of its own: ranks of a second one would otherwise meet at the first one's addresses.
+        store = dist.PrefixStore(f"icegrt/{next(_openings)}", failure.meeting_point())
     else:  # one process that nobody launched: no port is needed
-        dist.init_process_group(backend, store=dist.HashStore(), world_size=world_size, rank=rank)
+        store = dist.HashStore()
+    dist.init_process_group(backend, store=store, world_size=world_size, rank=rank, timeout=_PATIENCE)
 
 
 def hide_megatron_warnings() -> None:

@@ -91,6 +91,23 @@ class DataSource:
 
 
 @config_class
+class ParallelConfig:
+    """How one model is cut over ranks; the ranks that torchrun started beyond tensor x pipeline are data parallel."""
+
+    tensor: int = key(1, "ranks that share every layer (heads, MLP columns and vocabulary are cut)", ge=1)
+    sequence_parallel: bool = key(
+        False, "tensor-parallel ranks also share the tokens between layers: less activation memory, same traffic"
+    )
+    pipeline: int = key(1, "ranks that share the layers, one stage each", ge=1)
+    virtual_pipeline: int = key(
+        1, "stages per pipeline rank, interleaved: a smaller bubble for more messages; needs pipeline above 1", ge=1
+    )
+    pipeline_split: list[int] = key(
+        [], "layers of each stage in the order of the forward pass, where they are not to be even"
+    )
+
+
+@config_class
 class RunConfig:
     """What every training stage needs to know about the run itself."""
 
@@ -99,6 +116,9 @@ class RunConfig:
     seed: int = key(0, "seed of everything drawn at random", ge=0)
     dtype: Literal["fp32", "bf16"] = key("fp32", "parameters and activations (bf16 keeps fp32 master weights)")
     log_to: list[str] = key([], "loggers beside metrics.jsonl and TensorBoard: wandb, mlflow")
+    recompute: Literal["none", "selective", "full"] = key(
+        "none", "activations formed again in the backward pass: none, attention (selective), or whole layers (full)"
+    )
 
 
 @config_class
@@ -121,6 +141,7 @@ class SFTConfig(Loadable):
     checkpoint_every: int = key(0, "optimizer steps between checkpoints; 0 keeps the last one only", ge=0)
     chunk_rows: int = key(0, "rows of logits formed at once; 0 chooses", ge=0)
     optimizer: OptimizerConfig = key(OptimizerConfig(weight_decay=0.1, warmup_fraction=0.03), "AdamW")
+    parallel: ParallelConfig = key(ParallelConfig(), "how the model is cut over ranks")
     run: RunConfig = key(RunConfig(dir="runs/sft"), "the run")
 
 
@@ -146,6 +167,7 @@ class SampleConfig(Loadable):
     seed: int = key(0, "seed of the sampler", ge=0)
     dtype: Literal["fp32", "bf16"] = key("fp32", "parameters and activations")
     sampling: SamplingConfig = key(SamplingConfig(), "how answers are drawn")
+    parallel: ParallelConfig = key(ParallelConfig(), "how the model is cut over ranks")
 
 
 @config_class
@@ -169,6 +191,7 @@ class RewardConfig(Loadable):
     eval_every: int = key(0, "optimizer steps between evaluations; 0 evaluates each quarter of an epoch", ge=0)
     patience: int = key(3, "evaluations without a better held-out loss before stopping; 0 never stops", ge=0)
     optimizer: OptimizerConfig = key(OptimizerConfig(lr=3e-4, warmup_fraction=0.03), "AdamW")
+    parallel: ParallelConfig = key(ParallelConfig(), "how the model is cut over ranks")
     run: RunConfig = key(RunConfig(dir="runs/reward"), "the run")
 
 
@@ -302,6 +325,7 @@ class PPOConfig(Loadable):
     eval_limit: int = key(0, "held-out prompts to use; 0 uses all", ge=0)
     checkpoint_every: int = key(5, "iterations between checkpoints; the last one is always written", ge=1)
     keep_checkpoints: int = key(2, "checkpoints kept", ge=1)
+    parallel: ParallelConfig = key(ParallelConfig(), "how each of the four models is cut over ranks")
     run: RunConfig = key(RunConfig(dir="runs/ppo"), "the run")
 
     @property
@@ -329,6 +353,7 @@ class GenerateConfig(Loadable):
     seed: int = key(0, "seed of the sampler", ge=0)
     dtype: Literal["fp32", "bf16"] = key("fp32", "parameters and activations")
     sampling: SamplingConfig = key(SamplingConfig(temperature=0.0), "how answers are drawn; greedy unless asked")
+    parallel: ParallelConfig = key(ParallelConfig(), "how the model is cut over ranks")
 
 
 @config_class

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from icegrt import _C
 
-__all__ = ["PackedBatch", "Plan", "balance", "pack", "unpack"]
+__all__ = ["PackedBatch", "Plan", "Share", "balance", "pack", "unpack"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +141,24 @@ class Plan:
         """Share of lock-step time in which a rank waits for the fullest one of the same micro-batch, 0 when even."""
         slowest = sum(max(column) for column in zip(*self.tokens))
         return 1.0 - self.n_tokens / (slowest * self.ranks) if slowest else 0.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """What of a plan falls to one rank: its place among the data-parallel ranks, and how its micro-batches are cut.
+
+    round_to: micro-batches come in multiples of this; tail_multiple: their tokens do (see `balance` and `pack`).
+    """
+
+    ranks: int = 1
+    rank: int = 0
+    round_to: int = 1
+    tail_multiple: int = 1
+
+    def assign(self, lengths: Sequence[int], token_budget: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Every rank's micro-batches of sequence indices (`Plan.assignments`)."""
+        plan = balance(lengths, token_budget=token_budget, ranks=self.ranks, round_to=self.round_to)
+        return plan.assignments
 
 
 def pack(

@@ -128,11 +128,13 @@ def test_interrupting_says_how_to_resume(stages, capsys, monkeypatch):
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_of_many_ranks_one_per_node_reports_a_bad_configuration_and_each_its_own_trouble(stages, capsys, monkeypatch):
+def test_of_many_ranks_one_speaks_and_says_which_it_is(stages, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    stages.error = ConfigError("every rank reads the same file")
+    monkeypatch.setattr(cli.failure, "speaks", lambda error: isinstance(error, DataError))
+    stages.error = ConfigError("another rank says it")
     assert cli.main(["sft"]) == 2
+    stages.error = ValueError("another rank's failure, seen from here")
+    assert cli.main(["sft"]) == 1
     assert capsys.readouterr().err == ""
     stages.error = DataError("only here")
     assert cli.main(["sft"]) == 2

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module that is not listed belongs to the top: it may import anything, and nothing listed may import it.
 LAYERS = (
     ("errors", "console", "redaction", "_C"),
-    ("config", "packing", "scheduling", "statistics", "cpu"),
+    ("config", "packing", "scheduling", "statistics", "cpu", "failure"),
     ("cluster", "metrics", "rewards"),
     ("data", "model"),
     ("roles", "rollout"),

@@ -111,17 +111,12 @@ def reload(role: Role, source) -> None:
 
 def by_hugging_face_name(role: Role, read) -> dict[str, torch.Tensor]:
     """What `read` finds on each parameter, copied, under the names of Hugging Face."""
-    architecture, held = role.model.architecture, dict(role.model.named_parameters())
-    found = {}
-    for entry in weights.layout(architecture, role.model.head_kind):
-        parts = weights.separate(entry, read(held[entry.name]).detach().clone(), architecture)
-        found.update(zip(entry.sources, parts, strict=True))
-    return found
+    return {name: x.clone() for name, x in weights.export_tensors(role.model, torch.float32, read)}
 
 
 def gradients(role: Role, batches, loss) -> dict[str, torch.Tensor]:
     """The gradients of one accumulation under their Hugging Face names, divided by the counted tokens."""
-    role._ddp.zero_grad_buffer()
+    role.zero_gradients()
     role.accumulate(batches, loss)
     return by_hugging_face_name(role, lambda p: p.main_grad)
 

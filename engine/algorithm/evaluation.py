@@ -11,6 +11,7 @@ from torch import Tensor
 from icegrt.algorithm.experience import plan, score_logprobs
 from icegrt.algorithm.judge import Judge, Verdict
 from icegrt.algorithm.scores import ScoreScaling, combine
+from icegrt.cluster import Cluster
 from icegrt.config import PPOConfig
 from icegrt.data import Prompt
 from icegrt.metrics import Evaluation
@@ -93,21 +94,17 @@ class Assessor:
         if greedy:
             sampling = dataclasses.replace(sampling, temperature=0.0)
         responses = self.engine.generate([p.tokens for p in prompts], samples, sampling)
-        planned = plan(responses, self.config.token_budget, 1)
+        planned = plan(responses, self.config.token_budget, share=Cluster.current().share)
         temperature = self.config.sampling.temperature
         ours, _ = score_logprobs(self.actor, planned.batches, temperature, self.chunk_rows)
         theirs, _ = score_logprobs(self.reference, planned.batches, temperature, self.chunk_rows)
         verdict = self.judge(planned, prompts)
-        difference = torch.zeros(len(responses)).index_add(0, _owner_A(planned.cu_actions), ours - theirs)
-        truncated_N = torch.tensor([float(r.truncated) for r in planned.responses])
+        kl_N = torch.zeros(len(planned.responses)).index_add(0, _owner_A(planned.cu_actions), ours - theirs)
+        truncated_N = torch.tensor([float(r.truncated) for r in responses])
+        # Responses come ordered by prompt and sample, and so does all that is said of them.
         scores = combine(self.config, scaling, verdict.reward_model_N, verdict.paid_N, truncated_N)
         total_N = scores.total_N.masked_fill(verdict.dropped_N, torch.nan)
-        order = sorted(
-            range(len(responses)), key=lambda n: (planned.responses[n].prompt_index, planned.responses[n].sample)
-        )
-        return Assessment(
-            [planned.responses[n] for n in order], verdict.select(order), total_N[order], difference[order]
-        )
+        return Assessment(responses, verdict, total_N, planned.everyones_N(kl_N))
 
 
 def _owner_A(cu_actions: Tensor) -> Tensor:

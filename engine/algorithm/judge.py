@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from icegrt.algorithm.experience import Planned, score_sequences
+from icegrt.cluster import Cluster
 from icegrt.data import Prompt
 from icegrt.rewards.sample import Sample
 from icegrt.rewards.sources import Scorers, SourceScores
@@ -92,10 +94,44 @@ class Judge:
         self.reward, self.scorers, self.tokenizer = reward, scorers, tokenizer
 
     def __call__(self, planned: Planned, prompts: Sequence[Prompt]) -> Verdict:
-        """Score planned responses; `prompts[r.prompt_index]` is what response r answers. Raises `RewardError`."""
-        samples = [sample_of(self.tokenizer, r, prompts[r.prompt_index]) for r in planned.responses]
-        model_N = score_sequences(self.reward, planned.batches) if self.reward is not None else None
-        return Verdict(samples, model_N, self.scorers.grade(samples))
+        """What is said of everyone's responses, in their order; `prompts[r.prompt_index]` is what response r answers.
+
+        A collective. Raises `RewardError`.
+        """
+        samples = [sample_of(self.tokenizer, r, prompts[r.prompt_index]) for r in planned.everyone]
+        model_N = None
+        if self.reward is not None:
+            model_N = planned.everyones_N(score_sequences(self.reward, planned.batches))
+        return Verdict(samples, model_N, self._grade(planned, samples))
+
+    def _grade(self, planned: Planned, samples: list[Sample]) -> list[SourceScores]:
+        """Data-parallel ranks ask about a part of the prompts each, all responses to a prompt together; of the ranks
+        that hold one model only the first asks, and tells the others."""
+        cluster = Cluster.current()
+        if cluster.world_size == 1:
+            return self.scorers.grade(samples)
+        ranks, rank = cluster.share.ranks, cluster.share.rank
+        places = [[n for n, r in enumerate(planned.everyone) if r.prompt_index % ranks == k] for k in range(ranks)]
+        first = dist.get_process_group_ranks(cluster.model_group)[0]
+        held: list[Any] = [None]
+        if cluster.rank == first and places[rank]:
+            held = [self.scorers.grade([samples[n] for n in places[rank]])]
+        dist.broadcast_object_list(held, first, group=cluster.model_group)
+        parts: list[Any] = [None] * ranks
+        dist.all_gather_object(parts, held[0], group=cluster.data_group)
+        asked = [(part, where) for part, where in zip(parts, places, strict=True) if part]
+        sources = range(len(asked[0][0])) if asked else ()
+        return [_joined([(part[i], where) for part, where in asked], len(samples)) for i in sources]
+
+
+def _joined(parts: list[tuple[SourceScores, list[int]]], count: int) -> SourceScores:
+    """One source's answers from several ranks, each response's at its place."""
+    results: list[Any] = [None] * count
+    errors: list[str | None] = [None] * count
+    for said, where in parts:
+        for n, result, error in zip(where, said.results, said.errors, strict=True):
+            results[n], errors[n] = result, error
+    return replace(parts[0][0], results=results, errors=errors)
 
 
 def sample_of(tokenizer: Any, response: Response, prompt: Prompt) -> Sample:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from icegrt.cluster import Cluster
 from icegrt.data import Ranking, untied_pairs
-from icegrt.packing import PackedBatch, balance, pack
+from icegrt.packing import PackedBatch, Share, pack
 from icegrt.roles.role import Loss, Role
 
 _AT_ONCE = 256
@@ -41,13 +42,16 @@ class RankedBatch:
         return self.winners_P.numel()
 
 
-def pack_rankings(rankings: Sequence[Ranking], token_budget: int, tie_margin: float) -> list[RankedBatch]:
-    """Rankings into micro-batches under a token budget; a ranking is never torn apart."""
-    (micro_batches,) = balance([len(r) for r in rankings], token_budget=token_budget).assignments
-    return [pack_group([rankings[i] for i in members], tie_margin) for members in micro_batches]
+def pack_rankings(
+    rankings: Sequence[Ranking], token_budget: int, tie_margin: float, share: Share | None = None
+) -> list[RankedBatch]:
+    """This rank's share of the rankings (None: all) in micro-batches under a token budget; none is torn apart."""
+    share = share or Share()
+    micro_batches = share.assign([len(r) for r in rankings], token_budget)[share.rank]
+    return [pack_group([rankings[i] for i in members], tie_margin, share.tail_multiple) for members in micro_batches]
 
 
-def pack_group(rankings: list[Ranking], tie_margin: float) -> RankedBatch:
+def pack_group(rankings: list[Ranking], tie_margin: float, tail_multiple: int = 1) -> RankedBatch:
     """Rankings as one micro-batch."""
     prompts, responses, pairs, weights, margins = [], [], [], [], []
     with_pairs = all_pairs = 0
@@ -64,7 +68,7 @@ def pack_group(rankings: list[Ranking], tie_margin: float) -> RankedBatch:
             margins.append(ranking.scores[winner] - ranking.scores[loser])
     index = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
     return RankedBatch(
-        pack(prompts, responses),
+        pack(prompts, responses, tail_multiple=tail_multiple),
         index[:, 0],
         index[:, 1],
         torch.tensor(weights),
@@ -95,25 +99,29 @@ class RankingQuality:
 
 
 def evaluate_ranking(role: Role, ranked: Sequence[RankedBatch]) -> RankingQuality:
-    """Loss per prompt, pair accuracy and scores over micro-batches of rankings."""
+    """Loss per prompt, pair accuracy and scores over the rankings of all data-parallel ranks."""
 
+    cluster = Cluster.current()
     scores, losses, margins = [], [], []
     for start in range(0, len(ranked), _AT_ONCE):  # held-out data may be packed when read: never all of it at once
         part = ranked[start : start + _AT_ONCE]
 
-        def read(hidden_TH: Tensor, index: int, part=part) -> Tensor:
-            return role.model.head(hidden_TH[part[index].batch.last_rows_N.to(hidden_TH.device)]).cpu()
+        def read(hidden_TH: Tensor, index: int, part=part) -> tuple[Tensor]:
+            return (role.model.head(hidden_TH[part[index].batch.last_rows_N.to(hidden_TH.device)]),)
 
-        some = role.score([r.batch for r in part], read)
+        some = [score_N for (score_N,) in role.score([r.batch for r in part], read)]
         losses += [ranking_loss(score_N, r) for score_N, r in zip(some, part, strict=True)]
         scores += some
         margins += [r.margin_P for r in part]
-    difference_P = torch.cat([stats[1] for _, _, stats in losses])
+    loss, prompts = cluster.total([sum(stats[0] for _, _, stats in losses), sum(count for _, count, _ in losses)])
+    difference_P, margin_P, score_N = (
+        torch.cat(cluster.gather(torch.cat(parts))) for parts in ([stats[1] for _, _, stats in losses], margins, scores)
+    )
     right_P = (difference_P > 0).double() + 0.5 * (difference_P == 0).double()
     return RankingQuality(
-        loss=sum(stats[0] for _, _, stats in losses) / max(sum(count for _, count, _ in losses), 1),
+        loss=loss / max(prompts, 1),
         accuracy=float(right_P.mean()) if right_P.numel() else 0.5,
         difference_P=difference_P,
-        margin_P=torch.cat(margins),
-        score_N=torch.cat(scores),
+        margin_P=margin_P,
+        score_N=score_N,
     )

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from icegrt.cluster import Cluster
 from icegrt.data import Example
 from icegrt.kernels import linear_logprobs
-from icegrt.packing import PackedBatch, balance, pack
+from icegrt.packing import PackedBatch, Share, pack
 from icegrt.roles.role import Role
 
 
@@ -25,26 +26,29 @@ def response_nll(role: Role, hidden_TH: Tensor, batch: PackedBatch, chunk_rows: 
     return -out.logprob_A.sum()
 
 
-def pack_examples(examples: Sequence[Example], token_budget: int) -> list[PackedBatch]:
-    """Examples into packed micro-batches of at most `token_budget` tokens."""
-    (micro_batches,) = balance([len(e) for e in examples], token_budget=token_budget).assignments
-    return [pack_group([examples[i] for i in members]) for members in micro_batches]
+def pack_examples(examples: Sequence[Example], token_budget: int, share: Share | None = None) -> list[PackedBatch]:
+    """This rank's share of the examples (None: all) in packed micro-batches of at most `token_budget` tokens."""
+    share = share or Share()
+    micro_batches = share.assign([len(e) for e in examples], token_budget)[share.rank]
+    return [pack_group([examples[i] for i in members], share.tail_multiple) for members in micro_batches]
 
 
-def pack_group(group: list[Example]) -> PackedBatch:
+def pack_group(group: list[Example], tail_multiple: int = 1) -> PackedBatch:
     """Examples as one micro-batch."""
     masks = None
     if any(e.action_mask is not None for e in group):
         masks = [e.action_mask if e.action_mask is not None else [True] * len(e.response) for e in group]
-    return pack([e.prompt for e in group], [e.response for e in group], action_masks=masks)
+    prompts, responses = [e.prompt for e in group], [e.response for e in group]
+    return pack(prompts, responses, action_masks=masks, tail_multiple=tail_multiple)
 
 
 def heldout_loss(role: Role, batches: Sequence[PackedBatch], chunk_rows: int | None) -> float:
-    """Mean -log p per response token over `batches`, nats."""
+    """Mean -log p per response token over the `batches` of all data-parallel ranks, nats."""
 
     def read(hidden_TH: Tensor, index: int):
         batch = batches[index].to(hidden_TH.device)
-        return response_nll(role, hidden_TH, batch, chunk_rows).double(), batch.n_counted_actions
+        return (response_nll(role, hidden_TH, batch, chunk_rows).reshape(1),)
 
-    results = role.score(batches, read)
-    return float(sum(total for total, _ in results)) / max(sum(count for _, count in results), 1)
+    mine = sum(float(total) for (total,) in role.score(batches, read))
+    total, count = Cluster.current().total([mine, sum(batch.n_counted_actions for batch in batches)])
+    return total / max(count, 1)

@@ -1,6 +1,7 @@
 """The update: clipped policy loss for the actor, clipped value loss for the critic, one optimizer step per minibatch.
 
-A minibatch is a set of whole micro-batches of the plan, so that shapes never change between scoring and update.
+The plan says which micro-batches make a minibatch, so that neither shapes nor members change between scoring, update
+and layouts; the order of the minibatches is drawn anew in every epoch.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from icegrt.algorithm.experience import Experience
 from icegrt.algorithm.supervised import pack_examples, response_nll
+from icegrt.cluster import Cluster
 from icegrt.config import PPOConfig
 from icegrt.data import Example
 from icegrt.kernels import linear_ppo_loss, value_loss
@@ -75,11 +77,9 @@ class Updater:
         return outcome
 
     def _minibatches(self, experience: Experience, iteration: int, epoch: int) -> list[list[int]]:
-        count = len(experience.planned.batches)
         generator = torch.Generator().manual_seed((self.config.run.seed << 32) ^ (iteration << 8) ^ epoch)
-        order = torch.randperm(count, generator=generator).tolist()
-        # Ascending within a minibatch: the order of a sum is part of its bits.
-        return [sorted(order[i :: self.config.minibatches]) for i in range(self.config.minibatches)]
+        order = torch.randperm(self.config.minibatches, generator=generator).tolist()
+        return [experience.planned.minibatches[i] for i in order]
 
     def _actor_step(
         self, experience: Experience, members: list[int], kl_coef: float, ptx: Sequence[Example], outcome: UpdateOutcome
@@ -89,7 +89,7 @@ class Updater:
         losses = [lambda hidden, i: loss(hidden, i)] * len(batches)
         if ptx:
             actions = sum(batch.n_counted_actions for batch in batches)
-            ptx_batches = pack_examples(ptx, self.config.token_budget)
+            ptx_batches = pack_examples(ptx, self.config.token_budget, Cluster.current().share)
             ptx_loss = self._ptx_loss(ptx_batches, self._global(actions), len(batches))
             batches, losses = batches + ptx_batches, losses + [ptx_loss] * len(ptx_batches)
         step = self.actor.step(batches, lambda hidden, i: losses[i](hidden, i))

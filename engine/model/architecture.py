@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from icegrt.cluster_layout import Layout
 from icegrt.errors import CheckpointError
 from icegrt.model.families import FAMILIES, Family, family_of, refuse_unsupported
 from icegrt.model.rope import Rope
@@ -108,10 +109,14 @@ class Architecture:
         """Rows of the embedding over all tensor-parallel ranks: the vocabulary, padded to a multiple of `ranks`."""
         return -(-self.vocab_size // ranks) * ranks
 
-    def transformer_config(self, *, dtype: torch.dtype, tensor: int = 1, pipeline: int = 1):
-        """Megatron's TransformerConfig of this architecture (local layers, no fused CUDA-only parts)."""
+    def transformer_config(self, *, dtype: torch.dtype, layout: Layout | None = None, recompute: str = "none"):
+        """Megatron's TransformerConfig of this architecture (local layers, no fused CUDA-only parts).
+
+        layout: how the model is cut (None: not at all). recompute: 'none', 'selective' or 'full'.
+        """
         from megatron.core.transformer import TransformerConfig
 
+        layout = layout or Layout()
         return TransformerConfig(
             num_layers=self.num_layers,
             hidden_size=self.hidden_size,
@@ -130,8 +135,10 @@ class Architecture:
             window_attn_skip_freq=[*map(int, self.windowed_layers)],
             attention_dropout=0.0,
             hidden_dropout=0.0,
-            tensor_model_parallel_size=tensor,
-            pipeline_model_parallel_size=pipeline,
+            tensor_model_parallel_size=layout.tensor,
+            sequence_parallel=layout.sequence_parallel,
+            **_pipeline_settings(layout),
+            **_RECOMPUTE[recompute],
             params_dtype=dtype,
             pipeline_dtype=dtype,
             bf16=dtype is torch.bfloat16,
@@ -149,6 +156,28 @@ class Architecture:
             persist_layer_norm=False,
             deallocate_pipeline_outputs=False,
         )
+
+
+# Whole layers are formed again one by one: of each only its input is kept.
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def _pipeline_settings(layout: Layout) -> dict[str, Any]:
+    settings: dict[str, Any] = {"pipeline_model_parallel_size": layout.pipeline}
+    if layout.virtual_pipeline > 1:
+        settings["virtual_pipeline_model_parallel_size"] = layout.virtual_pipeline
+        # Batched messages reach the wrong micro-batch where two ranks are each other's previous and next.
+        settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    if layout.pipeline_split:
+        stages = [["decoder"] * layers for layers in layout.pipeline_split]
+        stages[0].insert(0, "embedding")
+        stages[-1].append("loss")
+        settings["pipeline_model_parallel_layout"] = stages
+    return settings
 
 
 def read_object(path: Path) -> dict[str, Any]:

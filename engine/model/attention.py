@@ -22,10 +22,14 @@ from torch.nn.functional import scaled_dot_product_attention
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 
-class Cache(Protocol):
-    """What attention asks of a KV cache (`icegrt.rollout.cache` has one)."""
+class Filling(Protocol):
+    """What a prefill asks of a KV cache: to take its keys and values over."""
 
     def fill(self, layer: int, k_THD: Tensor, v_THD: Tensor, lengths: list[int]) -> None: ...
+
+
+class Cache(Protocol):
+    """What a decode step asks of a KV cache (`icegrt.rollout.cache` has both)."""
 
     def attend(self, layer: int, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, window: int | None) -> Tensor: ...
 
@@ -34,15 +38,15 @@ class Cache(Protocol):
 class AttentionPlan(PackedSeqParams):
     """How the rows of the stream attend. Travels through Megatron's layers as their `packed_seq_params`.
 
-    Training and prefill: `lengths` of the sequences in stream order. Decoding: a `cache` with one new row per live
-    sequence. In prefill the cache is given too, and is filled.
+    Training and prefill: `lengths` of the sequences in stream order; a prefill has a place to `fill` as well. Decoding:
+    a `cache` with one new row per live sequence.
     """
 
     # Not 'thd': Megatron's thd path synchronises per layer and rotates by its own table instead of by positions.
     qkv_format: str = "stream"
     lengths: list[int] = field(default_factory=list)
+    filling: Filling | None = None
     cache: Cache | None = None
-    decoding: bool = False
 
 
 class PackedAttention(nn.Module):
@@ -50,6 +54,7 @@ class PackedAttention(nn.Module):
 
     def __init__(self, config, layer_number: int, *args, **kwargs) -> None:
         super().__init__()
+        # Its place among the layers that this rank holds, which is also its place in a KV cache.
         self.layer = layer_number - 1
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.window_size[0] + 1 if windowed else None
@@ -57,11 +62,11 @@ class PackedAttention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args, packed_seq_params=None, **kwargs) -> Tensor:
         plan: AttentionPlan = packed_seq_params
         q_THD, k_THD, v_THD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        if plan.decoding:
+        if plan.cache is not None:
             out = plan.cache.attend(self.layer, q_THD, k_THD, v_THD, self.window)
         else:
-            if plan.cache is not None:
-                plan.cache.fill(self.layer, k_THD, v_THD, plan.lengths)
+            if plan.filling is not None:
+                plan.filling.fill(self.layer, k_THD, v_THD, plan.lengths)
             out = packed_causal_attention(q_THD, k_THD, v_THD, plan.lengths, self.window)
         return out.reshape(out.shape[0], 1, -1)
 

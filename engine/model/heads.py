@@ -9,12 +9,15 @@ from torch import Tensor, nn
 
 
 class LMHead(nn.Module):
-    """The output projection's weight, [V / TP, H]. It has no forward: logits are formed inside the kernels."""
+    """The output projection's weight, [V / TP, H], which calling it gives: logits are formed inside the kernels."""
 
     def __init__(self, config, rows: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, config.hidden_size, dtype=config.params_dtype))
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+
+    def forward(self) -> Tensor:
+        return self.weight
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets=(), metadata=None):
         """For Megatron's dist_checkpointing: sharded along the vocabulary."""

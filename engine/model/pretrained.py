@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from icegrt.console import is_main
 from icegrt.errors import CheckpointError, RunError
 from icegrt.model import weights
 from icegrt.model.architecture import DTYPES, Architecture, read_object
@@ -164,8 +165,13 @@ def save_pretrained(
     `tensors`: all of `weights.layout`, in its order, on the CPU, in `dtype`; one is held at a time. `classifier`:
     `AutoModelForSequenceClassification` with one label instead of a causal LM. `extra_files`: JSON documents to lay
     beside them. `shard_bytes`: the most that a file holds. Raises `RunError` if `out` holds files or cannot be written.
+    All ranks call it, with the `tensors` of `weights.export_tensors`; rank 0 writes.
     """
     out = Path(out)
+    if not is_main():
+        for _ in tensors:
+            pass
+        return out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out}: not an empty folder; choose another folder for the exported model")
     aside = out.with_name(out.name + ".writing")
@@ -252,13 +258,14 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def build_model(source: Any, head: str, *, dtype: torch.dtype, new_head: bool = False):
-    """A `LanguageModel` with a checkpoint's weights. `head`: 'lm' or 'scalar'; `new_head`: a missing one is zero."""
-    from icegrt.model.language_model import LanguageModel
+def build_model(source: Any, head: str, *, dtype: torch.dtype, new_head: bool = False, recompute: str = "none"):
+    """What this rank holds of a model, a `LanguageModel`, with a checkpoint's weights.
+
+    `head`: 'lm' or 'scalar'; `new_head`: a missing one is zero; `recompute`: as the key of that name.
+    """
+    from icegrt.model.language_model import assemble
 
     pretrained = source if isinstance(source, Pretrained) else Pretrained(source)
-    config = pretrained.architecture.transformer_config(dtype=dtype)
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    model = LanguageModel(pretrained.architecture, config, head).to(device)
+    model = assemble(pretrained.architecture, head, dtype=dtype, recompute=recompute)
     weights.load(model, pretrained, new_head=new_head)
     return model

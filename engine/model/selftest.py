@@ -6,7 +6,7 @@ import torch
 
 from icegrt.cluster import Cluster
 from icegrt.model.architecture import Architecture
-from icegrt.model.language_model import LanguageModel
+from icegrt.model.language_model import assemble
 from icegrt.packing import pack
 
 _CONFIG = {
@@ -26,8 +26,7 @@ def run() -> str:
     """Two layers over two packed sequences; returns a line that says where they ran."""
     architecture = Architecture.from_config(_CONFIG)
     with Cluster.open() as cluster:
-        config = architecture.transformer_config(dtype=torch.float32)
-        model = LanguageModel(architecture, config, "lm").to(cluster.device)
+        model = assemble(architecture, "lm", dtype=torch.float32)
         for parameter in model.parameters():
             torch.nn.init.constant_(parameter, 0.01)
         with torch.no_grad():

@@ -10,6 +10,8 @@ import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import (
@@ -47,29 +49,54 @@ def layer_spec(config):
     return spec
 
 
-class Trunk(LanguageModule):
-    """Token stream to hidden states: [T] int64 tokens and positions -> [T, H]."""
+def _mark_cut_parameters(trunk: nn.Module) -> None:
+    # Megatron does so where it initialises weights, which it does not do here. The norm of the gradients counts a
+    # parameter without the mark on the first tensor-parallel rank only.
+    for module in trunk.modules():
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
+            rows = not isinstance(module, RowParallelLinear)
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=0 if rows else 1, stride=1)
+            if rows and getattr(module, "bias", None) is not None:
+                set_tensor_model_parallel_attributes(module.bias, is_parallel=True, dim=0, stride=1)
 
-    def __init__(self, architecture: Architecture, config, *, pre_process: bool = True, post_process: bool = True):
+
+class Trunk(LanguageModule):
+    """Token stream to hidden states: [T] int64 tokens and positions -> [T, H].
+
+    A rank of a pipeline holds one such stage, or one per virtual stage (`vp_stage`): the first embeds (`pre_process`),
+    the last applies the final norm (`post_process`). `padded_vocab_size`: rows of the embedding over all ranks.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        config,
+        padded_vocab_size: int,
+        *,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+    ):
         super().__init__(config=config)
-        self.pre_process, self.post_process = pre_process, post_process
-        self.share_embeddings_and_output_weights = architecture.tied_embeddings
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.model_type = ModelType.encoder_or_decoder
         if pre_process:
             self.embedding = LanguageModelEmbedding(
                 config=config,
-                vocab_size=architecture.vocab_size,
+                vocab_size=padded_vocab_size,
                 max_sequence_length=architecture.context_length,
                 position_embedding_type="rope",
                 tp_group=self.pg_collection.tp,
             )
-        layers = [layer_spec(config)] * get_num_layers_to_build(config)
+        layers = [layer_spec(config)] * get_num_layers_to_build(config, vp_stage=vp_stage)
         self.decoder = TransformerBlock(
             config=config,
             spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),
             pre_process=pre_process,
             post_process=post_process,
+            vp_stage=vp_stage,
         )
+        _mark_cut_parameters(self)
         frequencies = architecture.rope.inverse_frequencies(architecture.head_dim)
         self.register_buffer("inverse_frequencies", frequencies, persistent=False)
 
@@ -78,10 +105,13 @@ class Trunk(LanguageModule):
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, plan: AttentionPlan) -> Tensor:
-        """Returns [T, 1, H] (Megatron's layout): final hidden states on the last pipeline stage."""
+        """Returns [T, 1, H] (Megatron's layout; T / TP under sequence parallelism): final on the last stage only."""
         hidden = None
         if self.pre_process:
             hidden = self.embedding(input_ids=tokens_T[None], position_ids=positions_T[None])
+            # The transposed stream has odd strides in its dimension of one, for which matmul chooses another kernel
+            # where the weight is frozen: reference and actor would differ in their last bits.
+            hidden = hidden.flatten(0, 1).unsqueeze(1)
         angles = torch.outer(positions_T.float(), self.inverse_frequencies)
         rope = torch.cat((angles, angles), dim=-1)[:, None, None, :]
         return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rope, packed_seq_params=plan)

@@ -7,11 +7,12 @@ misshapen tensors all read these two.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from icegrt.errors import CheckpointError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 # How a parameter is cut over tensor-parallel ranks: not at all, by rows of the padded vocabulary, by columns, by groups
 # of query heads with their key and value, or the halves of gate and up each by rows.
 Cut = Literal["whole", "vocabulary", "columns", "qkv", "gate_up"]
+_EMBEDDING = "embedding.word_embeddings.weight"
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -56,7 +58,7 @@ def layout(architecture: Architecture, head: HeadKind) -> Iterator[Entry]:
     """Every parameter of a model with this head, in the order of the forward pass; layers count over all stages."""
     a = architecture
     vocabulary = ((a.vocab_size, a.hidden_size),)
-    yield Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary, "vocabulary")
+    yield Entry(_EMBEDDING, ("model.embed_tokens.weight",), vocabulary, "vocabulary")
     for layer in range(a.num_layers):
         yield from _layer(a, f"decoder.layers.{layer}", f"model.layers.{layer}")
     yield Entry("decoder.final_layernorm.weight", ("model.norm.weight",), ((a.hidden_size,),))
@@ -211,11 +213,12 @@ def _refuse_untied(source: Pretrained) -> None:
 def held_parameters(model: LanguageModel) -> dict[str, nn.Parameter]:
     """The parameters that this rank holds, under the names of `layout()`: layers count over the whole model."""
     held = {}
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if parts[:2] == ["decoder", "layers"]:
-            parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
-        held[".".join(parts)] = parameter
+    for chunk in model.chunks:
+        for name, parameter in chunk.named_parameters():
+            parts = name.split(".")
+            if parts[:2] == ["decoder", "layers"]:
+                parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
+            held[".".join(parts)] = parameter
     return held
 
 
@@ -232,15 +235,17 @@ def load(model: LanguageModel, source: Pretrained, *, new_head: bool = False) ->
     rank = parallel_state.get_tensor_model_parallel_rank()
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     held = held_parameters(model)
+    tied_copy = held.pop("head.weight") if model.holds_tied_copy else None
     available = set(source.names())
     for entry in layout(model.architecture, model.head_kind):
-        parameter = held.pop(entry.name, None)
-        if parameter is None:
-            continue
-        if not available.issuperset(entry.sources):  # only a new head can be, after the check
-            parameter.zero_()
-            continue
-        _read_into(parameter, entry, source, list(pieces(entry, model.architecture, rank, ranks)))
+        targets = [held.pop(entry.name)] if entry.name in held else []
+        if tied_copy is not None and entry.name == _EMBEDDING:
+            targets.append(tied_copy)
+        for parameter in targets:
+            if available.issuperset(entry.sources):
+                _read_into(parameter, entry, source, list(pieces(entry, model.architecture, rank, ranks)))
+            else:  # only a new head can be missing, after the check
+                parameter.zero_()
     assert not held, f"parameters without a source: {sorted(held)}"
 
 
@@ -259,11 +264,59 @@ def _read_into(parameter: Tensor, entry: Entry, source: Pretrained, wanted: list
 
 
 @torch.no_grad()
-def export_tensors(model: LanguageModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The model's parameters under their Hugging Face names, one at a time, on the CPU, in `dtype`."""
-    held = held_parameters(model)
+def export_tensors(
+    model: LanguageModel, dtype: torch.dtype, read: Callable[[nn.Parameter], Tensor] = lambda p: p
+) -> Iterator[tuple[str, Tensor]]:
+    """The model's parameters (or what `read` finds on them) under their Hugging Face names, on the CPU, in `dtype`.
+
+    One at a time. A collective: every rank iterates to the end, and rank 0 alone is given the tensors.
+    """
+    for entry, shards in _gathered(model, read):
+        yield from exported(entry, shards, model.architecture, dtype)
+
+
+def _gathered(model: LanguageModel, read: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[Entry, list[Tensor]]]:
+    """On rank 0, every entry of the layout with all ranks' shards; the others of its model hand theirs over."""
+    from megatron.core import parallel_state
+
+    model.settle()
+    if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
+        return
+    held = {name: read(parameter).detach() for name, parameter in held_parameters(model).items()}
+    tensor_group = parallel_state.get_tensor_model_parallel_group()
+    pipeline_group = parallel_state.get_pipeline_model_parallel_group()
+    stages = dist.get_process_group_ranks(pipeline_group)
+    if len(stages) == 1 and dist.get_world_size(tensor_group) == 1:
+        for entry in layout(model.architecture, model.head_kind):
+            yield entry, [held[entry.name]]
+        return
+    shapes: list[Any] = [None] * len(stages)
+    dist.all_gather_object(shapes, {n: (tuple(x.shape), x.dtype) for n, x in held.items()}, group=pipeline_group)
+    receives = parallel_state.is_pipeline_first_stage()
     for entry in layout(model.architecture, model.head_kind):
-        yield from exported(entry, [held[entry.name].detach()], model.architecture, dtype)
+        stage = next(s for s in range(len(stages)) if entry.name in shapes[s])
+        if dist.get_rank(pipeline_group) == stage:
+            shard = held[entry.name].cpu().contiguous()
+            if stage > 0:
+                dist.send(shard, stages[0], group=pipeline_group)
+        elif receives:
+            shape, dtype = shapes[stage][entry.name]
+            shard = torch.empty(shape, dtype=dtype)
+            dist.recv(shard, stages[stage], group=pipeline_group)
+        if receives:
+            shards = _shards_on_rank_0(entry, shard, tensor_group)
+            if shards is not None:
+                yield entry, shards
+
+
+def _shards_on_rank_0(entry: Entry, shard: Tensor, group: dist.ProcessGroup) -> list[Tensor] | None:
+    ranks = dist.get_process_group_ranks(group)
+    first = dist.get_rank() == ranks[0]
+    if entry.cut == "whole" or len(ranks) == 1:
+        return [shard] if first else None
+    shards = [torch.empty_like(shard) for _ in ranks] if first else None
+    dist.gather(shard, shards, dst=ranks[0], group=group)
+    return shards
 
 
 def exported(

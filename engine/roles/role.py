@@ -17,6 +17,7 @@ from torch import Tensor
 from icegrt.config import OptimizerConfig
 from icegrt.model.language_model import LanguageModel
 from icegrt.packing import PackedBatch
+from icegrt.roles.ranks import objects_from_last_stage, settle, true_everywhere, vectors_from_last_stage, wrap
 
 # What a loss returns for a micro-batch: (sum over its tokens, how many tokens it counts, statistics).
 Loss = tuple[Tensor, int, Any]
@@ -33,46 +34,56 @@ class StepOutcome:
 
 
 class Role:
-    """actor, reference, reward or critic: `model` holds the weights, `learns` says whether they change."""
+    """actor, reference, reward or critic: `model` holds the weights, `learns` says whether they change.
+
+    Every rank of a layout calls the same methods with the batches of its data-parallel rank. What `read` and `loss`
+    say is formed on the last pipeline stage alone (where heads are), and handed to the others.
+    """
 
     def __init__(self, name: str, model: LanguageModel) -> None:
         self.name = name
         self.model = model
         self.learns = False
         self.device = next(model.parameters()).device
-        model.requires_grad_(False)
-        model.eval()
+        for chunk in model.chunks:
+            chunk.requires_grad_(False)
+            chunk.eval()
 
     def learn(self, config: OptimizerConfig, total_steps: int) -> None:
         """Give the role gradients, a distributed optimizer, and a schedule over `total_steps` optimizer steps."""
-        from megatron.core.distributed import (
-            DistributedDataParallel,
-            DistributedDataParallelConfig,
-            finalize_model_grads,
-        )
+        from megatron.core.distributed import finalize_model_grads
 
         self.learns = True
-        self.model.requires_grad_(True)
-        self.model.train()
-        ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-        self._ddp = DistributedDataParallel(self.model.config, ddp_config, self.model)
+        for chunk in self.model.chunks:
+            chunk.requires_grad_(True)
+            chunk.train()
+        self._ddps = wrap(self.model)
+        self.model.settle = lambda: settle(self._ddps)
         self.model.config.finalize_model_grads_func = finalize_model_grads
-        self.optimizer = _optimizer(config, self._ddp, self.model.config)
+        self.optimizer = _optimizer(config, self._ddps, self.model.config)
         self.schedule = _schedule(config, self.optimizer, total_steps)
 
     @torch.no_grad()
-    def score(self, batches: Sequence[PackedBatch], read: Callable[[Tensor, int], Any]) -> list[Any]:
-        """Forward passes without gradients: `read(hidden_TH, i)` for the i-th batch, its results in order."""
+    def score(
+        self, batches: Sequence[PackedBatch], read: Callable[[Tensor, int], tuple[Tensor, ...]]
+    ) -> list[tuple[Tensor, ...]]:
+        """Forward passes without gradients: `read(hidden_TH, i)` for the i-th batch, as many vectors for each.
+
+        Returns what was read, in order, as fp32 on the CPU of every rank of the pipeline.
+        """
 
         def collect(index: int):
-            return lambda hidden_T1H, non_loss_data: read(hidden_T1H.squeeze(1), index)
+            def read_rows(hidden_T1H: Tensor, non_loss_data: bool) -> tuple[Tensor, ...]:
+                return tuple(x.float().cpu() for x in read(self.model.rows_of(hidden_T1H), index))
 
-        return self._pass(self.model, batches, collect, forward_only=True, collect_non_loss_data=True)
+            return read_rows
+
+        found = self._pass(self.model.chunks, batches, collect, forward_only=True, collect_non_loss_data=True)
+        return vectors_from_last_stage(found, len(batches))
 
     def step(self, batches: Sequence[PackedBatch], loss: Callable[[Tensor, int], Loss]) -> StepOutcome:
         """One optimizer step: `loss(hidden_TH, i)` for the i-th micro-batch; gradients are of sum over count."""
-        self._ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self.zero_gradients()
         totals: list[Tensor] = []
 
         def watched(hidden_TH: Tensor, index: int) -> Loss:
@@ -83,36 +94,47 @@ class Role:
         stats = self.accumulate(batches, watched)
         lr = self.optimizer.param_groups[0]["lr"]
         # A loss may overflow where its gradient does not, and the other way round.
-        if not (bool(torch.isfinite(torch.stack(totals)).all()) and self._gradients_are_finite()):
+        finite = all(bool(torch.isfinite(total)) for total in totals) and self._gradients_are_finite()
+        if not true_everywhere(finite):
             return StepOutcome(stats, math.nan, lr, skipped=True)
         _, grad_norm, _ = self.optimizer.step()
         self.schedule.step(increment=1)
         return StepOutcome(stats, float(grad_norm or 0.0), lr, skipped=False)
 
+    def zero_gradients(self) -> None:
+        """Forget all gradients."""
+        for ddp in self._ddps:
+            ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
     def accumulate(self, batches: Sequence[PackedBatch], loss: Callable[[Tensor, int], Loss]) -> list[Any]:
-        """Forward and backward over all micro-batches, gradients left in the parameters' `main_grad`."""
+        """Forward and backward over all micro-batches, gradients left in the parameters' `main_grad`.
+
+        With several data-parallel ranks `main_grad` is whole only where this rank's share of the optimizer needs it.
+        """
 
         def collect(index: int):
             def loss_of(hidden_T1H: Tensor):
-                total, count, stats = loss(hidden_T1H.squeeze(1), index)
+                total, count, stats = loss(self.model.rows_of(hidden_T1H), index)
                 return total, torch.tensor(count, dtype=torch.int, device=self.device), stats
 
             return loss_of
 
-        return self._pass(self._ddp, batches, collect, forward_only=False)
+        return objects_from_last_stage(self._pass(self._ddps, batches, collect, forward_only=False))
 
-    def _pass(self, module, batches: Sequence[PackedBatch], collect, **how) -> list[Any]:
+    def _pass(self, chunks, batches: Sequence[PackedBatch], collect, **how) -> list[Any]:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        def forward(iterator, module):
+        def forward(iterator, chunk):
             index, batch = next(iterator)
-            model = getattr(module, "module", module)
+            model = getattr(chunk, "module", chunk)
             return model.hidden(batch.to(self.device)), collect(index)
 
+        iterators = [iter(enumerate(batches)) for _ in chunks]
         return get_forward_backward_func()(
             forward_step_func=forward,
-            data_iterator=iter(enumerate(batches)),
-            model=[module],
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=list(chunks),
             num_microbatches=len(batches),
             seq_length=max(batch.tokens_T.numel() for batch in batches),
             micro_batch_size=1,
@@ -120,10 +142,10 @@ class Role:
         )
 
     def _gradients_are_finite(self) -> bool:
-        return all(bool(torch.isfinite(buffer.grad_data.sum())) for buffer in self._ddp.buffers)
+        return all(bool(torch.isfinite(buffer.grad_data.sum())) for ddp in self._ddps for buffer in ddp.buffers)
 
 
-def _optimizer(config: OptimizerConfig, ddp, model_config):
+def _optimizer(config: OptimizerConfig, ddps, model_config):
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core.optimizer import get_megatron_optimizer
 
@@ -140,7 +162,7 @@ def _optimizer(config: OptimizerConfig, ddp, model_config):
         params_dtype=model_config.params_dtype,
         use_distributed_optimizer=True,
     )
-    optimizer = get_megatron_optimizer(settings, [ddp])
+    optimizer = get_megatron_optimizer(settings, list(ddps))
     for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
         _index_as_ordered(inner)
     return optimizer

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
 class KVCache:
-    """[slots, kv_heads, capacity, d] keys and values per layer.
+    """[slots, kv_heads, capacity, d] keys and values per layer: of this rank's layers and heads.
 
     Live slots stay a prefix, so that a decode step attends over a view: a finished sequence's slot is overwritten by
     the last live one. `lengths` counts the tokens held per slot; during a decode step it includes the new one.
@@ -21,27 +23,18 @@ class KVCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
         self.live = 0
-        self._copies: list[int] = []
         self._places = torch.arange(capacity, device=device)
         self._slots = torch.arange(slots, device=device)
         self._visible: dict[int | None, Tensor] = {}
         self._span = 0
 
-    def admit(self, lengths: list[int], copies: list[int]) -> None:
+    def admit(self, lengths: list[int], copies: list[int]) -> Admission:
         """Make room behind the live slots: prompt i of `lengths[i]` tokens takes `copies[i]` neighbouring slots."""
-        self._first = self.live
-        self._copies = copies
         held = torch.tensor(lengths).repeat_interleave(torch.tensor(copies)).to(self.lengths.device)
-        self.lengths[self.live : self.live + held.numel()] = held
+        first = self.live
+        self.lengths[first : first + held.numel()] = held
         self.live += held.numel()
-
-    def fill(self, layer: int, k_THD: Tensor, v_THD: Tensor, lengths: list[int]) -> None:
-        """Take over a prefill's keys and values ([T, kv_heads, d]) into the slots just admitted."""
-        for held, new in ((self.keys[layer], k_THD), (self.values[layer], v_THD)):
-            first = self._first
-            for part, copies in zip(new.split(lengths), self._copies, strict=True):
-                held[first : first + copies, :, : part.shape[0]] = part.transpose(0, 1)
-                first += copies
+        return Admission(self, first, copies)
 
     def begin_step(self) -> None:
         """One more token per live sequence; its place is `lengths - 1` from now on."""
@@ -89,3 +82,20 @@ class KVCache:
                 self.lengths[slot] = held
                 moves.append((last, slot))
         return moves
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Slots for the prompts of a prefill, from `first` on, to be filled layer by layer."""
+
+    cache: KVCache
+    first: int
+    copies: list[int]
+
+    def fill(self, layer: int, k_THD: Tensor, v_THD: Tensor, lengths: list[int]) -> None:
+        """Take over a prefill's keys and values ([T, kv_heads, d])."""
+        for held, new in ((self.cache.keys[layer], k_THD), (self.cache.values[layer], v_THD)):
+            first = self.first
+            for part, copies in zip(new.split(lengths), self.copies, strict=True):
+                held[first : first + copies, :, : part.shape[0]] = part.transpose(0, 1)
+                first += copies

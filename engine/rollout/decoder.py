@@ -2,11 +2,17 @@
 
 A wave of sequences starts together and the finished ones leave the batch. Sampling is layout-invariant: the noise of a
 token depends on (seed, sequence id, position, vocabulary id) alone, never on who shares the batch.
+
+Over a pipeline a wave is as many micro-groups as there are ranks: while one group's hidden states are with the next
+rank, this rank works on another group. Every rank of the pipeline runs the same steps and yields the same responses;
+logits exist on the last stage only, cut over the tensor-parallel ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -14,12 +20,14 @@ from torch import Tensor
 from icegrt.errors import DataError
 from icegrt.kernels import sample_tokens
 from icegrt.model.attention import AttentionPlan
-from icegrt.model.language_model import LanguageModel
+from icegrt.model.language_model import LanguageModel, whole_sequences
 from icegrt.rollout.cache import KVCache
+from icegrt.rollout.relay import Relay
 from icegrt.rollout.response import Response, Sampling
 
 # A prefill is cut so that its activations stay small beside the cache.
 _PREFILL_TOKENS = 8192
+Pair = tuple[int, int]
 
 
 class Decoder:
@@ -34,14 +42,45 @@ class Decoder:
 
     @torch.no_grad()
     def stream(
-        self, prompts: Sequence[list[int]], samples: int, sampling: Sampling, first_sequence_id: int = 0
+        self,
+        prompts: Sequence[list[int]],
+        samples: int,
+        sampling: Sampling,
+        first_sequence_id: int = 0,
+        pairs: Sequence[Pair] | None = None,
     ) -> Iterator[Response]:
-        """Yield every response as soon as it is finished; sample s of prompt p has id first + p * samples + s."""
+        """Yield every response as soon as it is finished; sample s of prompt p has id first + p * samples + s.
+
+        `pairs`: which (prompt, sample) to draw; None draws all.
+        """
         self._check(prompts, sampling)
-        pending = [(p, s) for p in range(len(prompts)) for s in range(samples)]
+        pending = [(p, s) for p in range(len(prompts)) for s in range(samples)] if pairs is None else list(pairs)
         for start in range(0, len(pending), self.max_batch):
-            wave = pending[start : start + self.max_batch]
-            yield from _Wave(self, prompts, samples, sampling, first_sequence_id, wave).run()
+            wave = [
+                _Member(p, s, first_sequence_id + p * samples + s, prompts[p])
+                for p, s in pending[start : start + self.max_batch]
+            ]
+            yield from self._run(wave, sampling)
+
+    def _run(self, wave: list[_Member], sampling: Sampling) -> Iterator[Response]:
+        parameter = next(self.model.parameters())
+        relay = Relay(self.model.config.hidden_size, parameter.dtype, parameter.device)
+        cuts = [len(wave) * i // relay.stages for i in range(relay.stages + 1)]
+        groups = [_Group(self, wave[a:b], sampling, relay) for a, b in pairwise(cuts) if b > a]
+        chunks = range(len(self.model.chunks))
+        for chunk in chunks:
+            for group in groups:
+                group.forward(chunk)
+        while groups:
+            for group in groups:
+                yield from group.take()
+                if group.live:
+                    group.forward(0)
+            groups = [group for group in groups if group.live]
+            for chunk in chunks[1:]:
+                for group in groups:
+                    group.forward(chunk)
+        relay.finish()
 
     def _check(self, prompts: Sequence[list[int]], sampling: Sampling) -> None:
         context = self.model.architecture.context_length
@@ -55,80 +94,123 @@ class Decoder:
                 )
 
 
-class _Wave:
-    """Sequences that start together. Slot i of the cache belongs to `members[i]`, an index into `wave`."""
+@dataclass(frozen=True)
+class _Member:
+    """A sequence to be drawn."""
 
-    def __init__(self, decoder: Decoder, prompts, samples, sampling, first_id, wave) -> None:
-        self.model, self.stop_ids, self.sampling = decoder.model, decoder.stop_ids, sampling
-        self.prompts, self.wave = prompts, wave
-        self.ids = [first_id + p * samples + s for p, s in wave]
-        self.members = list(range(len(wave)))
-        architecture = self.model.architecture
-        parameter = next(self.model.parameters())
-        self.device = parameter.device
+    prompt: int
+    sample: int
+    id: int
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Rows of one trip through the model: tokens, positions, how they attend, and which rows are sampled from."""
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    plan: AttentionPlan
+    rows_N: Tensor | slice
+
+
+class _Group:
+    """Sequences that are decoded together. Slot i of the cache belongs to `members[i]`, an index into `sequences`."""
+
+    def __init__(self, decoder: Decoder, sequences: list[_Member], sampling: Sampling, relay: Relay) -> None:
+        self.model, self.stop_ids, self.sampling, self.relay = decoder.model, decoder.stop_ids, sampling, relay
+        self.sequences = sequences
+        self.members = list(range(len(sequences)))
+        self.id_N = torch.tensor([s.id for s in sequences], device=relay.device)
+        config = self.model.config
         self.cache = KVCache(
-            architecture.num_layers,
-            len(wave),
-            max(len(prompts[p]) for p, _ in wave) + sampling.max_new_tokens,
-            architecture.num_kv_heads,
-            architecture.head_dim,
-            dtype=parameter.dtype,
-            device=self.device,
+            sum(len(chunk.decoder.layers) for chunk in self.model.chunks),
+            len(sequences),
+            max(len(s.tokens) for s in sequences) + sampling.max_new_tokens,
+            config.num_query_groups // config.tensor_model_parallel_size,
+            config.kv_channels,
+            dtype=relay.dtype,
+            device=relay.device,
         )
-        self.tokens: list[list[int]] = [[] for _ in wave]
-        self.logprobs: list[list[float]] = [[] for _ in wave]
+        self.tokens: list[list[int]] = [[] for _ in sequences]
+        self.logprobs: list[list[float]] = [[] for _ in sequences]
+        self.steps = 0
+        self.passes = list(self._prefill())
+        self.drawn: tuple[Tensor, Tensor] | None = None
 
-    def run(self) -> Iterator[Response]:
-        hidden_NH = self._prefill()
-        id_N = torch.tensor(self.ids, device=self.device)
-        for step in range(self.sampling.max_new_tokens):
-            position_N = self.cache.lengths[: self.cache.live]
-            token_N, logprob_N = sample_tokens(
-                self.model.logits_NV(hidden_NH),
-                temperature=self.sampling.temperature,
-                top_k=self.sampling.top_k,
-                top_p=self.sampling.top_p,
-                seed=self.sampling.seed,
-                sequence_ids=id_N,
-                positions=position_N,
-                shard=self.model.vocab_shard,
-            )
-            finished = self._record(token_N, logprob_N, last=step + 1 == self.sampling.max_new_tokens)
-            for slot in finished:
-                yield self._response(self.members[slot])
-            moves = self.cache.retire(finished)
-            for origin, target in moves:
-                self.members[target] = self.members[origin]
-                token_N[target] = token_N[origin]
-                id_N[target] = id_N[origin]
-            live = self.cache.live
-            if live == 0:
-                return
-            del self.members[live:]
-            id_N = id_N[:live]
-            hidden_NH = self._decode(token_N[:live])
+    @property
+    def live(self) -> int:
+        """Sequences that go on."""
+        return self.cache.live
 
-    def _prefill(self) -> Tensor:
-        """Run the distinct prompts once; their copies share the result. Returns [live, H], the last rows' hidden."""
-        copies: dict[int, int] = {}
-        for prompt, _ in self.wave:
-            copies[prompt] = copies.get(prompt, 0) + 1
+    def forward(self, chunk: int) -> None:
+        """Take the present passes through one of this rank's stages; the last stage of all draws the tokens."""
+        model = self.model.chunks[chunk]
         rows = []
-        for group in _groups(list(copies), self.prompts):
-            lengths = [len(self.prompts[p]) for p in group]
-            times = [copies[p] for p in group]
-            self.cache.admit(lengths, times)
-            tokens_T = torch.tensor([t for p in group for t in self.prompts[p]], device=self.device)
-            positions_T = torch.cat([torch.arange(n, device=self.device) for n in lengths])
-            hidden = self.model(tokens_T, positions_T, AttentionPlan(lengths=lengths, cache=self.cache)).squeeze(1)
-            last_rows = torch.tensor(lengths, device=self.device).cumsum(0) - 1
-            rows.append(hidden[last_rows].repeat_interleave(torch.tensor(times, device=self.device), dim=0))
-        return torch.cat(rows)
+        for trip in self.passes:
+            model.set_input_tensor(None if model.pre_process else self.relay.receive(trip.tokens_T.numel()))
+            with whole_sequences(self.model):
+                hidden_T1H = model(trip.tokens_T, trip.positions_T, trip.plan)
+            if model.post_process:
+                rows.append(hidden_T1H.squeeze(1)[trip.rows_N])
+            else:
+                self.relay.pass_on(hidden_T1H)
+        if model.post_process:
+            self.drawn = self._draw(torch.cat(rows))
+            self.relay.announce(*self.drawn)
 
-    def _decode(self, token_N: Tensor) -> Tensor:
-        position_N = self.cache.lengths[: self.cache.live].clone()
-        self.cache.begin_step()
-        return self.model(token_N, position_N, AttentionPlan(cache=self.cache, decoding=True)).squeeze(1)
+    def take(self) -> Iterator[Response]:
+        """The tokens that were drawn: yields what is finished by them, and lines up the next step of the others."""
+        token_N, logprob_N = self.drawn if self.relay.is_last else self.relay.hear(self.live)
+        self.steps += 1
+        finished = self._record(token_N, logprob_N, last=self.steps == self.sampling.max_new_tokens)
+        for slot in finished:
+            yield self._response(self.members[slot])
+        token_N = token_N.to(self.relay.device)
+        for origin, target in self.cache.retire(finished):
+            self.members[target] = self.members[origin]
+            token_N[target] = token_N[origin]
+            self.id_N[target] = self.id_N[origin]
+        del self.members[self.live :]
+        self.id_N = self.id_N[: self.live]
+        if self.live:
+            position_N = self.cache.lengths[: self.live].clone()
+            self.cache.begin_step()
+            plan = AttentionPlan(cache=self.cache)
+            self.passes = [_Pass(token_N[: self.live], position_N, plan, slice(None))]
+
+    def _prefill(self) -> Iterator[_Pass]:
+        """The distinct prompts once, in parts; their copies share the result."""
+        copies: dict[int, int] = {}
+        prompts: dict[int, list[int]] = {}
+        for sequence in self.sequences:
+            copies[sequence.prompt] = copies.get(sequence.prompt, 0) + 1
+            prompts[sequence.prompt] = sequence.tokens
+        device = self.relay.device
+        for part in _parts(prompts):
+            lengths = [len(prompts[p]) for p in part]
+            times = [copies[p] for p in part]
+            last_rows = torch.tensor(lengths, device=device).cumsum(0) - 1
+            yield _Pass(
+                torch.tensor([t for p in part for t in prompts[p]], device=device),
+                torch.cat([torch.arange(n, device=device) for n in lengths]),
+                AttentionPlan(lengths=lengths, filling=self.cache.admit(lengths, times)),
+                last_rows.repeat_interleave(torch.tensor(times, device=device)),
+            )
+
+    def _draw(self, hidden_NH: Tensor) -> tuple[Tensor, Tensor]:
+        sampling = self.sampling
+        # The position of the token to come; in a decode step the cache counts the token just fed already.
+        return sample_tokens(
+            self.model.logits_NV(hidden_NH),
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            sequence_ids=self.id_N,
+            positions=self.cache.lengths[: self.live],
+            shard=self.model.vocab_shard,
+        )
 
     def _record(self, token_N: Tensor, logprob_N: Tensor, last: bool) -> list[int]:
         finished = []
@@ -141,20 +223,21 @@ class _Wave:
         return finished
 
     def _response(self, member: int) -> Response:
-        prompt, sample = self.wave[member]
-        tokens = self.tokens[member]
+        sequence, tokens = self.sequences[member], self.tokens[member]
         reason = "stop" if tokens[-1] in self.stop_ids else "length"
-        return Response(prompt, sample, self.ids[member], self.prompts[prompt], tokens, self.logprobs[member], reason)
+        return Response(
+            sequence.prompt, sequence.sample, sequence.id, sequence.tokens, tokens, self.logprobs[member], reason
+        )
 
 
-def _groups(indices: list[int], prompts: Sequence[list[int]]) -> Iterator[list[int]]:
-    group: list[int] = []
+def _parts(prompts: dict[int, list[int]]) -> Iterator[list[int]]:
+    part: list[int] = []
     total = 0
-    for index in indices:
-        if group and total + len(prompts[index]) > _PREFILL_TOKENS:
-            yield group
-            group, total = [], 0
-        group.append(index)
-        total += len(prompts[index])
-    if group:
-        yield group
+    for index, prompt in prompts.items():
+        if part and total + len(prompt) > _PREFILL_TOKENS:
+            yield part
+            part, total = [], 0
+        part.append(index)
+        total += len(prompt)
+    if part:
+        yield part

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from icegrt.cluster import Cluster
 from icegrt.data import stop_ids
 from icegrt.model.language_model import LanguageModel
 from icegrt.rollout.decoder import Decoder
+from icegrt.rollout.exchange import everyones, mine
 from icegrt.rollout.response import Response, Sampling
 
 
@@ -34,14 +36,43 @@ class RolloutEngine:
         first_sequence_id: int = 0,
     ) -> Iterator[Response]:
         """Yield `n` responses per prompt, each as soon as it is finished. Raises `DataError` for an empty prompt or
-        one that leaves no room for the answer."""
-        ids = [self.tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
-        yield from self.decoder.stream(ids, n, sampling or Sampling(), first_sequence_id)
+        one that leaves no room for the answer.
 
-    def generate(self, prompts: Sequence[str | list[int]], n: int = 1, sampling: Sampling | None = None, **kwargs):
+        Under torchrun all ranks iterate; data-parallel ranks draw a block together, and each is given all of it.
+        """
+        ids, sampling = self._ids(prompts), sampling or Sampling()
+        ranks = Cluster.current().share.ranks
+        if ranks == 1:
+            yield from self.decoder.stream(ids, n, sampling, first_sequence_id)
+            return
+        pairs = _pairs(ids, n)
+        block = self.decoder.max_batch * ranks
+        for start in range(0, len(pairs), block):
+            yield from self._together(ids, n, sampling, first_sequence_id, pairs[start : start + block])
+
+    def generate(
+        self,
+        prompts: Sequence[str | list[int]],
+        n: int = 1,
+        sampling: Sampling | None = None,
+        *,
+        first_sequence_id: int = 0,
+    ) -> list[Response]:
         """All responses, ordered by prompt and sample. See `stream`."""
-        return sorted(self.stream(prompts, n, sampling, **kwargs), key=lambda r: (r.prompt_index, r.sample))
+        ids = self._ids(prompts)
+        return self._together(ids, n, sampling or Sampling(), first_sequence_id, _pairs(ids, n))
+
+    def _together(self, ids, n: int, sampling: Sampling, first_sequence_id: int, pairs) -> list[Response]:
+        own = mine(pairs, Cluster.current().share)
+        return everyones(list(self.decoder.stream(ids, n, sampling, first_sequence_id, own)), ids, n, first_sequence_id)
+
+    def _ids(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        return [self.tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
 
     def text(self, response: Response) -> str:
         """The answer as text, without special tokens."""
         return self.tokenizer.decode(response.tokens, skip_special_tokens=True)
+
+
+def _pairs(prompts: Sequence[list[int]], samples: int) -> list[tuple[int, int]]:
+    return [(p, s) for p in range(len(prompts)) for s in range(samples)]

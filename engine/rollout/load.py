@@ -7,22 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from icegrt.cluster import Cluster
+from icegrt.cluster_layout import Layout
+from icegrt.config import ParallelConfig
 from icegrt.errors import ConfigError
 from icegrt.model.architecture import DTYPES
 from icegrt.model.language_model import LanguageModel
 from icegrt.model.pretrained import build_model
 
 
-def load_actor(source: str | Path | Any, dtype: str = "fp32") -> LanguageModel:
+def load_actor(source: str | Path | Any, dtype: str = "fp32", parallel: ParallelConfig | None = None) -> LanguageModel:
     """A language model for `RolloutEngine`, in eval mode and without gradients.
 
     source: path of a Hugging Face checkpoint, or a `transformers` model, whose weights are copied. dtype: 'fp32' or
-    'bf16'. The process groups that it needs stay open for as long as the model is alive. Raises `CheckpointError` for
-    a checkpoint that cannot be used, `ConfigError` for another dtype.
+    'bf16'. parallel: how the model is cut over the ranks that torchrun started (None: not at all). The process groups
+    that it needs stay open for as long as the model is alive. Raises `CheckpointError` for a checkpoint that cannot be
+    used, `ConfigError` for another dtype or a layout that does not fit.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"load_actor: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    cluster = Cluster.open()
+    cluster = Cluster.open(Layout.of(parallel) if parallel is not None else None)
     try:
         model = build_model(source, "lm", dtype=DTYPES[dtype])
     except BaseException:

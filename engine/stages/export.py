@@ -11,7 +11,7 @@ from torch import Tensor
 from icegrt import checkpoint
 from icegrt.checkpoint_tensors import CheckpointTensors
 from icegrt.config import ExportConfig
-from icegrt.console import say
+from icegrt.console import is_main, say
 from icegrt.data import load_tokenizer
 from icegrt.errors import CheckpointError, ConfigError, RunError
 from icegrt.model import weights
@@ -20,7 +20,9 @@ from icegrt.model.pretrained import save_pretrained
 
 
 def run(config: ExportConfig) -> None:
-    """The command: write `export.role` of the run at `export.run` to `export.out`."""
+    """The command: write `export.role` of the run at `export.run` to `export.out`. Of several ranks one does."""
+    if not is_main():
+        return
     for key in ("run", "out"):
         if not getattr(config, key):
             raise ConfigError(f"export.{key} is empty; it must be given")

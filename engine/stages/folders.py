@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from icegrt.console import is_main
 from icegrt.errors import RunError
 from icegrt.metrics import JsonlWriter
 
@@ -40,8 +41,14 @@ def remove_empty(folders: list[Path]) -> None:
 
 
 @contextlib.contextmanager
-def rows_file(out: str) -> Iterator[JsonlWriter]:
-    """A JSONL file that is there whole or, where the block raises, not at all, its new folders neither."""
+def rows_file(out: str) -> Iterator[JsonlWriter | None]:
+    """A JSONL file that is there whole or, where the block raises, not at all, its new folders neither.
+
+    Rank 0 writes it; the others are given None.
+    """
+    if not is_main():
+        yield None
+        return
     path = Path(out)
     if path.is_dir():
         raise RunError(f"{path}: is a folder; name a JSONL file to write")

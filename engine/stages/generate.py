@@ -19,6 +19,7 @@ def run(config: GenerateConfig) -> None:
             if writer is not None:
                 reasons = [r.finish_reason for r in responses]
                 writer.write({**prompt.row, "responses": texts, "finish_reasons": reasons})
+            if config.out:
                 continue
             say(f"> {plain(prompt.row.get('prompt', prompt.where))}")
             for text in texts:

@@ -116,7 +116,7 @@ class PPOTrainer(Trainer):
         self.scaling = ScoreScaling(config, _saved_statistics(sources.model))
         if critic is None and config.critic.init == "reward":
             # The reward model's head speaks in raw scores, returns are on the scale of what is paid.
-            self.critic.model.head.scale_by(config.reward_model_weight * self.scaling.factor)
+            self.critic.model.scale_head(config.reward_model_weight * self.scaling.factor)
         self.total_steps = config.iterations
         updates = (config.iterations - config.critic.warmup_iterations) * config.ppo_epochs * config.minibatches
         self.actor.learn(config.optimizer, max(1, updates))
@@ -212,15 +212,21 @@ class PPOTrainer(Trainer):
         self._seconds = defaultdict(float, {k: s for k, s in self._seconds.items() if k == "checkpoint"})
         prompts, responses = self._roll_out(iteration)
         with self._timed("plan"):
-            planned = plan(responses, self.config.token_budget, self.config.minibatches)
-        experience, verdict = self._score(planned, prompts)
+            planned = plan(
+                responses,
+                self.config.token_budget,
+                self.config.minibatches,
+                share=self.cluster.share,
+                seed=(self.run.seed << 32) ^ iteration,
+            )
+        experience, verdict, everyones = self._score(planned, prompts)
         self.notify("on_scores", experience)
         with self._timed("update"):
             outcome = self.updater.run(experience, self.kl.coef, iteration, self._draw_ptx(iteration))
         kl_coef = self.kl.coef
         kl = masked_moments(experience.shaped.kl_N.double(), ~verdict.dropped_N, group=self.cluster.data_group)
         self.kl.update(float(kl.mean), int(kl.count))
-        write_rollouts(rollout_path(self.dir, iteration), iteration, self.run.seed, experience, verdict)
+        write_rollouts(rollout_path(self.dir, iteration), iteration, self.run.seed, experience, everyones)
         self.done_steps = iteration
         self._stop_if_broken(outcome)
         row = self._finish_iteration(iteration, experience, verdict, outcome, kl_coef)
@@ -238,13 +244,15 @@ class PPOTrainer(Trainer):
         self.notify("on_rollout", responses)
         return prompts, responses
 
-    def _score(self, planned: Planned, prompts: list[Prompt]) -> tuple[Experience, Verdict]:
+    def _score(self, planned: Planned, prompts: list[Prompt]) -> tuple[Experience, Verdict, Verdict]:
+        """Also what the sources said: of this rank's responses, and of everyone's."""
         config = self.config
         with self._timed("score"):
             # First of all: what is dropped must be masked alike in scoring and update, or their bits would differ.
-            verdict = self.judge(planned, prompts)
+            everyones = self.judge(planned, prompts)
+            self._stop_if_all_are_dropped(everyones)
+            verdict = everyones.select(planned.places[planned.rank])
             planned = planned.without(verdict.dropped_N)
-            self._stop_if_all_are_dropped(verdict)
             batches, temperature = planned.batches, config.sampling.temperature
             old_A, entropy_A = score_logprobs(self.actor, batches, temperature, self.chunk_rows, entropy=True)
             ref_A, _ = score_logprobs(self.roles_by_name["reference"], batches, temperature, self.chunk_rows)
@@ -254,7 +262,7 @@ class PPOTrainer(Trainer):
             rewards_A = verdict.token_reward_A
             shaped = shape(config, self.kl.coef, planned, scores, old_A, ref_A, value_A, last_value_N, rewards_A)
             moments = shaped.moments.reduce(self.cluster.data_group)
-        return Experience(planned, scores, old_A, entropy_A, ref_A, value_A, shaped, moments), verdict
+        return Experience(planned, scores, old_A, entropy_A, ref_A, value_A, shaped, moments), verdict, everyones
 
     def _total(self, planned: Planned, verdict: Verdict) -> Scores:
         if verdict.reward_model_N is not None:
@@ -354,7 +362,8 @@ class PPOTrainer(Trainer):
         self.write_model()
         summary = {"iterations": self.done_steps, "alarms": self.alarm_messages}
         write_json(self.dir / "summary.json", summary)
-        write_run_report(self.dir, config=self.config)
+        if self.cluster.is_main:
+            write_run_report(self.dir, config=self.config)
         return summary
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from icegrt.algorithm.experience import Experience
 from icegrt.algorithm.judge import Verdict
 from icegrt.algorithm.update import UpdateOutcome, mean_grad_norm
+from icegrt.cluster import Cluster
 from icegrt.kernels import masked_moments
 from icegrt.metrics import Evaluation, JsonlWriter, PPOStep
 
@@ -55,7 +56,10 @@ def ppo_step(
     return_moments = masked_moments(shaped.return_A.double(), counted_A, group=group)
     unexplained = float(experience.moments.variance / return_moments.variance.clamp(min=1e-30))
     gap_A = (rollout_A - experience.old_logprob_A).abs()
-    gap = _maximum((gap_A if counted_A is None else gap_A * counted_A).max(), group)
+    gap = _maximum(gap_A if counted_A is None else gap_A * counted_A, group)
+    cluster = Cluster.current()
+    padding, computed = cluster.total([planned.tail_tokens, planned.n_tokens])
+    ptx_loss, ptx_tokens = cluster.total([outcome.ptx_loss_sum, outcome.ptx_tokens])
     elapsed = sum(s for phase, s in seconds.items() if phase not in _NOT_THE_ITERATION)
     count = int(means["tokens"][1])
     response_tokens = round(means["tokens"][0] * count)
@@ -76,7 +80,7 @@ def ppo_step(
         policy_loss=_ratio(policy, "loss_sum"),
         value_loss=_ratio(value, "loss_sum"),
         value_explained_variance=1.0 - unexplained if float(return_moments.variance) > 0 else 0.0,
-        ptx_loss=outcome.ptx_loss_sum / outcome.ptx_tokens if outcome.ptx_tokens else None,
+        ptx_loss=ptx_loss / ptx_tokens if ptx_tokens else None,
         advantage_mean=float(experience.moments.mean),
         advantage_std=float(experience.moments.variance.sqrt()),
         grad_norm_actor=mean_grad_norm(outcome.actor) if outcome.actor else 0.0,
@@ -89,7 +93,7 @@ def ppo_step(
         response_tokens=response_tokens,
         response_tokens_per_second=response_tokens / elapsed,
         rollout_logprob_gap_max=gap,
-        padding_fraction=planned.padding_fraction,
+        padding_fraction=padding / computed,
         **source_figures(verdict, group),
         seconds_by_phase=seconds,
         evaluation=evaluation,
@@ -142,9 +146,10 @@ def _with_known(x_N: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _maximum(x: Tensor, group: dist.ProcessGroup) -> float:
-    x = x.clone()
-    dist.all_reduce(x, op=dist.ReduceOp.MAX, group=group)
-    return float(x)
+    """The largest entry over all ranks, some of which may have none; entries are at least 0."""
+    largest = x.max() if x.numel() else torch.zeros(())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    return float(largest)
 
 
 def _ratio(stats: Any, name: str) -> float:
@@ -157,11 +162,18 @@ def _sum_by_response(x_A: Tensor, cu_actions: Tensor) -> Tensor:
 
 
 def write_rollouts(path: Path, iteration: int, seed: int, experience: Experience, verdict: Verdict) -> None:
-    """One row per response: text, ids, finish reason, score parts, KL, advantages, and what it was sampled with."""
-    lengths = experience.planned.cu_actions.diff().tolist()
-    advantages, function_N = experience.shaped.advantage_A.split(lengths), verdict.function_N
+    """One row per response: text, ids, finish reason, score parts, KL, advantages, and what it was sampled with.
+
+    A collective that rank 0 writes for. `verdict`: of everyone's responses.
+    """
+    planned, function_N = experience.planned, verdict.function_N
+    total_N = planned.everyones_N(experience.scores.total_N)
+    kl_N = planned.everyones_N(experience.shaped.kl_N)
+    advantages = planned.everyones_A(experience.shaped.advantage_A)
+    if not Cluster.current().is_main:
+        return
     with JsonlWriter(path) as writer:
-        for n, (response, sample) in enumerate(zip(experience.planned.responses, verdict.samples, strict=True)):
+        for n, (response, sample) in enumerate(zip(planned.everyone, verdict.samples, strict=True)):
             writer.write(
                 {
                     "iteration": iteration,
@@ -172,11 +184,11 @@ def write_rollouts(path: Path, iteration: int, seed: int, experience: Experience
                     "prompt": sample.row.get("prompt", sample.row.get("messages")),
                     "text": sample.text,
                     "finish_reason": response.finish_reason,
-                    "score": _number(experience.scores.total_N, n),
+                    "score": _number(total_N, n),
                     "reward_model_score": _number(verdict.reward_model_N, n),
                     "function_score": _number(function_N, n),
                     **_said(verdict, n),
-                    "kl_nats": _number(experience.shaped.kl_N, n),
+                    "kl_nats": _number(kl_N, n),
                     "prompt_ids": response.prompt,
                     "response_ids": response.tokens,
                     "advantages": [_short(x) for x in advantages[n].tolist()],

@@ -110,8 +110,8 @@ def build_roles(
     config: PPOConfig, actor: Pretrained, reference: Any, sources: RewardSources, critic: Any
 ) -> dict[str, Role]:
     """The roles by name; `reward` is missing where there is no reward model. Actor and critic do not learn yet."""
-    dtype = DTYPES[config.run.dtype]
-    roles = {"actor": Role("actor", build_model(actor, "lm", dtype=dtype))}
+    dtype, recompute = DTYPES[config.run.dtype], config.run.recompute
+    roles = {"actor": Role("actor", build_model(actor, "lm", dtype=dtype, recompute=recompute))}
     frozen = Pretrained(reference) if reference is not None else actor
     _same_vocabulary(actor, frozen, "reference")
     roles["reference"] = Role("reference", build_model(frozen, "lm", dtype=dtype))
@@ -127,7 +127,7 @@ def build_roles(
     else:
         start, new_head = actor, True
     _same_vocabulary(actor, start, "critic")
-    roles["critic"] = Role("critic", build_model(start, "scalar", dtype=dtype, new_head=new_head))
+    roles["critic"] = Role("critic", build_model(start, "scalar", dtype=dtype, new_head=new_head, recompute=recompute))
     return roles
 
 

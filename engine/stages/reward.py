@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
 from icegrt.algorithm.ranking import (
     RankedBatch,
@@ -34,7 +34,7 @@ from icegrt.stages.trainer import Trainer, tokenizer_for, write_json
 from icegrt.statistics import accuracy_by_margin, best_one_feature_baseline
 
 SCORE_STATISTICS = "score_statistics.json"
-_BEST_WEIGHTS = "best_weights.safetensors"
+_BEST_WEIGHTS = "best_weights"
 _BASELINE_PROMPTS = 4096  # the trivial judge is fitted on so many training prompts at most
 
 
@@ -81,11 +81,17 @@ class RewardTrainer(Trainer):
         self.blend = Blend(sources, self.run.seed)
         self.total_steps = math.ceil(self.blend.count(config.epochs) / config.batch_prompts)
         self.eval_every = config.eval_every or max(1, math.ceil(self.total_steps / config.epochs / 4))
-        self.role = Role("reward", build_model(pretrained, "scalar", dtype=self.dtype, new_head=True))
+        self.role = Role("reward", self._build(pretrained))
         self.role.learn(config.optimizer, self.total_steps)
         self.roles = [self.role]
         self.train_rankings = Joined([rankings for rankings, _ in sources])
-        self.heldout = packed(Joined(held), config.token_budget, partial(pack_group, tie_margin=config.tie_margin))
+        self.heldout_rankings = Joined(held)
+        self.heldout = packed(
+            self.heldout_rankings,
+            config.token_budget,
+            partial(pack_group, tie_margin=config.tie_margin),
+            self.cluster.share,
+        )
         self._batches = None
         self._best_loss: float | None = None
         self._without_better = 0
@@ -98,6 +104,9 @@ class RewardTrainer(Trainer):
                 "accuracy": quality.accuracy,
                 "statistics": _statistics(quality.score_N),
             }
+
+    def _build(self, source: Pretrained):
+        return build_model(source, "scalar", dtype=self.dtype, new_head=True, recompute=self.run.recompute)
 
     def _encode(self, key: str, files: list[DataSource], given: Any) -> list[tuple[Encoded[Ranking], float]]:
         encoder = RankingEncoder(self.tokenizer, self.max_length, self.config.truncation, self.stop_ids)
@@ -134,7 +143,7 @@ class RewardTrainer(Trainer):
         if self._batches is None:
             self._batches = self.blend.batches(self.config.batch_prompts, self.config.epochs)
         rankings = [self.blend.item(pair) for pair in next(self._batches)]
-        ranked = pack_rankings(rankings, self.config.token_budget, self.config.tie_margin)
+        ranked = pack_rankings(rankings, self.config.token_budget, self.config.tie_margin, self.cluster.share)
 
         def loss(hidden_TH, i):
             score_N = self.role.model.head(hidden_TH[ranked[i].batch.last_rows_N.to(hidden_TH.device)])
@@ -143,12 +152,20 @@ class RewardTrainer(Trainer):
         outcome = self.role.step([r.batch for r in ranked], loss)
         self.done_steps += 1
         difference_P = torch.cat([stats[1] for stats in outcome.stats])
+        loss_sum, prompts, right, pairs = self.cluster.total(
+            [
+                sum(stats[0] for stats in outcome.stats),
+                sum(r.prompts for r in ranked),
+                int((difference_P > 0).sum()),
+                difference_P.numel(),
+            ]
+        )
         quality = self.evaluate() if self.done_steps % self.eval_every == 0 else None
         row = RewardStep(
             step=self.done_steps,
             epoch=self.blend.consumed / max(self.blend.count(1.0), 1),
-            loss=sum(stats[0] for stats in outcome.stats) / max(sum(r.prompts for r in ranked), 1),
-            accuracy=float((difference_P > 0).double().mean()) if difference_P.numel() else 0.5,
+            loss=loss_sum / max(prompts, 1),
+            accuracy=right / pairs if pairs else 0.5,
             heldout_loss=quality.loss if quality else None,
             heldout_accuracy=quality.accuracy if quality else None,
             lr=outcome.lr,
@@ -172,14 +189,24 @@ class RewardTrainer(Trainer):
         if self._best_loss is None or quality.loss < self._best_loss:
             self._best_loss = quality.loss
             self._without_better = 0
-            aside = self.dir / f"{_BEST_WEIGHTS}.writing"
-            save_file({n: p.detach().cpu() for n, p in self.role.model.named_parameters()}, aside)
-            aside.replace(self.dir / _BEST_WEIGHTS)
+            self._keep_weights()
             return
         self._without_better += 1
         if self.config.patience and self._without_better >= self.config.patience:
             say(f"held-out loss has not improved for {self._without_better} evaluations: stopping")
             self.total_steps = self.done_steps
+
+    def _keep_weights(self) -> None:
+        # Under Hugging Face's names and whole, so that another layout can take them back; fp32 holds bf16 exactly.
+        tensors = weights.export_tensors(self.role.model, torch.float32)
+        aside, best = self.dir / f"{_BEST_WEIGHTS}.new", self.dir / _BEST_WEIGHTS
+        if self.cluster.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+        save_pretrained(tensors, self.role.model.architecture, aside, classifier=True)
+        if self.cluster.is_main:
+            shutil.rmtree(best, ignore_errors=True)
+            aside.rename(best)
+        self.cluster.wait()
 
     def evaluate(self) -> RankingQuality | None:
         """Held-out loss, accuracy and scores; None without held-out data."""
@@ -200,10 +227,7 @@ class RewardTrainer(Trainer):
     def finish(self) -> dict[str, Any]:
         """Held-out figures with the best weights; the checkpoint, and the model under `<run.dir>/model`."""
         if self._best_loss is not None:
-            best = load_file(self.dir / _BEST_WEIGHTS)
-            with torch.no_grad():
-                for name, parameter in self.role.model.named_parameters():
-                    parameter.copy_(best[name])
+            weights.load(self.role.model, Pretrained(self.dir / _BEST_WEIGHTS))
         after = self.evaluate()
         summary: dict[str, Any] = {"steps": self.done_steps}
         statistics = None
@@ -216,7 +240,9 @@ class RewardTrainer(Trainer):
         return summary
 
     def _figures(self, after: RankingQuality) -> dict[str, Any]:
-        pairs, all_pairs = after.margin_P.numel(), sum(r.all_pairs for r in self.heldout)
+        pack = partial(pack_group, tie_margin=self.config.tie_margin)
+        everyone = packed(self.heldout_rankings, self.config.token_budget, pack)
+        pairs, all_pairs = after.margin_P.numel(), sum(r.all_pairs for r in everyone)
         right_P = (after.difference_P > 0).double() + 0.5 * (after.difference_P == 0).double()
         figures: dict[str, Any] = {
             "heldout_loss_before": self._before["loss"],
@@ -232,7 +258,7 @@ class RewardTrainer(Trainer):
             figures["heldout_accuracy_by_margin"] = accuracy_by_margin(after.margin_P.numpy(), right_P.numpy(), edges)
             some = self.train_rankings[:_BASELINE_PROMPTS]
             train = pack_rankings(some, self.config.token_budget, self.config.tie_margin)
-            name, accuracy = best_one_feature_baseline(_feature_pairs(train), _feature_pairs(self.heldout))
+            name, accuracy = best_one_feature_baseline(_feature_pairs(train), _feature_pairs(everyone))
             figures |= {"baseline_feature": name, "baseline_accuracy": accuracy}
         return figures
 

@@ -11,6 +11,7 @@ from typing import Any
 from icegrt.algorithm.judge import sample_of
 from icegrt.checkpoint import list_checkpoints
 from icegrt.cluster import Cluster
+from icegrt.cluster_layout import Layout
 from icegrt.config import GenerateConfig, SampleConfig
 from icegrt.console import progress, say
 from icegrt.data import Encoded, Joined, Prompt, PromptEncoder, open_rows, report_lengths, stop_ids
@@ -37,7 +38,7 @@ def run(config: SampleConfig) -> None:
     score, key = None, "sample.score_function"
     if config.score_function:
         score = adapt(load_reward_function(config.score_function, key), key=key)
-    with Cluster.open(), rows_file(config.out) as writer:
+    with Cluster.open(Layout.of(config.parallel)), rows_file(config.out) as writer:
         source = Pretrained(model_folder(config.model))
         tokenizer = tokenizer_for(None, source.folder, source.architecture)
         sampling = Sampling.of(config.sampling, config.seed)
@@ -55,7 +56,8 @@ def run(config: SampleConfig) -> None:
                 else answers(engine, prompts, config.samples_per_prompt, sampling)
             )
             for prompt, responses in found:
-                writer.write(_row(engine, prompt, responses, score))
+                if writer is not None:
+                    writer.write(_row(engine, prompt, responses, score))
                 bar.advance(1)
     say(f"{len(prompts)} prompts x {config.samples_per_prompt} answers: {config.out}")
 
@@ -138,7 +140,7 @@ def generate(config: GenerateConfig) -> Iterator[tuple[Prompt, list[str], list[R
     sources += [open_rows(config.prompts, input_key=config.input_key)] if config.prompts else []
     if not sources:
         raise ConfigError("nothing to answer: give generate.prompt='[\"...\"]' or generate.prompts=FILE")
-    with Cluster.open():
+    with Cluster.open(Layout.of(config.parallel)):
         source = Pretrained(model_folder(config.model))
         tokenizer = tokenizer_for(None, source.folder, source.architecture)
         sampling = Sampling.of(config.sampling, config.seed)

@@ -60,12 +60,12 @@ class SFTTrainer(Trainer):
         self.heldout = Joined([examples for examples, _ in self._encode("sft.heldout", config.heldout, heldout)])
         self.blend = Blend(sources, self.run.seed)
         self.total_steps = math.ceil(self.blend.count(config.epochs) / config.batch_sequences)
-        self.role = Role("actor", build_model(pretrained, "lm", dtype=self.dtype))
+        self.role = Role("actor", build_model(pretrained, "lm", dtype=self.dtype, recompute=self.run.recompute))
         self.role.learn(config.optimizer, self.total_steps)
         self.chunk_rows = resolve_chunk_rows(config.chunk_rows, architecture)
         self.roles = [self.role]
         self._batches = None
-        self._heldout_batches = packed(self.heldout, config.token_budget, pack_group)
+        self._heldout_batches = packed(self.heldout, config.token_budget, pack_group, self.cluster.share)
         self._heldout_before: float | None = None
         self._begin(self.tokenizer, chunk_rows=self.chunk_rows)
         if self._heldout_before is None:
@@ -96,7 +96,7 @@ class SFTTrainer(Trainer):
             self._batches = self.blend.batches(self.config.batch_sequences, self.config.epochs)
         started = time.perf_counter()
         examples = [self.blend.item(pair) for pair in next(self._batches)]
-        batches = pack_examples(examples, self.config.token_budget)
+        batches = pack_examples(examples, self.config.token_budget, self.cluster.share)
 
         def loss(hidden_TH, i):
             batch = batches[i].to(hidden_TH.device)
@@ -105,13 +105,15 @@ class SFTTrainer(Trainer):
 
         outcome = self.role.step(batches, loss)
         self.done_steps += 1
-        tokens = sum(batch.n_tokens for batch in batches)
+        loss_sum, counted, tokens = self.cluster.total(
+            [sum(outcome.stats), sum(b.n_counted_actions for b in batches), sum(b.n_tokens for b in batches)]
+        )
         row = SFTStep(
             step=self.done_steps,
             epoch=self.blend.consumed / max(self.blend.count(1.0), 1),
-            loss=sum(outcome.stats) / max(sum(batch.n_counted_actions for batch in batches), 1),
+            loss=loss_sum / max(counted, 1),
             heldout_loss=self.evaluate() if self._due(self.config.eval_every) else None,
-            tokens=tokens,
+            tokens=int(tokens),
             tokens_per_second=tokens / (time.perf_counter() - started),
             lr=outcome.lr,
             grad_norm=outcome.grad_norm,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from icegrt.config import DataSource
 from icegrt.data import Encoded, Joined, open_rows, report_lengths
 from icegrt.data.encode import Encoder
-from icegrt.packing import balance
+from icegrt.packing import Share
 
 _HELD_TOKENS = 2_000_000
 
@@ -30,9 +31,9 @@ def encode_sources(key: str, files: Sequence[DataSource], given: Any, encoder: E
 class PackedWhenRead(Sequence):
     """Micro-batches of at most `token_budget` tokens over many items, each packed when it is asked for."""
 
-    def __init__(self, items: Joined, token_budget: int, pack_group: Callable[[list], Any]) -> None:
-        self._items, self._pack = items, pack_group
-        (self._groups,) = balance(items.lengths.tolist(), token_budget=token_budget).assignments
+    def __init__(self, items: Joined, token_budget: int, pack_group: Callable[..., Any], share: Share) -> None:
+        self._items, self._pack = items, partial(pack_group, tail_multiple=share.tail_multiple)
+        self._groups = share.assign(items.lengths.tolist(), token_budget)[share.rank]
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -43,9 +44,10 @@ class PackedWhenRead(Sequence):
         return self._pack([self._items[i] for i in self._groups[index]])
 
 
-def packed(items: Joined, token_budget: int, pack_group: Callable[[list], Any]) -> Sequence:
-    """Items as micro-batches: in memory where they are few, else packed when read; empty where there are none."""
+def packed(items: Joined, token_budget: int, pack_group: Callable[..., Any], share: Share | None = None) -> Sequence:
+    """This rank's share of the items (None: all) as micro-batches: in memory where they are few, else packed when read;
+    empty where there are none. `pack_group(items, tail_multiple=...)` makes one."""
     if not len(items):
         return []
-    batches = PackedWhenRead(items, token_budget, pack_group)
+    batches = PackedWhenRead(items, token_budget, pack_group, share or Share())
     return list(batches) if items.lengths.sum(dtype="int64") <= _HELD_TOKENS else batches

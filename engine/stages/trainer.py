@@ -13,9 +13,10 @@ import torch.distributed as dist
 
 from icegrt import checkpoint
 from icegrt.cluster import Cluster
+from icegrt.cluster_layout import Layout
 from icegrt.config import RunConfig
 from icegrt.config_io import as_dict
-from icegrt.console import progress, say
+from icegrt.console import is_main, progress, say
 from icegrt.data import check_tokenizer, load_tokenizer
 from icegrt.errors import ConfigError, RunError
 from icegrt.kernels import default_chunk_rows
@@ -60,19 +61,23 @@ class Trainer:
         self._made: list[Path] = []
         self.cluster: Cluster | None = None
         check_sinks(self.run.log_to, f"{config.section}.run.log_to")
-        self.dir = self._claim_folder()
+        if not self.run.dir:
+            raise ConfigError(f"{self.config.section}.run.dir is empty; name a folder for the run")
+        self.dir = Path(self.run.dir)
+        layout = Layout.of(config.parallel)
+        if is_main():
+            self._claim_folder()
         try:
-            self.cluster = Cluster.open()
+            self.cluster = Cluster.open(layout)
+            self._resumed_from = self.cluster.from_main(self._resumed_from)
         except BaseException:
             self.close()
             raise
 
     # -- the run's folder ------------------------------------------------------------------------------------------
 
-    def _claim_folder(self) -> Path:
-        if not self.run.dir:
-            raise ConfigError(f"{self.config.section}.run.dir is empty; name a folder for the run")
-        folder = Path(self.run.dir)
+    def _claim_folder(self) -> None:
+        folder = self.dir
         try:
             if folder.exists() and not folder.is_dir():
                 raise RunError(f"{folder}: not a folder; set {self.config.section}.run.dir to another place")
@@ -93,7 +98,6 @@ class Trainer:
                 f"{self.config.section}.run.dir to another folder"
             )
         self._made = claim_folder(folder)
-        return folder
 
     def _begin(self, tokenizer: Any, **saved: Any) -> None:
         """Once models and data stand: restore the checkpoint, write the configuration, open the log."""
@@ -105,10 +109,11 @@ class Trainer:
                 saved["chunk_rows"] = self.chunk_rows
             self.load_state(state["trainer"])
             say(f"resumed from {self._resumed_from}: {self.done_steps} of {self.total_steps} {self.unit} done")
-        self.config.save(self.dir / "config.yaml")
-        tokenizer.save_pretrained(self.dir / "tokenizer")
-        resumed = None if self._resumed_from is None else self.done_steps
-        self._log = RunLog(self.dir, resumed, log_to=self.run.log_to, config=as_dict(self.config))
+        if self.cluster.is_main:
+            self.config.save(self.dir / "config.yaml")
+            tokenizer.save_pretrained(self.dir / "tokenizer")
+            resumed = None if self._resumed_from is None else self.done_steps
+            self._log = RunLog(self.dir, resumed, log_to=self.run.log_to, config=as_dict(self.config))
         self._saved = saved
         if saved.get("chunk_rows"):
             say(f"logits are formed {saved['chunk_rows']} rows at a time (chunk_rows), here and in every resumed run")
@@ -166,10 +171,13 @@ class Trainer:
     def write_model(self, *args: Any) -> None:
         """The model under `<run.dir>/model`, in place of one that was written before a resume."""
         model, aside = self.dir / "model", self.dir / "model.new"
-        shutil.rmtree(aside, ignore_errors=True)
+        if self.cluster.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
         self.save_pretrained(aside, *args)
-        shutil.rmtree(model, ignore_errors=True)
-        aside.rename(model)
+        if self.cluster.is_main:
+            shutil.rmtree(model, ignore_errors=True)
+            aside.rename(model)
+        self.cluster.wait()
 
     def save_pretrained(self, out: str | Path) -> Path:
         """Write the trained model as a Hugging Face checkpoint."""
@@ -186,8 +194,9 @@ class Trainer:
                 method(self, *args)
 
     def log(self, row: Any) -> None:
-        """Write a row of metrics."""
-        self._log.log(row)
+        """Write a row of metrics; what every rank knows, rank 0 writes."""
+        if self._log is not None:
+            self._log.log(row)
 
     def close(self) -> None:
         """Close the log and leave the process groups; a folder made for a run that never began is removed."""
@@ -240,5 +249,6 @@ def resolve_chunk_rows(configured: int, architecture: Architecture) -> int:
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """A small JSON file, readable by people."""
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    """A small JSON file, readable by people; written by rank 0."""
+    if is_main():
+        path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

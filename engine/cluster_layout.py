@@ -1,0 +1,122 @@
+"""How ranks are divided over a model, and which divisions are possible: refused with the nearest that are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from icegrt.config import ParallelConfig
+from icegrt.errors import ConfigError
+
+_SUGGESTIONS = 3
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Tensor, pipeline and virtual pipeline sizes; data parallelism takes what is left of the world size.
+
+    pipeline_split: layers of each stage in the order of the forward pass; empty splits evenly.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    sequence_parallel: bool = False
+    pipeline_split: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, config: ParallelConfig) -> Layout:
+        """The layout that a configuration section describes. Raises `ConfigError` for keys that contradict."""
+        layout = cls(
+            config.tensor,
+            config.pipeline,
+            config.virtual_pipeline,
+            # With one rank there is nothing to share; Megatron would warn and go on.
+            config.sequence_parallel and config.tensor > 1,
+            tuple(config.pipeline_split),
+        )
+        if layout.virtual_pipeline > 1 and layout.pipeline == 1:
+            raise ConfigError(
+                f"parallel.virtual_pipeline is {layout.virtual_pipeline}, but parallel.pipeline is 1: stages can only "
+                "be interleaved over several ranks"
+            )
+        if layout.pipeline_split and len(layout.pipeline_split) != layout.stages:
+            raise ConfigError(
+                f"parallel.pipeline_split has {len(layout.pipeline_split)} entries for {layout.stages} stages "
+                f"(pipeline {layout.pipeline} x virtual_pipeline {layout.virtual_pipeline})"
+            )
+        if any(layers < 1 for layers in layout.pipeline_split):
+            raise ConfigError(f"parallel.pipeline_split {list(layout.pipeline_split)}: every stage needs a layer")
+        return layout
+
+    @property
+    def model(self) -> int:
+        """Ranks that hold one model."""
+        return self.tensor * self.pipeline
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages, virtual ones counted."""
+        return self.pipeline * self.virtual_pipeline
+
+    def __str__(self) -> str:
+        return f"tensor {self.tensor} x pipeline {self.pipeline}"
+
+
+def check_world_size(layout: Layout, world_size: int) -> None:
+    """Raises `ConfigError` where the layout does not divide the ranks that torchrun started."""
+    if world_size % layout.model == 0:
+        return
+    multiple = math.ceil(world_size / layout.model) * layout.model
+    raise ConfigError(
+        f"torchrun started {world_size} rank{'s' * (world_size > 1)}, which {layout} ({layout.model} per model) does "
+        f"not divide. Start {multiple} ranks, or with {world_size} set {nearest(layout, world_size, lambda _: True)}"
+    )
+
+
+def check_model(layout: Layout, world_size: int, *, layers: int, heads: int, kv_heads: int, ffn: int) -> None:
+    """Raises `ConfigError` where the model cannot be cut this way: heads, MLP width and layers must divide."""
+
+    def problem(candidate: Layout) -> str | None:
+        return _problem(candidate, layers, heads, kv_heads, ffn)
+
+    found = problem(layout)
+    if found is not None:
+        raise ConfigError(
+            f"{found}. With {world_size} ranks set {nearest(layout, world_size, lambda c: not problem(c))}"
+        )
+
+
+def _problem(layout: Layout, layers: int, heads: int, kv_heads: int, ffn: int) -> str | None:
+    tensor = layout.tensor
+    for size, what in ((heads, "attention heads"), (kv_heads, "key/value heads"), (ffn, "columns of the MLP")):
+        if size % tensor:
+            return f"parallel.tensor is {tensor}, but the model's {size} {what} cannot be divided by it"
+    if layout.pipeline_split:
+        if sum(layout.pipeline_split) != layers:
+            split = list(layout.pipeline_split)
+            return f"parallel.pipeline_split {split} has {sum(split)} layers, but the model has {layers}"
+    elif layers % layout.stages:
+        what = f"parallel.pipeline {layout.pipeline}"
+        if layout.virtual_pipeline > 1:
+            what += f" x parallel.virtual_pipeline {layout.virtual_pipeline}"
+        return f"the model's {layers} layers cannot be divided by {what} (parallel.pipeline_split may divide unevenly)"
+    return None
+
+
+def nearest(layout: Layout, world_size: int, valid: Callable[[Layout], bool]) -> str:
+    """The valid layouts of this world size that differ least, in words; there is always one: no cut at all."""
+
+    def away(candidate: Layout) -> tuple[float, int]:
+        ratios = (candidate.tensor / layout.tensor, candidate.pipeline / layout.pipeline)
+        return sum(abs(math.log2(ratio)) for ratio in ratios), candidate.model
+
+    found = sorted((c for c in _divisions(world_size) if valid(c)), key=away)[:_SUGGESTIONS]
+    return ", or ".join(f"parallel.tensor={c.tensor} parallel.pipeline={c.pipeline}" for c in found)
+
+
+def _divisions(world_size: int) -> Iterator[Layout]:
+    for model in (n for n in range(1, world_size + 1) if world_size % n == 0):
+        for tensor in (n for n in range(1, model + 1) if model % n == 0):
+            yield Layout(tensor, model // tensor)

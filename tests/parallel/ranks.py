@@ -1,0 +1,43 @@
+"""Gloo ranks for tests: processes forked from this one, with the environment that torchrun would give them."""
+
+import faulthandler
+import os
+import socket
+import traceback
+
+import torch
+import torch.multiprocessing as mp
+
+
+def launch(world, function, *args, seconds=600):
+    """Run `function(*args)` on `world` ranks; any rank's failure fails the test, with every rank's traceback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("fork")
+    said = context.SimpleQueue()
+    ranks = [context.Process(target=_rank, args=(r, world, port, said, seconds, function, args)) for r in range(world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(seconds)
+    stuck = [r for r, process in enumerate(ranks) if process.is_alive()]
+    for process in ranks:
+        process.kill()
+    errors = []
+    while not said.empty():
+        errors.append(said.get())
+    failed = [r for r, process in enumerate(ranks) if process.exitcode != 0 and r not in stuck]
+    assert not (errors or stuck or failed), "\n".join([f"stuck: {stuck}, failed: {failed}", *errors])
+
+
+def _rank(rank, world, port, said, seconds, function, args):
+    torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(0.9 * seconds)  # where a rank is stuck, should it be
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    try:
+        function(*args)
+    except BaseException:
+        said.put(f"rank {rank}:\n{traceback.format_exc()}")
+        os._exit(1)

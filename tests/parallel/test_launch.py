@@ -1,0 +1,59 @@
+"""torchrun itself: what cannot work is refused by rank 0, and a rank's failure is told once while the others leave."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import stage_cases as stages
+
+FAILING = """
+import os
+
+def fails_on_rank_1(samples):
+    if os.environ["RANK"] == "1":
+        raise ValueError("the judge is out")
+    return [0.0] * len(samples)
+"""
+
+VIRTUAL = ["ppo.parallel.virtual_pipeline=2"]
+
+
+def torchrun(*args, ranks=2, seconds=600):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ICEGRT_QUIET": "1"}
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "icegrt", *args]
+    return subprocess.run([sys.executable, *run], env=environment, capture_output=True, text=True, timeout=seconds)
+
+
+def said(done, start):
+    return [line for line in done.stderr.splitlines() if line.startswith(start)]
+
+
+@pytest.mark.timeout(700)
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        (["ppo.parallel.tensor=3"], "which tensor 3 x pipeline 1 (3 per model) does not divide"),
+        pytest.param(["ppo.parallel.pipeline=2", *VIRTUAL], "layers cannot be divided", marks=pytest.mark.long),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused_by_rank_0_alone(keys, says, tmp_path):
+    home = stages.make_home(tmp_path)
+    done = torchrun("ppo", *stages.ppo_keys(home, tmp_path / "run", *keys))
+    assert done.returncode != 0
+    (line,) = said(done, "error: ")
+    assert says in line and "parallel.tensor=" in line
+    assert not said(done, "[rank 1]") and "Traceback (most recent call last)" not in done.stderr.split("error: ")[0]
+
+
+@pytest.mark.timeout(700)
+def test_a_failing_rank_speaks_once_and_the_others_leave(tmp_path):
+    home = stages.make_home(tmp_path)
+    (tmp_path / "score.py").write_text(FAILING)
+    keys = stages.ppo_keys(home, tmp_path / "run", f"ppo.reward_function={tmp_path / 'score.py'}:fails_on_rank_1")
+    done = torchrun("ppo", *keys)
+    assert done.returncode != 0
+    (line,) = said(done, "[rank ") + said(done, "error: ")
+    assert line.startswith("[rank 1] error: ") and "the judge is out" in line
+    # Rank 0 waited for rank 1's scores, and has nothing to say about how that ended.
+    assert "Connection" not in done.stderr and "gloo" not in done.stderr.lower()

@@ -1,0 +1,87 @@
+"""The same PPO run in every layout: tokens, gradients, weights, losses; nothing held twice that could be cut."""
+
+import pytest
+import torch
+from parallel.layout_cases import LAYOUTS, parity, write_ptx
+from parallel.ranks import launch
+
+# Two ranks share two cores; four take a turn longer.
+CASES = [
+    pytest.param(name, marks=pytest.mark.long if ranks > 2 and name != "tp2_pp2" else ())
+    for name, (ranks, _, _) in LAYOUTS.items()
+    if ranks > 1
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("layouts")
+    write_ptx(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def ran(folder):
+    """What a layout showed, run once."""
+    told = {}
+
+    def run(name):
+        if name not in told:
+            launch(LAYOUTS[name][0], parity, folder, name)
+            told[name] = torch.load(folder / f"{name}.pt", weights_only=False)
+        return told[name]
+
+    return run
+
+
+@pytest.fixture(params=CASES)
+def both(request, ran):
+    """A layout, and one process with the same model."""
+    return ran(request.param), ran("one_tied" if LAYOUTS[request.param][2] else "one"), request.param
+
+
+@pytest.mark.timeout(600)
+def test_a_layout_is_the_same_run_as_one_process(both):
+    layout, one, name = both
+    assert layout["tokens"] == one["tokens"], "other tokens were sampled"
+    for role, expected in one["gradients"].items():
+        away = {n: float((layout["gradients"][role][n] - g).norm() / g.norm()) for n, g in expected.items()}
+        assert {n: x for n, x in away.items() if not x <= 1e-5} == {}, f"gradients of the {role}"
+    for role, expected in one["weights"].items():
+        square = sum(float((x.double() ** 2).sum()) for x in expected.values())
+        off = sum(float(((layout["weights"][role][n] - x).double() ** 2).sum()) for n, x in expected.items())
+        assert (off / square) ** 0.5 <= 1e-5, f"weights of the {role}"
+    for ours, theirs in zip(layout["steps"], one["steps"], strict=True):
+        assert ours.keys() == theirs.keys()
+        for figure in ("policy_loss", "value_loss", "ptx_loss", "kl_nats_per_response", "score_mean", "kl_coef"):
+            assert ours[figure] == pytest.approx(theirs[figure], abs=1e-4), figure
+        for figure in ("grad_norm_actor", "grad_norm_critic"):
+            assert ours[figure] == pytest.approx(theirs[figure], rel=1e-4), figure
+    assert layout["state"]["order"] == one["state"]["order"] and layout["state"]["ptx"] == one["state"]["ptx"]
+    assert_at_rest(layout["rest"])
+    assert_cut(layout["held"], one["held"], LAYOUTS[name][1])
+
+
+def assert_at_rest(step):
+    # Old and new log-probs come from equal shapes and one routine, on every rank.
+    assert (step["ratio_min"], step["ratio_max"]) == (1.0, 1.0)
+    assert step["kl_nats_per_response"] == 0.0 and step["grad_norm_actor"] > 0
+
+
+def assert_cut(layout, one, keys):
+    """Each rank holds its share of what can be cut, and whole only the norms and the one row of a scalar head."""
+    tensor = keys.get("tensor", 1)
+    for role, ranks in layout.items():
+        whole = dict(one[role][0])
+        for mine in ranks:
+            names = dict(mine)
+            replicated = {n for n in names if "norm" in n or (n == "head.weight" and role in ("critic", "reward"))}
+            # A tied head on the last stage is a copy of the embedding.
+            size = {n: whole.get(n, whole["embedding.word_embeddings.weight"]) for n in names}
+            assert sum(x for n, x in names.items() if n in replicated) == sum(size[n] for n in replicated)
+            cut = sum(x for n, x in names.items() if n not in replicated)
+            assert cut <= 1.05 * sum(x for n, x in size.items() if n not in replicated) / tensor
+        layers = {n for mine in ranks for n, _ in mine}
+        assert layers >= whole.keys()
+        if keys.get("pipeline", 1) > 1:
+            assert all(len(mine) < len(whole) for mine in ranks)

@@ -1,0 +1,79 @@
+"""The bytes that docs/scaling.md derives are the bytes that gloo sends, within 2%."""
+
+import pytest
+import tiny_models as tiny
+import torch
+import torch.distributed as dist
+from parallel.layout_cases import config
+from parallel.ranks import launch
+from parallel.traffic import Work, counted, derived
+
+from icegrt.cluster import Cluster
+from icegrt.cluster_layout import Layout
+from icegrt.config import ParallelConfig
+from icegrt.stages.ppo import PPOTrainer
+
+# Wide enough that the few numbers which the derivation leaves out (sizes, flags, statistics) are below its tolerance.
+SHAPE = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 256}
+LAYOUTS = {
+    "dp2": {},
+    "tp2": {"tensor": 2},
+    "tp2_sp": {"tensor": 2, "sequence_parallel": True},
+    "pp2": {"pipeline": 2},
+    "pp2_virtual": {"pipeline": 2, "virtual_pipeline": 2},
+}
+
+
+class Count:
+    """What the iteration computed, noted where it is known."""
+
+    def on_rollout(self, run, responses):
+        prompts = {r.prompt_index: len(r.prompt) for r in responses}
+        self.draws = sum(len(r.tokens) for r in responses)
+        self.rows = sum(prompts.values()) + sum(len(r.tokens) - 1 for r in responses)
+        self.sequences = len(responses)
+
+    def on_scores(self, run, experience):
+        self.tokens = run.cluster.total([experience.planned.n_tokens])[0]
+
+
+def measure(folder):
+    watch = Count()
+    told = {}
+    for name, keys in LAYOUTS.items():
+        settings = config(folder / name, "one", ptx_coef=0.0, minibatches=1, prompts_per_iteration=8,
+                          max_new_tokens=12, token_budget=96, checkpoint_every=50, iterations=50,
+                          parallel=ParallelConfig(**keys))  # fmt: skip
+        reward = [tiny.scorer(1, **SHAPE), tiny.count_letters]
+        with PPOTrainer(settings, tiny.causal_lm(0, **SHAPE), tiny.tokenizer(), reward, tiny.PROMPTS,
+                        callbacks=[watch]) as run:  # fmt: skip
+            with counted() as sent:
+                run.step()
+            work = Work(watch.tokens, watch.draws, watch.sequences, watch.rows, watch.draws)
+            layout = Layout.of(ParallelConfig(**keys))
+            sizes = {
+                "tensor": layout.tensor,
+                "pipeline": layout.pipeline,
+                "data": 2 // layout.model,
+                "virtual_pipeline": layout.virtual_pipeline,
+                "sequence_parallel": layout.sequence_parallel,
+            }
+            held = sum(p.numel() for role in run.roles for p in role.model.parameters()) / 2
+            said = derived(sizes, work, layers=4, hidden=128, parameters=held, epochs=1, steps=1)
+            names = sorted({"tensor", "pipeline", "data", "all", *sent})
+            totals = torch.tensor([sent[n] for n in names], dtype=torch.float64)
+            dist.all_reduce(totals)
+            told[name] = (dict(zip(names, totals.tolist())), said)
+            main = Cluster.current().is_main
+    if main:
+        torch.save(told, folder / "traffic.pt")
+
+
+@pytest.mark.timeout(600)
+def test_what_travels_is_what_was_derived(tmp_path):
+    launch(2, measure, tmp_path)
+    told = torch.load(tmp_path / "traffic.pt")
+    shown = [f"{name}: sent {sent}, derived {said}" for name, (sent, said) in told.items()]
+    for name, (sent, said) in told.items():
+        ((dimension, expected),) = said.items()
+        assert sum(sent.values()) == pytest.approx(expected, rel=0.02), "\n".join([f"{name} ({dimension})", *shown])
