@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from icegrt.cluster import Cluster
 from icegrt.errors import CheckpointError, RunError
@@ -133,10 +134,43 @@ def _quiet():
 def _sharded(role: Role, *, loading: bool) -> dict[str, Any]:
     document: dict[str, Any] = {"model": [chunk.sharded_state_dict() for chunk in role.model.chunks]}
     if role.learns:
-        document["optimizer"] = role.optimizer.sharded_state_dict(
-            document["model"], is_loading=loading, metadata=_OPTIMIZER_FORMAT
-        )
+        with contextlib.ExitStack() as stack:
+            for optimizer in _inner(role.optimizer):
+                stack.enter_context(_buckets_in_their_places(optimizer))
+            document["optimizer"] = role.optimizer.sharded_state_dict(
+                document["model"], is_loading=loading, metadata=_OPTIMIZER_FORMAT
+            )
     return document
+
+
+@contextlib.contextmanager
+def _buckets_in_their_places(optimizer):
+    # Megatron joins its buckets' states without the padding between them, and then cuts parameters out by offsets that
+    # count it: with more than one bucket (a tied embedding over a pipeline, overlapped reduction) all parameters behind
+    # the first gap would be saved shifted, with a warning in the log at most.
+    joined = optimizer.get_parameter_state_dp_zero
+
+    def spaced(**kwargs):
+        found = joined(**kwargs)
+        for index, buffer in enumerate(optimizer.buffers if found is not None else ()):
+            for states in found[index].values():
+                for name in [n for n, state in states.items() if isinstance(state, Tensor)]:
+                    states[name] = _spaced(states[name], buffer)
+        return found
+
+    optimizer.get_parameter_state_dp_zero = spaced
+    try:
+        yield
+    finally:
+        del optimizer.get_parameter_state_dp_zero
+
+
+def _spaced(state: Tensor, buffer) -> Tensor:
+    out = state.new_zeros(buffer.numel)
+    parts = state.split([bucket.numel_unpadded for bucket in buffer.buckets])
+    for bucket, part in zip(buffer.buckets, parts, strict=True):
+        out[bucket.offset : bucket.offset + part.numel()] = part
+    return out
 
 
 def _begin_states(role: Role) -> None:
