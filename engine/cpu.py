@@ -104,8 +104,10 @@ def supplies() -> Iterator[None]:
 def _apply(patches: _Patches) -> None:
     stand_in = _TorchOnCPU()
     modules = [importlib.import_module(f"megatron.core.{name}") for name in _MODULES_SAYING_CUDA]
+    from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random as megatron_random
 
+    patches.set(parallel_state, "create_group", _one_group_per_set_of_ranks(parallel_state.create_group))
     patches.set(torch.cuda, "current_device", lambda: _CPU)
     patches.set(torch.cuda, "synchronize", lambda *args, **kwargs: None)
     patches.set(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
@@ -121,6 +123,20 @@ def _apply(patches: _Patches) -> None:
     patches.set(torch.cuda, "get_rng_state", lambda *args, **kwargs: torch.empty(0, dtype=torch.uint8))
     patches.set(megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.empty(0, dtype=torch.uint8))
     patches.set(megatron_random, "_set_cuda_rng_state", lambda *args, **kwargs: None)
+
+
+def _one_group_per_set_of_ranks(create_group):
+    # Megatron makes about 20 groups, most of them of the same ranks, and a gloo group is three threads, one of which
+    # wakes a hundred times a second. Nothing overlaps on a CPU: the same group can serve every purpose.
+    made = {}
+
+    def create(ranks=None, *args, **kwargs):
+        key = tuple(ranks)
+        if key not in made:
+            made[key] = create_group(ranks, *args, **kwargs)
+        return made[key]
+
+    return create
 
 
 def _type_as_seen_by_megatron(original):

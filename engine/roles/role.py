@@ -7,6 +7,7 @@ loss is (sum, count, stats) with `calculate_per_token_loss`, so K micro-batches 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,10 @@ class Role:
             chunk.requires_grad_(True)
             chunk.train()
         self._ddps = wrap(self.model)
+        for ddp in self._ddps:
+            # Autograd's nodes hold hooks that hold the DDP that holds the nodes: a circle through C++, which Python's
+            # collector does not see. Models, gradients and process groups would stay for as long as the process.
+            weakref.finalize(self, ddp.grad_accs.clear)
         self.model.settle = lambda: settle(self._ddps)
         self.model.config.finalize_model_grads_func = finalize_model_grads
         self.optimizer = _optimizer(config, self._ddps, self.model.config)
