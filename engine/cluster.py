@@ -174,9 +174,19 @@ def _start(layout: Layout) -> Cluster:
             layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
             create_gloo_process_groups=True,
         )
-        stack.callback(parallel_state.destroy_model_parallel)
+        stack.callback(_leave_model_parallel)
         kept = stack.pop_all()
     return Cluster(layout, rank, world_size, device, kept)
+
+
+def _leave_model_parallel() -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    # Some it forgets; and a group that anyone holds keeps its threads, of which gloo's never sleep for long.
+    for name, value in vars(parallel_state).items():
+        if isinstance(value, dist.ProcessGroup):
+            setattr(parallel_state, name, None)
 
 
 def _device() -> torch.device:

@@ -58,12 +58,12 @@ class Role:
         for chunk in self.model.chunks:
             chunk.requires_grad_(True)
             chunk.train()
-        self._ddps = wrap(self.model)
-        for ddp in self._ddps:
+        self._ddps = ddps = wrap(self.model)
+        for ddp in ddps:
             # Autograd's nodes hold hooks that hold the DDP that holds the nodes: a circle through C++, which Python's
             # collector does not see. Models, gradients and process groups would stay for as long as the process.
             weakref.finalize(self, ddp.grad_accs.clear)
-        self.model.settle = lambda: settle(self._ddps)
+        self.model.settle = lambda: settle(ddps)
         self.model.config.finalize_model_grads_func = finalize_model_grads
         self.optimizer = _optimizer(config, self._ddps, self.model.config)
         self.schedule = _schedule(config, self.optimizer, total_steps)

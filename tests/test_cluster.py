@@ -1,0 +1,40 @@
+"""Opening and closing: what a closed run leaves behind, which is nothing that runs."""
+
+import gc
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models as tiny
+from parallel.ranks import launch
+
+from icegrt.cluster import Cluster
+from icegrt.cluster_layout import Layout
+from icegrt.stages.ppo import PPOTrainer
+
+
+def group_threads():
+    """Threads of this process that serve a process group."""
+    names = [(thread / "comm").read_text() for thread in Path("/proc/self/task").iterdir()]
+    return sum("gloo" in name for name in names)
+
+
+def opened_and_closed(folder, layout, most):
+    """A group is three threads, and one of them wakes a hundred times a second."""
+    for turn in range(3):
+        with Cluster.open(layout):
+            if layout == Layout():
+                config = tiny.ppo_config(folder / f"run_{turn}", iterations=1)
+                reward = [tiny.scorer(1), tiny.count_letters]
+                with PPOTrainer(config, tiny.causal_lm(0), tiny.tokenizer(), reward, tiny.PROMPTS) as run:
+                    run.step()
+                del run
+            assert group_threads() <= most
+        gc.collect()
+        assert group_threads() == 0, f"after {turn + 1} openings"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted under /proc")
+@pytest.mark.parametrize(("ranks", "layout", "groups"), [(1, Layout(), 2), (2, Layout(tensor=2), 3)])
+def test_a_closed_cluster_leaves_no_thread_behind(ranks, layout, groups, tmp_path):
+    launch(ranks, opened_and_closed, tmp_path, layout, 3 * groups)
