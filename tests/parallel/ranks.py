@@ -1,6 +1,7 @@
 """Gloo ranks for tests: processes forked from this one, with the environment that torchrun would give them."""
 
 import faulthandler
+import gc
 import os
 import socket
 import traceback
@@ -14,6 +15,7 @@ def launch(world, function, *args, seconds=600):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    gc.collect()
     context = mp.get_context("fork")
     said = context.SimpleQueue()
     ranks = [context.Process(target=_rank, args=(r, world, port, said, seconds, function, args)) for r in range(world)]
@@ -33,6 +35,8 @@ def launch(world, function, *args, seconds=600):
 
 def _rank(rank, world, port, said, seconds, function, args):
     torch.set_num_threads(1)
+    # What the parent still holds stays unfreed here: a process group would wait for threads that no fork takes along.
+    gc.freeze()
     faulthandler.dump_traceback_later(0.9 * seconds)  # where a rank is stuck, should it be
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
