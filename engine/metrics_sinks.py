@@ -12,6 +12,7 @@ import difflib
 import importlib.util
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -52,10 +53,24 @@ def check_sinks(names: Sequence[str], key: str) -> None:
 
 
 def open_sinks(names: Sequence[str], folder: Path, config: Mapping[str, Any], resume: bool) -> list[Sink]:
-    """Open the loggers. config: the resolved configuration, secrets hidden already."""
+    """Open the loggers. config: the resolved configuration, secrets hidden already.
+
+    Raises `ConfigError` for one that cannot start, such as for want of a login or a server; `folder` is then as it was.
+    """
     path = folder / _IDS_FILE
     ids = json.loads(path.read_text(encoding="utf-8")) if resume and path.is_file() else {}
-    sinks = [_Guarded(_SINKS[name](folder.resolve().name, folder, config, ids.get(name))) for name in names]
+    before = set(folder.iterdir())
+    sinks: list[Sink] = []
+    try:
+        for name in names:
+            sinks.append(_Guarded(_SINKS[name](folder.resolve().name, folder, config, ids.get(name))))
+    except Exception as error:
+        for sink in sinks:
+            sink.close()
+        for made in set(folder.iterdir()) - before:
+            shutil.rmtree(made, ignore_errors=True)
+        what = redact_text(" ".join(f"{type(error).__name__}: {error}".split())[:400])
+        raise ConfigError(f"run.log_to: {name} cannot be started ({what}); set it up, or leave it out") from error
     if sinks:
         path.write_text(json.dumps({sink.name: sink.id for sink in sinks}), encoding="utf-8")
     return sinks
@@ -71,7 +86,11 @@ class WandbSink:
 
         project = os.environ.get("WANDB_PROJECT", _PROJECT)
         how = {"id": id, "resume": "allow"} if id else {}
-        self._run = wandb.init(project=project, name=run, dir=str(folder), config=dict(config), **how)
+        # What wandb finds out by itself includes the command line, secrets in it and all.
+        settings = wandb.Settings(x_disable_meta=True)
+        self._run = wandb.init(
+            project=project, name=run, dir=str(folder), config=dict(config), settings=settings, **how
+        )
         self.id = self._run.id
 
     def write(self, scalars: Mapping[str, float], step: int) -> None:
