@@ -96,7 +96,10 @@ def _given(config: PPOConfig, parts: list[Any]) -> tuple[Any, list[Entry]]:
         else:
             models.append(part)
     if len(models) > 1:
-        raise ConfigError(f"{len(models)} reward models were given; expected at most one")
+        raise ConfigError(
+            f"{len(models)} reward models were given; expected at most one: call the others in a reward function, or "
+            "serve them behind HTTP and give the URL (docs/rewards.md)"
+        )
     return models[0] if models else None, entries
 
 
