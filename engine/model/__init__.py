@@ -1,8 +1,10 @@
 """Models: a Hugging Face architecture as a Megatron-core trunk with a head, weights in and out."""
 
+from icegrt import cpu
 from icegrt.cluster import hide_megatron_warnings
 
 hide_megatron_warnings()
+cpu.import_megatron()
 
 
 def selftest() -> str:

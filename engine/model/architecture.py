@@ -41,6 +41,8 @@ class Architecture:
     window: int | None
     windowed_layers: tuple[bool, ...]
     tied_embeddings: bool
+    qkv_bias: bool
+    projection_bias: bool
     hf_config: dict[str, Any]
     generation_config: dict[str, Any] = field(default_factory=dict)
 
@@ -83,6 +85,7 @@ class Architecture:
             raise CheckpointError(f"{where}: heads of {head_dim} dimensions cannot be rotated in pairs; expected even")
         layers, context = sizes.need("num_hidden_layers"), sizes.need("max_position_embeddings")
         window, windowed = _windows(family, given, sizes, layers, context)
+        attention_bias = family.optional_bias and _flag(config, "attention_bias", where)
         vocab_size = sizes.need("vocab_size")
         _check_token_ids(config, vocab_size, where)
         return cls(
@@ -100,6 +103,8 @@ class Architecture:
             window=window,
             windowed_layers=windowed,
             tied_embeddings=_flag(config, "tie_word_embeddings", where),
+            qkv_bias=family.qkv_bias or attention_bias,
+            projection_bias=attention_bias,
             hf_config=dict(config),
             generation_config=dict(generation_config or {}),
         )
@@ -124,7 +129,7 @@ class Architecture:
             gated_linear_unit=True,
             activation_func=torch.nn.functional.silu,
             add_bias_linear=False,
-            add_qkv_bias=self.family.qkv_bias,
+            add_qkv_bias=self.qkv_bias,
             qk_layernorm=self.family.qk_norm,
             window_size=(self.window - 1, 0) if self.window else None,
             window_attn_skip_freq=[*map(int, self.windowed_layers)],

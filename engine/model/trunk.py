@@ -10,6 +10,7 @@ import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import (
@@ -36,12 +37,21 @@ class RMSNorm(nn.Module):
         return nn.functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
-def layer_spec(config):
+class BiasedProjection(RowParallelLinear):
+    """Attention's output projection with a bias, for which Megatron has no switch but the MLP's."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **(kwargs | {"bias": True}))
+
+
+def layer_spec(config, architecture: Architecture):
     """Megatron's local layer with icegrt's norm and packed attention in it."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention.core_attention = PackedAttention
+    if architecture.projection_bias:
+        attention.linear_proj = BiasedProjection
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return spec
@@ -63,7 +73,7 @@ class Trunk(LanguageModule):
                 position_embedding_type="rope",
                 tp_group=self.pg_collection.tp,
             )
-        layers = [layer_spec(config)] * get_num_layers_to_build(config)
+        layers = [layer_spec(config, architecture)] * get_num_layers_to_build(config)
         self.decoder = TransformerBlock(
             config=config,
             spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),

@@ -7,6 +7,7 @@ misshapen tensors all read these two.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 # of query heads with their key and value, or the halves of gate and up each by rows.
 Cut = Literal["whole", "vocabulary", "columns", "qkv", "gate_up"]
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Elements of a source that are read at once: beside them only the model takes memory.
+_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def _layer(a: Architecture, ours: str, theirs: str) -> Iterator[Entry]:
     names = tuple(f"{attention}.{part}_proj" for part in "qkv")
     shapes = ((queries, hidden), (keys, hidden), (keys, hidden))
     yield Entry(f"{ours}.self_attention.linear_qkv.weight", tuple(f"{n}.weight" for n in names), shapes, "qkv")
-    if a.family.qkv_bias:
+    if a.qkv_bias:
         rows = tuple(shape[:1] for shape in shapes)
         yield Entry(f"{ours}.self_attention.linear_qkv.bias", tuple(f"{n}.bias" for n in names), rows, "qkv")
     if a.family.qk_norm:
@@ -83,6 +86,8 @@ def _layer(a: Architecture, ours: str, theirs: str) -> Iterator[Entry]:
             yield Entry(norm, (f"{attention}.{part}_norm.weight",), ((a.head_dim,),))
     projection = ((hidden, queries),)
     yield Entry(f"{ours}.self_attention.linear_proj.weight", (f"{attention}.o_proj.weight",), projection, "columns")
+    if a.projection_bias:
+        yield Entry(f"{ours}.self_attention.linear_proj.bias", (f"{attention}.o_proj.bias",), ((hidden,),))
     yield Entry(f"{ours}.pre_mlp_layernorm.weight", (f"{theirs}.post_attention_layernorm.weight",), ((hidden,),))
     gate_up = (f"{theirs}.mlp.gate_proj.weight", f"{theirs}.mlp.up_proj.weight")
     yield Entry(f"{ours}.mlp.linear_fc1.weight", gate_up, ((ffn, hidden),) * 2, "gate_up")
@@ -137,14 +142,19 @@ def separate(entry: Entry, shards: Tensor | Sequence[Tensor], architecture: Arch
 
 
 def _source(entry: Entry, index: int, shards: Sequence[Tensor], architecture: Architecture) -> Tensor:
-    if len(entry.sources) == len(shards) == 1:
-        return shards[0][: entry.shapes[0][0]]
-    part = torch.empty(entry.shapes[index], dtype=shards[0].dtype, device=shards[0].device)
-    for rank, shard in enumerate(shards):
-        for piece in pieces(entry, architecture, rank, len(shards)):
-            if piece.source == index:
-                part.narrow(piece.dim, piece.start, piece.stop - piece.start).copy_(piece.of(shard))
-    return part
+    parts = [
+        (piece, shard)
+        for rank, shard in enumerate(shards)
+        for piece in pieces(entry, architecture, rank, len(shards))
+        if piece.source == index
+    ]
+    if len(parts) == 1:  # it lies in one place
+        piece, shard = parts[0]
+        return piece.of(shard)
+    whole = torch.empty(entry.shapes[index], dtype=shards[0].dtype, device=shards[0].device)
+    for piece, shard in parts:
+        whole.narrow(piece.dim, piece.start, piece.stop - piece.start).copy_(piece.of(shard))
+    return whole
 
 
 def check(source: Pretrained, head: HeadKind, *, new_head: bool = False) -> None:
@@ -200,7 +210,8 @@ def _refuse_untied(source: Pretrained) -> None:
     step = 4096
     for start in range(0, source.architecture.vocab_size if same else 0, step):
         stop = min(start + step, source.architecture.vocab_size)
-        same = same and torch.equal(source.get(ours, 0, start, stop), source.get(theirs, 0, start, stop))
+        rows = slice(start, stop)
+        same = same and torch.equal(source.get(ours, rows), source.get(theirs, rows))
     if not same:
         raise CheckpointError(
             f"{source.where}: `tie_word_embeddings` is true, but `{theirs}` is not `{ours}`; set it to false in "
@@ -221,7 +232,7 @@ def held_parameters(model: LanguageModel) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def load(model: LanguageModel, source: Pretrained, *, new_head: bool = False) -> None:
-    """Copy a checkpoint into `model`, one tensor at a time, and of each only what this rank holds.
+    """Copy a checkpoint into `model`, a block of a tensor at a time, and of each only what this rank holds.
 
     `new_head=True` lets a missing scalar head be zero; otherwise a missing tensor is an error, as is a tensor that no
     parameter takes, or one of another shape. Raises `CheckpointError` naming the tensor.
@@ -247,15 +258,16 @@ def load(model: LanguageModel, source: Pretrained, *, new_head: bool = False) ->
 def _read_into(parameter: Tensor, entry: Entry, source: Pretrained, wanted: list[Piece]) -> None:
     if entry.cut == "vocabulary":
         parameter[wanted[0].stop - wanted[0].start :].zero_()  # padding
-    for index, name in enumerate(entry.sources):
-        own = [piece for piece in wanted if piece.source == index and piece.start < piece.stop]
-        if not own:
-            continue
-        start, stop, dim = min(p.start for p in own), max(p.stop for p in own), own[0].dim
-        part = source.get(name, dim, start, stop)
-        for piece in own:
-            piece.of(parameter).copy_(part.narrow(dim, piece.start - start, piece.stop - piece.start))
-        del part  # before the next one is read
+    for piece in wanted:
+        place = piece.of(parameter)
+        rows_at_once = max(1, _BLOCK // math.prod(place.shape[1:]))
+        for first in range(0, place.shape[0], rows_at_once):
+            last = min(first + rows_at_once, place.shape[0])
+            rows, columns = slice(piece.start + first, piece.start + last), slice(None)
+            if piece.dim == 1:
+                rows, columns = slice(first, last), slice(piece.start, piece.stop)
+            part = (rows, columns)[: place.dim()]
+            place[first:last].copy_(source.get(entry.sources[piece.source], *part))
 
 
 @torch.no_grad()

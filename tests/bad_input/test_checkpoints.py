@@ -84,7 +84,12 @@ CONFIGS = {
     "rope that is no object": ({"rope_parameters": "default"}, ["`rope_parameters` must be an object"]),
     "rope of half a head": ({"partial_rotary_factor": 0.5}, ["`partial_rotary_factor`"]),
     "a negative base": ({"rope_parameters": {"rope_theta": -1.0}}, ["`rope_theta`", "-1.0"]),
-    "a bias in attention": ({"attention_bias": True}, ["`attention_bias` is true", "only false"]),
+    "a bias that has no tensors": ({"attention_bias": True}, ["self_attn.q_proj.bias` is missing"]),
+    "a bias that is no flag": ({"attention_bias": 1}, ["`attention_bias` must be true or false"]),
+    "a bias in mistral's attention": (
+        {"model_type": "mistral", "attention_bias": True},
+        ["`attention_bias` is true", "only false"],
+    ),
     "a bias in the mlp": ({"mlp_bias": True}, ["`mlp_bias` is true"]),
     "another activation": ({"hidden_act": "gelu"}, ['`hidden_act` is "gelu"', '"silu"']),
     "soft-capped logits": ({"final_logit_softcapping": 30.0}, ["`final_logit_softcapping`", "remove it"]),
