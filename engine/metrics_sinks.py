@@ -58,7 +58,7 @@ def open_sinks(names: Sequence[str], folder: Path, config: Mapping[str, Any], re
     Raises `ConfigError` for one that cannot start, such as for want of a login or a server; `folder` is then as it was.
     """
     path = folder / _IDS_FILE
-    ids = json.loads(path.read_text(encoding="utf-8")) if resume and path.is_file() else {}
+    ids = _ids(path) if resume and path.is_file() else {}
     before = set(folder.iterdir())
     sinks: list[Sink] = []
     try:
@@ -74,6 +74,13 @@ def open_sinks(names: Sequence[str], folder: Path, config: Mapping[str, Any], re
     if sinks:
         path.write_text(json.dumps({sink.name: sink.id for sink in sinks}), encoding="utf-8")
     return sinks
+
+
+def _ids(path: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); remove it to start new runs of the loggers") from None
 
 
 class WandbSink:

@@ -9,6 +9,6 @@ cpu.import_megatron()
 
 def selftest() -> str:
     """A forward pass through a tiny trunk on this machine's device; says what ran. Raises what went wrong."""
-    from icegrt.model.selftest import run
+    from icegrt.model.forward_check import run
 
     return run()

@@ -16,6 +16,8 @@ from icegrt.model.rope import Rope
 
 __all__ = ["DTYPES", "FAMILIES", "Architecture"]
 
+# What is counted out in memory before a tensor has been looked at.
+_LARGEST = {"num_hidden_layers": 10_000}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -160,7 +162,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object. Raises `CheckpointError` naming it."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # not readable, not UTF-8, or not JSON
+    except (OSError, ValueError, RecursionError) as error:  # not readable, not UTF-8, or not JSON
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); copy the file again") from None
     if not isinstance(document, dict):
         raise CheckpointError(f"{path}: holds no JSON object but {type(document).__name__}; copy the file again")
@@ -185,6 +187,8 @@ class _Sizes:
             return None
         if type(value) is not int or value < 1:
             raise CheckpointError(f"{self.where}: `{name}` must be a whole number above 0, got {value!r}")
+        if value > _LARGEST.get(name, 2**31 - 1):
+            raise CheckpointError(f"{self.where}: `{name}` is {value}, more than any model has; copy the file again")
         return value
 
 

@@ -256,8 +256,10 @@ def build_model(source: Any, head: str, *, dtype: torch.dtype, new_head: bool = 
     from icegrt.model.language_model import LanguageModel
 
     pretrained = source if isinstance(source, Pretrained) else Pretrained(source)
+    # Before memory is taken for a model: the sizes in config.json may be anyone's.
+    weights.check(pretrained, head, new_head=new_head)
     config = pretrained.architecture.transformer_config(dtype=dtype)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     model = LanguageModel(pretrained.architecture, config, head).to(device)
-    weights.load(model, pretrained, new_head=new_head)
+    weights.load(model, pretrained)
     return model

@@ -231,15 +231,13 @@ def held_parameters(model: LanguageModel) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def load(model: LanguageModel, source: Pretrained, *, new_head: bool = False) -> None:
-    """Copy a checkpoint into `model`, a block of a tensor at a time, and of each only what this rank holds.
+def load(model: LanguageModel, source: Pretrained) -> None:
+    """Copy a checked checkpoint into `model`: a block of a tensor at a time, and of each only what this rank holds.
 
-    `new_head=True` lets a missing scalar head be zero; otherwise a missing tensor is an error, as is a tensor that no
-    parameter takes, or one of another shape. Raises `CheckpointError` naming the tensor.
+    A scalar head that the checkpoint lacks is zero. Raises `CheckpointError` naming a tensor that is not finite.
     """
     from megatron.core import parallel_state
 
-    check(source, model.head_kind, new_head=new_head)
     rank = parallel_state.get_tensor_model_parallel_rank()
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     held = held_parameters(model)
@@ -259,15 +257,20 @@ def _read_into(parameter: Tensor, entry: Entry, source: Pretrained, wanted: list
     if entry.cut == "vocabulary":
         parameter[wanted[0].stop - wanted[0].start :].zero_()  # padding
     for piece in wanted:
-        place = piece.of(parameter)
+        place, name = piece.of(parameter), entry.sources[piece.source]
         rows_at_once = max(1, _BLOCK // math.prod(place.shape[1:]))
         for first in range(0, place.shape[0], rows_at_once):
             last = min(first + rows_at_once, place.shape[0])
             rows, columns = slice(piece.start + first, piece.start + last), slice(None)
             if piece.dim == 1:
                 rows, columns = slice(first, last), slice(piece.start, piece.stop)
-            part = (rows, columns)[: place.dim()]
-            place[first:last].copy_(source.get(entry.sources[piece.source], *part))
+            block = source.get(name, *(rows, columns)[: place.dim()])
+            if not all(x.isfinite() for x in block.aminmax()):
+                raise CheckpointError(
+                    f"{source.where}: tensor `{name}` holds NaN or infinity; copy the checkpoint again, or go back to "
+                    "one from before its training broke"
+                )
+            place[first:last].copy_(block)
 
 
 @torch.no_grad()
