@@ -12,6 +12,7 @@ import difflib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -27,6 +28,8 @@ _PROJECT = "icegrt"
 _IDS_FILE = "loggers.json"
 # mlflow refuses longer values of parameters.
 _LONGEST_PARAM = 500
+# It refuses a whole batch for one letter; a reward function may call its metric acc@1.
+_NOT_IN_MLFLOW = re.compile(r"[^\w.\- :/]")
 
 
 class Sink(Protocol):
@@ -128,7 +131,7 @@ class MlflowSink:
 
     def write(self, scalars: Mapping[str, float], step: int) -> None:
         now = int(time.time() * 1000)
-        metrics = [self._metric(name, value, now, step) for name, value in scalars.items()]
+        metrics = [self._metric(_NOT_IN_MLFLOW.sub("_", name), value, now, step) for name, value in scalars.items()]
         self._client.log_batch(self.id, metrics=metrics)
 
     def close(self) -> None:

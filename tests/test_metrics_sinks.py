@@ -13,7 +13,7 @@ import icegrt
 from icegrt import cli
 from icegrt.errors import ConfigError
 from icegrt.metrics import RunLog, SFTStep, read_metrics
-from icegrt.metrics_sinks import check_sinks
+from icegrt.metrics_sinks import MlflowSink, check_sinks
 
 STEP = SFTStep(step=1, epoch=0.1, loss=2.0, tokens=7, tokens_per_second=1.0, lr=0.0, grad_norm=1.0)
 
@@ -158,6 +158,11 @@ def test_a_trainer_hands_over_what_is_redacted(home, tmp_path, wandb):
     assert wandb.calls[0][1]["config"]["run"]["log_to"] == ["wandb"]
 
 
+def test_mlflow_gets_names_that_it_takes(tmp_path, mlflow):
+    MlflowSink("run", tmp_path, {}, "run-1").write({"ppo/sources/f/metrics/acc@1 (é)_mean": 3.0}, 2)
+    assert mlflow.of("log") == [("run-1", {"ppo/sources/f/metrics/acc_1 _é__mean": 3.0}, {2})]
+
+
 def test_a_resumed_run_goes_on_in_the_loggers_run(tmp_path, wandb, mlflow):
     with RunLog(tmp_path, tensorboard=False, log_to=["wandb", "mlflow"]) as log:
         log.log(STEP)
@@ -210,6 +215,9 @@ def test_mlflow_itself_takes_what_it_is_given(tmp_path, monkeypatch):
         log.log(STEP)
     run = client().get_run(json.loads((tmp_path / "run" / "loggers.json").read_text())["mlflow"])
     assert run.data.metrics["sft/loss"] == 2.0 and run.data.params == {"a.b": "1"}
+    sink = MlflowSink("again", tmp_path, {}, run.info.run_id)
+    sink.write({"ppo/sources/f/metrics/acc@1 (é)_mean": 3.0}, 2)
+    assert client().get_run(run.info.run_id).data.metrics["ppo/sources/f/metrics/acc_1 _é__mean"] == 3.0
 
 
 def test_wandb_itself_takes_what_it_is_given_and_not_the_command_line(tmp_path, monkeypatch):
