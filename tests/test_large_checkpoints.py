@@ -35,5 +35,5 @@ def test_a_billion_parameters_pass_within_their_size(dtype, least, tmp_path):
     assert filecmp.cmpfiles(tmp_path / "in", tmp_path / "out", files, shallow=False) == (files, [], [])
     tiny_models.tokenizer().save_pretrained(tmp_path / "run" / "tokenizer")
     # Without a model, memory does not grow with the checkpoint.
-    assert step("export", tmp_path / "run", tmp_path / "again", dtype) < 1.2e9
+    assert step("export", tmp_path / "run", tmp_path / "again", dtype) < 0.8e9
     assert filecmp.cmpfiles(tmp_path / "in", tmp_path / "again", files, shallow=False) == (files, [], [])
