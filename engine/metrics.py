@@ -92,6 +92,7 @@ class PPOStep:
     lr_actor: float
     lr_critic: float
     skipped_steps: int = 0  # optimizer steps skipped in this iteration: loss or gradient not finite
+    empty_steps: int = 0  # optimizer steps not taken: every response of their minibatch was dropped
     # The responses and what they cost.
     response_tokens_mean: float
     truncated_fraction: float  # finish reason, never inferred from a length
@@ -171,8 +172,8 @@ class RunLog:
         elif self.path.exists():
             kept = [row for row in read_metrics(self.dir) if _index(row) <= resume_from_step]
             write_text_aside(self.path, "".join(_line(row) for row in kept))
-        self._file = _open(self.path, "a")
         self._sinks = open_sinks(log_to, self.dir, config or {}, resume_from_step is not None)
+        self._file = _open(self.path, "a")
 
     def log(self, step: Step) -> None:
         """Write one step: a line of JSON, flushed, and its numbers as scalars for every other logger."""

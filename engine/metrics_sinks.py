@@ -12,6 +12,8 @@ import difflib
 import importlib.util
 import json
 import os
+import re
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +28,8 @@ _PROJECT = "icegrt"
 _IDS_FILE = "loggers.json"
 # mlflow refuses longer values of parameters.
 _LONGEST_PARAM = 500
+# It refuses a whole batch for one letter; a reward function may call its metric acc@1.
+_NOT_IN_MLFLOW = re.compile(r"[^\w.\- :/]")
 
 
 class Sink(Protocol):
@@ -52,13 +56,34 @@ def check_sinks(names: Sequence[str], key: str) -> None:
 
 
 def open_sinks(names: Sequence[str], folder: Path, config: Mapping[str, Any], resume: bool) -> list[Sink]:
-    """Open the loggers. config: the resolved configuration, secrets hidden already."""
+    """Open the loggers. config: the resolved configuration, secrets hidden already.
+
+    Raises `ConfigError` for one that cannot start, such as for want of a login or a server; `folder` is then as it was.
+    """
     path = folder / _IDS_FILE
-    ids = json.loads(path.read_text(encoding="utf-8")) if resume and path.is_file() else {}
-    sinks = [_Guarded(_SINKS[name](folder.resolve().name, folder, config, ids.get(name))) for name in names]
+    ids = _ids(path) if resume and path.is_file() else {}
+    before = set(folder.iterdir())
+    sinks: list[Sink] = []
+    try:
+        for name in names:
+            sinks.append(_Guarded(_SINKS[name](folder.resolve().name, folder, config, ids.get(name))))
+    except Exception as error:
+        for sink in sinks:
+            sink.close()
+        for made in set(folder.iterdir()) - before:
+            shutil.rmtree(made, ignore_errors=True)
+        what = redact_text(" ".join(f"{type(error).__name__}: {error}".split())[:400])
+        raise ConfigError(f"run.log_to: {name} cannot be started ({what}); set it up, or leave it out") from error
     if sinks:
         path.write_text(json.dumps({sink.name: sink.id for sink in sinks}), encoding="utf-8")
     return sinks
+
+
+def _ids(path: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); remove it to start new runs of the loggers") from None
 
 
 class WandbSink:
@@ -71,7 +96,11 @@ class WandbSink:
 
         project = os.environ.get("WANDB_PROJECT", _PROJECT)
         how = {"id": id, "resume": "allow"} if id else {}
-        self._run = wandb.init(project=project, name=run, dir=str(folder), config=dict(config), **how)
+        # What wandb finds out by itself includes the command line, secrets in it and all.
+        settings = wandb.Settings(x_disable_meta=True)
+        self._run = wandb.init(
+            project=project, name=run, dir=str(folder), config=dict(config), settings=settings, **how
+        )
         self.id = self._run.id
 
     def write(self, scalars: Mapping[str, float], step: int) -> None:
@@ -102,7 +131,7 @@ class MlflowSink:
 
     def write(self, scalars: Mapping[str, float], step: int) -> None:
         now = int(time.time() * 1000)
-        metrics = [self._metric(name, value, now, step) for name, value in scalars.items()]
+        metrics = [self._metric(_NOT_IN_MLFLOW.sub("_", name), value, now, step) for name, value in scalars.items()]
         self._client.log_batch(self.id, metrics=metrics)
 
     def close(self) -> None:

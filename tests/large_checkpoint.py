@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
 
 from icegrt import cli
 from icegrt.cluster import Cluster
@@ -49,6 +48,8 @@ def through(origin: str, out: str, run: str, dtype: str) -> None:
         tensors = weights.export_tensors(model, DTYPES[dtype])
         save_pretrained(tensors, model.architecture, out, classifier=False, dtype=dtype, shard_bytes=10**9)
         peak()
+        from megatron.core import dist_checkpointing
+
         step = Path(run) / "checkpoints" / "step_000001"
         (step / "actor").mkdir(parents=True)
         dist_checkpointing.save({"model": model.sharded_state_dict()}, str(step / "actor"))

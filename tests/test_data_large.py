@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 from datetime import datetime
 
 import numpy as np
@@ -61,6 +62,20 @@ def test_parquet_times_become_text_and_bytes_are_left_out(tmp_path, capsys):
     pq.write_table(pa.table({"prompt": ["a"], "at": [datetime(2020, 1, 2)], "image": [b"\xff"]}), path)
     assert open_rows(path)[0].data == {"prompt": "a", "at": "2020-01-02 00:00:00.000000"}
     assert "binary columns are left out: image" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_not_blamed_on_the_parquet_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"prompt": ["x" * 4000] * 500}), path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))  # Python ignores the signal, so a write fails
+    try:
+        with pytest.raises(DataError, match=rf"rows.parquet: cannot be unpacked into {tmp_path}.*set TMPDIR"):
+            open_rows(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_file_that_changes_under_a_run_is_noticed(jsonl):

@@ -24,15 +24,16 @@ def step(*arguments) -> int:
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_a_billion_parameters_pass_within_their_size(tmp_path):
-    step("make", tmp_path / "in", "fp32")
+@pytest.mark.parametrize(("dtype", "least"), [("fp32", 4e9), ("bf16", 2e9)])
+def test_a_billion_parameters_pass_within_their_size(dtype, least, tmp_path):
+    step("make", tmp_path / "in", dtype)
     files = sorted(path.name for path in (tmp_path / "in").glob("*.safetensors*"))
     size = sum((tmp_path / "in" / name).stat().st_size for name in files)
-    assert size > 4e9 and len(files) > 3
-    # The interpreter with torch and Megatron is 0.43 GB of this.
-    assert step("pass", tmp_path / "in", tmp_path / "out", tmp_path / "run", "fp32") < 1.2 * size
+    assert size > least and len(files) > 3
+    # The interpreter with torch and Megatron is 0.32 GB of this.
+    assert step("pass", tmp_path / "in", tmp_path / "out", tmp_path / "run", dtype) < 1.2 * size
     assert filecmp.cmpfiles(tmp_path / "in", tmp_path / "out", files, shallow=False) == (files, [], [])
     tiny_models.tokenizer().save_pretrained(tmp_path / "run" / "tokenizer")
     # Without a model, memory does not grow with the checkpoint.
-    assert step("export", tmp_path / "run", tmp_path / "again", "fp32") < 0.3 * size
+    assert step("export", tmp_path / "run", tmp_path / "again", dtype) < 0.8e9
     assert filecmp.cmpfiles(tmp_path / "in", tmp_path / "again", files, shallow=False) == (files, [], [])

@@ -4,14 +4,16 @@ import importlib.util
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import stage_cases as cases
 
 import icegrt
+from icegrt import cli
 from icegrt.errors import ConfigError
 from icegrt.metrics import RunLog, SFTStep, read_metrics
-from icegrt.metrics_sinks import check_sinks
+from icegrt.metrics_sinks import MlflowSink, check_sinks
 
 STEP = SFTStep(step=1, epoch=0.1, loss=2.0, tokens=7, tokens_per_second=1.0, lr=0.0, grad_norm=1.0)
 
@@ -21,9 +23,13 @@ class FakeWandb(types.ModuleType):
 
     def __init__(self):
         super().__init__("wandb")
-        self.calls, self.broken = [], False
+        self.calls, self.broken, self.refuses = [], False, False
+        self.Settings = dict
 
     def init(self, **settings):
+        if self.refuses:
+            (Path(settings["dir"]) / "wandb").mkdir()
+            raise RuntimeError("no API key configured.\n  Use login. Authorization: Bearer hunter2hunter2")
         self.calls.append(("init", settings))
         self.id = settings.get("id") or "made-up-id"
         return self
@@ -152,6 +158,11 @@ def test_a_trainer_hands_over_what_is_redacted(home, tmp_path, wandb):
     assert wandb.calls[0][1]["config"]["run"]["log_to"] == ["wandb"]
 
 
+def test_mlflow_gets_names_that_it_takes(tmp_path, mlflow):
+    MlflowSink("run", tmp_path, {}, "run-1").write({"ppo/sources/f/metrics/acc@1 (é)_mean": 3.0}, 2)
+    assert mlflow.of("log") == [("run-1", {"ppo/sources/f/metrics/acc_1 _é__mean": 3.0}, {2})]
+
+
 def test_a_resumed_run_goes_on_in_the_loggers_run(tmp_path, wandb, mlflow):
     with RunLog(tmp_path, tensorboard=False, log_to=["wandb", "mlflow"]) as log:
         log.log(STEP)
@@ -173,6 +184,16 @@ def test_a_logger_that_fails_costs_its_own_rows_only(tmp_path, wandb, capsys):
     assert said.count("wandb takes no more metrics (ConnectionError: no route") == 1 and "hunter2" not in said
 
 
+def test_a_logger_that_cannot_start_is_refused_and_leaves_nothing(home, tmp_path, wandb, mlflow, capsys):
+    wandb.refuses = True
+    keys = cases.sft_keys(home, tmp_path / "new" / "run", "sft.run.log_to=[mlflow, wandb]")
+    assert cli.main(["sft", *keys]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning:")]
+    assert len(said) == 1 and said[0].startswith("error: run.log_to: wandb cannot be started (RuntimeError: no API key")
+    assert "hunter2" not in said[0] and "leave it out" in said[0]
+    assert mlflow.of("end") and not (tmp_path / "new").exists()
+
+
 def test_loggers_are_checked_before_anything_is_done(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for names, words in (
@@ -189,7 +210,24 @@ def test_loggers_are_checked_before_anything_is_done(monkeypatch):
 def test_mlflow_itself_takes_what_it_is_given(tmp_path, monkeypatch):
     client = pytest.importorskip("mlflow.tracking").MlflowClient
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a store of files needs no data base to be installed
     with RunLog(tmp_path / "run", tensorboard=False, log_to=["mlflow"], config={"a": {"b": 1}}) as log:
         log.log(STEP)
     run = client().get_run(json.loads((tmp_path / "run" / "loggers.json").read_text())["mlflow"])
     assert run.data.metrics["sft/loss"] == 2.0 and run.data.params == {"a.b": "1"}
+    sink = MlflowSink("again", tmp_path, {}, run.info.run_id)
+    sink.write({"ppo/sources/f/metrics/acc@1 (é)_mean": 3.0}, 2)
+    assert client().get_run(run.info.run_id).data.metrics["ppo/sources/f/metrics/acc_1 _é__mean"] == 3.0
+
+
+def test_wandb_itself_takes_what_it_is_given_and_not_the_command_line(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setattr(sys, "argv", ["icegrt", "ppo", "url=http://me:hunter2hunter2@host/"])
+    for step in (1, 2):
+        with RunLog(tmp_path, step - 1 or None, tensorboard=False, log_to=["wandb"], config={"a": {"b": 17}}) as log:
+            log.log(SFTStep(step=step, epoch=0.1, loss=2.0, tokens=7, tokens_per_second=1.0, lr=0.0, grad_norm=1.0))
+    run = json.loads((tmp_path / "loggers.json").read_text())["wandb"]
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob(f"run-{run}.wandb"))
+    assert written.count(b"sft/loss") >= 2 and b"hunter2" not in written

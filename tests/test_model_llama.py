@@ -247,7 +247,7 @@ def test_a_damaged_or_absent_file_is_refused_by_name(saved):
         ({"model_type": "gpt2"}, ("model_type 'gpt2' is not supported", "llama")),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ("rope type 'yarn'", "'default'")),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, ("rope type 'dynamic'",)),
-        ({"attention_bias": True}, ("`attention_bias` is true",)),
+        ({"attention_bias": 1}, ("`attention_bias` must be true or false",)),
         ({"mlp_bias": True}, ("`mlp_bias` is true",)),
         ({"hidden_act": "gelu"}, ('`hidden_act` is "gelu"', '"silu"')),
         ({"quantization_config": {"bits": 4}}, ("quantised",)),

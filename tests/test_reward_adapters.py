@@ -57,13 +57,17 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
         "score": 1.0 if right else 0.0,
         "acc": right,
         "source": data_source,
-        "turns": (extra_info or {}).get("turns"),
+        "turns": extra_info.get("turns"),
     }
 
 
 async def verl_async(data_source, solution_str, ground_truth, extra_info):
     await asyncio.sleep(0)
     return 0.25
+
+
+def verl_turns(data_source, solution_str, ground_truth, extra_info):
+    return float(extra_info["num_turns"] is None and extra_info["rollout_reward_scores"] == {})
 
 
 def verl_batch(data_sources, solution_strs, ground_truths, extra_infos):
@@ -153,6 +157,7 @@ def test_verl_gets_its_columns_and_may_return_a_dict(row):
     assert said(verl_length, given).scores == [0.01, 0.01]
     assert said(verl_async, given).scores == [0.25, 0.25]
     assert said(verl_batch, given).scores == [1.0, 0.0]
+    assert said(verl_turns, given).scores == [1.0, 1.0]
     found = said(compute_score, given)
     assert found.results == [RewardResult(1.0, {"acc": 1.0, "turns": 2.0}), RewardResult(0.0, {"acc": 0.0})]
 

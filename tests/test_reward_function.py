@@ -104,6 +104,11 @@ def test_an_interrupt_is_not_swallowed():
         ({"prompt": [turn("system", "s"), turn("user", "u")]}, [("system", "s"), ("user", "u")]),
         ({"messages": [turn("user", "u")]}, [("user", "u")]),
         ({"messages": [turn("user", "u"), turn("assistant", "gold")]}, [("user", "u")]),
+        (
+            {"prompt": "u", "messages": [turn("system", "s"), turn("user", "u"), turn("assistant", "g")]},
+            [("user", "u")],
+        ),
+        ({"prompt": "u", "messages": [turn("user", "u"), turn("assistant", "g"), turn("user", "v")]}, [("user", "u")]),
     ],
 )
 def test_messages_are_the_prompt_and_the_answer(row, before):

@@ -126,12 +126,15 @@ def verdict_on(planned, dropped):
     return Verdict(samples, None, [SourceScores("f", 1.0, results, ["no" if f else None for f in failed])])
 
 
-def gradients(responses, dropped, budget):
-    """Of actor and critic, as by name, with some responses dropped, under a token budget."""
-    config = tiny.ppo_config("unused", token_budget=budget, kl_coef=0.1)
-    actor = tiny.role(tiny.causal_lm(), learns=config.optimizer)
+def learners(config):
+    """An actor and a critic."""
     critic = tiny.role(tiny.scorer(), "scalar", learns=config.optimizer)
-    planned = plan(responses, budget, 1)
+    return tiny.role(tiny.causal_lm(), learns=config.optimizer), critic
+
+
+def experience_with(config, actor, critic, responses, dropped):
+    """What actor and critic make of responses of which some are dropped."""
+    planned = plan(responses, config.token_budget, config.minibatches)
     verdict = verdict_on(planned, dropped)
     planned = planned.without(verdict.dropped_N)
     old_A, entropy_A = score_logprobs(actor, planned.batches, 1.0, 16, entropy=True)
@@ -139,13 +142,20 @@ def gradients(responses, dropped, budget):
     truncated_N = torch.tensor([float(r.truncated) for r in planned.responses])
     scores = combine(config, ScoreScaling(config), None, verdict.paid_N, truncated_N, verdict.dropped_N)
     shaped = shape(config, 0.1, planned, scores, old_A, old_A - 0.1, value_A, last_N)
-    experience = Experience(planned, scores, old_A, entropy_A, old_A - 0.1, value_A, shaped, shaped.moments)
-    updater = Updater(config, actor, critic, 16, None)
+    return Experience(planned, scores, old_A, entropy_A, old_A - 0.1, value_A, shaped, shaped.moments)
+
+
+def gradients(responses, dropped, budget):
+    """Of actor and critic, as by name, with some responses dropped, under a token budget."""
+    config = tiny.ppo_config("unused", token_budget=budget, kl_coef=0.1, minibatches=1)
+    actor, critic = learners(config)
+    experience = experience_with(config, actor, critic, responses, dropped)
+    planned, updater = experience.planned, Updater(config, actor, critic, 16, None)
     members = list(range(len(planned.batches)))
     policy, value = updater.policy_loss(experience, members, 0.1), updater.critic_loss(experience, members)
     counted = sum(b.n_counted_actions for b in planned.batches)
     found = tiny.gradients(actor, planned.batches, policy), tiny.gradients(critic, planned.batches, value)
-    return found, counted, shaped.moments, len(planned.batches)
+    return found, counted, experience.moments, len(planned.batches)
 
 
 @pytest.mark.parametrize("budget", [4096, 40])
@@ -159,6 +169,19 @@ def test_a_dropped_response_is_trained_on_nowhere(cluster, budget):
     assert float(moments.count) == counted and float(moments.mean) == pytest.approx(float(their_moments.mean), abs=1e-6)
     for ours_of, theirs_of in zip(ours, theirs, strict=True):
         assert tiny.gap(ours_of, theirs_of)[0] <= 1e-5
+
+
+@pytest.mark.parametrize(("dropped", "empty"), [(set(), 0), ({1}, 2), ({0, 1}, 4)])
+def test_a_minibatch_of_dropped_responses_is_no_step(cluster, dropped, empty):
+    config = tiny.ppo_config("unused", token_budget=64, kl_coef=0.1, minibatches=2, ppo_epochs=1)
+    actor, critic = learners(config)
+    updater, responses = Updater(config, actor, critic, 16, None), tiny.responses(2)
+    updater.run(experience_with(config, actor, critic, responses, set()), 0.1, 1)  # gives Adam its momentum
+    before = tiny.parameters(actor), tiny.parameters(critic)
+    outcome = updater.run(experience_with(config, actor, critic, responses, dropped), 0.1, 2)
+    assert outcome.empty == empty and len(outcome.actor) == len(outcome.critic) == 2 - empty // 2
+    still = tiny.same(tiny.parameters(actor), before[0]), tiny.same(tiny.parameters(critic), before[1])
+    assert still == ((empty == 4),) * 2
 
 
 def failing(samples):

@@ -251,3 +251,12 @@ def test_an_easy_reward_rises(home, tmp_path):
     with trainer(PPOTrainer, PPOConfig, cases.ppo_keys(home, tmp_path / "run", *keys)) as ppo:
         scores = [step.function_score_mean for step in ppo]
     assert max(scores[:2]) < 0.1 and min(scores[-2:]) > 0.4, scores  # by chance one token in 61 is an a
+
+
+def test_an_accuracy_on_no_pair_is_not_reported(home, tmp_path, capsys):
+    tied = [row | {"scores": [1.0] * 4} for row in cases.ranking_rows()]
+    heldout = cases.write_jsonl(tmp_path / "tied.jsonl", tied)
+    keys = cases.reward_keys(home, tmp_path / "run", f"reward.heldout=[{{path: {heldout}}}]", "reward.epochs=1")
+    assert cli.main(["reward", *keys]) == 0
+    said = capsys.readouterr().out
+    assert "held-out accuracy is not known" in said and "0.500" not in said

@@ -37,6 +37,8 @@ class UpdateOutcome:
     value_stats: Any = None
     ptx_loss_sum: float = 0.0
     ptx_tokens: int = 0
+    empty: int = 0
+    """Steps that were not taken, because no action of their minibatch counts on any rank."""
 
     @property
     def skipped(self) -> int:
@@ -69,6 +71,10 @@ class Updater:
         actor_epochs = 0 if warming_up else self.config.ppo_epochs
         for epoch in range(max(actor_epochs, self.config.critic_epochs)):
             for number, members in enumerate(self._minibatches(experience, iteration, epoch)):
+                if not self._counted(experience, members):
+                    # Every response of it was dropped. Adam would move the weights all the same, by its momentum.
+                    outcome.empty += (epoch < actor_epochs) + (epoch < self.config.critic_epochs)
+                    continue
                 if epoch < actor_epochs:
                     step = epoch * self.config.minibatches + number
                     self._actor_step(experience, members, kl_coef, ptx[step] if ptx else (), outcome)
@@ -88,9 +94,8 @@ class Updater:
         loss = self.policy_loss(experience, members, kl_coef)
         losses = [lambda hidden, i: loss(hidden, i)] * len(batches)
         if ptx:
-            actions = sum(batch.n_counted_actions for batch in batches)
             ptx_batches = pack_examples(ptx, self.config.token_budget, Cluster.current().share)
-            ptx_loss = self._ptx_loss(ptx_batches, self._global(actions), len(batches))
+            ptx_loss = self._ptx_loss(ptx_batches, self._counted(experience, members), len(batches))
             batches, losses = batches + ptx_batches, losses + [ptx_loss] * len(ptx_batches)
         step = self.actor.step(batches, lambda hidden, i: losses[i](hidden, i))
         outcome.actor.append(step)
@@ -175,6 +180,10 @@ class Updater:
             return out.loss, batch.n_counted_actions, out.stats
 
         return loss
+
+    def _counted(self, experience: Experience, members: list[int]) -> float:
+        """Actions of a minibatch that count, over all ranks."""
+        return self._global(sum(experience.planned.batches[i].n_counted_actions for i in members))
 
     def _global(self, count: int) -> float:
         total = torch.tensor(float(count), dtype=torch.float64)

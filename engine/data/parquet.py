@@ -6,6 +6,7 @@ The temporary file has the size of the unpacked data, lies in TMPDIR, has no nam
 
 from __future__ import annotations
 
+import errno
 import tempfile
 from bisect import bisect_right
 from pathlib import Path
@@ -16,6 +17,7 @@ from icegrt.data.rows import LazyRows, Row
 from icegrt.errors import DataError
 
 _BATCH_ROWS = 64
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class ParquetRows(LazyRows):
@@ -36,6 +38,11 @@ class ParquetRows(LazyRows):
             with pq.ParquetFile(path) as file:
                 self._unpack(pa, file, limit)
         except self._errors as error:
+            if getattr(error, "errno", None) in _NO_ROOM:
+                raise DataError(
+                    f"{path}: cannot be unpacked into {tempfile.gettempdir()} ({_first_line(error)}); set TMPDIR to a "
+                    "folder with room for the unpacked data"
+                ) from error
             raise DataError(
                 f"{path}: not a Parquet file that can be read ({_first_line(error)}); it may be cut short: copy or "
                 "write it again"

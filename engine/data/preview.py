@@ -137,5 +137,5 @@ def _model_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); copy or write it again") from None

@@ -73,15 +73,17 @@ def stop_ids(
     if path is not None and path.is_file():
         try:
             named[str(path)] = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path}: cannot be read as JSON ({error}); copy or write it again") from None
     ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     for where, value in named.items():
         for token in value if isinstance(value, list) else [] if value is None else [value]:
             if isinstance(token, bool) or not isinstance(token, int) or token < 0:
                 raise CheckpointError(f"{where}: expected token ids that end an answer, got {token!r}")
-            if where == "sampling.stop_token_ids" and token >= len(tokenizer):
-                raise CheckpointError(f"{where} names token {token}, but the tokenizer has only {len(tokenizer)}")
+            if token >= len(tokenizer):
+                raise CheckpointError(
+                    f"{where} names token {token} as EOS, but the tokenizer has only {len(tokenizer)}"
+                )
             ids.add(token)
     return sorted(ids)
 

@@ -17,6 +17,8 @@ from icegrt.model.rope import Rope
 
 __all__ = ["DTYPES", "FAMILIES", "Architecture"]
 
+# What is counted out in memory before a tensor has been looked at.
+_LARGEST = {"num_hidden_layers": 10_000}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -42,6 +44,8 @@ class Architecture:
     window: int | None
     windowed_layers: tuple[bool, ...]
     tied_embeddings: bool
+    qkv_bias: bool
+    projection_bias: bool
     hf_config: dict[str, Any]
     generation_config: dict[str, Any] = field(default_factory=dict)
 
@@ -84,6 +88,7 @@ class Architecture:
             raise CheckpointError(f"{where}: heads of {head_dim} dimensions cannot be rotated in pairs; expected even")
         layers, context = sizes.need("num_hidden_layers"), sizes.need("max_position_embeddings")
         window, windowed = _windows(family, given, sizes, layers, context)
+        attention_bias = family.optional_bias and _flag(config, "attention_bias", where)
         vocab_size = sizes.need("vocab_size")
         _check_token_ids(config, vocab_size, where)
         return cls(
@@ -101,6 +106,8 @@ class Architecture:
             window=window,
             windowed_layers=windowed,
             tied_embeddings=_flag(config, "tie_word_embeddings", where),
+            qkv_bias=family.qkv_bias or attention_bias,
+            projection_bias=attention_bias,
             hf_config=dict(config),
             generation_config=dict(generation_config or {}),
         )
@@ -129,7 +136,7 @@ class Architecture:
             gated_linear_unit=True,
             activation_func=torch.nn.functional.silu,
             add_bias_linear=False,
-            add_qkv_bias=self.family.qkv_bias,
+            add_qkv_bias=self.qkv_bias,
             qk_layernorm=self.family.qk_norm,
             window_size=(self.window - 1, 0) if self.window else None,
             window_attn_skip_freq=[*map(int, self.windowed_layers)],
@@ -184,7 +191,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object. Raises `CheckpointError` naming it."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # not readable, not UTF-8, or not JSON
+    except (OSError, ValueError, RecursionError) as error:  # not readable, not UTF-8, or not JSON
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); copy the file again") from None
     if not isinstance(document, dict):
         raise CheckpointError(f"{path}: holds no JSON object but {type(document).__name__}; copy the file again")
@@ -209,6 +216,8 @@ class _Sizes:
             return None
         if type(value) is not int or value < 1:
             raise CheckpointError(f"{self.where}: `{name}` must be a whole number above 0, got {value!r}")
+        if value > _LARGEST.get(name, 2**31 - 1):
+            raise CheckpointError(f"{self.where}: `{name}` is {value}, more than any model has; copy the file again")
         return value
 
 

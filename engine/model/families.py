@@ -18,6 +18,7 @@ from icegrt.errors import CheckpointError
 class Family:
     """What distinguishes a family of checkpoints: its names in Hugging Face and the parts its layers have.
 
+    `optional_bias`: `attention_bias` may ask for a bias on query, key, value and the output projection.
     `windows`: which layers may attend through a sliding window. `defaults`: what `transformers` assumes where
     `config.json` is silent, as far as it differs between families.
     """
@@ -26,6 +27,7 @@ class Family:
     causal_lm: str
     sequence_classifier: str
     qkv_bias: bool = False
+    optional_bias: bool = False
     qk_norm: bool = False
     windows: Literal["none", "all_layers", "by_layer"] = "none"
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -35,7 +37,7 @@ class Family:
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", "LlamaForCausalLM", "LlamaForSequenceClassification"),
+        Family("llama", "LlamaForCausalLM", "LlamaForSequenceClassification", optional_bias=True),
         Family(
             "mistral",
             "MistralForCausalLM",
@@ -55,6 +57,7 @@ FAMILIES = {
             "qwen3",
             "Qwen3ForCausalLM",
             "Qwen3ForSequenceClassification",
+            optional_bias=True,
             qk_norm=True,
             windows="by_layer",
             defaults={"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
@@ -127,6 +130,8 @@ def refuse_unsupported(family: Family, config: Mapping[str, Any], where: str) ->
                 "in fp32 or bf16"
             )
     known = _READ | _READ_WITH_WINDOWS[family.windows] | _WITHOUT_EFFECT
+    if family.optional_bias:
+        known |= {"attention_bias"}
     for name, value in config.items():
         if name in known or name.startswith("_") or value is None:
             continue

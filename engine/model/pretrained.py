@@ -64,17 +64,16 @@ class Pretrained:
         """Shape and dtype ('F32', 'BF16', ...) of a tensor."""
         return self._described[name]
 
-    def get(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        """`start` to `stop` of one tensor along `dim`, read now; nothing else of it is."""
-        stop = self._described[name][0][dim] if stop is None else stop
+    def get(self, name: str, *part: slice) -> Tensor:
+        """One tensor, or a part of it (a slice for each dimension), read now; nothing else of it is."""
+        part = part or (slice(None),)
         if name in self._tensors:
-            return self._tensors[name].detach().narrow(dim, start, stop - start)
-        # Opened for this one tensor: what a mapped file has handed out counts as this process's memory until it is
+            return self._tensors[name].detach()[part]
+        # Opened for this one part: what a mapped file has handed out counts as this process's memory until it is
         # closed.
         path = self._files[name]
         with _open_safetensors(path) as file:
             try:
-                part = (slice(None),) * dim + (slice(start, stop),)
                 return file.get_slice(name)[part]
             except Exception as error:  # safetensors' own, or the system's where the file was cut short meanwhile
                 raise CheckpointError(f"{path}: tensor `{name}` cannot be read ({error})") from None
@@ -266,6 +265,8 @@ def build_model(source: Any, head: str, *, dtype: torch.dtype, new_head: bool = 
     from icegrt.model.language_model import assemble
 
     pretrained = source if isinstance(source, Pretrained) else Pretrained(source)
+    # Before memory is taken for a model: the sizes in config.json may be anyone's.
+    weights.check(pretrained, head, new_head=new_head)
     model = assemble(pretrained.architecture, head, dtype=dtype, recompute=recompute)
-    weights.load(model, pretrained, new_head=new_head)
+    weights.load(model, pretrained)
     return model

@@ -38,26 +38,33 @@ class RMSNorm(nn.Module):
         return nn.functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
-def layer_spec(config):
+class BiasedProjection(RowParallelLinear):
+    """Attention's output projection with a bias, for which Megatron has no switch but the MLP's."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **(kwargs | {"bias": True}))
+
+
+def layer_spec(config, architecture: Architecture):
     """Megatron's local layer with icegrt's norm and packed attention in it."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention.core_attention = PackedAttention
+    if architecture.projection_bias:
+        attention.linear_proj = BiasedProjection
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return spec
 
 
 def _mark_cut_parameters(trunk: nn.Module) -> None:
-    # Megatron does so where it initialises weights, which it does not do here. The norm of the gradients counts a
-    # parameter without the mark on the first tensor-parallel rank only.
+    # Megatron marks biases always, but weights only where it initialises them, which it does not do here. The norm of
+    # the gradients counts a parameter without the mark on the first tensor-parallel rank only.
     for module in trunk.modules():
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
             rows = not isinstance(module, RowParallelLinear)
             set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=0 if rows else 1, stride=1)
-            if rows and getattr(module, "bias", None) is not None:
-                set_tensor_model_parallel_attributes(module.bias, is_parallel=True, dim=0, stride=1)
 
 
 class Trunk(LanguageModule):
@@ -88,7 +95,7 @@ class Trunk(LanguageModule):
                 position_embedding_type="rope",
                 tp_group=self.pg_collection.tp,
             )
-        layers = [layer_spec(config)] * get_num_layers_to_build(config, vp_stage=vp_stage)
+        layers = [layer_spec(config, architecture)] * get_num_layers_to_build(config, vp_stage=vp_stage)
         self.decoder = TransformerBlock(
             config=config,
             spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),

@@ -7,6 +7,7 @@ misshapen tensors all read these two.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 Cut = Literal["whole", "vocabulary", "columns", "qkv", "gate_up"]
 _EMBEDDING = "embedding.word_embeddings.weight"
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Elements of a source that are read at once: beside them only the model takes memory.
+_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def _layer(a: Architecture, ours: str, theirs: str) -> Iterator[Entry]:
     names = tuple(f"{attention}.{part}_proj" for part in "qkv")
     shapes = ((queries, hidden), (keys, hidden), (keys, hidden))
     yield Entry(f"{ours}.self_attention.linear_qkv.weight", tuple(f"{n}.weight" for n in names), shapes, "qkv")
-    if a.family.qkv_bias:
+    if a.qkv_bias:
         rows = tuple(shape[:1] for shape in shapes)
         yield Entry(f"{ours}.self_attention.linear_qkv.bias", tuple(f"{n}.bias" for n in names), rows, "qkv")
     if a.family.qk_norm:
@@ -85,6 +88,8 @@ def _layer(a: Architecture, ours: str, theirs: str) -> Iterator[Entry]:
             yield Entry(norm, (f"{attention}.{part}_norm.weight",), ((a.head_dim,),))
     projection = ((hidden, queries),)
     yield Entry(f"{ours}.self_attention.linear_proj.weight", (f"{attention}.o_proj.weight",), projection, "columns")
+    if a.projection_bias:
+        yield Entry(f"{ours}.self_attention.linear_proj.bias", (f"{attention}.o_proj.bias",), ((hidden,),))
     yield Entry(f"{ours}.pre_mlp_layernorm.weight", (f"{theirs}.post_attention_layernorm.weight",), ((hidden,),))
     gate_up = (f"{theirs}.mlp.gate_proj.weight", f"{theirs}.mlp.up_proj.weight")
     yield Entry(f"{ours}.mlp.linear_fc1.weight", gate_up, ((ffn, hidden),) * 2, "gate_up")
@@ -139,14 +144,19 @@ def separate(entry: Entry, shards: Tensor | Sequence[Tensor], architecture: Arch
 
 
 def _source(entry: Entry, index: int, shards: Sequence[Tensor], architecture: Architecture) -> Tensor:
-    if len(entry.sources) == len(shards) == 1:
-        return shards[0][: entry.shapes[0][0]]
-    part = torch.empty(entry.shapes[index], dtype=shards[0].dtype, device=shards[0].device)
-    for rank, shard in enumerate(shards):
-        for piece in pieces(entry, architecture, rank, len(shards)):
-            if piece.source == index:
-                part.narrow(piece.dim, piece.start, piece.stop - piece.start).copy_(piece.of(shard))
-    return part
+    parts = [
+        (piece, shard)
+        for rank, shard in enumerate(shards)
+        for piece in pieces(entry, architecture, rank, len(shards))
+        if piece.source == index
+    ]
+    if len(parts) == 1:  # it lies in one place
+        piece, shard = parts[0]
+        return piece.of(shard)
+    whole = torch.empty(entry.shapes[index], dtype=shards[0].dtype, device=shards[0].device)
+    for piece, shard in parts:
+        whole.narrow(piece.dim, piece.start, piece.stop - piece.start).copy_(piece.of(shard))
+    return whole
 
 
 def check(source: Pretrained, head: HeadKind, *, new_head: bool = False) -> None:
@@ -202,7 +212,8 @@ def _refuse_untied(source: Pretrained) -> None:
     step = 4096
     for start in range(0, source.architecture.vocab_size if same else 0, step):
         stop = min(start + step, source.architecture.vocab_size)
-        same = same and torch.equal(source.get(ours, 0, start, stop), source.get(theirs, 0, start, stop))
+        rows = slice(start, stop)
+        same = same and torch.equal(source.get(ours, rows), source.get(theirs, rows))
     if not same:
         raise CheckpointError(
             f"{source.where}: `tie_word_embeddings` is true, but `{theirs}` is not `{ours}`; set it to false in "
@@ -223,15 +234,13 @@ def held_parameters(model: LanguageModel) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def load(model: LanguageModel, source: Pretrained, *, new_head: bool = False) -> None:
-    """Copy a checkpoint into `model`, one tensor at a time, and of each only what this rank holds.
+def load(model: LanguageModel, source: Pretrained) -> None:
+    """Copy a checked checkpoint into `model`: a block of a tensor at a time, and of each only what this rank holds.
 
-    `new_head=True` lets a missing scalar head be zero; otherwise a missing tensor is an error, as is a tensor that no
-    parameter takes, or one of another shape. Raises `CheckpointError` naming the tensor.
+    A scalar head that the checkpoint lacks is zero. Raises `CheckpointError` naming a tensor that is not finite.
     """
     from megatron.core import parallel_state
 
-    check(source, model.head_kind, new_head=new_head)
     rank = parallel_state.get_tensor_model_parallel_rank()
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     held = held_parameters(model)
@@ -252,15 +261,21 @@ def load(model: LanguageModel, source: Pretrained, *, new_head: bool = False) ->
 def _read_into(parameter: Tensor, entry: Entry, source: Pretrained, wanted: list[Piece]) -> None:
     if entry.cut == "vocabulary":
         parameter[wanted[0].stop - wanted[0].start :].zero_()  # padding
-    for index, name in enumerate(entry.sources):
-        own = [piece for piece in wanted if piece.source == index and piece.start < piece.stop]
-        if not own:
-            continue
-        start, stop, dim = min(p.start for p in own), max(p.stop for p in own), own[0].dim
-        part = source.get(name, dim, start, stop)
-        for piece in own:
-            piece.of(parameter).copy_(part.narrow(dim, piece.start - start, piece.stop - piece.start))
-        del part  # before the next one is read
+    for piece in wanted:
+        place, name = piece.of(parameter), entry.sources[piece.source]
+        rows_at_once = max(1, _BLOCK // math.prod(place.shape[1:]))
+        for first in range(0, place.shape[0], rows_at_once):
+            last = min(first + rows_at_once, place.shape[0])
+            rows, columns = slice(piece.start + first, piece.start + last), slice(None)
+            if piece.dim == 1:
+                rows, columns = slice(first, last), slice(piece.start, piece.stop)
+            block = source.get(name, *(rows, columns)[: place.dim()])
+            if not all(x.isfinite() for x in block.aminmax()):
+                raise CheckpointError(
+                    f"{source.where}: tensor `{name}` holds NaN or infinity; copy the checkpoint again, or go back to "
+                    "one from before its training broke"
+                )
+            place[first:last].copy_(block)
 
 
 @torch.no_grad()

@@ -105,7 +105,7 @@ def _from_verl(function: Callable[..., Any], label_key: str) -> RewardFunction:
             "data_source": sample.row.get("data_source"),
             "solution_str": sample.text,
             "ground_truth": _ground_truth(sample, label_key),
-            "extra_info": sample.row.get("extra_info"),
+            "extra_info": _extra_info(sample.row.get("extra_info")),
         }
 
     def reward(samples: list[Sample]) -> Any:
@@ -119,6 +119,12 @@ def _from_verl(function: Callable[..., Any], label_key: str) -> RewardFunction:
         return [_verl_result(x) for x in found]
 
     return reward
+
+
+def _extra_info(given: Any) -> Any:
+    # verl hands over a dict whether or not the data have the column, and adds what it knows of a conversation's turns.
+    added = {"num_turns": None, "rollout_reward_scores": {}}
+    return added | dict(given or {}) if given is None or isinstance(given, Mapping) else given
 
 
 def _ground_truth(sample: Sample, label_key: str) -> Any:

@@ -29,8 +29,11 @@ class Sample:
 
     @property
     def prompt_messages(self) -> list[dict[str, Any]]:
-        """The prompt as a conversation: a plain prompt is one user message."""
-        prompt = self.row.get("messages") or self.row.get("prompt")
+        """The prompt as a conversation: a plain prompt is one user message.
+
+        A row's `prompt` is what was answered; `messages` beside it may go on beyond it.
+        """
+        prompt = self.row.get("prompt") or self.row.get("messages")
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or [])
         return turns[:-1] if turns and turns[-1].get("role") == "assistant" else turns
 

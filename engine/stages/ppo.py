@@ -32,10 +32,11 @@ from icegrt.data import (
     report_lengths,
     stop_ids,
 )
-from icegrt.errors import ConfigError, RewardError, RunError
+from icegrt.errors import CheckpointError, ConfigError, RewardError, RunError
 from icegrt.kernels import masked_moments
 from icegrt.metrics import Evaluation, PPOStep, rollout_path
 from icegrt.model import weights
+from icegrt.model.architecture import read_object
 from icegrt.model.pretrained import Pretrained, save_pretrained
 from icegrt.report import write_run_report
 from icegrt.rewards.sources import Scorers
@@ -372,10 +373,15 @@ def _due(iteration: int, every: int) -> bool:
 
 
 def _saved_statistics(reward_model: Any) -> dict[str, float] | None:
-    import json
-
     path = Path(reward_model) / SCORE_STATISTICS if isinstance(reward_model, (str, Path)) else None
-    return json.loads(path.read_text(encoding="utf-8"))["after"] if path is not None and path.is_file() else None
+    if path is None or not path.is_file():
+        return None
+    found = read_object(path).get("after")
+    if not isinstance(found, dict) or not all(isinstance(found.get(k), (int, float)) for k in ("count", "mean", "std")):
+        raise CheckpointError(
+            f"{path}: expected `after` with count, mean and std; remove the file to start without them"
+        )
+    return found
 
 
 def run(config: PPOConfig) -> None:

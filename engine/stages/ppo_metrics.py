@@ -88,6 +88,7 @@ def ppo_step(
         lr_actor=outcome.actor[-1].lr if outcome.actor else 0.0,
         lr_critic=outcome.critic[-1].lr,
         skipped_steps=outcome.skipped,
+        empty_steps=outcome.empty,
         response_tokens_mean=means["tokens"][0],
         truncated_fraction=means["truncated"][0],
         response_tokens=response_tokens,

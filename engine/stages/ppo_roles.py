@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 
 from icegrt.config import PPOConfig
 from icegrt.data import Encoded, Prompt
-from icegrt.errors import ConfigError
-from icegrt.model.architecture import DTYPES
+from icegrt.errors import CheckpointError, ConfigError
+from icegrt.model.architecture import DTYPES, read_object
 from icegrt.model.pretrained import Pretrained, build_model
 from icegrt.rewards.sources import Entry, Scorers
 from icegrt.roles.role import Role
@@ -96,7 +95,10 @@ def _given(config: PPOConfig, parts: list[Any]) -> tuple[Any, list[Entry]]:
         else:
             models.append(part)
     if len(models) > 1:
-        raise ConfigError(f"{len(models)} reward models were given; expected at most one")
+        raise ConfigError(
+            f"{len(models)} reward models were given; expected at most one: call the others in a reward function, or "
+            "serve them behind HTTP and give the URL (docs/rewards.md)"
+        )
     return models[0] if models else None, entries
 
 
@@ -149,8 +151,11 @@ def _tokenizer_file(source: Pretrained) -> Any:
     path = source.folder / "tokenizer.json" if source.folder is not None else None
     if path is None or not path.is_file():
         return None
-    document = json.loads(path.read_text(encoding="utf-8"))
-    return document["model"].get("vocab"), [t.get("content") for t in document.get("added_tokens", [])]
+    document = read_object(path)
+    try:
+        return document["model"].get("vocab"), [token.get("content") for token in document.get("added_tokens", [])]
+    except (KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path}: not a tokenizer's file; copy it again") from None
 
 
 def check_lengths(config: PPOConfig, prompts: list[Encoded[Prompt]], roles: dict[str, Role]) -> None:

@@ -316,7 +316,9 @@ def run(config: RewardConfig) -> None:
     """The command: train, and print what the model is worth on held-out pairs."""
     with RewardTrainer(config) as trainer:
         summary = trainer.train()
-        if "heldout_accuracy" in summary:
+        if summary.get("heldout_pairs") == 0:
+            say("held-out accuracy is not known: held-out answers to one prompt all tie")
+        elif "heldout_accuracy" in summary:
             say(
                 f"held-out accuracy {summary['heldout_accuracy']:.3f} on {summary['heldout_pairs']} untied pairs "
                 f"({summary['heldout_tie_fraction']:.0%} ties)"

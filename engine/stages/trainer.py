@@ -110,10 +110,11 @@ class Trainer:
             self.load_state(state["trainer"])
             say(f"resumed from {self._resumed_from}: {self.done_steps} of {self.total_steps} {self.unit} done")
         if self.cluster.is_main:
+            resumed = None if self._resumed_from is None else self.done_steps
+            # First of all files: a logger that cannot start ends a run of which nothing is written yet.
+            self._log = RunLog(self.dir, resumed, log_to=self.run.log_to, config=as_dict(self.config))
             self.config.save(self.dir / "config.yaml")
             tokenizer.save_pretrained(self.dir / "tokenizer")
-            resumed = None if self._resumed_from is None else self.done_steps
-            self._log = RunLog(self.dir, resumed, log_to=self.run.log_to, config=as_dict(self.config))
         self._saved = saved
         if saved.get("chunk_rows"):
             say(f"logits are formed {saved['chunk_rows']} rows at a time (chunk_rows), here and in every resumed run")

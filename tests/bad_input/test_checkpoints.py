@@ -18,6 +18,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 QUERY, UP = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
+NORM = "model.norm.weight"
 INDEX = "model.safetensors.index.json"
 
 
@@ -84,7 +85,12 @@ CONFIGS = {
     "rope that is no object": ({"rope_parameters": "default"}, ["`rope_parameters` must be an object"]),
     "rope of half a head": ({"partial_rotary_factor": 0.5}, ["`partial_rotary_factor`"]),
     "a negative base": ({"rope_parameters": {"rope_theta": -1.0}}, ["`rope_theta`", "-1.0"]),
-    "a bias in attention": ({"attention_bias": True}, ["`attention_bias` is true", "only false"]),
+    "a bias that has no tensors": ({"attention_bias": True}, ["self_attn.q_proj.bias` is missing"]),
+    "a bias that is no flag": ({"attention_bias": 1}, ["`attention_bias` must be true or false"]),
+    "a bias in mistral's attention": (
+        {"model_type": "mistral", "attention_bias": True},
+        ["`attention_bias` is true", "only false"],
+    ),
     "a bias in the mlp": ({"mlp_bias": True}, ["`mlp_bias` is true"]),
     "another activation": ({"hidden_act": "gelu"}, ['`hidden_act` is "gelu"', '"silu"']),
     "soft-capped logits": ({"final_logit_softcapping": 30.0}, ["`final_logit_softcapping`", "remove it"]),
@@ -92,6 +98,9 @@ CONFIGS = {
     "a window where the family has none": ({"sliding_window": 8}, ["`sliding_window`"]),
     "ties that are no truth": ({"tie_word_embeddings": "yes"}, ["`tie_word_embeddings`", "true or false"]),
     "EOS outside the vocabulary": ({"eos_token_id": [1, 61]}, ["`eos_token_id` 61", "61 tokens"]),
+    "a vocabulary beyond memory": ({"vocab_size": 2**31 - 1}, [f"`{EMBEDDING}`", "(61, 32)"]),
+    "a width beyond any": ({"hidden_size": 10**12}, ["`hidden_size` is 1000000000000, more than any model has"]),
+    "a billion layers": ({"num_hidden_layers": 10**9}, ["`num_hidden_layers` is 1000000000"]),
     "a larger vocabulary": ({"vocab_size": 64}, [f"`{EMBEDDING}`", "(61, 32)", "(64, 32)"]),
     "fewer layers than weights": ({"num_hidden_layers": 1}, ["`model.layers.1.input_layernorm.weight`"]),
     "more layers than weights": ({"num_hidden_layers": 3}, ["`model.layers.2.input_layernorm.weight` is missing"]),
@@ -128,6 +137,7 @@ FILES = {
     "not an object": (b"[1, 2]", "config.json"),
     "not text": (b"\xff\xfe\x00", "config.json"),
     "empty": (b"", "config.json"),
+    "nested too deeply": (b"[" * 100_000, "config.json"),
     "generation settings that are not JSON": (b"{", "generation_config.json"),
     "an index that is not JSON": (b"{", INDEX),
     "an index that is a list": (b"[]", INDEX),
@@ -174,6 +184,8 @@ TENSORS = {
     "whole numbers": (lambda t: t.update({UP: torch.zeros(48, 32, dtype=torch.int8)}), [f"`{UP}`", "I8", "BF16"]),
     "eight bits": (lambda t: t.update({UP: torch.zeros(48, 32).to(torch.float8_e4m3fn)}), [f"`{UP}`", "F8_E4M3"]),
     "doubles": (lambda t: t.update({UP: torch.zeros(48, 32).double()}), [f"`{UP}`", "F64"]),
+    "a NaN": (lambda t: t[UP][5, 3].fill_(float("nan")), [f"`{UP}` holds NaN or infinity"]),
+    "an infinite norm": (lambda t: t[NORM][0].fill_(float("-inf")), [f"`{NORM}` holds NaN or infinity"]),
     "other names": (lambda t: t.update({"embed.weight": t.pop(EMBEDDING)}), [f"tensor `{EMBEDDING}` is missing"]),
 }
 
@@ -344,3 +356,18 @@ def test_a_tokenizer_without_eos(home, refused, tmp_path):
     tokenizer.eos_token = None
     model = cases.save_model(tmp_path / "endless", tiny_models.causal_lm(), tokenizer)
     refused(sample(home, Path(model)), model, "no EOS token", "eos_token")
+
+
+@pytest.mark.parametrize("text", ['{"eos_token_id": 99999}', '{"eos_token_id": "</s>"}', "[", "[" * 100_000])
+def test_a_generation_config_that_ends_nothing(folder, home, refused, text):
+    (folder / "generation_config.json").write_text(text)
+    refused(sample(home, folder), folder / "generation_config.json")
+
+
+@pytest.mark.parametrize("name", ["score_statistics.json", "tokenizer.json"])
+@pytest.mark.parametrize("text", ["{", "[1]", '{"after": 3, "model": 4}'])
+def test_what_lies_beside_a_reward_model(name, text, home, refused, tmp_path):
+    folder = Path(shutil.copytree(home.reward, tmp_path / "reward"))
+    (folder / name).write_text(text)
+    argv = ["ppo", *cases.ppo_keys(home, tmp_path / "new" / "run", f"ppo.reward_model={folder}")]
+    refused(argv, folder / name)
