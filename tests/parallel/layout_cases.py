@@ -63,8 +63,9 @@ def write_ptx(folder):
 
 
 def trainer(config, tied, callbacks=(), **changes):
-    shape = {"num_hidden_layers": LAYERS, "tie_word_embeddings": tied}
-    reward = [tiny.scorer(1, num_hidden_layers=LAYERS), tiny.count_letters]
+    # A bias on the output projection too: it is added once, not by every tensor-parallel rank.
+    shape = {"num_hidden_layers": LAYERS, "tie_word_embeddings": tied, "attention_bias": True}
+    reward = [tiny.scorer(1, num_hidden_layers=LAYERS, attention_bias=True), tiny.count_letters]
     actor = tiny.causal_lm(0, **shape)
     return PPOTrainer(config, actor, tiny.tokenizer(), reward, tiny.PROMPTS, callbacks=callbacks, **changes)
 
