@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from icegrt.kernels import Moments, linear_logprobs, linear_ppo_loss, linear_products, ppo_policy_loss, token_logprobs
+from icegrt.kernels import (
+    Moments,
+    linear_chunked,
+    linear_logprobs,
+    linear_ppo_loss,
+    linear_products,
+    linear_rows,
+    ppo_policy_loss,
+    token_logprobs,
+)
 
 
 def problem(dtype=torch.float64, A=17, H=5, V=11):
@@ -168,3 +177,13 @@ def test_a_kl_coefficient_without_a_reference_is_refused():
     hidden, weight, labels, old, advantage, _ = problem()
     with pytest.raises(ValueError, match="ref_logprob_A must be given"):
         linear_ppo_loss(hidden, weight, labels, old, advantage, normalizer=1.0, kl_coef=0.1)
+
+
+def test_rows_that_stay_keep_their_places_where_they_can():
+    gradient = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    live = linear_chunked._live(gradient, None)
+    assert live.tolist() == [0, 5, 2, 7, 4] and gradient[live].all()
+    z = torch.arange(8.0)[:, None].repeat(1, 3)
+    assert torch.equal(linear_rows._moved_up(z, live)[:, 0], live.float())
+    assert linear_chunked._live(torch.ones(3), None) is None and not linear_chunked._live(torch.zeros(3), None).numel()
+    assert linear_chunked._live(torch.zeros(3), torch.tensor([0.0, 0.0, 2.0])).tolist() == [2]
