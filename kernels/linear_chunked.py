@@ -31,6 +31,7 @@ def _walk(head: Head, steps: ModuleType) -> Iterator[tuple[slice, Tensor, Tensor
         z = head.logits(hidden)
         local = steps.statistics(z, head.labels_R[chunk], head.shard, head.entropy)
         yield chunk, hidden, z, local, merge_rows(local, head.shard)
+    head.release()
 
 
 def _outputs(head: Head, rows: Rows, chunk: slice = slice(None)) -> tuple[Tensor, Tensor | None]:

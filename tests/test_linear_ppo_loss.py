@@ -1,5 +1,7 @@
 """linear_ppo_loss: the gradient that is formed in the forward, against autograd through the plain composition."""
 
+import gc
+
 import pytest
 import torch
 
@@ -177,6 +179,18 @@ def test_a_kl_coefficient_without_a_reference_is_refused():
     hidden, weight, labels, old, advantage, _ = problem()
     with pytest.raises(ValueError, match="ref_logprob_A must be given"):
         linear_ppo_loss(hidden, weight, labels, old, advantage, normalizer=1.0, kl_coef=0.1)
+
+
+@pytest.mark.parametrize("op", ["linear_logprobs", "linear_ppo_loss"])
+def test_no_chunk_of_logits_is_held_until_backward(op):
+    hidden, weight = torch.randn(9, 4, requires_grad=True), torch.randn(1013, 4, requires_grad=True)
+    labels = torch.arange(9)
+    if op == "linear_logprobs":
+        out = linear_logprobs(hidden, weight, labels, chunk_rows=4).logprob_A.sum()
+    else:
+        out = linear_ppo_loss(hidden, weight, labels, None, torch.ones(9), normalizer=1.0, chunk_rows=4).loss
+    assert not [x.shape for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.shape[-1:] == (1013,)]
+    out.backward()
 
 
 def test_rows_that_stay_keep_their_places_where_they_can():
