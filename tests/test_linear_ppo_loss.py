@@ -181,6 +181,16 @@ def test_a_kl_coefficient_without_a_reference_is_refused():
         linear_ppo_loss(hidden, weight, labels, old, advantage, normalizer=1.0, kl_coef=0.1)
 
 
+def test_loss_and_gradients_repeat_to_the_bit():
+    hidden, weight, labels, old, advantage, _ = problem(torch.float32, A=50, H=16, V=300)
+    options = {"normalizer": 9.0, "chunk_rows": 16, "clip_low": 0.05, "entropy_coef": 0.01}
+    found = []
+    for _ in range(2):
+        out = linear_ppo_loss(hidden, weight, labels, old, advantage, **options)
+        found.append((out.loss, *torch.autograd.grad(out.loss, (hidden, weight))))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("op", ["linear_logprobs", "linear_ppo_loss"])
 def test_no_chunk_of_logits_is_held_until_backward(op):
     hidden, weight = torch.randn(9, 4, requires_grad=True), torch.randn(1013, 4, requires_grad=True)
