@@ -29,14 +29,13 @@ def with_backend(backend):
 def main():
     options = harness.arguments(__doc__)
     cuda = options.device == "cuda"
-    rows, sizes = [], {}
+    rows = []
     for A in (10_000, 100_000) if options.quick else (10_000, 100_000, 1_000_000, 10_000_000):
         logprob, ref = -5 * torch.rand(2, A, device=options.device)
         truth = both_ways(reference.kl_divergence, logprob.double(), ref.double())
         runs = {"reference": with_backend("reference")} | ({"triton": with_backend("triton")} if cuda else {})
         if not options.quick:
             runs["torch.compile"] = torch.compile(reference.kl_divergence)
-        sizes[f"A{A}"] = A
         rows += harness.compare(
             "kl_divergence",
             f"A{A}",
@@ -48,7 +47,7 @@ def main():
             floor=A * 32 / 4.3e12 * 1e3 if cuda else None,
         )
     path = harness.write("kl_divergence", rows, options)
-    plots.curves(rows, sizes, "tokens", path.with_suffix(".png"))
+    plots.curves(rows, plots.sizes(rows, "A", "tokens"), path)
 
 
 if __name__ == "__main__":

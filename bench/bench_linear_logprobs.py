@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import harness
+import plots
 import sweeps
 import torch
 import torch.nn.functional as F
@@ -30,11 +31,11 @@ def providers(options):
         found["torch.compile"] = torch.compile(eager, dynamic=False)
     if hasattr(F, "linear_cross_entropy"):
         found["F.linear_cross_entropy"] = lambda h, w, y: -F.linear_cross_entropy(h, w, y, reduction="sum")
-    liger = sweeps.peer("liger_kernel.ops.fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction")
-    if liger is not None and options.device == "cuda":
+    liger = sweeps.peer(options, "liger_kernel.ops.fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction")
+    if liger is not None:
         found["liger-kernel"] = lambda h, w, y: -liger.apply(h, w, y, None, None, -100, 0.0, 0.0, "sum")[0]
-    cce = sweeps.peer("cut_cross_entropy", "linear_cross_entropy")
-    if cce is not None and options.device == "cuda":
+    cce = sweeps.peer(options, "cut_cross_entropy", "linear_cross_entropy")
+    if cce is not None:
         found["cut-cross-entropy"] = lambda h, w, y: -cce(h, w, y, reduction="sum")
     return found
 
@@ -62,7 +63,7 @@ def main():
         H, dtype, shapes = 4096, torch.bfloat16, [(A, 151936) for A in (2048, 8192)] + [(8192, 32000)]
     else:
         H, dtype = 512, torch.float32
-        shapes = [(256, 32000)] if options.quick else [(512, 32000), (2048, 32000), (2048, 8000), (2048, 128000)]
+        shapes = [(256, 32000)] if options.quick else [(512, 8000), (512, 32000), (512, 64000), (2048, 32000)]
     rows = []
     for A, V in shapes:
         hidden = torch.randn(A, H, device=options.device).to(dtype)
@@ -82,7 +83,8 @@ def main():
                 floor=sweeps.floor_ms(options, flops=2.0 * A * V * H * products),
             )
     path = harness.write("linear_logprobs", rows, options)
-    sweeps.plot([r for r in rows if r["case"].endswith("both")], path)
+    both = [row for row in rows if row["case"].endswith("both")]
+    plots.curves(both, plots.sizes(both, "A", "actions") | plots.sizes(both, "V", "vocabulary"), path)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,15 @@ twentieth of the reference's extra memory (gradients that are returned do not co
 from __future__ import annotations
 
 import harness
+import plots
 import sweeps
 import torch
 
 from icegrt.kernels import linear_ppo_loss, use_backend
+from icegrt.kernels.linear_products import default_chunk_rows
+
+BAR = (2048, 32000, 512, "cpu")
+TIMES = (("chunked", "reference", 0.8), ("chunked", "three products", 1.15), ("chunked, half masked", "chunked", 0.55))
 
 
 def problem(A, V, H, dtype, device):
@@ -51,13 +56,18 @@ def eager(call, streams):
     return run
 
 
-def liger(streams):
-    """Liger-Kernel's chunked GRPO loss in its per-token form, with gradients in the forward, where it is installed."""
-    function = sweeps.peer("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
+def liger(options, streams):
+    """Liger-Kernel's chunked GRPO loss in its per-token form, with gradients in the forward, where it is installed.
+
+    Its chunks are of whole sequences, here of one token each, and get as many rows as ours.
+    """
+    function = sweeps.peer(options, "liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss", needs_cuda=False)
     if function is None:
         return None
-    labels = streams[2]
-    module = function(beta=0.0, epsilon_low=0.2, epsilon_high=0.2, use_ref_model=False, loss_type="bnpo")
+    weight, labels = streams[1:3]
+    chunk = default_chunk_rows(weight.shape[0], options.device)
+    terms = {"beta": 0.0, "epsilon_low": 0.2, "epsilon_high": 0.2, "loss_type": "bnpo"}
+    module = function(use_ref_model=False, chunk_size=chunk, **terms)
     ones = torch.ones(labels.numel(), 1, dtype=torch.int64, device=labels.device)
 
     def call(hidden, weight, labels, old, advantage):
@@ -87,10 +97,20 @@ def providers(options, streams):
     }
     if options.device == "cuda":
         found |= {"triton": step("triton", streams), "triton, half masked": step("triton", streams, half)}
-        found |= {"liger-kernel": run} if (run := liger(streams)) else {}
-    if options.device == "cuda" or not options.quick:
+    if options.device == "cuda" or not options.quick:  # both compile
+        found |= {"liger-kernel": run} if (run := liger(options, streams)) else {}
         found["torch.compile"] = eager(torch.compile(plain, dynamic=False), streams)
     return found
+
+
+def print_bar(rows, streams):
+    """The last case beside what it must reach. Gradients that are returned are no extra memory."""
+    found = {row["provider"]: row for row in rows if row["case"] == rows[-1]["case"]}
+    returned = sum(x.numel() * x.element_size() for x in streams[:2])
+    for name, rival, wanted in TIMES:
+        print(f"{name} / {rival}: {found[name]['median'] / found[rival]['median']:.2f} of its time, wanted {wanted}")
+    ours, theirs = (found[name]["peak_bytes"] - returned for name in ("chunked", "reference"))
+    print(f"chunked / reference: 1/{theirs / ours:.1f} of its extra memory, wanted 1/20")
 
 
 def main():
@@ -99,7 +119,7 @@ def main():
         H, dtype, shapes = 4096, torch.bfloat16, [(2048, 151936), (8192, 151936), (8192, 32000)]
     else:
         H, dtype = 512, torch.float32
-        shapes = [(256, 32000)] if options.quick else [(512, 32000), (2048, 32000), (2048, 8000), (2048, 64000)]
+        shapes = [(256, 32000)] if options.quick else [(512, 8000), (512, 32000), (512, 64000), (2048, 32000)]
     rows = []
     for A, V in shapes:
         streams = problem(A, V, H, dtype, options.device)
@@ -130,7 +150,10 @@ def main():
             device=options.device,
             floor=sweeps.floor_ms(options, flops=6.0 * A * V * H),
         )
-    sweeps.plot(rows, harness.write("linear_ppo_loss", rows, options))
+        if (A, V, H, options.device) == BAR:
+            print_bar(rows, streams)
+    path = harness.write("linear_ppo_loss", rows, options)
+    plots.curves(rows, plots.sizes(rows, "A", "actions") | plots.sizes(rows, "V", "vocabulary"), path)
 
 
 if __name__ == "__main__":

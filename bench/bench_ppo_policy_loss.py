@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import harness
+import plots
 import sweeps
 import torch
 
@@ -56,7 +57,8 @@ def main():
             device=options.device,
             floor=sweeps.floor_ms(options, traffic=20.0 * A),
         )
-    sweeps.plot(rows, harness.write("ppo_policy_loss", rows, options))
+    path = harness.write("ppo_policy_loss", rows, options)
+    plots.curves(rows, plots.sizes(rows, "A", "tokens"), path)
 
 
 if __name__ == "__main__":

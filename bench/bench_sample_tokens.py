@@ -45,7 +45,7 @@ def sorted_truncation(logits, ids, positions, top_k, top_p):
 def main():
     options = harness.arguments(__doc__)
     cuda = options.device == "cuda"
-    rows, sizes = [], {}
+    rows = []
     for N, V in [(16, 1000), (16, 32000)] if options.quick or not cuda else [(64, 32000), (64, 152064), (512, 152064)]:
         logits = (torch.randn(N, V, device=options.device) * 3).bfloat16()
         where = (torch.arange(N, device=options.device), torch.arange(N, device=options.device))
@@ -64,7 +64,6 @@ def main():
                 mass = torch.softmax(ordered, dim=-1)
                 ordered = ordered.masked_fill(mass.cumsum(-1) - mass >= 0.9, -torch.inf)
                 truth = torch.empty_like(exact).scatter_(1, index, torch.log_softmax(ordered, dim=-1))
-            sizes |= {} if cut else {name: V}
             rows += harness.compare(
                 "sample_tokens",
                 name,
@@ -78,7 +77,7 @@ def main():
                 floor=logits.numel() * 2 / 4.3e12 * 1e3 if cuda else None,
             )
     path = harness.write("sample_tokens", rows, options)
-    plots.curves(rows, sizes, "vocabulary", path.with_suffix(".png"))
+    plots.curves(rows, plots.sizes(rows, "V", "vocabulary"), path)
 
 
 if __name__ == "__main__":

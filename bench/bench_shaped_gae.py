@@ -119,9 +119,8 @@ def main():
         for rival, wanted in BARS.get(name, {}).items() if options.device == "cpu" else ():
             print(f"{'':36s} {rival} / ours: {took[rival] / took['ours']:.1f}, the bar is {wanted}")
         rows += found
-    plots.target(options.device, 0.015, "for 1M tokens (floor 0.0056)")
     path = harness.write("shaped_gae", rows, options)
-    plots.curves(rows, sizes, "tokens", path.with_suffix(".png"))
+    plots.curves(rows, {"tokens in ragged sequences": sizes}, path)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import harness
+import plots
 import sweeps
 import torch
 import torch.nn.functional as F
@@ -29,9 +30,9 @@ def providers(options):
     found["F.cross_entropy"] = lambda logits, labels: -F.cross_entropy(logits.float(), labels, reduction="none")
     if options.device == "cuda":
         found["triton"] = with_backend("triton")
-        flash = sweeps.peer("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
-        if flash is not None:
-            found["flash-attn"] = lambda logits, labels: -flash(logits, labels)[0]
+    flash = sweeps.peer(options, "flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
+    if flash is not None:
+        found["flash-attn"] = lambda logits, labels: -flash(logits, labels)[0]
     if options.device == "cuda" or not options.quick:  # on CPU it needs a C++ compiler and minutes
         found["torch.compile"] = torch.compile(plain, dynamic=False)
     return found
@@ -58,7 +59,10 @@ def directions(run, logits, labels):
 def main():
     options = harness.arguments(__doc__)
     cuda = options.device == "cuda"
-    shapes = [(256, 768), (256, 32000)] if options.quick or not cuda else [(4096, 32000), (4096, 152064)]
+    if cuda:
+        shapes = [(2048, 151936), (8192, 32000), (8192, 151936)]
+    else:
+        shapes = [(256, 768), (256, 32000)] if options.quick else [(256, 1000), (256, 32000), (1024, 32000)]
     rows = []
     for A, V in shapes:
         for dtype in (torch.bfloat16, torch.float32):
@@ -78,7 +82,8 @@ def main():
                     floor=sweeps.floor_ms(options, traffic=passes * logits.numel() * logits.element_size()),
                 )
     path = harness.write("token_logprobs", rows, options)
-    sweeps.plot([r for r in rows if r["case"].endswith("float32 both")], path)
+    both = [row for row in rows if row["case"].endswith("float32 both")]
+    plots.curves(both, plots.sizes(both, "A", "actions") | plots.sizes(both, "V", "vocabulary"), path)
 
 
 if __name__ == "__main__":

@@ -29,14 +29,13 @@ def plain(x, mask):
 def main():
     options = harness.arguments(__doc__)
     cuda = options.device == "cuda"
-    rows, sizes = [], {}
+    rows = []
     for A in (10_000, 100_000) if options.quick else (10_000, 100_000, 1_000_000, 10_000_000):
         x, mask = torch.randn(A, device=options.device) * 3 + 10, torch.rand(A, device=options.device) > 0.3
         truth = plain(x.double(), mask)
         runs = {"reference": ours("reference"), "eager fp32": plain} | ({"triton": ours("triton")} if cuda else {})
         if not options.quick:
             runs["torch.compile"] = torch.compile(plain)
-        sizes[f"A{A}"] = A
         rows += harness.compare(
             "whitening",
             f"A{A}",
@@ -48,7 +47,7 @@ def main():
             floor=A * 13 / 4.3e12 * 1e3 if cuda else None,
         )
     path = harness.write("whitening", rows, options)
-    plots.curves(rows, sizes, "tokens", path.with_suffix(".png"))
+    plots.curves(rows, plots.sizes(rows, "A", "tokens"), path)
 
 
 if __name__ == "__main__":

@@ -1,44 +1,67 @@
-"""Time and peak memory against one size, a line per provider, from the rows of a bench."""
+"""Time and peak memory against sizes, a line per provider, from the rows of a bench."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from pathlib import Path
 
+PANELS = (("median", 1.0, "time, ms"), ("peak_bytes", 2.0**20, "peak memory of a call, MiB"))
 
-def curves(rows: list[dict], sizes: dict[str, float], axis: str, path: Path) -> None:
-    """Writes path (.png) with a panel for time and, where it was measured, one for memory.
 
-    sizes: case -> its place on the axis. Does nothing where matplotlib is missing or fewer than two sizes were run.
+def sizes(rows: list[dict], letter: str, label: str) -> dict[str, dict[str, int]]:
+    """One axis of `curves`: the cases that differ by the number behind `letter` alone, as in "A2048 V32000 both"."""
+    found = {row["case"]: re.search(rf"\b{letter}(\d+)\b", row["case"]) for row in rows}
+    rest = {case: case.replace(match[0], letter) for case, match in found.items() if match}
+    if not rest:
+        return {}
+    usual, _ = Counter(rest.values()).most_common(1)[0]
+    fixed = " ".join(re.findall(r"\b[A-Z]\d+\b", usual))
+    return {f"{label} ({fixed})" if fixed else label: {c: int(found[c][1]) for c, r in rest.items() if r == usual}}
+
+
+def curves(rows: list[dict], axes: dict[str, dict[str, int]], path: Path) -> None:
+    """Writes path with the suffix .png: a column per axis, time above memory; needs matplotlib.
+
+    axes: label -> {case: its place on the axis}. An axis with fewer than two places is left out.
     """
-    rows = [row for row in rows if row["case"] in sizes]
-    if len({sizes[row["case"]] for row in rows}) < 2:
+    axes = {label: places for label, places in axes.items() if len(set(places.values())) > 1}
+    if not axes:
         return
     try:
         import matplotlib
     except ImportError:
+        print("no plots: matplotlib is not installed")
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [("median", "ms")] + [("peak_bytes", "bytes")] * any(row["peak_bytes"] for row in rows)
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False)
-    for (key, unit), panel in zip(panels, axes[0], strict=True):
-        lines = defaultdict(list)
-        for row in rows:
-            if row[key]:
-                lines[row["provider"]].append((sizes[row["case"]], row[key]))
-        for provider, points in lines.items():
-            panel.plot(*zip(*sorted(points), strict=True), marker="o", label=provider)
-        panel.set(xlabel=axis, ylabel=unit, xscale="log", yscale="log")
-        panel.legend()
+    panels = [panel for panel in PANELS if any(row[panel[0]] for row in rows)]
+    shape = (len(panels), len(axes))
+    figure, grid = pyplot.subplots(*shape, figsize=(5.5 * shape[1] + 2.5, 4 * shape[0]), squeeze=False)
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    for (key, unit, name), line in zip(panels, grid, strict=True):
+        for (label, places), panel in zip(axes.items(), line, strict=True):
+            _lines(panel, rows, providers, places, key, unit)
+            panel.set(xlabel=label, ylabel=name, xscale="log", yscale="log")
+            panel.grid(alpha=0.3)
+            ticks = sorted(set(places.values()))
+            panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+            panel.minorticks_off()
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="center right", frameon=False)
     figure.suptitle(f"{rows[0]['bench']} on {rows[0]['device']}")
-    figure.tight_layout()
-    figure.savefig(path)
+    figure.tight_layout(rect=(0, 0, 1 - 2.2 / figure.get_figwidth(), 1))
+    figure.savefig(path.with_suffix(".png"), dpi=100)
     pyplot.close(figure)
+    print(f"wrote {path.with_suffix('.png')}")
 
 
-def target(device: str, milliseconds: float, what: str) -> None:
-    """On a GPU, prints what ours must reach beside the figures above it."""
-    if device == "cuda":
-        print(f"{'':36s} {'ours must be':18s} {milliseconds:10.3f} ms  {what}")
+def _lines(panel, rows, providers, places, key, unit) -> None:
+    points = defaultdict(list)
+    for row in rows:
+        if row[key] and row["case"] in places:
+            points[row["provider"]].append((places[row["case"]], row[key] / unit))
+    for number, provider in enumerate(providers):
+        xs, ys = zip(*sorted(points[provider]), strict=True) if points[provider] else ((), ())
+        panel.plot(xs, ys, marker="o", color=f"C{number}", label=provider)

@@ -1,8 +1,8 @@
 // Shaped rewards, GAE, returns, KL per response and whitening moments over the packed action stream, on CPU threads.
 //
-// A sequence is walked from its end in blocks that stay in the first-level cache. Everything but the recursion is a
-// plain loop that the compiler vectorises. The recursion's state is (A, pending): pending holds gamma * V behind the
-// token plus, until an unmasked token takes it, the score; so the score finds the last unmasked token by itself.
+// A sequence is walked once, from its end, four tokens a step in lanes that the compiler puts into vector registers. The
+// recursion's state is (A, pending): pending holds gamma * V behind the token plus, until an unmasked token takes it,
+// the score; so the score finds the last unmasked token by itself.
 // Work is cut into groups of whole sequences by their lengths alone, so the bits do not depend on the threads.
 #pragma once
 
@@ -73,37 +73,36 @@ inline T estimate(KLEstimator estimator, T d) {
   }
 }
 
-constexpr int64_t kBlock = 512;
+constexpr int kLanes = 4;
 constexpr int64_t kGroupTokens = 16384;
 
-template <typename T>
+// Sums of x and x * x by lane: the lanes are independent, so a compiler keeps them in one register.
+struct LaneSums {
+  double first[kLanes] = {}, second[kLanes] = {};
+
+  void add(int lane, double x) {
+    first[lane] += x;
+    second[lane] += x * x;
+  }
+};
+
+inline double total(const double (&lanes)[kLanes]) { return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]); }
+
+template <typename T, KLEstimator E>
 class ShapedGAE {
  public:
   ShapedGAE(const GAEInput<T>& in, const GAEOutput<T>& out) : in_(in), out_(out) {}
 
-  // Sequences [first, last); returns the moments of their unmasked advantages.
+  // Sequences [first, last), from the end; returns the moments of their unmasked advantages.
   Moments run(int64_t first, int64_t last) const {
+    Group group;
+    for (int64_t n = last; n-- > first;) sequence(n, group);
     Moments moments;
-    double sum = 0;
-    for (int64_t n = last; n-- > first;) sequence(n, moments.count, sum);
-    if (moments.count == 0) return moments;
-    moments.mean = sum / moments.count;
-    const int64_t begin = in_.cu_actions[first], end = in_.cu_actions[last];
-    const double mean = moments.mean;
-    double m2 = 0;
-    if (in_.mask.data) {
-      for (int64_t i = begin; i < end; ++i) {
-        const double off = in_.mask[i] ? out_.advantage[i] - mean : 0.0;
-        m2 += off * off;
-      }
-    } else {
-#pragma omp simd reduction(+ : m2)
-      for (int64_t i = begin; i < end; ++i) {
-        const double off = out_.advantage[i] - mean;
-        m2 += off * off;
-      }
-    }
-    moments.m2 = m2;
+    if (group.count == 0) return moments;
+    const double off = total(group.sums.first) / group.count;
+    moments.count = group.count;
+    moments.mean = group.origin + off;
+    moments.m2 = std::max(0.0, total(group.sums.second) - group.count * off * off);
     return moments;
   }
 
@@ -113,114 +112,109 @@ class ShapedGAE {
     bool scored;  // an unmasked token has taken the score
   };
 
-  void sequence(int64_t n, double& count, double& sum) const {
-    const int64_t begin = in_.cu_actions[n], end = in_.cu_actions[n + 1];
+  // Advantages are summed as distances from about the first one: their squares keep their digits, whatever the mean.
+  struct Group {
+    double count = 0, origin = 0;
+    bool placed = false;
+    LaneSums sums;
+
+    void place(double x) {
+      if (!placed) origin = x;
+      placed = true;
+    }
+  };
+
+  void sequence(int64_t n, Group& group) const {
+    const int64_t begin = in_.cu_actions[n];
     const T score = in_.score[n];
     State state{0, score + (in_.bootstrap.data ? in_.gamma * in_.bootstrap[n] : T(0)), false};
-    double kl_sum = 0;
-    for (int64_t high = end; high > begin;) {
-      const int64_t low = std::max(begin, high - kBlock);
-      kl_sum += rewards(low, high);
-      if (in_.mask.data) {
-        count += masked_block(low, high, score, state);
-      } else {
-        block(low, high, score, state);
-        count += static_cast<double>(high - low);
-      }
-      sum += total(out_.advantage + low, high - low);
-      high = low;
+    double kl[kLanes] = {};
+    int64_t high = in_.cu_actions[n + 1];
+    if (!in_.mask.data && high > begin) {
+      group.place(state.pending - in_.value[high - 1]);
+      high = four_by_four(begin, high, score, state, kl, group);
     }
+    while (high > begin) high = one(high, score, state, kl, group);
     const bool homeless = !state.scored && score != 0;
-    out_.kl[n] = homeless ? std::numeric_limits<T>::quiet_NaN() : static_cast<T>(kl_sum);
+    out_.kl[n] = homeless ? std::numeric_limits<T>::quiet_NaN() : static_cast<T>(total(kl));
   }
 
-  // reward without the score, for rows [low, high); returns the sum of the estimator.
-  double rewards(int64_t low, int64_t high) const {
-    const int64_t size = high - low;
-    const T coef = in_.kl_coef;
-    T kl[kBlock];
-    T* __restrict reward = out_.reward + low;
-    if (in_.ref_logprob.data) {
-      const T *logprob = in_.logprob.data + low, *ref = in_.ref_logprob.data + low;
-      switch (in_.estimator) {  // one loop each: a switch inside would not vectorise
-        case KLEstimator::k1: fill<KLEstimator::k1>(kl, logprob, ref, size); break;
-        case KLEstimator::k2: fill<KLEstimator::k2>(kl, logprob, ref, size); break;
-        case KLEstimator::k3: fill<KLEstimator::k3>(kl, logprob, ref, size); break;
-        case KLEstimator::abs: fill<KLEstimator::abs>(kl, logprob, ref, size); break;
+  T penalty(int64_t i, double& kl) const {
+    if (!in_.ref_logprob.data) return 0;
+    const T x = estimate(E, in_.logprob[i] - in_.ref_logprob[i]);
+    kl += x;
+    return in_.kl_coef == 0 ? T(0) : -in_.kl_coef * x;  // and not 0 times what may be infinite
+  }
+
+  // The row before `high`; returns where the rest ends.
+  int64_t one(int64_t high, T score, State& state, double (&kl)[kLanes], Group& group) const {
+    const int64_t i = high - 1;
+    if (in_.mask.data && !in_.mask[i]) {
+      out_.advantage[i] = out_.returns[i] = out_.reward[i] = 0;
+      return i;
+    }
+    const T value = in_.value[i];
+    const T reward = penalty(i, kl[0]) + (in_.token_reward.data ? in_.token_reward[i] : T(0));
+    const T advantage = reward - value + state.pending + in_.decay * state.advantage;
+    out_.reward[i] = state.scored ? reward : reward + score;
+    out_.advantage[i] = advantage;
+    out_.returns[i] = advantage + value;
+    state = {advantage, in_.gamma * value, true};
+    group.place(advantage);
+    group.sums.add(0, advantage - group.origin);
+    group.count += 1;
+    return i;
+  }
+
+  // Four rows a step while there are four. Within a step the sums do not wait for the carry, which costs one
+  // multiply-add. The walk goes down in memory throughout, as hardware prefetches it.
+  int64_t four_by_four(int64_t begin, int64_t high, T score, State& state, double (&kl)[kLanes], Group& group) const {
+    const T gamma = in_.gamma, decay = in_.decay, coef = in_.kl_coef;
+    const T reach[kLanes] = {decay * decay * decay * decay, decay * decay * decay, decay * decay, decay};
+    const T *values = in_.value.data, *extra = in_.token_reward.data;
+    const T *logprob = in_.logprob.data, *ref = in_.ref_logprob.data;
+    const double origin = group.origin;
+    double kl_sums[kLanes] = {};
+    LaneSums sums;
+    T carry = state.advantage, pending = state.pending;
+    bool scored = state.scored;
+    const int64_t top = high;
+    for (; high - begin >= kLanes; high -= kLanes) {
+      const int64_t low = high - kLanes;
+      T value[kLanes], reward[kLanes] = {}, advantage[kLanes];
+      for (int j = 0; j < kLanes; ++j) value[j] = values[low + j];
+      if (ref) {
+        T x[kLanes];
+        for (int j = 0; j < kLanes; ++j) x[j] = estimate(E, logprob[low + j] - ref[low + j]);
+        for (int j = 0; j < kLanes; ++j) kl_sums[j] += x[j];
+        if (coef != 0) {
+          for (int j = 0; j < kLanes; ++j) reward[j] = -coef * x[j];
+        }
       }
-      if (in_.mask.data) {
-        const uint8_t* keep = in_.mask.data + low;
-        for (int64_t i = 0; i < size; ++i) kl[i] = keep[i] ? kl[i] : T(0);
+      if (extra) {
+        for (int j = 0; j < kLanes; ++j) reward[j] += extra[low + j];
       }
-    } else {
-      std::fill(kl, kl + size, T(0));
+      for (int j = 0; j < kLanes - 1; ++j) advantage[j] = reward[j] - value[j] + gamma * value[j + 1];
+      advantage[kLanes - 1] = reward[kLanes - 1] - value[kLanes - 1] + pending;
+      for (int j = kLanes - 2; j >= 0; --j) advantage[j] += decay * advantage[j + 1];
+      for (int j = 0; j < kLanes; ++j) advantage[j] += reach[j] * carry;
+      if (!scored) reward[kLanes - 1] += score;
+      for (int j = 0; j < kLanes; ++j) out_.advantage[low + j] = advantage[j];
+      for (int j = 0; j < kLanes; ++j) out_.returns[low + j] = advantage[j] + value[j];
+      for (int j = 0; j < kLanes; ++j) out_.reward[low + j] = reward[j];
+      for (int j = 0; j < kLanes; ++j) sums.add(j, advantage[j] - origin);
+      carry = advantage[0];
+      pending = gamma * value[0];
+      scored = true;
     }
-    if (coef == 0) {  // and not 0 times what may be infinite
-      std::fill(reward, reward + size, T(0));
-    } else {
-      for (int64_t i = 0; i < size; ++i) reward[i] = -coef * kl[i];
+    for (int j = 0; j < kLanes; ++j) {
+      kl[j] += kl_sums[j];
+      group.sums.first[j] += sums.first[j];
+      group.sums.second[j] += sums.second[j];
     }
-    if (in_.token_reward.data) {
-      const T* extra = in_.token_reward.data + low;
-      for (int64_t i = 0; i < size; ++i) reward[i] += extra[i];
-    }
-    return total(kl, size);
-  }
-
-  template <KLEstimator E>
-  static void fill(T* __restrict kl, const T* logprob, const T* ref, int64_t size) {
-    for (int64_t i = 0; i < size; ++i) kl[i] = estimate(E, logprob[i] - ref[i]);
-  }
-
-  static double total(const T* x, int64_t size) {
-    double sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < size; ++i) sum += x[i];
-    return sum;
-  }
-
-  void block(int64_t low, int64_t high, T score, State& state) const {
-    const int64_t size = high - low;
-    const T gamma = in_.gamma, decay = in_.decay;
-    const T* value = in_.value.data + low;
-    T *__restrict reward = out_.reward + low, *__restrict advantage = out_.advantage + low;
-    T* __restrict returns = out_.returns + low;
-    for (int64_t i = 0; i < size - 1; ++i) advantage[i] = reward[i] - value[i] + gamma * value[i + 1];
-    advantage[size - 1] = reward[size - 1] - value[size - 1] + state.pending;
-    if (!state.scored) reward[size - 1] += score;
-    // Four tokens a step: within a step the sums do not wait for the carry, which costs one multiply-add.
-    const T decay2 = decay * decay, decay3 = decay2 * decay, decay4 = decay2 * decay2;
-    T carry = state.advantage;
-    int64_t i = size;
-    for (; i >= 4; i -= 4) {
-      T* d = advantage + i - 4;
-      const T d3 = d[3], d2 = d[2] + decay * d3, d1 = d[1] + decay * d2, d0 = d[0] + decay * d1;
-      d[3] = d3 + decay * carry;
-      d[2] = d2 + decay2 * carry;
-      d[1] = d1 + decay3 * carry;
-      carry = d[0] = d0 + decay4 * carry;
-    }
-    for (; i > 0; --i) carry = advantage[i - 1] += decay * carry;
-    for (int64_t j = 0; j < size; ++j) returns[j] = advantage[j] + value[j];
-    state = {carry, gamma * value[0], true};
-  }
-
-  double masked_block(int64_t low, int64_t high, T score, State& state) const {
-    double kept = 0;
-    for (int64_t i = high; i-- > low;) {
-      if (!in_.mask[i]) {
-        out_.advantage[i] = out_.returns[i] = out_.reward[i] = 0;
-        continue;
-      }
-      const T value = in_.value[i];
-      const T advantage = out_.reward[i] - value + state.pending + in_.decay * state.advantage;
-      if (!state.scored) out_.reward[i] += score;
-      out_.advantage[i] = advantage;
-      out_.returns[i] = advantage + value;
-      state = {advantage, in_.gamma * value, true};
-      kept += 1;
-    }
-    return kept;
+    state = {carry, pending, scored};
+    group.count += static_cast<double>(top - high);
+    return high;
   }
 
   const GAEInput<T>& in_;
@@ -260,9 +254,16 @@ Moments shaped_gae(const GAEInput<T>& in, const GAEOutput<T>& out, int64_t threa
   const int64_t groups = static_cast<int64_t>(cuts.size()) - 1;
   std::vector<Moments> parts(groups);
   std::atomic<int64_t> next{0};
-  const ShapedGAE<T> gae(in, out);
+  const auto run = [&](int64_t first, int64_t last) {
+    switch (in.estimator) {  // one loop each: a choice inside would not vectorise
+      case KLEstimator::k1: return ShapedGAE<T, KLEstimator::k1>(in, out).run(first, last);
+      case KLEstimator::k2: return ShapedGAE<T, KLEstimator::k2>(in, out).run(first, last);
+      case KLEstimator::k3: return ShapedGAE<T, KLEstimator::k3>(in, out).run(first, last);
+      default: return ShapedGAE<T, KLEstimator::abs>(in, out).run(first, last);
+    }
+  };
   const auto work = [&] {
-    for (int64_t g = next++; g < groups; g = next++) parts[g] = gae.run(cuts[g], cuts[g + 1]);
+    for (int64_t g = next++; g < groups; g = next++) parts[g] = run(cuts[g], cuts[g + 1]);
   };
   std::vector<std::thread> helpers;
   try {

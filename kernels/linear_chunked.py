@@ -31,6 +31,7 @@ def _walk(head: Head, steps: ModuleType) -> Iterator[tuple[slice, Tensor, Tensor
         z = head.logits(hidden)
         local = steps.statistics(z, head.labels_R[chunk], head.shard, head.entropy)
         yield chunk, hidden, z, local, merge_rows(local, head.shard)
+    head.release()
 
 
 def _outputs(head: Head, rows: Rows, chunk: slice = slice(None)) -> tuple[Tensor, Tensor | None]:
@@ -187,9 +188,18 @@ def _form(head: Head, steps: ModuleType, streams, kept_R, whitening, terms, want
 
 
 def _live(g: Tensor, h: Tensor | None) -> Tensor | None:
-    """Rows with a gradient, ascending, or None where all have one."""
-    live = (g != 0 if h is None else (g != 0) | (h != 0)).nonzero().squeeze(1)
-    return None if live.shape[0] == g.shape[0] else live
+    """Rows with a gradient, or None where all have one. The last of them stand in the places of rows that leave.
+
+    So row i of what is left was row i before, wherever it can be: closing up in order would move nearly every row.
+    """
+    keep = g != 0 if h is None else (g != 0) | (h != 0)
+    live = keep.nonzero().squeeze(1)
+    count = live.shape[0]
+    if count == g.shape[0]:
+        return None
+    late = live[live >= count]
+    live = torch.arange(count, device=g.device)
+    return live.masked_scatter_(~keep[:count], late)
 
 
 class _AttachGradient(torch.autograd.Function):

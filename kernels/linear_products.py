@@ -106,6 +106,10 @@ class Head:
         rows = min(self.chunk_rows, self.labels_R.shape[0])
         return torch.empty(rows, self.weight_VH.shape[0], dtype=self.wide, device=self.hidden_AH.device)
 
+    def release(self) -> None:
+        """Gives the buffer up: autograd keeps the head until backward, and must not keep a chunk of logits with it."""
+        self.__dict__.pop("_buffer", None)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[C, v] logits over the temperature, in the buffer that the next chunk overwrites."""
         z = product(hidden, self.weight_VH.t(), out=self._buffer[: hidden.shape[0]])

@@ -85,12 +85,12 @@ def gradient(
 
 
 def _moved_up(z: Tensor, live: Tensor) -> Tensor:
-    """The rows `live` (ascending) of z. On a CPU they move within z, row by row: a copy would double the memory."""
+    """The rows `live` of z. On a CPU they move within z, row by row: a copy would double the memory."""
     if z.is_cuda:
         return z[live]
-    for target, row in enumerate(live.tolist()):
-        if target != row:
-            z[target].copy_(z[row])
+    moved = (live != torch.arange(live.shape[0])).nonzero().squeeze(1)
+    for target, row in zip(moved.tolist(), live[moved].tolist(), strict=True):
+        z[target].copy_(z[row])
     return z[: live.shape[0]]
 
 

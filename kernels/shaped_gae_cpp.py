@@ -37,7 +37,7 @@ def shaped_gae(
     def stream(x: Tensor | None):
         return None if x is None else x.detach().to(dtype).contiguous().numpy()
 
-    advantage_A, return_A, reward_A = (torch.empty(value_A.shape, dtype=dtype) for _ in range(3))
+    advantage_A, return_A, reward_A = torch.empty(3, value_A.shape[0], dtype=dtype)
     kl_N = torch.empty(score_N.shape, dtype=dtype)
     keep_A = None
     if mask_A is not None:

@@ -13,7 +13,7 @@ def problem(A=13, H=5, V=11, dtype=torch.float64):
     return hidden.requires_grad_(), weight.requires_grad_(), labels
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_error_against_fp64_is_below_1e_5(dtype, temperature):
     hidden, weight, labels = torch.randn(40, 64).to(dtype), (torch.randn(1003, 64) * 0.3).to(dtype), torch.arange(40)

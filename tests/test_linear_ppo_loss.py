@@ -1,9 +1,20 @@
 """linear_ppo_loss: the gradient that is formed in the forward, against autograd through the plain composition."""
 
+import gc
+
 import pytest
 import torch
 
-from icegrt.kernels import Moments, linear_logprobs, linear_ppo_loss, linear_products, ppo_policy_loss, token_logprobs
+from icegrt.kernels import (
+    Moments,
+    linear_chunked,
+    linear_logprobs,
+    linear_ppo_loss,
+    linear_products,
+    linear_rows,
+    ppo_policy_loss,
+    token_logprobs,
+)
 
 
 def problem(dtype=torch.float64, A=17, H=5, V=11):
@@ -168,3 +179,35 @@ def test_a_kl_coefficient_without_a_reference_is_refused():
     hidden, weight, labels, old, advantage, _ = problem()
     with pytest.raises(ValueError, match="ref_logprob_A must be given"):
         linear_ppo_loss(hidden, weight, labels, old, advantage, normalizer=1.0, kl_coef=0.1)
+
+
+def test_loss_and_gradients_repeat_to_the_bit():
+    hidden, weight, labels, old, advantage, _ = problem(torch.float32, A=50, H=16, V=300)
+    options = {"normalizer": 9.0, "chunk_rows": 16, "clip_low": 0.05, "entropy_coef": 0.01}
+    found = []
+    for _ in range(2):
+        out = linear_ppo_loss(hidden, weight, labels, old, advantage, **options)
+        found.append((out.loss, *torch.autograd.grad(out.loss, (hidden, weight))))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("op", ["linear_logprobs", "linear_ppo_loss"])
+def test_no_chunk_of_logits_is_held_until_backward(op):
+    hidden, weight = torch.randn(9, 4, requires_grad=True), torch.randn(1013, 4, requires_grad=True)
+    labels = torch.arange(9)
+    if op == "linear_logprobs":
+        out = linear_logprobs(hidden, weight, labels, chunk_rows=4).logprob_A.sum()
+    else:
+        out = linear_ppo_loss(hidden, weight, labels, None, torch.ones(9), normalizer=1.0, chunk_rows=4).loss
+    assert not [x.shape for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.shape[-1:] == (1013,)]
+    out.backward()
+
+
+def test_rows_that_stay_keep_their_places_where_they_can():
+    gradient = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    live = linear_chunked._live(gradient, None)
+    assert live.tolist() == [0, 5, 2, 7, 4] and gradient[live].all()
+    z = torch.arange(8.0)[:, None].repeat(1, 3)
+    assert torch.equal(linear_rows._moved_up(z, live)[:, 0], live.float())
+    assert linear_chunked._live(torch.ones(3), None) is None and not linear_chunked._live(torch.zeros(3), None).numel()
+    assert linear_chunked._live(torch.zeros(3), torch.tensor([0.0, 0.0, 2.0])).tolist() == [2]
