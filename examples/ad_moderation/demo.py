@@ -3,13 +3,15 @@
     python examples/ad_moderation/demo.py --out runs/demo --seed 0
 
 Run again after an interruption, it continues where it was. Settings are in recipe.yaml; overrides work as everywhere:
-`demo.py ppo.iterations=4 sft.epochs=1`.
+`demo.py ppo.iterations=4 sft.epochs=1`. Without a GPU it starts one data-parallel rank for each core, at most four;
+`torchrun ... demo.py` starts as many as it is told.
 """
 
 import argparse
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,24 +21,40 @@ sys.path.insert(0, str(HERE.parent))
 
 from ad_moderation.outcome import Outcome, assess_both  # noqa: E402
 from ad_moderation.prepare import prepare  # noqa: E402
-from icegrt import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SampleConfig, SFTConfig, SFTTrainer  # noqa: E402
-from icegrt.console import duration, say  # noqa: E402
+from icegrt import (  # noqa: E402
+    PPOConfig,
+    PPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SampleConfig,
+    SFTConfig,
+    SFTTrainer,
+    failure,
+)
+from icegrt.console import duration, is_main, say  # noqa: E402
 from icegrt.errors import UserError  # noqa: E402
 from icegrt.stages import sample  # noqa: E402
 
 RECIPE = HERE / "recipe.yaml"
 CHECKER = f"{HERE / 'reward.py'}:checker_reward"
 STAGES = ("prepare", "sft", "sample", "reward", "ppo", "report")
+ALONE = ("prepare", "report")  # the work of rank 0
+MOST_RANKS = 4  # a step of the reward model has four prompts
 
 
 class Demo:
-    """One run of the demo in `out`. Each stage leaves a file that says it is done, with the seconds it took."""
+    """One run of the demo in `out`. Each stage leaves a file that says it is done, with the seconds it took.
+
+    Every rank walks through the stages. Rank 0 writes, and the others do not begin a stage before the file of the one
+    before it is there.
+    """
 
     def __init__(self, out: Path, seed: int, overrides: list[str]) -> None:
         self.out, self.seed, self.overrides = out, seed, overrides
         self.data = out / "data"
         out.mkdir(parents=True, exist_ok=True)
-        self._check_same_settings()
+        if is_main():
+            self._check_same_settings()
 
     def run(self) -> None:
         """All stages that are not done yet."""
@@ -47,10 +65,14 @@ class Demo:
                 continue
             say(f"[{number}/{len(STAGES)}] {name}")
             started = time.perf_counter()
-            getattr(self, name)()
+            if is_main() or name not in ALONE:
+                getattr(self, name)()
             seconds = time.perf_counter() - started
-            done.parent.mkdir(exist_ok=True)
-            done.write_text(json.dumps({"seconds": seconds}) + "\n", encoding="utf-8")
+            if is_main():
+                done.parent.mkdir(exist_ok=True)
+                done.write_text(json.dumps({"seconds": seconds}) + "\n", encoding="utf-8")
+            while not done.is_file():
+                time.sleep(0.05)
             say(f"    {name} took {duration(seconds)}")
 
     # -- stages ----------------------------------------------------------------------------------------------------
@@ -135,6 +157,8 @@ class Demo:
         if path.is_file():
             return
         document = assess_both(trainer, self.data)
+        if not is_main():
+            return
         aside = path.with_suffix(".writing")
         aside.write_text(json.dumps(document), encoding="utf-8")
         os.replace(aside, path)
@@ -143,7 +167,7 @@ class Demo:
         """Where a stage runs, and whether it continues: a folder without a checkpoint is started anew."""
         folder = self.out / stage
         resume = any((folder / "checkpoints").glob("step_*"))
-        if not resume:
+        if not resume and is_main():
             shutil.rmtree(folder, ignore_errors=True)
         return [
             f"{stage}.run.dir={folder}",
@@ -175,15 +199,52 @@ def main() -> int:
     unknown = [o for o in arguments.overrides if o.split(".")[0] not in STAGES or "=" not in o]
     if unknown:
         parser.error(f"expected STAGE.KEY=VALUE with a stage of sft, sample, reward or ppo, got {unknown[0]!r}")
+    ranks = _ranks()
+    if ranks > 1:
+        return _launch(ranks)
     try:
-        Demo(arguments.out, arguments.seed, arguments.overrides).run()
+        with failure.leaving_together():
+            Demo(arguments.out, arguments.seed, arguments.overrides).run()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if failure.speaks(error):
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues from here", file=sys.stderr)
+        _interrupted()
         return 130
     return 0
+
+
+def _ranks() -> int:
+    """Ranks to start: 1 where torchrun has started them already, and on a GPU, which this model does not fill."""
+    import torch
+
+    if "WORLD_SIZE" in os.environ or torch.cuda.is_available():
+        return 1
+    return min(_cores(), MOST_RANKS)
+
+
+def _cores() -> int:
+    """The cores this process may use, which in a container are fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _launch(ranks: int) -> int:
+    """This script again, on `ranks` ranks of one torchrun."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = {"OMP_NUM_THREADS": str(max(1, _cores() // ranks)), **os.environ}
+    process = subprocess.Popen([*torchrun, *sys.argv], env=environment)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        _interrupted()
+        return 130
+
+
+def _interrupted() -> None:
+    if is_main():
+        print("\ninterrupted; the same command continues from here", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import numpy as np
 from ad_moderation.checker import check
 from icegrt import PPOConfig, RewardConfig, SFTConfig
 from icegrt.algorithm.supervised import heldout_loss, pack_examples
+from icegrt.cluster import Cluster
 from icegrt.data import encode_examples, encode_prompts, read_rows
 from icegrt.metrics import read_metrics
 from icegrt.report import write_ppo_report
@@ -28,7 +29,7 @@ def assess_both(trainer: Any, data: Path) -> dict[str, Any]:
     tokenizer, context = trainer.tokenizer, trainer.actor.model.architecture.context_length
     prompts = encode_prompts(tokenizer, read_rows(data / "prompts_test.jsonl", TEST_ADS), context)
     general = encode_examples(tokenizer, read_rows(data / "general_test.jsonl"), context)
-    batches = pack_examples(general, trainer.config.token_budget)
+    batches = pack_examples(general, trainer.config.token_budget, Cluster.current().share)
     return {
         "sampled": _columns(trainer.assess(prompts, SAMPLES)),
         "greedy": _columns(trainer.assess(prompts, 1, greedy=True)),
