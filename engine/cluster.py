@@ -141,6 +141,22 @@ class Cluster:
         dist.all_reduce(sums, group=self.data_group)
         return sums.tolist()
 
+    def anywhere(self, flags: Sequence[bool]) -> list[bool]:
+        """Which of `flags` are set on any rank."""
+        if self.world_size == 1:
+            return list(flags)
+        found = torch.tensor([int(flag) for flag in flags])
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in found]
+
+    def to_main(self, value: Any) -> list[Any]:
+        """Every rank's `value` in the order of ranks, on rank 0; nothing elsewhere."""
+        if self.world_size == 1:
+            return [value]
+        found = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, found)
+        return found or []
+
     def from_main(self, value: Any) -> Any:
         """Rank 0's `value` on every rank."""
         if self.world_size == 1:
@@ -201,7 +217,9 @@ def _join(world_size: int, rank: int, device: torch.device) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "MASTER_ADDR" in os.environ:
         # Each opening under a name of its own: ranks of a second one would otherwise meet at the first one's addresses.
-        store = dist.PrefixStore(f"icegrt/{next(_openings)}", failure.meeting_point())
+        # torchrun keeps its store when it starts ranks again, and with it what those before them have left there.
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"icegrt/{again}/{world_size}/{next(_openings)}", failure.meeting_point())
     else:  # one process that nobody launched: no port is needed
         store = dist.HashStore()
     dist.init_process_group(backend, store=store, world_size=world_size, rank=rank, timeout=_PATIENCE)
