@@ -50,14 +50,12 @@ def layer_spec(config):
 
 
 def _mark_cut_parameters(trunk: nn.Module) -> None:
-    # Megatron does so where it initialises weights, which it does not do here. The norm of the gradients counts a
-    # parameter without the mark on the first tensor-parallel rank only.
+    # Megatron marks biases always, and weights where it initialises them, which it does not do here. The norm of the
+    # gradients counts a parameter without the mark on the first tensor-parallel rank only.
     for module in trunk.modules():
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
             rows = not isinstance(module, RowParallelLinear)
             set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=0 if rows else 1, stride=1)
-            if rows and getattr(module, "bias", None) is not None:
-                set_tensor_model_parallel_attributes(module.bias, is_parallel=True, dim=0, stride=1)
 
 
 class Trunk(LanguageModule):
