@@ -1,212 +1,265 @@
 """Checkpoints of a run: weights, optimizers and schedules through Megatron's dist_checkpointing, the rest as JSON.
 
-A checkpoint is written aside and renamed, so a folder with a checkpoint's name is always whole.
+Megatron plans which rank writes what; a thread of each rank writes it, while training goes on where that is asked for;
+then rank 0 seals the whole with a manifest and gives it its name (`checkpoint_folder`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import queue
-import re
-import shutil
-import warnings
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from icegrt import checkpoint_folder as files
+from icegrt import checkpoint_megatron as megatron
+from icegrt import checkpoint_rng
+from icegrt.checkpoint_unpickle import megatron_reads_through_allow_lists
 from icegrt.cluster import Cluster
+from icegrt.console import warn
 from icegrt.errors import CheckpointError, RunError
 from icegrt.roles.role import Role
 
-_NAME = re.compile(r"step_(\d{6,})")
-_STATE = "state.json"
-_OPTIMIZER_FORMAT = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-}
+# -- saving ------------------------------------------------------------------------------------------------------------
 
 
-def folder_of(run_dir: str | Path) -> Path:
-    """Where a run keeps its checkpoints."""
-    return Path(run_dir) / "checkpoints"
+class Checkpoints:
+    """Writes the checkpoints of one run. All ranks call every method, in the same order and with the same arguments.
 
-
-def list_checkpoints(run_dir: str | Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    folder = folder_of(run_dir)
-    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name)[1]))
-
-
-def save(run_dir: str | Path, step: int, roles: list[Role], state: dict[str, Any], keep: int) -> Path:
-    """Write `roles` (the ones that learn) and `state` (JSON), then delete all but the last `keep` checkpoints.
-
-    All ranks call it, with the same step and state; each writes what it holds, to a folder that all of them see.
+    keep: how many are kept, beside the best. background: `save` returns when the state has been copied to host memory;
+    `complete` must be called until nothing is pending.
     """
-    from megatron.core import dist_checkpointing
 
+    def __init__(self, run_dir: str | Path, keep: int, *, background: bool) -> None:
+        self.run_dir = Path(run_dir)
+        self.keep = keep
+        self.background = background
+        self._pending: _Pending | None = None
+
+    def save(
+        self,
+        step: int,
+        roles: list[Role],
+        state: dict[str, Any],
+        quality: float | None = None,
+        then: Callable[[Path], None] = lambda path: None,
+    ) -> Path:
+        """Begin to write `roles` (the ones that learn) and `state` (JSON); one that is pending is finished first.
+
+        quality: the higher, the better; the best is kept beyond its time. then: is told the path once it is there.
+        Raises `RunError` on all ranks where it cannot be written; what was there before is as it was.
+        """
+        self.complete()
+        cluster, target = Cluster.current(), files.place_of(self.run_dir, step)
+        schedules = {role.name: role.schedule.state_dict() for role in roles}
+        document = {
+            "step": step,
+            "schedules": schedules,
+            "quality": quality,
+            "rng": cluster.to_main(checkpoint_rng.capture()),
+            **state,
+        }
+        try:
+            if cluster.is_main:
+                files.begin(target, [role.name for role in roles])
+            cluster.wait()
+            plans = {role.name: megatron.plan(role, files.aside_of(target) / role.name) for role in roles}
+        except OSError as error:
+            raise self._cannot_write(target, error.strerror or error) from error
+        writing = _Writing(files.aside_of(target), plans, copy=self.background)
+        self._pending = _Pending(target, document, plans, writing, then)
+        if self.background:
+            writing.start()
+        else:
+            writing.run()
+            self.complete()
+        return target
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint is on its way (on all ranks alike)."""
+        return self._pending is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether this rank has written its part, so that `complete` would not make others wait."""
+        return self._pending is None or not self._pending.writing.is_alive()
+
+    def complete(self) -> None:
+        """Wait for the checkpoint that is pending, if there is one, and give it its name."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        pending.writing.finish()
+        cluster = Cluster.current()
+        parts = cluster.to_main(pending.writing.outcome)
+        problem = None
+        if cluster.is_main:
+            problem = next((part.error for part in parts if part.error), None)
+            try:
+                if problem is None:
+                    self._publish(pending, parts)
+            except OSError as error:
+                problem = error.strerror or str(error)
+        problem = cluster.from_main(problem)
+        if problem is not None:
+            raise self._cannot_write(pending.target, problem)
+        pending.then(pending.target)
+
+    def _publish(self, pending: _Pending, parts: list[_Outcome]) -> None:
+        from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+
+        aside = files.aside_of(pending.target)
+        for name, plan in pending.plans.items():
+            plan.writer.finish(plan.metadata, [part.results[name] for part in parts])
+            save_config(CheckpointingConfig(plan.backend, plan.version), str(aside / name))
+        files.write_state(aside, pending.document)
+        files.seal(aside, {name: digest for part in parts for name, digest in part.digests.items()})
+        files.publish(pending.target)
+        files.prune(self.run_dir, self.keep)
+
+    def _cannot_write(self, target: Path, why: Any) -> RunError:
+        if Cluster.current().is_main:
+            files.abandon(target)
+        return RunError(
+            f"{target}: the checkpoint cannot be written ({why}); the ones before it are whole, so make room or repair "
+            "the disk, and resume"
+        )
+
+
+@dataclass
+class _Pending:
+    target: Path
+    document: dict[str, Any]
+    plans: dict[str, Any]
+    writing: _Writing
+    then: Callable[[Path], None]
+
+
+@dataclass
+class _Outcome:
+    """What a rank has written: by role what Megatron wants to know of it, by file its digest; or why it could not."""
+
+    results: dict[str, list[Any]]
+    digests: dict[str, files.Digest]
+    error: str | None = None
+
+
+class _Writing(threading.Thread):
+    """Puts this rank's files on the disk. With `copy` the weights may change as soon as this has been made."""
+
+    def __init__(self, aside: Path, plans: dict[str, Any], *, copy: bool) -> None:
+        super().__init__(name="icegrt-checkpoint", daemon=True)
+        self.aside = aside
+        self.transforms = {name: plan.writer.transforms for name, plan in plans.items()}
+        self.buckets = {
+            name: [_staged(b, copy=copy) for b in plan.writer.write_buckets] for name, plan in plans.items()
+        }
+        self.outcome = _Outcome({}, {})
+        self.rank = Cluster.current().rank
+        for plan in plans.values():
+            plan.writer.write_buckets = []
+
+    def run(self) -> None:
+        try:
+            for name, buckets in self.buckets.items():
+                results = self.outcome.results[name] = []
+                for bucket in buckets:
+                    results += _write(bucket, self.transforms[name])
+                    path = Path(bucket[0])
+                    self.outcome.digests[path.relative_to(self.aside).as_posix()] = files.on_disk(path)
+        except Exception as error:  # said by the main thread, on all ranks
+            cause = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            self.outcome.error = f"{cause}, on rank {self.rank}" if self.rank else cause
+        self.buckets = {}
+
+    def finish(self) -> None:
+        """Wait until it is done, if it was ever started as a thread."""
+        if self.ident is not None:
+            self.join()
+
+
+def _staged(bucket, *, copy: bool):
+    path, key, (entries, tensors) = bucket
+    return path, key, (entries, [(item, tensor.to("cpu", copy=copy)) for item, tensor in tensors])
+
+
+def _write(bucket, transforms) -> list[Any]:
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    # Megatron calls this in a forked process and hears of it through queues. A fork of a process with CUDA, NCCL or
+    # gloo threads may hang, and numbers can be counted here as well.
+    results, running = queue.Queue(), queue.Queue()
+    running.put(0)
+    FileSystemWriterAsync.write_preloaded_data([transforms], 0, bucket, results, running, use_fsync=True)
+    _, written = results.get()
+    if isinstance(written, Exception):
+        raise written
+    return written
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+
+def newest_whole(run_dir: str | Path) -> Path | None:
+    """The last checkpoint that agrees with its manifest, which all ranks read together; None if there never was one.
+
+    Those after it are named in a warning and set aside. Raises `CheckpointError` when all are damaged.
+    """
     cluster = Cluster.current()
-    target = folder_of(run_dir) / f"step_{step:06d}"
-    aside = target.with_name(target.name + ".writing")
-    try:
+
+    def faults_of(checkpoint: Path) -> list[str]:
+        share = files.faults(checkpoint, rank=cluster.rank, ranks=cluster.world_size)
+        parts = cluster.to_main(share)
+        return cluster.from_main([fault for part in parts for fault in part] if cluster.is_main else None)
+
+    found, damaged = files.newest_whole(run_dir, faults_of)
+    said = [files.told(checkpoint, faults) for checkpoint, faults in damaged.items()]
+    if damaged and found is None:
+        raise CheckpointError("\n".join([*said, f"{run_dir}: no checkpoint is whole; start anew in another folder"]))
+    for checkpoint, line in zip(damaged, said, strict=True):
+        warn(f"{line}; going on from the one before it")
         if cluster.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-            for role in roles:
-                (aside / role.name).mkdir(parents=True)
-        cluster.wait()
-        with _quiet(), _results_queue_of_this_process():
-            for role in roles:
-                role.model.settle()
-                _begin_states(role)
-                dist_checkpointing.save(_sharded(role, loading=False), str(aside / role.name))
-        cluster.wait()
-        document = {"step": step, "schedules": {r.name: r.schedule.state_dict() for r in roles}, **state}
-        if cluster.is_main:
-            (aside / _STATE).write_text(json.dumps(document, indent=1), encoding="utf-8")
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(aside, target)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise RunError(f"{target}: the checkpoint cannot be written ({error.strerror or error})") from error
-    if cluster.is_main:
-        for old in list_checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(old)
+            files.set_aside(checkpoint)
     cluster.wait()
-    return target
+    return found
 
 
 def load(checkpoint: Path, roles: list[Role]) -> dict[str, Any]:
-    """Restore `roles` from a checkpoint; returns the state that was saved with them."""
+    """Restore `roles` from a checkpoint that is whole; returns the state that was saved with them."""
+    document = files.read_state(checkpoint)
+    for role in roles:
+        if role.learns:
+            megatron.make_states(role)
+        loaded = _read(checkpoint, role, megatron.sharded(role, loading=True))
+        _take_weights(role, loaded)
+        if role.learns:
+            megatron.load_optimizer(role, loaded["optimizer"])
+            role.schedule.load_state_dict(document["schedules"][role.name])
+    cluster = Cluster.current()
+    if len(document["rng"]) == cluster.world_size:
+        checkpoint_rng.restore(document["rng"][cluster.rank])
+    return document
+
+
+def load_weights(checkpoint: Path, roles: list[Role]) -> None:
+    """The weights alone; optimizers and schedules stay as they are."""
+    for role in roles:
+        _take_weights(role, _read(checkpoint, role, {"model": megatron.sharded_model(role)}))
+
+
+def _read(checkpoint: Path, role: Role, sharded: dict[str, Any]) -> dict[str, Any]:
     from megatron.core import dist_checkpointing
 
-    document = read_state(checkpoint)
-    for role in roles:
-        folder = checkpoint / role.name
-        if not folder.is_dir():
-            raise CheckpointError(f"{checkpoint}: holds no {role.name}")
-        if role.learns:
-            for optimizer in _inner(role.optimizer):
-                optimizer._init_optimizer_states_with_dummy_values()
-        with _quiet():
-            loaded = dist_checkpointing.load(_sharded(role, loading=True), str(folder))
-        for chunk, state in zip(role.model.chunks, loaded["model"], strict=True):
-            chunk.load_state_dict(state)
-        if role.learns:
-            _load_optimizer(role, loaded["optimizer"])
-            role.schedule.load_state_dict(document["schedules"][role.name])
-    return document
+    folder = checkpoint / role.name
+    if not folder.is_dir():
+        raise CheckpointError(f"{checkpoint}: holds no {role.name}")
+    with megatron.quiet(), megatron_reads_through_allow_lists(folder) as common:
+        return dist_checkpointing.load(sharded, str(folder), common_strategy=common)
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint."""
-    path = checkpoint / _STATE
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); resume from an earlier checkpoint") from None
-
-
-@contextlib.contextmanager
-def _results_queue_of_this_process():
-    # Megatron's default is a queue of a manager process, which it spawns: seconds, and a script without a
-    # `__main__` guard would run again. Saving here is synchronous, so a plain queue will do.
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    before = filesystem_async._results_queue
-    filesystem_async._results_queue = queue.Queue()
-    try:
-        yield
-    finally:
-        filesystem_async._results_queue = before
-
-
-@contextlib.contextmanager
-def _quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _sharded(role: Role, *, loading: bool) -> dict[str, Any]:
-    document: dict[str, Any] = {"model": [chunk.sharded_state_dict() for chunk in role.model.chunks]}
-    if role.learns:
-        with contextlib.ExitStack() as stack:
-            for optimizer in _inner(role.optimizer):
-                stack.enter_context(_buckets_in_their_places(optimizer))
-            document["optimizer"] = role.optimizer.sharded_state_dict(
-                document["model"], is_loading=loading, metadata=_OPTIMIZER_FORMAT
-            )
-    return document
-
-
-@contextlib.contextmanager
-def _buckets_in_their_places(optimizer):
-    # Megatron joins its buckets' states without the padding between them, and then cuts parameters out by offsets that
-    # count it: with more than one bucket (a tied embedding over a pipeline, overlapped reduction) all parameters behind
-    # the first gap would be saved shifted, with a warning in the log at most.
-    joined = optimizer.get_parameter_state_dp_zero
-
-    def spaced(**kwargs):
-        found = joined(**kwargs)
-        for index, buffer in enumerate(optimizer.buffers if found is not None else ()):
-            for states in found[index].values():
-                for name in [n for n, state in states.items() if isinstance(state, Tensor)]:
-                    states[name] = _spaced(states[name], buffer)
-        return found
-
-    optimizer.get_parameter_state_dp_zero = spaced
-    try:
-        yield
-    finally:
-        del optimizer.get_parameter_state_dp_zero
-
-
-def _spaced(state: Tensor, buffer) -> Tensor:
-    out = state.new_zeros(buffer.numel)
-    parts = state.split([bucket.numel_unpadded for bucket in buffer.buckets])
-    for bucket, part in zip(buffer.buckets, parts, strict=True):
-        out[bucket.offset : bucket.offset + part.numel()] = part
-    return out
-
-
-def _begin_states(role: Role) -> None:
-    # A role that has not stepped yet (the actor, while the critic warms up) has no Adam state, which Megatron cannot
-    # save. What torch would begin with is put there; Megatron's own way is a step, and that decays the weights.
-    for optimizer in _inner(role.optimizer):
-        adam = optimizer.optimizer
-        for parameter in (p for group in adam.param_groups for p in group["params"]):
-            if isinstance(adam, torch.optim.Adam) and not adam.state[parameter]:
-                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                adam.state[parameter] = {"step": torch.zeros((), dtype=torch.float32), **zeros}
-
-
-def _load_optimizer(role: Role, state: dict[str, Any]) -> None:
-    for optimizer in _inner(role.optimizer):
-        optimizer._set_main_param_and_optimizer_states = _setter(optimizer)
-    role.optimizer.load_state_dict(state)
-    for optimizer in _inner(role.optimizer):
-        del optimizer._set_main_param_and_optimizer_states
-        # All parameters come back sharing one step tensor, which Adam then advances once per parameter.
-        for entry in optimizer.optimizer.state.values():
-            entry["step"] = entry["step"].clone()
-
-
-def _inner(optimizer) -> list[Any]:
-    return getattr(optimizer, "chained_optimizers", [optimizer])
-
-
-def _setter(optimizer):
-    # Megatron's own writes keys that torch's AdamW does not hand it; only those given are copied.
-    def set_states(model_param, tensors) -> None:
-        group, order = optimizer.model_param_group_index_map[model_param]
-        main = optimizer.optimizer.param_groups[group]["params"][order]
-        place = {"param": main, **optimizer.optimizer.state[main]}
-        with torch.no_grad():
-            for name, value in tensors.items():
-                place[name].copy_(value)
-
-    return set_states
+def _take_weights(role: Role, loaded: dict[str, Any]) -> None:
+    for chunk, state in zip(role.model.chunks, loaded["model"], strict=True):
+        chunk.load_state_dict(state)

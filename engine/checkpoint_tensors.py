@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner
+from torch.distributed.checkpoint import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from icegrt.checkpoint_unpickle import Reader
 from icegrt.errors import CheckpointError
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
@@ -31,13 +32,8 @@ class CheckpointTensors:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._reader = FileSystemReader(folder)
-        try:
-            self._metadata = self._reader.read_metadata()
-        except Exception as error:  # absent, cut short, or not what it should be
-            raise CheckpointError(
-                f"{folder}: cannot be read as a checkpoint ({error}); export an earlier one"
-            ) from None
+        self._reader = Reader(folder)
+        self._metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def read(self, name: str) -> Tensor:

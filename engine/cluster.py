@@ -141,6 +141,22 @@ class Cluster:
         dist.all_reduce(sums, group=self.data_group)
         return sums.tolist()
 
+    def anywhere(self, flags: Sequence[bool]) -> list[bool]:
+        """Which of `flags` are set on any rank."""
+        if self.world_size == 1:
+            return list(flags)
+        found = torch.tensor([int(flag) for flag in flags])
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in found]
+
+    def to_main(self, value: Any) -> list[Any]:
+        """Every rank's `value` in the order of ranks, on rank 0; nothing elsewhere."""
+        if self.world_size == 1:
+            return [value]
+        found = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, found)
+        return found or []
+
     def from_main(self, value: Any) -> Any:
         """Rank 0's `value` on every rank."""
         if self.world_size == 1:

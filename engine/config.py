@@ -112,7 +112,14 @@ class RunConfig:
     """What every training stage needs to know about the run itself."""
 
     dir: str = key("", "folder of the run: metrics, checkpoints, exported model; must be empty unless resume is on")
-    resume: bool = key(False, "continue from the last checkpoint in dir")
+    resume: Literal[False, True, "auto"] = key(
+        False,
+        "continue from the last whole checkpoint in dir; auto: if there is one, and start anew if there is none (what "
+        "torchrun --max-restarts starts again is auto)",
+    )
+    checkpoint_in_background: Literal[False, True, "auto"] = key(
+        "auto", "train on while a checkpoint is written, from a copy in host memory; auto does so on a GPU"
+    )
     seed: int = key(0, "seed of everything drawn at random", ge=0)
     dtype: Literal["fp32", "bf16"] = key("fp32", "parameters and activations (bf16 keeps fp32 master weights)")
     log_to: list[str] = key([], "loggers beside metrics.jsonl and TensorBoard: wandb, mlflow")
@@ -138,7 +145,8 @@ class SFTConfig(Loadable):
         "a longer row: refuse it, leave it out, or cut the prompt's beginning (left) or the response's end (right)",
     )
     eval_every: int = key(0, "optimizer steps between evaluations; 0 evaluates before and after only", ge=0)
-    checkpoint_every: int = key(0, "optimizer steps between checkpoints; 0 keeps the last one only", ge=0)
+    checkpoint_every: int = key(0, "optimizer steps between checkpoints; 0 writes one at the end only", ge=0)
+    keep_checkpoints: int = key(2, "last checkpoints kept, beside the one with the lowest held-out loss", ge=1)
     chunk_rows: int = key(0, "rows of logits formed at once; 0 chooses", ge=0)
     optimizer: OptimizerConfig = key(OptimizerConfig(weight_decay=0.1, warmup_fraction=0.03), "AdamW")
     parallel: ParallelConfig = key(ParallelConfig(), "how the model is cut over ranks")
@@ -190,6 +198,11 @@ class RewardConfig(Loadable):
     tie_margin: float = key(0.0, "scores closer than this are ties and left out", ge=0)
     eval_every: int = key(0, "optimizer steps between evaluations; 0 evaluates each quarter of an epoch", ge=0)
     patience: int = key(3, "evaluations without a better held-out loss before stopping; 0 never stops", ge=0)
+    keep_checkpoints: int = key(
+        2,
+        "last checkpoints kept (one is written at each evaluation), beside the one with the lowest held-out loss",
+        ge=1,
+    )
     optimizer: OptimizerConfig = key(OptimizerConfig(lr=3e-4, warmup_fraction=0.03), "AdamW")
     parallel: ParallelConfig = key(ParallelConfig(), "how the model is cut over ranks")
     run: RunConfig = key(RunConfig(dir="runs/reward"), "the run")
@@ -324,7 +337,9 @@ class PPOConfig(Loadable):
     eval_every: int = key(5, "iterations between evaluations on eval_prompts; 0 evaluates before and after only", ge=0)
     eval_limit: int = key(0, "held-out prompts to use; 0 uses all", ge=0)
     checkpoint_every: int = key(5, "iterations between checkpoints; the last one is always written", ge=1)
-    keep_checkpoints: int = key(2, "checkpoints kept", ge=1)
+    keep_checkpoints: int = key(
+        2, "last checkpoints kept, beside the one with the highest held-out score (of those with an evaluation)", ge=1
+    )
     parallel: ParallelConfig = key(ParallelConfig(), "how each of the four models is cut over ranks")
     run: RunConfig = key(RunConfig(dir="runs/ppo"), "the run")
 
@@ -363,6 +378,7 @@ class ExportConfig(Loadable):
     section = "export"
     run: str = key("", "folder of a run")
     role: Literal["actor", "critic"] = key("actor", "which trained model (SFT and reward runs have only one)")
+    checkpoint: str = key("latest", "which checkpoint: latest, best (by held-out score or loss), or step_NNNNNN")
     out: str = key("", "folder to write; must be empty or absent")
     dtype: Literal["fp32", "bf16"] = key("fp32", "dtype of the exported weights")
     shard_gigabytes: float = key(5.0, "most that one file of weights holds", unit="GB", gt=0)

@@ -45,7 +45,8 @@ def type_text(kind: Any, long: bool = False) -> str:
     """The type in words: short for tables, long for sentences."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
-        return f"one of {', '.join(args)}" if long else " | ".join(args)
+        words = [str(arg).lower() if isinstance(arg, bool) else arg for arg in args]
+        return f"one of {', '.join(words)}" if long else " | ".join(words)
     if origin is list:
         plain = {str: "text", float: "numbers", int: "whole numbers"}
         item = "{" + ", ".join(fields_of(args[0])) + "}" if dataclasses.is_dataclass(args[0]) else plain[args[0]]

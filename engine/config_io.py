@@ -195,7 +195,10 @@ def _leaf(field: Any, value: Any) -> Any:
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
     if any(isinstance(v, str) and REDACTED in v for v in (value if isinstance(value, list) else [value])):
         raise ValueError("it was hidden when this file was written: give it again")
-    if typing.get_origin(kind) is typing.Literal and value in typing.get_args(kind):
+    if typing.get_origin(kind) is typing.Literal and any(
+        value == arg and type(value) is type(arg)
+        for arg in typing.get_args(kind)  # 1 == True
+    ):
         return value
     if kind is bool and isinstance(value, bool):
         return value

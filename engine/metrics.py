@@ -28,6 +28,7 @@ __all__ = [
     "RewardStep",
     "RunLog",
     "SFTStep",
+    "drop_rollouts",
     "json_safe",
     "read_metrics",
     "rollout_path",
@@ -142,8 +143,9 @@ _KINDS = {PPOStep: "ppo", SFTStep: "sft", RewardStep: "reward", Evaluation: "eva
 class RunLog:
     """`metrics.jsonl`, TensorBoard scalars and further loggers of one run.
 
-    dir: the run's folder. resume_from_step: the last step that the checkpoint holds (0: none yet); rows beyond it
-    are dropped, so that no step is there twice. None starts anew and refuses a folder that has metrics already.
+    dir: the run's folder. resume_from_step: the last step that the checkpoint holds (0: none yet; -1: not even an
+    evaluation before); rows beyond it are dropped, so that no step is there twice. None starts anew and refuses a
+    folder that has metrics already.
     log_to: names of further loggers (wandb, mlflow), which are also given `config`, its secrets hidden already.
     """
 
@@ -184,6 +186,10 @@ class RunLog:
             self._log_scalars(restored)
         for sink in self._sinks:
             sink.write(dict(_scalars(row["kind"], restored)), _index(row))
+
+    def sync(self) -> None:
+        """See to it that all rows are on the disk: a checkpoint that outlived its row could not bring it back."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close all loggers. Closing twice does nothing."""
@@ -256,6 +262,13 @@ class JsonlWriter:
 def rollout_path(dir: str | Path, iteration: int) -> Path:
     """Where an iteration's responses are kept: `<dir>/rollouts/iteration_00012.jsonl`."""
     return Path(dir) / "rollouts" / f"iteration_{iteration:05d}.jsonl"
+
+
+def drop_rollouts(dir: str | Path, after: int) -> None:
+    """Remove the responses of iterations beyond `after`, which a resumed run will sample again."""
+    for path in rollout_path(dir, 0).parent.glob("iteration_*.jsonl"):
+        if int(path.stem.removeprefix("iteration_")) > after:
+            path.unlink()
 
 
 def read_metrics(dir: str | Path) -> list[dict[str, Any]]:

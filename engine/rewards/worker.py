@@ -28,7 +28,10 @@ def serve(descriptor: int) -> None:
     ("load", spec, style, label_key, key) is answered by ("loaded", None) or ("refused", message); ("grade", samples)
     by ("graded", results) or ("failed", CallError).
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    # The parent decides what a signal to all processes means. SIGTERM is not ignored but unheard: an ignored one would
+    # be so in every program that the function starts.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     connection = Connection(descriptor)
     function: RewardFunction | None = None

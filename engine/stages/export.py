@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from icegrt import checkpoint
+from icegrt.checkpoint_folder import (
+    BEST,
+    STATE,
+    faults,
+    folder_of,
+    list_checkpoints,
+    newest_whole,
+    read_state,
+    told,
+)
 from icegrt.checkpoint_tensors import CheckpointTensors
 from icegrt.config import ExportConfig
-from icegrt.console import is_main, say
+from icegrt.console import is_main, say, warn
 from icegrt.data import load_tokenizer
 from icegrt.errors import CheckpointError, ConfigError, RunError
 from icegrt.model import weights
@@ -29,17 +39,15 @@ def run(config: ExportConfig) -> None:
     out = Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out}: already there, and not an empty folder; set export.out to another place")
-    found = checkpoint.list_checkpoints(config.run)
-    if not found:
-        raise CheckpointError(f"{config.run}: holds no checkpoint of a run")
-    saved = checkpoint.read_state(found[-1])
+    found = _chosen(config)
+    saved = read_state(found)
     if config.role not in saved["roles"]:
-        raise ConfigError(f"export.role: {found[-1]} holds {', '.join(saved['roles'])}, not {config.role}")
+        raise ConfigError(f"export.role: {found} holds {', '.join(saved['roles'])}, not {config.role}")
     kind = saved["roles"][config.role]
-    architecture = Architecture.from_config(kind["hf_config"], str(found[-1]), kind.get("generation_config"))
+    architecture = Architecture.from_config(kind["hf_config"], str(found), kind.get("generation_config"))
     tokenizer = load_tokenizer(str(Path(config.run) / "tokenizer"), say=say)
     out = save_pretrained(
-        _tensors(CheckpointTensors(found[-1] / config.role), architecture, kind["head"], DTYPES[config.dtype]),
+        _tensors(CheckpointTensors(found / config.role), architecture, kind["head"], DTYPES[config.dtype]),
         architecture,
         config.out,
         classifier=kind["head"] == "scalar",
@@ -48,6 +56,30 @@ def run(config: ExportConfig) -> None:
         shard_bytes=int(config.shard_gigabytes * 1e9),
     )
     say(f"{config.role} at step {saved['step']}: {out}")
+
+
+def _chosen(config: ExportConfig) -> Path:
+    """The checkpoint to export, of which the files that are read agree with the manifest."""
+
+    def faults_of(checkpoint: Path) -> list[str]:
+        return faults(checkpoint, only=(STATE, config.role))
+
+    if config.checkpoint == "latest":
+        found, damaged = newest_whole(config.run, faults_of)
+        for checkpoint, what in damaged.items() if found is not None else ():
+            warn(f"{told(checkpoint, what)}; exporting the one before it")
+    else:
+        name = config.checkpoint
+        with contextlib.suppress(OSError):
+            name = (folder_of(config.run) / BEST).read_text(encoding="utf-8").strip() if name == "best" else name
+        found = next((p for p in list_checkpoints(config.run) if p.name == name), None)
+        damaged = {found: what} if found is not None and (what := faults_of(found)) else {}
+    if damaged and (found is None or found in damaged):
+        raise CheckpointError("\n".join(told(checkpoint, what) for checkpoint, what in damaged.items()))
+    if found is None:
+        what = "no checkpoint of a run" if config.checkpoint == "latest" else f"no checkpoint `{config.checkpoint}`"
+        raise CheckpointError(f"{config.run}: holds {what}")
+    return found
 
 
 def _tensors(

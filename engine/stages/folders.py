@@ -3,13 +3,47 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from icegrt.checkpoint_folder import list_checkpoints, recover
 from icegrt.console import is_main
 from icegrt.errors import RunError
 from icegrt.metrics import JsonlWriter
+
+CONFIG_FILE = "config.yaml"
+
+
+def claim_run(config: Any) -> tuple[bool, list[Path]]:
+    """Make the folder of a run, or take it up again as `run.resume` says.
+
+    Returns whether there is a run to go on with, and what folders had to be made. Raises `RunError` where the folder
+    is not this run's to use.
+    """
+    folder, key = Path(config.run.dir), f"{config.section}.run.dir"
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise RunError(f"{folder}: not a folder; set {key} to another place")
+        # Launched once more after a failure: the command is as it was, but the folder is in use now, by this run.
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        resume = config.run.resume or ("auto" if again else False)
+        if resume:
+            recover(folder)
+        found = list_checkpoints(folder)
+        names = [p.name for p in folder.iterdir()] if folder.exists() else []
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be read ({error.strerror or error})") from None
+    if resume is True and not found:
+        raise RunError(f"{folder}: no checkpoint to resume from; start without --resume")
+    if not resume and names:
+        raise RunError(f"{folder}: not empty; continue that run with --resume, or set {key} to another folder")
+    # Killed before its first checkpoint, a run has written its configuration, or was about to.
+    if resume and not found and CONFIG_FILE not in names and any(not name.startswith(".") for name in names):
+        raise RunError(f"{folder}: not empty, and not the folder of a run; set {key} to another folder")
+    return bool(resume and names), claim_folder(folder)
 
 
 def claim_folder(folder: Path) -> list[Path]:

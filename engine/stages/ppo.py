@@ -302,7 +302,7 @@ class PPOTrainer(Trainer):
         # resume, a missing one would never come back. Its seconds are shown with the next iteration.
         if iteration == self.total_steps or _due(iteration, config.checkpoint_every):
             with self._timed("checkpoint"):
-                self.save_checkpoint(config.keep_checkpoints)
+                self.save_checkpoint(quality=evaluation.score_mean if evaluation is not None else None)
         return row
 
     def _stop_if_broken(self, outcome: UpdateOutcome) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from icegrt import checkpoint
 from icegrt.algorithm.ranking import (
     RankedBatch,
     RankingQuality,
@@ -20,6 +20,7 @@ from icegrt.algorithm.ranking import (
     pack_rankings,
     ranking_loss,
 )
+from icegrt.checkpoint_folder import best_of, list_checkpoints
 from icegrt.config import DataSource, RewardConfig
 from icegrt.console import say
 from icegrt.data import Blend, Encoded, Joined, Ranking, RankingEncoder, stop_ids, untied_pairs
@@ -34,7 +35,6 @@ from icegrt.stages.trainer import Trainer, tokenizer_for, write_json
 from icegrt.statistics import accuracy_by_margin, best_one_feature_baseline
 
 SCORE_STATISTICS = "score_statistics.json"
-_BEST_WEIGHTS = "best_weights"
 _BASELINE_PROMPTS = 4096  # the trivial judge is fitted on so many training prompts at most
 
 
@@ -174,8 +174,7 @@ class RewardTrainer(Trainer):
         self.log(row)
         if quality:
             self._watch(quality)
-            if self.done_steps < self.total_steps:
-                self.save_checkpoint()
+            self.save_checkpoint(-quality.loss)
         self.notify("on_update", row)
         return row
 
@@ -184,29 +183,15 @@ class RewardTrainer(Trainer):
         return {"loss": step.loss, **held}
 
     def _watch(self, quality: RankingQuality) -> None:
-        # Early stopping: the weights of the best held-out loss are kept, and are the ones that are exported. In a
-        # file, not in memory, so that a resumed run has them too.
+        # Early stopping: the checkpoint of the best held-out loss is kept, and its weights are the ones to export.
         if self._best_loss is None or quality.loss < self._best_loss:
             self._best_loss = quality.loss
             self._without_better = 0
-            self._keep_weights()
             return
         self._without_better += 1
         if self.config.patience and self._without_better >= self.config.patience:
             say(f"held-out loss has not improved for {self._without_better} evaluations: stopping")
             self.total_steps = self.done_steps
-
-    def _keep_weights(self) -> None:
-        # Under Hugging Face's names and whole, so that another layout can take them back; fp32 holds bf16 exactly.
-        tensors = weights.export_tensors(self.role.model, torch.float32)
-        aside, best = self.dir / f"{_BEST_WEIGHTS}.new", self.dir / _BEST_WEIGHTS
-        if self.cluster.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-        save_pretrained(tensors, self.role.model.architecture, aside, classifier=True)
-        if self.cluster.is_main:
-            shutil.rmtree(best, ignore_errors=True)
-            aside.rename(best)
-        self.cluster.wait()
 
     def evaluate(self) -> RankingQuality | None:
         """Held-out loss, accuracy and scores; None without held-out data."""
@@ -226,15 +211,17 @@ class RewardTrainer(Trainer):
 
     def finish(self) -> dict[str, Any]:
         """Held-out figures with the best weights; the checkpoint, and the model under `<run.dir>/model`."""
-        if self._best_loss is not None:
-            weights.load(self.role.model, Pretrained(self.dir / _BEST_WEIGHTS))
+        self.complete_checkpoint()
+        best = best_of(list_checkpoints(self.dir)) if self._best_loss is not None else None
+        if best is not None:
+            checkpoint.load_weights(best, self.roles)
         after = self.evaluate()
         summary: dict[str, Any] = {"steps": self.done_steps}
         statistics = None
         if after is not None:
             summary |= self._figures(after)
             statistics = {"before": self._before["statistics"], "after": _statistics(after.score_N)}
-        self.save_checkpoint()
+        self.save_checkpoint(None if after is None else -after.loss)
         self.write_model(statistics)
         write_json(self.dir / "summary.json", summary)
         return summary

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from icegrt.algorithm.judge import sample_of
-from icegrt.checkpoint import list_checkpoints
+from icegrt.checkpoint_folder import list_checkpoints
 from icegrt.cluster import Cluster
 from icegrt.cluster_layout import Layout
 from icegrt.config import GenerateConfig, SampleConfig

@@ -120,7 +120,7 @@ class SFTTrainer(Trainer):
         )
         self.log(row)
         if self._due(self.config.checkpoint_every):
-            self.save_checkpoint()
+            self.save_checkpoint(_quality(row.heldout_loss))
         self.notify("on_update", row)
         return row
 
@@ -148,10 +148,14 @@ class SFTTrainer(Trainer):
     def finish(self) -> dict[str, float | None]:
         """Held-out loss before and after, the last checkpoint, and the model under `<run.dir>/model`."""
         summary = {"heldout_loss_before": self._heldout_before, "heldout_loss_after": self.evaluate()}
-        self.save_checkpoint()
+        self.save_checkpoint(_quality(summary["heldout_loss_after"]))
         self.write_model()
         write_json(self.dir / "summary.json", summary)
         return summary
+
+
+def _quality(heldout_loss: float | None) -> float | None:
+    return None if heldout_loss is None else -heldout_loss
 
 
 def run(config: SFTConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from icegrt import checkpoint
+from icegrt.checkpoint_folder import read_state
 from icegrt.cluster import Cluster
 from icegrt.cluster_layout import Layout
 from icegrt.config import RunConfig
@@ -20,11 +22,12 @@ from icegrt.console import is_main, progress, say
 from icegrt.data import check_tokenizer, load_tokenizer
 from icegrt.errors import ConfigError, RunError
 from icegrt.kernels import default_chunk_rows
-from icegrt.metrics import RunLog
+from icegrt.metrics import RunLog, drop_rollouts, write_text_aside
 from icegrt.metrics_sinks import check_sinks
 from icegrt.model.architecture import DTYPES, Architecture
 from icegrt.roles.role import Role
-from icegrt.stages.folders import claim_folder, remove_empty
+from icegrt.stages.folders import CONFIG_FILE, claim_run, remove_empty
+from icegrt.stages.termination import noting_sigterm
 
 
 class Callback:
@@ -57,8 +60,11 @@ class Trainer:
         self.dtype = DTYPES[self.run.dtype]
         self.done_steps = 0
         self._log: RunLog | None = None
+        self._again = False  # whether the folder is one that a run has used already
         self._resumed_from: Path | None = None
+        self._saved_at: int | None = None
         self._made: list[Path] = []
+        self._checkpoints: checkpoint.Checkpoints | None = None
         self.cluster: Cluster | None = None
         check_sinks(self.run.log_to, f"{config.section}.run.log_to")
         if not self.run.dir:
@@ -66,53 +72,48 @@ class Trainer:
         self.dir = Path(self.run.dir)
         layout = Layout.of(config.parallel)
         if is_main():
-            self._claim_folder()
+            self._again, self._made = claim_run(config)
         try:
             self.cluster = Cluster.open(layout)
-            self._resumed_from = self.cluster.from_main(self._resumed_from)
+            self._again = self.cluster.from_main(self._again)
+            if self._again:
+                self._resumed_from = self._choose_checkpoint()
+            background = self.run.checkpoint_in_background
+            self._checkpoints = checkpoint.Checkpoints(
+                self.dir,
+                config.keep_checkpoints,
+                background=torch.cuda.is_available() if background == "auto" else background,
+            )
         except BaseException:
             self.close()
             raise
 
     # -- the run's folder ------------------------------------------------------------------------------------------
 
-    def _claim_folder(self) -> None:
-        folder = self.dir
-        try:
-            if folder.exists() and not folder.is_dir():
-                raise RunError(f"{folder}: not a folder; set {self.config.section}.run.dir to another place")
-            found = checkpoint.list_checkpoints(folder)
-            occupied = folder.exists() and any(folder.iterdir())
-        except OSError as error:
-            raise RunError(f"{folder}: cannot be read ({error.strerror or error})") from None
-        if self.run.resume:
-            if not found:
-                raise RunError(f"{folder}: no checkpoint to resume from; start without --resume")
-            self._resumed_from = found[-1]
-            stage = checkpoint.read_state(found[-1]).get("stage")
+    def _choose_checkpoint(self) -> Path | None:
+        found = checkpoint.newest_whole(self.dir)
+        if found is not None:
+            stage = read_state(found).get("stage")
             if stage != self.config.section:
-                raise RunError(f"{folder}: holds a run of `icegrt {stage}`; resume it with that command")
-        elif occupied:
-            raise RunError(
-                f"{folder}: not empty; continue that run with --resume, or set "
-                f"{self.config.section}.run.dir to another folder"
-            )
-        self._made = claim_folder(folder)
+                raise RunError(f"{self.dir}: holds a run of `icegrt {stage}`; resume it with that command")
+        return found
 
     def _begin(self, tokenizer: Any, **saved: Any) -> None:
         """Once models and data stand: restore the checkpoint, write the configuration, open the log."""
         if self._resumed_from is not None:
             state = checkpoint.load(self._resumed_from, self.roles)
-            self.done_steps = state["step"]
+            self.done_steps = self._saved_at = state["step"]
             if saved.get("chunk_rows") and not self.config.chunk_rows:
                 self.use_chunk_rows(state["chunk_rows"])
                 saved["chunk_rows"] = self.chunk_rows
             self.load_state(state["trainer"])
             say(f"resumed from {self._resumed_from}: {self.done_steps} of {self.total_steps} {self.unit} done")
         if self.cluster.is_main:
-            self.config.save(self.dir / "config.yaml")
+            self.config.save(self.dir / CONFIG_FILE)
             tokenizer.save_pretrained(self.dir / "tokenizer")
-            resumed = None if self._resumed_from is None else self.done_steps
+            drop_rollouts(self.dir, after=self.done_steps)
+            # Before the first step there is at most an evaluation, and that is made again.
+            resumed = (self.done_steps or -1) if self._again else None
             self._log = RunLog(self.dir, resumed, log_to=self.run.log_to, config=as_dict(self.config))
         self._saved = saved
         if saved.get("chunk_rows"):
@@ -131,8 +132,11 @@ class Trainer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Take `state()` back."""
 
-    def save_checkpoint(self, keep: int = 1) -> Path:
-        """Write a checkpoint of everything now."""
+    def save_checkpoint(self, quality: float | None = None) -> Path:
+        """Write a checkpoint of everything now; `complete_checkpoint` waits for it where that is in the background.
+
+        quality: how good the model is on held-out data, the higher the better; the best checkpoint is kept.
+        """
         roles = {
             r.name: {
                 "head": r.model.head_kind,
@@ -141,10 +145,18 @@ class Trainer:
             }
             for r in self.roles
         }
+        if self._log is not None:
+            self._log.sync()
         document = {"stage": self.config.section, "roles": roles, "trainer": self.state(), **self._saved}
-        path = checkpoint.save(self.dir, self.done_steps, self.roles, document, keep)
-        self.notify("on_checkpoint", path)
+        path = self._checkpoints.save(
+            self.done_steps, self.roles, document, quality, lambda path: self.notify("on_checkpoint", path)
+        )
+        self._saved_at = self.done_steps
         return path
+
+    def complete_checkpoint(self) -> None:
+        """Wait until the checkpoint that is being written is on the disk under its name."""
+        self._checkpoints.complete()
 
     # -- running ---------------------------------------------------------------------------------------------------
 
@@ -157,12 +169,33 @@ class Trainer:
             yield self.step()
 
     def train(self) -> Any:
-        """Run to the end with a progress bar; returns what `finish()` says."""
-        with progress(self.total_steps, self.config.section, self.unit) as bar:
-            bar.advance(self.done_steps)
-            for step in self:
-                bar.advance(1, **self.describe(step))
-        return self.finish()
+        """Run to the end with a progress bar; returns what `finish()` says.
+
+        SIGTERM to any rank ends the run on all of them after the step that it meets: saved, and with exit status 0
+        (`SystemExit`).
+        """
+        with noting_sigterm() as told_to_end:
+            with progress(self.total_steps, self.config.section, self.unit) as bar:
+                bar.advance(self.done_steps)
+                for step in self:
+                    bar.advance(1, **self.describe(step))
+                    self._between_steps(told_to_end())
+            summary = self.finish()
+            self.complete_checkpoint()
+        return summary
+
+    def _between_steps(self, told_to_end: bool) -> None:
+        end, writing = self.cluster.anywhere([told_to_end, not self._checkpoints.ready])
+        if end:
+            if self._saved_at != self.done_steps:
+                self.save_checkpoint()
+            self.complete_checkpoint()
+            say(
+                f"SIGTERM: saved after {self.done_steps} of {self.total_steps} {self.unit}; --resume goes on from there"
+            )
+            raise SystemExit(0)
+        if not writing:
+            self.complete_checkpoint()
 
     def describe(self, step: Any) -> dict[str, float]:
         """The figures of a step that its progress line shows."""
@@ -200,6 +233,16 @@ class Trainer:
 
     def close(self) -> None:
         """Close the log and leave the process groups; a folder made for a run that never began is removed."""
+        checkpoints, self._checkpoints = self._checkpoints, None
+        # After an error other ranks may be gone, and must not be waited for.
+        orderly = sys.exc_info()[0] is None or (self.cluster is not None and self.cluster.world_size == 1)
+        try:
+            if checkpoints is not None and orderly:
+                checkpoints.complete()
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
         if self._log is not None:
             self._log.close()
             self._log = None
@@ -251,4 +294,4 @@ def resolve_chunk_rows(configured: int, architecture: Architecture) -> int:
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """A small JSON file, readable by people; written by rank 0."""
     if is_main():
-        path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        write_text_aside(path, json.dumps(document, indent=2) + "\n")

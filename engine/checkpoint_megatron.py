@@ -1,0 +1,156 @@
+"""What Megatron's dist_checkpointing and distributed optimizer need around them, to save and load a role rightly."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from icegrt.roles.role import Role
+
+_OPTIMIZER_FORMAT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+}
+
+
+def plan(role: Role, folder: Path) -> Any:
+    """Megatron's strategy after it has planned: its `writer` knows what this rank writes, `metadata` the whole."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    class Planned(TorchDistSaveShardedStrategy):
+        def _get_save_and_finalize_callbacks(self, writer, outcome):
+            _, self.metadata, _ = outcome
+            self.writer = writer
+            return super()._get_save_and_finalize_callbacks(writer, outcome)
+
+    planned = Planned("torch_dist", 1, thread_count=1)
+    role.model.settle()
+    begin_states(role)
+    with quiet(), _results_queue_of_this_process():
+        dist_checkpointing.save(sharded(role, loading=False), str(folder), planned, async_sharded_save=True)
+    return planned
+
+
+@contextlib.contextmanager
+def _results_queue_of_this_process():
+    # Megatron's default is a queue of a manager process, which it spawns: seconds, and a script without a
+    # `__main__` guard would run again. Nothing is ever put into this one.
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    before = filesystem_async._results_queue
+    filesystem_async._results_queue = queue.Queue()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = before
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without Megatron's and torch's warnings, which nobody can act on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def sharded(role: Role, *, loading: bool) -> dict[str, Any]:
+    """What Megatron saves of a role, or loads into it: the model, and the optimizer if the role learns."""
+    document: dict[str, Any] = {"model": sharded_model(role)}
+    if role.learns:
+        with contextlib.ExitStack() as stack:
+            for optimizer in inner_optimizers(role.optimizer):
+                stack.enter_context(_buckets_in_their_places(optimizer))
+            document["optimizer"] = role.optimizer.sharded_state_dict(
+                document["model"], is_loading=loading, metadata=_OPTIMIZER_FORMAT
+            )
+    return document
+
+
+def sharded_model(role: Role) -> list[Any]:
+    """The model's part of `sharded`, stage by stage of those that this rank holds."""
+    return [chunk.sharded_state_dict() for chunk in role.model.chunks]
+
+
+@contextlib.contextmanager
+def _buckets_in_their_places(optimizer):
+    # Megatron joins its buckets' states without the padding between them, and then cuts parameters out by offsets that
+    # count it: with more than one bucket (a tied embedding over a pipeline, overlapped reduction) all parameters behind
+    # the first gap would be saved shifted, with a warning in the log at most.
+    joined = optimizer.get_parameter_state_dp_zero
+
+    def spaced(**kwargs):
+        found = joined(**kwargs)
+        for index, buffer in enumerate(optimizer.buffers if found is not None else ()):
+            for states in found[index].values():
+                for name in [n for n, state in states.items() if isinstance(state, Tensor)]:
+                    states[name] = _spaced(states[name], buffer)
+        return found
+
+    optimizer.get_parameter_state_dp_zero = spaced
+    try:
+        yield
+    finally:
+        del optimizer.get_parameter_state_dp_zero
+
+
+def _spaced(state: Tensor, buffer) -> Tensor:
+    out = state.new_zeros(buffer.numel)
+    parts = state.split([bucket.numel_unpadded for bucket in buffer.buckets])
+    for bucket, part in zip(buffer.buckets, parts, strict=True):
+        out[bucket.offset : bucket.offset + part.numel()] = part
+    return out
+
+
+def begin_states(role: Role) -> None:
+    """Give parameters that no step has reached the state that torch would begin with."""
+    # Megatron cannot save a role without (the actor, while the critic warms up). Its own way is a step, and that decays
+    # the weights.
+    for optimizer in inner_optimizers(role.optimizer):
+        adam = optimizer.optimizer
+        for parameter in (p for group in adam.param_groups for p in group["params"]):
+            if isinstance(adam, torch.optim.Adam) and not adam.state[parameter]:
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                adam.state[parameter] = {"step": torch.zeros((), dtype=torch.float32), **zeros}
+
+
+def make_states(role: Role) -> None:
+    """Give the optimizer states that a load can write to."""
+    for optimizer in inner_optimizers(role.optimizer):
+        optimizer._init_optimizer_states_with_dummy_values()
+
+
+def load_optimizer(role: Role, state: dict[str, Any]) -> None:
+    """Master weights, moments and steps, as `sharded(role, loading=True)` came back; after `make_states`."""
+    for optimizer in inner_optimizers(role.optimizer):
+        optimizer._set_main_param_and_optimizer_states = _setter(optimizer)
+    role.optimizer.load_state_dict(state)
+    for optimizer in inner_optimizers(role.optimizer):
+        del optimizer._set_main_param_and_optimizer_states
+        # All parameters come back sharing one step tensor, which Adam then advances once per parameter.
+        for entry in optimizer.optimizer.state.values():
+            entry["step"] = entry["step"].clone()
+
+
+def inner_optimizers(optimizer) -> list[Any]:
+    """The optimizers that Megatron has chained together, or the one that there is."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _setter(optimizer):
+    # Megatron's own writes keys that torch's AdamW does not hand it; only those given are copied.
+    def set_states(model_param, tensors) -> None:
+        group, order = optimizer.model_param_group_index_map[model_param]
+        main = optimizer.optimizer.param_groups[group]["params"][order]
+        place = {"param": main, **optimizer.optimizer.state[main]}
+        with torch.no_grad():
+            for name, value in tensors.items():
+                place[name].copy_(value)
+
+    return set_states
