@@ -171,7 +171,7 @@ class _Writing(threading.Thread):
                     path = Path(bucket[0])
                     self.outcome.digests[path.relative_to(self.aside).as_posix()] = files.on_disk(path)
         except Exception as error:  # said by the main thread, on all ranks
-            cause = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            cause = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
             self.outcome.error = f"{cause}, on rank {self.rank}" if self.rank else cause
         self.buckets = {}
 

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from icegrt.checkpoint_unpickle import Reader
+from icegrt.checkpoint_unpickle import Reader, in_words
 from icegrt.errors import CheckpointError
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
@@ -52,7 +52,7 @@ class CheckpointTensors:
         try:
             self._reader.read_data(plan, _Into(wanted)).wait()
         except Exception as error:  # a file that is gone or damaged says so in many ways
-            raise CheckpointError(f"{self.folder}: `{key}` cannot be read ({error}); {_REMEDY}") from None
+            raise CheckpointError(f"{self.folder}: `{key}` {in_words(error)}; {_REMEDY}") from None
         return wanted.squeeze(0) if layer else wanted
 
 

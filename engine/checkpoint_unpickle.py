@@ -72,14 +72,16 @@ def load_object(source: str | Path | IO[bytes], where: str | Path) -> Any:
     try:
         return torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{where}: {_words(error)}") from None
+        raise CheckpointError(f"{where}: {in_words(error)}") from None
     except Exception as error:
         raise CheckpointError(f"{where}: cannot be read ({error}); use an earlier checkpoint") from None
 
 
-def _words(error: BaseException) -> str:
+def in_words(error: BaseException) -> str:
+    """What is wrong with an archive, in one line: torch says it in twelve."""
     named = _REFUSED_BY_TORCH.search(str(error))
-    return f"asks for `{named[1]}`; {_REMEDY}" if named else f"cannot be read ({str(error).splitlines()[0]})"
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"asks for `{named[1]}`; {_REMEDY}" if named else f"cannot be read ({first})"
 
 
 class Reader(FileSystemReader):
@@ -123,6 +125,6 @@ def megatron_reads_through_allow_lists(folder: Path) -> Iterator[Any]:
     except CheckpointException as error:  # what ranks met while they read, by rank
         causes = [cause for cause, _ in error.failures.values()]
         ours = next((cause for cause in causes if isinstance(cause, UserError)), None)
-        raise ours or CheckpointError(f"{folder}: {_words(causes[0])}") from None
+        raise ours or CheckpointError(f"{folder}: {in_words(causes[0])}") from None
     finally:
         strategies._get_filesystem_reader, strategies.MCoreLoadPlanner = before

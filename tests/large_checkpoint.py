@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from megatron.core import dist_checkpointing
 
-from icegrt import cli
+from icegrt import checkpoint_folder, cli
 from icegrt.cluster import Cluster
 from icegrt.model import weights
 from icegrt.model.architecture import DTYPES, Architecture
@@ -54,6 +54,7 @@ def through(origin: str, out: str, run: str, dtype: str) -> None:
         dist_checkpointing.save({"model": model.sharded_state_dict()}, str(step / "actor"))
         roles = {"actor": {"head": "lm", "hf_config": model.architecture.hf_config}}
         (step / "state.json").write_text(json.dumps({"step": 1, "roles": roles}))
+        checkpoint_folder.seal(step, {})
 
 
 def export(run: str, out: str, dtype: str) -> None:

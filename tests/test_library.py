@@ -221,7 +221,8 @@ def test_a_script_without_a_main_guard_runs_once(tmp_path):
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stdout.splitlines() if line == "started" or line.startswith("[")]
     assert lines == ["started", "[1, 2]"]
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_000001", "step_000002"]
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["latest", "step_000001", "step_000002"]
 
 
 # -- rollouts -----------------------------------------------------------------------------------------------------

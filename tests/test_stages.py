@@ -101,7 +101,7 @@ def test_ppo_writes_metrics_rollouts_report_and_model(recipe):
         assert row["function_score"] == row["text"].count("a") / len(row["response_ids"])
         assert row["where"].rpartition(":")[0].endswith("prompts.jsonl") and row["prompt"] in cases.PROMPTS
     assert (run / "report.html").stat().st_size > 1000
-    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step_000001", "step_000002"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["best", "latest", "step_000001", "step_000002"]
     assert PPOConfig.load(run / "config.yaml").iterations == 2
 
 

@@ -1,0 +1,202 @@
+"""Checkpoints as files: damage is named, a kill at any instant costs at most the checkpoint that was being written."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from icegrt import checkpoint_folder as files
+from icegrt.errors import CheckpointError
+
+CONTENTS = {"actor/.metadata": b"places", "actor/__0_0.distcp": bytes(range(256)) * 9, "critic/common.pt": b"c" * 300}
+
+
+def write(run, step, quality=None, mark=b""):
+    """A whole checkpoint, as a run writes it."""
+    place = files.place_of(run, step)
+    files.begin(place, ["actor", "critic"])
+    aside = files.aside_of(place)
+    for name, data in CONTENTS.items():
+        (aside / name).write_bytes(data + mark)
+    files.write_state(aside, {"step": step, "quality": quality})
+    files.seal(aside, {})
+    files.publish(place)
+    return place
+
+
+def names(run):
+    return [p.name for p in files.list_checkpoints(run)]
+
+
+def pointed(run, name):
+    path = files.folder_of(run) / name
+    return path.read_text().strip() if path.exists() else None
+
+
+# -- damage ------------------------------------------------------------------------------------------------------------
+
+FILES = [*CONTENTS, "state.json", "manifest.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_anywhere_in_a_file_is_found_and_the_file_named(name, tmp_path):
+    path = write(tmp_path, 1) / name
+    data = path.read_bytes()
+    for place in sorted({0, len(data) // 3, len(data) // 2, len(data) - 2}):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        found = files.faults(files.place_of(tmp_path, 1))
+        # Of a manifest that says something else it is the files it speaks of that disagree.
+        assert found and (name == "manifest.json" or [fault.split()[0] for fault in found] == [name]), place
+    path.write_bytes(data)
+    assert files.faults(files.place_of(tmp_path, 1)) == []
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("how", ["missing", "empty", "cut short"])
+def test_a_file_that_is_not_all_there_is_found_and_named(name, how, tmp_path):
+    path = write(tmp_path, 1) / name
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(b"" if how == "empty" else path.read_bytes()[:-3])
+    (found,) = files.faults(files.place_of(tmp_path, 1))
+    assert found.startswith(name)
+    if name != "manifest.json":
+        assert how == "missing" or "bytes, not" in found
+
+
+def test_readers_that_share_the_work_find_what_one_finds(tmp_path):
+    place = write(tmp_path, 1)
+    for name in CONTENTS:
+        (place / name).write_bytes(b"other")
+    shares = [files.faults(place, rank=rank, ranks=3) for rank in range(3)]
+    together = [fault for share in shares for fault in share]
+    assert sorted(together) == sorted(files.faults(place)) and len(together) == 3
+    assert [fault.split()[0] for fault in files.faults(place, only=("critic", "state.json"))] == ["critic/common.pt"]
+
+
+def test_the_one_before_a_damaged_checkpoint_is_taken(tmp_path):
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    (files.place_of(tmp_path, 3) / "state.json").write_text("{")
+    (files.place_of(tmp_path, 2) / "manifest.json").unlink()
+    found, damaged = files.newest_whole(tmp_path)
+    assert found == files.place_of(tmp_path, 1)
+    lines = [files.told(*pair) for pair in damaged.items()]
+    assert "step_000003: damaged: state.json has 1 bytes, not" in lines[0] and "manifest.json is missing" in lines[1]
+    for checkpoint in damaged:
+        files.set_aside(checkpoint)
+    assert names(tmp_path) == ["step_000001"]
+    # They neither count among those that are kept, nor are in the way of new ones of the same step.
+    write(tmp_path, 2)
+    files.prune(tmp_path, 2)
+    assert names(tmp_path) == ["step_000001", "step_000002"]
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "actor/../../outside"])
+def test_a_manifest_speaks_of_its_own_files_only(name, tmp_path):
+    place = write(tmp_path, 1)
+    document = json.loads((place / "manifest.json").read_text())
+    document["files"][name] = {"bytes": 1, "sha256": "0"}
+    (place / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match=r"manifest\.json names .*outside of the checkpoint"):
+        files.read_manifest(place)
+
+
+def test_a_file_that_another_rank_wrote_elsewhere_is_missed_before_the_checkpoint_gets_its_name(tmp_path):
+    place = files.place_of(tmp_path, 1)
+    files.begin(place, ["actor"])
+    with pytest.raises(OSError, match=r"__3_0\.distcp, which another rank wrote, is not here"):
+        files.seal(files.aside_of(place), {"actor/__3_0.distcp": {"bytes": 4, "sha256": "0"}})
+
+
+# -- the last ones and the best ----------------------------------------------------------------------------------------
+
+
+def test_the_last_ones_and_the_best_are_kept(tmp_path):
+    qualities = {1: 0.5, 2: 0.9, 3: None, 4: 0.9, 5: 0.1, 6: None}
+    for step, quality in qualities.items():
+        write(tmp_path, step, quality)
+        files.prune(tmp_path, 2)
+        assert pointed(tmp_path, "latest") == names(tmp_path)[-1] == f"step_{step:06d}"
+        assert pointed(tmp_path, "best") == ("step_000001" if step == 1 else "step_000002")
+    assert names(tmp_path) == ["step_000002", "step_000005", "step_000006"]
+
+
+def test_without_evaluations_there_is_no_best(tmp_path):
+    for step in (1, 2):
+        write(tmp_path, step)
+        files.prune(tmp_path, 1)
+    assert names(tmp_path) == ["step_000002"] and pointed(tmp_path, "best") is None
+
+
+# -- killed at any instant ---------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def killed_at(monkeypatch):
+    """Raises at the n-th call that changes the disk, counting from 0; a removal is stopped half-way."""
+    left = []
+
+    def counted(function, half=None):
+        def call(*args, **kwargs):
+            if left and left[0] == 0:
+                if half is not None:
+                    half(*args)
+                raise Killed
+            if left:
+                left[0] -= 1
+            return function(*args, **kwargs)
+
+        return call
+
+    def half_removed(path, **_):
+        some = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
+        for file in some[: len(some) // 2]:
+            file.unlink()
+
+    class Half(type(shutil)):
+        rmtree = staticmethod(counted(shutil.rmtree, half_removed))
+
+    monkeypatch.setattr(files, "shutil", Half("shutil"))
+    for name in ("replace", "fsync"):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+
+    def set_to(n):
+        left[:] = [] if n is None else [n]
+
+    return set_to
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["a new step", "a step that is there already"])
+def test_a_kill_at_any_instant_leaves_whole_checkpoints_and_a_true_latest(again, tmp_path, killed_at):
+    instants = 0
+    for n in range(1000):
+        run = tmp_path / str(n)
+        killed_at(None)
+        write(run, 1, quality=1.0)
+        write(run, 2)
+        killed_at(n)
+        try:
+            write(run, 2 if again else 3, mark=b"new")
+            files.prune(run, 1)
+            killed_at(None)
+            break
+        except Killed:
+            instants += 1
+        killed_at(None)
+        files.recover(run)
+        left = names(run)
+        assert left[0] == "step_000001" and left[1] in ("step_000002", "step_000003")
+        assert [files.faults(path) for path in files.list_checkpoints(run)] == [[]] * len(left)
+        assert pointed(run, "latest") in left
+        assert pointed(run, "best") in (None, "step_000001")
+        assert {p.name for p in files.folder_of(run).iterdir() if p.is_dir()} == set(left)
+    assert instants > 15
+    assert names(run) == ["step_000001", "step_000002" if again else "step_000003"]
+    assert (files.list_checkpoints(run)[-1] / "critic/common.pt").read_bytes().endswith(b"new")
