@@ -215,7 +215,7 @@ def newest_whole(run_dir: str | Path) -> Path | None:
         parts = cluster.to_main(share)
         return cluster.from_main([fault for part in parts for fault in part] if cluster.is_main else None)
 
-    found, damaged = files.newest_whole(run_dir, faults_of)
+    found, damaged = files.newest_whole(cluster.from_main(files.list_checkpoints(run_dir)), faults_of)
     said = [files.told(checkpoint, faults) for checkpoint, faults in damaged.items()]
     if damaged and found is None:
         raise CheckpointError("\n".join([*said, f"{run_dir}: no checkpoint is whole; start anew in another folder"]))

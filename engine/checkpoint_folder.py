@@ -203,11 +203,11 @@ def set_aside(checkpoint: Path) -> Path:
 
 
 def newest_whole(
-    run_dir: str | Path, faults_of: Callable[[Path], list[str]] = faults
+    checkpoints: list[Path], faults_of: Callable[[Path], list[str]] = faults
 ) -> tuple[Path | None, dict[Path, list[str]]]:
-    """The last checkpoint without faults, and the faults of those after it, newest first."""
+    """The last of `checkpoints` (oldest first) without faults, and the faults of those after it, newest first."""
     damaged: dict[Path, list[str]] = {}
-    for checkpoint in reversed(list_checkpoints(run_dir)):
+    for checkpoint in reversed(checkpoints):
         damaged[checkpoint] = faults_of(checkpoint)
         if not damaged[checkpoint]:
             del damaged[checkpoint]

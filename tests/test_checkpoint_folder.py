@@ -81,7 +81,7 @@ def test_the_one_before_a_damaged_checkpoint_is_taken(tmp_path):
         write(tmp_path, step)
     (files.place_of(tmp_path, 3) / "state.json").write_text("{")
     (files.place_of(tmp_path, 2) / "manifest.json").unlink()
-    found, damaged = files.newest_whole(tmp_path)
+    found, damaged = files.newest_whole(files.list_checkpoints(tmp_path))
     assert found == files.place_of(tmp_path, 1)
     lines = [files.told(*pair) for pair in damaged.items()]
     assert "step_000003: damaged: state.json has 1 bytes, not" in lines[0] and "manifest.json is missing" in lines[1]

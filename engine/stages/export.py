@@ -65,7 +65,7 @@ def _chosen(config: ExportConfig) -> Path:
         return faults(checkpoint, only=(STATE, config.role))
 
     if config.checkpoint == "latest":
-        found, damaged = newest_whole(config.run, faults_of)
+        found, damaged = newest_whole(list_checkpoints(config.run), faults_of)
         for checkpoint, what in damaged.items() if found is not None else ():
             warn(f"{told(checkpoint, what)}; exporting the one before it")
     else:
