@@ -140,15 +140,11 @@ class Demo:
         os.replace(aside, path)
 
     def _run(self, stage: str) -> list[str]:
-        """Where a stage runs, and whether it continues: a folder without a checkpoint is started anew."""
-        folder = self.out / stage
-        resume = any((folder / "checkpoints").glob("step_*"))
-        if not resume:
-            shutil.rmtree(folder, ignore_errors=True)
+        """Where a stage runs; what was begun there is continued."""
         return [
-            f"{stage}.run.dir={folder}",
+            f"{stage}.run.dir={self.out / stage}",
             f"{stage}.run.seed={self.seed}",
-            f"{stage}.run.resume={str(resume).lower()}",
+            f"{stage}.run.resume=auto",
             *self._mine(stage),
         ]
 
