@@ -6,6 +6,7 @@ then rank 0 seals the whole with a manifest and gives it its name (`checkpoint_f
 
 from __future__ import annotations
 
+import json
 import queue
 import threading
 from collections.abc import Callable
@@ -54,22 +55,24 @@ class Checkpoints:
         self.complete()
         cluster, target = Cluster.current(), files.place_of(self.run_dir, step)
         schedules = {role.name: role.schedule.state_dict() for role in roles}
-        document = {
-            "step": step,
-            "schedules": schedules,
-            "quality": quality,
-            "rng": cluster.to_main(checkpoint_rng.capture()),
-            **state,
-        }
+        rng = cluster.to_main(checkpoint_rng.capture())
+        # As text, and not when it is written: what it refers to changes with the next step.
+        text = json.dumps({"step": step, "schedules": schedules, "quality": quality, "rng": rng, **state}, indent=1)
+        problem = None
         try:
             if cluster.is_main:
                 files.begin(target, [role.name for role in roles])
-            cluster.wait()
+        except OSError as error:
+            problem = error.strerror or str(error)
+        problem = cluster.from_main(problem)
+        if problem is not None:
+            raise self._cannot_write(target, problem)
+        try:
             plans = {role.name: megatron.plan(role, files.aside_of(target) / role.name) for role in roles}
         except OSError as error:
             raise self._cannot_write(target, error.strerror or error) from error
         writing = _Writing(files.aside_of(target), plans, copy=self.background)
-        self._pending = _Pending(target, document, plans, writing, then)
+        self._pending = _Pending(target, text, plans, writing, then)
         if self.background:
             writing.start()
         else:
@@ -115,7 +118,7 @@ class Checkpoints:
         for name, plan in pending.plans.items():
             plan.writer.finish(plan.metadata, [part.results[name] for part in parts])
             save_config(CheckpointingConfig(plan.backend, plan.version), str(aside / name))
-        files.write_state(aside, pending.document)
+        files.write_state(aside, pending.state)
         files.seal(aside, {name: digest for part in parts for name, digest in part.digests.items()})
         files.publish(pending.target)
         files.prune(self.run_dir, self.keep)
@@ -132,7 +135,7 @@ class Checkpoints:
 @dataclass
 class _Pending:
     target: Path
-    document: dict[str, Any]
+    state: str
     plans: dict[str, Any]
     writing: _Writing
     then: Callable[[Path], None]

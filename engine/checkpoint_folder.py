@@ -15,6 +15,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -176,7 +177,7 @@ def best_of(checkpoints: Iterable[Path]) -> Path | None:
     for checkpoint in checkpoints:
         with contextlib.suppress(CheckpointError):
             quality = read_state(checkpoint).get("quality")
-            if quality is not None:
+            if quality is not None and math.isfinite(quality):
                 known.append((float(quality), checkpoint))
     return max(known, key=lambda pair: pair[0])[1] if known else None
 
@@ -230,9 +231,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read ({error}); resume from an earlier checkpoint") from None
 
 
-def write_state(aside: Path, document: dict[str, Any]) -> None:
+def write_state(aside: Path, text: str) -> None:
     """Write the JSON part of a checkpoint that is being written."""
-    _write(aside / STATE, json.dumps(document, indent=1))
+    _write(aside / STATE, text)
 
 
 # -- small things ------------------------------------------------------------------------------------------------------

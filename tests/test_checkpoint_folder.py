@@ -19,7 +19,7 @@ def write(run, step, quality=None, mark=b""):
     aside = files.aside_of(place)
     for name, data in CONTENTS.items():
         (aside / name).write_bytes(data + mark)
-    files.write_state(aside, {"step": step, "quality": quality})
+    files.write_state(aside, json.dumps({"step": step, "quality": quality}))
     files.seal(aside, {})
     files.publish(place)
     return place

@@ -17,6 +17,7 @@ from icegrt import checkpoint_folder as files
 from icegrt.config import PPOConfig, RewardConfig, SFTConfig
 from icegrt.errors import CheckpointError, RunError
 from icegrt.metrics import read_metrics
+from icegrt.stages import folders
 from icegrt.stages.ppo import PPOTrainer
 from icegrt.stages.reward import RewardTrainer
 from icegrt.stages.sft import SFTTrainer
@@ -99,6 +100,17 @@ def test_what_is_written_in_the_background_is_the_state_of_when_it_was_asked_for
         assert json.loads((files.place_of(run, 1) / "state.json").read_text())["step"] == 1
     held = [weights_of(tmp_path / kind, "latest", home) for kind in ("sync", "async")]
     assert held[0] == held[1]
+
+
+def test_what_the_trainer_remembers_later_is_not_in_the_checkpoint(home, tmp_path, gate):
+    with trainer(home, "ppo", tmp_path / "run", "ppo.run.checkpoint_in_background=true") as run:
+        run.step()
+        run.save_checkpoint()
+        before = json.loads(json.dumps(run.state()))
+        run.step()
+        run.alarm_messages.append("later")
+        gate.set()
+    assert files.read_state(files.place_of(run.dir, 1))["trainer"] == before
 
 
 def test_a_run_that_saves_in_the_background_is_the_run_that_does_not(home, tmp_path):
@@ -193,6 +205,15 @@ def test_auto_does_not_take_a_folder_that_is_something_else(home, tmp_path):
     with pytest.raises(RunError, match="not empty, and not the folder of a run"):
         trainer(home, "ppo", tmp_path / "run", "ppo.run.resume=auto")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_two_processes_do_not_run_in_one_folder(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "_PATIENCE_S", 0.2)
+    with trainer(home, "sft", tmp_path / "run"):
+        with pytest.raises(RunError, match="another process is running in it"):
+            trainer(home, "sft", tmp_path / "run", "sft.run.resume=auto")
+    with trainer(home, "sft", tmp_path / "run", "sft.run.resume=auto"):
+        pass
 
 
 # -- damage, in a run --------------------------------------------------------------------------------------------------

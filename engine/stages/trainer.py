@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from icegrt.metrics import RunLog, drop_rollouts, write_text_aside
 from icegrt.metrics_sinks import check_sinks
 from icegrt.model.architecture import DTYPES, Architecture
 from icegrt.roles.role import Role
-from icegrt.stages.folders import CONFIG_FILE, claim_run, remove_empty
+from icegrt.stages.folders import CONFIG_FILE, Claim, claim_run
 from icegrt.stages.termination import noting_sigterm
 
 
@@ -63,7 +63,8 @@ class Trainer:
         self._again = False  # whether the folder is one that a run has used already
         self._resumed_from: Path | None = None
         self._saved_at: int | None = None
-        self._made: list[Path] = []
+        self._claim: Claim | None = None
+        self._told_to_end: Callable[[], bool] = lambda: False
         self._checkpoints: checkpoint.Checkpoints | None = None
         self.cluster: Cluster | None = None
         check_sinks(self.run.log_to, f"{config.section}.run.log_to")
@@ -72,10 +73,10 @@ class Trainer:
         self.dir = Path(self.run.dir)
         layout = Layout.of(config.parallel)
         if is_main():
-            self._again, self._made = claim_run(config)
+            self._claim = claim_run(config)
         try:
             self.cluster = Cluster.open(layout)
-            self._again = self.cluster.from_main(self._again)
+            self._again = self.cluster.from_main(self._claim is not None and self._claim.again)
             if self._again:
                 self._resumed_from = self._choose_checkpoint()
             background = self.run.checkpoint_in_background
@@ -167,6 +168,7 @@ class Trainer:
     def __iter__(self) -> Iterator[Any]:
         while self.done_steps < self.total_steps:
             yield self.step()
+            self._between_steps()
 
     def train(self) -> Any:
         """Run to the end with a progress bar; returns what `finish()` says.
@@ -174,18 +176,17 @@ class Trainer:
         SIGTERM to any rank ends the run on all of them after the step that it meets: saved, and with exit status 0
         (`SystemExit`).
         """
-        with noting_sigterm() as told_to_end:
+        with noting_sigterm() as self._told_to_end:
             with progress(self.total_steps, self.config.section, self.unit) as bar:
                 bar.advance(self.done_steps)
                 for step in self:
                     bar.advance(1, **self.describe(step))
-                    self._between_steps(told_to_end())
             summary = self.finish()
             self.complete_checkpoint()
         return summary
 
-    def _between_steps(self, told_to_end: bool) -> None:
-        end, writing = self.cluster.anywhere([told_to_end, not self._checkpoints.ready])
+    def _between_steps(self) -> None:
+        end, writing = self.cluster.anywhere([self._told_to_end(), not self._checkpoints.ready])
         if end:
             if self._saved_at != self.done_steps:
                 self.save_checkpoint()
@@ -249,8 +250,9 @@ class Trainer:
         if self.cluster is not None:
             self.cluster.close()
             self.cluster = None
-        remove_empty(self._made)
-        self._made = []
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
 
     def __enter__(self):
         return self

@@ -151,12 +151,14 @@ def outcome(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rollouts = {p.name: p.read_bytes() for p in sorted((run / "rollouts").iterdir())}
     last = files.list_checkpoints(run)[-1]
+    state = files.read_state(last)
+    del state["rng"]  # Python seeds its generators anew in every process, and nothing here draws from them
     assert files.faults(last) == [] and (last.parent / "latest").read_text().strip() == last.name
     return {
         "rows": [{k: v for k, v in row.items() if not any(t in k for t in TIMED)} for row in rows],
         "rollouts": rollouts,
         "actor": (run / "model" / "model.safetensors").read_bytes(),
-        "state": json.loads((last / "state.json").read_text()),
+        "state": state,
         "tensors": {p.relative_to(last): p.read_bytes() for p in last.rglob("*.distcp")},
         "kept": [p.name for p in files.list_checkpoints(run)],
         "best": (last.parent / "best").read_text(),

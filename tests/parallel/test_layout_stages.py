@@ -65,7 +65,7 @@ def test_every_command_writes_in_a_layout_what_one_process_writes(world, tmp_pat
 
 # -- save in one layout, resume in others -----------------------------------------------------------------------------
 
-SAVED_IN, RESUMED_IN = "tp2_pp2", ("dp2", "one_tied")
+SAVED_IN, RESUMED_IN = "tp2_pp2", ("dp2", "one_tied", "pp2_virtual")
 
 
 def save(folder):
@@ -79,6 +79,7 @@ def resume(folder, layout):
     settings = config(folder / "run", layout, iterations=4, checkpoint_every=4, run={"resume": True})
     with trainer(settings, True) as run:
         before = tiny.by_hugging_face_name(run.actor, lambda p: p)
+        run.save_checkpoint()  # what came out of one layout, written by another
         told = [run.step() for _ in range(2)]
         tell(folder, layout, run, {"before": before, "steps": [(s.policy_loss, s.value_loss) for s in told]})
 
@@ -116,13 +117,19 @@ def test_a_run_goes_on_in_another_layout_and_is_exported_alike_from_each(tmp_pat
         launch(LAYOUTS[layout][0], resume, tmp_path, layout)
         told[layout] = torch.load(tmp_path / f"{layout}.pt")
         assert tiny.same(told[layout]["before"], saved["weights"]["actor"])
-    dp, one = (told[layout] for layout in RESUMED_IN)
+        for role in ("actor", "critic"):
+            out = tmp_path / f"{role}_{layout}"
+            given = [f"export.run={tmp_path / 'run'}", f"export.role={role}", f"export.out={out}"]
+            command("export", *given, "export.checkpoint=step_000002")
+            assert tiny.same(load_file(out / "model.safetensors"), saved["weights"][role])
+    one = told["one_tied"]
     # Two steps later the optimizers' states have been used: a lost moment or step count would show by now.
-    for ours, theirs in zip(dp["steps"], one["steps"], strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-4)
-    for role in saved["weights"]:
-        assert tiny.gap(dp["weights"][role], one["weights"][role])[0] <= 1e-5
-    assert dp["adam"] == one["adam"] and all(len(steps) == 1 for steps in dp["adam"].values())
+    for cut in (told[layout] for layout in RESUMED_IN):
+        for ours, theirs in zip(cut["steps"], one["steps"], strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-4)
+        for role in saved["weights"]:
+            assert tiny.gap(cut["weights"][role], one["weights"][role])[0] <= 1e-5
+        assert cut["adam"] == one["adam"] and all(len(steps) == 1 for steps in cut["adam"].values())
     for ranks in (1, 2, 4):
         launch(ranks, export, tmp_path, ranks)
     for role in ("actor", "critic"):
