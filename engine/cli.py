@@ -9,15 +9,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import errno
 import importlib
 import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from icegrt import console, failure
-from icegrt.errors import ConfigError, UserError
+from icegrt.errors import ConfigError, RunError, UserError
 from icegrt.redaction import redact_text
 
 COMMANDS = {
@@ -38,6 +39,8 @@ _DOCTOR_OPTIONS = {"--help": "show this page", "--json": "print the findings as 
 _PACKAGES = {"megatron": "megatron-core", "yaml": "pyyaml"} | {
     n: n for n in ("pydantic", "rich", "torch", "transformers")
 }
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -106,9 +109,24 @@ def _run(argv: list[str]) -> int:
         return OK
     with _needed_packages(args.command):
         stage = importlib.import_module(f"icegrt.stages.{args.command}")
-    with failure.leaving_together():
+    with failure.leaving_together(), _disks_in_words():
         stage.run(config)
     return OK
+
+
+@contextlib.contextmanager
+def _disks_in_words() -> Iterator[None]:
+    """A disk that is full or broken is nothing that a traceback explains."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        raise RunError(
+            f"{where}{error.strerror} while the command was writing; what was finished before is whole, so make room or "
+            "repair the disk, and start it again (with --resume where it was training)"
+        ) from error
 
 
 def parse(argv: Sequence[str]) -> Arguments:

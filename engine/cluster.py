@@ -217,7 +217,9 @@ def _join(world_size: int, rank: int, device: torch.device) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "MASTER_ADDR" in os.environ:
         # Each opening under a name of its own: ranks of a second one would otherwise meet at the first one's addresses.
-        store = dist.PrefixStore(f"icegrt/{next(_openings)}", failure.meeting_point())
+        # torchrun keeps its store when it starts ranks again, and with it what those before them have left there.
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"icegrt/{again}/{world_size}/{next(_openings)}", failure.meeting_point())
     else:  # one process that nobody launched: no port is needed
         store = dist.HashStore()
     dist.init_process_group(backend, store=store, world_size=world_size, rank=rank, timeout=_PATIENCE)

@@ -287,6 +287,23 @@ def test_a_disk_that_is_full_while_saving_costs_that_checkpoint_alone(background
         assert files.faults(files.place_of(run.dir, 2)) == []
 
 
+def test_a_disk_that_is_full_while_anything_else_is_written_is_one_message(home, tmp_path, capsys):
+    run = tmp_path / "run"
+    keys = [*cases.ppo_keys(home, run), *LONGER["ppo"], "ppo.checkpoint_every=1", "ppo.run.resume=auto"]
+    with trainer(home, "ppo", run, "ppo.checkpoint_every=1") as first:
+        first.step()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, limits[1]))  # too little for the responses of an iteration
+    try:
+        assert cli.main(["ppo", *keys]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err
+    assert "error: File too large while the command was writing" in said and "Traceback" not in said
+    assert names(run) == ["step_000001"] and files.faults(files.place_of(run, 1)) == []
+    assert cli.main(["ppo", *keys]) == 0 and names(run)[-1] == "step_000004"
+
+
 def test_generators_of_python_numpy_and_torch_come_back(home, tmp_path):
     import random
 

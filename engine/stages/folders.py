@@ -44,7 +44,7 @@ def claim_run(config: Any) -> Claim:
     Raises `RunError` where the folder is not this run's to use, or where another process is using it.
     """
     folder = Path(config.run.dir)
-    if folder.exists() and not folder.is_dir():
+    if folder.is_file():
         raise RunError(f"{folder}: not a folder; set {config.section}.run.dir to another place")
     claim = Claim(False, claim_folder(folder), None)
     try:

@@ -1,0 +1,27 @@
+"""Checkpoints of a run on a CUDA device: in the background by default, of the state when they were asked for."""
+
+import pytest
+import stage_cases as cases
+import tiny_models as tiny
+
+from icegrt import checkpoint_folder as files
+from icegrt.config import SFTConfig
+from icegrt.stages.sft import SFTTrainer
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_checkpoint_in_the_background_is_what_a_resumed_run_starts_from(dtype, tmp_path):
+    home = cases.make_home(tmp_path)
+    keys = [*cases.sft_keys(home, tmp_path / "run"), "sft.epochs=4", f"sft.run.dtype={dtype}"]
+    with SFTTrainer(SFTConfig.load(None, keys)) as run:
+        assert run._checkpoints.background
+        run.step()
+        run.save_checkpoint()
+        then = tiny.parameters(run.role)
+        second, third = run.step(), run.step()
+    assert files.faults(files.place_of(run.dir, 1)) == []
+    with SFTTrainer(SFTConfig.load(None, [*keys, "sft.run.resume=true"])) as again:
+        assert again.done_steps == 1 and tiny.same(tiny.parameters(again.role), then)
+        for expected in (second, third):
+            step = again.step()
+            assert (step.loss, step.grad_norm) == (expected.loss, expected.grad_norm)
