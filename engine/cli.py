@@ -124,7 +124,7 @@ def _disks_in_words() -> Iterator[None]:
             raise
         where = f"{error.filename}: " if error.filename else ""
         raise RunError(
-            f"{where}{error.strerror} while the command was writing; what was finished before is whole, so make room or "
+            f"{where}{error.strerror} while the command was writing; what was finished before is whole: make room or "
             "repair the disk, and start it again (with --resume where it was training)"
         ) from error
 
