@@ -13,7 +13,7 @@ from icegrt.config import CriticConfig, DataSource, OptimizerConfig, ParallelCon
 from icegrt.model import weights
 from icegrt.stages.ppo import PPOTrainer
 
-# name: ranks, keys of `parallel`, whether the embedding is tied to the output
+# name: ranks, keys of `parallel`, whether the model is one with an embedding tied to the output and biases to QKV
 LAYOUTS = {
     "one": (1, {}, False),
     "one_tied": (1, {}, True),
@@ -63,10 +63,11 @@ def write_ptx(folder):
 
 
 def trainer(config, tied, callbacks=(), **changes):
-    # A bias on the output projection too: it is added once, not by every tensor-parallel rank.
-    shape = {"num_hidden_layers": LAYERS, "tie_word_embeddings": tied, "attention_bias": True}
-    reward = [tiny.scorer(1, num_hidden_layers=LAYERS, attention_bias=True), tiny.count_letters]
-    actor = tiny.causal_lm(0, **shape)
+    # Qwen2 has biases on queries, keys and values. Llama has one on the output projection too: it is added once, not by
+    # every tensor-parallel rank.
+    family, bias = ("qwen2", {}) if tied else ("llama", {"attention_bias": True})
+    reward = [tiny.scorer(1, family, num_hidden_layers=LAYERS, **bias), tiny.count_letters]
+    actor = tiny.causal_lm(0, family, num_hidden_layers=LAYERS, tie_word_embeddings=tied, **bias)
     return PPOTrainer(config, actor, tiny.tokenizer(), reward, tiny.PROMPTS, callbacks=callbacks, **changes)
 
 

@@ -12,6 +12,7 @@ from parallel.ranks import launch
 from safetensors.torch import load_file
 
 from icegrt import cli
+from icegrt.model.architecture import DTYPES
 from icegrt.rollout.response import Sampling
 
 FOUR = ("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence_parallel=true")
@@ -177,19 +178,36 @@ def test_neither_training_nor_rollout_makes_a_tensor_as_wide_as_the_vocabulary(t
 # -- recomputation ----------------------------------------------------------------------------------------------------
 
 
-def recomputed(folder):
+def recomputed(folder, layout, dtype):
     found = []
     for how in ("none", "selective", "full"):
-        with trainer(config(folder / how, "one", ptx_coef=0.0, run={"recompute": how}), False) as run:
-            found.append((run.step(), tiny.by_hugging_face_name(run.actor, lambda p: p)))
+        settings = config(folder / how, layout, ptx_coef=0.0, minibatches=1, run={"recompute": how, "dtype": dtype})
+        with trainer(settings, LAYOUTS[layout][2]) as run:
+            step = run.step()
+            found.append((step, tiny.by_hugging_face_name(run.actor, lambda p: p)))
+            assert (step.ratio_min, step.ratio_max) == (1.0, 1.0)
+            for p in run.actor.model.parameters():
+                assert p.dtype == DTYPES[dtype] and p.main_grad.dtype == torch.float32
+            masters = [
+                master
+                for optimizer in inner(run.actor)
+                for group in optimizer.optimizer.param_groups
+                for master in group["params"]
+            ]
+            assert {master.dtype for master in masters} <= {torch.float32}
     for step, after in found[1:]:
         assert step.policy_loss == found[0][0].policy_loss and step.value_loss == found[0][0].value_loss
         assert tiny.same(after, found[0][1])
 
 
-def test_activations_formed_again_change_nothing(tmp_path):
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [("one", "fp32"), ("one", "bf16"), pytest.param("tp2_pp2", "bf16", marks=pytest.mark.long)],
+)
+def test_activations_formed_again_change_nothing_and_sums_are_fp32(layout, dtype, tmp_path):
     write_ptx(tmp_path)
-    launch(1, recomputed, tmp_path)
+    launch(LAYOUTS[layout][0], recomputed, tmp_path, layout, dtype)
 
 
 def test_a_layout_is_read_from_the_configuration(tmp_path, capsys):
