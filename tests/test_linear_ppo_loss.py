@@ -14,6 +14,7 @@ from icegrt.kernels import (
     linear_rows,
     ppo_policy_loss,
     token_logprobs,
+    use_backend,
 )
 
 
@@ -179,6 +180,29 @@ def test_a_kl_coefficient_without_a_reference_is_refused():
     hidden, weight, labels, old, advantage, _ = problem()
     with pytest.raises(ValueError, match="ref_logprob_A must be given"):
         linear_ppo_loss(hidden, weight, labels, old, advantage, normalizer=1.0, kl_coef=0.1)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_without_gradient_leave_before_the_backward_products(monkeypatch, masked):
+    """Clipped rows and rows without advantage; the gradient is that of the composition all the same."""
+    hidden, weight, labels, old, advantage, _ = problem()
+    advantage[::2] = 0
+    mask = torch.arange(17) % 5 != 1 if masked else None
+    seen = []
+    product = linear_products.product
+    monkeypatch.setattr(
+        linear_products, "product", lambda a, b, out, add=False: seen.append(a.shape) or product(a, b, out, add)
+    )
+    out = linear_ppo_loss(hidden, weight, labels, old, advantage, normalizer=2.0, mask_A=mask, chunk_rows=64)
+    counted = (labels != -100) & (mask if masked else torch.ones(17, dtype=torch.bool))
+    live = int((counted & (advantage != 0)).sum() - out.stats.clipped_sum)
+    rows = int(counted.sum()) if masked else 17  # the mask decides about the product of the logits, nothing else
+    assert seen == [(rows, 5), (live, 11), (11, live)]
+    with use_backend("reference"):
+        plain = linear_ppo_loss(hidden, weight, labels, old, advantage, normalizer=2.0, mask_A=mask)
+    got, expected = (torch.autograd.grad(x.loss, (hidden, weight)) for x in (out, plain))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_loss_and_gradients_repeat_to_the_bit():

@@ -48,6 +48,7 @@ def worker(rank, world, path):
     hidden, weight, labels, advantage = data()
     check_token_logprobs(hidden, weight, labels, shard, slice(start, stop))
     check_linear(hidden, weight, labels, advantage, shard, slice(start, stop))
+    check_linear_exchange(hidden, weight, labels, advantage, shard, slice(start, stop))
     check_fp32_bits(hidden.float(), weight.float(), labels, shard, slice(start, stop))
     check_sampling(hidden, weight, shard, slice(start, stop))
     check_sampling_exchange(shard, slice(start, stop))
@@ -106,6 +107,20 @@ def check_linear(hidden, weight, labels, advantage, shard, mine):
         (gh1, gw1), (gh2, gw2) = torch.autograd.grad(a, (h1, w1)), torch.autograd.grad(b, (h2, w2))
         torch.testing.assert_close(gh2, gh1, rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(gw2, gw1[mine], rtol=1e-9, atol=1e-11)
+
+
+def check_linear_exchange(hidden, weight, labels, advantage, shard, mine):
+    """What travels in the loss, forward and backward: four numbers a row, once a chunk, and dX once."""
+    hidden, weight = hidden.clone().requires_grad_(), weight[mine].clone().requires_grad_()
+    gather, reduce, sent, reduced = dist.all_gather, dist.all_reduce, [], []
+    dist.all_gather = lambda parts, x, group: sent.append(x.numel()) or gather(parts, x, group=group)
+    dist.all_reduce = lambda x, group: reduced.append(tuple(x.shape)) or reduce(x, group=group)
+    try:
+        options = {"normalizer": 9.0, "chunk_rows": 7, "entropy_coef": 0.1}
+        linear_ppo_loss(hidden, weight, labels, None, advantage, shard=shard, **options).loss.backward()
+    finally:
+        dist.all_gather, dist.all_reduce = gather, reduce
+    assert sent == [4 * 7, 4 * 7, 4 * 7, 4 * 2] and reduced == [(ROWS, WIDTH)], (sent, reduced)
 
 
 def check_fp32_bits(hidden, weight, labels, shard, mine):
