@@ -22,7 +22,7 @@ from torch import Tensor
 
 from icegrt import cpu, failure
 from icegrt.cluster_layout import Layout, check_world_size
-from icegrt.errors import RunError
+from icegrt.errors import ConfigError, RunError
 from icegrt.packing import Share
 
 # What Megatron-core 0.16 says on import (icegrt needs neither Transformer Engine nor apex) and provokes under a newer
@@ -175,6 +175,8 @@ def _start(layout: Layout) -> Cluster:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     check_world_size(layout, world_size)
+    if world_size > 1 and "MASTER_ADDR" not in os.environ:
+        raise ConfigError(f"WORLD_SIZE is {world_size}, but MASTER_ADDR does not say where ranks meet; use torchrun")
     with contextlib.ExitStack() as stack:
         hide_megatron_warnings()
         from megatron.core import parallel_state

@@ -255,9 +255,9 @@ def test_an_empty_folder_of_the_users_stays(home, refused, run_dir):
     assert run_dir.is_dir()
 
 
-def test_more_ranks_than_can_be_used(home, refused, run_dir, monkeypatch):
+def test_ranks_that_nothing_brings_together(home, refused, run_dir, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    refused("ppo", cases.ppo_keys(home, run_dir), "2 ranks", "--nproc-per-node 1")
-    refused("sft", cases.sft_keys(home, run_dir), "2 ranks", "--nproc-per-node 1")
+    refused("ppo", cases.ppo_keys(home, run_dir), "WORLD_SIZE is 2", "MASTER_ADDR", "torchrun")
+    refused("sft", cases.sft_keys(home, run_dir, "sft.parallel.tensor=4"), "started 2 ranks", "Start 4 ranks")
