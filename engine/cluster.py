@@ -57,7 +57,7 @@ class Cluster:
         """Join (or start) the process groups.
 
         layout: None takes the one that is open already, or no cut at all. Raises `ConfigError` when the world size
-        does not fit it, `RunError` when another layout is open.
+        does not fit it or nothing says where the ranks meet, `RunError` when another layout is open.
         """
         if cls._current is not None:
             if layout is not None and cls._current.layout != layout:
@@ -176,7 +176,10 @@ def _start(layout: Layout) -> Cluster:
     rank = int(os.environ.get("RANK", "0"))
     check_world_size(layout, world_size)
     if world_size > 1 and "MASTER_ADDR" not in os.environ:
-        raise ConfigError(f"WORLD_SIZE is {world_size}, but MASTER_ADDR does not say where ranks meet; use torchrun")
+        raise ConfigError(
+            f"WORLD_SIZE announces {world_size} ranks, but MASTER_ADDR does not say where they meet. Start them with "
+            f"torchrun --nproc-per-node {world_size} -m icegrt ..., or unset WORLD_SIZE to run alone"
+        )
     with contextlib.ExitStack() as stack:
         hide_megatron_warnings()
         from megatron.core import parallel_state

@@ -255,9 +255,12 @@ def test_an_empty_folder_of_the_users_stays(home, refused, run_dir):
     assert run_dir.is_dir()
 
 
-def test_ranks_that_nothing_brings_together(home, refused, run_dir, monkeypatch):
+def test_ranks_that_no_layout_fits_or_that_cannot_meet(home, refused, run_dir, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    refused("ppo", cases.ppo_keys(home, run_dir), "WORLD_SIZE is 2", "MASTER_ADDR", "torchrun")
-    refused("sft", cases.sft_keys(home, run_dir, "sft.parallel.tensor=4"), "started 2 ranks", "Start 4 ranks")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for command, keys in (("ppo", cases.ppo_keys(home, run_dir)), ("sft", cases.sft_keys(home, run_dir))):
+        odd = [*keys, f"{command}.parallel.tensor=3"]
+        refused(command, odd, "2 ranks", "tensor 3", "Start 3 ranks", "set parallel.tensor=2 parallel.pipeline=1")
+        refused(command, keys, "2 ranks", "MASTER_ADDR", "torchrun --nproc-per-node 2")
