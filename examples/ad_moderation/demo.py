@@ -11,6 +11,8 @@ import argparse
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -226,16 +228,31 @@ def _cores() -> int:
 
 
 def _launch(ranks: int) -> int:
-    """This script again, on `ranks` ranks of one torchrun."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    """This script again, once for each of `ranks`. Its end, or Ctrl-C, is theirs too.
+
+    torchrun would do, but it answers Ctrl-C with a page of its own frames.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     environment = {"OMP_NUM_THREADS": str(max(1, _cores() // ranks)), **os.environ}
-    process = subprocess.Popen([*torchrun, *sys.argv], env=environment)
+    environment |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    processes = []
     try:
-        return process.wait()
+        for rank in range(ranks):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            # A session of their own: Ctrl-C reaches this process alone, and ranks end by SIGTERM.
+            process = subprocess.Popen([sys.executable, *sys.argv], env=environment | place, start_new_session=True)
+            processes.append(process)
+        codes = [process.wait() for process in processes]
     except KeyboardInterrupt:
-        process.wait()
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
         _interrupted()
         return 130
+    return next((abs(code) for code in codes if code), 0)
 
 
 def _interrupted() -> None:
