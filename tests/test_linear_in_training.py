@@ -140,6 +140,7 @@ def test_autocast_never_rounds_the_logits():
 
 
 def worker(rank, world, path, kind):
+    gc.freeze()  # what the parent holds stays unfreed here: its process groups' threads did not come along
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     train_as_one_of_several(rank, world, kind)

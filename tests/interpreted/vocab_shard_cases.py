@@ -1,5 +1,7 @@
 """Vocabulary shards through the Triton kernels on gloo ranks, under the interpreter (run by test_linear_triton.py)."""
 
+import gc
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -35,6 +37,7 @@ def answers(backend, hidden, weight, labels, old, advantage, shard):
 
 
 def worker(rank, world, path):
+    gc.freeze()  # what the parent holds stays unfreed here: its process groups' threads did not come along
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     start, stop = CUTS[world][rank : rank + 2]

@@ -1,5 +1,6 @@
 """Vocabulary shards on gloo ranks: every operation agrees with one rank, to the bit across ranks, uneven and padded."""
 
+import gc
 import importlib.util
 import math
 
@@ -41,6 +42,7 @@ def equal_on_all_ranks(x):
 
 
 def worker(rank, world, path):
+    gc.freeze()  # what the parent holds stays unfreed here: its process groups' threads did not come along
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     start, stop = CUTS[world][rank : rank + 2]
