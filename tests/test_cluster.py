@@ -1,5 +1,6 @@
 """Opening and closing: what a closed run leaves behind, which is nothing that runs."""
 
+import contextlib
 import gc
 import sys
 from pathlib import Path
@@ -15,7 +16,10 @@ from icegrt.stages.ppo import PPOTrainer
 
 def group_threads():
     """Threads of this process that serve a process group."""
-    names = [(thread / "comm").read_text() for thread in Path("/proc/self/task").iterdir()]
+    names = []
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended while we looked
+            names.append((thread / "comm").read_text())
     return sum("gloo" in name for name in names)
 
 
