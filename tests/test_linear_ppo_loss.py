@@ -4,6 +4,9 @@ import gc
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_cases import assert_within_budget
 
 from icegrt.kernels import (
     Moments,
@@ -203,6 +206,40 @@ def test_rows_without_gradient_leave_before_the_backward_products(monkeypatch, m
     got, expected = (torch.autograd.grad(x.loss, (hidden, weight)) for x in (out, plain))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@given(
+    A=st.sampled_from([0, 1, 3, 17, 64]),
+    V=st.sampled_from([1, 2, 31, 257]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    masked=st.booleans(),
+    strided=st.booleans(),
+    scale=st.sampled_from([0.0, 1.0, 30.0]),
+    entropy_coef=st.sampled_from([0.0, 0.05]),
+    chunk_rows=st.sampled_from([1, 5, 64, None]),
+    seed=st.integers(0, 99),
+)
+def test_drawn_problems_stay_within_the_budget(A, V, dtype, masked, strided, scale, entropy_coef, chunk_rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(A, 16, generator=generator).to(dtype)[:, :: 2 if strided else 1]
+    weight = (torch.randn(hidden.shape[1], V, generator=generator) * scale).to(dtype).t()
+    weight = weight if strided else weight.contiguous()
+    labels = torch.randint(0, V, (A,), generator=generator)
+    old, advantage = torch.randn(2, A, generator=generator)
+    options = {"normalizer": 7.0, "entropy_coef": entropy_coef, "temperature": 0.7}
+    options["mask_A"] = torch.arange(A) % 3 != 1 if masked else None
+
+    def answer(backend, kind, **more):
+        h, w = (x.detach().to(kind).requires_grad_() for x in (hidden, weight))
+        streams = (x.double() if kind == torch.float64 else x for x in (old - 1, advantage))
+        with use_backend(linear_ppo_loss=backend):
+            loss = linear_ppo_loss(h, w, labels, *streams, **options, **more).loss
+        return loss, *torch.autograd.grad(loss, (h, w))
+
+    ours, plain = answer("chunked", dtype, chunk_rows=chunk_rows), answer("reference", dtype)
+    for mine, same, truth in zip(ours, plain, answer("reference", torch.float64), strict=True):
+        top = max(1.0, truth.detach().abs().max().item()) if truth.numel() else 1.0
+        assert_within_budget(mine, same, truth, atol=2e-5 * top)
 
 
 def test_loss_and_gradients_repeat_to_the_bit():

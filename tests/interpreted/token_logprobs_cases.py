@@ -7,6 +7,8 @@ import contextlib
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from kernel_cases import assert_within_budget, plain_logprobs, virtual_rows
 
 from icegrt.kernels import VocabShard, record_launches, token_logprobs, use_backend
@@ -42,6 +44,45 @@ def test_error_budget(V, temperature):
         answers.append((*out, leaf.grad))
     for mine, plain, truth, atol in zip(ours, *answers, (1e-6, 1e-5, 1e-6), strict=True):
         assert_within_budget(mine, plain, truth, atol)
+
+
+@given(
+    A=st.sampled_from([0, 1, 5]),
+    V=st.sampled_from([1, 2, 31, 33, 1025, 8193]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    temperature=st.sampled_from([1.0, 0.7, 30.0]),
+    scale=st.sampled_from([0.0, 3.0, 100.0]),
+    shift=st.sampled_from([0.0, -1e4, 1e4]),
+    strided=st.booleans(),
+    infinite=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25)
+def test_drawn_logits(A, V, dtype, temperature, scale, shift, strided, infinite, seed):
+    generator = torch.Generator().manual_seed(seed)
+    store = (torch.randn(A, 2 * V, generator=generator) * scale + shift).to(dtype)
+    logits = store[:, ::2] if strided else store[:, :V]
+    labels = torch.randint(0, V, (A,), generator=generator)
+    if infinite:  # but never at the label, where log-prob and budget would be infinite
+        logits = logits.masked_fill(torch.arange(V) % 3 == 0, -torch.inf)
+        logits = logits.scatter(1, labels[:, None], shift)
+    labels[:1] = -100
+    g, h = torch.randn(2, A, generator=generator)
+    with use_backend("triton"):
+        leaf = logits.to(torch.float32, copy=True).requires_grad_()  # the interpreter truncates bf16
+        out = token_logprobs(leaf, labels, entropy=True, temperature=temperature)
+        torch.autograd.backward([out.logprob_A, out.entropy_A], [g, h])
+        low = token_logprobs(logits, labels, entropy=True, temperature=temperature)
+    assert torch.equal(low.logprob_A, out.logprob_A) and torch.equal(low.entropy_A, out.entropy_A)
+    answers = []
+    for wide in (torch.float32, torch.float64):
+        with use_backend("reference"):
+            x = logits.to(wide, copy=True).requires_grad_()
+            found = token_logprobs(x, labels, entropy=True, temperature=temperature)
+        torch.autograd.backward([found.logprob_A, found.entropy_A], [g.to(wide), h.to(wide)])
+        answers.append((found.logprob_A, found.entropy_A, x.grad))
+    for mine, plain, truth in zip((out.logprob_A, out.entropy_A, leaf.grad), *answers, strict=True):
+        assert_within_budget(mine, plain, truth, atol=1e-5)
 
 
 def test_bf16_logits_are_widened():
