@@ -201,6 +201,7 @@ def test_prompts_whose_responses_all_tie_take_no_step_and_make_no_nan(home, tmp_
         steps = list(run)
         figures = run.finish()
     assert all(step.loss > 0.0 for step in steps) and figures["heldout_pairs"] == 0
+    assert figures["heldout_accuracy"] is None  # not the 0.5 of a guess
     assert all(bool(t.isfinite().all()) for t in load_file(tmp_path / "run" / "model" / "model.safetensors").values())
 
 

@@ -3,80 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from icegrt import checkpoint
-from icegrt.algorithm.ranking import (
-    RankedBatch,
-    RankingQuality,
-    evaluate_ranking,
-    pack_group,
-    pack_rankings,
-    ranking_loss,
-)
+from icegrt.algorithm.ranking import RankingQuality, evaluate_ranking, pack_group, pack_rankings, ranking_loss
 from icegrt.checkpoint_folder import best_of, list_checkpoints
-from icegrt.config import DataSource, RewardConfig
+from icegrt.config import RewardConfig
 from icegrt.console import say
-from icegrt.data import Blend, Encoded, Joined, Ranking, RankingEncoder, stop_ids, untied_pairs
-from icegrt.data.blend import shuffled
-from icegrt.errors import ConfigError, DataError
+from icegrt.data import Blend, Encoded, Joined, Ranking, RankingEncoder, untied_pairs
+from icegrt.errors import DataError
 from icegrt.metrics import RewardStep
 from icegrt.model import weights
 from icegrt.model.pretrained import Pretrained, build_model, save_pretrained
 from icegrt.roles.role import Role
-from icegrt.stages.sources import encode_sources, packed
-from icegrt.stages.trainer import Trainer, tokenizer_for, write_json
-from icegrt.statistics import accuracy_by_margin, best_one_feature_baseline
+from icegrt.stages.one_model import OneModelTrainer
+from icegrt.stages.reward_figures import heldout_figures, score_statistics
+from icegrt.stages.sources import hold_out, packed
+from icegrt.stages.trainer import write_json
 
 SCORE_STATISTICS = "score_statistics.json"
-_BASELINE_PROMPTS = 4096  # the trivial judge is fitted on so many training prompts at most
 
 
-class RewardTrainer(Trainer):
-    """Trains a scalar head and its trunk on rankings; iterating yields `RewardStep`.
+class RewardTrainer(OneModelTrainer):
+    """Trains a scalar head and its trunk on rankings; iterating yields `RewardStep`. Arguments: see `OneModelTrainer`.
 
-    model: path of a Hugging Face checkpoint or a `transformers` model, with or without a score head.
-    data, heldout: an iterable of dicts or a `datasets.Dataset` (default: the files of the configuration).
+    The model may come with or without a score head.
     """
 
-    def __init__(
-        self,
-        config: RewardConfig,
-        model: Any = None,
-        tokenizer: Any = None,
-        data: Any = None,
-        heldout: Any = None,
-        callbacks: Sequence[Any] = (),
-    ) -> None:
-        source = model if model is not None else config.model
-        if not source:
-            raise ConfigError("reward.model is empty; name the checkpoint to start from")
-        super().__init__(config, callbacks)
-        try:
-            self._set_up(source, tokenizer, data, heldout)
-        except BaseException:
-            self.close()
-            raise
-
-    def _set_up(self, source: Any, tokenizer: Any, data: Any, heldout: Any) -> None:
+    def _set_up(self, pretrained: Pretrained, data: Any, heldout: Any) -> None:
         config = self.config
-        pretrained = Pretrained(source)
-        architecture = pretrained.architecture
-        self.tokenizer = tokenizer_for(tokenizer, source, architecture)
-        self.stop_ids = stop_ids(self.tokenizer, architecture.hf_config, pretrained.folder)
-        self.max_length = min(config.max_length or architecture.context_length, architecture.context_length)
-        sources = self._encode("reward.data", config.data, data)
-        if not sources:
-            raise ConfigError("reward.data names no file; give at least one source")
-        held = [rankings for rankings, _ in self._encode("reward.heldout", config.heldout, heldout)]
+        sources, held = self._training_data(data), self._heldout_data(heldout)
         if not held and config.heldout_fraction:
-            sources, held = _hold_out(sources, config.heldout_fraction, self.run.seed)
+            sources, held = hold_out(sources, config.heldout_fraction, self.run.seed)
         sources = [(_that_differ(rankings, config.tie_margin), weight) for rankings, weight in sources]
         self.blend = Blend(sources, self.run.seed)
         self.total_steps = math.ceil(self.blend.count(config.epochs) / config.batch_prompts)
@@ -86,12 +48,8 @@ class RewardTrainer(Trainer):
         self.roles = [self.role]
         self.train_rankings = Joined([rankings for rankings, _ in sources])
         self.heldout_rankings = Joined(held)
-        self.heldout = packed(
-            self.heldout_rankings,
-            config.token_budget,
-            partial(pack_group, tie_margin=config.tie_margin),
-            self.cluster.share,
-        )
+        pack = partial(pack_group, tie_margin=config.tie_margin)
+        self.heldout = packed(self.heldout_rankings, config.token_budget, pack, self.cluster.share)
         self._batches = None
         self._best_loss: float | None = None
         self._without_better = 0
@@ -99,27 +57,20 @@ class RewardTrainer(Trainer):
         self._begin(self.tokenizer)
         if self._before is None and self.heldout:
             quality = self.evaluate()
-            self._before = {
-                "loss": quality.loss,
-                "accuracy": quality.accuracy,
-                "statistics": _statistics(quality.score_N),
-            }
+            statistics = score_statistics(quality.score_N)
+            self._before = {"loss": quality.loss, "accuracy": quality.accuracy, "statistics": statistics}
 
     def _build(self, source: Pretrained):
         return build_model(source, "scalar", dtype=self.dtype, new_head=True, recompute=self.run.recompute)
 
-    def _encode(self, key: str, files: list[DataSource], given: Any) -> list[tuple[Encoded[Ranking], float]]:
-        encoder = RankingEncoder(self.tokenizer, self.max_length, self.config.truncation, self.stop_ids)
-        encoded = encode_sources(key, files, given, encoder)
-        for rankings, _ in encoded:
-            longest = rankings.longest()
-            if len(longest) > self.config.token_budget:
-                raise DataError(
-                    f"{longest.where}: all {len(longest.responses)} responses have {len(longest)} tokens together, "
-                    f"more than reward.token_budget {self.config.token_budget}; raise it (a prompt's responses share a "
-                    "batch)"
-                )
-        return encoded
+    def _encoder(self) -> RankingEncoder:
+        return RankingEncoder(self.tokenizer, self.max_length, self.config.truncation, self.stop_ids)
+
+    def _too_long(self, item: Ranking) -> str:
+        return (
+            f"all {len(item.responses)} responses have {len(item)} tokens together, more than reward.token_budget "
+            f"{self.config.token_budget}; raise it (a prompt's responses share a batch)"
+        )
 
     def state(self) -> dict[str, Any]:
         return {
@@ -219,35 +170,12 @@ class RewardTrainer(Trainer):
         summary: dict[str, Any] = {"steps": self.done_steps}
         statistics = None
         if after is not None:
-            summary |= self._figures(after)
-            statistics = {"before": self._before["statistics"], "after": _statistics(after.score_N)}
+            summary |= heldout_figures(self.config, self._before, after, self.heldout_rankings, self.train_rankings)
+            statistics = {"before": self._before["statistics"], "after": score_statistics(after.score_N)}
         self.save_checkpoint(None if after is None else -after.loss)
         self.write_model(statistics)
         write_json(self.dir / "summary.json", summary)
         return summary
-
-    def _figures(self, after: RankingQuality) -> dict[str, Any]:
-        pack = partial(pack_group, tie_margin=self.config.tie_margin)
-        everyone = packed(self.heldout_rankings, self.config.token_budget, pack)
-        pairs, all_pairs = after.margin_P.numel(), sum(r.all_pairs for r in everyone)
-        right_P = (after.difference_P > 0).double() + 0.5 * (after.difference_P == 0).double()
-        figures: dict[str, Any] = {
-            "heldout_loss_before": self._before["loss"],
-            "heldout_loss_after": after.loss,
-            "heldout_accuracy_before": self._before["accuracy"],
-            "heldout_accuracy": after.accuracy,
-            "heldout_pairs": pairs,
-            "heldout_tie_fraction": 1.0 - pairs / max(all_pairs, 1),
-        }
-        if pairs:
-            edges = np.unique(np.quantile(after.margin_P.numpy(), [0.0, 0.25, 0.5, 0.75, 1.0]))
-            edges = edges if edges.size > 1 else np.array([edges[0], edges[0] + 1.0])
-            figures["heldout_accuracy_by_margin"] = accuracy_by_margin(after.margin_P.numpy(), right_P.numpy(), edges)
-            some = self.train_rankings[:_BASELINE_PROMPTS]
-            train = pack_rankings(some, self.config.token_budget, self.config.tie_margin)
-            name, accuracy = best_one_feature_baseline(_feature_pairs(train), _feature_pairs(everyone))
-            figures |= {"baseline_feature": name, "baseline_accuracy": accuracy}
-        return figures
 
 
 def _that_differ(rankings: Encoded[Ranking], tie_margin: float) -> Encoded[Ranking]:
@@ -261,42 +189,6 @@ def _that_differ(rankings: Encoded[Ranking], tie_margin: float) -> Encoded[Ranki
     if len(chosen) < len(rankings):
         say(f"{rankings.name}: {len(rankings) - len(chosen):,} of {len(rankings):,} prompts have only ties, left out")
     return rankings.subset(chosen)
-
-
-def _hold_out(sources, fraction: float, seed: int):
-    # By prompt: all responses of a prompt are on one side.
-    kept, held = [], []
-    for index, (rankings, weight) in enumerate(sources):
-        order = shuffled(len(rankings), seed, index)
-        count = min(max(1, round(fraction * len(rankings))), len(rankings) - 1)
-        held.append(rankings.subset(np.sort(order[:count])))
-        kept.append((rankings.subset(np.sort(order[count:])), weight))
-    return kept, held
-
-
-def _statistics(score_N: torch.Tensor) -> dict[str, float]:
-    score_N = score_N.double()
-    return {"count": score_N.numel(), "mean": float(score_N.mean()), "std": float(score_N.std(correction=0))}
-
-
-def _feature_pairs(ranked: list[RankedBatch]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """What a trivial judge could look at, for winners and losers: length, and overlap with the prompt."""
-    features: dict[str, tuple[list, list]] = {"length": ([], []), "overlap with the prompt": ([], [])}
-    for r in ranked:
-        rows = [_features(r.batch, n) for n in range(r.batch.n_sequences)]
-        for side, index in enumerate((r.winners_P, r.losers_P)):
-            for n in index.tolist():
-                for name in features:
-                    features[name][side].append(rows[n][name])
-    return {name: (np.array(winners, float), np.array(losers, float)) for name, (winners, losers) in features.items()}
-
-
-def _features(batch, n: int) -> dict[str, float]:
-    response = batch.action_tokens_A[batch.cu_actions[n] : batch.cu_actions[n + 1]].tolist()
-    start, end = batch.cu_seqlens[n].item(), batch.cu_seqlens[n + 1].item()
-    prompt = set(batch.tokens_T[start : end - len(response)].tolist())
-    shared = sum(token in prompt for token in response)
-    return {"length": len(response), "overlap with the prompt": shared / max(len(response), 1)}
 
 
 def run(config: RewardConfig) -> None:

@@ -4,65 +4,34 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from icegrt.algorithm.supervised import heldout_loss, pack_examples, pack_group, response_nll
-from icegrt.config import DataSource, SFTConfig
+from icegrt.config import SFTConfig
 from icegrt.console import say
-from icegrt.data import Blend, Encoded, Example, ExampleEncoder, Joined, stop_ids
-from icegrt.errors import ConfigError, DataError
+from icegrt.data import Blend, Example, ExampleEncoder, Joined
 from icegrt.metrics import SFTStep
 from icegrt.model import weights
 from icegrt.model.pretrained import Pretrained, build_model, save_pretrained
 from icegrt.roles.role import Role
-from icegrt.stages.sources import encode_sources, packed
-from icegrt.stages.trainer import Trainer, resolve_chunk_rows, tokenizer_for, write_json
+from icegrt.stages.one_model import OneModelTrainer
+from icegrt.stages.sources import packed
+from icegrt.stages.trainer import resolve_chunk_rows, write_json
 
 
-class SFTTrainer(Trainer):
-    """Fine-tunes a causal language model; iterating yields `SFTStep`.
+class SFTTrainer(OneModelTrainer):
+    """Fine-tunes a causal language model; iterating yields `SFTStep`. Arguments: see `OneModelTrainer`."""
 
-    model: path of a Hugging Face checkpoint, or a `transformers` model (default: `config.model`).
-    data, heldout: an iterable of dicts or a `datasets.Dataset` (default: the files of the configuration).
-    """
-
-    def __init__(
-        self,
-        config: SFTConfig,
-        model: Any = None,
-        tokenizer: Any = None,
-        data: Any = None,
-        heldout: Any = None,
-        callbacks: Sequence[Any] = (),
-    ) -> None:
-        source = model if model is not None else config.model
-        if not source:
-            raise ConfigError("sft.model is empty; name the checkpoint to start from")
-        super().__init__(config, callbacks)
-        try:
-            self._set_up(source, tokenizer, data, heldout)
-        except BaseException:
-            self.close()
-            raise
-
-    def _set_up(self, source: Any, tokenizer: Any, data: Any, heldout: Any) -> None:
+    def _set_up(self, pretrained: Pretrained, data: Any, heldout: Any) -> None:
         config = self.config
-        pretrained = Pretrained(source)
-        architecture = pretrained.architecture
-        self.tokenizer = tokenizer_for(tokenizer, source, architecture)
-        self.stop_ids = stop_ids(self.tokenizer, architecture.hf_config, pretrained.folder)
-        self.max_length = min(config.max_length or architecture.context_length, architecture.context_length)
-        sources = self._encode("sft.data", config.data, data)
-        if not sources:
-            raise ConfigError("sft.data names no file; give at least one source")
-        self.heldout = Joined([examples for examples, _ in self._encode("sft.heldout", config.heldout, heldout)])
+        sources = self._training_data(data)
+        self.heldout = Joined(self._heldout_data(heldout))
         self.blend = Blend(sources, self.run.seed)
         self.total_steps = math.ceil(self.blend.count(config.epochs) / config.batch_sequences)
         self.role = Role("actor", build_model(pretrained, "lm", dtype=self.dtype, recompute=self.run.recompute))
         self.role.learn(config.optimizer, self.total_steps)
-        self.chunk_rows = resolve_chunk_rows(config.chunk_rows, architecture)
+        self.chunk_rows = resolve_chunk_rows(config.chunk_rows, pretrained.architecture)
         self.roles = [self.role]
         self._batches = None
         self._heldout_batches = packed(self.heldout, config.token_budget, pack_group, self.cluster.share)
@@ -71,17 +40,11 @@ class SFTTrainer(Trainer):
         if self._heldout_before is None:
             self._heldout_before = self.evaluate()
 
-    def _encode(self, key: str, files: list[DataSource], given: Any) -> list[tuple[Encoded[Example], float]]:
-        encoder = ExampleEncoder(self.tokenizer, self.max_length, self.config.truncation, self.stop_ids)
-        encoded = encode_sources(key, files, given, encoder)
-        for examples, _ in encoded:
-            longest = examples.longest()
-            if len(longest) > self.config.token_budget:
-                raise DataError(
-                    f"{longest.where}: {len(longest)} tokens, more than sft.token_budget {self.config.token_budget}; "
-                    "raise it"
-                )
-        return encoded
+    def _encoder(self) -> ExampleEncoder:
+        return ExampleEncoder(self.tokenizer, self.max_length, self.config.truncation, self.stop_ids)
+
+    def _too_long(self, item: Example) -> str:
+        return f"{len(item)} tokens, more than sft.token_budget {self.config.token_budget}; raise it"
 
     def state(self) -> dict[str, Any]:
         return {"blend": self.blend.state(), "heldout_before": self._heldout_before}

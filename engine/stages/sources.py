@@ -7,8 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from icegrt.config import DataSource
 from icegrt.data import Encoded, Joined, open_rows, report_lengths
+from icegrt.data.blend import shuffled
 from icegrt.data.encode import Encoder
 from icegrt.packing import Share
 
@@ -26,6 +29,20 @@ def encode_sources(key: str, files: Sequence[DataSource], given: Any, encoder: E
         encoded.append((Encoded(opened, encoder, name), source.weight))
     report_lengths([data for data, _ in encoded])
     return encoded
+
+
+def hold_out(
+    sources: Sequence[tuple[Encoded, float]], fraction: float, seed: int
+) -> tuple[list[tuple[Encoded, float]], list[Encoded]]:
+    """`fraction` of every source's items, at least one, drawn by `seed` and set apart: (what is left, what is held
+    out). An item is a row, so all responses to a prompt are on one side."""
+    left, held = [], []
+    for index, (items, weight) in enumerate(sources):
+        order = shuffled(len(items), seed, index)
+        count = min(max(1, round(fraction * len(items))), len(items) - 1)
+        held.append(items.subset(np.sort(order[:count])))
+        left.append((items.subset(np.sort(order[count:])), weight))
+    return left, held
 
 
 class PackedWhenRead(Sequence):
