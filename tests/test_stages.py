@@ -193,6 +193,21 @@ def test_sft_on_messages_learns_from_every_answer_and_nothing_else(home, tmp_pat
         assert sft.heldout[0].action_mask is None
 
 
+def test_what_a_checkpoint_took_is_shown_once_with_the_iteration_after_it(home, tmp_path):
+    keys = cases.ppo_keys(home, tmp_path / "run", "ppo.iterations=4", "ppo.checkpoint_every=2")
+    with trainer(PPOTrainer, PPOConfig, keys) as run:
+        shown = ["checkpoint" in step.seconds_by_phase for step in run]
+    assert shown == [False, False, True, False]
+
+
+def test_greedy_answers_have_scores_and_no_kl(home, tmp_path):
+    keys = cases.ppo_keys(home, tmp_path / "run")
+    with trainer(PPOTrainer, PPOConfig, keys) as run:
+        greedy, sampled = (run.assess(run.prompts[:3], greedy=greedy) for greedy in (True, False))
+    assert greedy.kl_N is None and bool(greedy.total_N.isfinite().all())
+    assert sampled.kl_N.tolist() == [0.0] * 3  # nothing has been learnt yet
+
+
 def test_prompts_whose_responses_all_tie_take_no_step_and_make_no_nan(home, tmp_path):
     ties = [{"prompt": p, "responses": ["a", "b"], "scores": [1.0, 1.0]} for p in cases.PROMPTS]
     keys = cases.reward_keys(home, tmp_path / "run")

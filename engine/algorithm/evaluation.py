@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from icegrt.algorithm.experience import plan, score_logprobs
+from icegrt.algorithm.experience import Planned, plan, score_logprobs
 from icegrt.algorithm.judge import Judge, Verdict
 from icegrt.algorithm.scores import ScoreScaling, combine
 from icegrt.cluster import Cluster
@@ -29,13 +29,14 @@ _EVALUATION_SEED = 0x1CE
 class Assessment:
     """Responses ordered by prompt and sample, with everything known of them; `_N` tensors are float32, raw scores.
 
-    The total of a response is NaN where a source failed on it and it is dropped.
+    The total of a response is NaN where a source failed on it and it is dropped. kl_N estimates the KL against the
+    reference from samples, so greedy answers have none (None).
     """
 
     responses: list[Response]
     verdict: Verdict
     total_N: Tensor
-    kl_N: Tensor
+    kl_N: Tensor | None
 
     @property
     def samples(self) -> list[Sample]:
@@ -58,7 +59,8 @@ class Assessment:
         return torch.tensor([float(r.truncated) for r in self.responses])
 
     def evaluation(self, iteration: int) -> Evaluation:
-        """The means that go into the metrics."""
+        """The means that go into the metrics. Only of sampled answers."""
+        assert self.kl_N is not None
         return Evaluation(
             iteration=iteration,
             prompts=len({r.prompt_index for r in self.responses}),
@@ -95,16 +97,21 @@ class Assessor:
             sampling = dataclasses.replace(sampling, temperature=0.0)
         responses = self.engine.generate([p.tokens for p in prompts], samples, sampling)
         planned = plan(responses, self.config.token_budget, share=Cluster.current().share)
-        temperature = self.config.sampling.temperature
-        ours, _ = score_logprobs(self.actor, planned.batches, temperature, self.chunk_rows)
-        theirs, _ = score_logprobs(self.reference, planned.batches, temperature, self.chunk_rows)
         verdict = self.judge(planned, prompts)
-        kl_N = torch.zeros(len(planned.responses)).index_add(0, _owner_A(planned.cu_actions), ours - theirs)
         truncated_N = torch.tensor([float(r.truncated) for r in responses])
         # Responses come ordered by prompt and sample, and so does all that is said of them.
         scores = combine(self.config, scaling, verdict.reward_model_N, verdict.paid_N, truncated_N)
         total_N = scores.total_N.masked_fill(verdict.dropped_N, torch.nan)
-        return Assessment(responses, verdict, total_N, planned.everyones_N(kl_N))
+        return Assessment(responses, verdict, total_N, None if greedy else self._kl(planned))
+
+    def _kl(self, planned: Planned) -> Tensor:
+        """Nats by which each response is likelier under the actor than under the reference, [N] in their own order."""
+        ours_A, theirs_A = (
+            score_logprobs(role, planned.batches, self.config.sampling.temperature, self.chunk_rows)[0]
+            for role in (self.actor, self.reference)
+        )
+        kl_N = torch.zeros(len(planned.responses)).index_add(0, _owner_A(planned.cu_actions), ours_A - theirs_A)
+        return planned.everyones_N(kl_N)
 
 
 def _owner_A(cu_actions: Tensor) -> Tensor:

@@ -210,7 +210,6 @@ class PPOTrainer(Trainer):
     def step(self) -> PPOStep:
         """One PPO iteration; returns its metrics, logged, with alarms raised in words."""
         iteration = self.done_steps + 1
-        self._seconds = defaultdict(float, {k: s for k, s in self._seconds.items() if k == "checkpoint"})
         prompts, responses = self._roll_out(iteration)
         with self._timed("plan"):
             planned = plan(
@@ -295,6 +294,7 @@ class PPOTrainer(Trainer):
         row = ppo_step(
             iteration, experience, verdict, outcome, kl_coef, dict(self._seconds), evaluation, self.cluster.data_group
         )
+        self._seconds.clear()
         self.log(row)
         for message in self.alarms.check(row):
             self.alarm_messages.append(f"iteration {iteration}: {message}")

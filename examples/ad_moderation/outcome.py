@@ -43,7 +43,7 @@ def _columns(assessment: Any) -> dict[str, list]:
         "text": [s.text for s in assessment.samples],
         "task": assessment.function_N.tolist(),
         "reward_model": assessment.reward_model_N.tolist(),
-        "kl": assessment.kl_N.tolist(),
+        "kl": None if assessment.kl_N is None else assessment.kl_N.tolist(),
         "tokens": assessment.tokens_N.tolist(),
         "truncated": assessment.truncated_N.tolist(),
     }
