@@ -32,19 +32,18 @@ from icegrt.data import (
     report_lengths,
     stop_ids,
 )
-from icegrt.errors import CheckpointError, ConfigError, RewardError, RunError
+from icegrt.errors import ConfigError, RewardError, RunError
 from icegrt.kernels import masked_moments
 from icegrt.metrics import Evaluation, PPOStep, rollout_path
 from icegrt.model import weights
-from icegrt.model.architecture import read_object
 from icegrt.model.pretrained import Pretrained, save_pretrained
 from icegrt.report import write_run_report
 from icegrt.rewards.sources import Scorers
 from icegrt.rollout.engine import RolloutEngine
 from icegrt.rollout.response import Response, Sampling
 from icegrt.stages.ppo_metrics import ppo_step, write_rollouts
-from icegrt.stages.ppo_roles import RewardSources, build_roles, check_config, check_critic, check_lengths
-from icegrt.stages.reward import SCORE_STATISTICS
+from icegrt.stages.ppo_rewards import RewardSources, saved_statistics
+from icegrt.stages.ppo_roles import build_roles, check_config, check_critic, check_lengths
 from icegrt.stages.sources import encode_sources
 from icegrt.stages.trainer import Trainer, resolve_chunk_rows, tokenizer_for, write_json
 
@@ -114,7 +113,7 @@ class PPOTrainer(Trainer):
         check_lengths(config, [p for p in (self.prompts, self.eval_prompts) if p], self.roles_by_name)
         self.actor, self.critic = self.roles_by_name["actor"], self.roles_by_name["critic"]
         self.roles = [self.actor, self.critic]
-        self.scaling = ScoreScaling(config, _saved_statistics(sources.model))
+        self.scaling = ScoreScaling(config, saved_statistics(sources.model))
         if critic is None and config.critic.init == "reward":
             # The reward model's head speaks in raw scores, returns are on the scale of what is paid.
             self.critic.model.scale_head(config.reward_model_weight * self.scaling.factor)
@@ -370,18 +369,6 @@ class PPOTrainer(Trainer):
 
 def _due(iteration: int, every: int) -> bool:
     return bool(every) and iteration % every == 0
-
-
-def _saved_statistics(reward_model: Any) -> dict[str, float] | None:
-    path = Path(reward_model) / SCORE_STATISTICS if isinstance(reward_model, (str, Path)) else None
-    if path is None or not path.is_file():
-        return None
-    found = read_object(path).get("after")
-    if not isinstance(found, dict) or not all(isinstance(found.get(k), (int, float)) for k in ("count", "mean", "std")):
-        raise CheckpointError(
-            f"{path}: expected `after` with count, mean and std; remove the file to start without them"
-        )
-    return found
 
 
 def run(config: PPOConfig) -> None:
