@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,15 @@ from typing import Any
 from icegrt.config import PPOConfig
 from icegrt.errors import CheckpointError, ConfigError
 from icegrt.model.architecture import read_object
-from icegrt.rewards.sources import Entry, Scorers
+from icegrt.rewards.sources import Entry, Scorers, named
 from icegrt.stages.reward import SCORE_STATISTICS
 
 
 @dataclass(frozen=True)
 class RewardSources:
-    """Where scores come from: a reward model (a checkpoint or a model in memory), and functions and HTTP scorers."""
+    """Where scores come from. models: an entry for each reward model, by its role's name; scorers: all the others."""
 
-    model: Any
+    models: dict[str, Entry]
     scorers: Scorers
 
     @classmethod
@@ -26,18 +27,25 @@ class RewardSources:
         """`given` (a path, model, callable or URL, each alone or with a weight, or a list of them), or else what the
         configuration names. Nothing is loaded yet."""
         if given is None:
-            model, entries = config.reward_model or None, _configured(config)
+            entries = _configured(config)
         else:
-            model, entries = _given(config, list(given) if isinstance(given, list) else [given])
-        if model is None and not entries:
+            entries = _given(config, list(given) if isinstance(given, list) else [given])
+        if not entries:
             raise ConfigError(
                 "no reward: set ppo.reward_model, ppo.reward_function, or both (or name others in ppo.reward.sources)"
             )
-        return cls(model, Scorers.of(entries, config.reward, config.run.seed))
+        entries = named(entries)
+        models = [entry for entry in entries if entry.model is not None]
+        called = [entry for entry in entries if entry.model is None]
+        roles = [f"reward:{entry.name}" if i else "reward" for i, entry in enumerate(models)]
+        return cls(dict(zip(roles, models, strict=True)), Scorers.of(called, config.reward, config.run.seed))
 
 
 def _configured(config: PPOConfig) -> list[Entry]:
     entries = []
+    if config.reward_model:
+        key, weight = "ppo.reward_model", config.reward_model_weight
+        entries.append(Entry(model=config.reward_model, weight=weight, key=key))
     if config.reward_function:
         key, weight = "ppo.reward_function", config.reward_function_weight
         entries.append(Entry(function=config.reward_function, weight=weight, key=key))
@@ -45,26 +53,25 @@ def _configured(config: PPOConfig) -> list[Entry]:
     return entries + [Entry.of(source, f"ppo.reward.sources[{i}]") for i, source in sources]
 
 
-def _given(config: PPOConfig, parts: list[Any]) -> tuple[Any, list[Entry]]:
-    models, entries = [], []
+def _given(config: PPOConfig, parts: list[Any]) -> list[Entry]:
+    entries = []
+    # What the first of its kind weighs that is given without a weight.
+    plain = {"model": config.reward_model_weight, "function": config.reward_function_weight}
     for part in parts:
         part, weight = part if isinstance(part, tuple) and len(part) == 2 else (part, None)
-        if isinstance(part, str) and part.startswith(("http://", "https://")):
-            entries.append(Entry(url=part, weight=1.0 if weight is None else weight))
-        elif _is_function(part):
-            first = not any(entry.function is not None for entry in entries)
-            default = config.reward_function_weight if first else 1.0
-            entries.append(Entry(function=part, weight=default if weight is None else weight))
-        elif weight is not None:
-            raise ConfigError("a reward model's weight is ppo.reward_model_weight; pass the model alone")
-        else:
-            models.append(part)
-    if len(models) > 1:
-        raise ConfigError(
-            f"{len(models)} reward models were given; expected at most one: call the others in a reward function, or "
-            "serve them behind HTTP and give the URL (docs/rewards.md)"
-        )
-    return models[0] if models else None, entries
+        if weight is not None and not _is_finite(weight):
+            what = type(weight).__name__ if not isinstance(weight, (int, float)) else weight
+            raise ConfigError(
+                f"reward: expected a source, or (source, weight) with a finite number; got {what} as weight"
+            )
+        is_url = isinstance(part, str) and part.startswith(("http://", "https://"))
+        kind = "url" if is_url else "function" if _is_function(part) else "model"
+        entries.append(Entry(**{kind: part}, weight=plain.pop(kind, 1.0) if weight is None else weight))
+    return entries
+
+
+def _is_finite(weight: Any) -> bool:
+    return isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight)
 
 
 def _is_function(part: Any) -> bool:

@@ -9,6 +9,7 @@ from icegrt.data import Encoded, Prompt
 from icegrt.errors import CheckpointError, ConfigError
 from icegrt.model.architecture import DTYPES, read_object
 from icegrt.model.pretrained import Pretrained, build_model
+from icegrt.rewards.sources import MODEL_NAME
 from icegrt.roles.role import Role
 from icegrt.stages.ppo_rewards import RewardSources
 
@@ -39,7 +40,7 @@ def check_config(config: PPOConfig) -> None:
 
 def check_critic(config: PPOConfig, sources: RewardSources, critic: Any) -> None:
     """Refuse a critic that has nothing to start from. Raises `ConfigError`."""
-    if critic is None and config.critic.init == "reward" and sources.model is None:
+    if critic is None and config.critic.init == "reward" and not sources.models:
         raise ConfigError(
             "ppo.critic.init is 'reward', but there is no reward model to start from; set ppo.critic.init=actor "
             "(the actor's trunk with a zero head)"
@@ -49,26 +50,29 @@ def check_critic(config: PPOConfig, sources: RewardSources, critic: Any) -> None
 def build_roles(
     config: PPOConfig, actor: Pretrained, reference: Any, sources: RewardSources, critic: Any
 ) -> dict[str, Role]:
-    """The roles by name; `reward` is missing where there is no reward model. Actor and critic do not learn yet."""
-    dtype, recompute = DTYPES[config.run.dtype], config.run.recompute
-    roles = {"actor": Role("actor", build_model(actor, "lm", dtype=dtype, recompute=recompute))}
+    """The roles by name: actor, reference, one for each of `sources.models`, critic. Actor and critic do not learn yet.
+
+    All checkpoints are compared with the actor's before the first model is built.
+    """
     frozen = Pretrained(reference) if reference is not None else actor
     _same_vocabulary(actor, frozen, "reference")
-    roles["reference"] = Role("reference", build_model(frozen, "lm", dtype=dtype))
-    reward = None
-    if sources.model is not None:
-        reward = Pretrained(sources.model)
-        _same_vocabulary(actor, reward, "reward model")
-        roles["reward"] = Role("reward", build_model(reward, "scalar", dtype=dtype))
+    rewards = {role: Pretrained(entry.model) for role, entry in sources.models.items()}
+    for role, reward in rewards.items():
+        name = sources.models[role].name
+        _same_vocabulary(actor, reward, "reward model" if name == MODEL_NAME else f"reward model `{name}`")
     if critic is not None:
         start, new_head = Pretrained(critic), False
     elif config.critic.init == "reward":
-        start, new_head = reward, False
+        start, new_head = next(iter(rewards.values())), False
     else:
         start, new_head = actor, True
     _same_vocabulary(actor, start, "critic")
-    roles["critic"] = Role("critic", build_model(start, "scalar", dtype=dtype, new_head=new_head, recompute=recompute))
-    return roles
+    dtype, recompute = DTYPES[config.run.dtype], config.run.recompute
+    models = {"actor": build_model(actor, "lm", dtype=dtype, recompute=recompute)}
+    models["reference"] = build_model(frozen, "lm", dtype=dtype)
+    models |= {role: build_model(reward, "scalar", dtype=dtype) for role, reward in rewards.items()}
+    models["critic"] = build_model(start, "scalar", dtype=dtype, new_head=new_head, recompute=recompute)
+    return {name: Role(name, model) for name, model in models.items()}
 
 
 def _same_vocabulary(actor: Pretrained, other: Pretrained, name: str) -> None:
