@@ -142,8 +142,8 @@ class Alarms:
             yield (
                 f"parting {unit}",
                 f"The reward model disagrees with the true metric: its score falls while the true metric rises, "
-                f"{figures}. Check the reward model's held-out accuracy, or lower ppo.reward_model_weight "
-                f"(now {self.config.reward_model_weight:g}).",
+                f"{figures}. Check the reward model's held-out accuracy, or lower its weight "
+                f"(ppo.reward_model_weight).",
             )
 
     def _drift(self, step: PPOStep) -> Iterator[tuple[str, str]]:

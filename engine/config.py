@@ -213,7 +213,8 @@ class CriticConfig:
     """Where the critic comes from and how it is warmed up."""
 
     init: Literal["reward", "actor"] = key(
-        "reward", "start from the reward model, its head on the scale of the reward, or from the actor with a zero head"
+        "reward",
+        "start from the (first) reward model, its head on the reward's scale, or from the actor with a zero head",
     )
     warmup_iterations: int = key(0, "first iterations in which only the critic learns", ge=0)
     epochs: int = key(0, "the critic's passes over an iteration's experience; 0: as many as ppo_epochs", ge=0)
@@ -222,12 +223,13 @@ class CriticConfig:
 
 @config_class
 class RewardSource:
-    """A reward function or an HTTP scorer, with its weight in the score."""
+    """A reward model, a reward function or an HTTP scorer, with its weight in the score."""
 
-    name: str = key("", "what metrics and rollouts call it; empty: the function's name, or the URL's host")
+    name: str = key("", "what metrics and rollouts call it; empty: the function's name, the URL's host, reward_model")
+    model: str = key("", "checkpoint of a reward model, as ppo.reward_model; give one of this, function and url")
     function: str = key("", "`file.py:function` or `module:function`")
-    url: str = key("", "an HTTP scorer that samples are posted to; give this or function")
-    weight: float = key(1.0, "weight of its score, which is not normalised")
+    url: str = key("", "an HTTP scorer that samples are posted to")
+    weight: float = key(1.0, "weight of its score, of which only a reward model's is normalised")
     style: Literal["auto", "icegrt", "trl", "verl", "openrlhf"] = key(
         "auto", "whose form the function has; auto tells by the names of its parameters"
     )
@@ -251,9 +253,9 @@ class HTTPConfig:
 
 @config_class
 class RewardCallConfig:
-    """Reward functions and HTTP scorers: more of them, and how all are called."""
+    """More sources of reward, and how functions and HTTP scorers are called."""
 
-    sources: list[RewardSource] = key([], "functions and HTTP scorers beside ppo.reward_function")
+    sources: list[RewardSource] = key([], "what pays beside ppo.reward_model and ppo.reward_function")
     workers: int = key(1, "processes per function and rank; 0 calls it in the process that trains", ge=0)
     timeout_seconds: float = key(
         300.0, "longest that one call of a function may take; its worker is then killed; 0: no limit",
@@ -278,7 +280,7 @@ class PPOConfig(Loadable):
     reward_model_weight: float = key(1.0, "weight of the reward model's (normalised) score")
     reward_function: str = key("", "`file.py:function` or `module:function`; empty uses none")
     reward_function_weight: float = key(1.0, "weight of the function's score, which is not normalised")
-    reward: RewardCallConfig = key(RewardCallConfig(), "functions and HTTP scorers")
+    reward: RewardCallConfig = key(RewardCallConfig(), "more sources of reward, and how they are called")
     prompts: str = key("", "JSONL or Parquet file of prompts; all columns reach the reward function")
     eval_prompts: str = key("", "file of held-out prompts; empty evaluates nothing")
     input_key: str = key("", "column of the prompt where its name is not recognised (a dot goes into an object)")
@@ -302,7 +304,7 @@ class PPOConfig(Loadable):
     )
     max_batch: int = key(256, "sequences decoded at once", ge=1)
     # Score and reward.
-    score_scale: bool = key(True, "divide the reward model's score by its running standard deviation")
+    score_scale: bool = key(True, "divide each reward model's score by its running standard deviation")
     score_shift: bool = key(False, "subtract its running mean first")
     score_clip: float = key(5.0, "clip the normalised score to +- this; 0 does not", ge=0)
     missing_eos_penalty: float = key(0.0, "subtracted from the score of a truncated response; 0 takes nothing", ge=0)

@@ -69,7 +69,7 @@ class PPOStep:
     iteration: int
     # What the responses were worth.
     score_mean: float  # total score per response, before clipping
-    reward_model_score_mean: float | None = None  # raw, before scaling; None without a reward model
+    reward_model_score_mean: float | None = None  # the first one's, raw, before scaling; None without a reward model
     function_score_mean: float | None = None  # None without a reward function
     score_std: float
     reward_mean: float  # score as clipped and scaled, minus the KL penalty
@@ -101,7 +101,8 @@ class PPOStep:
     response_tokens_per_second: float  # over the whole iteration, evaluation and checkpoint left out
     rollout_logprob_gap_max: float  # |log-prob in rollout - log-prob in scoring|, nats, the largest of any token
     padding_fraction: float  # alignment tail over all tokens
-    # By source of reward: score_mean, score_std, errors, and metrics/NAME_mean, _std for what it gave beside the score.
+    # By source of reward: score_mean, score_std, errors, and metrics/NAME_mean, _std for what it gave beside the score;
+    # of reward models the raw score, and the weight of those beyond the first.
     sources: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     reward_errors: int = 0  # responses that a source failed on, counted once for each source
     dropped_responses: int = 0  # left out of the update because a source failed on them

@@ -36,7 +36,7 @@ def sft(folder: Path, resume: bool) -> SFTTrainer:
     return SFTTrainer(config, tiny.causal_lm(0), tiny.tokenizer(), str(data), heldout=ROWS[:2])
 
 
-def ppo(folder: Path, resume: bool, dtype="fp32", **changes) -> PPOTrainer:
+def ppo(folder: Path, resume: bool, dtype="fp32", more=(), **changes) -> PPOTrainer:
     config = tiny.ppo_config(
         folder,
         **{
@@ -54,7 +54,7 @@ def ppo(folder: Path, resume: bool, dtype="fp32", **changes) -> PPOTrainer:
         }
         | changes,
     )
-    reward = [tiny.scorer(1), tiny.count_letters]
+    reward = [tiny.scorer(1), tiny.count_letters, *more]
     return PPOTrainer(config, tiny.causal_lm(0), tiny.tokenizer(), reward, tiny.PROMPTS, eval_prompts=tiny.PROMPTS[:3])
 
 
@@ -62,6 +62,7 @@ RUNS = {
     "sft": sft,
     "ppo": ppo,
     "ppo_bf16": lambda folder, resume: ppo(folder, resume, "bf16"),
+    "ppo_two_reward_models": lambda folder, resume: ppo(folder, resume, more=[(tiny.scorer(2), -0.7)]),
     "ppo_warming_up": lambda folder, resume: ppo(
         folder, resume, critic=CriticConfig(warmup_iterations=BEFORE + 1, optimizer=OPTIMIZER)
     ),

@@ -9,7 +9,7 @@ import torch
 
 from icegrt.algorithm.experience import Experience, plan, score_logprobs, score_values, shape
 from icegrt.algorithm.ranking import pack_rankings, ranking_loss
-from icegrt.algorithm.scores import ScoreScaling, combine
+from icegrt.algorithm.scores import combine
 from icegrt.algorithm.supervised import pack_examples, response_nll
 from icegrt.algorithm.update import Updater
 from icegrt.cluster import Cluster
@@ -115,7 +115,7 @@ def assembled(models, cluster):
     noise = torch.Generator().manual_seed(1)
     old = old + 0.2 * torch.randn(old.shape, generator=noise)
     ref = old + 0.2 * torch.randn(old.shape, generator=noise)
-    scores = combine(config, ScoreScaling(config), None, torch.arange(12.0), torch.zeros(12))
+    scores = combine(config, {}, [], torch.arange(12.0), torch.zeros(12))
     shaped = shape(config, 0.1, whole, scores, old, ref, value, last)
     lengths = whole.cu_actions.diff().tolist()
 
@@ -328,7 +328,7 @@ def test_the_kl_penalty_does_not_reach_the_scores_that_are_reported(trainer, mod
     step = run.step()
     experience = seen[1]
     again = combine(
-        run.config, run.scaling, experience.scores.reward_model_N, experience.scores.paid_N,
+        run.config, run.scalings, experience.scores.models, experience.scores.paid_N,
         torch.tensor([float(r.truncated) for r in experience.planned.responses]),
     )  # fmt: skip
     assert step.kl_nats_per_response != 0.0

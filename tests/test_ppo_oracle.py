@@ -13,7 +13,7 @@ import torch
 from tiny_models import doubles, gap, llama64
 
 from icegrt.algorithm.experience import Experience, plan, score_logprobs, score_sequences, score_values, shape
-from icegrt.algorithm.scores import ScoreScaling, combine
+from icegrt.algorithm.scores import ModelScores, ScoreScaling, combine
 from icegrt.algorithm.update import Updater
 from icegrt.cluster import Cluster
 from icegrt.config import CriticConfig, DataSource, OptimizerConfig, SamplingConfig
@@ -99,7 +99,8 @@ def update_with_the_engine(config, models, group):
     scaling.update(said, group)
     truncated = torch.tensor([float(r.truncated) for r in planned.responses])
     given = torch.tensor([function_score(r) for r in planned.responses])
-    scores = combine(config, scaling, said, given, truncated)
+    said_N = [ModelScores("reward_model", config.reward_model_weight, said)]
+    scores = combine(config, {"reward_model": scaling}, said_N, given, truncated)
     shaped = shape(config, config.kl_coef, planned, scores, old, ref, value, last_value)
     experience = Experience(planned, scores, old, entropy, ref, value, shaped, shaped.moments.reduce(group))
     tiny.reload(actor, models.moved_actor)

@@ -17,7 +17,7 @@ def test_the_penalty_follows_the_finish_reason_and_not_the_length():
     assert longest >= max(len(r.tokens) for r in answers if r.truncated)  # the longest answer ends with EOS
     planned = plan(answers, 4096, 1)
     truncated_N = torch.tensor([float(r.truncated) for r in planned.responses])
-    scores = combine(config, ScoreScaling(config), None, torch.ones(9), truncated_N)
+    scores = combine(config, {}, [], torch.ones(9), truncated_N)
     assert torch.equal(scores.total_N, 1.0 - 2.0 * truncated_N)
     actions = sum(len(r.tokens) for r in answers)
     zero = torch.zeros(actions)

@@ -13,7 +13,7 @@ import torch
 import icegrt
 from icegrt.algorithm.experience import Experience, plan, score_logprobs, score_values, shape
 from icegrt.algorithm.judge import Verdict, sample_of
-from icegrt.algorithm.scores import ScoreScaling, combine
+from icegrt.algorithm.scores import combine
 from icegrt.algorithm.update import Updater
 from icegrt.cluster import Cluster
 from icegrt.data import encode_prompts, read_rows
@@ -123,7 +123,7 @@ def verdict_on(planned, dropped):
     results = [
         RewardResult(None if f else float(r.sequence_id)) for f, r in zip(failed, planned.responses, strict=True)
     ]
-    return Verdict(samples, None, [SourceScores("f", 1.0, results, ["no" if f else None for f in failed])])
+    return Verdict(samples, [], [SourceScores("f", 1.0, results, ["no" if f else None for f in failed])])
 
 
 def learners(config):
@@ -140,7 +140,7 @@ def experience_with(config, actor, critic, responses, dropped):
     old_A, entropy_A = score_logprobs(actor, planned.batches, 1.0, 16, entropy=True)
     value_A, last_N = score_values(critic, planned.batches)
     truncated_N = torch.tensor([float(r.truncated) for r in planned.responses])
-    scores = combine(config, ScoreScaling(config), None, verdict.paid_N, truncated_N, verdict.dropped_N)
+    scores = combine(config, {}, [], verdict.paid_N, truncated_N, verdict.dropped_N)
     shaped = shape(config, 0.1, planned, scores, old_A, old_A - 0.1, value_A, last_N)
     return Experience(planned, scores, old_A, entropy_A, old_A - 0.1, value_A, shaped, shaped.moments)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from icegrt.algorithm.experience import Planned, plan, score_logprobs
 from icegrt.algorithm.judge import Judge, Verdict
-from icegrt.algorithm.scores import ScoreScaling, combine
+from icegrt.algorithm.scores import ScoreScalings, combine
 from icegrt.cluster import Cluster
 from icegrt.config import PPOConfig
 from icegrt.data import Prompt
@@ -90,7 +90,7 @@ class Assessor:
         self.actor, self.reference, self.chunk_rows = actor, reference, chunk_rows
 
     def __call__(
-        self, prompts: list[Prompt], scaling: ScoreScaling, samples: int = 1, *, greedy: bool = False
+        self, prompts: list[Prompt], scalings: ScoreScalings, samples: int = 1, *, greedy: bool = False
     ) -> Assessment:
         sampling = Sampling.of(self.config.sampling, self.config.run.seed ^ _EVALUATION_SEED)
         if greedy:
@@ -100,7 +100,7 @@ class Assessor:
         verdict = self.judge(planned, prompts)
         truncated_N = torch.tensor([float(r.truncated) for r in responses])
         # Responses come ordered by prompt and sample, and so does all that is said of them.
-        scores = combine(self.config, scaling, verdict.reward_model_N, verdict.paid_N, truncated_N)
+        scores = combine(self.config, scalings, verdict.models, verdict.paid_N, truncated_N)
         total_N = scores.total_N.masked_fill(verdict.dropped_N, torch.nan)
         return Assessment(responses, verdict, total_N, None if greedy else self._kl(planned))
 

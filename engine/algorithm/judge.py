@@ -1,4 +1,4 @@
-"""Asks every source of reward what responses are worth: the reward model, functions and HTTP scorers."""
+"""Asks every source of reward what responses are worth: reward models, functions and HTTP scorers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from icegrt.algorithm.experience import Planned, score_sequences
+from icegrt.algorithm.scores import ModelScores
 from icegrt.cluster import Cluster
 from icegrt.data import Prompt
 from icegrt.rewards.sample import Sample
@@ -21,12 +22,26 @@ from icegrt.rollout.response import Response
 
 
 @dataclass(frozen=True)
+class RewardModel:
+    """A reward model at work: what its scores are logged under, and their weight once they are normalised."""
+
+    name: str
+    weight: float
+    role: Role
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """What the sources said of N responses, in their order: raw scores, [N] float32, None for an absent source."""
+    """What was said of N responses, in their order. models: reward models; sources: functions and HTTP scorers."""
 
     samples: list[Sample]
-    reward_model_N: Tensor | None
+    models: list[ModelScores]
     sources: list[SourceScores]
+
+    @property
+    def reward_model_N(self) -> Tensor | None:
+        """The first reward model's raw score, [N] float32."""
+        return self.models[0].score_N if self.models else None
 
     @property
     def function_N(self) -> Tensor | None:
@@ -67,14 +82,12 @@ class Verdict:
         sources = [
             replace(s, results=[s.results[i] for i in index], errors=[s.errors[i] for i in index]) for s in self.sources
         ]
-        model_N = None if self.reward_model_N is None else self.reward_model_N[list(index)]
-        return Verdict([self.samples[i] for i in index], model_N, sources)
+        models = [replace(m, score_N=m.score_N[list(index)]) for m in self.models]
+        return Verdict([self.samples[i] for i in index], models, sources)
 
     def values(self) -> dict[str, dict[str, list[float]]]:
         """By source, then by name: `score` and the source's own metrics, of the responses that have them."""
-        found: dict[str, dict[str, list[float]]] = {}
-        if self.reward_model_N is not None:
-            found["reward_model"] = {"score": self.reward_model_N.tolist()}
+        found: dict[str, dict[str, list[float]]] = {m.name: {"score": m.score_N.tolist()} for m in self.models}
         for source in self.sources:
             own = found[source.name] = {"score": [x for x in source.scores if not math.isnan(x)]}
             for result in source.results:
@@ -88,10 +101,10 @@ class Verdict:
 
 
 class Judge:
-    """`reward`: the reward model's role, if there is one; `scorers`: functions and HTTP scorers."""
+    """`models`: any number of reward models; `scorers`: functions and HTTP scorers."""
 
-    def __init__(self, reward: Role | None, scorers: Scorers, tokenizer: Any) -> None:
-        self.reward, self.scorers, self.tokenizer = reward, scorers, tokenizer
+    def __init__(self, models: Sequence[RewardModel], scorers: Scorers, tokenizer: Any) -> None:
+        self.models, self.scorers, self.tokenizer = models, scorers, tokenizer
 
     def __call__(self, planned: Planned, prompts: Sequence[Prompt]) -> Verdict:
         """What is said of everyone's responses, in their order; `prompts[r.prompt_index]` is what response r answers.
@@ -99,10 +112,11 @@ class Judge:
         A collective. Raises `RewardError`.
         """
         samples = [sample_of(self.tokenizer, r, prompts[r.prompt_index]) for r in planned.everyone]
-        model_N = None
-        if self.reward is not None:
-            model_N = planned.everyones_N(score_sequences(self.reward, planned.batches))
-        return Verdict(samples, model_N, self._grade(planned, samples))
+        models = [
+            ModelScores(m.name, m.weight, planned.everyones_N(score_sequences(m.role, planned.batches)))
+            for m in self.models
+        ]
+        return Verdict(samples, models, self._grade(planned, samples))
 
     def _grade(self, planned: Planned, samples: list[Sample]) -> list[SourceScores]:
         """Data-parallel ranks ask about a part of the prompts each, all responses to a prompt together; of the ranks

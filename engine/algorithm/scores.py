@@ -1,7 +1,8 @@
-"""What a response is worth: the reward model's score normalised, the function's score, the penalty for no EOS."""
+"""What a response is worth: reward models' scores normalised, what functions pay, the penalty for no EOS."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from icegrt.config import PPOConfig
+from icegrt.errors import ConfigError
 from icegrt.kernels import Moments, masked_moments
 
 # Scores that all agree have no spread to divide by.
@@ -17,7 +19,7 @@ _LEAST_STD = 1e-6
 
 
 class ScoreScaling:
-    """Running moments of the reward model's scores over all ranks and iterations (Chan's rule, fp64).
+    """Running moments of one reward model's scores over all ranks and iterations (Chan's rule, fp64).
 
     score' = clip((score - shift * mean) / std, -c, c). The moments take in an iteration's scores before they are
     applied to them. `start` gives statistics that were saved with the reward model; without them, and before the first
@@ -64,6 +66,35 @@ def _moments(count: float, mean: float, std: float) -> Moments:
     return Moments(*(torch.tensor(x, dtype=torch.float64) for x in (count, mean, std * std * count)))
 
 
+class ScoreScalings(dict[str, ScoreScaling]):
+    """A scaling for each reward model, by its name."""
+
+    def state(self) -> dict[str, Any]:
+        """By name, as JSON."""
+        return {name: scaling.state() for name, scaling in self.items()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take `state()` back. Raises `ConfigError` where it is of other reward models: nobody knows whose
+        moments are whose."""
+        if set(state) != set(self):
+            saved, ours = (", ".join(names) or "none" for names in (state, self))
+            raise ConfigError(
+                f"the checkpoint has score statistics of the reward models {saved}; this run has {ours}. Name the "
+                "same models (ppo.reward_model, ppo.reward.sources), or start a new run from the checkpoint's actor"
+            )
+        for name, scaling in self.items():
+            scaling.load_state(state[name])
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """What one reward model said of N responses, in their order: raw scores, [N] float32."""
+
+    name: str
+    weight: float
+    score_N: Tensor
+
+
 @dataclass(frozen=True)
 class Scores:
     """Per response, [N] float32 each: the parts as they were given, and the total that PPO is paid.
@@ -72,23 +103,23 @@ class Scores:
     """
 
     total_N: Tensor
-    reward_model_N: Tensor | None
+    models: Sequence[ModelScores]
     paid_N: Tensor | None
 
 
 def combine(
     config: PPOConfig,
-    scaling: ScoreScaling,
-    reward_model_N: Tensor | None,
+    scalings: Mapping[str, ScoreScaling],
+    models: Sequence[ModelScores],
     paid_N: Tensor | None,
     truncated_N: Tensor,
     dropped_N: Tensor | None = None,
 ) -> Scores:
-    """weight * normalised reward-model score + what functions and scorers pay - penalty where truncated."""
+    """Sum of weight * normalised score over reward models + what functions and scorers pay - penalty if truncated."""
     total_N = torch.zeros(truncated_N.shape[0])
-    if reward_model_N is not None:
-        total_N = total_N + config.reward_model_weight * scaling.apply(reward_model_N)
+    for model in models:
+        total_N = total_N + model.weight * scalings[model.name].apply(model.score_N)
     if paid_N is not None:
         total_N = total_N + paid_N
     total_N = total_N - config.missing_eos_penalty * truncated_N
-    return Scores(total_N if dropped_N is None else total_N.masked_fill(dropped_N, 0.0), reward_model_N, paid_N)
+    return Scores(total_N if dropped_N is None else total_N.masked_fill(dropped_N, 0.0), models, paid_N)

@@ -1,7 +1,7 @@
-"""All functions and HTTP scorers of a run: made from the configuration or from Python, called, and what they failed on.
+"""What a run may be paid by, as it was asked for; and its functions and HTTP scorers: called, and what they failed on.
 
 Each source grades all responses, sorted so that the answers to one prompt stand together. What `on_error` says is
-applied here; weights are applied where the total is formed.
+applied here; weights are applied where the total is formed. Reward models are named here, and made roles elsewhere.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from icegrt.config import RewardCallConfig, RewardSource
@@ -22,7 +22,8 @@ from icegrt.rewards.http import HTTPScorer
 from icegrt.rewards.pool import Worker, WorkerPool
 from icegrt.rewards.sample import Failure, Graded, RewardResult, Sample
 
-_RESERVED = "reward_model"
+# What the first reward model is called that has no name of its own.
+MODEL_NAME = "reward_model"
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,10 @@ class SourceScores:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A source as it was asked for. `function`: `file.py:function`, or the function itself; `key` for messages."""
+    """A source as it was asked for: one of `model` (a checkpoint's path, or a `transformers` model), `function`
+    (`file.py:function`, or the function itself) and `url`. `key` is for messages."""
 
+    model: Any = None
     function: str | Callable | None = None
     url: str = ""
     name: str = ""
@@ -59,10 +62,12 @@ class Entry:
     @classmethod
     def of(cls, source: RewardSource, key: str) -> Entry:
         """From an entry of `ppo.reward.sources`. Raises `ConfigError` unless it names one thing to call."""
-        if bool(source.function) == bool(source.url):
-            what = "both function and url" if source.url else "neither function nor url"
-            raise ConfigError(f"{key} names {what}; expected one of the two")
+        given = [what for what in ("model", "function", "url") if getattr(source, what)]
+        if len(given) != 1:
+            what = " and ".join(given) if given else "no model, function or url"
+            raise ConfigError(f"{key} names {what}; expected one of the three")
         return cls(
+            model=source.model or None,
             function=source.function or None,
             url=source.url,
             name=source.name,
@@ -151,8 +156,8 @@ class Scorers:
     @classmethod
     def of(cls, entries: Sequence[Entry], how: RewardCallConfig, seed: int = 0) -> Scorers:
         """Sources for the entries, each with a name of its own. Nothing is loaded yet: see `start`."""
-        made = zip(_names(entries), entries, strict=True)
-        return cls([HTTPSource(n, e, how, seed) if e.url else FunctionSource(n, e, how) for n, e in made], how)
+        made = [HTTPSource(e.name, e, how, seed) if e.url else FunctionSource(e.name, e, how) for e in named(entries)]
+        return cls(made, how)
 
     def start(self) -> None:
         """Load every function. Raises `ConfigError` for one that cannot be."""
@@ -201,25 +206,33 @@ class Scorers:
         self.close()
 
 
-def _names(entries: Sequence[Entry]) -> list[str]:
-    """A name for every entry, its own or one made of the function or the host; made ones are numbered apart."""
+def named(entries: Sequence[Entry]) -> list[Entry]:
+    """Every entry with a name: its own, or one made of the function or the host; made ones are numbered apart.
+
+    Raises `ConfigError` for a name that is given twice, or that is not one.
+    """
     said = [entry.name for entry in entries if entry.name]
+    first_model = next((entry for entry in entries if entry.model is not None), None)
     for entry in entries:
-        if entry.name and (said.count(entry.name) > 1 or entry.name == _RESERVED):
-            why = "is given twice" if entry.name != _RESERVED else "is what the reward model is called"
+        taken_away = entry.name == MODEL_NAME and entry is not first_model
+        if taken_away or (entry.name and said.count(entry.name) > 1):
+            why = "is what the reward model is called" if taken_away else "is given twice"
             raise ConfigError(f"{entry.key}.name: `{entry.name}` {why}; give each source a name of its own")
         if not re.fullmatch(r"[\w.:-]*", entry.name):
             raise ConfigError(f"{entry.key}.name: expected letters, digits and any of . _ : -, got {entry.name!r}")
-    taken, names = {*said, _RESERVED}, []
+    taken, found = {*said, MODEL_NAME}, []
     for entry in entries:
-        base = re.sub(r"[^\w.:-]", "_", entry.name or _made_name(entry))
+        base = re.sub(r"[^\w.:-]", "_", _made_name(entry))
         numbered = (base if i == 1 else f"{base}_{i}" for i in range(1, len(entries) + 3))
-        names.append(entry.name or next(name for name in numbered if name not in taken))
-        taken.add(names[-1])
-    return names
+        made = MODEL_NAME if entry is first_model else next(name for name in numbered if name not in taken)
+        found.append(replace(entry, name=entry.name or made))
+        taken.add(found[-1].name)
+    return found
 
 
 def _made_name(entry: Entry) -> str:
+    if entry.model is not None:
+        return MODEL_NAME
     if entry.url:
         return re.sub(r"^\w+://(?:[^/?#]*@)?([^/?#]*).*", r"\1", entry.url)
     return entry.function.rpartition(":")[2] if isinstance(entry.function, str) else name_of(entry.function)

@@ -15,9 +15,9 @@ import torch
 from icegrt.alarms import Alarms
 from icegrt.algorithm.evaluation import Assessment, Assessor
 from icegrt.algorithm.experience import Experience, Planned, plan, score_logprobs, score_values, shape
-from icegrt.algorithm.judge import Judge, Verdict, sample_of
+from icegrt.algorithm.judge import Judge, RewardModel, Verdict, sample_of
 from icegrt.algorithm.kl_control import kl_controller
-from icegrt.algorithm.scores import Scores, ScoreScaling, combine
+from icegrt.algorithm.scores import Scores, ScoreScaling, ScoreScalings, combine
 from icegrt.algorithm.update import UpdateOutcome, Updater
 from icegrt.config import PPOConfig
 from icegrt.console import say, warn
@@ -32,19 +32,18 @@ from icegrt.data import (
     report_lengths,
     stop_ids,
 )
-from icegrt.errors import CheckpointError, ConfigError, RewardError, RunError
+from icegrt.errors import ConfigError, RewardError, RunError
 from icegrt.kernels import masked_moments
 from icegrt.metrics import Evaluation, PPOStep, rollout_path
 from icegrt.model import weights
-from icegrt.model.architecture import read_object
 from icegrt.model.pretrained import Pretrained, save_pretrained
 from icegrt.report import write_run_report
 from icegrt.rewards.sources import Scorers
 from icegrt.rollout.engine import RolloutEngine
 from icegrt.rollout.response import Response, Sampling
 from icegrt.stages.ppo_metrics import ppo_step, write_rollouts
-from icegrt.stages.ppo_roles import RewardSources, build_roles, check_config, check_critic, check_lengths
-from icegrt.stages.reward import SCORE_STATISTICS
+from icegrt.stages.ppo_rewards import RewardSources, saved_statistics
+from icegrt.stages.ppo_roles import build_roles, check_config, check_critic, check_lengths
 from icegrt.stages.sources import encode_sources
 from icegrt.stages.trainer import Trainer, resolve_chunk_rows, tokenizer_for, write_json
 
@@ -114,10 +113,13 @@ class PPOTrainer(Trainer):
         check_lengths(config, [p for p in (self.prompts, self.eval_prompts) if p], self.roles_by_name)
         self.actor, self.critic = self.roles_by_name["actor"], self.roles_by_name["critic"]
         self.roles = [self.actor, self.critic]
-        self.scaling = ScoreScaling(config, _saved_statistics(sources.model))
+        models = [RewardModel(e.name, e.weight, self.roles_by_name[role]) for role, e in sources.models.items()]
+        self.scalings = ScoreScalings(
+            {e.name: ScoreScaling(config, saved_statistics(e.model)) for e in sources.models.values()}
+        )
         if critic is None and config.critic.init == "reward":
             # The reward model's head speaks in raw scores, returns are on the scale of what is paid.
-            self.critic.model.scale_head(config.reward_model_weight * self.scaling.factor)
+            self.critic.model.scale_head(models[0].weight * self.scalings[models[0].name].factor)
         self.total_steps = config.iterations
         updates = (config.iterations - config.critic.warmup_iterations) * config.ppo_epochs * config.minibatches
         self.actor.learn(config.optimizer, max(1, updates))
@@ -126,7 +128,7 @@ class PPOTrainer(Trainer):
         self.engine = RolloutEngine(
             self.actor.model, self.tokenizer, max_batch=config.max_batch, stop_token_ids=self.stop_ids
         )
-        self.judge = Judge(self.roles_by_name.get("reward"), self.scorers, self.tokenizer)
+        self.judge = Judge(models, self.scorers, self.tokenizer)
         self.assessor = Assessor(
             config, self.engine, self.judge, self.actor, self.roles_by_name["reference"], self.chunk_rows
         )
@@ -177,7 +179,7 @@ class PPOTrainer(Trainer):
     def state(self) -> dict[str, Any]:
         return {
             "kl": self.kl.state(),
-            "scaling": self.scaling.state(),
+            "scalings": self.scalings.state(),
             "order": self.order.state(),
             "ptx": self.ptx.state() if self.ptx is not None else None,
             "alarms": self.alarms.state(),
@@ -192,7 +194,9 @@ class PPOTrainer(Trainer):
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.kl.load_state(state["kl"])
-        self.scaling.load_state(state["scaling"])
+        # An older checkpoint has moments without a name: those of its only reward model.
+        nameless = dict.fromkeys([*self.scalings][:1], state.get("scaling"))
+        self.scalings.load_state(state.get("scalings", nameless))
         self.order.load_state(state["order"])
         if self.ptx is not None:
             self.ptx.load_state(state["ptx"])
@@ -265,11 +269,11 @@ class PPOTrainer(Trainer):
         return Experience(planned, scores, old_A, entropy_A, ref_A, value_A, shaped, moments), verdict, everyones
 
     def _total(self, planned: Planned, verdict: Verdict) -> Scores:
-        if verdict.reward_model_N is not None:
-            self.scaling.update(verdict.reward_model_N, self.cluster.data_group)
+        for model in verdict.models:
+            self.scalings[model.name].update(model.score_N, self.cluster.data_group)
         truncated_N = torch.tensor([float(r.truncated) for r in planned.responses])
         dropped_N = verdict.dropped_N
-        return combine(self.config, self.scaling, verdict.reward_model_N, verdict.paid_N, truncated_N, dropped_N)
+        return combine(self.config, self.scalings, verdict.models, verdict.paid_N, truncated_N, dropped_N)
 
     def _stop_if_all_are_dropped(self, verdict: Verdict) -> None:
         kept = masked_moments((~verdict.dropped_N).double(), ~verdict.dropped_N, group=self.cluster.data_group)
@@ -332,7 +336,7 @@ class PPOTrainer(Trainer):
 
     def assess(self, prompts: Sequence[Prompt], samples: int = 1, *, greedy: bool = False) -> Assessment:
         """Answers to `prompts` with every score and KL, response by response."""
-        return self.assessor(prompts, self.scaling, samples, greedy=greedy)
+        return self.assessor(prompts, self.scalings, samples, greedy=greedy)
 
     def describe(self, step: PPOStep) -> dict[str, float]:
         shown = {"score": step.score_mean, "kl": step.kl_nats_per_response}
@@ -370,18 +374,6 @@ class PPOTrainer(Trainer):
 
 def _due(iteration: int, every: int) -> bool:
     return bool(every) and iteration % every == 0
-
-
-def _saved_statistics(reward_model: Any) -> dict[str, float] | None:
-    path = Path(reward_model) / SCORE_STATISTICS if isinstance(reward_model, (str, Path)) else None
-    if path is None or not path.is_file():
-        return None
-    found = read_object(path).get("after")
-    if not isinstance(found, dict) or not all(isinstance(found.get(k), (int, float)) for k in ("count", "mean", "std")):
-        raise CheckpointError(
-            f"{path}: expected `after` with count, mean and std; remove the file to start without them"
-        )
-    return found
 
 
 def run(config: PPOConfig) -> None:

@@ -41,7 +41,7 @@ def ppo_step(
     means = _means(
         {
             "score": (scores.total_N, kept_N),
-            "reward_model": (scores.reward_model_N, None),
+            "reward_model": (verdict.reward_model_N, None),
             "function": _with_known(verdict.function_N),
             "reward": (reward_N, kept_N),
             "kl": (shaped.kl_N, kept_N),
@@ -126,6 +126,8 @@ def source_figures(verdict: Verdict, group: dist.ProcessGroup | None) -> dict[st
                 figures[f"{name}_mean"], figures[f"{name}_std"] = float(moments.mean), float(moments.variance.sqrt())
         if source in verdict.errors():
             figures["errors"] = sum(errors[source] for _, errors, _ in found)
+    for model in verdict.models[1:]:
+        sources[model.name]["weight"] = model.weight
     return {
         "sources": sources,
         "reward_errors": sum(sum(errors.values()) for _, errors, _ in found),
@@ -199,8 +201,10 @@ def write_rollouts(path: Path, iteration: int, seed: int, experience: Experience
 
 
 def _said(verdict: Verdict, n: int) -> dict[str, Any]:
-    """What each source said of response n, errors in words."""
-    said: dict[str, dict[str, Any]] = {}
+    """What each source said of response n beside the first reward model, errors in words."""
+    said: dict[str, dict[str, Any]] = {
+        m.name: {"score": _number(m.score_N, n), "weight": m.weight, "error": None} for m in verdict.models[1:]
+    }
     for source in verdict.sources:
         result, error = source.results[n], source.errors[n]
         parts = {"score": result.score, "weight": source.weight, "error": error}

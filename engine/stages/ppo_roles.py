@@ -1,10 +1,7 @@
-"""What a PPO run is made of, checked before any time is spent: the four roles, the reward sources, the prompts."""
+"""What a PPO run is made of, checked before any time is spent: its keys, its roles, the lengths of its prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from icegrt.config import PPOConfig
@@ -12,8 +9,9 @@ from icegrt.data import Encoded, Prompt
 from icegrt.errors import CheckpointError, ConfigError
 from icegrt.model.architecture import DTYPES, read_object
 from icegrt.model.pretrained import Pretrained, build_model
-from icegrt.rewards.sources import Entry, Scorers
+from icegrt.rewards.sources import MODEL_NAME
 from icegrt.roles.role import Role
+from icegrt.stages.ppo_rewards import RewardSources
 
 
 def check_config(config: PPOConfig) -> None:
@@ -42,95 +40,39 @@ def check_config(config: PPOConfig) -> None:
 
 def check_critic(config: PPOConfig, sources: RewardSources, critic: Any) -> None:
     """Refuse a critic that has nothing to start from. Raises `ConfigError`."""
-    if critic is None and config.critic.init == "reward" and sources.model is None:
+    if critic is None and config.critic.init == "reward" and not sources.models:
         raise ConfigError(
             "ppo.critic.init is 'reward', but there is no reward model to start from; set ppo.critic.init=actor "
             "(the actor's trunk with a zero head)"
         )
 
 
-@dataclass(frozen=True)
-class RewardSources:
-    """Where scores come from: a reward model (a checkpoint or a model in memory), and functions and HTTP scorers."""
-
-    model: Any
-    scorers: Scorers
-
-    @classmethod
-    def of(cls, config: PPOConfig, given: Any) -> RewardSources:
-        """`given` (a path, model, callable or URL, each alone or with a weight, or a list of them), or else what the
-        configuration names. Nothing is loaded yet."""
-        if given is None:
-            model, entries = config.reward_model or None, _configured(config)
-        else:
-            model, entries = _given(config, list(given) if isinstance(given, list) else [given])
-        if model is None and not entries:
-            raise ConfigError(
-                "no reward: set ppo.reward_model, ppo.reward_function, or both (or name others in ppo.reward.sources)"
-            )
-        return cls(model, Scorers.of(entries, config.reward, config.run.seed))
-
-
-def _configured(config: PPOConfig) -> list[Entry]:
-    entries = []
-    if config.reward_function:
-        key, weight = "ppo.reward_function", config.reward_function_weight
-        entries.append(Entry(function=config.reward_function, weight=weight, key=key))
-    sources = enumerate(config.reward.sources)
-    return entries + [Entry.of(source, f"ppo.reward.sources[{i}]") for i, source in sources]
-
-
-def _given(config: PPOConfig, parts: list[Any]) -> tuple[Any, list[Entry]]:
-    models, entries = [], []
-    for part in parts:
-        part, weight = part if isinstance(part, tuple) and len(part) == 2 else (part, None)
-        if isinstance(part, str) and part.startswith(("http://", "https://")):
-            entries.append(Entry(url=part, weight=1.0 if weight is None else weight))
-        elif _is_function(part):
-            first = not any(entry.function is not None for entry in entries)
-            default = config.reward_function_weight if first else 1.0
-            entries.append(Entry(function=part, weight=default if weight is None else weight))
-        elif weight is not None:
-            raise ConfigError("a reward model's weight is ppo.reward_model_weight; pass the model alone")
-        else:
-            models.append(part)
-    if len(models) > 1:
-        raise ConfigError(
-            f"{len(models)} reward models were given; expected at most one: call the others in a reward function, or "
-            "serve them behind HTTP and give the URL (docs/rewards.md)"
-        )
-    return models[0] if models else None, entries
-
-
-def _is_function(part: Any) -> bool:
-    if isinstance(part, str):
-        return ".py:" in part or (":" in part and not Path(part).exists())
-    return isinstance(part, Callable) and not hasattr(part, "state_dict")
-
-
 def build_roles(
     config: PPOConfig, actor: Pretrained, reference: Any, sources: RewardSources, critic: Any
 ) -> dict[str, Role]:
-    """The roles by name; `reward` is missing where there is no reward model. Actor and critic do not learn yet."""
-    dtype, recompute = DTYPES[config.run.dtype], config.run.recompute
-    roles = {"actor": Role("actor", build_model(actor, "lm", dtype=dtype, recompute=recompute))}
+    """The roles by name: actor, reference, one for each of `sources.models`, critic. Actor and critic do not learn yet.
+
+    All checkpoints are compared with the actor's before the first model is built.
+    """
     frozen = Pretrained(reference) if reference is not None else actor
     _same_vocabulary(actor, frozen, "reference")
-    roles["reference"] = Role("reference", build_model(frozen, "lm", dtype=dtype))
-    reward = None
-    if sources.model is not None:
-        reward = Pretrained(sources.model)
-        _same_vocabulary(actor, reward, "reward model")
-        roles["reward"] = Role("reward", build_model(reward, "scalar", dtype=dtype))
+    rewards = {role: Pretrained(entry.model) for role, entry in sources.models.items()}
+    for role, reward in rewards.items():
+        name = sources.models[role].name
+        _same_vocabulary(actor, reward, "reward model" if name == MODEL_NAME else f"reward model `{name}`")
     if critic is not None:
         start, new_head = Pretrained(critic), False
     elif config.critic.init == "reward":
-        start, new_head = reward, False
+        start, new_head = next(iter(rewards.values())), False
     else:
         start, new_head = actor, True
     _same_vocabulary(actor, start, "critic")
-    roles["critic"] = Role("critic", build_model(start, "scalar", dtype=dtype, new_head=new_head, recompute=recompute))
-    return roles
+    dtype, recompute = DTYPES[config.run.dtype], config.run.recompute
+    models = {"actor": build_model(actor, "lm", dtype=dtype, recompute=recompute)}
+    models["reference"] = build_model(frozen, "lm", dtype=dtype)
+    models |= {role: build_model(reward, "scalar", dtype=dtype) for role, reward in rewards.items()}
+    models["critic"] = build_model(start, "scalar", dtype=dtype, new_head=new_head, recompute=recompute)
+    return {name: Role(name, model) for name, model in models.items()}
 
 
 def _same_vocabulary(actor: Pretrained, other: Pretrained, name: str) -> None:

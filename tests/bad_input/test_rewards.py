@@ -6,6 +6,7 @@ import threading
 import pytest
 import reward_cases
 import stage_cases as cases
+import tiny_models
 
 
 def ppo(home, run_dir, *keys):
@@ -110,8 +111,9 @@ def test_on_error_does_not_excuse_a_function_that_never_works(home, refused, run
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ({}, ["ppo.reward.sources[0] names neither function nor url"]),
-        ({"function": "a.py:f", "url": "http://h/"}, ["ppo.reward.sources[0] names both function and url"]),
+        ({}, ["ppo.reward.sources[0] names no model, function or url; expected one of the three"]),
+        ({"function": "a.py:f", "url": "http://h/"}, ["ppo.reward.sources[0] names function and url; expected one"]),
+        ({"model": "m", "url": "http://h/"}, ["ppo.reward.sources[0] names model and url; expected one of the three"]),
         ({"url": "h:80"}, ["ppo.reward.sources[0]: expected a URL"]),
         ({"function": "a.py:f", "name": "reward_model"}, ["ppo.reward.sources[0].name", "the reward model is called"]),
         ({"function": "a.py:f", "name": "a b"}, ["ppo.reward.sources[0].name", "'a b'"]),
@@ -122,6 +124,46 @@ def test_on_error_does_not_excuse_a_function_that_never_works(home, refused, run
 )
 def test_a_source(home, refused, run_dir, source, words):
     refused(ppo(home, run_dir, f"ppo.reward.sources={json.dumps([source])}"), *words)
+
+
+MODELS = {
+    "another vocabulary": ({"vocab_size": 70}, {}, ["has a vocabulary of 70 tokens", "one of 61"]),
+    "other token ids": ({}, {"a": "ä"}, ["map text to different token ids", "one tokenizer"]),
+    "a short context": ({"max_position_embeddings": 8}, {}, ["may grow to", "beyond the reward:safety's context of 8"]),
+}
+
+
+@pytest.mark.parametrize("model, letters, words", MODELS.values(), ids=MODELS)
+def test_a_further_reward_model(home, refused, run_dir, tmp_path, model, letters, words):
+    tokenizer = tiny_models.tokenizer()
+    folder = cases.save_model(tmp_path / "safety_model", tiny_models.scorer(**model), tokenizer)
+    path = tmp_path / "safety_model" / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document["model"]["vocab"] = {letters.get(t, t): i for t, i in document["model"]["vocab"].items()}
+    path.write_text(json.dumps(document))
+    source = f"ppo.reward.sources={json.dumps([{'model': folder, 'name': 'safety'}])}"
+    named = [] if "context" in words[-1] else ["the reward model `safety`", folder]
+    refused(ppo(home, run_dir, source), *named, *words)
+
+
+TWICE = {"name": "safety", "model": "m"}
+
+
+@pytest.mark.parametrize(
+    ("sources", "words"),
+    [
+        ([TWICE, TWICE], ["ppo.reward.sources[0].name: `safety` is given twice"]),
+        ([TWICE, {"name": "safety", "url": "http://h/"}], ["ppo.reward.sources[0].name: `safety` is given twice"]),
+        (
+            [{"name": "reward_model", "model": "m"}],
+            ["ppo.reward.sources[0].name", "is what the reward model is called"],
+        ),
+        ([{"name": "safety", "model": "gone/model"}], ["gone/model", "config.json"]),
+    ],
+    ids=["two models", "a model and a scorer", "the plain one's name", "no checkpoint"],
+)
+def test_names_of_reward_models(home, refused, run_dir, sources, words):
+    refused(ppo(home, run_dir, f"ppo.reward.sources={json.dumps(sources)}"), *words)
 
 
 def test_a_column_that_the_data_lack(home, refused, run_dir, tmp_path):

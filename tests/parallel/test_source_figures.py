@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from icegrt.algorithm.judge import Verdict
+from icegrt.algorithm.scores import ModelScores
 from icegrt.rewards.sample import RewardResult, Sample
 from icegrt.rewards.sources import SourceScores
 from icegrt.stages.ppo_metrics import source_figures
@@ -21,8 +22,8 @@ def verdict(rank):
     metrics = {"length": 4.0} if rank == 1 else {}
     results = [RewardResult(score, {} if score is None else metrics) for score in SCORES[rank]]
     errors = ["no" if score is None else None for score in SCORES[rank]]
-    model_N = torch.tensor([float(rank)] * len(results))
-    return Verdict([SAMPLE] * len(results), model_N, [SourceScores("f", 1.0, results, errors)])
+    models = [ModelScores("reward_model", 1.0, torch.tensor([float(rank)] * len(results)))]
+    return Verdict([SAMPLE] * len(results), models, [SourceScores("f", 1.0, results, errors)])
 
 
 def worker(rank, world, path):
