@@ -71,7 +71,8 @@ IMPLEMENTATIONS = MappingProxyType(
 )
 
 _overrides: ContextVar[tuple[dict[str, str], ...]] = ContextVar("icegrt_backend", default=())
-_launches: ContextVar[list[tuple[str, str]] | None] = ContextVar("icegrt_launches", default=None)
+# Not a ContextVar: a backward on a device launches from autograd's own threads, which inherit none.
+_recorders: list[list[tuple[str, str]]] = []
 
 
 @contextlib.contextmanager
@@ -94,19 +95,18 @@ def use_backend(backend: str | None = None, **per_op: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def record_launches() -> Iterator[list[tuple[str, str]]]:
-    """Collects (kernel name, backend) of every kernel that is really launched inside the `with`, in order."""
+    """Collects (kernel name, backend) of every kernel that any thread really launches inside the `with`, in order."""
     seen: list[tuple[str, str]] = []
-    token = _launches.set(seen)
+    _recorders.append(seen)
     try:
         yield seen
     finally:
-        _launches.reset(token)
+        _recorders[:] = [other for other in _recorders if other is not seen]
 
 
 def note_launch(kernel: str, backend: str) -> None:
     """Called by kernel wrappers where they launch."""
-    seen = _launches.get()
-    if seen is not None:
+    for seen in _recorders:
         seen.append((kernel, backend))
 
 

@@ -17,8 +17,10 @@ from .dispatch import note_launch
 from .reference_sampling import Draw, merge_draws, scaled_rows
 from .types import VocabShard
 
-BLOCK = 1024
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+# Wide blocks: a row is one program's, and every block costs it several reductions over all its warps. With 8 warps
+# this width spills, and so do narrower ones on some generation with Triton 3.6 or 3.9.
+BLOCK = 4096
+OPTIONS = {"num_warps": 16, "enable_fp_fusion": True}
 # top_p travels in units of 2^-53: a float argument would round it to fp32, which a tie can show.
 WHOLE = tl.constexpr(1 << 53)
 

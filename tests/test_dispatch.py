@@ -1,11 +1,12 @@
 """dispatch: who decides, what is refused, and that the choice is logged."""
 
 import logging
+import threading
 
 import pytest
 import torch
 
-from icegrt.kernels import available_backends, describe, dispatch, token_logprobs, use_backend
+from icegrt.kernels import available_backends, describe, dispatch, record_launches, token_logprobs, use_backend
 
 ONE = (torch.zeros(1, 3), torch.zeros(1, dtype=torch.long))
 
@@ -102,6 +103,18 @@ def test_the_choice_ends_with_the_context_also_on_an_error():
     with pytest.raises(KeyError), use_backend("reference"):
         raise KeyError
     assert dispatch._overrides.get() == ()
+
+
+def test_launches_of_other_threads_are_recorded_too():
+    """Autograd runs the backward of CUDA tensors in threads of its own."""
+    with record_launches() as outer:
+        with record_launches() as inner:
+            thread = threading.Thread(target=dispatch.note_launch, args=("kernel", "triton"))
+            thread.start()
+            thread.join()
+        dispatch.note_launch("later", "triton")
+    dispatch.note_launch("too late", "triton")
+    assert inner == [("kernel", "triton")] and outer == [("kernel", "triton"), ("later", "triton")]
 
 
 def test_every_implementation_exists():
