@@ -36,15 +36,28 @@ if [ ! -x "$venv/bin/python" ]; then
   options=()
   if [ "$gpu" = yes ] && has_torch "$python"; then
     options=(--system-site-packages)
-    say "a GPU and a torch built for it are here: the environment builds on the system's packages"
+    # Its pip and setuptools too: Python before 3.12 would lay an old setuptools over them.
+    "$python" -m pip --version >/dev/null 2>&1 && options+=(--without-pip)
+    say "a GPU and a torch built for it are here: the environment builds on the packages of $(command -v "$python")"
   fi
   say "creating $venv with $("$python" --version 2>&1)"
   "$python" -m venv "${options[@]}" "$venv" || {
     say "python's venv module does not work here; on Debian or Ubuntu: apt-get install python3-venv" >&2
     exit 1
   }
+  if [ ${#options[@]} -gt 0 ]; then
+    # An environment made from another environment sees the system's packages and not that one's: name them.
+    "$python" - > "$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth" <<'PY'
+import sysconfig
+
+for path in dict.fromkeys(map(sysconfig.get_path, ("purelib", "platlib"))):
+    print(f"import site; site.addsitedir({path!r})")
+PY
+  fi
 fi
 py=$venv/bin/python
+# A GPU machine that is cut off from every index should find out in seconds.
+[ "$gpu" = yes ] && export PIP_RETRIES="${PIP_RETRIES:-1}" PIP_DEFAULT_TIMEOUT="${PIP_DEFAULT_TIMEOUT:-10}"
 pip() { "$py" -m pip --disable-pip-version-check install -qq "$@"; }
 
 if [ -n "${ICEGRT_TORCH:-}" ]; then

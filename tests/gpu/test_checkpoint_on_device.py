@@ -1,6 +1,9 @@
 """Checkpoints of a run on a CUDA device: in the background by default, of the state when they were asked for."""
 
 import pytest
+
+pytest.importorskip("megatron.core", reason="the engine needs megatron-core, and the kernels beside it do not")
+
 import stage_cases as cases
 import tiny_models as tiny
 
