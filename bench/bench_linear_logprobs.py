@@ -11,32 +11,34 @@ import torch.nn.functional as F
 from icegrt.kernels import linear_logprobs, use_backend
 
 
-def ours(backend):
+def ours(backend, chunk_rows=None):
     def run(hidden, weight, labels):
         with use_backend(linear_logprobs=backend):
-            return linear_logprobs(hidden, weight, labels).logprob_A.sum()
+            return linear_logprobs(hidden, weight, labels, chunk_rows=chunk_rows).logprob_A
 
     return run
 
 
 def eager(hidden, weight, labels):
-    return torch.log_softmax((hidden @ weight.t()).float(), -1).gather(1, labels[:, None]).sum()
+    return torch.log_softmax(sweeps.wide(hidden @ weight.t()), -1).gather(1, labels[:, None]).squeeze(1)
 
 
-def providers(options):
-    found = {"chunked": ours("chunked"), "reference": ours("reference"), "eager": eager}
+def providers(options, V):
+    rows = sweeps.chunk_rows(options, V)
+    found = {"chunked": ours("chunked", rows), "reference": ours("reference"), "eager": eager}
     if options.device == "cuda":
-        found["triton"] = ours("triton")
+        found["triton"] = ours("triton", rows)
     if options.device == "cuda" or not options.quick:
         found["torch.compile"] = torch.compile(eager, dynamic=False)
     if hasattr(F, "linear_cross_entropy"):
-        found["F.linear_cross_entropy"] = lambda h, w, y: -F.linear_cross_entropy(h, w, y, reduction="sum")
+        found["F.linear_cross_entropy"] = lambda h, w, y: -F.linear_cross_entropy(h, w, y, reduction="none")
     liger = sweeps.peer(options, "liger_kernel.ops.fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction")
     if liger is not None:
+        # Only the sum has a gradient there.
         found["liger-kernel"] = lambda h, w, y: -liger.apply(h, w, y, None, None, -100, 0.0, 0.0, "sum")[0]
     cce = sweeps.peer(options, "cut_cross_entropy", "linear_cross_entropy")
     if cce is not None:
-        found["cut-cross-entropy"] = lambda h, w, y: -cce(h, w, y, reduction="sum")
+        found["cut-cross-entropy"] = lambda h, w, y: -cce(h, w, y, reduction="none")
     return found
 
 
@@ -48,13 +50,16 @@ def directions(run, hidden, weight, labels):
             return run(hidden, weight, labels)
 
     def both():
-        for leaf in leaves:
-            leaf.grad = None
-        total = run(*leaves, labels)
-        total.backward()
-        return total.detach()
+        out = run(*leaves, labels)
+        torch.autograd.grad(out.sum(), leaves)
+        return out.detach()
 
     return {"forward": forward, "both": both}
+
+
+def error(out, truth):
+    """The worst token's; of a provider that returns the sum alone, the mean one's."""
+    return (out - truth).abs().max().item() if out.dim() else abs(out.item() - truth.sum().item()) / len(truth)
 
 
 def main():
@@ -69,15 +74,16 @@ def main():
         hidden = torch.randn(A, H, device=options.device).to(dtype)
         weight = (torch.randn(V, H, device=options.device) * 0.05).to(dtype)
         labels = torch.randint(0, V, (A,), device=options.device)
-        truth = eager(hidden.double(), weight.double(), labels).item()
-        runs = {name: directions(run, hidden, weight, labels) for name, run in providers(options).items()}
+        truth = eager(hidden.double(), weight.double(), labels)
+        runs = {name: directions(run, hidden, weight, labels) for name, run in providers(options, V).items()}
         for direction, products in (("forward", 1), ("both", 4)):
             rows += harness.compare(
                 "linear_logprobs",
                 f"A{A} V{V} H{H} {str(dtype)[6:]} {direction}",
                 {name: run[direction] for name, run in runs.items()},
-                error=lambda out, truth=truth, A=A: abs(out.item() - truth) / A,
-                tolerance=1e-1 if dtype == torch.bfloat16 else 1e-4,
+                error=lambda out, truth=truth: error(out, truth),
+                # Logits that are rounded to bf16, as eager PyTorch's are, are off by 7e-2 and more.
+                tolerance=5e-1 if dtype == torch.bfloat16 else 1e-4,
                 rounds=options.rounds,
                 device=options.device,
                 floor=sweeps.floor_ms(options, flops=2.0 * A * V * H * products),

@@ -26,31 +26,26 @@ def problem(A, V, H, dtype, device):
     return hidden.requires_grad_(), weight.requires_grad_(), labels, old, advantage
 
 
-def step(backend, streams, mask=None):
-    hidden, weight, labels, old, advantage = streams
-
-    def run():
-        hidden.grad = weight.grad = None
+def step(backend, streams, chunk_rows=None, mask=None):
+    def call(hidden, weight, labels, old, advantage):
         with use_backend("reference" if backend == "reference" else "auto", linear_ppo_loss=backend):
-            options = {"normalizer": float(labels.numel()), "mask_A": mask}
-            loss = linear_ppo_loss(hidden, weight, labels, old, advantage, **options).loss
-        loss.backward()
-        return loss.detach()
+            options = {"normalizer": float(labels.numel()), "mask_A": mask, "chunk_rows": chunk_rows}
+            return linear_ppo_loss(hidden, weight, labels, old, advantage, **options).loss
 
-    return run
+    return both_ways(call, streams)
 
 
 def plain(hidden, weight, labels, old, advantage):
-    logp = torch.log_softmax((hidden @ weight.t()).float(), -1).gather(1, labels[:, None]).squeeze(1)
+    logits = sweeps.wide(hidden @ weight.t())
+    logp = torch.log_softmax(logits, -1).gather(1, labels[:, None]).squeeze(1)
     ratio = (logp - old).exp()
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2)).mean()
 
 
-def eager(call, streams):
+def both_ways(call, streams):
     def run():
-        streams[0].grad = streams[1].grad = None
         loss = call(*streams)
-        loss.backward()
+        torch.autograd.grad(loss, streams[:2])
         return loss.detach()
 
     return run
@@ -65,7 +60,7 @@ def liger(options, streams):
     if function is None:
         return None
     weight, labels = streams[1:3]
-    chunk = default_chunk_rows(weight.shape[0], options.device)
+    chunk = sweeps.chunk_rows(options, weight.shape[0]) or default_chunk_rows(weight.shape[0])
     terms = {"beta": 0.0, "epsilon_low": 0.2, "epsilon_high": 0.2, "loss_type": "bnpo"}
     module = function(use_ref_model=False, chunk_size=chunk, **terms)
     ones = torch.ones(labels.numel(), 1, dtype=torch.int64, device=labels.device)
@@ -73,7 +68,7 @@ def liger(options, streams):
     def call(hidden, weight, labels, old, advantage):
         return module(hidden[:, None], weight, labels[:, None], ones, advantage, old_per_token_logps=old[:, None])[0]
 
-    return eager(call, streams)
+    return both_ways(call, streams)
 
 
 def products(streams):
@@ -88,18 +83,20 @@ def products(streams):
 
 def providers(options, streams):
     half = torch.arange(streams[2].numel(), device=options.device) % 2 == 0
+    rows = sweeps.chunk_rows(options, streams[1].shape[0])
     found = {
-        "chunked": step("chunked", streams),
-        "chunked, half masked": step("chunked", streams, half),
+        "chunked": step("chunked", streams, rows),
+        "chunked, half masked": step("chunked", streams, rows, half),
         "reference": step("reference", streams),
-        "eager": eager(plain, streams),
+        "eager": both_ways(plain, streams),
         "three products": products(streams),
     }
     if options.device == "cuda":
-        found |= {"triton": step("triton", streams), "triton, half masked": step("triton", streams, half)}
+        found["triton"] = step("triton", streams, rows)
+        found["triton, half masked"] = step("triton", streams, rows, half)
     if options.device == "cuda" or not options.quick:  # both compile
         found |= {"liger-kernel": run} if (run := liger(options, streams)) else {}
-        found["torch.compile"] = eager(torch.compile(plain, dynamic=False), streams)
+        found["torch.compile"] = both_ways(torch.compile(plain, dynamic=False), streams)
     return found
 
 
@@ -123,20 +120,10 @@ def main():
     rows = []
     for A, V in shapes:
         streams = problem(A, V, H, dtype, options.device)
-        truth = plain(*(x.detach().double() if x.is_floating_point() else x for x in streams)).item()
-        half = (
-            plain(
-                *(
-                    x.detach().double()[::2]
-                    if i != 1 and x.is_floating_point()
-                    else x.detach().double()
-                    if i == 1
-                    else x[::2]
-                    for i, x in enumerate(streams)
-                )
-            ).item()
-            / 2
-        )
+        exact = [x.detach().double() if x.is_floating_point() else x for x in streams]
+        truth = plain(*exact).item()
+        half = plain(*(x if i == 1 else x[::2] for i, x in enumerate(exact))).item() / 2
+        del exact
         rows += harness.compare(
             "linear_ppo_loss",
             f"A{A} V{V} H{H} {str(dtype)[6:]} both",

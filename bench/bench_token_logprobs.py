@@ -15,14 +15,17 @@ def plain(logits, labels):
     return torch.log_softmax(logits.float(), dim=-1).gather(1, labels[:, None]).squeeze(1)
 
 
-def with_backend(backend, inplace=False):
+def with_backend(backend):
     def run(logits, labels):
         with use_backend(token_logprobs=backend):
-            if inplace and logits.requires_grad:
-                return token_logprobs(logits.view_as(logits), labels, inplace_backward=True).logprob_A
             return token_logprobs(logits, labels).logprob_A
 
     return run
+
+
+def in_place(logits, labels):
+    with use_backend(token_logprobs="triton"):
+        return token_logprobs(logits.view_as(logits), labels, inplace_backward=True).logprob_A
 
 
 def providers(options):
@@ -48,9 +51,8 @@ def directions(run, logits, labels):
             return run(logits, labels)
 
     def both():
-        leaf.grad = None
         out = run(leaf, labels)
-        out.backward(upstream)
+        torch.autograd.grad(out, leaf, upstream)
         return out.detach()
 
     return {"forward": forward, "both": both}
@@ -70,16 +72,21 @@ def main():
             labels = torch.randint(0, V, (A,), device=options.device)
             truth = torch.log_softmax(logits.double(), -1).gather(1, labels[:, None]).squeeze(1)
             runs = {name: directions(run, logits, labels) for name, run in providers(options).items()}
+            scratch = torch.empty_like(logits)
             for direction, passes in (("forward", 1), ("both", 3)):
+                calls = {name: run[direction] for name, run in runs.items()}
+                if cuda and direction == "both":  # its gradient takes the place of its logits: each call needs a copy
+                    calls["triton, in place"] = directions(in_place, scratch, labels)["both"]
                 rows += harness.compare(
                     "token_logprobs",
                     f"A{A} V{V} {str(dtype)[6:]} {direction}",
-                    {name: run[direction] for name, run in runs.items()},
+                    calls,
                     error=lambda out, truth=truth: (out.double() - truth).abs().max().item(),
                     tolerance=1e-4,
                     rounds=options.rounds,
                     device=options.device,
                     floor=sweeps.floor_ms(options, traffic=passes * logits.numel() * logits.element_size()),
+                    prepare={"triton, in place": lambda x=scratch, logits=logits: x.copy_(logits)},
                 )
     path = harness.write("token_logprobs", rows, options)
     both = [row for row in rows if row["case"].endswith("float32 both")]

@@ -41,6 +41,9 @@ KEYS = (
     "commit",
 )
 RESULTS = Path(__file__).parent / "results"
+# All benches together must end in minutes on a GPU: a case stops after this long, but not before this many rounds.
+CASE_SECONDS, ROUNDS_MIN = 5.0, 3
+FLUSH_BYTES = 1 << 30  # many times any last-level cache
 # Milliseconds that ours must stay within on one H200, printed beside the figures of the case.
 TARGETS = {
     ("linear_logprobs", "A8192 V151936 H4096 bfloat16 forward"): 15.5,
@@ -75,24 +78,36 @@ def compare(
     rounds: int,
     device: str,
     floor: float | None = None,
+    prepare: dict[str, Callable[[], object]] | None = None,
 ) -> list[dict]:
     """Rows of one case. `error` measures a provider's output against fp64 truth; above `tolerance` it is not timed.
 
     floor: milliseconds that no implementation can beat here (memory traffic or arithmetic), or None.
+    prepare: what a provider wants done before each of its calls, and is not timed.
     """
-    errors, peaks = {}, {}
+    errors, peaks, ready = {}, {}, prepare or {}
+
+    def nothing():
+        pass
+
     for name, run in providers.items():
+        ready.get(name, nothing)()
         run()  # compiles and fills caches
-        _reset_peak(device)
+        ready.get(name, nothing)()
+        peaks[name] = cuda_peak_bytes(run) if device == "cuda" else cpu_peak_bytes(run)
+        ready.get(name, nothing)()
         errors[name] = error(run())
-        peaks[name] = _peak(device) if device == "cuda" else cpu_peak_bytes(run)
         if not errors[name] <= tolerance:
             raise SystemExit(
                 f"{bench} {case}: {name} is off by {errors[name]:.3g}, more than {tolerance:.3g}; not timed"
             )
     times: dict[str, list[float]] = {name: [] for name in providers}
-    for _ in range(rounds):
+    begin = time.perf_counter()
+    for done in range(rounds):
+        if device == "cuda" and done >= ROUNDS_MIN and time.perf_counter() - begin > CASE_SECONDS:
+            break
         for name, run in providers.items():
+            ready.get(name, nothing)()
             times[name].append(_milliseconds(run, device))
     rows = []
     for name, taken in times.items():
@@ -141,6 +156,11 @@ def write(bench: str, rows: list[dict], options: argparse.Namespace) -> Path:
 def _milliseconds(run: Callable[[], object], device: str) -> float:
     if device == "cuda":
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # Nobody finds its streams in the cache, and while the device writes, the host gets ahead of it: else a kernel
+        # of microseconds would be timed by how fast Python launches it.
+        flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+        for _ in range(2):
+            flush.zero_()
         start.record()
         run()
         stop.record()
@@ -158,15 +178,14 @@ def _quantiles(taken: list[float]) -> tuple[float, float, float]:
     return fifths[0], statistics.median(taken), fifths[3]
 
 
-def _reset_peak(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak(device: str) -> int | None:
-    """Peak bytes of the device's allocator."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else None
+def cuda_peak_bytes(run: Callable[[], object]) -> int:
+    """The most that torch's CUDA allocator holds at once during a call, beyond what it held before."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def cpu_peak_bytes(run: Callable[[], object]) -> int:

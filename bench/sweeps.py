@@ -6,6 +6,21 @@ import importlib
 
 import torch
 
+from icegrt.kernels import default_chunk_rows
+
+
+def chunk_rows(options, vocab_size: int) -> int | None:
+    """What a run takes once its models stand: from free memory on a GPU, the default elsewhere."""
+    if options.device != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    return default_chunk_rows(vocab_size, "cuda", torch.cuda.mem_get_info()[0])
+
+
+def wide(logits):
+    """Logits in fp32 as trainers widen them, or in fp64 where the truth is computed."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
 
 def peer(options, module: str, name: str, needs_cuda: bool = True):
     """An attribute of a package that may not be installed or not run here; then None, and a line says which."""

@@ -229,7 +229,16 @@ class _AttachGradient(torch.autograd.Function):
         (grad_AH, grad_VH), ctx.gradients = ctx.gradients, None
         scale = upstream / ctx.normalizer
         if grad_AH is not None:
-            grad_AH = grad_AH.mul_(scale).to(hidden_AH.dtype)
-        if grad_VH is not None:
-            grad_VH = grad_VH.mul_(scale) if ctx.into is None else ctx.into.addcmul_(grad_VH, scale.to(grad_VH.dtype))
+            grad_AH = _scaled(grad_AH, scale, hidden_AH.dtype)
+        if grad_VH is not None and ctx.into is None:
+            grad_VH = _scaled(grad_VH, scale, weight_VH.dtype)
+        elif grad_VH is not None:
+            ctx.into.addcmul_(grad_VH, scale.to(grad_VH.dtype))
         return None, grad_AH, _hand_over(grad_VH, weight_VH, ctx.into), None, None, None, None
+
+
+def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * scale in dtype; may write over grad."""
+    if grad.is_cuda and grad.dtype != dtype:  # one pass for product and rounding, which a CPU would need a copy for
+        return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
+    return grad.mul_(scale).to(dtype)

@@ -116,8 +116,9 @@ def test_views_empty_streams_and_default_chunks():
     assert empty.entropy_A.shape == (0,) and (weight.grad == 0).all()
     assert linear_products.default_chunk_rows(152064) == 32
     assert linear_products.default_chunk_rows(7) == linear_products.CHUNK_ROWS_MAX["cpu"]
-    assert linear_products.default_chunk_rows(152064, "cuda") == 512
-    assert linear_products.default_chunk_rows(152064, "cuda", free_bytes=64 << 30) == 2048
+    assert linear_products.default_chunk_rows(152064, "cuda") == 2048
+    assert linear_products.default_chunk_rows(152064, "cuda", free_bytes=64 << 30) == 4096
+    assert linear_products.default_chunk_rows(152064, "cuda", free_bytes=3 << 30) == 512
 
 
 @pytest.mark.parametrize(
