@@ -12,6 +12,7 @@ from .types import Moments, VocabShard
 
 IGNORED_LABEL = -100
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
+_STREAMS = "the other tensors"
 
 
 def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -46,11 +47,23 @@ def mask(op: str, name: str, x: Tensor | None, shape: tuple[int | None, ...], li
     _device(op, name, x, like)
 
 
-def number(op: str, name: str, x, *, low: float = -math.inf, high: float = math.inf, above: bool = False) -> None:
-    """x is a finite Python number (or a 0-dim tensor, whose value is not read) within [low, high]; above: x > low."""
+def number(
+    op: str,
+    name: str,
+    x,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: bool = False,
+    like: Tensor | None = None,
+) -> None:
+    """x is a finite Python number within [low, high] (above: x > low), or a 0-dim tensor on the device of `like`, whose
+    value is not read."""
     if isinstance(x, Tensor):
         if x.dim() != 0:
             raise ValueError(f"{op}: {name} must be a number or a 0-dim tensor, got shape {tuple(x.shape)}")
+        if like is not None and x.device != like.device:
+            raise ValueError(f"{op}: {name} must be a number or on {like.device} like {_STREAMS}, got {x.device}")
         return
     if isinstance(x, bool) or not isinstance(x, Real):
         raise TypeError(f"{op}: {name} must be a number or a 0-dim tensor, got {type(x).__name__}")
@@ -71,9 +84,11 @@ def choice(op: str, name: str, x: str, options: tuple[str, ...]) -> None:
         raise ValueError(f"{op}: {name} must be one of {', '.join(options)}, got {x!r}")
 
 
-def moments(op: str, x: Moments | None) -> None:
+def moments(op: str, x: Moments | None, like: Tensor) -> None:
     if x is not None and not isinstance(x, Moments):
         raise TypeError(f"{op}: moments must be Moments or None, got {type(x).__name__}")
+    if x is not None and x.mean.device != like.device:
+        raise ValueError(f"{op}: moments must be on {like.device} like {_STREAMS}, got {x.mean.device}")
 
 
 def shard(op: str, x: VocabShard | None, columns: int) -> None:
@@ -134,4 +149,4 @@ def _shape(op: str, name: str, x: Tensor, shape: tuple[int | None, ...]) -> None
 
 def _device(op: str, name: str, x: Tensor, like: Tensor | None) -> None:
     if like is not None and x.device != like.device:
-        raise ValueError(f"{op}: {name} must be on {like.device} like the other tensors, got {x.device}")
+        raise ValueError(f"{op}: {name} must be on {like.device} like {_STREAMS}, got {x.device}")

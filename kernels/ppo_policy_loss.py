@@ -81,16 +81,16 @@ def check_objective(op, like, old_logprob_A, advantage_A, ref_logprob_A, mask_A,
         if x is not None:
             checks.floating(op, name, x, shape, like)
     checks.mask(op, "mask_A", mask_A, shape, like)
-    checks.number(op, "normalizer", normalizer, low=0.0, above=True)
+    checks.number(op, "normalizer", normalizer, low=0.0, above=True, like=like)
     checks.plain_number(op, "clip_low", terms["clip_low"], low=0.0, high=1.0)
     checks.plain_number(op, "clip_high", terms["clip_high"], low=0.0)
     if terms["dual_clip"] is not None:
         checks.plain_number(op, "dual_clip", terms["dual_clip"], low=1.0, above=True)
-    checks.number(op, "kl_coef", terms["kl_coef"], low=0.0)
-    checks.number(op, "entropy_coef", terms["entropy_coef"])
+    checks.number(op, "kl_coef", terms["kl_coef"], low=0.0, like=like)
+    checks.number(op, "entropy_coef", terms["entropy_coef"], like=like)
     checks.choice(op, "kl_estimator", terms["kl_estimator"], checks.KL_ESTIMATORS)
     checks.choice(op, "kl_gradient", terms["kl_gradient"], ("k2", "raw"))
     if ref_logprob_A is None and (isinstance(terms["kl_coef"], Tensor) or terms["kl_coef"] != 0):
         raise ValueError(f"{op}: ref_logprob_A must be given when kl_coef is {terms['kl_coef']}, got None")
-    checks.moments(op, moments)
+    checks.moments(op, moments, like)
     return tuple(None if x is None else x.detach() for x in (old_logprob_A, advantage_A, ref_logprob_A, weight_A))

@@ -54,9 +54,7 @@ def shaped_gae(
     if bootstrap_N is not None:
         checks.floating(op, "bootstrap_N", bootstrap_N, tuple(score_N.shape), score_N)
     checks.mask(op, "mask_A", mask_A, shape, score_N)
-    checks.number(op, "kl_coef", kl_coef)
-    if isinstance(kl_coef, Tensor) and kl_coef.device != score_N.device:
-        raise ValueError(f"{op}: kl_coef must be a number or on {score_N.device} like score_N, got {kl_coef.device}")
+    checks.number(op, "kl_coef", kl_coef, like=score_N)
     if ref_logprob_A is None and (isinstance(kl_coef, Tensor) or kl_coef != 0):
         raise ValueError(f"{op}: ref_logprob_A must be given when kl_coef is {kl_coef}, got None")
     checks.choice(op, "kl_estimator", kl_estimator, checks.KL_ESTIMATORS)

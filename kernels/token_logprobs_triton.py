@@ -71,7 +71,8 @@ def token_logprobs_forward(
             if ENTROPY:
                 weighted = (weighted + shift * total) * scale
                 weighted += tl.sum(weight * tl.where(weight > 0.0, distance, 0.0), axis=0)
-            total = total * scale + tl.sum(weight, axis=0)
+            # Said, not left to the compiler: with and without the entropy the sum must have the same bits.
+            total = tl.fma(total, scale, tl.sum(weight, axis=0))
             peak = new_peak
         here = label - start
         inside = (here >= 0) & (here < valid)

@@ -66,6 +66,10 @@ class Moments:
         """Population variance; 0 for an empty set."""
         return self.m2 / self.count.clamp(min=1)
 
+    def to(self, device: torch.device | str) -> Moments:
+        """The same moments on another device."""
+        return Moments(self.count.to(device), self.mean.to(device), self.m2.to(device))
+
     def merge(self, other: Moments) -> Moments:
         """Moments of the union of two disjoint sets (Chan, Golub, LeVeque 1979)."""
         count = self.count + other.count

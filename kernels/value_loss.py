@@ -37,7 +37,7 @@ def value_loss(
     if old_value_A is not None:
         checks.floating(op, "old_value_A", old_value_A, shape, value_A)
         old_value_A = old_value_A.detach()
-    checks.number(op, "normalizer", normalizer, low=0.0, above=True)
+    checks.number(op, "normalizer", normalizer, low=0.0, above=True, like=value_A)
     checks.mask(op, "mask_A", mask_A, shape, value_A)
     if weight_A is not None:
         checks.floating(op, "weight_A", weight_A, shape, value_A)

@@ -33,8 +33,6 @@ def whiten(x: Tensor, moments: Moments, *, shift_mean: bool = True, eps: float =
     checks.floating(op, "x", x, (None,) * getattr(x, "ndim", 1))
     if moments is None:
         raise TypeError(f"{op}: moments must be Moments, got None")
-    checks.moments(op, moments)
-    if moments.mean.device != x.device:
-        raise ValueError(f"{op}: moments must be on {x.device} like x, got {moments.mean.device}")
+    checks.moments(op, moments, x)
     checks.plain_number(op, "eps", eps, low=0.0)
     return select(op, x)(x, moments, shift_mean=shift_mean, eps=eps)

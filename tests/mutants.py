@@ -76,7 +76,7 @@ TOKEN_LOGPROBS = (
     _token_logprobs(
         "forward",
         "the sum is not rescaled when the maximum rises",
-        "total = total * scale + tl.sum(weight, axis=0)",
+        "total = tl.fma(total, scale, tl.sum(weight, axis=0))",
         "total = total + tl.sum(weight, axis=0)",
         "check_a_maximum_that_rises",
     ),

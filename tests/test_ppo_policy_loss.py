@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from icegrt.kernels import Moments, PolicyStats, ppo_policy_loss
+from icegrt.kernels import Moments, PolicyStats, linear_ppo_loss, ppo_policy_loss
 
 
 def by_hand(logprob, old, advantage, low, high, dual):
@@ -124,6 +124,28 @@ def test_empty_stream_has_neutral_statistics():
     some = ppo_policy_loss(torch.zeros(3), None, torch.ones(3), normalizer=1.0).stats
     assert some.merge(out.stats) == some
     assert isinstance(some, PolicyStats) and all(getattr(some, f).dim() == 0 for f in some.__dataclass_fields__)
+
+
+ELSEWHERE = torch.ones((), device="meta")
+
+
+@pytest.mark.parametrize("op", [ppo_policy_loss, linear_ppo_loss], ids=["ppo_policy_loss", "linear_ppo_loss"])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("normalizer", {"normalizer": ELSEWHERE}),
+        ("kl_coef", {"kl_coef": ELSEWHERE, "ref_logprob_A": torch.zeros(3)}),
+        ("entropy_coef", {"entropy_coef": ELSEWHERE}),
+        ("moments", {"moments": Moments(ELSEWHERE, ELSEWHERE, ELSEWHERE)}),
+    ],
+)
+def test_numbers_on_another_device_are_refused_by_name(op, name, change):
+    """A kernel would read them through a pointer of another device."""
+    none, options = torch.zeros(3), {"normalizer": 1.0} | change
+    streams = (none,) if op is ppo_policy_loss else (torch.zeros(3, 2), torch.zeros(4, 2), torch.arange(3))
+    options |= {"entropy_A": none} if op is ppo_policy_loss else {}
+    with pytest.raises(ValueError, match=rf"{op.__name__}: {name} must be .*on cpu .* got meta"):
+        op(*streams, None, none, **options)
 
 
 @pytest.mark.parametrize(

@@ -60,3 +60,5 @@ def test_errors_name_the_argument():
         value_loss(x, x, x, clip=0.0, normalizer=1.0)
     with pytest.raises(ValueError, match="return_A must have shape"):
         value_loss(x, x, x[:2], normalizer=1.0)
+    with pytest.raises(ValueError, match=r"value_loss: normalizer must be a number or on cpu .* got meta"):
+        value_loss(x, x, x, normalizer=torch.ones((), device="meta"))

@@ -135,7 +135,7 @@ class Updater:
                 kl_estimator=config.kl_estimator,
                 entropy_coef=config.entropy_coef,
                 temperature=config.sampling.temperature,
-                moments=experience.moments if config.whiten_advantages else None,
+                moments=experience.moments.to(hidden_TH.device) if config.whiten_advantages else None,
                 shard=model.vocab_shard,
                 chunk_rows=self.chunk_rows,
             )

@@ -45,14 +45,16 @@ def test_token_logprobs_forward_and_backward(vocab, dtype):
         assert_within_budget(a.float(), plain[part], truth[part], atol=atol)
 
 
-def test_the_ratio_is_exactly_one_after_scoring_in_bf16():
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+def test_the_ratio_is_exactly_one_after_scoring_in_bf16(entropy_coef):
     generator = torch.Generator("cuda").manual_seed(0)
     hidden = torch.randn(300, 64, device="cuda", generator=generator).bfloat16()
     weight = torch.randn(1000, 64, device="cuda", generator=generator).bfloat16()
     labels = torch.randint(1000, (300,), device="cuda", generator=generator)
     advantage = torch.randn(300, device="cuda", generator=generator)
     old = linear_logprobs(hidden, weight, labels, chunk_rows=128).logprob_A.detach()
-    loss = linear_ppo_loss(hidden.requires_grad_(), weight, labels, old, advantage, normalizer=300.0, chunk_rows=128)
+    options = {"normalizer": 300.0, "chunk_rows": 128, "entropy_coef": entropy_coef}
+    loss = linear_ppo_loss(hidden.requires_grad_(), weight, labels, old, advantage, **options)
     assert loss.stats.ratio_min.item() == loss.stats.ratio_max.item() == 1.0
 
 
