@@ -21,10 +21,10 @@ from .reference import EXPONENT_LIMIT, counts
 from .types import PolicyStats, PPOLoss
 
 BLOCK = 1024
-FOLD_ROWS_PER_COLUMN = (
-    2  # rows of partials read at once, over their width; more or fewer spill on one generation or other
-)
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+# Rows of partials read at once, over their width: with more, fewer or 4 warps it spills on one generation or other.
+FOLD_ROWS_PER_COLUMN = 4
+FOLD_OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 SUMS = sum("merge" not in f.metadata for f in fields(PolicyStats))
 COLUMNS = len(fields(PolicyStats))
 
@@ -235,7 +235,7 @@ def fold(partials: Tensor, normalizer, sums: int) -> tuple[Tensor, Tensor]:
             SUMS=sums,
             WIDTH=partials.shape[1],
             BLOCK=FOLD_ROWS_PER_COLUMN * partials.shape[1],
-            **OPTIONS,
+            **FOLD_OPTIONS,
         )
     return stats, loss
 

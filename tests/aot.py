@@ -36,3 +36,16 @@ def compiled_usage(kernel, signature, constants, capability, options, aligned=Tr
     line = next(line for line in report.stdout.splitlines() if "STACK:" in line)
     registers, stack = (int(re.search(rf"{key}:(\d+)", line)[1]) for key in ("REG", "STACK"))
     return Usage(registers, stack, compiled.metadata.shared)
+
+
+def assert_nothing_spills(kernel, signature, constants, capability, options, aligned=True):
+    """Compiles `kernel` and prints what it occupies, in a line that `pytest -s` shows; its stack must be empty."""
+    usage = compiled_usage(kernel, signature, constants, capability, options, aligned)
+    dtypes = " ".join(f"{name}={signature[name]}" for name in ("logits_ptr", "grad_ptr") if name in signature)
+    flags = " ".join(f"{name}={value}" for name, value in constants.items())
+    where = "aligned" if aligned else "unaligned"
+    print(
+        f"sm_{capability} {kernel.__name__:24s} REG {usage.registers:3d} SHARED {usage.shared} STACK {usage.stack} "
+        f"{where} {dtypes} {flags}"
+    )
+    assert usage.stack == 0, usage

@@ -61,41 +61,22 @@ def naive_gae(score, value, logprob, ref, cu, *, kl_coef, gamma, lam, bootstrap=
     return tuple(torch.tensor(x, dtype=torch.float64) for x in (advantage, returns, reward, kl))
 
 
-def run_cases(path, *, interpret):
-    """Runs a file under tests/ in a fresh process: Triton reads TRITON_INTERPRET once, when it is imported."""
+def run_cases(path, *, interpret, marked="not long"):
+    """Runs a file under tests/ in a fresh process: Triton reads TRITON_INTERPRET once, when it is imported.
+
+    marked: of its tests those whose markers fit this expression, as pytest's -m takes it.
+    """
     env = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist"]
     here = Path(__file__).parent
     done = subprocess.run(
-        [*command, str(here / path)], env=env, cwd=here.parent, capture_output=True, text=True, timeout=280
+        [*command, "-m", marked, str(here / path)],
+        env=env,
+        cwd=here.parent,
+        capture_output=True,
+        text=True,
+        timeout=280,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and " skipped" not in done.stdout, done.stdout
     return done.stdout
-
-
-def stack_bytes(kernel, signature, constants, capability, options):
-    """Compiles a kernel for an sm_<capability> that need not be present; prints its registers and shared memory.
-
-    Returns the stack bytes that it spills to.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
-    source = ASTSource(kernel, signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        report = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True)
-    usage = next(line for line in report.stdout.splitlines() if "STACK:" in line)
-    found = dict(part.split(":") for part in usage.split() if part.count(":") == 1)
-    flags = " ".join(f"{k}={v}" for k, v in constants.items())
-    shared = compiled.metadata.shared
-    print(
-        f"sm_{capability} {kernel.__name__:24s} REG {found['REG']:>3s} SHARED {shared} STACK {found['STACK']} {flags}"
-    )
-    return int(found["STACK"])

@@ -16,6 +16,11 @@ def test_nothing_is_autotuned():
         assert not names & {"autotune", "heuristics"}, path.name
 
 
+@pytest.mark.long
+def test_every_configuration_ahead_of_time():
+    run_cases("compiled/kernels_cases.py", interpret=False, marked="long")
+
+
 def test_ahead_of_time():
     report = run_cases("compiled/kernels_cases.py", interpret=False)
     print(*(line.lstrip(".") for line in report.splitlines() if " REG " in line), sep="\n")  # shown by pytest -s
