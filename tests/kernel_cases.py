@@ -4,7 +4,6 @@ import mmap
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -67,15 +66,10 @@ def run_cases(path, *, interpret, marked="not long"):
     marked: of its tests those whose markers fit this expression, as pytest's -m takes it.
     """
     env = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist"]
     here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", marked]
     done = subprocess.run(
-        [*command, "-m", marked, str(here / path)],
-        env=env,
-        cwd=here.parent,
-        capture_output=True,
-        text=True,
-        timeout=280,
+        [*command, str(here / path)], env=env, cwd=here.parent, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and " skipped" not in done.stdout, done.stdout

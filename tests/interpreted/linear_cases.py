@@ -30,11 +30,13 @@ def loss_of(backend, hidden, weight, labels, old, ref, advantage, **options):
 
 def logprobs_of(backend, hidden, weight, labels, upstream, **options):
     hidden, weight = (x.clone().requires_grad_() for x in (hidden, weight))
-    with use_backend(backend):
+    with use_backend(backend), record_launches() as launches:
         out = linear_logprobs(hidden, weight, labels, entropy=True, **options)
         torch.autograd.backward(
             [out.logprob_A, out.entropy_A], [upstream.to(out.logprob_A), upstream.to(out.logprob_A)]
         )
+    kernels = {"token_logprobs_forward", "token_logprobs_backward"}
+    assert {name for name, _ in launches} == (kernels if backend == "triton" else set())
     return out.logprob_A, out.entropy_A, hidden.grad, weight.grad
 
 
