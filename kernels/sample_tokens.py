@@ -26,7 +26,7 @@ def sample_tokens(
     the arg-max and reports the log-prob at temperature 1. top_k 0 and top_p 1 truncate nothing; top_k applies first.
     seed: int; sequence_ids, positions: [N] int, which name the draw: the noise is a hash of (seed, sequence id,
     position, global vocabulary id) in fp32, equal maxima go to the lowest id. One pass over the logits; top-k and top-p
-    find their thresholds first, in 35 more passes each.
+    find their thresholds first, in about 35 more passes each.
     Returns (token_N int64 global ids, logprob_N fp32 or fp64), equal on every rank of the shard's group. No gradient.
     Raises TypeError or ValueError naming the argument.
     """
