@@ -45,7 +45,7 @@ bench: install  ## all benchmarks that this machine can run; rows go to bench/re
 
 gpu: install  ## GPU tests and benchmarks in one go; writes bench/results/<device>/
 	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu needs a CUDA device, and torch finds none")'
-	@status=0; $(PY) -m pytest -q tests/gpu || status=1; $(RUN_BENCHES); exit $$status
+	@status=0; OMP_NUM_THREADS=$${OMP_NUM_THREADS:-8} $(PY) -m pytest -q tests/gpu || status=1; $(RUN_BENCHES); exit $$status
 
 clean:  ## remove build products and caches; the environment and runs/ stay
 	rm -rf build dist *.egg-info engine/_C*.so .pytest_cache .ruff_cache .hypothesis
