@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import transformers
 from torch import nn
 
 from icegrt.kernels import linear_logprobs, linear_ppo_loss, pack_padded, ppo_policy_loss, token_logprobs
 
 VOCAB, WIDTH = 29, 16
+OLD_LOGPROB = -3.4  # near log(1 / VOCAB): some ratios are clipped, some are not
 
 
 def batch(rows=4, length=9, seed=0):
@@ -25,25 +27,43 @@ def batch(rows=4, length=9, seed=0):
     return ids, attended, response, torch.randn(rows, length, generator=generator)
 
 
+def llama():
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=WIDTH,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=32,
+        )
+    )
+
+
 class Policy(nn.Module):
-    """A head and its loss inside one module: what DDP and FSDP2 wrap, so that the weight is whole in the loss."""
+    """A transformers model and its loss in one module: what DDP and FSDP2 wrap, so that the head is whole in the loss.
+
+    The old log-probs are a constant, so that ratios differ from 1.
+    """
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(3)
-        self.embed, self.body = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.lm_head = nn.Linear(WIDTH, VOCAB, bias=False)
+        self.model = llama()
 
     def forward(self, ids, attended, response, advantage, normalizer, fused=True):
         s = pack_padded(ids, attended, response)
-        hidden = torch.tanh(self.body(self.embed(ids))).flatten(0, 1)[s.action_rows_A]
-        advantage_A = s.select(advantage)
+        hidden = self.model.model(input_ids=ids, attention_mask=attended).last_hidden_state.flatten(0, 1)
+        hidden, weight = hidden[s.action_rows_A], self.model.lm_head.weight
+        old_A, advantage_A = torch.full((s.action_rows_A.numel(),), OLD_LOGPROB), s.select(advantage)
         if fused:
-            return linear_ppo_loss(
-                hidden, self.lm_head.weight, s.action_tokens_A, None, advantage_A, normalizer=normalizer
-            ).loss
-        scored = token_logprobs(self.lm_head(hidden), s.action_tokens_A)
-        return ppo_policy_loss(scored.logprob_A, None, advantage_A, normalizer=normalizer).loss
+            out = linear_ppo_loss(hidden, weight, s.action_tokens_A, old_A, advantage_A, normalizer=normalizer)
+        else:
+            with torch.autocast("cpu", enabled=False):
+                scored = token_logprobs(hidden.to(weight.dtype) @ weight.t(), s.action_tokens_A)
+            out = ppo_policy_loss(scored.logprob_A, old_A, advantage_A, normalizer=normalizer)
+        return out.loss
 
 
 def trained_alone(fused=False, steps=3):
@@ -59,20 +79,9 @@ def trained_alone(fused=False, steps=3):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_plain_transformers_loop_with_adamw(checkpointing):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-    )
-
     def train(fused):
         torch.manual_seed(1)
-        model = transformers.LlamaForCausalLM(config)
+        model = llama()
         model.train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -107,7 +116,7 @@ def test_a_plain_transformers_loop_with_adamw(checkpointing):
 def test_inside_a_reentrant_or_plain_checkpoint():
     """The forward runs twice there, once without gradients: what it forms must come from the second run."""
     expected = torch.autograd.grad(
-        Policy()(*batch(), normalizer=7.0), (model := Policy()).lm_head.weight, allow_unused=True
+        Policy()(*batch(), normalizer=7.0), (model := Policy()).model.lm_head.weight, allow_unused=True
     )
     assert expected == (None,)
     parts = batch()
@@ -120,6 +129,21 @@ def test_inside_a_reentrant_or_plain_checkpoint():
         loss.backward()
         for parameter, grad in zip(model.parameters(), plain, strict=True):
             torch.testing.assert_close(parameter.grad, grad)
+
+
+def test_a_transformers_model_under_autocast():
+    """Its layers compute in bfloat16; from the hidden states on, loss and gradients are those of fp32."""
+    parts, grads = batch(), []
+    for fused in (True, False):
+        model = Policy()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(*parts, normalizer=7.0, fused=fused)
+        loss.backward()
+        assert loss.dtype == torch.float32
+        grads.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for ours, plain in zip(*grads, strict=True):
+        assert ours.dtype == plain.dtype == torch.float32
+        assert (ours - plain).norm() <= 1e-4 * plain.norm()
 
 
 def test_autocast_never_rounds_the_logits():
@@ -159,7 +183,7 @@ def train_as_one_of_several(rank, world, kind):
         from torch.distributed.fsdp import fully_shard
 
         fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
-        head = model.lm_head.weight
+        head = model.model.lm_head.weight
         with pytest.raises(TypeError, match=r"linear_logprobs: weight_VH must be a plain tensor, got a DTensor"):
             linear_logprobs(torch.zeros(1, WIDTH), head, torch.zeros(1, dtype=torch.long))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
