@@ -67,10 +67,7 @@ class Checkpoints:
         problem = cluster.from_main(problem)
         if problem is not None:
             raise self._cannot_write(target, problem)
-        try:
-            plans = {role.name: megatron.plan(role, files.aside_of(target) / role.name) for role in roles}
-        except OSError as error:
-            raise self._cannot_write(target, error.strerror or error) from error
+        plans = {role.name: megatron.plan(role, files.aside_of(target) / role.name) for role in roles}
         writing = _Writing(files.aside_of(target), plans, copy=self.background)
         self._pending = _Pending(target, text, plans, writing, then)
         if self.background:
@@ -116,6 +113,7 @@ class Checkpoints:
 
         aside = files.aside_of(pending.target)
         for name, plan in pending.plans.items():
+            (aside / name / "common.pt").write_bytes(plan.common)
             plan.writer.finish(plan.metadata, [part.results[name] for part in parts])
             save_config(CheckpointingConfig(plan.backend, plan.version), str(aside / name))
         files.write_state(aside, pending.state)

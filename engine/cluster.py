@@ -194,8 +194,10 @@ def _start(layout: Layout) -> Cluster:
             layout.pipeline,
             layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
             create_gloo_process_groups=True,
+            distributed_timeout_minutes=int(_PATIENCE.total_seconds() // 60),
         )
         stack.callback(_leave_model_parallel)
+        _seed_trackers(device)
         kept = stack.pop_all()
     return Cluster(layout, rank, world_size, device, kept)
 
@@ -210,10 +212,26 @@ def _leave_model_parallel() -> None:
             setattr(parallel_state, name, None)
 
 
+def _seed_trackers(device: torch.device) -> None:
+    # Nothing here draws from Megatron's generators (dropout is off), but under sequence parallelism its layers ask for
+    # them by name.
+    if device.type == "cuda":
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+        model_parallel_cuda_manual_seed(0)
+
+
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    place, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if place >= found:
+        ranks = os.environ.get("LOCAL_WORLD_SIZE", f"more than {place}")
+        raise ConfigError(
+            f"torchrun started {ranks} ranks on this machine, which shows {found} GPU{'s' * (found > 1)}: give it "
+            f"--nproc-per-node {found}, or make more visible (CUDA_VISIBLE_DEVICES)"
+        )
+    device = torch.device("cuda", place)
     torch.cuda.set_device(device)
     return device
 

@@ -75,6 +75,10 @@ class Moments:
         m2 = self.m2 + other.m2 + delta * delta * (self.count * other.count / safe)
         return Moments(count, mean, m2)
 
+    def to(self, device: torch.device | str) -> Moments:
+        """The same numbers on another device: a kernel reads them where its other arguments are."""
+        return Moments(self.count.to(device), self.mean.to(device), self.m2.to(device))
+
     def reduce(self, group: dist.ProcessGroup | None = None) -> Moments:
         """Moments over every rank of `group` (None: the default group), merged in rank order: the same bits on all.
 

@@ -198,7 +198,7 @@ class PPOTrainer(Trainer):
         nameless = dict.fromkeys([*self.scalings][:1], state.get("scaling"))
         self.scalings.load_state(state.get("scalings", nameless))
         self.order.load_state(state["order"])
-        if self.ptx is not None:
+        if self.ptx is not None and state["ptx"] is not None:  # None: it was not mixed in until now
             self.ptx.load_state(state["ptx"])
         self.alarms.load_state(state["alarms"])
         self.alarm_messages = list(state["alarm_messages"])
