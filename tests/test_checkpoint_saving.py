@@ -238,6 +238,18 @@ def test_a_run_names_a_damaged_checkpoint_and_goes_on_from_the_one_before(home, 
         trainer(home, "sft", tmp_path / "run", "sft.run.resume=true")
 
 
+def test_best_weights_that_were_damaged_meanwhile_are_refused(home, tmp_path):
+    with trainer(home, "reward", tmp_path / "run") as run:
+        for _ in range(3):
+            run.step()
+        best = files.best_of(files.list_checkpoints(run.dir))
+        data = best / "reward" / "__0_0.distcp"
+        data.write_bytes(bytes([data.read_bytes()[0] ^ 1]) + data.read_bytes()[1:])
+        with pytest.raises(CheckpointError, match=rf"{best.name}: damaged: reward/__0_0\.distcp has changed"):
+            run.finish()
+        assert not (run.dir / "model").exists()
+
+
 def test_export_takes_the_last_whole_checkpoint_the_best_or_the_one_that_is_named(home, tmp_path, capsys):
     held = [row | {"response": row["response"][::-1]} for row in cases.read_jsonl(home.sft)]
     config = SFTConfig.load(None, [*cases.sft_keys(home, tmp_path / "run"), *LONGER["sft"], "sft.eval_every=1",

@@ -36,6 +36,7 @@ from icegrt.errors import ConfigError, RewardError, RunError
 from icegrt.kernels import masked_moments
 from icegrt.metrics import Evaluation, PPOStep, rollout_path
 from icegrt.model import weights
+from icegrt.model.language_model import check_cut
 from icegrt.model.pretrained import Pretrained, save_pretrained
 from icegrt.report import write_run_report
 from icegrt.rewards.sources import Scorers
@@ -96,9 +97,10 @@ class PPOTrainer(Trainer):
 
     def _set_up(self, actor, tokenizer, sources: RewardSources, prompts, reference, critic, eval_prompts) -> None:
         config = self.config
+        pretrained = Pretrained(actor)
+        check_cut(pretrained.architecture)  # before workers are started and data is encoded, which may take long
         self.scorers = sources.scorers
         self.scorers.start()
-        pretrained = Pretrained(actor)
         self.tokenizer = tokenizer_for(tokenizer, actor, pretrained.architecture)
         self.sampling = Sampling.of(config.sampling, self.run.seed)
         self.stop_ids = stop_ids(

@@ -25,6 +25,7 @@ LAYOUTS = {
     "dp2": (2, {}, False),
     "tp2_pp2": (4, {"tensor": 2, "pipeline": 2, "sequence_parallel": True}, True),
     "tp2_dp2": (4, {"tensor": 2}, False),
+    "tp2_sp_dp2": (4, {"tensor": 2, "sequence_parallel": True}, False),
     "pp2_dp2": (4, {"pipeline": 2}, True),
 }
 ITERATIONS = 3
