@@ -10,8 +10,9 @@ import contextlib
 import datetime
 import os
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -36,6 +37,7 @@ _NOT_FOR_USERS = (
 )
 # Rank 0 may write a large model or ask a slow reward function while the others wait.
 _PATIENCE = datetime.timedelta(hours=2)
+_FAREWELL_S = 2.0
 _openings = count()
 
 
@@ -81,7 +83,10 @@ class Cluster:
             failure.speaks(error)  # said before the connections close, and with them the other ranks' calls fail
         if self._users == 0:
             Cluster._current = None
-            self._stack.close()
+            if isinstance(error, Exception) and self.world_size > 1:
+                _for_a_while(self._stack.close)
+            else:
+                self._stack.close()
 
     def __enter__(self) -> Cluster:
         return self
@@ -200,6 +205,17 @@ def _start(layout: Layout) -> Cluster:
         _seed_trackers(device)
         kept = stack.pop_all()
     return Cluster(layout, rank, world_size, device, kept)
+
+
+def _for_a_while(leave: Callable[[], None]) -> None:
+    # NCCL waits for what it has begun, and others may be gone: what failed must be told before somebody ends us.
+    def quietly() -> None:
+        with contextlib.suppress(Exception):
+            leave()
+
+    thread = threading.Thread(target=quietly, daemon=True)
+    thread.start()
+    thread.join(_FAREWELL_S)
 
 
 def _leave_model_parallel() -> None:

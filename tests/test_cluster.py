@@ -64,5 +64,5 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
         assert cluster._device() == torch.device("cuda", int(place))
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(ConfigError, match="started 4 ranks on this machine, which shows 2 GPUs: .*--nproc-per-node 2"):
+    with pytest.raises(ConfigError, match=r"started 4 ranks on this machine, which shows 2 GPUs: .*--nproc-per-node 2"):
         cluster._device()

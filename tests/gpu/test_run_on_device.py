@@ -1,4 +1,4 @@
-"""A whole iteration on a CUDA device: every tensor where its kernel looks for it, old and new log-probs of one shape."""
+"""An iteration on a CUDA device: every tensor where its kernel looks for it, scoring and update of one shape."""
 
 import pytest
 import tiny_models as tiny
