@@ -43,8 +43,9 @@ def config(folder, layout, *, lr=1e-4, **changes):
         "token_budget": 40,
         "ppo_epochs": 1,
         "kl_control": "adaptive",
-        "kl_horizon_responses": 100,
-        "kl_target_nats_per_response": 0.001,
+        # So that the last step of the controller is not clipped, but says what the KL of all ranks is.
+        "kl_horizon_responses": 10,
+        "kl_target_nats_per_response": 0.03,
         "score_shift": True,
         "missing_eos_penalty": 0.5,
         "bootstrap_truncated": True,

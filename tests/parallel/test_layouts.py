@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import tiny_models as tiny
 import torch
-from parallel.layout_cases import LAYOUTS, config, parity, trainer, write_ptx
+from parallel.layout_cases import LAYOUTS, Watch, config, figures, parity, trainer, write_ptx
 from parallel.ranks import launch
 
 from icegrt.config import ParallelConfig
@@ -64,6 +64,10 @@ def test_a_layout_is_the_same_run_as_one_process(both):
             assert ours[figure] == pytest.approx(theirs[figure], abs=1e-4), figure
         for figure in ("grad_norm_actor", "grad_norm_critic"):
             assert ours[figure] == pytest.approx(theirs[figure], rel=1e-4), figure
+    steered, expected = layout["state"]["kl"]["coef"], one["state"]["kl"]["coef"]
+    last = expected / one["steps"][-1]["kl_coef"]
+    assert steered == pytest.approx(expected, rel=1e-4)
+    assert LAYOUTS[name][2] or abs(last - 1.0) < 0.199, "a clipped step would not show whose KL it was"
     assert layout["state"]["order"] == one["state"]["order"] and layout["state"]["ptx"] == one["state"]["ptx"]
     assert_at_rest(layout["rest"])
     assert_cut(layout["held"], one["held"], LAYOUTS[name][1])
@@ -113,6 +117,28 @@ def test_a_rank_without_a_response_joins_every_collective(layout, tmp_path):
     (*losses, held), (*expected, theirs) = (torch.load(tmp_path / f"{name}.pt") for name in (layout, "one"))
     assert losses == pytest.approx(expected, abs=1e-4)
     assert all(tiny.gap(held[role], theirs[role])[0] <= 1e-5 for role in theirs)
+
+
+def at_rest_over(folder, ranks):
+    """Four key/value heads, so that four tensor-parallel ranks can share them."""
+    made = {"num_key_value_heads": 4, "num_hidden_layers": 2}
+    settings = config(folder / str(ranks), "one", lr=0.0, ptx_coef=0.0, parallel=ParallelConfig(tensor=ranks))
+    watch = Watch()
+    models = tiny.causal_lm(0, **made), tiny.tokenizer(), tiny.scorer(1, **made), tiny.PROMPTS
+    with PPOTrainer(settings, *models, callbacks=[watch]) as run:
+        step = figures(run.step())
+        if run.cluster.is_main:
+            torch.save((watch.tokens, step), folder / f"{ranks}.pt")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_policy_and_reference_are_one_at_the_start_under_tensor_4(tmp_path):
+    for ranks in (1, 4):
+        launch(ranks, at_rest_over, tmp_path, ranks)
+    (one, _), (four, step) = (torch.load(tmp_path / f"{ranks}.pt", weights_only=False) for ranks in (1, 4))
+    assert four == one
+    assert_at_rest(step)
 
 
 def uncut(folder, layout):
