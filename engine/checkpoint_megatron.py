@@ -178,9 +178,11 @@ def load_optimizer(role: Role, state: dict[str, Any]) -> None:
         group.update(configured)
     for optimizer in inner_optimizers(role.optimizer):
         del optimizer._set_main_param_and_optimizer_states
-        # All parameters come back sharing one step tensor, which Adam then advances once per parameter.
+        # All parameters come back sharing one step tensor, which Adam then advances once per parameter. (Where apex or
+        # Transformer Engine are installed Megatron takes their Adam, which counts steps by group.)
         for entry in optimizer.optimizer.state.values():
-            entry["step"] = entry["step"].clone()
+            if "step" in entry:
+                entry["step"] = entry["step"].clone()
 
 
 def inner_optimizers(optimizer) -> list[Any]:

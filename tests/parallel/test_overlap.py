@@ -60,6 +60,21 @@ def saved_and_few(folder, layout):
             torch.save(([r.tokens for r in drawn], last.policy_loss, last.value_loss), folder / f"{layout}.pt")
 
 
+def at_rest_in_bf16(folder):
+    """The critic's fp32 head has buckets of its own beside those of its bf16 trunk."""
+    role.wrap = overlapped
+    settings = config(folder / "run", "dp2", lr=0.0, ptx_coef=0.0, ppo_epochs=2, run={"dtype": "bf16"})
+    with trainer(settings, False) as run:
+        step = run.step()
+    assert (step.ratio_min, step.ratio_max) == (1.0, 1.0) and step.grad_norm_actor > 0 and step.grad_norm_critic > 0
+
+
+@pytest.mark.timeout(300)
+def test_overlapped_ranks_at_rest_in_bf16_have_a_ratio_of_exactly_one(tmp_path):
+    write_ptx(tmp_path)
+    launch(2, at_rest_in_bf16, tmp_path)
+
+
 @pytest.mark.timeout(600)
 def test_parameters_on_their_way_are_waited_for(tmp_path):
     write_ptx(tmp_path)
