@@ -29,6 +29,7 @@ LAYOUTS = {
     "pp2_dp2": (4, {"pipeline": 2}, True),
 }
 ITERATIONS = 3
+KL_TARGET = 0.03
 LAYERS = 4
 
 
@@ -45,7 +46,7 @@ def config(folder, layout, *, lr=1e-4, **changes):
         "kl_control": "adaptive",
         # So that the last step of the controller is not clipped, but says what the KL of all ranks is.
         "kl_horizon_responses": 10,
-        "kl_target_nats_per_response": 0.03,
+        "kl_target_nats_per_response": KL_TARGET,
         "score_shift": True,
         "missing_eos_penalty": 0.5,
         "bootstrap_truncated": True,
