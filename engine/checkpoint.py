@@ -67,10 +67,7 @@ class Checkpoints:
         problem = cluster.from_main(problem)
         if problem is not None:
             raise self._cannot_write(target, problem)
-        try:
-            plans = {role.name: megatron.plan(role, files.aside_of(target) / role.name) for role in roles}
-        except OSError as error:
-            raise self._cannot_write(target, error.strerror or error) from error
+        plans = {role.name: megatron.plan(role, files.aside_of(target) / role.name) for role in roles}
         writing = _Writing(files.aside_of(target), plans, copy=self.background)
         self._pending = _Pending(target, text, plans, writing, then)
         if self.background:
@@ -116,6 +113,7 @@ class Checkpoints:
 
         aside = files.aside_of(pending.target)
         for name, plan in pending.plans.items():
+            (aside / name / "common.pt").write_bytes(plan.common)
             plan.writer.finish(plan.metadata, [part.results[name] for part in parts])
             save_config(CheckpointingConfig(plan.backend, plan.version), str(aside / name))
         files.write_state(aside, pending.state)
@@ -212,13 +210,7 @@ def newest_whole(run_dir: str | Path) -> Path | None:
     Those after it are named in a warning and set aside. Raises `CheckpointError` when all are damaged.
     """
     cluster = Cluster.current()
-
-    def faults_of(checkpoint: Path) -> list[str]:
-        share = files.faults(checkpoint, rank=cluster.rank, ranks=cluster.world_size)
-        parts = cluster.to_main(share)
-        return cluster.from_main([fault for part in parts for fault in part] if cluster.is_main else None)
-
-    found, damaged = files.newest_whole(cluster.from_main(files.list_checkpoints(run_dir)), faults_of)
+    found, damaged = files.newest_whole(cluster.from_main(files.list_checkpoints(run_dir)), _faults)
     said = [files.told(checkpoint, faults) for checkpoint, faults in damaged.items()]
     if damaged and found is None:
         raise CheckpointError("\n".join([*said, f"{run_dir}: no checkpoint is whole; start anew in another folder"]))
@@ -228,6 +220,13 @@ def newest_whole(run_dir: str | Path) -> Path | None:
             files.set_aside(checkpoint)
     cluster.wait()
     return found
+
+
+def _faults(checkpoint: Path) -> list[str]:
+    """As `checkpoint_folder.faults`, read by all ranks together."""
+    cluster = Cluster.current()
+    parts = cluster.to_main(files.faults(checkpoint, rank=cluster.rank, ranks=cluster.world_size))
+    return cluster.from_main([fault for part in parts for fault in part] if cluster.is_main else None)
 
 
 def load(checkpoint: Path, roles: list[Role]) -> dict[str, Any]:
@@ -248,7 +247,10 @@ def load(checkpoint: Path, roles: list[Role]) -> dict[str, Any]:
 
 
 def load_weights(checkpoint: Path, roles: list[Role]) -> None:
-    """The weights alone; optimizers and schedules stay as they are."""
+    """The weights alone; optimizers and schedules stay as they are. Raises `CheckpointError` for a damaged one."""
+    found = _faults(checkpoint)
+    if found:
+        raise CheckpointError(f"{files.told(checkpoint, found)}; remove it, and resume")
     for role in roles:
         _take_weights(role, _read(checkpoint, role, {"model": megatron.sharded_model(role)}))
 

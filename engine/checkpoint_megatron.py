@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import queue
 import types
 import warnings
@@ -19,9 +20,12 @@ _OPTIMIZER_FORMAT = {
     "distrib_optim_fully_reshardable_mem_efficient": False,
 }
 
+_NO_SETTING = ("params", "step")
+
 
 def plan(role: Role, folder: Path) -> Any:
-    """Megatron's strategy after it has planned: its `writer` knows what this rank writes, `metadata` the whole."""
+    """Megatron's strategy after it has planned: its `writer` knows what this rank writes, `metadata` the whole, and
+    `common` is the content of `common.pt`. A collective that writes nothing."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
@@ -34,7 +38,7 @@ def plan(role: Role, folder: Path) -> Any:
     planned = Planned("torch_dist", 1, thread_count=1)
     role.model.settle()
     begin_states(role)
-    with quiet(), _results_queue_of_this_process():
+    with quiet(), _results_queue_of_this_process(), _common_part_kept_by(planned):
         dist_checkpointing.save(sharded(role, loading=False), str(folder), planned, async_sharded_save=True)
     return planned
 
@@ -51,6 +55,26 @@ def _results_queue_of_this_process():
         yield
     finally:
         filesystem_async._results_queue = before
+
+
+@contextlib.contextmanager
+def _common_part_kept_by(planned):
+    # Megatron has rank 0 write it between two collectives, where a full disk would leave the other ranks waiting.
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+
+    class Kept(TorchCommonSaveStrategy):
+        def save_common(self, state: dict[str, Any], folder: str | Path) -> None:
+            content = io.BytesIO()
+            torch.save(state, content)
+            planned.common = content.getvalue()
+
+    before = serialization.get_default_save_common_strategy
+    serialization.get_default_save_common_strategy = lambda: Kept("torch", 1)
+    try:
+        yield
+    finally:
+        serialization.get_default_save_common_strategy = before
 
 
 @contextlib.contextmanager
@@ -142,15 +166,23 @@ def make_states(role: Role) -> None:
 
 
 def load_optimizer(role: Role, state: dict[str, Any]) -> None:
-    """Master weights, moments and steps, as `sharded(role, loading=True)` came back; after `make_states`."""
+    """Master weights, moments and steps, as `sharded(role, loading=True)` came back; after `make_states`.
+
+    Settings (betas, decay, learning rates) stay what the configuration says.
+    """
+    settings = [{k: v for k, v in group.items() if k not in _NO_SETTING} for group in role.optimizer.param_groups]
     for optimizer in inner_optimizers(role.optimizer):
         optimizer._set_main_param_and_optimizer_states = _setter(optimizer)
     role.optimizer.load_state_dict(state)
+    for group, configured in zip(role.optimizer.param_groups, settings, strict=True):
+        group.update(configured)
     for optimizer in inner_optimizers(role.optimizer):
         del optimizer._set_main_param_and_optimizer_states
-        # All parameters come back sharing one step tensor, which Adam then advances once per parameter.
+        # All parameters come back sharing one step tensor, which Adam then advances once per parameter. (Where apex or
+        # Transformer Engine are installed Megatron takes their Adam, which counts steps by group.)
         for entry in optimizer.optimizer.state.values():
-            entry["step"] = entry["step"].clone()
+            if "step" in entry:
+                entry["step"] = entry["step"].clone()
 
 
 def inner_optimizers(optimizer) -> list[Any]:

@@ -10,8 +10,9 @@ import contextlib
 import datetime
 import os
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -36,6 +37,7 @@ _NOT_FOR_USERS = (
 )
 # Rank 0 may write a large model or ask a slow reward function while the others wait.
 _PATIENCE = datetime.timedelta(hours=2)
+_FAREWELL_S = 2.0
 _openings = count()
 
 
@@ -81,7 +83,10 @@ class Cluster:
             failure.speaks(error)  # said before the connections close, and with them the other ranks' calls fail
         if self._users == 0:
             Cluster._current = None
-            self._stack.close()
+            if isinstance(error, Exception) and self.world_size > 1:
+                _for_a_while(self._stack.close)
+            else:
+                self._stack.close()
 
     def __enter__(self) -> Cluster:
         return self
@@ -194,10 +199,23 @@ def _start(layout: Layout) -> Cluster:
             layout.pipeline,
             layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
             create_gloo_process_groups=True,
+            distributed_timeout_minutes=int(_PATIENCE.total_seconds() // 60),
         )
         stack.callback(_leave_model_parallel)
+        _seed_trackers(device)
         kept = stack.pop_all()
     return Cluster(layout, rank, world_size, device, kept)
+
+
+def _for_a_while(leave: Callable[[], None]) -> None:
+    # NCCL waits for what it has begun, and others may be gone: what failed must be told before somebody ends us.
+    def quietly() -> None:
+        with contextlib.suppress(Exception):
+            leave()
+
+    thread = threading.Thread(target=quietly, daemon=True)
+    thread.start()
+    thread.join(_FAREWELL_S)
 
 
 def _leave_model_parallel() -> None:
@@ -210,10 +228,26 @@ def _leave_model_parallel() -> None:
             setattr(parallel_state, name, None)
 
 
+def _seed_trackers(device: torch.device) -> None:
+    # Nothing here draws from Megatron's generators (dropout is off), but under sequence parallelism its layers ask for
+    # them by name.
+    if device.type == "cuda":
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+        model_parallel_cuda_manual_seed(0)
+
+
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    place, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if place >= found:
+        ranks = os.environ.get("LOCAL_WORLD_SIZE", f"more than {place}")
+        raise ConfigError(
+            f"torchrun started {ranks} ranks on this machine, which shows {found} GPU{'s' * (found > 1)}: give it "
+            f"--nproc-per-node {found}, or make more visible (CUDA_VISIBLE_DEVICES)"
+        )
+    device = torch.device("cuda", place)
     torch.cuda.set_device(device)
     return device
 

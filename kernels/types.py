@@ -66,10 +66,6 @@ class Moments:
         """Population variance; 0 for an empty set."""
         return self.m2 / self.count.clamp(min=1)
 
-    def to(self, device: torch.device | str) -> Moments:
-        """The same moments on another device."""
-        return Moments(self.count.to(device), self.mean.to(device), self.m2.to(device))
-
     def merge(self, other: Moments) -> Moments:
         """Moments of the union of two disjoint sets (Chan, Golub, LeVeque 1979)."""
         count = self.count + other.count
@@ -78,6 +74,10 @@ class Moments:
         mean = self.mean + delta * (other.count / safe)
         m2 = self.m2 + other.m2 + delta * delta * (self.count * other.count / safe)
         return Moments(count, mean, m2)
+
+    def to(self, device: torch.device | str) -> Moments:
+        """The same numbers on another device: a kernel reads them where its other arguments are."""
+        return Moments(self.count.to(device), self.mean.to(device), self.m2.to(device))
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> Moments:
         """Moments over every rank of `group` (None: the default group), merged in rank order: the same bits on all.

@@ -238,6 +238,18 @@ def test_a_run_names_a_damaged_checkpoint_and_goes_on_from_the_one_before(home, 
         trainer(home, "sft", tmp_path / "run", "sft.run.resume=true")
 
 
+def test_best_weights_that_were_damaged_meanwhile_are_refused(home, tmp_path):
+    with trainer(home, "reward", tmp_path / "run") as run:
+        for _ in range(3):
+            run.step()
+        best = files.best_of(files.list_checkpoints(run.dir))
+        data = best / "reward" / "__0_0.distcp"
+        data.write_bytes(bytes([data.read_bytes()[0] ^ 1]) + data.read_bytes()[1:])
+        with pytest.raises(CheckpointError, match=rf"{best.name}: damaged: reward/__0_0\.distcp has changed"):
+            run.finish()
+        assert not (run.dir / "model").exists()
+
+
 def test_export_takes_the_last_whole_checkpoint_the_best_or_the_one_that_is_named(home, tmp_path, capsys):
     held = [row | {"response": row["response"][::-1]} for row in cases.read_jsonl(home.sft)]
     config = SFTConfig.load(None, [*cases.sft_keys(home, tmp_path / "run"), *LONGER["sft"], "sft.eval_every=1",
@@ -262,8 +274,12 @@ def test_export_takes_the_last_whole_checkpoint_the_best_or_the_one_that_is_name
 # -- a disk that is full -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("background", ["false", "true"])
-def test_a_disk_that_is_full_while_saving_costs_that_checkpoint_alone(background, home, tmp_path):
+@pytest.mark.parametrize(
+    # Room for a part of the weights; for nothing at all, not even the few numbers that are no weights.
+    ("background", "room"),
+    [("false", 60_000), ("true", 60_000), ("false", 100)],
+)
+def test_a_disk_that_is_full_while_saving_costs_that_checkpoint_alone(background, room, home, tmp_path):
     keys = (f"sft.run.checkpoint_in_background={background}", "sft.checkpoint_every=0")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with trainer(home, "sft", tmp_path / "run", *keys) as run:
@@ -272,7 +288,7 @@ def test_a_disk_that_is_full_while_saving_costs_that_checkpoint_alone(background
         run.complete_checkpoint()
         run.step()
         # The system refuses to let any file grow beyond this, in the middle of a write, as a full disk does.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
         try:
             with pytest.raises(RunError, match=r"step_000002: the checkpoint cannot be written \(File too large\)"):
                 run.save_checkpoint()

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import tiny_models as tiny
+import torch
 from parallel.ranks import launch
 
+from icegrt import cluster
 from icegrt.cluster import Cluster
 from icegrt.cluster_layout import Layout
+from icegrt.errors import ConfigError
 from icegrt.stages.ppo import PPOTrainer
 
 
@@ -42,3 +45,24 @@ def opened_and_closed(folder, layout, most):
 @pytest.mark.parametrize(("ranks", "layout", "groups"), [(1, Layout(), 2), (2, Layout(tensor=2), 3)])
 def test_a_closed_cluster_leaves_no_thread_behind(ranks, layout, groups, tmp_path):
     launch(ranks, opened_and_closed, tmp_path, layout, 3 * groups)
+
+
+def test_a_rank_may_take_as_long_in_every_group():
+    # Megatron's own groups would give up after half an hour of rank 0's writing or of a slow reward function.
+    with Cluster.open() as opened:
+        groups = [opened.data_group, opened.model_group, torch.distributed.group.WORLD]
+        patience = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+    assert patience == {cluster._PATIENCE}
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for place in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", place)
+        assert cluster._device() == torch.device("cuda", int(place))
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match=r"started 4 ranks on this machine, which shows 2 GPUs: .*--nproc-per-node 2"):
+        cluster._device()

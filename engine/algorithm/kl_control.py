@@ -19,7 +19,7 @@ class FixedKL:
         return {"coef": self.coef}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.coef = float(state["coef"])
+        """Nothing: the configuration says it, also in a run that is resumed with another value."""
 
 
 @dataclass
@@ -36,6 +36,9 @@ class AdaptiveKL(FixedKL):
     def update(self, kl_nats_per_response: float, responses: int) -> None:
         error = min(max(kl_nats_per_response / self.target_nats_per_response - 1.0, -0.2), 0.2)
         self.coef *= 1.0 + error * responses / self.horizon_responses
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.coef = float(state["coef"])
 
 
 def kl_controller(config) -> FixedKL:

@@ -114,6 +114,7 @@ class Updater:
             planned.split_A(x)
             for x in (experience.old_logprob_A, experience.shaped.advantage_A, experience.ref_logprob_A)
         )
+        moments = experience.moments.to(self.actor.device) if config.whiten_advantages else None
 
         def loss(hidden_TH: Tensor, i: int) -> Loss:
             index = members[i]
@@ -135,7 +136,7 @@ class Updater:
                 kl_estimator=config.kl_estimator,
                 entropy_coef=config.entropy_coef,
                 temperature=config.sampling.temperature,
-                moments=experience.moments.to(hidden_TH.device) if config.whiten_advantages else None,
+                moments=moments,
                 shard=model.vocab_shard,
                 chunk_rows=self.chunk_rows,
             )

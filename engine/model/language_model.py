@@ -131,6 +131,19 @@ class LanguageModel(Trunk):
         return state
 
 
+def check_cut(architecture: Architecture) -> None:
+    """Raises `ConfigError` where the layout of the open cluster cannot cut such a model; costs nothing."""
+    cluster = Cluster.current()
+    check_model(
+        cluster.layout,
+        cluster.world_size,
+        layers=architecture.num_layers,
+        heads=architecture.num_heads,
+        kv_heads=architecture.num_kv_heads,
+        ffn=architecture.ffn_size,
+    )
+
+
 def assemble(
     architecture: Architecture, head: HeadKind, *, dtype: torch.dtype, recompute: str = "none"
 ) -> LanguageModel:
@@ -138,16 +151,9 @@ def assemble(
 
     Raises `ConfigError` where the architecture cannot be cut that way.
     """
+    check_cut(architecture)
     cluster = Cluster.current()
     layout = cluster.layout
-    check_model(
-        layout,
-        cluster.world_size,
-        layers=architecture.num_layers,
-        heads=architecture.num_heads,
-        kv_heads=architecture.num_kv_heads,
-        ffn=architecture.ffn_size,
-    )
     config = architecture.transformer_config(dtype=dtype, layout=layout, recompute=recompute)
     stages = range(layout.virtual_pipeline) if layout.virtual_pipeline > 1 else (None,)
     chunks = [LanguageModel(architecture, config, head, stage).to(cluster.device) for stage in stages]

@@ -13,19 +13,21 @@ from torch import Tensor
 from icegrt.model.language_model import LanguageModel
 
 
-def wrap(model: LanguageModel) -> list:
+def wrap(model: LanguageModel, *, overlap: bool | None = None, bucket_size: int | None = None) -> list:
     """Megatron's DDP around every chunk: fp32 gradients, reduce-scattered into the distributed optimizer's shares.
 
-    On a GPU the reduction overlaps with the backward pass, and gathering parameters with the next forward pass.
+    overlap: the reduction with the backward pass, and gathering parameters with the next forward pass (None: on a GPU).
+    bucket_size: parameters that travel together where they overlap (None: as many as Megatron thinks best).
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-    overlap = next(model.parameters()).is_cuda
+    overlap = next(model.parameters()).is_cuda if overlap is None else overlap
     config = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap,
+        bucket_size=bucket_size,
     )
     # Only the first chunk is cut into buckets: the later ones' reductions hide behind the earlier ones' backward.
     ddps = [

@@ -199,4 +199,7 @@ def _schedule(config: OptimizerConfig, optimizer, total_steps: int):
         end_wd=config.weight_decay,
         wd_incr_steps=total_steps,
         wd_incr_style="constant",
+        # A checkpoint says how many steps were taken; over how many the rate falls, and from where, the configuration.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

@@ -64,7 +64,8 @@ class Decoder:
 
     def _run(self, wave: list[_Member], sampling: Sampling) -> Iterator[Response]:
         parameter = next(self.model.parameters())
-        relay = Relay(self.model.config.hidden_size, parameter.dtype, parameter.device)
+        interleaved = len(self.model.chunks) > 1
+        relay = Relay(self.model.config.hidden_size, parameter.dtype, parameter.device, interleaved)
         cuts = [len(wave) * i // relay.stages for i in range(relay.stages + 1)]
         groups = [_Group(self, wave[a:b], sampling, relay) for a, b in pairwise(cuts) if b > a]
         chunks = range(len(self.model.chunks))

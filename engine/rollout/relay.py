@@ -1,7 +1,9 @@
 """Messages of a decoding pipeline: hidden states to the next stage, drawn tokens from the last stage to all others.
 
 Sends are not waited for, so that a stage may work on the next micro-group while its results travel; messages between
-two ranks arrive in the order of sending. Tokens travel between CPUs, apart from hidden states.
+two ranks arrive in the order of sending. Tokens travel between CPUs, apart from hidden states; and so do hidden states
+where stages are interleaved: between two ranks NCCL serves sends and receives in one line, and each rank would wait for
+its send to be received before it receives what the other sends.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ _HIDDEN, _TOKENS = 1, 2  # tags
 
 @dataclass
 class Relay:
-    """One rank's place in the pipeline. `width`: hidden size."""
+    """One rank's place in the pipeline. `width`: hidden size; `interleaved`: the last rank passes on to the first."""
 
     width: int
     dtype: torch.dtype
     device: torch.device
+    interleaved: bool = False
     _sent: list[tuple[Any, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -44,13 +47,15 @@ class Relay:
 
     def pass_on(self, hidden_T1H: Tensor) -> None:
         """Hand hidden states to the next stage (the last rank's go to the first, for its next virtual stage)."""
+        hidden_T1H = hidden_T1H.cpu() if self.interleaved else hidden_T1H
         self._send(hidden_T1H.contiguous(), self._ranks[(self._place + 1) % len(self._ranks)], _HIDDEN)
 
     def receive(self, rows: int) -> Tensor:
         """Hidden states from the stage before, [rows, 1, H]."""
-        hidden_T1H = torch.empty(rows, 1, self.width, dtype=self.dtype, device=self.device)
+        device = torch.device("cpu") if self.interleaved else self.device
+        hidden_T1H = torch.empty(rows, 1, self.width, dtype=self.dtype, device=device)
         dist.recv(hidden_T1H, self._ranks[self._place - 1], group=self._group, tag=_HIDDEN)
-        return hidden_T1H
+        return hidden_T1H.to(self.device)
 
     def announce(self, token_N: Tensor, logprob_N: Tensor) -> None:
         """From the last stage: tokens (int64) and their log-probs (fp32) to every other stage."""

@@ -9,6 +9,7 @@ from icegrt.config import DataSource
 from icegrt.data import Encoded, stop_ids
 from icegrt.data.encode import Encoder
 from icegrt.errors import ConfigError, DataError
+from icegrt.model.language_model import check_cut
 from icegrt.model.pretrained import Pretrained
 from icegrt.roles.role import Role
 from icegrt.stages.sources import encode_sources
@@ -43,6 +44,7 @@ class OneModelTrainer(Trainer):
         try:
             pretrained = Pretrained(source)
             architecture = pretrained.architecture
+            check_cut(architecture)  # before data is encoded, which may take long
             self.tokenizer = tokenizer_for(tokenizer, source, architecture)
             self.stop_ids = stop_ids(self.tokenizer, architecture.hf_config, pretrained.folder)
             self.max_length = min(config.max_length or architecture.context_length, architecture.context_length)

@@ -36,6 +36,7 @@ from icegrt.errors import ConfigError, RewardError, RunError
 from icegrt.kernels import masked_moments
 from icegrt.metrics import Evaluation, PPOStep, rollout_path
 from icegrt.model import weights
+from icegrt.model.language_model import check_cut
 from icegrt.model.pretrained import Pretrained, save_pretrained
 from icegrt.report import write_run_report
 from icegrt.rewards.sources import Scorers
@@ -96,9 +97,10 @@ class PPOTrainer(Trainer):
 
     def _set_up(self, actor, tokenizer, sources: RewardSources, prompts, reference, critic, eval_prompts) -> None:
         config = self.config
+        pretrained = Pretrained(actor)
+        check_cut(pretrained.architecture)  # before workers are started and data is encoded, which may take long
         self.scorers = sources.scorers
         self.scorers.start()
-        pretrained = Pretrained(actor)
         self.tokenizer = tokenizer_for(tokenizer, actor, pretrained.architecture)
         self.sampling = Sampling.of(config.sampling, self.run.seed)
         self.stop_ids = stop_ids(
@@ -198,7 +200,7 @@ class PPOTrainer(Trainer):
         nameless = dict.fromkeys([*self.scalings][:1], state.get("scaling"))
         self.scalings.load_state(state.get("scalings", nameless))
         self.order.load_state(state["order"])
-        if self.ptx is not None:
+        if self.ptx is not None and state["ptx"] is not None:  # None: it was not mixed in until now
             self.ptx.load_state(state["ptx"])
         self.alarms.load_state(state["alarms"])
         self.alarm_messages = list(state["alarm_messages"])

@@ -163,7 +163,7 @@ class RewardTrainer(OneModelTrainer):
     def finish(self) -> dict[str, Any]:
         """Held-out figures with the best weights; the checkpoint, and the model under `<run.dir>/model`."""
         self.complete_checkpoint()
-        best = best_of(list_checkpoints(self.dir)) if self._best_loss is not None else None
+        best = self.cluster.from_main(best_of(list_checkpoints(self.dir)) if self._best_loss is not None else None)
         if best is not None:
             checkpoint.load_weights(best, self.roles)
         after = self.evaluate()

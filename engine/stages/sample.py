@@ -18,6 +18,7 @@ from icegrt.data import Encoded, Joined, Prompt, PromptEncoder, open_rows, repor
 from icegrt.data.encode import Truncation
 from icegrt.errors import CheckpointError, ConfigError
 from icegrt.model.architecture import DTYPES, Architecture
+from icegrt.model.language_model import check_cut
 from icegrt.model.pretrained import Pretrained, build_model
 from icegrt.rewards.adapters import adapt
 from icegrt.rewards.calling import call_reward_function
@@ -40,6 +41,7 @@ def run(config: SampleConfig) -> None:
         score = adapt(load_reward_function(config.score_function, key), key=key)
     with Cluster.open(Layout.of(config.parallel)), rows_file(config.out) as writer:
         source = Pretrained(model_folder(config.model))
+        check_cut(source.architecture)
         tokenizer = tokenizer_for(None, source.folder, source.architecture)
         sampling = Sampling.of(config.sampling, config.seed)
         rows = open_rows(config.prompts, config.limit, input_key=config.input_key)
@@ -142,6 +144,7 @@ def generate(config: GenerateConfig) -> Iterator[tuple[Prompt, list[str], list[R
         raise ConfigError("nothing to answer: give generate.prompt='[\"...\"]' or generate.prompts=FILE")
     with Cluster.open(Layout.of(config.parallel)):
         source = Pretrained(model_folder(config.model))
+        check_cut(source.architecture)
         tokenizer = tokenizer_for(None, source.folder, source.architecture)
         sampling = Sampling.of(config.sampling, config.seed)
         parts = [

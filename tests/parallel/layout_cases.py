@@ -25,9 +25,11 @@ LAYOUTS = {
     "dp2": (2, {}, False),
     "tp2_pp2": (4, {"tensor": 2, "pipeline": 2, "sequence_parallel": True}, True),
     "tp2_dp2": (4, {"tensor": 2}, False),
+    "tp2_sp_dp2": (4, {"tensor": 2, "sequence_parallel": True}, False),
     "pp2_dp2": (4, {"pipeline": 2}, True),
 }
 ITERATIONS = 3
+KL_TARGET = 0.03
 LAYERS = 4
 
 
@@ -42,8 +44,9 @@ def config(folder, layout, *, lr=1e-4, **changes):
         "token_budget": 40,
         "ppo_epochs": 1,
         "kl_control": "adaptive",
-        "kl_horizon_responses": 100,
-        "kl_target_nats_per_response": 0.001,
+        # So that the last step of the controller is not clipped, but says what the KL of all ranks is.
+        "kl_horizon_responses": 10,
+        "kl_target_nats_per_response": KL_TARGET,
         "score_shift": True,
         "missing_eos_penalty": 0.5,
         "bootstrap_truncated": True,

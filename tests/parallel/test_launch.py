@@ -9,11 +9,19 @@ import stage_cases as stages
 
 FAILING = """
 import os
+import time
 
 def fails_on_rank_1(samples):
     if os.environ["RANK"] == "1":
         raise ValueError("the judge is out")
     return [0.0] * len(samples)
+
+
+def fails_on_rank_1_whose_connections_do_not_close(samples):
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel = lambda: time.sleep(300)
+    return fails_on_rank_1(samples)
 """
 
 VIRTUAL = ["ppo.parallel.virtual_pipeline=2"]
@@ -47,11 +55,18 @@ def test_a_layout_that_cannot_be_is_refused_by_rank_0_alone(keys, says, tmp_path
 
 
 @pytest.mark.timeout(700)
-def test_a_failing_rank_speaks_once_and_the_others_leave(tmp_path):
+@pytest.mark.parametrize(
+    ("how", "workers"),
+    [
+        ("fails_on_rank_1", 1),
+        pytest.param("fails_on_rank_1_whose_connections_do_not_close", 0, marks=pytest.mark.long),
+    ],
+)
+def test_a_failing_rank_speaks_once_and_the_others_leave(how, workers, tmp_path):
     home = stages.make_home(tmp_path)
     (tmp_path / "score.py").write_text(FAILING)
-    keys = stages.ppo_keys(home, tmp_path / "run", f"ppo.reward_function={tmp_path / 'score.py'}:fails_on_rank_1")
-    done = torchrun("ppo", *keys)
+    keys = stages.ppo_keys(home, tmp_path / "run", f"ppo.reward_function={tmp_path / 'score.py'}:{how}")
+    done = torchrun("ppo", *keys, f"ppo.reward.workers={workers}")  # 0: in the rank itself
     assert done.returncode != 0
     (line,) = said(done, "[rank ") + said(done, "error: ")
     assert line.startswith("[rank 1] error: ") and "the judge is out" in line

@@ -1,9 +1,16 @@
 """The same PPO run in every layout: tokens, gradients, weights, losses; nothing held twice that could be cut."""
 
+from collections import Counter
+
 import pytest
+import tiny_models as tiny
 import torch
-from parallel.layout_cases import LAYOUTS, parity, write_ptx
+from parallel.layout_cases import KL_TARGET, LAYOUTS, Watch, config, figures, parity, trainer, write_ptx
 from parallel.ranks import launch
+
+from icegrt.config import ParallelConfig
+from icegrt.errors import ConfigError
+from icegrt.stages.ppo import PPOTrainer
 
 # Two ranks share two cores; four take a turn longer.
 CASES = [
@@ -57,6 +64,11 @@ def test_a_layout_is_the_same_run_as_one_process(both):
             assert ours[figure] == pytest.approx(theirs[figure], abs=1e-4), figure
         for figure in ("grad_norm_actor", "grad_norm_critic"):
             assert ours[figure] == pytest.approx(theirs[figure], rel=1e-4), figure
+    steered, expected = layout["state"]["kl"]["coef"], one["state"]["kl"]["coef"]
+    last = expected / one["steps"][-1]["kl_coef"]
+    # What a KL within 1e-4 nats makes of the coefficient.
+    assert steered == pytest.approx(expected, rel=1e-4 / KL_TARGET)
+    assert LAYOUTS[name][2] or abs(last - 1.0) < 0.199, "a clipped step would not show whose KL it was"
     assert layout["state"]["order"] == one["state"]["order"] and layout["state"]["ptx"] == one["state"]["ptx"]
     assert_at_rest(layout["rest"])
     assert_cut(layout["held"], one["held"], LAYOUTS[name][1])
@@ -81,7 +93,63 @@ def assert_cut(layout, one, keys):
             assert sum(x for n, x in names.items() if n in replicated) == sum(size[n] for n in replicated)
             cut = sum(x for n, x in names.items() if n not in replicated)
             assert cut <= 1.05 * sum(x for n, x in size.items() if n not in replicated) / tensor
-        layers = {n for mine in ranks for n, _ in mine}
-        assert layers >= whole.keys()
-        if keys.get("pipeline", 1) > 1:
-            assert all(len(mine) < len(whole) for mine in ranks)
+        # Over a pipeline each name is on one stage; only the copy of a tied head is on two, under a name of its own.
+        holders = Counter(n for mine in ranks for n, _ in mine)
+        assert set(holders) - {"head.weight"} == whole.keys() - {"head.weight"}
+        assert set(holders.values()) == {len(ranks) // keys.get("pipeline", 1)}, holders
+
+
+def alone(folder, layout):
+    """A minibatch for every response: of several data-parallel ranks all but one have none."""
+    settings = config(folder / layout, layout, iterations=1, minibatches=10, ptx_coef=0.0, checkpoint_every=9)
+    with trainer(settings, LAYOUTS[layout][2]) as run:
+        step = run.step()
+        held = {r.name: tiny.by_hugging_face_name(r, lambda p: p) for r in run.roles}
+        if run.cluster.is_main:
+            torch.save((step.policy_loss, step.value_loss, held), folder / f"{layout}.pt")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("layout", ["dp2", pytest.param("tp2_sp_dp2", marks=pytest.mark.long)])
+def test_a_rank_without_a_response_joins_every_collective(layout, tmp_path):
+    write_ptx(tmp_path)
+    for name in ("one", layout):
+        launch(LAYOUTS[name][0], alone, tmp_path, name)
+    (*losses, held), (*expected, theirs) = (torch.load(tmp_path / f"{name}.pt") for name in (layout, "one"))
+    assert losses == pytest.approx(expected, abs=1e-4)
+    assert all(tiny.gap(held[role], theirs[role])[0] <= 1e-5 for role in theirs)
+
+
+def at_rest_over(folder, ranks):
+    """Four key/value heads, so that four tensor-parallel ranks can share them."""
+    made = {"num_key_value_heads": 4, "num_hidden_layers": 2}
+    settings = config(folder / str(ranks), "one", lr=0.0, ptx_coef=0.0, parallel=ParallelConfig(tensor=ranks))
+    watch = Watch()
+    models = tiny.causal_lm(0, **made), tiny.tokenizer(), tiny.scorer(1, **made), tiny.PROMPTS
+    with PPOTrainer(settings, *models, callbacks=[watch]) as run:
+        step = figures(run.step())
+        if run.cluster.is_main:
+            torch.save((watch.tokens, step), folder / f"{ranks}.pt")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_policy_and_reference_are_one_at_the_start_under_tensor_4(tmp_path):
+    for ranks in (1, 4):
+        launch(ranks, at_rest_over, tmp_path, ranks)
+    (one, _), (four, step) = (torch.load(tmp_path / f"{ranks}.pt", weights_only=False) for ranks in (1, 4))
+    assert four == one
+    assert_at_rest(step)
+
+
+def uncut(folder, layout):
+    """A model that cannot be cut into this layout, and data that nobody gets to see."""
+    rows = (pytest.fail("data was read first") for _ in range(1))
+    settings = config(folder / layout, layout, ptx_coef=0.0, parallel=ParallelConfig(pipeline=2, pipeline_split=[4, 1]))
+    actor, reward = (make(0, num_hidden_layers=4) for make in (tiny.causal_lm, tiny.scorer))
+    with pytest.raises(ConfigError, match=r"pipeline_split \[4, 1\] has 5 layers, but the model has 4"):
+        PPOTrainer(settings, actor, tiny.tokenizer(), reward, rows)
+
+
+def test_a_model_that_cannot_be_cut_is_refused_before_data_is_read(tmp_path):
+    launch(2, uncut, tmp_path, "pp2")

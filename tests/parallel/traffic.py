@@ -28,6 +28,7 @@ COUNTED = {
     "all_gather_into_tensor": (lambda out, *a, **k: size(out), lambda ranks: (ranks - 1) / ranks),
     "reduce_scatter_tensor": (lambda out, x, *a, **k: size(x), lambda ranks: (ranks - 1) / ranks),
     "broadcast": (lambda x, *a, **k: size(x), lambda ranks: (ranks - 1) / ranks),
+    "gather": (lambda x, *a, **k: size(x), lambda ranks: (ranks - 1) / ranks),
     "isend": (lambda *a, **k: size(k["tensor"] if "tensor" in k else a[0]), lambda ranks: 1),
     "send": (lambda x, *a, **k: size(x), lambda ranks: 1),
 }
