@@ -20,7 +20,7 @@ from .types import VocabShard
 
 # Bytes of logits at a time, by default. On a CPU a chunk of this size stays near the last cache; on a GPU few, tall
 # chunks keep the traffic of the fp32 dW small, which every chunk reads and writes: at 8192 rows, a vocabulary of
-# 151,936 and a width of 4096 it takes an H200 18 ms in chunks of 512 rows, 4 in 2048, 2 in 4096, the products 39.
+# 151,936 and a width of 4096 it is 18 ms at 4.3 TB/s in chunks of 512 rows, 4 in 2048, 2 in 4096; the products are 39.
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 4 << 30}
 CHUNK_ROWS_MAX = {"cpu": 1024, "cuda": 4096}
 

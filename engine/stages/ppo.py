@@ -337,7 +337,7 @@ class PPOTrainer(Trainer):
         return self.assess(self.eval_prompts).evaluation(self.done_steps)
 
     def assess(self, prompts: Sequence[Prompt], samples: int = 1, *, greedy: bool = False) -> Assessment:
-        """Answers to `prompts` with every score and KL, response by response."""
+        """Answers to `prompts` with every score and, where they are sampled, KL, response by response."""
         return self.assessor(prompts, self.scalings, samples, greedy=greedy)
 
     def describe(self, step: PPOStep) -> dict[str, float]:
