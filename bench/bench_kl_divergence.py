@@ -8,7 +8,8 @@ import harness
 import plots
 import torch
 
-from icegrt.kernels import kl_divergence, reference, use_backend
+from icegrt.kernels import kl_divergence, use_backend
+from icegrt.kernels.ppo_policy_loss import reference
 
 
 def both_ways(run, logprob, ref):

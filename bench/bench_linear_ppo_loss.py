@@ -12,7 +12,7 @@ import sweeps
 import torch
 
 from icegrt.kernels import linear_ppo_loss, use_backend
-from icegrt.kernels.linear_products import default_chunk_rows
+from icegrt.kernels.linear.products import default_chunk_rows
 
 BAR = (2048, 32000, 512, "cpu")
 TIMES = (("chunked", "reference", 0.8), ("chunked", "three products", 1.15), ("chunked, half masked", "chunked", 0.55))

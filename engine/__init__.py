@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from icegrt.config import ExportConfig, GenerateConfig, PPOConfig, RewardConfig, SampleConfig, SFTConfig
     from icegrt.errors import CheckpointError, ConfigError, DataError, RewardError, RunError, UserError
     from icegrt.metrics import Evaluation, PPOStep, RewardStep, SFTStep
+    from icegrt.ppo.trainer import PPOTrainer
     from icegrt.rewards.sample import RewardResult, Sample
     from icegrt.rollout.engine import RolloutEngine
     from icegrt.rollout.load import load_actor
-    from icegrt.rollout.response import Response, Sampling
-    from icegrt.stages.ppo import PPOTrainer
-    from icegrt.stages.reward import RewardTrainer
-    from icegrt.stages.sft import SFTTrainer
-    from icegrt.stages.trainer import Callback
+    from icegrt.rollout.types import Response, Sampling
+    from icegrt.training.reward_model import RewardTrainer
+    from icegrt.training.sft import SFTTrainer
+    from icegrt.training.trainer import Callback
 
     __version__: str
 
@@ -61,11 +61,11 @@ _HOMES = {
     "rewards.sample": ("RewardResult", "Sample"),
     "rollout.engine": ("RolloutEngine",),
     "rollout.load": ("load_actor",),
-    "rollout.response": ("Response", "Sampling"),
-    "stages.ppo": ("PPOTrainer",),
-    "stages.reward": ("RewardTrainer",),
-    "stages.sft": ("SFTTrainer",),
-    "stages.trainer": ("Callback",),
+    "rollout.types": ("Response", "Sampling"),
+    "ppo.trainer": ("PPOTrainer",),
+    "training.reward_model": ("RewardTrainer",),
+    "training.sft": ("SFTTrainer",),
+    "training.trainer": ("Callback",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _LIBRARY_MODULES = ("kernels", "packing")

@@ -17,9 +17,10 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 
-from icegrt import console, failure
+from icegrt.distributed import failure
 from icegrt.errors import ConfigError, RunError, UserError
-from icegrt.redaction import redact_text
+from icegrt.utils import console
+from icegrt.utils.redaction import redact_text
 
 COMMANDS = {
     "sft": "fine-tune a base model on instructions",
@@ -32,6 +33,15 @@ COMMANDS = {
     "doctor": "check what this machine has and what the engine lacks",
 }
 RESUMABLE = ("sft", "reward", "ppo")
+# Where each stage's `run(config)` lives, imported when the command is given.
+_MODULES = {
+    "sft": "icegrt.training.sft",
+    "sample": "icegrt.commands.sample",
+    "reward": "icegrt.training.reward_model",
+    "ppo": "icegrt.ppo.trainer",
+    "generate": "icegrt.commands.generate",
+    "export": "icegrt.commands.export",
+}
 _CONFIG_OPTIONS = {"--help": "show this page", "--print-config": "print the resolved configuration as YAML and exit"}
 _RESUME = {"--resume": "continue from the last checkpoint in the run's folder"}
 _DOCTOR_OPTIONS = {"--help": "show this page", "--json": "print the findings as JSON"}
@@ -87,7 +97,7 @@ def _run(argv: list[str]) -> int:
         return OK
     if argv[0] == "data":
         with _needed_packages("data"):
-            from icegrt.data import preview
+            from icegrt.commands import data_preview as preview
         with contextlib.suppress(SystemExit):  # argparse leaves this way once it has shown its help
             preview.main(argv[1:])
         return OK
@@ -96,19 +106,19 @@ def _run(argv: list[str]) -> int:
         _print_help(args.command)
         return OK
     if args.command == "doctor":
-        from icegrt import doctor
+        from icegrt.commands import doctor
 
         return doctor.main(as_json="--json" in args.options)
     with _needed_packages(args.command):
         from icegrt.config import STAGES
-        from icegrt.config_io import as_yaml
+        from icegrt.config.loader import as_yaml
     overrides = [*args.overrides, f"{args.command}.run.resume=true"] if "--resume" in args.options else args.overrides
     config = STAGES[args.command].load(args.config, overrides)
     if "--print-config" in args.options:
         _write(as_yaml(config).rstrip())
         return OK
     with _needed_packages(args.command):
-        stage = importlib.import_module(f"icegrt.stages.{args.command}")
+        stage = importlib.import_module(_MODULES[args.command])
     with failure.leaving_together(), _disks_in_words():
         stage.run(config)
     return OK
@@ -250,7 +260,7 @@ def _print_help(command: str) -> None:
         return
     with _needed_packages(command):
         from icegrt.config import STAGES
-        from icegrt.config_help import help_text, rows
+        from icegrt.config.introspect import help_text, rows
     cls = STAGES[command]
     lines += ["", (cls.__doc__ or "").strip(), f"The file holds these keys under `{command}:`.", ""]
     if not console.is_terminal(sys.stdout):

@@ -1,14 +1,12 @@
 """Fused token-level operations for PPO: plain torch tensors in and out, no engine behind them.
 
-Each operation has one file named after it (what it takes, what it refuses), one meaning in plain PyTorch
-(reference*.py) and, where it pays, a Triton kernel (*_triton.py) that `dispatch` imports only when it is chosen.
+Each operation has a folder named after it: `interface.py` (what it takes, what it refuses), `reference.py` (its meaning
+in plain PyTorch) and, where it pays, `triton.py` or `cpp.py`, which `dispatch` imports only when they are chosen.
 """
 
 from .dispatch import available_backends, describe, record_launches, use_backend
 from .kl_divergence import kl_divergence
-from .linear_logprobs import linear_logprobs
-from .linear_ppo_loss import linear_ppo_loss
-from .linear_products import default_chunk_rows
+from .linear import default_chunk_rows, linear_logprobs, linear_ppo_loss
 from .pack_padded import pack_padded
 from .ppo_policy_loss import ppo_policy_loss
 from .sample_tokens import sample_tokens

@@ -30,41 +30,41 @@ BACKENDS = ("auto", "triton", "cpp", "chunked", "reference")
 IMPLEMENTATIONS = MappingProxyType(
     {
         "token_logprobs": {
-            "triton": "token_logprobs_triton:token_logprobs",
-            "reference": "reference:token_logprobs",
+            "triton": "token_logprobs.triton:token_logprobs",
+            "reference": "ppo_policy_loss.reference:token_logprobs",
         },
         "linear_logprobs": {
-            "triton": "linear_triton:linear_logprobs",
-            "chunked": "linear_chunked:linear_logprobs",
-            "reference": "reference_linear:linear_logprobs",
+            "triton": "linear.triton:linear_logprobs",
+            "chunked": "linear.chunked:linear_logprobs",
+            "reference": "linear.reference:linear_logprobs",
         },
         "linear_ppo_loss": {
-            "triton": "linear_triton:linear_ppo_loss",
-            "chunked": "linear_chunked:linear_ppo_loss",
-            "reference": "reference_linear:linear_ppo_loss",
+            "triton": "linear.triton:linear_ppo_loss",
+            "chunked": "linear.chunked:linear_ppo_loss",
+            "reference": "linear.reference:linear_ppo_loss",
         },
         "ppo_policy_loss": {
-            "triton": "ppo_policy_loss_triton:ppo_policy_loss",
-            "reference": "reference:ppo_policy_loss",
+            "triton": "ppo_policy_loss.triton:ppo_policy_loss",
+            "reference": "ppo_policy_loss.reference:ppo_policy_loss",
         },
-        "value_loss": {"triton": "value_loss_triton:value_loss", "reference": "reference:value_loss"},
+        "value_loss": {"triton": "value_loss.triton:value_loss", "reference": "ppo_policy_loss.reference:value_loss"},
         "kl_divergence": {
-            "triton": "kl_divergence_triton:kl_divergence",
-            "reference": "reference:kl_divergence",
+            "triton": "kl_divergence.triton:kl_divergence",
+            "reference": "ppo_policy_loss.reference:kl_divergence",
         },
         "shaped_gae": {
-            "triton": "shaped_gae_triton:shaped_gae",
-            "cpp": "shaped_gae_cpp:shaped_gae",
-            "reference": "reference_gae:shaped_gae",
+            "triton": "shaped_gae.triton:shaped_gae",
+            "cpp": "shaped_gae.cpp:shaped_gae",
+            "reference": "shaped_gae.reference:shaped_gae",
         },
         "masked_moments": {
-            "triton": "whitening_triton:masked_moments",
-            "reference": "reference:masked_moments",
+            "triton": "whitening.triton:masked_moments",
+            "reference": "ppo_policy_loss.reference:masked_moments",
         },
-        "whiten": {"triton": "whitening_triton:whiten", "reference": "reference:whiten"},
+        "whiten": {"triton": "whitening.triton:whiten", "reference": "ppo_policy_loss.reference:whiten"},
         "sample_tokens": {
-            "triton": "sample_tokens_triton:sample_tokens",
-            "reference": "reference_sampling:sample_tokens",
+            "triton": "sample_tokens.triton:sample_tokens",
+            "reference": "sample_tokens.reference:sample_tokens",
         },
         "pack_padded": {"reference": "pack_padded:pack_rows"},
     }

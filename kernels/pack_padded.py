@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks
+from . import validate as checks
 from .dispatch import select
 from .types import PaddedActions
 

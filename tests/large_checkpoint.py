@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
-from icegrt import checkpoint_folder, cli
-from icegrt.cluster import Cluster
-from icegrt.model import weights
+from icegrt import cli
+from icegrt.checkpoint import directory as checkpoint_folder
+from icegrt.distributed.cluster import Cluster
 from icegrt.model.architecture import DTYPES, Architecture
-from icegrt.model.pretrained import build_model, save_pretrained
+from icegrt.model.hf import mapping as weights
+from icegrt.model.hf.reader import build_model, save_pretrained
 
 # Llama 3.2 1B's proportions, untied: 1.02 billion parameters.
 CONFIG = {

@@ -38,7 +38,7 @@ class Mutant:
 
 
 def _token_logprobs(kernel: str, broken: str, old: str, new: str, check: str, **arguments) -> Mutant:
-    module, check = "token_logprobs_triton", f"token_logprobs_cases:{check}"
+    module, check = "token_logprobs.triton", f"token_logprobs_cases:{check}"
     return Mutant(module, f"token_logprobs_{kernel}", broken, old, new, check, arguments)
 
 
@@ -128,12 +128,12 @@ TOKEN_LOGPROBS = (
 
 
 def _policy(broken: str, old: str, new: str, check: str, **arguments) -> Mutant:
-    module, check = "ppo_policy_loss_triton", f"losses_cases:{check}"
+    module, check = "ppo_policy_loss.triton", f"losses_cases:{check}"
     return Mutant(module, "ppo_policy_loss", broken, old, new, check, arguments)
 
 
 def _value(broken: str, old: str, new: str, check: str, **arguments) -> Mutant:
-    return Mutant("value_loss_triton", "value_loss", broken, old, new, f"losses_cases:{check}", arguments)
+    return Mutant("value_loss.triton", "value_loss", broken, old, new, f"losses_cases:{check}", arguments)
 
 
 LOSSES = (
@@ -157,7 +157,7 @@ LOSSES = (
     ),
     _policy("the mean is not subtracted", "white = (advantage - mean)", "white = advantage", "check_policy"),
     Mutant(
-        "ppo_policy_loss_triton",
+        "ppo_policy_loss.triton",
         "fold_statistics",
         "only the first rows of statistics are added",
         "for first in range(0, programs, BLOCK):",
@@ -172,7 +172,7 @@ LOSSES = (
 
 LINEAR = (
     Mutant(
-        "token_logprobs_triton",
+        "token_logprobs.triton",
         "token_logprobs_backward",
         "compacted rows are read at their new place",
         "        row = tl.load(live_ptr + row).to(tl.int64)\n",
@@ -181,7 +181,7 @@ LINEAR = (
         {"masked": False, "clip_low": 0.01, "clip_high": 0.01},
     ),
     Mutant(
-        "linear_triton",
+        "linear.triton",
         "linear_ppo_loss",
         "the shift of the labels is forgotten in the gradient",
         "gradient_launch(z, labels, rows, entropy, g, h, out, live, start,",
@@ -197,7 +197,7 @@ def _mutants(module: str, kernel: str, cases: str, *rows) -> tuple[Mutant, ...]:
 
 
 SHAPED_GAE = _mutants(
-    "shaped_gae_triton",
+    "shaped_gae.triton",
     "shaped_gae_kernel",
     "shaped_gae_cases",
     (
@@ -264,7 +264,7 @@ SHAPED_GAE = _mutants(
 )
 
 SAMPLE_TOKENS = _mutants(
-    "sample_tokens_triton",
+    "sample_tokens.triton",
     "sample_tokens_kernel",
     "sample_tokens_cases",
     (
@@ -320,7 +320,7 @@ SAMPLE_TOKENS = _mutants(
 
 ELEMENTWISE = (
     *_mutants(
-        "kl_divergence_triton",
+        "kl_divergence.triton",
         "kl_forward_kernel",
         "elementwise_cases",
         (
@@ -337,7 +337,7 @@ ELEMENTWISE = (
         ),
     ),
     *_mutants(
-        "kl_divergence_triton",
+        "kl_divergence.triton",
         "kl_backward_kernel",
         "elementwise_cases",
         (
@@ -348,7 +348,7 @@ ELEMENTWISE = (
         ),
     ),
     *_mutants(
-        "whitening_triton",
+        "whitening.triton",
         "masked_moments_kernel",
         "elementwise_cases",
         (
@@ -371,7 +371,7 @@ ELEMENTWISE = (
         ),
     ),
     *_mutants(
-        "whitening_triton",
+        "whitening.triton",
         "whiten_kernel",
         "elementwise_cases",
         (
@@ -391,7 +391,7 @@ def broken(mutant: Mutant) -> Iterator[None]:
     """The mutated module in the place of the kernel's; every other Triton module is imported anew around it."""
     package = importlib.import_module("icegrt.kernels")
     dispatch = importlib.import_module("icegrt.kernels.dispatch")
-    text = (KERNELS / f"{mutant.module}.py").read_text()
+    text = (KERNELS / f"{mutant.module.replace('.', '/')}.py").read_text()
     assert text.count(mutant.old) == 1, f"{mutant}: the text to replace occurs {text.count(mutant.old)} times"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{mutant.module}.py"
@@ -412,7 +412,7 @@ def broken(mutant: Mutant) -> Iterator[None]:
 
 
 def _forget_triton_modules() -> dict:
-    names = [n for n in sys.modules if n.startswith("icegrt.kernels.") and n.endswith("_triton")]
+    names = [n for n in sys.modules if n.startswith("icegrt.kernels.") and n.endswith(".triton")]
     return {name: sys.modules.pop(name) for name in names}
 
 

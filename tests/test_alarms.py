@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from icegrt.alarms import REPEAT_ITERATIONS, Alarms, trend
 from icegrt.config import CriticConfig, OptimizerConfig, PPOConfig, RunConfig
 from icegrt.metrics import Evaluation, PPOStep
+from icegrt.metrics.alarms import REPEAT_ITERATIONS, Alarms, trend
 
 HEALTHY = {
     "score_mean": 1.0,

@@ -4,7 +4,7 @@ import pytest
 import stage_cases as cases
 
 import icegrt
-from icegrt.algorithm.experience import Experience
+from icegrt.ppo.experience import Experience
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,13 @@ import pytest
 import tiny_models as tiny
 import torch
 
-from icegrt import checkpoint_folder as files
-from icegrt.checkpoint_megatron import inner_optimizers
+from icegrt.checkpoint import directory as files
+from icegrt.checkpoint.megatron import inner_optimizers
 from icegrt.config import CriticConfig, DataSource, OptimizerConfig, SFTConfig
 from icegrt.errors import CheckpointError, RunError
 from icegrt.metrics import read_metrics
-from icegrt.stages.ppo import PPOTrainer
-from icegrt.stages.sft import SFTTrainer
+from icegrt.ppo.trainer import PPOTrainer
+from icegrt.training.sft import SFTTrainer
 
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, warmup_fraction=0.2, schedule="cosine")
 ROWS = [{"prompt": word, "response": tiny.WORDS[-n]} for n, word in enumerate(tiny.WORDS)]

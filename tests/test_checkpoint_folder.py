@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from icegrt import checkpoint_folder as files
+from icegrt.checkpoint import directory as files
 from icegrt.errors import CheckpointError
 
 CONTENTS = {"actor/.metadata": b"places", "actor/__0_0.distcp": bytes(range(256)) * 9, "critic/common.pt": b"c" * 300}

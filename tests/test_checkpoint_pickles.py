@@ -9,12 +9,12 @@ import pytest
 import tiny_models as tiny
 import torch
 
-from icegrt import checkpoint
-from icegrt import checkpoint_folder as files
-from icegrt.checkpoint_tensors import CheckpointTensors
-from icegrt.checkpoint_unpickle import load_object, read_metadata
-from icegrt.cluster import Cluster
+from icegrt.checkpoint import directory as files
+from icegrt.checkpoint import manager as checkpoint
+from icegrt.checkpoint.safe_unpickle import load_object, read_metadata
+from icegrt.checkpoint.tensor_reader import CheckpointTensors
 from icegrt.config import OptimizerConfig
+from icegrt.distributed.cluster import Cluster
 from icegrt.errors import CheckpointError
 
 TENSOR, ENTRY = "embedding.word_embeddings.weight", "decoder.layers.mlp.linear_fc1._extra_state/shard_0_2"

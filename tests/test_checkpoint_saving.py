@@ -12,15 +12,16 @@ import stage_cases as cases
 import tiny_models as tiny
 import torch
 
-from icegrt import checkpoint, cli
-from icegrt import checkpoint_folder as files
+from icegrt import cli
+from icegrt.checkpoint import directory as files
+from icegrt.checkpoint import manager as checkpoint
 from icegrt.config import PPOConfig, RewardConfig, SFTConfig
 from icegrt.errors import CheckpointError, RunError
 from icegrt.metrics import read_metrics
-from icegrt.stages import folders
-from icegrt.stages.ppo import PPOTrainer
-from icegrt.stages.reward import RewardTrainer
-from icegrt.stages.sft import SFTTrainer
+from icegrt.ppo.trainer import PPOTrainer
+from icegrt.training import run_folder as folders
+from icegrt.training.reward_model import RewardTrainer
+from icegrt.training.sft import SFTTrainer
 
 STAGES = {
     "sft": (SFTTrainer, SFTConfig, cases.sft_keys),

@@ -9,7 +9,7 @@ import pytest
 
 from icegrt import cli
 from icegrt.config import STAGES, PPOConfig
-from icegrt.config_help import rows
+from icegrt.config.introspect import rows
 from icegrt.errors import ConfigError, DataError
 
 
@@ -33,7 +33,7 @@ def stages(monkeypatch):
         return run
 
     for name in STAGES:
-        module = types.ModuleType(f"icegrt.stages.{name}")
+        module = types.ModuleType(cli._MODULES[name])
         module.run = stage(name)
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return noted

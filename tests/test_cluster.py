@@ -10,11 +10,11 @@ import tiny_models as tiny
 import torch
 from parallel.ranks import launch
 
-from icegrt import cluster
-from icegrt.cluster import Cluster
-from icegrt.cluster_layout import Layout
+from icegrt.distributed import cluster
+from icegrt.distributed.cluster import Cluster
+from icegrt.distributed.layout import Layout
 from icegrt.errors import ConfigError
-from icegrt.stages.ppo import PPOTrainer
+from icegrt.ppo.trainer import PPOTrainer
 
 
 def group_threads():

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from icegrt.config import STAGES, DataSource, GenerateConfig, PPOConfig, SFTConfig, config_class, key
-from icegrt.config_help import help_text, markdown, rows
-from icegrt.config_io import as_yaml, load, save
-from icegrt.config_yaml import dump, parse
+from icegrt.config.introspect import help_text, markdown, rows
+from icegrt.config.loader import as_yaml, load, save
+from icegrt.config.strict_yaml import dump, parse
 from icegrt.errors import ConfigError
-from icegrt.redaction import REDACTED
+from icegrt.utils.redaction import REDACTED
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from icegrt import console
+from icegrt.utils import console
 
 
 class Clock:
@@ -152,7 +152,7 @@ def test_a_log_that_cannot_hold_a_letter_does_not_end_the_run(monkeypatch):
 
 def test_rich_is_not_imported_without_a_terminal():
     code = (
-        "import sys; from icegrt import console\n"
+        "import sys; from icegrt.utils import console\n"
         "with console.progress(1, 'x') as p: p.advance()\n"
         "console.table(['a'], [['b']]); console.say('c')\n"
         "assert 'rich' not in sys.modules and 'torch' not in sys.modules"
@@ -161,7 +161,7 @@ def test_rich_is_not_imported_without_a_terminal():
 
 
 NESTED = """
-from icegrt import console
+from icegrt.utils import console
 class Clock:
     now = 0.0
     def __call__(self):

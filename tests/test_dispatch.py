@@ -48,15 +48,15 @@ def test_context_beats_environment_and_names_beat_the_general(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("ICEGRT_BACKEND", "triton")
-    assert chosen().endswith("_triton")
+    assert chosen().endswith(".triton")
     with use_backend("reference"):
         assert chosen().endswith(".reference")
         with use_backend(token_logprobs="triton"):
-            assert chosen().endswith("_triton") and chosen("shaped_gae").endswith("reference_gae")
+            assert chosen().endswith(".triton") and chosen("shaped_gae").endswith("shaped_gae.reference")
             with use_backend("auto", shaped_gae="triton"):
-                assert chosen().endswith(".reference") and chosen("shaped_gae").endswith("_triton")
+                assert chosen().endswith(".reference") and chosen("shaped_gae").endswith(".triton")
     monkeypatch.setenv("ICEGRT_BACKEND", "shaped_gae=triton, token_logprobs=reference")
-    assert chosen().endswith(".reference") and chosen("shaped_gae").endswith("_triton")
+    assert chosen().endswith(".reference") and chosen("shaped_gae").endswith(".triton")
 
 
 def test_a_named_backend_that_cannot_run_is_an_error_that_says_what_to_do(monkeypatch):

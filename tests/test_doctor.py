@@ -8,8 +8,9 @@ from importlib import metadata
 
 import pytest
 
-from icegrt import cli, doctor
-from icegrt.doctor import FAIL, NOTE, OK, Check, Package
+from icegrt import cli
+from icegrt.commands import doctor
+from icegrt.commands.doctor import FAIL, NOTE, OK, Check, Package
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import icegrt
-from icegrt.algorithm.experience import score_logprobs
 from icegrt.packing import pack
+from icegrt.ppo.experience import score_logprobs
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from kernel_cases import plain_logprobs
 
-from icegrt.kernels import VocabShard, linear_logprobs, linear_products
+from icegrt.kernels import VocabShard, linear_logprobs
+from icegrt.kernels.linear import products as linear_products
 
 
 def problem(A=13, H=5, V=11, dtype=torch.float64):

@@ -8,17 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import assert_within_budget
 
-from icegrt.kernels import (
-    Moments,
-    linear_chunked,
-    linear_logprobs,
-    linear_ppo_loss,
-    linear_products,
-    linear_rows,
-    ppo_policy_loss,
-    token_logprobs,
-    use_backend,
-)
+from icegrt.kernels import Moments, linear_logprobs, linear_ppo_loss, ppo_policy_loss, token_logprobs, use_backend
+from icegrt.kernels.linear import chunked as linear_chunked
+from icegrt.kernels.linear import products as linear_products
+from icegrt.kernels.linear import torch_ops as linear_rows
 
 
 def problem(dtype=torch.float64, A=17, H=5, V=11):

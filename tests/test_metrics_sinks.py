@@ -13,7 +13,7 @@ import icegrt
 from icegrt import cli
 from icegrt.errors import ConfigError
 from icegrt.metrics import RunLog, SFTStep, read_metrics
-from icegrt.metrics_sinks import MlflowSink, check_sinks
+from icegrt.metrics.sinks import MlflowSink, check_sinks
 
 STEP = SFTStep(step=1, epoch=0.1, loss=2.0, tokens=7, tokens_per_second=1.0, lr=0.0, grad_norm=1.0)
 

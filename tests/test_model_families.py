@@ -5,13 +5,13 @@ import tiny_models as tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from icegrt.algorithm.experience import score_logprobs, score_sequences
-from icegrt.cluster import Cluster
-from icegrt.model import weights
-from icegrt.model.pretrained import build_model, save_pretrained
+from icegrt.distributed.cluster import Cluster
+from icegrt.model.hf import mapping as weights
+from icegrt.model.hf.reader import build_model, save_pretrained
 from icegrt.packing import pack
+from icegrt.ppo.experience import score_logprobs, score_sequences
 from icegrt.rollout.decoder import Decoder
-from icegrt.rollout.response import Sampling
+from icegrt.rollout.types import Sampling
 
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 LLAMA3 = {

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from icegrt.algorithm.experience import score_sequences, score_values
-from icegrt.cluster import Cluster
+from icegrt.distributed.cluster import Cluster
 from icegrt.errors import CheckpointError, RunError
-from icegrt.model import weights
 from icegrt.model.architecture import Architecture
-from icegrt.model.pretrained import Pretrained, build_model, save_pretrained
+from icegrt.model.hf import mapping as weights
+from icegrt.model.hf.reader import Pretrained, build_model, save_pretrained
 from icegrt.packing import pack
+from icegrt.ppo.experience import score_sequences, score_values
 
 SHAPES = {
     "grouped_query": {},

@@ -7,17 +7,17 @@ import pytest
 import tiny_models as tiny
 import torch
 
-from icegrt.algorithm.experience import Experience, plan, score_logprobs, score_values, shape
-from icegrt.algorithm.ranking import pack_rankings, ranking_loss
-from icegrt.algorithm.scores import combine
-from icegrt.algorithm.supervised import pack_examples, response_nll
-from icegrt.algorithm.update import Updater
-from icegrt.cluster import Cluster
 from icegrt.config import CriticConfig, DataSource, OptimizerConfig
 from icegrt.data import Example, Ranking
+from icegrt.distributed.cluster import Cluster
 from icegrt.errors import RunError
 from icegrt.kernels import ShapedGAE
-from icegrt.stages.ppo import PPOTrainer
+from icegrt.ppo.experience import Experience, plan, score_logprobs, score_values, shape
+from icegrt.ppo.scores import combine
+from icegrt.ppo.trainer import PPOTrainer
+from icegrt.ppo.update import Updater
+from icegrt.training.ranking_loss import pack_rankings, ranking_loss
+from icegrt.training.sft_loss import pack_examples, response_nll
 
 AT_REST = OptimizerConfig(lr=0.0)
 UNCLIPPED = OptimizerConfig(lr=1e-2, clip_grad=0.0)

@@ -12,13 +12,13 @@ import tiny_models as tiny
 import torch
 from tiny_models import doubles, gap, llama64
 
-from icegrt.algorithm.experience import Experience, plan, score_logprobs, score_sequences, score_values, shape
-from icegrt.algorithm.scores import ModelScores, ScoreScaling, combine
-from icegrt.algorithm.update import Updater
-from icegrt.cluster import Cluster
 from icegrt.config import CriticConfig, DataSource, OptimizerConfig, SamplingConfig
 from icegrt.data import Example
+from icegrt.distributed.cluster import Cluster
 from icegrt.kernels import whiten
+from icegrt.ppo.experience import Experience, plan, score_logprobs, score_sequences, score_values, shape
+from icegrt.ppo.scores import ModelScores, ScoreScaling, combine
+from icegrt.ppo.update import Updater
 
 CASES = {
     "defaults": {},

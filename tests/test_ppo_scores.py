@@ -4,10 +4,10 @@ import pytest
 import tiny_models as tiny
 import torch
 
-from icegrt.algorithm.experience import plan, shape
-from icegrt.algorithm.kl_control import kl_controller
-from icegrt.algorithm.scores import ScoreScaling, combine
 from icegrt.kernels import masked_moments, whiten
+from icegrt.ppo.experience import plan, shape
+from icegrt.ppo.kl_controller import kl_controller
+from icegrt.ppo.scores import ScoreScaling, combine
 
 
 def test_the_penalty_follows_the_finish_reason_and_not_the_length():

@@ -2,10 +2,11 @@
 
 import pytest
 
-from icegrt import cli, config_io
+from icegrt import cli
 from icegrt.config import PPOConfig
+from icegrt.config import loader as config_io
 from icegrt.errors import ConfigError
-from icegrt.redaction import REDACTED, is_secret, redact, redact_text
+from icegrt.utils.redaction import REDACTED, is_secret, redact, redact_text
 
 SECRETS = ["token", "hub_token", "hf_token", "access_token", "api_key", "apiKey", "api_keys", "password", "db_password"]
 SECRETS += ["client_secret", "secret", "secret_key", "SECRET", "passwd", "private_key", "API_TOKEN", "hub_tokens"]

@@ -12,10 +12,10 @@ from test_alarms import evaluation, step
 from icegrt.config import PPOConfig, RunConfig
 from icegrt.errors import RunError
 from icegrt.metrics import RunLog
-from icegrt.report import validated, write_ppo_report, write_run_report
-from icegrt.report_plots import Panel, Series, panel_svg, ppo_panels, write_curves_png
-from icegrt.report_text import arrow, breakdown, duration, number, percent, signed, visible
-from icegrt.report_verdict import verdict
+from icegrt.report.page import validated, write_ppo_report, write_run_report
+from icegrt.report.plots import Panel, Series, panel_svg, ppo_panels, write_curves_png
+from icegrt.report.text import arrow, breakdown, duration, number, percent, signed, visible
+from icegrt.report.verdict import verdict
 
 PPO = {
     "heldout_reward_before": 0.1,

@@ -9,8 +9,8 @@ from icegrt import cli
 from icegrt.config import PPOConfig, SFTConfig
 from icegrt.errors import DataError
 from icegrt.metrics import read_metrics
-from icegrt.stages.ppo import PPOTrainer
-from icegrt.stages.sft import SFTTrainer
+from icegrt.ppo.trainer import PPOTrainer
+from icegrt.training.sft import SFTTrainer
 
 
 @pytest.fixture(scope="module")

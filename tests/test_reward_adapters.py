@@ -9,7 +9,7 @@ import reward_cases as cases
 import torch
 
 from icegrt.errors import ConfigError, RewardError
-from icegrt.rewards.adapters import style_of
+from icegrt.rewards.compat import style_of
 from icegrt.rewards.sample import RewardResult
 
 # -- as TRL's page has them: https://huggingface.co/docs/trl/main/en/grpo_trainer ----------------------------------

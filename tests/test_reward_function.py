@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from icegrt.errors import ConfigError, RewardError
-from icegrt.rewards.calling import call_reward_function
+from icegrt.rewards.error_policy import call_reward_function
 from icegrt.rewards.function import load_reward_function
 from icegrt.rewards.sample import Sample
 

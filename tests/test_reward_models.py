@@ -11,7 +11,7 @@ import torch
 import icegrt
 from icegrt.errors import ConfigError
 from icegrt.metrics import read_metrics
-from icegrt.stages.ppo_rewards import RewardSources
+from icegrt.ppo.reward_sources import RewardSources
 
 WEIGHTS = {"reward_model": 0.5, "safety": -1.5, "reward_model_2": 2.0}
 SAVED = {"count": 40, "mean": 1.0, "std": 3.0}  # scores of `safety` that are known before the run

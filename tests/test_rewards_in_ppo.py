@@ -11,14 +11,14 @@ import tiny_models as tiny
 import torch
 
 import icegrt
-from icegrt.algorithm.experience import Experience, plan, score_logprobs, score_values, shape
-from icegrt.algorithm.judge import Verdict, sample_of
-from icegrt.algorithm.scores import combine
-from icegrt.algorithm.update import Updater
-from icegrt.cluster import Cluster
 from icegrt.data import encode_prompts, read_rows
+from icegrt.distributed.cluster import Cluster
 from icegrt.errors import RewardError
 from icegrt.metrics import read_metrics
+from icegrt.ppo.experience import Experience, plan, score_logprobs, score_values, shape
+from icegrt.ppo.rewards import Verdict, sample_of
+from icegrt.ppo.scores import combine
+from icegrt.ppo.update import Updater
 from icegrt.rewards.sample import RewardResult
 from icegrt.rewards.sources import SourceScores
 

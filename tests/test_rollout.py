@@ -4,13 +4,13 @@ import pytest
 import tiny_models as tiny
 import torch
 
-from icegrt.algorithm.experience import plan, score_logprobs
-from icegrt.cluster import Cluster
+from icegrt.distributed.cluster import Cluster
 from icegrt.errors import ConfigError, DataError
-from icegrt.rollout.cache import KVCache
+from icegrt.ppo.experience import plan, score_logprobs
 from icegrt.rollout.decoder import Decoder
 from icegrt.rollout.engine import RolloutEngine, stop_ids
-from icegrt.rollout.response import Sampling
+from icegrt.rollout.kv_cache.contiguous import KVCache
+from icegrt.rollout.types import Sampling
 
 STOPS = [tiny.EOS, *range(40, 46)]  # seven of 61 tokens end an answer: lengths vary
 SAMPLING = Sampling(max_new_tokens=16, seed=3)

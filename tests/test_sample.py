@@ -3,11 +3,11 @@
 import pytest
 import tiny_models as tiny
 
-from icegrt.cluster import Cluster
+from icegrt.commands.sample import answers, diverse_answers
 from icegrt.data import Prompt
+from icegrt.distributed.cluster import Cluster
 from icegrt.rollout.engine import RolloutEngine
-from icegrt.rollout.response import Sampling
-from icegrt.stages.sample import answers, diverse_answers
+from icegrt.rollout.types import Sampling
 
 PROMPTS = [Prompt([1, 5 + n, 6], f"row {n}", {}) for n in range(5)]
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=6, seed=2)

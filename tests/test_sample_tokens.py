@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from icegrt.kernels import VocabShard, sample_tokens, token_logprobs
-from icegrt.kernels.reference_sampling import exponential_noise, row_keys
+from icegrt.kernels.sample_tokens.reference import exponential_noise, row_keys
 
 
 def draw(logits, temperature=1.0, seed=0, ids=None, positions=None, **options):

@@ -12,9 +12,9 @@ from icegrt import cli
 from icegrt.config import PPOConfig, RewardConfig, SFTConfig
 from icegrt.errors import DataError
 from icegrt.metrics import read_metrics, step_from_row
-from icegrt.stages.ppo import PPOTrainer
-from icegrt.stages.reward import RewardTrainer
-from icegrt.stages.sft import SFTTrainer
+from icegrt.ppo.trainer import PPOTrainer
+from icegrt.training.reward_model import RewardTrainer
+from icegrt.training.sft import SFTTrainer
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from icegrt.statistics import (
+from icegrt.metrics.statistics import (
     accuracy_by_margin,
     best_one_feature_baseline,
     distinct_fraction,

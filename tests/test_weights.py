@@ -6,10 +6,10 @@ import pytest
 import tiny_models as tiny
 import torch
 
-from icegrt.cluster import Cluster
-from icegrt.model import weights
+from icegrt.distributed.cluster import Cluster
 from icegrt.model.architecture import Architecture
-from icegrt.model.pretrained import Pretrained, build_model, save_pretrained
+from icegrt.model.hf import mapping as weights
+from icegrt.model.hf.reader import Pretrained, build_model, save_pretrained
 
 SHAPES = {
     "grouped": ("llama", {}, (1, 2, 4)),

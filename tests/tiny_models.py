@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from icegrt.config import CriticConfig, OptimizerConfig, PPOConfig, RunConfig, SamplingConfig
-from icegrt.model import weights
-from icegrt.model.pretrained import Pretrained, build_model
+from icegrt.model.hf import mapping as weights
+from icegrt.model.hf.reader import Pretrained, build_model
 from icegrt.roles.role import Role
-from icegrt.rollout.response import Response
+from icegrt.rollout.types import Response
 
 SPECIAL = ("<pad>", "<eos>", "<user>", "<assistant>")
 PAD, EOS = 0, 1

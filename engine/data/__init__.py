@@ -2,7 +2,7 @@
 
 from icegrt.data.blend import Blend, PromptOrder
 from icegrt.data.dataset import Encoded, Joined, report_lengths
-from icegrt.data.encode import (
+from icegrt.data.examples import (
     Example,
     ExampleEncoder,
     Prompt,
@@ -12,7 +12,7 @@ from icegrt.data.encode import (
     encode_prompt,
     encode_prompts,
 )
-from icegrt.data.ranking import Ranking, RankingEncoder, encode_ranking, encode_rankings, untied_pairs
+from icegrt.data.rankings import Ranking, RankingEncoder, encode_ranking, encode_rankings, untied_pairs
 from icegrt.data.rows import Row, open_rows, read_rows
 from icegrt.data.tokenizer import check_tokenizer, eos_id, has_template, load_tokenizer, stop_ids
 

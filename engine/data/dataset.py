@@ -13,9 +13,9 @@ from typing import Generic
 
 import numpy as np
 
-from icegrt.console import is_quiet, progress, say, table
-from icegrt.data.encode import CHUNK_ROWS, Dropped, Encoder, Item, nothing_left
+from icegrt.data.examples import CHUNK_ROWS, Dropped, Encoder, Item, nothing_left
 from icegrt.data.rows import Row
+from icegrt.utils.console import is_quiet, progress, say, table
 
 HELD_BYTES = 16 << 20
 _HEADERS = ("data", "rows", "tokens", "mean", "p95", "longest", "cut", "left out")

@@ -14,9 +14,9 @@ from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
-from icegrt.console import progress
 from icegrt.data.rows import LazyRows, Row, kind
 from icegrt.errors import DataError
+from icegrt.utils.console import progress
 
 _BOM = b"\xef\xbb\xbf"
 _OTHER_BOMS = {

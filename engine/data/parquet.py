@@ -12,9 +12,9 @@ from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
-from icegrt.console import progress, warn
 from icegrt.data.rows import LazyRows, Row
 from icegrt.errors import DataError
+from icegrt.utils.console import progress, warn
 
 _BATCH_ROWS = 64
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from icegrt.cluster_layout import Layout
+from icegrt.distributed.layout import Layout
 from icegrt.errors import CheckpointError
 from icegrt.model.families import FAMILIES, Family, family_of, refuse_unsupported
 from icegrt.model.rope import Rope

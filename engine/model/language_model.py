@@ -12,8 +12,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor, nn
 
-from icegrt.cluster import Cluster
-from icegrt.cluster_layout import check_model
+from icegrt.distributed.cluster import Cluster
+from icegrt.distributed.layout import check_model
 from icegrt.kernels import VocabShard
 from icegrt.model.architecture import Architecture
 from icegrt.model.attention import AttentionPlan

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from icegrt.errors import ConfigError, RewardError
-from icegrt.redaction import redact_text
 from icegrt.rewards.sample import Failure, Graded, RewardResult, Sample
+from icegrt.utils.redaction import redact_text
 
 RewardFunction = Callable[[list[Sample]], Sequence[float | RewardResult]]
 # Scores are float32 from here on.

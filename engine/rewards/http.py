@@ -23,9 +23,9 @@ from urllib.parse import unquote, urlsplit
 
 from icegrt.config import HTTPConfig
 from icegrt.errors import ConfigError
-from icegrt.redaction import REDACTED, redact_text
 from icegrt.rewards.function import result_of
 from icegrt.rewards.sample import Failure, Graded, RewardResult, Sample
+from icegrt.utils.redaction import REDACTED, redact_text
 
 _TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _LONGEST_PAUSE_S = 30.0

@@ -15,7 +15,7 @@ from itertools import groupby
 from multiprocessing.connection import Connection, Pipe
 
 from icegrt.errors import ConfigError
-from icegrt.rewards.calling import Call, timed_out
+from icegrt.rewards.error_policy import Call, timed_out
 from icegrt.rewards.function import CallError
 from icegrt.rewards.sample import Graded, Sample
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from icegrt.config import RewardCallConfig, RewardSource
-from icegrt.console import warn
 from icegrt.errors import ConfigError, RewardError
-from icegrt.rewards.adapters import adapt
-from icegrt.rewards.calling import grade_or_raise, grade_what_can_be, within
+from icegrt.rewards.compat import adapt
+from icegrt.rewards.error_policy import grade_or_raise, grade_what_can_be, within
 from icegrt.rewards.function import grade, load_reward_function, name_of
 from icegrt.rewards.http import HTTPScorer
 from icegrt.rewards.pool import Worker, WorkerPool
 from icegrt.rewards.sample import Failure, Graded, RewardResult, Sample
+from icegrt.utils.console import warn
 
 # What the first reward model is called that has no name of its own.
 MODEL_NAME = "reward_model"

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from icegrt.errors import ConfigError
-from icegrt.rewards.adapters import adapt
+from icegrt.rewards.compat import adapt
 from icegrt.rewards.function import CallError, RewardFunction, grade, load_reward_function
 from icegrt.rewards.sample import Sample
 

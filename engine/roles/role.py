@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from icegrt.config import OptimizerConfig
+from icegrt.distributed.pipeline import objects_from_last_stage, settle, true_everywhere, vectors_from_last_stage, wrap
 from icegrt.model.language_model import LanguageModel
 from icegrt.packing import PackedBatch
-from icegrt.roles.ranks import objects_from_last_stage, settle, true_everywhere, vectors_from_last_stage, wrap
 
 # What a loss returns for a micro-batch: (sum over its tokens, how many tokens it counts, statistics).
 Loss = tuple[Tensor, int, Any]

@@ -21,9 +21,9 @@ from icegrt.errors import DataError
 from icegrt.kernels import sample_tokens
 from icegrt.model.attention import AttentionPlan
 from icegrt.model.language_model import LanguageModel, whole_sequences
-from icegrt.rollout.cache import KVCache
-from icegrt.rollout.relay import Relay
-from icegrt.rollout.response import Response, Sampling
+from icegrt.rollout.kv_cache.contiguous import KVCache
+from icegrt.rollout.pipeline import Relay
+from icegrt.rollout.types import Response, Sampling
 
 # A prefill is cut so that its activations stay small beside the cache.
 _PREFILL_TOKENS = 8192

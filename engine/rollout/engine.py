@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from icegrt.cluster import Cluster
 from icegrt.data import stop_ids
+from icegrt.distributed.cluster import Cluster
 from icegrt.model.language_model import LanguageModel
 from icegrt.rollout.decoder import Decoder
-from icegrt.rollout.exchange import everyones, mine
-from icegrt.rollout.response import Response, Sampling
+from icegrt.rollout.gather import everyones, mine
+from icegrt.rollout.types import Response, Sampling
 
 
 class RolloutEngine:

@@ -6,13 +6,13 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from icegrt.cluster import Cluster
-from icegrt.cluster_layout import Layout
 from icegrt.config import ParallelConfig
+from icegrt.distributed.cluster import Cluster
+from icegrt.distributed.layout import Layout
 from icegrt.errors import ConfigError
 from icegrt.model.architecture import DTYPES
+from icegrt.model.hf.reader import build_model
 from icegrt.model.language_model import LanguageModel
-from icegrt.model.pretrained import build_model
 
 
 def load_actor(source: str | Path | Any, dtype: str = "fp32", parallel: ParallelConfig | None = None) -> LanguageModel:

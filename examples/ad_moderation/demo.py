@@ -23,19 +23,11 @@ sys.path.insert(0, str(HERE.parent))
 
 from ad_moderation.outcome import Outcome, assess_both  # noqa: E402
 from ad_moderation.prepare import prepare  # noqa: E402
-from icegrt import (  # noqa: E402
-    PPOConfig,
-    PPOTrainer,
-    RewardConfig,
-    RewardTrainer,
-    SampleConfig,
-    SFTConfig,
-    SFTTrainer,
-    failure,
-)
-from icegrt.console import duration, is_main, say  # noqa: E402
+from icegrt import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SampleConfig, SFTConfig, SFTTrainer  # noqa: E402
+from icegrt.commands import sample  # noqa: E402
+from icegrt.distributed import failure  # noqa: E402
 from icegrt.errors import UserError  # noqa: E402
-from icegrt.stages import sample  # noqa: E402
+from icegrt.utils.console import duration, is_main, say  # noqa: E402
 
 RECIPE = HERE / "recipe.yaml"
 CHECKER = f"{HERE / 'reward.py'}:checker_reward"

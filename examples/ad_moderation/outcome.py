@@ -12,12 +12,12 @@ import numpy as np
 
 from ad_moderation.checker import check
 from icegrt import PPOConfig, RewardConfig, SFTConfig
-from icegrt.algorithm.supervised import heldout_loss, pack_examples
-from icegrt.cluster import Cluster
 from icegrt.data import encode_examples, encode_prompts, read_rows
+from icegrt.distributed.cluster import Cluster
 from icegrt.metrics import read_metrics
-from icegrt.report import write_ppo_report
-from icegrt.statistics import distinct_fraction, paired_bootstrap_ci95
+from icegrt.metrics.statistics import distinct_fraction, paired_bootstrap_ci95
+from icegrt.report.page import write_ppo_report
+from icegrt.training.sft_loss import heldout_loss, pack_examples
 
 TEST_ADS = 512
 SAMPLES = 3

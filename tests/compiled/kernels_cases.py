@@ -12,7 +12,7 @@ FLAGS = (True, False)
 
 def check_token_logprobs(direction, capability, logits, out, scaled, entropy, compact, rows):
     """One configuration. rows: whole rows of aligned tensors, whose stride of 1 is compiled in; else any view."""
-    module = importlib.import_module("icegrt.kernels.token_logprobs_triton")
+    module = importlib.import_module("icegrt.kernels.token_logprobs.triton")
     kernel = getattr(module, f"token_logprobs_{direction}")
     signature = dict.fromkeys(kernel.arg_names, "*fp32") | {
         "logits_ptr": f"*{logits}",
@@ -63,7 +63,7 @@ SIZES = {name: "i32" for name in ("size", "old_size", "entropy_size", "ref_size"
 
 def check_policy(capability, estimator, raw, pointers, aligned):
     """pointers: numbers on the device and bf16 streams; else numbers by value and fp32 streams."""
-    module = importlib.import_module("icegrt.kernels.ppo_policy_loss_triton")
+    module = importlib.import_module("icegrt.kernels.ppo_policy_loss.triton")
     kernel = module.ppo_policy_loss_kernel
     number = "*fp32" if pointers else "fp32"
     signature = dict.fromkeys(kernel.arg_names, "*fp32") | NUMBERS | SIZES
@@ -93,8 +93,8 @@ def test_every_configuration_of_ppo_policy_loss(capability):
 @GENERATIONS
 @pytest.mark.parametrize("pointers", [True, False])
 def test_value_loss_and_the_fold(capability, pointers):
-    module = importlib.import_module("icegrt.kernels.value_loss_triton")
-    policy = importlib.import_module("icegrt.kernels.ppo_policy_loss_triton")
+    module = importlib.import_module("icegrt.kernels.value_loss.triton")
+    policy = importlib.import_module("icegrt.kernels.ppo_policy_loss.triton")
     number = {"normalizer": "*fp32" if pointers else "fp32"}
     kernel = module.value_loss_kernel
     signature = dict.fromkeys(kernel.arg_names, "*fp32") | NUMBERS | SIZES | number | {"mask_ptr": "*u8"}

@@ -30,7 +30,7 @@ def check(module, kernel, capability, constants, alignments=(True, False), **typ
 @GENERATIONS
 def test_shaped_gae(capability):
     check(
-        "shaped_gae_triton",
+        "shaped_gae.triton",
         "shaped_gae_kernel",
         capability,
         {},
@@ -51,7 +51,7 @@ def test_shaped_gae(capability):
 @pytest.mark.parametrize("logits", ["bf16", "fp16", "fp32"])
 def test_sample_tokens(capability, truncate, logits):
     check(
-        "sample_tokens_triton",
+        "sample_tokens.triton",
         "sample_tokens_kernel",
         capability,
         {"TRUNCATE": truncate},
@@ -71,7 +71,7 @@ def test_sample_tokens(capability, truncate, logits):
 @pytest.mark.parametrize("x", ["bf16", "fp32"])
 def test_masked_moments(capability, x):
     check(
-        "whitening_triton",
+        "whitening.triton",
         "masked_moments_kernel",
         capability,
         {},
@@ -87,11 +87,11 @@ def test_masked_moments(capability, x):
 @pytest.mark.parametrize("mode", ["shift", "keep", "gradient"])
 def test_whiten(capability, mode):
     statistics = dict.fromkeys(("count_ptr", "mean_ptr", "m2_ptr"), "*fp64")
-    check("whitening_triton", "whiten_kernel", capability, {"MODE": mode}, eps="fp32", **statistics)
+    check("whitening.triton", "whiten_kernel", capability, {"MODE": mode}, eps="fp32", **statistics)
 
 
 @GENERATIONS
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_kl_divergence(capability, direction, estimator):
-    check("kl_divergence_triton", f"kl_{direction}_kernel", capability, {"ESTIMATOR": estimator})
+    check("kl_divergence.triton", f"kl_{direction}_kernel", capability, {"ESTIMATOR": estimator})

@@ -7,9 +7,9 @@ pytest.importorskip("megatron.core", reason="the engine needs megatron-core, and
 import stage_cases as cases
 import tiny_models as tiny
 
-from icegrt import checkpoint_folder as files
+from icegrt.checkpoint import directory as files
 from icegrt.config import SFTConfig
-from icegrt.stages.sft import SFTTrainer
+from icegrt.training.sft import SFTTrainer
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

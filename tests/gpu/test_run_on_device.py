@@ -5,8 +5,8 @@ import tiny_models as tiny
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from icegrt.cluster import Cluster
-from icegrt.stages.ppo import PPOTrainer
+from icegrt.distributed.cluster import Cluster
+from icegrt.ppo.trainer import PPOTrainer
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

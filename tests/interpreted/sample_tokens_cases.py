@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from kernel_cases import virtual_rows
 
 from icegrt.kernels import VocabShard, dispatch, record_launches, sample_tokens, use_backend
-from icegrt.kernels.reference_sampling import candidate_bits, row_keys
-from icegrt.kernels.sample_tokens_triton import candidate_hash, row_key
+from icegrt.kernels.sample_tokens.reference import candidate_bits, row_keys
+from icegrt.kernels.sample_tokens.triton import candidate_hash, row_key
 
 
 def draw(logits, backend="triton", seed=0, ids=None, positions=None, block=64, temperature=1.0, **options):

@@ -7,11 +7,11 @@ import tiny_models as tiny
 import torch
 import torch.distributed as dist
 
-from icegrt.cluster import Cluster
-from icegrt.cluster_layout import Layout
 from icegrt.config import CriticConfig, DataSource, OptimizerConfig, ParallelConfig
-from icegrt.model import weights
-from icegrt.stages.ppo import PPOTrainer
+from icegrt.distributed.cluster import Cluster
+from icegrt.distributed.layout import Layout
+from icegrt.model.hf import mapping as weights
+from icegrt.ppo.trainer import PPOTrainer
 
 # name: ranks, keys of `parallel`, whether the model is one with an embedding tied to the output and biases to QKV
 LAYOUTS = {

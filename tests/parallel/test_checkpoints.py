@@ -11,8 +11,8 @@ import torch
 from parallel.layout_cases import LAYOUTS, config, trainer, write_ptx
 from parallel.ranks import launch
 
-from icegrt import checkpoint
-from icegrt import checkpoint_folder as files
+from icegrt.checkpoint import directory as files
+from icegrt.checkpoint import manager as checkpoint
 from icegrt.errors import RunError
 
 

@@ -9,8 +9,8 @@ from parallel.layout_cases import LAYOUTS, config
 from parallel.ranks import launch
 
 from icegrt.config import RewardCallConfig
-from icegrt.model import weights
-from icegrt.stages.ppo import PPOTrainer
+from icegrt.model.hf import mapping as weights
+from icegrt.ppo.trainer import PPOTrainer
 
 KEPT = [row["prompt"] for row in tiny.PROMPTS[:3]]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import stage_cases as cases
 
-from icegrt import checkpoint_folder as files
+from icegrt.checkpoint import directory as files
 
 # KILLS=200 makes a long night of it.
 KILLS, PARTIAL, ITERATIONS = int(os.environ.get("KILLS", "20")), 5, 80

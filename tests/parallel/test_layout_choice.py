@@ -2,8 +2,8 @@
 
 import pytest
 
-from icegrt.cluster_layout import Layout, check_model, check_world_size
 from icegrt.config import ParallelConfig
+from icegrt.distributed.layout import Layout, check_model, check_world_size
 from icegrt.errors import ConfigError
 
 MODEL = {"layers": 6, "heads": 8, "kv_heads": 2, "ffn": 48}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from icegrt import cli
 from icegrt.model.architecture import DTYPES
-from icegrt.rollout.response import Sampling
+from icegrt.rollout.types import Sampling
 
 FOUR = ("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence_parallel=true")
 

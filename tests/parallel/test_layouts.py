@@ -10,7 +10,7 @@ from parallel.ranks import launch
 
 from icegrt.config import ParallelConfig
 from icegrt.errors import ConfigError
-from icegrt.stages.ppo import PPOTrainer
+from icegrt.ppo.trainer import PPOTrainer
 
 # Two ranks share two cores; four take a turn longer.
 CASES = [

@@ -8,9 +8,9 @@ import torch
 from parallel.layout_cases import LAYOUTS, config, parity, trainer, write_ptx
 from parallel.ranks import launch
 
+from icegrt.distributed.pipeline import wrap
 from icegrt.roles import role
-from icegrt.roles.ranks import wrap
-from icegrt.rollout.response import Sampling
+from icegrt.rollout.types import Sampling
 
 # Of few parameters, so that a model has several buckets.
 overlapped = partial(wrap, overlap=True, bucket_size=4000)

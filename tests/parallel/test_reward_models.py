@@ -6,7 +6,7 @@ import torch
 from parallel.layout_cases import LAYERS, LAYOUTS, Watch, config, held
 from parallel.ranks import launch
 
-from icegrt.stages.ppo import PPOTrainer
+from icegrt.ppo.trainer import PPOTrainer
 
 NAMES = ["reward_model", "reward_model_2"]
 

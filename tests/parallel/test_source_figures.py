@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from icegrt.algorithm.judge import Verdict
-from icegrt.algorithm.scores import ModelScores
+from icegrt.ppo.metrics import source_figures
+from icegrt.ppo.rewards import Verdict
+from icegrt.ppo.scores import ModelScores
 from icegrt.rewards.sample import RewardResult, Sample
 from icegrt.rewards.sources import SourceScores
-from icegrt.stages.ppo_metrics import source_figures
 
 SAMPLE = Sample("a", [5], "q", [2], "stop", {}, "row 0", 0)
 # Scores by rank, None where the source failed; a metric that only rank 1 has; rank 2 has no response at all.

@@ -8,10 +8,10 @@ from parallel.layout_cases import config
 from parallel.ranks import launch
 from parallel.traffic import Work, counted, derived
 
-from icegrt.cluster import Cluster
-from icegrt.cluster_layout import Layout
 from icegrt.config import ParallelConfig
-from icegrt.stages.ppo import PPOTrainer
+from icegrt.distributed.cluster import Cluster
+from icegrt.distributed.layout import Layout
+from icegrt.ppo.trainer import PPOTrainer
 
 # Wide enough that the few numbers which the derivation leaves out (sizes, flags, statistics) are below its tolerance.
 SHAPE = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 256}

@@ -1,0 +1,28 @@
+"""Answers to prompts, printed or written as JSONL."""
+
+from __future__ import annotations
+
+import contextlib
+
+from icegrt.commands.sample import generate
+from icegrt.config import GenerateConfig
+from icegrt.training.run_folder import rows_file
+from icegrt.utils.console import plain, say
+
+
+def run(config: GenerateConfig) -> None:
+    """The command: print each prompt with its answers, or write them to `generate.out`."""
+    with rows_file(config.out) if config.out else contextlib.nullcontext() as writer:
+        count = 0
+        for prompt, texts, responses in generate(config):
+            count += len(texts)
+            if writer is not None:
+                reasons = [r.finish_reason for r in responses]
+                writer.write({**prompt.row, "responses": texts, "finish_reasons": reasons})
+            if config.out:
+                continue
+            say(f"> {plain(prompt.row.get('prompt', prompt.where))}")
+            for text in texts:
+                say(f"{plain(text)}\n")
+    if config.out:
+        say(f"{count} answers: {config.out}")

@@ -1,0 +1,313 @@
+"""Loads, checks, prints and saves the configuration classes of `config`; every refusal is one `ConfigError`.
+
+Values are checked here, before pydantic sees them, for three reasons: pydantic's lax mode takes `true` for a number and
+"5" for 5; its messages name neither the file's line nor the unit; and it would build a nested section from its class's
+defaults, where a stage has its own (`sft: {optimizer: {lr: 2e-5}}` must keep the weight decay of `sft`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import math
+import operator
+import os
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from icegrt.config.introspect import SIGNS, bounds_of, fields_of, rows, type_text, unit_of
+from icegrt.config.schema import STAGES
+from icegrt.config.strict_yaml import dump, parse
+from icegrt.errors import ConfigError
+from icegrt.utils.redaction import REDACTED, is_secret, redact, redact_text
+
+_COMMAND_LINE = "command line"
+
+Path_ = tuple[Any, ...]  # the keys from the section down, list positions included
+
+
+def load(cls: type, path: str | Path | None = None, overrides: Sequence[str] = ()):
+    """The configuration `cls` from its section of the YAML file `path`, then the dotted `overrides` in order.
+
+    Raises `ConfigError` that lists every problem found, each with its file and line (or "command line") and its key.
+    """
+    data, where = ({}, {}) if path is None else _read_section(cls, Path(path))
+    problems: list[str] = []
+    for override in overrides:
+        try:
+            data = _apply(cls, data, where, override)
+        except ConfigError as error:
+            problems.append(f"{_COMMAND_LINE}: {str(error).removeprefix(_COMMAND_LINE + ': ')}")
+    config = None if problems else _build(cls, data, cls(), (cls.section,), where, problems)
+    if len(problems) == 1:
+        raise ConfigError(problems[0])
+    if problems:
+        raise ConfigError(f"{len(problems)} problems in the configuration:\n  " + "\n  ".join(problems))
+    return config
+
+
+def _read_section(cls: type, path: Path) -> tuple[dict, dict[Path_, str]]:
+    """The section of `cls` as plain data, and the file and line of each of its keys."""
+    lines: dict[Path_, int] = {}
+    data = parse(_read_text(path), str(path), lines)
+    where = {key: f"{path}:{line}" for key, line in lines.items()}
+    if data is None:
+        raise ConfigError(f"{path} is empty; put the keys of this command under `{cls.section}:`")
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: got a {_kind(data)}, expected sections such as `{cls.section}:` with their keys")
+    for name in data:
+        if name not in STAGES and name != cls.section:
+            is_key = name in fields_of(cls)
+            hint = f"put it under `{cls.section}:`" if is_key else _nearest(name, STAGES)
+            hint = hint or f"the sections are {', '.join(STAGES)}"
+            raise ConfigError(f"{where[(name,)]}: `{name}` is not a section; {hint}")
+    if cls.section not in data:
+        raise ConfigError(f"{path} has no section `{cls.section}:`; it has {', '.join(data) or 'none'}")
+    section = data[cls.section]
+    if section is not None and not isinstance(section, dict):
+        line = where[(cls.section,)]
+        raise ConfigError(f"{line}: {cls.section}: got a {_kind(section)}, expected keys and values, one per line")
+    return section or {}, where  # nothing: every key is commented out
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else "; relative paths start at the current directory"
+        raise ConfigError(f"no configuration file {path}{hint}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _apply(cls: type, data: dict, where: dict[Path_, str], override: str) -> dict:
+    """`data` with one `section.key=value`. Text keys take the value as it stands, all others read it as YAML."""
+    name, equals, text = override.partition("=")
+    parts = tuple(name.strip().split("."))
+    if not name.strip():
+        raise ConfigError(f"`{override}` names no key; write {cls.section}.key=VALUE")
+    kind = _resolve(cls, parts)
+    if not equals:
+        raise ConfigError(f"`{override}` has no value; write {_dotted(parts)}=VALUE")
+    value = _override_value(kind, text.strip(), f"{_COMMAND_LINE}: {_dotted(parts)}")
+    if not isinstance(value, dict):
+        for old in [path for path in where if path[: len(parts)] == parts]:
+            del where[old]
+    where[parts] = _COMMAND_LINE
+    for part in reversed(parts[1:]):
+        value = {part: value}
+    return _merge(data, value)
+
+
+def _merge(old: Any, new: Any) -> Any:
+    """`new` over `old`, mapping by mapping. Builds new mappings, as YAML aliases share theirs."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    return old | {name: _merge(old.get(name), value) for name, value in new.items()}
+
+
+def _resolve(cls: type, parts: Path_) -> Any:
+    """The type of the key that an override names, or `ConfigError` with the nearest full name."""
+    if parts[0] != cls.section:
+        stray = parts[0] in STAGES and len(parts) > 1
+        full = _full_names(parts[1:] if stray else parts, cls)
+        why = f"is not for this command, which reads `{cls.section}`" if stray else "does not start with its section"
+        hint = f"did you mean {' or '.join(full)}?" if full else f"keys start with `{cls.section}.`"
+        raise ConfigError(f"`{_dotted(parts)}` {why}; {hint}")
+    if len(parts) == 1:
+        raise ConfigError(f"`{cls.section}` is a section; name a key, as in {rows(cls)[0].name}=VALUE")
+    kind: Any = cls
+    for depth, part in enumerate(parts[1:], start=1):
+        if not dataclasses.is_dataclass(kind):
+            raise ConfigError(f"`{_dotted(parts)}`: {_dotted(parts[:depth])} has no keys of its own; set it as a whole")
+        if part not in fields_of(kind):
+            raise ConfigError(_unknown(parts[: depth + 1], kind, cls))
+        kind = fields_of(kind)[part].annotation
+    return kind
+
+
+def _override_value(kind: Any, text: str, origin: str) -> Any:
+    literal = text[:1] not in ("'", '"')
+    if kind is str and literal:  # a file called 007 or a text with a colon needs no quotes
+        return text
+    if kind == list[str] and literal and text[:1] != "[":
+        return [text] if text else []
+    return parse(text, origin)
+
+
+def _build(cls: type, data: Any, base: Any, path: Path_, where: dict[Path_, str], problems: list[str]) -> Any:
+    """An instance of `cls`: `data` over the values of `base`. Appends to `problems`; then the result means nothing."""
+    if data is None:
+        return base
+    if not isinstance(data, dict):
+        keys = ", ".join(fields_of(cls))
+        problems.append(f"{_at(path, where)}: got {_shown(path, data)}, expected a mapping with the keys {keys}")
+        return base
+    fields, before = fields_of(cls), len(problems)
+    values = {name: getattr(base, name) for name in fields}
+    for name, value in data.items():
+        here = (*path, name)
+        if name not in fields:
+            problems.append(f"{_where(here, where)}: {_unknown(here, cls, STAGES.get(path[0]))}")
+        else:
+            values[name] = _value(fields[name], value, values[name], here, where, problems)
+    if len(problems) > before:
+        return base
+    try:
+        return cls(**values)
+    except ValidationError as error:  # what only the class knows, such as keys in conflict
+        for item in error.errors():
+            here = (*path, *item["loc"])
+            problems.append(f"{_at(here, where)}: {item['msg'].removeprefix('Value error, ')}")
+        return base
+
+
+def _value(field: Any, value: Any, base: Any, path: Path_, where: dict[Path_, str], problems: list[str]) -> Any:
+    kind = field.annotation
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, base, path, where, problems)
+    items = typing.get_args(kind)[0] if typing.get_origin(kind) is list else None
+    if items and dataclasses.is_dataclass(items) and isinstance(value, list):
+        return [_build(items, v, items(), (*path, i), where, problems) for i, v in enumerate(value)]
+    try:
+        return _leaf(field, value)
+    except (ValueError, OverflowError) as error:
+        hint = f" ({error})" if str(error) else ""
+        problems.append(f"{_at(path, where)}: got {_shown(path, value)}, expected {_expected(field)}{hint}")
+        return base
+
+
+def _leaf(field: Any, value: Any) -> Any:
+    """`value` as the type of `field`, or ValueError with a hint. An int serves for a float; a bool is no number."""
+    kind, numeric = field.annotation, _is_number(value)
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if any(isinstance(v, str) and REDACTED in v for v in (value if isinstance(value, list) else [value])):
+        raise ValueError("it was hidden when this file was written: give it again")
+    if typing.get_origin(kind) is typing.Literal and any(
+        value == arg and type(value) is type(arg)
+        for arg in typing.get_args(kind)  # 1 == True
+    ):
+        return value
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is str and (value is None or isinstance(value, str)):
+        return value or ""
+    if kind == list[str] and (value is None or (isinstance(value, list) and all(isinstance(v, str) for v in value))):
+        return value or []
+    if typing.get_origin(kind) is list and value is None:
+        return []
+    if kind == list[float] and isinstance(value, list) and all(_is_number(v) for v in value):
+        return [_bounded(field, float(v)) for v in value]
+    if kind == list[int] and isinstance(value, list) and all(_is_number(v) and v % 1 == 0 for v in value):
+        return [int(v) for v in value]
+    if kind is float and numeric:
+        return _bounded(field, float(value))
+    if kind is int and numeric and math.isfinite(value) and value == int(value):
+        return _bounded(field, int(value))
+    raise ValueError("put it in quotes" if kind is str and not isinstance(value, (list, dict)) else "")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _bounded(field: Any, number: float) -> float:
+    if not math.isfinite(number) or not all(getattr(operator, sign)(number, bound) for sign, bound in bounds_of(field)):
+        raise ValueError
+    return number
+
+
+def _where(path: Path_, where: dict[Path_, str]) -> str:
+    """The origin of the longest part of `path` that has one."""
+    return next((where[path[:n]] for n in range(len(path), 0, -1) if path[:n] in where), "configuration")
+
+
+def _at(path: Path_, where: dict[Path_, str]) -> str:
+    return f"{_where(path, where)}: {_dotted(path)}"
+
+
+def _dotted(path: Path_) -> str:
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).removeprefix(".")
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "mapping", list: "list", str: "text", bool: "boolean", int: "number", float: "number"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _shown(path: Path_, value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if any(is_secret(part) for part in path) and not isinstance(value, (bool, int, float)):
+        return f"{REDACTED} ({_kind(value)})"
+    text = str(value).lower() if isinstance(value, bool) else redact_text(repr(value))
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({_kind(value)})"
+
+
+def _expected(field: Any) -> str:
+    text, null, _ = type_text(field.annotation, long=True).partition(" or null")
+    bounds = " and ".join(f"{SIGNS[sign]} {bound:g}" for sign, bound in bounds_of(field))
+    unit = f"in {unit_of(field)}" if unit_of(field) else ""
+    return ", ".join(part for part in (f"{text} {bounds}".strip(), unit) if part) + null
+
+
+def _nearest(name: str, names: Any, prefix: str = "") -> str:
+    near = difflib.get_close_matches(name, list(names), 1) or [n for n in names if name and n.startswith(name)]
+    return f"did you mean {' or '.join(prefix + n for n in near)}?" if near else ""
+
+
+def _full_names(parts: Path_, cls: type) -> list[str]:
+    """Keys of `cls` that end in `parts` as given, else the nearest one."""
+    names, given = [row.name for row in rows(cls)], _dotted(parts)
+    exact = sorted((name for name in names if name.endswith(f".{given}")), key=len)
+    return exact or difflib.get_close_matches(f"{cls.section}.{given}", names, 1)
+
+
+def _unknown(path: Path_, owner: type, stage: type | None) -> str:
+    prefix = _dotted(path[:-1])
+    hint = _nearest(str(path[-1]), fields_of(owner), prefix + ".")
+    if not hint and stage:
+        hint = " or ".join(n for n in _full_names(path[-1:], stage) if n.endswith(f".{path[-1]}"))
+        hint = f"did you mean {hint}?" if hint else ""
+    if not hint:
+        few = len(fields_of(owner)) <= 12
+        hint = (
+            f"the keys of {prefix} are {', '.join(fields_of(owner))}" if few else f"`icegrt {path[0]} --help` lists all"
+        )
+    return f"{_dotted(path)} is not a key; {hint}"
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The resolved configuration as plain data, safe to save, print or send: values of secret keys are hidden."""
+    return redact(dataclasses.asdict(config))
+
+
+def as_yaml(config: Any) -> str:
+    """The resolved configuration as YAML under its section. Values of secret keys are hidden."""
+    return dump({config.section: as_dict(config)})
+
+
+def save(config: Any, path: str | Path) -> None:
+    """Write `as_yaml(config)`, aside and renamed. Hidden values stay hidden: `load` then asks for them again."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(as_yaml(config), encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise ConfigError(f"cannot write the configuration to {path}: {error.strerror}") from error

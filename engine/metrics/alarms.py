@@ -1,0 +1,253 @@
+"""Watches the metrics of PPO for the ways it goes wrong, and says so in words: figure, threshold, what to try.
+
+The one that matters most: the score that is optimised rises while the true metric falls. An alarm that lasts is
+repeated every `REPEAT_ITERATIONS`. The state is plain JSON types and belongs in the checkpoint, so that a resumed
+run raises the same alarms as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from icegrt.config import PPOConfig
+from icegrt.metrics.run_log import Evaluation, PPOStep
+
+__all__ = ["Alarms", "trend"]
+
+REPEAT_ITERATIONS = 10
+# A trend is a slope over its standard error; both series must pass TREND_T, in opposite directions, over the fewest to
+# the most recent points. Simulated over 24 iterations: a metric that only has noise is said to fall in 1.5% of the
+# runs, and one that falls by a quarter of its noise per iteration in 98%, half of them by iteration 13.
+TREND_T = 3.5
+ITERATIONS_FEWEST, ITERATIONS_MOST = 10, 16
+EVALUATIONS_FEWEST, EVALUATIONS_MOST = 5, 8
+KL_TARGET_MULTIPLE = 2.0
+KL_FIRST_ITERATION_NATS = 0.01
+ENTROPY_BASELINE_ITERATIONS = 3
+ENTROPY_FRACTION = 0.3
+TRUNCATED_FRACTION = 0.2
+CLIP_FRACTION = 0.4
+RATIO_TOLERANCE = 1e-6
+ROLLOUT_GAP_NATS = {"fp32": 1e-2, "bf16": 0.5}
+EXPLAINED_VARIANCE_ITERATIONS = 8
+DISTINCT_FRACTION_OF_FIRST = 0.5
+_FINITE = ("score_mean", "kl_nats_per_response", "entropy_nats_per_token", "policy_loss", "value_loss")
+
+
+class Alarms:
+    """Stateful checks of one PPO run. Feed every `PPOStep`, in order, to `check`."""
+
+    def __init__(self, config: PPOConfig):
+        self.config = config
+        self._last_raised: dict[str, int] = {}
+        self._entropies: list[float] = []
+        self._explained: list[float] = []
+        self._scores: list[list[float]] = []  # rows of [reward-model score, true metric], the last iterations
+        self._heldout: list[list[float]] = []  # the same of the last evaluations
+        self._first_distinct: float | None = None
+
+    def check(self, step: PPOStep) -> list[str]:
+        """The alarms of this iteration, in words; empty when all is well."""
+        self._remember(step)
+        raised = []
+        for name, message in self._conditions(step):
+            last = self._last_raised.get(name)
+            if last is None or step.iteration - last >= REPEAT_ITERATIONS:
+                self._last_raised[name] = step.iteration
+                raised.append(message)
+        return raised
+
+    def observe(self, evaluation: Evaluation) -> None:
+        """Take note of an evaluation outside an iteration (the one before training)."""
+        if self._first_distinct is None:
+            self._first_distinct = evaluation.distinct_fraction
+        model, true = evaluation.reward_model_score_mean, evaluation.function_score_mean
+        if _known(model) and _known(true):
+            self._heldout = [*self._heldout, [float(model), float(true)]][-EVALUATIONS_MOST:]
+
+    def state(self) -> dict[str, Any]:
+        """Everything `check` remembers, as plain JSON types."""
+        return {
+            "last_raised": dict(self._last_raised),
+            "entropies": list(self._entropies),
+            "explained": list(self._explained),
+            "scores": [list(row) for row in self._scores],
+            "heldout": [list(row) for row in self._heldout],
+            "first_distinct": self._first_distinct,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self._last_raised = {name: int(iteration) for name, iteration in state["last_raised"].items()}
+        self._entropies = list(state["entropies"])
+        self._explained = list(state["explained"])
+        self._scores = [list(row) for row in state["scores"]]
+        self._heldout = [list(row) for row in state["heldout"]]
+        self._first_distinct = state["first_distinct"]
+
+    def _remember(self, step: PPOStep) -> None:
+        if len(self._entropies) < ENTROPY_BASELINE_ITERATIONS and _known(step.entropy_nats_per_token):
+            self._entropies.append(float(step.entropy_nats_per_token))
+        if _known(step.value_explained_variance):
+            recent = [*self._explained, float(step.value_explained_variance)]
+            self._explained = recent[-EXPLAINED_VARIANCE_ITERATIONS:]
+        model, true = step.reward_model_score_mean, step.function_score_mean
+        if _known(model) and _known(true):
+            self._scores = [*self._scores, [float(model), float(true)]][-ITERATIONS_MOST:]
+        if step.evaluation is not None:
+            self.observe(step.evaluation)
+
+    def _conditions(self, step: PPOStep) -> Iterator[tuple[str, str]]:
+        yield from self._not_finite(step)
+        yield from self._parting("sampled answers", self._scores, ITERATIONS_FEWEST, "iterations")
+        if step.evaluation is not None:
+            yield from self._parting("held-out answers", self._heldout, EVALUATIONS_FEWEST, "evaluations")
+        yield from self._drift(step)
+        yield from self._answers(step)
+        yield from self._exactness(step)
+        yield from self._critic(step)
+
+    def _not_finite(self, step: PPOStep) -> Iterator[tuple[str, str]]:
+        bad = [name for name in _FINITE if not math.isfinite(getattr(step, name))]
+        if bad:
+            yield "not finite", f"Not finite: {', '.join(bad)}. Lower ppo.optimizer.lr or set ppo.run.dtype=fp32."
+        if step.skipped_steps:
+            yield (
+                "skipped",
+                f"{step.skipped_steps} optimizer steps were skipped (allowed: 0) because a loss or gradient was not "
+                f"finite. Lower ppo.optimizer.lr and ppo.critic.optimizer.lr, or set ppo.run.dtype=fp32.",
+            )
+
+    def _parting(self, what: str, rows: list[list[float]], fewest: int, unit: str) -> Iterator[tuple[str, str]]:
+        if len(rows) < fewest:
+            return
+        model, true = (np.array(column) for column in zip(*rows, strict=True))
+        model_t, true_t = trend(model), trend(true)
+        figures = (
+            f"over the last {len(rows)} {unit} of {what}: reward-model score {model[0]:.3g} to {model[-1]:.3g}, "
+            f"true metric (function score) {true[0]:.3g} to {true[-1]:.3g}; both beyond {TREND_T} standard errors"
+        )
+        if model_t > TREND_T and true_t < -TREND_T:
+            yield (
+                f"hacking {unit}",
+                f"The reward model is being gamed: its score rises while the true metric falls, {figures}. Stop at an "
+                f"earlier checkpoint, lower ppo.reward_model_weight, raise ppo.reward_function_weight or ppo.kl_coef "
+                f"(now {self.config.kl_coef:g}), or train the reward model on answers of this actor.",
+            )
+        elif model_t < -TREND_T and true_t > TREND_T:
+            yield (
+                f"parting {unit}",
+                f"The reward model disagrees with the true metric: its score falls while the true metric rises, "
+                f"{figures}. Check the reward model's held-out accuracy, or lower its weight "
+                f"(ppo.reward_model_weight).",
+            )
+
+    def _drift(self, step: PPOStep) -> Iterator[tuple[str, str]]:
+        kl, limit = step.kl_nats_per_response, KL_TARGET_MULTIPLE * self.config.kl_target_nats_per_response
+        if kl > limit:
+            yield (
+                "kl",
+                f"KL from the reference is {kl:.3g} nats per response, more than twice its target "
+                f"({limit:g} nats). Raise ppo.kl_coef (now {step.kl_coef:.3g}), set ppo.kl_control=adaptive, or lower "
+                f"ppo.optimizer.lr.",
+            )
+        if len(self._entropies) == ENTROPY_BASELINE_ITERATIONS and step.iteration > ENTROPY_BASELINE_ITERATIONS:
+            first = sum(self._entropies) / len(self._entropies)
+            if step.entropy_nats_per_token < ENTROPY_FRACTION * first:
+                yield (
+                    "entropy",
+                    f"Entropy collapsed: {step.entropy_nats_per_token:.3g} nats per token, below "
+                    f"{ENTROPY_FRACTION:.0%} of the first iterations' {first:.3g}. Raise ppo.entropy_coef "
+                    f"(now {self.config.entropy_coef:g}) or ppo.kl_coef, or lower ppo.optimizer.lr.",
+                )
+        if step.clip_fraction > CLIP_FRACTION:
+            yield (
+                "clip",
+                f"{step.clip_fraction:.0%} of the tokens are clipped (threshold {CLIP_FRACTION:.0%}): updates are too "
+                f"large. Lower ppo.optimizer.lr or ppo.ppo_epochs (now {self.config.ppo_epochs}).",
+            )
+
+    def _answers(self, step: PPOStep) -> Iterator[tuple[str, str]]:
+        if step.truncated_fraction > TRUNCATED_FRACTION:
+            yield (
+                "truncated",
+                f"{step.truncated_fraction:.0%} of the answers are truncated (threshold {TRUNCATED_FRACTION:.0%}). "
+                f"Raise ppo.sampling.max_new_tokens (now {self.config.sampling.max_new_tokens}) or set "
+                f"ppo.missing_eos_penalty (now {self.config.missing_eos_penalty:g}).",
+            )
+        first = self._first_distinct
+        if step.evaluation is not None and first is not None:
+            distinct, limit = step.evaluation.distinct_fraction, DISTINCT_FRACTION_OF_FIRST * first
+            if distinct < limit:
+                yield (
+                    "distinct",
+                    f"Answers became alike: {distinct:.0%} of the held-out answers are distinct, below half of the "
+                    f"first evaluation's {first:.0%}. Raise ppo.kl_coef or ppo.entropy_coef, or look at what the "
+                    f"reward prefers.",
+                )
+
+    def _exactness(self, step: PPOStep) -> Iterator[tuple[str, str]]:
+        config = self.config
+        still = config.optimizer.lr == 0 or step.iteration <= config.critic.warmup_iterations
+        if still or config.ppo_epochs * config.minibatches == 1:
+            why = "the actor does not learn" if still else "there is one optimizer step per iteration"
+            away = max(abs(step.ratio_min - 1.0), abs(step.ratio_max - 1.0))
+            if away > RATIO_TOLERANCE:
+                yield (
+                    "ratio",
+                    f"The ratio of new to old probability must be 1 because {why}, but it goes from "
+                    f"{step.ratio_min:.8g} to {step.ratio_max:.8g} (tolerance {RATIO_TOLERANCE:g}): scoring and update "
+                    f"do not compute the same. Fix ppo.chunk_rows and report this.",
+                )
+        if step.iteration == 1 and config.reference in ("", config.actor):
+            kl = step.kl_nats_per_response
+            if abs(kl) > KL_FIRST_ITERATION_NATS:
+                yield (
+                    "first kl",
+                    f"KL is {kl:.3g} nats per response in the first iteration, when actor and reference are the same "
+                    f"model (tolerance {KL_FIRST_ITERATION_NATS:g}). Check ppo.actor and ppo.reference, and report "
+                    f"this if they are the same.",
+                )
+        gap, limit = step.rollout_logprob_gap_max, ROLLOUT_GAP_NATS[config.run.dtype]
+        if gap > limit:
+            yield (
+                "gap",
+                f"Log-probs of rollout and scoring differ by up to {gap:.3g} nats (threshold {limit:g} in "
+                f"{config.run.dtype}): the ratios start wrong. Set ppo.run.dtype=fp32; if it stays, report this.",
+            )
+
+    def _critic(self, step: PPOStep) -> Iterator[tuple[str, str]]:
+        recent = self._explained
+        if len(recent) == EXPLAINED_VARIANCE_ITERATIONS and max(recent) < 0:
+            yield (
+                "critic",
+                f"The critic is worse than a constant: explained variance was negative for "
+                f"{EXPLAINED_VARIANCE_ITERATIONS} iterations (threshold 0, now {recent[-1]:.2f}). Raise "
+                f"ppo.critic.warmup_iterations (now {self.config.critic.warmup_iterations}) or "
+                f"ppo.critic.optimizer.lr (now {self.config.critic.optimizer.lr:g}), or widen ppo.value_clip.",
+            )
+
+
+def trend(series: Any) -> float:
+    """Slope of a least-squares line over its standard error (Student's t): how much a series moves beyond its noise.
+
+    0 for fewer than three points or no change at all; infinite for a line without noise.
+    """
+    y = np.asarray(series, dtype=np.float64)
+    if y.size < 3:
+        return 0.0
+    x = np.arange(y.size) - (y.size - 1) / 2
+    slope = float(x @ (y - y.mean()) / (x @ x))
+    residual = y - y.mean() - slope * x
+    error = math.sqrt(float(residual @ residual) / (y.size - 2) / float(x @ x))
+    if abs(slope) * y.size <= 1e-9 * max(1.0, float(np.abs(y).max())):
+        return 0.0
+    return slope / error if error > 1e-12 * abs(slope) else math.copysign(math.inf, slope)
+
+
+def _known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)

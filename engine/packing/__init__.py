@@ -1,0 +1,5 @@
+"""Packed micro-batches and their balance over ranks; imports numpy, torch and the C++ extension only."""
+
+from icegrt.packing.batch import PackedBatch, Plan, Share, balance, pack, unpack
+
+__all__ = ["PackedBatch", "Plan", "Share", "balance", "pack", "unpack"]

@@ -1,0 +1,93 @@
+"""Where a PPO run's scores come from: what the configuration or Python names, sorted into models and what is called."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from icegrt.config import PPOConfig
+from icegrt.errors import CheckpointError, ConfigError
+from icegrt.model.architecture import read_object
+from icegrt.rewards.sources import Entry, Scorers, named
+from icegrt.training.reward_model import SCORE_STATISTICS
+
+
+@dataclass(frozen=True)
+class RewardSources:
+    """Where scores come from. models: an entry for each reward model, by its role's name; scorers: all the others."""
+
+    models: dict[str, Entry]
+    scorers: Scorers
+
+    @classmethod
+    def of(cls, config: PPOConfig, given: Any) -> RewardSources:
+        """`given` (a path, model, callable or URL, each alone or with a weight, or a list of them), or else what the
+        configuration names. Nothing is loaded yet."""
+        if given is None:
+            entries = _configured(config)
+        else:
+            entries = _given(config, list(given) if isinstance(given, list) else [given])
+        if not entries:
+            raise ConfigError(
+                "no reward: set ppo.reward_model, ppo.reward_function, or both (or name others in ppo.reward.sources)"
+            )
+        entries = named(entries)
+        models = [entry for entry in entries if entry.model is not None]
+        called = [entry for entry in entries if entry.model is None]
+        roles = [f"reward:{entry.name}" if i else "reward" for i, entry in enumerate(models)]
+        return cls(dict(zip(roles, models, strict=True)), Scorers.of(called, config.reward, config.run.seed))
+
+
+def _configured(config: PPOConfig) -> list[Entry]:
+    entries = []
+    if config.reward_model:
+        key, weight = "ppo.reward_model", config.reward_model_weight
+        entries.append(Entry(model=config.reward_model, weight=weight, key=key))
+    if config.reward_function:
+        key, weight = "ppo.reward_function", config.reward_function_weight
+        entries.append(Entry(function=config.reward_function, weight=weight, key=key))
+    sources = enumerate(config.reward.sources)
+    return entries + [Entry.of(source, f"ppo.reward.sources[{i}]") for i, source in sources]
+
+
+def _given(config: PPOConfig, parts: list[Any]) -> list[Entry]:
+    entries = []
+    # What the first of its kind weighs that is given without a weight.
+    plain = {"model": config.reward_model_weight, "function": config.reward_function_weight}
+    for part in parts:
+        part, weight = part if isinstance(part, tuple) and len(part) == 2 else (part, None)
+        if weight is not None and not _is_finite(weight):
+            what = type(weight).__name__ if not isinstance(weight, (int, float)) else weight
+            raise ConfigError(
+                f"reward: expected a source, or (source, weight) with a finite number; got {what} as weight"
+            )
+        is_url = isinstance(part, str) and part.startswith(("http://", "https://"))
+        kind = "url" if is_url else "function" if _is_function(part) else "model"
+        entries.append(Entry(**{kind: part}, weight=plain.pop(kind, 1.0) if weight is None else weight))
+    return entries
+
+
+def _is_finite(weight: Any) -> bool:
+    return isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight)
+
+
+def _is_function(part: Any) -> bool:
+    if isinstance(part, str):
+        return ".py:" in part or (":" in part and not Path(part).exists())
+    return isinstance(part, Callable) and not hasattr(part, "state_dict")
+
+
+def saved_statistics(reward_model: Any) -> dict[str, float] | None:
+    """Count, mean and std of the scores that a reward model's checkpoint says it gives; None where it does not say."""
+    path = Path(reward_model) / SCORE_STATISTICS if isinstance(reward_model, (str, Path)) else None
+    if path is None or not path.is_file():
+        return None
+    found = read_object(path).get("after")
+    if not isinstance(found, dict) or not all(isinstance(found.get(k), (int, float)) for k in ("count", "mean", "std")):
+        raise CheckpointError(
+            f"{path}: expected `after` with count, mean and std; remove the file to start without them"
+        )
+    return found

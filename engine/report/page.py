@@ -1,0 +1,187 @@
+"""The page a run leaves behind: `report.json`, `curves.png` and `report.html`.
+
+The page is one file without scripts or remote parts (its Content-Security-Policy forbids both), for light and dark
+screens. It opens with the verdict: the task score beside the reward, because a reward that rises alone proves
+nothing. What was not measured is printed as such. All model text is escaped; what does not show is made to show.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from icegrt.config import Loadable, PPOConfig
+from icegrt.errors import ConfigError, RunError
+from icegrt.metrics import PPOStep, json_safe, read_metrics, step_from_row, write_text_aside
+from icegrt.metrics.alarms import Alarms
+from icegrt.report.plots import ppo_panels, write_curves_png
+from icegrt.report.tables import cards, charts, example_texts, margins, outcomes, phases, settings_tables, training
+from icegrt.report.verdict import verdict
+
+__all__ = ["validated", "write_ppo_report", "write_run_report"]
+
+CONFIG_FILE = "config.yaml"
+_A_NUMBER = re.compile(r"_(before|after|accuracy|pairs|fraction|response|second)$|^iterations$|^test_(ads|prompts)$")
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_ppo_report(
+    run_dir: str | Path,
+    report: Mapping[str, Any],
+    *,
+    examples: Sequence[Mapping[str, Any]],
+    title: str,
+    notes: str | Sequence[str] = (),
+    settings: Sequence[Loadable] | None = None,
+) -> Path:
+    """Write report.json, curves.png and report.html into `run_dir`, and return the path of the page.
+
+    report: sections `sft`, `reward` and `ppo` of figures, each a finite number or None (see `validated`); anything
+    absent is printed as not measured. `reward.heldout_pairs` counts the untied pairs that the accuracy is over,
+    `reward.heldout_tie_fraction` is ties over all pairs. examples: `prompt`, `before`, `after`, `kind` ("fixed" or
+    "random"), and where known `reference`, `before_score` and `after_score` (a number, or a mapping of parts). notes:
+    paragraphs under the verdict. settings: the configurations to list; None reads `config.yaml` of the run. Curves
+    come from the run's `metrics.jsonl`.
+    """
+    run_dir = Path(run_dir)
+    checked = validated(report)
+    rows = read_metrics(run_dir)
+    ppo = checked.get("ppo") or {}
+    panels = ppo_panels(rows, ppo.get("kl_target_nats_per_response"))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if panels:
+        write_curves_png(run_dir / "curves.png", panels, title)
+    write_text_aside(run_dir / "report.json", json.dumps(checked, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+    page = _page(
+        title=title,
+        notes=[notes] if isinstance(notes, str) else list(notes),
+        verdict=verdict(checked),
+        cards=cards(checked),
+        outcomes=outcomes(checked),
+        margins=margins(checked.get("reward") or {}),
+        alarms=ppo.get("alarms"),
+        charts=charts(panels),
+        training=training(rows),
+        phases=phases(ppo),
+        examples=[example_texts(number, example) for number, example in enumerate(examples, 1)],
+        settings=settings_tables(run_dir / CONFIG_FILE, settings),
+    )
+    write_text_aside(run_dir / "report.html", page)
+    return run_dir / "report.html"
+
+
+def write_run_report(run_dir: str | Path, *, config: PPOConfig | None = None, title: str = "") -> Path:
+    """The page of a plain PPO run, from its metrics (and its `config.yaml`) alone; returns the path of the page.
+
+    The figures before and after are those of the first and the last evaluation on held-out prompts; there are no
+    intervals, since metrics hold means. Raises RunError when the run has no PPO iteration yet.
+    """
+    run_dir = Path(run_dir)
+    rows = read_metrics(run_dir)
+    steps = [step_from_row(row) for row in rows if row["kind"] == "ppo"]
+    if not steps:
+        raise RunError(f"{run_dir}/metrics.jsonl has no PPO iteration: a report needs a run of at least one.")
+    if config is None:
+        config = _saved_config(run_dir)
+    evaluations = [step_from_row(row) for row in rows if row["kind"] == "evaluation"]
+    evaluations += [step.evaluation for step in steps if step.evaluation is not None]
+    evaluations.sort(key=lambda evaluation: evaluation.iteration)
+    report = {"ppo": _figures(steps, evaluations, config)}
+    return write_ppo_report(
+        run_dir, report, examples=[], title=title or f"PPO run {run_dir.name}", settings=config and [config]
+    )
+
+
+def validated(report: Mapping[str, Any]) -> dict[str, Any]:
+    """`report` as plain JSON types, numbers finite or None. Raises ValueError naming the key that is of another form.
+
+    Intervals (`*_ci95`) are [low, high] or None; `alarms` is a list of text; `seconds_by_phase` maps to numbers.
+    """
+    checked = json_safe(report, not_finite_as_null=True)
+    for section in ("sft", "reward", "ppo"):
+        values = checked.get(section)
+        if values is not None and not isinstance(values, dict):
+            raise ValueError(f"report.{section} must be a mapping of figures, not {values!r}")
+        for key, value in (values or {}).items():
+            name = f"report.{section}.{key}"
+            if key.endswith("_ci95"):
+                if value is not None and (not isinstance(value, list) or len(value) != 2):
+                    raise ValueError(f"{name} must be [low, high] or None, not {value!r}")
+                if value is not None and None in value:
+                    values[key] = None
+                elif value is not None and value[0] > value[1]:
+                    raise ValueError(f"{name} must be [low, high], but {value[0]} is above {value[1]}")
+            elif key == "alarms":
+                if value is not None and (not isinstance(value, list) or not all(isinstance(v, str) for v in value)):
+                    raise ValueError(f"{name} must be a list of text, not {value!r}")
+            elif key == "seconds_by_phase":
+                if value is not None and not (isinstance(value, dict) and all(map(_is_number, value.values()))):
+                    raise ValueError(f"{name} must map phases to seconds, not {value!r}")
+            elif _A_NUMBER.search(key) and value is not None and not _is_number(value):
+                raise ValueError(f"{name} must be a number or None, not {value!r}")
+    return checked
+
+
+def _figures(steps: list[PPOStep], evaluations: list[Any], config: PPOConfig | None) -> dict[str, Any]:
+    first, last = (evaluations[0], evaluations[-1]) if len(evaluations) > 1 else (None, None)
+    raw = first is not None and first.reward_model_score_mean is not None
+    names = {
+        "heldout_reward": "reward_model_score_mean" if raw else "score_mean",
+        "task_score": "function_score_mean",
+        "greedy_task_score": "greedy_function_score_mean",
+        "distinct_fraction": "distinct_fraction",
+        "response_tokens_mean": "response_tokens_mean",
+        "truncated_fraction": "truncated_fraction",
+    }
+    figures: dict[str, Any] = {"heldout_reward_name": "reward model's score" if raw else "total score"}
+    for name, field in names.items():
+        figures[f"{name}_before"] = getattr(first, field, None)
+        figures[f"{name}_after"] = getattr(last, field, None)
+    seconds = [
+        step.response_tokens / step.response_tokens_per_second for step in steps if step.response_tokens_per_second
+    ]
+    tokens = sum(step.response_tokens for step in steps if step.response_tokens_per_second)
+    phases = {name: sum(s.seconds_by_phase.get(name, 0.0) for s in steps) for s in steps for name in s.seconds_by_phase}
+    watcher = Alarms(config or PPOConfig())
+    for evaluation in evaluations:
+        if evaluation.iteration == 0:
+            watcher.observe(evaluation)
+    return figures | {
+        "kl_nats_per_response": getattr(last, "kl_nats_per_response", steps[-1].kl_nats_per_response),
+        "kl_target_nats_per_response": config.kl_target_nats_per_response if config else None,
+        "iterations": len(steps),
+        "response_tokens_per_second": tokens / sum(seconds) if sum(seconds) > 0 else None,
+        "seconds_by_phase": phases,
+        "test_prompts": getattr(last, "prompts", None),
+        "alarms": [f"Iteration {s.iteration}. {words}" for s in steps for words in watcher.check(s)]
+        if config
+        else None,
+    }
+
+
+def _saved_config(run_dir: Path) -> PPOConfig | None:
+    path = run_dir / CONFIG_FILE
+    try:
+        return PPOConfig.load(path) if path.exists() else None
+    except ConfigError:
+        return None
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def _page(**context: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html").render(**context)

@@ -1,0 +1,131 @@
+"""Supervised fine-tuning: from a base model to ICE-Instruct. Loss on responses only, files blended by weight."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from icegrt.config import SFTConfig
+from icegrt.data import Blend, Example, ExampleEncoder, Joined
+from icegrt.data.training_data import packed
+from icegrt.metrics import SFTStep
+from icegrt.model.hf import mapping as weights
+from icegrt.model.hf.reader import Pretrained, build_model, save_pretrained
+from icegrt.roles.role import Role
+from icegrt.training.sft_loss import heldout_loss, pack_examples, pack_group, response_nll
+from icegrt.training.single_model import OneModelTrainer
+from icegrt.training.trainer import resolve_chunk_rows, write_json
+from icegrt.utils.console import say
+
+
+class SFTTrainer(OneModelTrainer):
+    """Fine-tunes a causal language model; iterating yields `SFTStep`. Arguments: see `OneModelTrainer`."""
+
+    def _set_up(self, pretrained: Pretrained, data: Any, heldout: Any) -> None:
+        config = self.config
+        sources = self._training_data(data)
+        self.heldout = Joined(self._heldout_data(heldout))
+        self.blend = Blend(sources, self.run.seed)
+        self.total_steps = math.ceil(self.blend.count(config.epochs) / config.batch_sequences)
+        self.role = Role("actor", build_model(pretrained, "lm", dtype=self.dtype, recompute=self.run.recompute))
+        self.role.learn(config.optimizer, self.total_steps)
+        self.chunk_rows = resolve_chunk_rows(config.chunk_rows, pretrained.architecture)
+        self.roles = [self.role]
+        self._batches = None
+        self._heldout_batches = packed(self.heldout, config.token_budget, pack_group, self.cluster.share)
+        self._heldout_before: float | None = None
+        self._begin(self.tokenizer, chunk_rows=self.chunk_rows)
+        if self._heldout_before is None:
+            self._heldout_before = self.evaluate()
+
+    def _encoder(self) -> ExampleEncoder:
+        return ExampleEncoder(self.tokenizer, self.max_length, self.config.truncation, self.stop_ids)
+
+    def _too_long(self, item: Example) -> str:
+        return f"{len(item)} tokens, more than sft.token_budget {self.config.token_budget}; raise it"
+
+    def state(self) -> dict[str, Any]:
+        return {"blend": self.blend.state(), "heldout_before": self._heldout_before}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.blend.load_state(state["blend"])
+        self._heldout_before = state["heldout_before"]
+
+    def step(self) -> SFTStep:
+        """One optimizer step over the next batch of the blend."""
+        if self._batches is None:
+            self._batches = self.blend.batches(self.config.batch_sequences, self.config.epochs)
+        started = time.perf_counter()
+        examples = [self.blend.item(pair) for pair in next(self._batches)]
+        batches = pack_examples(examples, self.config.token_budget, self.cluster.share)
+
+        def loss(hidden_TH, i):
+            batch = batches[i].to(hidden_TH.device)
+            total = response_nll(self.role, hidden_TH, batch, self.chunk_rows)
+            return total, batch.n_counted_actions, float(total.detach())
+
+        outcome = self.role.step(batches, loss)
+        self.done_steps += 1
+        loss_sum, counted, tokens = self.cluster.total(
+            [sum(outcome.stats), sum(b.n_counted_actions for b in batches), sum(b.n_tokens for b in batches)]
+        )
+        row = SFTStep(
+            step=self.done_steps,
+            epoch=self.blend.consumed / max(self.blend.count(1.0), 1),
+            loss=loss_sum / max(counted, 1),
+            heldout_loss=self.evaluate() if self._due(self.config.eval_every) else None,
+            tokens=int(tokens),
+            tokens_per_second=tokens / (time.perf_counter() - started),
+            lr=outcome.lr,
+            grad_norm=outcome.grad_norm,
+        )
+        self.log(row)
+        if self._due(self.config.checkpoint_every):
+            self.save_checkpoint(_quality(row.heldout_loss))
+        self.notify("on_update", row)
+        return row
+
+    def _due(self, every: int) -> bool:
+        return bool(every) and self.done_steps % every == 0 and self.done_steps < self.total_steps
+
+    def evaluate(self) -> float | None:
+        """Held-out loss in nats per response token; None without held-out data."""
+        if not self._heldout_batches:
+            return None
+        return heldout_loss(self.role, self._heldout_batches, self.chunk_rows)
+
+    def save_pretrained(self, out: str | Path) -> Path:
+        """Write the model as a Hugging Face checkpoint."""
+        tensors = weights.export_tensors(self.role.model, self.dtype)
+        return save_pretrained(
+            tensors,
+            self.role.model.architecture,
+            out,
+            classifier=False,
+            dtype=self.run.dtype,
+            tokenizer=self.tokenizer,
+        )
+
+    def finish(self) -> dict[str, float | None]:
+        """Held-out loss before and after, the last checkpoint, and the model under `<run.dir>/model`."""
+        summary = {"heldout_loss_before": self._heldout_before, "heldout_loss_after": self.evaluate()}
+        self.save_checkpoint(_quality(summary["heldout_loss_after"]))
+        self.write_model()
+        write_json(self.dir / "summary.json", summary)
+        return summary
+
+
+def _quality(heldout_loss: float | None) -> float | None:
+    return None if heldout_loss is None else -heldout_loss
+
+
+def run(config: SFTConfig) -> None:
+    """The command: train to the end and say where the model is."""
+    with SFTTrainer(config) as trainer:
+        summary = trainer.train()
+        if summary["heldout_loss_after"] is not None:
+            before, after = summary["heldout_loss_before"], summary["heldout_loss_after"]
+            say(f"held-out loss {before:.4f} -> {after:.4f} nats per response token")
+        say(f"model: {trainer.dir / 'model'}")

@@ -1,0 +1,54 @@
+"""Likelihood of given answers: the loss of supervised fine-tuning, of held-out evaluation and of ptx mixing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from icegrt.data import Example
+from icegrt.distributed.cluster import Cluster
+from icegrt.kernels import linear_logprobs
+from icegrt.packing import PackedBatch, Share, pack
+from icegrt.roles.role import Role
+
+
+def response_nll(role: Role, hidden_TH: Tensor, batch: PackedBatch, chunk_rows: int | None) -> Tensor:
+    """-log p of the response tokens, summed, at temperature 1: the loss of SFT and of ptx mixing."""
+    out = linear_logprobs(
+        hidden_TH[batch.action_rows_A],
+        role.model.lm_weight_VH,
+        batch.action_tokens_A,
+        mask_A=batch.action_mask_A,
+        shard=role.model.vocab_shard,
+        chunk_rows=chunk_rows,
+    )
+    return -out.logprob_A.sum()
+
+
+def pack_examples(examples: Sequence[Example], token_budget: int, share: Share | None = None) -> list[PackedBatch]:
+    """This rank's share of the examples (None: all) in packed micro-batches of at most `token_budget` tokens."""
+    share = share or Share()
+    micro_batches = share.assign([len(e) for e in examples], token_budget)[share.rank]
+    return [pack_group([examples[i] for i in members], share.tail_multiple) for members in micro_batches]
+
+
+def pack_group(group: list[Example], tail_multiple: int = 1) -> PackedBatch:
+    """Examples as one micro-batch."""
+    masks = None
+    if any(e.action_mask is not None for e in group):
+        masks = [e.action_mask if e.action_mask is not None else [True] * len(e.response) for e in group]
+    prompts, responses = [e.prompt for e in group], [e.response for e in group]
+    return pack(prompts, responses, action_masks=masks, tail_multiple=tail_multiple)
+
+
+def heldout_loss(role: Role, batches: Sequence[PackedBatch], chunk_rows: int | None) -> float:
+    """Mean -log p per response token over the `batches` of all data-parallel ranks, nats."""
+
+    def read(hidden_TH: Tensor, index: int):
+        batch = batches[index].to(hidden_TH.device)
+        return (response_nll(role, hidden_TH, batch, chunk_rows).reshape(1),)
+
+    mine = sum(float(total) for (total,) in role.score(batches, read))
+    total, count = Cluster.current().total([mine, sum(batch.n_counted_actions for batch in batches)])
+    return total / max(count, 1)

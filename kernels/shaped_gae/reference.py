@@ -1,0 +1,113 @@
+"""Rewards, generalised advantages, returns and their moments over the packed action stream, in plain PyTorch.
+
+Masked entries are dropped first: GAE over the remaining entries is GAE that masked entries carry through unchanged,
+and nothing that a masked entry holds (NaN included) can leak. The recursion A_t = delta_t + gamma*lam*A_{t+1} runs by
+doubling on the stream itself (log2 of the longest response steps, no padding): after k steps A_t holds the discounted
+sum of 2^k deltas of its own sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..ppo_policy_loss import reference
+from ..types import ShapedGAE
+from ..validate import wide_dtype
+
+
+@torch.no_grad()
+def shaped_gae(
+    score_N: Tensor,
+    value_A: Tensor,
+    logprob_A: Tensor,
+    ref_logprob_A: Tensor | None,
+    cu_actions: Tensor,
+    *,
+    kl_coef,
+    kl_estimator: str,
+    gamma: float,
+    lam: float,
+    bootstrap_N: Tensor | None,
+    mask_A: Tensor | None,
+    token_reward_A: Tensor | None,
+) -> ShapedGAE:
+    dtype = wide_dtype(score_N, value_A, logprob_A, ref_logprob_A, token_reward_A)
+    index_R, sequence_R, length_N = _unmasked(cu_actions, mask_A, value_A.shape[0])
+    filled_N = length_N > 0
+    last_N = length_N.cumsum(0)[filled_N] - 1
+
+    def rows(x_A: Tensor) -> Tensor:
+        return x_A[index_R].to(dtype)
+
+    if ref_logprob_A is None:
+        kl_R = torch.zeros(index_R.shape[0], dtype=dtype, device=value_A.device)
+    else:
+        kl_R = reference.kl_divergence(rows(logprob_A), rows(ref_logprob_A), kl_estimator)
+    reward_R = -kl_coef * kl_R if _charged(kl_coef) else torch.zeros_like(kl_R)
+    if token_reward_A is not None:
+        reward_R = reward_R + rows(token_reward_A)
+    reward_R[last_N] += score_N[filled_N].to(dtype)
+
+    value_R = rows(value_A)
+    next_R = torch.cat([value_R[1:], value_R.new_zeros(min(1, value_R.shape[0]))])
+    next_R[last_N] = 0.0 if bootstrap_N is None else bootstrap_N[filled_N].to(dtype)
+    advantage_R = _discounted_sum(reward_R + gamma * next_R - value_R, sequence_R, gamma * lam, length_N)
+
+    def spread(x_R: Tensor) -> Tensor:
+        return torch.zeros(value_A.shape, dtype=dtype, device=value_A.device).index_copy_(0, index_R, x_R)
+
+    homeless_N = ~filled_N & (score_N != 0)
+    moments = reference.masked_moments(advantage_R)
+    return ShapedGAE(
+        advantage_A=spread(advantage_R),
+        return_A=spread(advantage_R + value_R),
+        reward_A=spread(reward_R),
+        kl_N=_sum_by_sequence(kl_R, length_N).masked_fill(homeless_N, torch.nan),
+        moments=replace(moments, mean=moments.mean.masked_fill(homeless_N.any(), torch.nan)),
+    )
+
+
+def _sum_by_sequence(x_R: Tensor, length_N: Tensor) -> Tensor:
+    # segment_reduce adds one by one; in fp64 that costs no digits of the result.
+    if length_N.shape[0] == 0:
+        return x_R.new_zeros(0)
+    return torch.segment_reduce(x_R.to(torch.float64), "sum", lengths=length_N, initial=0).to(x_R.dtype)
+
+
+def _charged(kl_coef) -> bool:
+    return isinstance(kl_coef, Tensor) or kl_coef != 0
+
+
+def _unmasked(cu_actions: Tensor, mask_A: Tensor | None, extent: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows that count, the sequence of each, and how many each sequence has; slack beyond cu_actions[-1] is out."""
+    cu = cu_actions.long()
+    sequence_A = torch.searchsorted(cu[1:], torch.arange(extent, device=cu.device), right=True)
+    keep_A = sequence_A < cu.shape[0] - 1
+    if mask_A is not None:
+        keep_A = keep_A & (mask_A != 0)
+    index_R = keep_A.nonzero().squeeze(1)
+    before = torch.cat([keep_A.new_zeros(1, dtype=torch.long), keep_A.cumsum(0)])[cu.clamp(max=extent)]
+    return index_R, sequence_A[index_R], before.diff()
+
+
+def _discounted_sum(delta_R: Tensor, sequence_R: Tensor, decay: float, length_N: Tensor) -> Tensor:
+    """A_t = sum over k >= 0 of decay^k delta_{t+k} within each sequence."""
+    sum_R, step = delta_R.clone(), 1
+    longest = int(length_N.max()) if length_N.numel() else 0
+    factor = decay
+    while step < longest:
+        same = sequence_R[step:] == sequence_R[:-step]
+        sum_R[:-step] += torch.where(same, sum_R[step:] * factor, 0.0)
+        factor, step = factor * factor, step * 2
+    return sum_R
+
+
+def has_homeless_score(score_N: Tensor, cu_actions: Tensor, mask_A: Tensor | None) -> Tensor:
+    """[N] bool: sequences with a nonzero score and no unmasked action for it to land on."""
+    if mask_A is None:
+        return (cu_actions.diff() == 0) & (score_N != 0)
+    _, _, length_N = _unmasked(cu_actions, mask_A, mask_A.shape[0])
+    return (length_N == 0) & (score_N != 0)
