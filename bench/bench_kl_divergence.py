@@ -9,7 +9,7 @@ import plots
 import torch
 
 from icegrt.kernels import kl_divergence, use_backend
-from icegrt.kernels.ppo_policy_loss import reference
+from icegrt.kernels.kl_divergence import reference
 
 
 def both_ways(run, logprob, ref):

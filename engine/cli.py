@@ -110,10 +110,10 @@ def _run(argv: list[str]) -> int:
 
         return doctor.main(as_json="--json" in args.options)
     with _needed_packages(args.command):
-        from icegrt.config import STAGES
+        from icegrt.config import SECTIONS
         from icegrt.config.loader import as_yaml
     overrides = [*args.overrides, f"{args.command}.run.resume=true"] if "--resume" in args.options else args.overrides
-    config = STAGES[args.command].load(args.config, overrides)
+    config = SECTIONS[args.command].load(args.config, overrides)
     if "--print-config" in args.options:
         _write(as_yaml(config).rstrip())
         return OK
@@ -259,9 +259,10 @@ def _print_help(command: str) -> None:
         _write("\n".join(lines))
         return
     with _needed_packages(command):
-        from icegrt.config import STAGES
-        from icegrt.config.introspect import help_text, rows
-    cls = STAGES[command]
+        from icegrt.config import SECTIONS
+        from icegrt.config.docs import help_text
+        from icegrt.config.introspect import rows
+    cls = SECTIONS[command]
     lines += ["", (cls.__doc__ or "").strip(), f"The file holds these keys under `{command}:`.", ""]
     if not console.is_terminal(sys.stdout):
         _write("\n".join([*lines, help_text(cls)]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import validate as checks
+from . import validate
 from .dispatch import select
 from .types import PaddedActions
 
@@ -19,9 +19,9 @@ def pack_padded(input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor
     Raises ValueError for shapes that differ, a response on padding, and a response token with nothing before it.
     """
     op = "pack_padded"
-    checks.integral(op, "input_ids", input_ids, (None, None))
-    checks.mask(op, "attention_mask", attention_mask, tuple(input_ids.shape), input_ids)
-    checks.mask(op, "response_mask", response_mask, tuple(input_ids.shape), input_ids)
+    validate.integral(op, "input_ids", input_ids, (None, None))
+    validate.mask(op, "attention_mask", attention_mask, tuple(input_ids.shape), input_ids)
+    validate.mask(op, "response_mask", response_mask, tuple(input_ids.shape), input_ids)
     return select(op, input_ids)(input_ids, attention_mask != 0, response_mask != 0)
 
 

@@ -150,3 +150,56 @@ def _shape(op: str, name: str, x: Tensor, shape: tuple[int | None, ...]) -> None
 def _device(op: str, name: str, x: Tensor, like: Tensor | None) -> None:
     if like is not None and x.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device} like {_STREAMS}, got {x.device}")
+
+
+def check_head(op, hidden_AH, weight_VH, labels_A, mask_A, temperature, shard, chunk_rows, weight_grad_out) -> None:
+    """Checks the arguments that both linear operations share."""
+    floating(op, "hidden_AH", hidden_AH, (None, None))
+    floating(op, "weight_VH", weight_VH, (None, hidden_AH.shape[1]), hidden_AH)
+    if hidden_AH.dtype != weight_VH.dtype and not torch.is_autocast_enabled(hidden_AH.device.type):
+        raise TypeError(
+            f"{op}: hidden_AH and weight_VH must have one dtype (or run under autocast), got {hidden_AH.dtype} and "
+            f"{weight_VH.dtype}"
+        )
+    integral(op, "labels_A", labels_A, (hidden_AH.shape[0],), hidden_AH)
+    mask(op, "mask_A", mask_A, (hidden_AH.shape[0],), hidden_AH)
+    plain_number(op, "temperature", temperature, low=0.0, above=True)
+    shard(op, shard, weight_VH.shape[0])
+    if weight_VH.shape[0] == 0:
+        raise ValueError(f"{op}: weight_VH must have at least one row, got shape {tuple(weight_VH.shape)}")
+    if chunk_rows is not None and (isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int) or chunk_rows < 1):
+        raise ValueError(f"{op}: chunk_rows must be an int >= 1 or None, got {chunk_rows!r}")
+    if weight_grad_out is not None:
+        floating(op, "weight_grad_out", weight_grad_out, tuple(weight_VH.shape), weight_VH)
+        wanted = wide_dtype(hidden_AH, weight_VH)
+        if weight_grad_out.dtype != wanted or weight_grad_out.requires_grad:
+            raise ValueError(
+                f"{op}: weight_grad_out must be a {wanted} buffer that requires no gradient, got "
+                f"{weight_grad_out.dtype} with requires_grad={weight_grad_out.requires_grad}"
+            )
+    vocab_size = weight_VH.shape[0] if shard is None else shard.vocab_size
+    masked = labels_A if mask_A is None else torch.where(mask_A != 0, labels_A, IGNORED_LABEL)
+    labels_in_range(op, masked, vocab_size)
+
+
+def check_objective(op, like, old_logprob_A, advantage_A, ref_logprob_A, mask_A, weight_A, normalizer, moments, terms):
+    """Checks the arguments that both policy losses share; returns the streams detached, for they are constants."""
+    shape = (like.shape[0],)
+    floating(op, "advantage_A", advantage_A, shape, like)
+    for name, x in (("old_logprob_A", old_logprob_A), ("ref_logprob_A", ref_logprob_A), ("weight_A", weight_A)):
+        if x is not None:
+            floating(op, name, x, shape, like)
+    mask(op, "mask_A", mask_A, shape, like)
+    number(op, "normalizer", normalizer, low=0.0, above=True, like=like)
+    plain_number(op, "clip_low", terms["clip_low"], low=0.0, high=1.0)
+    plain_number(op, "clip_high", terms["clip_high"], low=0.0)
+    if terms["dual_clip"] is not None:
+        plain_number(op, "dual_clip", terms["dual_clip"], low=1.0, above=True)
+    number(op, "kl_coef", terms["kl_coef"], low=0.0, like=like)
+    number(op, "entropy_coef", terms["entropy_coef"], like=like)
+    choice(op, "kl_estimator", terms["kl_estimator"], KL_ESTIMATORS)
+    choice(op, "kl_gradient", terms["kl_gradient"], ("k2", "raw"))
+    if ref_logprob_A is None and (isinstance(terms["kl_coef"], Tensor) or terms["kl_coef"] != 0):
+        raise ValueError(f"{op}: ref_logprob_A must be given when kl_coef is {terms['kl_coef']}, got None")
+    moments(op, moments, like)
+    return tuple(None if x is None else x.detach() for x in (old_logprob_A, advantage_A, ref_logprob_A, weight_A))

@@ -15,8 +15,10 @@ from icegrt import cli
 from icegrt.checkpoint import directory as checkpoint_folder
 from icegrt.distributed.cluster import Cluster
 from icegrt.model.architecture import DTYPES, Architecture
+from icegrt.model.build import build_model
+from icegrt.model.hf import exporter
 from icegrt.model.hf import mapping as weights
-from icegrt.model.hf.reader import build_model, save_pretrained
+from icegrt.model.hf.writer import save_pretrained
 
 # Llama 3.2 1B's proportions, untied: 1.02 billion parameters.
 CONFIG = {
@@ -46,7 +48,7 @@ def through(origin: str, out: str, run: str, dtype: str) -> None:
     """Import, export, then the weights as a run's checkpoint; the peak is taken before the last."""
     with Cluster.open():
         model = build_model(origin, "lm", dtype=DTYPES[dtype]).requires_grad_(False)
-        tensors = weights.export_tensors(model, DTYPES[dtype])
+        tensors = exporter.export_tensors(model, DTYPES[dtype])
         save_pretrained(tensors, model.architecture, out, classifier=False, dtype=dtype, shard_bytes=10**9)
         peak()
         from megatron.core import dist_checkpointing

@@ -8,7 +8,7 @@ import types
 import pytest
 
 from icegrt import cli
-from icegrt.config import STAGES, PPOConfig
+from icegrt.config import SECTIONS, PPOConfig
 from icegrt.config.introspect import rows
 from icegrt.errors import ConfigError, DataError
 
@@ -32,7 +32,7 @@ def stages(monkeypatch):
 
         return run
 
-    for name in STAGES:
+    for name in SECTIONS:
         module = types.ModuleType(cli._MODULES[name])
         module.run = stage(name)
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -44,10 +44,10 @@ def shell(*args, **env):
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, timeout=60)
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", SECTIONS)
 def test_every_command_runs_its_stage_with_its_configuration(name, stages):
     assert cli.main([name]) == 0
-    assert stages.runs == [(name, STAGES[name]())]
+    assert stages.runs == [(name, SECTIONS[name]())]
 
 
 def test_file_overrides_and_options_come_in_any_order(tmp_path, stages):
@@ -168,17 +168,17 @@ def test_help_lists_every_command_with_an_example(args, capsys):
     assert "icegrt ppo recipe.yaml ppo.kl_coef=0.1" in out
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", SECTIONS)
 def test_help_of_a_command_has_every_key_and_option(name, capsys, stages):
     assert cli.main([name, "--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"{row.name}: {row.type} = {row.default}" in out for row in rows(STAGES[name]))
+    assert all(f"{row.name}: {row.type} = {row.default}" in out for row in rows(SECTIONS[name]))
     assert ("--resume" in out) == (name in cli.RESUMABLE)
     assert stages.runs == []
 
 
 def test_commands_are_the_stages_and_doctor():
-    assert list(cli.COMMANDS) == [*STAGES, "data", "doctor"]
+    assert list(cli.COMMANDS) == [*SECTIONS, "data", "doctor"]
 
 
 def test_exit_codes_of_the_process():

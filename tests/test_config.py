@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from icegrt.config import STAGES, DataSource, GenerateConfig, PPOConfig, SFTConfig, config_class, key
-from icegrt.config.introspect import help_text, markdown, rows
+from icegrt.config import SECTIONS, DataSource, GenerateConfig, PPOConfig, SFTConfig, config_class, key
+from icegrt.config.docs import help_text, markdown
+from icegrt.config.introspect import rows
 from icegrt.config.loader import as_yaml, load, save
 from icegrt.config.strict_yaml import dump, parse
 from icegrt.errors import ConfigError
@@ -38,7 +39,7 @@ def refusal(cls, path=None, overrides=()):
 
 
 def test_no_file_and_no_override_gives_the_defaults():
-    for cls in STAGES.values():
+    for cls in SECTIONS.values():
         assert cls.load() == cls()
 
 
@@ -239,7 +240,7 @@ def test_anchors_and_merge_keys_share_values_but_not_overrides(recipe):
     assert "ppo.optimizer.optimizer is not a key" in refusal(PPOConfig, endless)
 
 
-@pytest.mark.parametrize("cls", STAGES.values(), ids=STAGES)
+@pytest.mark.parametrize("cls", SECTIONS.values(), ids=SECTIONS)
 def test_saving_and_loading_gives_the_same_configuration(cls, tmp_path):
     config = cls.load(None, [f"{row.name}={_other(row)}" for row in rows(cls) if "[]" not in row.name])
     assert config != cls()
@@ -314,7 +315,7 @@ def test_the_list_of_one_configuration_is_not_that_of_another():
     assert PPOConfig.load().ptx_data == PPOConfig().ptx_data == []
 
 
-@pytest.mark.parametrize("cls", STAGES.values(), ids=STAGES)
+@pytest.mark.parametrize("cls", SECTIONS.values(), ids=SECTIONS)
 def test_help_has_every_key_with_its_default_unit_and_meaning(cls):
     text, named = help_text(cls), {row.name: row for row in rows(cls)}
     for row in named.values():
@@ -343,9 +344,9 @@ def test_help_shows_units_and_the_defaults_of_the_stage():
 
 def test_the_documentation_of_the_keys_is_up_to_date():
     page = ROOT / "docs" / "configuration.md"
-    assert page.read_text() == markdown(), "run: python -m icegrt.config_help > docs/configuration.md"
+    assert page.read_text() == markdown(), "run: python -m icegrt.config.docs > docs/configuration.md"
 
 
 def test_the_documentation_is_written_by_the_command_that_it_names():
-    made = subprocess.run([sys.executable, "-m", "icegrt.config_help"], capture_output=True, text=True, check=True)
+    made = subprocess.run([sys.executable, "-m", "icegrt.config.docs"], capture_output=True, text=True, check=True)
     assert made.stdout == markdown()

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import icegrt
 from icegrt.packing import pack
-from icegrt.ppo.experience import score_logprobs
+from icegrt.ppo.scoring import score_logprobs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -279,7 +279,7 @@ def test_the_readmes_library_example_runs_as_it_stands(tmp_path, monkeypatch, ca
 
 def test_the_readmes_commands_and_links_exist():
     from icegrt.cli import COMMANDS, parse
-    from icegrt.config import STAGES
+    from icegrt.config import SECTIONS
 
     lines = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
     ours = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("icegrt ")]
@@ -289,8 +289,8 @@ def test_the_readmes_commands_and_links_exist():
             assert words[1] == "preview"
             continue
         args = parse(words)
-        if args.command in STAGES and args.config is None:
-            STAGES[args.command].load(None, args.overrides)
+        if args.command in SECTIONS and args.config is None:
+            SECTIONS[args.command].load(None, args.overrides)
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), f"{page.name}: {link}"

@@ -9,18 +9,8 @@ import pytest
 import torch
 
 from icegrt.errors import DataError, RunError
-from icegrt.metrics import (
-    Evaluation,
-    JsonlWriter,
-    PPOStep,
-    RewardStep,
-    RunLog,
-    SFTStep,
-    json_safe,
-    read_metrics,
-    rollout_path,
-    step_from_row,
-)
+from icegrt.metrics import Evaluation, PPOStep, RewardStep, RunLog, SFTStep, read_metrics, rollout_path, step_from_row
+from icegrt.utils.files import JsonlWriter, json_safe
 
 OPTIONAL = {"reward_model_score_mean", "function_score_mean", "ptx_loss", "evaluation", "seconds_by_phase"}
 

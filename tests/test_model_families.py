@@ -6,10 +6,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from icegrt.distributed.cluster import Cluster
-from icegrt.model.hf import mapping as weights
-from icegrt.model.hf.reader import build_model, save_pretrained
+from icegrt.model.build import build_model
+from icegrt.model.hf import exporter
+from icegrt.model.hf.writer import save_pretrained
 from icegrt.packing import pack
-from icegrt.ppo.experience import score_logprobs, score_sequences
+from icegrt.ppo.scoring import score_logprobs, score_sequences
 from icegrt.rollout.decoder import Decoder
 from icegrt.rollout.types import Sampling
 
@@ -84,7 +85,7 @@ def test_import_and_export_change_no_bit(pair, tmp_path):
     assert (tmp_path / "in" / "model.safetensors.index.json").is_file()
     ours = build_model(tmp_path / "in", "lm", dtype=torch.float32)
     out = save_pretrained(
-        weights.export_tensors(ours, torch.float32), ours.architecture, tmp_path / "out", classifier=False
+        exporter.export_tensors(ours, torch.float32), ours.architecture, tmp_path / "out", classifier=False
     )
     again, found = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -108,7 +109,7 @@ def test_bf16_comes_back_to_the_bit(family, tmp_path):
     theirs.save_pretrained(tmp_path / "in")
     ours = build_model(tmp_path / "in", "lm", dtype=torch.bfloat16)
     out = save_pretrained(
-        weights.export_tensors(ours, torch.bfloat16), ours.architecture, tmp_path / "out", classifier=False,
+        exporter.export_tensors(ours, torch.bfloat16), ours.architecture, tmp_path / "out", classifier=False,
         dtype="bf16",
     )  # fmt: skip
     again = AutoModelForCausalLM.from_pretrained(out)
@@ -126,7 +127,7 @@ def test_a_reward_model_scores_as_in_transformers_and_comes_back_to_the_bit(fami
         expected = torch.cat([theirs(torch.tensor([row])).logits[0] for row in ROWS])
     assert (score_N - expected).abs().max() < 1e-4 and expected.abs().max() > 0.1
     out = save_pretrained(
-        weights.export_tensors(role.model, torch.float32), role.model.architecture, tmp_path / "out", classifier=True
+        exporter.export_tensors(role.model, torch.float32), role.model.architecture, tmp_path / "out", classifier=True
     )
     again, found = AutoModelForSequenceClassification.from_pretrained(out, output_loading_info=True)
     assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))

@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from icegrt.distributed.cluster import Cluster
 from icegrt.errors import CheckpointError, RunError
 from icegrt.model.architecture import Architecture
-from icegrt.model.hf import mapping as weights
-from icegrt.model.hf.reader import Pretrained, build_model, save_pretrained
+from icegrt.model.build import build_model
+from icegrt.model.hf import exporter
+from icegrt.model.hf.reader import Pretrained
+from icegrt.model.hf.writer import save_pretrained
 from icegrt.packing import pack
-from icegrt.ppo.experience import score_sequences, score_values
+from icegrt.ppo.scoring import score_sequences, score_values
 
 SHAPES = {
     "grouped_query": {},
@@ -67,7 +69,7 @@ def test_the_float64_model_of_the_tests_is_that_of_transformers(pair):
 def test_a_language_model_comes_back_to_the_bit(pair, tmp_path):
     theirs, ours = pair
     out = save_pretrained(
-        weights.export_tensors(ours, torch.float32), ours.architecture, tmp_path / "out", classifier=False,
+        exporter.export_tensors(ours, torch.float32), ours.architecture, tmp_path / "out", classifier=False,
         tokenizer=tiny.tokenizer(),
     )  # fmt: skip
     again = AutoModelForCausalLM.from_pretrained(out)
@@ -84,7 +86,7 @@ def test_a_scorer_comes_back_to_the_bit_and_scores_alike(shape, tmp_path):
     theirs = tiny.scorer(1, **SHAPES[shape])
     role = tiny.role(theirs, "scalar")
     out = save_pretrained(
-        weights.export_tensors(role.model, torch.float32), role.model.architecture, tmp_path / "out", classifier=True
+        exporter.export_tensors(role.model, torch.float32), role.model.architecture, tmp_path / "out", classifier=True
     )
     again = AutoModelForSequenceClassification.from_pretrained(out)
     assert again.config.num_labels == 1 and tiny.same(dict(again.state_dict()), dict(theirs.state_dict()))
@@ -98,7 +100,7 @@ def test_bf16_is_exported_as_it_is_held(tmp_path):
     theirs = tiny.causal_lm(0)
     ours = build_model(theirs, "lm", dtype=torch.bfloat16)
     out = save_pretrained(
-        weights.export_tensors(ours, torch.bfloat16), ours.architecture, tmp_path / "out", classifier=False,
+        exporter.export_tensors(ours, torch.bfloat16), ours.architecture, tmp_path / "out", classifier=False,
         dtype="bf16",
     )  # fmt: skip
     again = AutoModelForCausalLM.from_pretrained(out)
@@ -110,7 +112,7 @@ def test_a_large_export_is_cut_into_files_that_transformers_reads(tmp_path):
     theirs = tiny.causal_lm(0)
     ours = build_model(theirs, "lm", dtype=torch.float32)
     out = save_pretrained(
-        weights.export_tensors(ours, torch.float32), ours.architecture, tmp_path / "out", classifier=False,
+        exporter.export_tensors(ours, torch.float32), ours.architecture, tmp_path / "out", classifier=False,
         shard_bytes=20_000,
     )  # fmt: skip
     assert len(list(out.glob("model-0*-of-0*.safetensors"))) > 2 and not (out / "model.safetensors").exists()

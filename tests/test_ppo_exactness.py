@@ -12,8 +12,10 @@ from icegrt.data import Example, Ranking
 from icegrt.distributed.cluster import Cluster
 from icegrt.errors import RunError
 from icegrt.kernels import ShapedGAE
-from icegrt.ppo.experience import Experience, plan, score_logprobs, score_values, shape
+from icegrt.ppo.batch_plan import plan
+from icegrt.ppo.experience import Experience, shape
 from icegrt.ppo.scores import combine
+from icegrt.ppo.scoring import score_logprobs, score_values
 from icegrt.ppo.trainer import PPOTrainer
 from icegrt.ppo.update import Updater
 from icegrt.training.ranking_loss import pack_rankings, ranking_loss

@@ -16,8 +16,10 @@ from icegrt.config import CriticConfig, DataSource, OptimizerConfig, SamplingCon
 from icegrt.data import Example
 from icegrt.distributed.cluster import Cluster
 from icegrt.kernels import whiten
-from icegrt.ppo.experience import Experience, plan, score_logprobs, score_sequences, score_values, shape
+from icegrt.ppo.batch_plan import plan
+from icegrt.ppo.experience import Experience, shape
 from icegrt.ppo.scores import ModelScores, ScoreScaling, combine
+from icegrt.ppo.scoring import score_logprobs, score_sequences, score_values
 from icegrt.ppo.update import Updater
 
 CASES = {

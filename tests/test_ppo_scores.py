@@ -5,7 +5,8 @@ import tiny_models as tiny
 import torch
 
 from icegrt.kernels import masked_moments, whiten
-from icegrt.ppo.experience import plan, shape
+from icegrt.ppo.batch_plan import plan
+from icegrt.ppo.experience import shape
 from icegrt.ppo.kl_controller import kl_controller
 from icegrt.ppo.scores import ScoreScaling, combine
 

@@ -15,12 +15,15 @@ from icegrt.data import encode_prompts, read_rows
 from icegrt.distributed.cluster import Cluster
 from icegrt.errors import RewardError
 from icegrt.metrics import read_metrics
-from icegrt.ppo.experience import Experience, plan, score_logprobs, score_values, shape
-from icegrt.ppo.rewards import Verdict, sample_of
+from icegrt.ppo.batch_plan import plan
+from icegrt.ppo.experience import Experience, shape
+from icegrt.ppo.rewards import Verdict
 from icegrt.ppo.scores import combine
+from icegrt.ppo.scoring import score_logprobs, score_values
 from icegrt.ppo.update import Updater
 from icegrt.rewards.sample import RewardResult
 from icegrt.rewards.sources import SourceScores
+from icegrt.rollout.samples import sample_of
 
 
 @pytest.fixture(scope="module")

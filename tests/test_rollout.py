@@ -6,7 +6,8 @@ import torch
 
 from icegrt.distributed.cluster import Cluster
 from icegrt.errors import ConfigError, DataError
-from icegrt.ppo.experience import plan, score_logprobs
+from icegrt.ppo.batch_plan import plan
+from icegrt.ppo.scoring import score_logprobs
 from icegrt.rollout.decoder import Decoder
 from icegrt.rollout.engine import RolloutEngine, stop_ids
 from icegrt.rollout.kv_cache.contiguous import KVCache

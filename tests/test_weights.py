@@ -8,8 +8,11 @@ import torch
 
 from icegrt.distributed.cluster import Cluster
 from icegrt.model.architecture import Architecture
+from icegrt.model.build import build_model
+from icegrt.model.hf import exporter, loader
 from icegrt.model.hf import mapping as weights
-from icegrt.model.hf.reader import Pretrained, build_model, save_pretrained
+from icegrt.model.hf.reader import Pretrained
+from icegrt.model.hf.writer import save_pretrained
 
 SHAPES = {
     "grouped": ("llama", {}, (1, 2, 4)),
@@ -50,7 +53,7 @@ def test_the_shards_of_all_ranks_are_the_checkpoint(shape):
         for entry in weights.layout(architecture, "lm"):
             shards = [shard_of(entry, sources, architecture, rank, ranks) for rank in range(ranks)]
             assert len({shard.shape for shard in shards}) == 1
-            for name, part in zip(entry.sources, weights.separate(entry, shards, architecture), strict=True):
+            for name, part in zip(entry.sources, exporter.separate(entry, shards, architecture), strict=True):
                 assert torch.equal(part, sources[name]), (name, ranks)
 
 
@@ -84,7 +87,7 @@ def test_a_rank_reads_only_what_it_holds(family, changes, tmp_path):
     source = Watched(tmp_path / "in")
     entries = [e for e in weights.layout(source.architecture, "lm") if e.name.startswith("decoder.layers.1.")]
     with Cluster.open():
-        whole = weights.held_parameters(build_model(source, "lm", dtype=torch.float32))
+        whole = loader.held_parameters(build_model(source, "lm", dtype=torch.float32))
     assert source.numbers == sum(p.numel() for p in theirs.parameters())
     for rank in range(2):
         source.numbers = 0
@@ -92,7 +95,7 @@ def test_a_rank_reads_only_what_it_holds(family, changes, tmp_path):
             wanted = list(weights.pieces(entry, source.architecture, rank, 2))
             parameter = shard_of(entry, dict(theirs.state_dict()), source.architecture, rank, 2)
             found = torch.empty_like(parameter)
-            weights._read_into(found, entry, source, wanted)
+            loader._read_into(found, entry, source, wanted)
             assert torch.equal(found, parameter)
         held = sum(p.numel() for n, p in whole.items() if n.startswith("decoder.layers.1.") and "norm" not in n) // 2
         norms = sum(p.numel() for n, p in whole.items() if n.startswith("decoder.layers.1.") and "norm" in n)
@@ -106,9 +109,9 @@ def test_padding_of_the_vocabulary_is_zero_and_is_not_exported(tmp_path):
     entry = next(weights.layout(source.architecture, "lm"))
     shards = [torch.full((16, 32), torch.nan) for _ in range(4)]
     for rank, shard in enumerate(shards):
-        weights._read_into(shard, entry, source, list(weights.pieces(entry, source.architecture, rank, 4)))
+        loader._read_into(shard, entry, source, list(weights.pieces(entry, source.architecture, rank, 4)))
     assert source.architecture.padded_vocab_size(4) == 64 and not shards[3][13:].any()
-    ((name, whole),) = weights.exported(entry, shards, source.architecture, torch.float32)
+    ((name, whole),) = exporter.exported(entry, shards, source.architecture, torch.float32)
     assert torch.equal(whole, theirs.state_dict()[name])
 
 
@@ -120,7 +123,7 @@ def test_what_a_checkpoint_says_of_itself_is_handed_on(tmp_path):
     theirs.save_pretrained(tmp_path / "in")
     with Cluster.open():
         model = build_model(tmp_path / "in", "lm", dtype=torch.float32)
-        tensors = weights.export_tensors(model, torch.float32)
+        tensors = exporter.export_tensors(model, torch.float32)
         out = save_pretrained(
             tensors, model.architecture, tmp_path / "out", classifier=False, tokenizer=tiny.tokenizer()
         )

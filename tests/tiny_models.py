@@ -17,8 +17,9 @@ from transformers import (
 )
 
 from icegrt.config import CriticConfig, OptimizerConfig, PPOConfig, RunConfig, SamplingConfig
-from icegrt.model.hf import mapping as weights
-from icegrt.model.hf.reader import Pretrained, build_model
+from icegrt.model.build import build_model
+from icegrt.model.hf import exporter, loader
+from icegrt.model.hf.reader import Pretrained
 from icegrt.roles.role import Role
 from icegrt.rollout.types import Response
 
@@ -106,12 +107,12 @@ def role(source, head: str = "lm", *, learns: OptimizerConfig | None = None, dty
 
 def reload(role: Role, source) -> None:
     """Give a role other weights in place."""
-    weights.load(role.model, Pretrained(source))
+    loader.load(role.model, Pretrained(source))
 
 
 def by_hugging_face_name(role: Role, read) -> dict[str, torch.Tensor]:
     """What `read` finds on each parameter, copied, under the names of Hugging Face."""
-    return {name: x.clone() for name, x in weights.export_tensors(role.model, torch.float32, read)}
+    return {name: x.clone() for name, x in exporter.export_tensors(role.model, torch.float32, read)}
 
 
 def gradients(role: Role, batches, loss) -> dict[str, torch.Tensor]:

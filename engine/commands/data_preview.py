@@ -11,8 +11,9 @@ from typing import Any, NoReturn, get_args
 
 from icegrt.data.conversation import column
 from icegrt.data.examples import Dropped, Example, ExampleEncoder, Prompt, PromptEncoder, Truncation
+from icegrt.data.open import open_rows
 from icegrt.data.rankings import Ranking, RankingEncoder
-from icegrt.data.rows import RESPONSES, Row, open_rows
+from icegrt.data.rows import RESPONSES, Row
 from icegrt.data.tokenizer import load_tokenizer, stop_ids
 from icegrt.errors import CheckpointError, ConfigError
 from icegrt.utils import console

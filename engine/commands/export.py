@@ -15,8 +15,8 @@ from icegrt.config import ExportConfig
 from icegrt.data import load_tokenizer
 from icegrt.errors import CheckpointError, ConfigError, RunError
 from icegrt.model.architecture import DTYPES, Architecture
-from icegrt.model.hf import mapping as weights
-from icegrt.model.hf.reader import save_pretrained
+from icegrt.model.hf import exporter, mapping
+from icegrt.model.hf.writer import save_pretrained
 from icegrt.utils.console import is_main, say, warn
 
 
@@ -76,5 +76,5 @@ def _chosen(config: ExportConfig) -> Path:
 def _tensors(
     held: CheckpointTensors, architecture: Architecture, head: str, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    for entry in weights.layout(architecture, head):
-        yield from weights.exported(entry, [held.read(entry.name)], architecture, dtype)
+    for entry in mapping.layout(architecture, head):
+        yield from exporter.exported(entry, [held.read(entry.name)], architecture, dtype)

@@ -16,13 +16,13 @@ from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
 from icegrt.errors import CheckpointError, ConfigError
 from icegrt.model.architecture import DTYPES, Architecture
-from icegrt.model.hf.reader import Pretrained, build_model
-from icegrt.model.language_model import check_cut
-from icegrt.ppo.rewards import sample_of
+from icegrt.model.build import build_model, check_cut
+from icegrt.model.hf.reader import Pretrained
 from icegrt.rewards.compat import adapt
 from icegrt.rewards.error_policy import call_reward_function
 from icegrt.rewards.function import load_reward_function
 from icegrt.rollout.engine import RolloutEngine
+from icegrt.rollout.samples import sample_of
 from icegrt.rollout.types import Response, Sampling
 from icegrt.training.run_folder import rows_file
 from icegrt.training.trainer import tokenizer_for

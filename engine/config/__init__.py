@@ -1,13 +1,13 @@
 """Configuration: the keys of every command, and reading, checking and writing them."""
 
+from icegrt.config.base import Loadable, config_class, key
+from icegrt.config.introspect import SECTIONS
 from icegrt.config.schema import (
-    STAGES,
     CriticConfig,
     DataSource,
     ExportConfig,
     GenerateConfig,
     HTTPConfig,
-    Loadable,
     OptimizerConfig,
     ParallelConfig,
     PPOConfig,
@@ -18,12 +18,10 @@ from icegrt.config.schema import (
     SampleConfig,
     SamplingConfig,
     SFTConfig,
-    config_class,
-    key,
 )
 
 __all__ = [
-    "STAGES",
+    "SECTIONS",
     "CriticConfig",
     "DataSource",
     "ExportConfig",

@@ -1,4 +1,4 @@
-"""Loads, checks, prints and saves the configuration classes of `config`; every refusal is one `ConfigError`.
+"""Loads, checks, prints and saves the configuration classes of `schema`; every refusal is one `ConfigError`.
 
 Values are checked here, before pydantic sees them, for three reasons: pydantic's lax mode takes `true` for a number and
 "5" for 5; its messages name neither the file's line nor the unit; and it would build a nested section from its class's
@@ -21,8 +21,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from icegrt.config.introspect import SIGNS, bounds_of, fields_of, rows, type_text, unit_of
-from icegrt.config.schema import STAGES
+from icegrt.config.introspect import SECTIONS, SIGNS, bounds_of, fields_of, rows, type_text, unit_of
 from icegrt.config.strict_yaml import dump, parse
 from icegrt.errors import ConfigError
 from icegrt.utils.redaction import REDACTED, is_secret, redact, redact_text
@@ -62,10 +61,10 @@ def _read_section(cls: type, path: Path) -> tuple[dict, dict[Path_, str]]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: got a {_kind(data)}, expected sections such as `{cls.section}:` with their keys")
     for name in data:
-        if name not in STAGES and name != cls.section:
+        if name not in SECTIONS and name != cls.section:
             is_key = name in fields_of(cls)
-            hint = f"put it under `{cls.section}:`" if is_key else _nearest(name, STAGES)
-            hint = hint or f"the sections are {', '.join(STAGES)}"
+            hint = f"put it under `{cls.section}:`" if is_key else _nearest(name, SECTIONS)
+            hint = hint or f"the sections are {', '.join(SECTIONS)}"
             raise ConfigError(f"{where[(name,)]}: `{name}` is not a section; {hint}")
     if cls.section not in data:
         raise ConfigError(f"{path} has no section `{cls.section}:`; it has {', '.join(data) or 'none'}")
@@ -118,7 +117,7 @@ def _merge(old: Any, new: Any) -> Any:
 def _resolve(cls: type, parts: Path_) -> Any:
     """The type of the key that an override names, or `ConfigError` with the nearest full name."""
     if parts[0] != cls.section:
-        stray = parts[0] in STAGES and len(parts) > 1
+        stray = parts[0] in SECTIONS and len(parts) > 1
         full = _full_names(parts[1:] if stray else parts, cls)
         why = f"is not for this command, which reads `{cls.section}`" if stray else "does not start with its section"
         hint = f"did you mean {' or '.join(full)}?" if full else f"keys start with `{cls.section}.`"
@@ -157,7 +156,7 @@ def _build(cls: type, data: Any, base: Any, path: Path_, where: dict[Path_, str]
     for name, value in data.items():
         here = (*path, name)
         if name not in fields:
-            problems.append(f"{_where(here, where)}: {_unknown(here, cls, STAGES.get(path[0]))}")
+            problems.append(f"{_where(here, where)}: {_unknown(here, cls, SECTIONS.get(path[0]))}")
         else:
             values[name] = _value(fields[name], value, values[name], here, where, problems)
     if len(problems) > before:

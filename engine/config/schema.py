@@ -1,4 +1,4 @@
-"""Every configuration key, with its type, default, unit and meaning. `config_io` loads, checks, prints and saves them.
+"""Every configuration key, with its type, default, unit and meaning. `loader` reads, checks, prints and saves them.
 
 One YAML file may hold the whole recipe: each command reads the section of its own name (`sft:`, `sample:`, `reward:`,
 `ppo:`, `generate:`, `export:`), and dotted overrides name the section first (`ppo.kl_coef=0.1`).
@@ -7,47 +7,9 @@ Defaults are those of the PPO-RLHF family; none is a figure of the ICE-GRT paper
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
-
-_STRICT = ConfigDict(extra="forbid", validate_default=False)
-config_class = dataclass(frozen=True, kw_only=True, config=_STRICT)
-
-
-def key(default: Any, help: str, *, unit: str = "", **bounds: Any) -> Any:
-    """A configuration key: its default, what it means, the unit of a number, and bounds (`ge`, `gt`, `le`, `lt`)."""
-    extra = {"unit": unit}
-    if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
-        # A copy for each instance: a list given out twice would carry one configuration's rows into the next.
-        return Field(
-            default_factory=lambda: copy.deepcopy(default), description=help, json_schema_extra=extra, **bounds
-        )
-    return Field(default=default, description=help, json_schema_extra=extra, **bounds)
-
-
-class Loadable:
-    """What every stage's configuration can do. `section` is its name in a recipe file."""
-
-    section = ""
-
-    @classmethod
-    def load(cls, path: str | Path | None = None, overrides: Sequence[str] = ()):
-        """Read `path` (YAML, optional) and apply dotted `overrides`. Raises `ConfigError` naming the key at fault."""
-        from icegrt.config.loader import load
-
-        return load(cls, path, overrides)
-
-    def save(self, path: str | Path) -> None:
-        """Write the resolved configuration as YAML, under its section, ready to be loaded again."""
-        from icegrt.config.loader import save
-
-        save(self, path)
+from icegrt.config.base import Loadable, config_class, key
 
 
 @config_class
@@ -384,8 +346,3 @@ class ExportConfig(Loadable):
     out: str = key("", "folder to write; must be empty or absent")
     dtype: Literal["fp32", "bf16"] = key("fp32", "dtype of the exported weights")
     shard_gigabytes: float = key(5.0, "most that one file of weights holds", unit="GB", gt=0)
-
-
-STAGES: dict[str, type[Loadable]] = {
-    c.section: c for c in (SFTConfig, SampleConfig, RewardConfig, PPOConfig, GenerateConfig, ExportConfig)
-}

@@ -1,6 +1,6 @@
 """Data: rows of files or dicts, tokens with the prompt told from the response, and the order in which they are seen."""
 
-from icegrt.data.blend import Blend, PromptOrder
+from icegrt.data.blend import Blend
 from icegrt.data.dataset import Encoded, Joined, report_lengths
 from icegrt.data.examples import (
     Example,
@@ -12,8 +12,10 @@ from icegrt.data.examples import (
     encode_prompt,
     encode_prompts,
 )
+from icegrt.data.open import open_rows, read_rows
+from icegrt.data.prompt_sampler import PromptOrder
 from icegrt.data.rankings import Ranking, RankingEncoder, encode_ranking, encode_rankings, untied_pairs
-from icegrt.data.rows import Row, open_rows, read_rows
+from icegrt.data.rows import Row
 from icegrt.data.tokenizer import check_tokenizer, eos_id, has_template, load_tokenizer, stop_ids
 
 __all__ = [

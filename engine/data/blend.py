@@ -16,7 +16,7 @@ import numpy as np
 
 from icegrt.errors import DataError
 
-_EPOCH, _ROTATION, _PROMPTS = range(3)  # streams of one seed
+EPOCH_STREAM, ROTATION_STREAM, PROMPT_STREAM = range(3)  # streams of one seed
 Pair = tuple[int, int]
 
 
@@ -64,7 +64,7 @@ class Blend:
 
     def _numbers(self, e: int) -> np.ndarray:
         numbers = np.concatenate([self._items(s, e) + self._first[s] for s in range(len(self.sources))])
-        return numbers[shuffled(numbers.size, self.seed, _EPOCH, e)]
+        return numbers[shuffled(numbers.size, self.seed, EPOCH_STREAM, e)]
 
     def _pairs(self, numbers: np.ndarray) -> list[Pair]:
         sources = np.searchsorted(self._first, numbers, side="right") - 1
@@ -106,8 +106,8 @@ class Blend:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from `state`. Raises `DataError` where the data, a weight or the seed is not what it was."""
-        _check_identity(state, self._identity(), "the data of this run")
-        self._epoch, self._position = _place(state)
+        check_identity(state, self._identity(), "the data of this run")
+        self._epoch, self._position = restored_position(state)
 
     def _identity(self) -> dict[str, Any]:
         return {"seed": self.seed, "sizes": [len(s) for s in self.sources], "weights": [str(w) for w in self.weights]}
@@ -126,7 +126,7 @@ class Blend:
         items = np.tile(np.arange(n), whole)
         if start == stop:
             return items
-        rotation = shuffled(n, self.seed, _ROTATION, source)
+        rotation = shuffled(n, self.seed, ROTATION_STREAM, source)
         return np.concatenate([items, rotation[np.arange(start, stop) % n]])
 
     def _size(self, e: int) -> int:
@@ -145,62 +145,11 @@ class Blend:
         return taken
 
 
-class PromptOrder:
-    """An endless draw of n prompts: each once per epoch, every epoch shuffled by (seed, epoch)."""
-
-    def __init__(self, n: int, seed: int) -> None:
-        if n < 1:
-            raise DataError(f"expected at least 1 prompt to draw from, got {n}")
-        self.n, self.seed = n, seed
-        self._epoch = 0
-        self._position = 0
-        # Prompts of the draw that ran into this epoch, and how many of this epoch's it took: they come after those.
-        self._late: list[int] = []
-        self._head = 0
-
-    def draw(self, k: int) -> list[int]:
-        """The next k prompts, an epoch's tail joined with the next one's start; none comes twice if k <= n.
-
-        A prompt of the tail that the next epoch would bring at once is moved behind this draw, within its epoch.
-        """
-        if k < 1:
-            raise ValueError(f"draw at least 1 prompt, got {k}")
-        drawn: list[int] = []
-        while len(drawn) < k:
-            part = self._order()[self._position : self._position + k - len(drawn)]
-            drawn += part.tolist()
-            self._position += len(part)
-            if self._position == self.n:
-                self._epoch, self._position = self._epoch + 1, 0
-                left = k - len(drawn)
-                self._late, self._head = (list(drawn), left) if left and k <= self.n else ([], 0)
-        return drawn
-
-    def state(self) -> dict[str, Any]:
-        """Where the draw stands, as plain numbers."""
-        place = {"epoch": self._epoch, "position": self._position, "late": list(self._late), "head": self._head}
-        return place | {"n": self.n, "seed": self.seed}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from `state`. Raises `DataError` where the number of prompts or the seed is not what it was."""
-        _check_identity(state, {"n": self.n, "seed": self.seed}, "the prompts of this run")
-        self._epoch, self._position = _place(state)
-        self._late, self._head = list(state["late"]), int(state["head"])
-
-    def _order(self) -> np.ndarray:
-        order = shuffled(self.n, self.seed, _PROMPTS, self._epoch)
-        if not self._late:
-            return order
-        # The first `_head` that are not late, then all others: found at the order's beginning.
-        places = np.flatnonzero(~np.isin(order[: self._head + len(self._late)], self._late))[: self._head]
-        return np.concatenate([order[places], np.delete(order, places)])
-
-
-def _place(state: dict[str, Any]) -> tuple[int, int]:
+def restored_position(state: dict[str, Any]) -> tuple[int, int]:
     return int(state["epoch"]), int(state["position"])
 
 
-def _check_identity(state: dict[str, Any], ours: dict[str, Any], what: str) -> None:
+def check_identity(state: dict[str, Any], ours: dict[str, Any], what: str) -> None:
     for key, value in ours.items():
         if state.get(key) != value:
             raise DataError(

@@ -11,7 +11,6 @@ import datetime
 import os
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -24,18 +23,10 @@ from torch import Tensor
 from icegrt.distributed import cpu_backend as cpu
 from icegrt.distributed import failure
 from icegrt.distributed.layout import Layout, check_world_size
+from icegrt.distributed.megatron import hide_megatron_warnings
 from icegrt.errors import ConfigError, RunError
 from icegrt.packing import Share
 
-# What Megatron-core 0.16 says on import (icegrt needs neither Transformer Engine nor apex) and provokes under a newer
-# torch on every run; nobody can act on it.
-_NOT_FOR_USERS = (
-    "Transformer Engine and Apex are not installed",
-    "Apex is not installed",
-    "full scope is deprecated",
-    r"The \.grad attribute of a Tensor that is not a leaf Tensor",
-    r"`torch\.distributed\.\w+` is deprecated",
-)
 # Rank 0 may write a large model or ask a slow reward function while the others wait.
 _PATIENCE = datetime.timedelta(hours=2)
 _FAREWELL_S = 2.0
@@ -263,9 +254,3 @@ def _join(world_size: int, rank: int, device: torch.device) -> None:
     else:  # one process that nobody launched: no port is needed
         store = dist.HashStore()
     dist.init_process_group(backend, store=store, world_size=world_size, rank=rank, timeout=_PATIENCE)
-
-
-def hide_megatron_warnings() -> None:
-    """Silence the warnings above; called before Megatron-core is imported."""
-    for message in _NOT_FOR_USERS:
-        warnings.filterwarnings("ignore", message=message)

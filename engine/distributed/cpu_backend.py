@@ -66,7 +66,7 @@ class _TorchOnCPU(types.ModuleType):
         return construct
 
 
-class _Patches:
+class Patches:
     """Attributes set for a while, and put back in reverse order."""
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ def supplies() -> Iterator[None]:
     if not needed():
         yield
         return
-    patches = _Patches()
+    patches = Patches()
     try:
         _apply(patches)
         yield
@@ -101,28 +101,7 @@ def supplies() -> Iterator[None]:
         patches.undo()
 
 
-def import_megatron() -> None:
-    """Import Megatron-core, if it is there; in a torch built for CPUs alone, without torch's compiler and Triton.
-
-    As it is imported, Megatron marks functions for torch.compile and looks for Triton: 140 MB and a second in every
-    process, for functions that `transformer_config` switches off.
-    """
-    patches = _Patches()
-    hidden = torch.version.cuda is None and "triton" not in sys.modules
-    if torch.version.cuda is None:
-        patches.set(torch, "compile", lambda function=None, **options: function or (lambda given: given))
-    if hidden:
-        sys.modules["triton"] = None  # an import of it raises ImportError
-    try:
-        with contextlib.suppress(ModuleNotFoundError):  # what needs Megatron says so
-            importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
-    finally:
-        patches.undo()
-        if hidden:
-            del sys.modules["triton"]
-
-
-def _apply(patches: _Patches) -> None:
+def _apply(patches: Patches) -> None:
     stand_in = _TorchOnCPU()
     modules = [importlib.import_module(f"megatron.core.{name}") for name in _MODULES_SAYING_CUDA]
     from megatron.core import parallel_state

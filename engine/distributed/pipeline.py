@@ -10,42 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from icegrt.model.language_model import LanguageModel
-
-
-def wrap(model: LanguageModel, *, overlap: bool | None = None, bucket_size: int | None = None) -> list:
-    """Megatron's DDP around every chunk: fp32 gradients, reduce-scattered into the distributed optimizer's shares.
-
-    overlap: the reduction with the backward pass, and gathering parameters with the next forward pass (None: on a GPU).
-    bucket_size: parameters that travel together where they overlap (None: as many as Megatron thinks best).
-    """
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-
-    overlap = next(model.parameters()).is_cuda if overlap is None else overlap
-    config = DistributedDataParallelConfig(
-        use_distributed_optimizer=True,
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=overlap,
-        overlap_param_gather=overlap,
-        bucket_size=bucket_size,
-    )
-    # Only the first chunk is cut into buckets: the later ones' reductions hide behind the earlier ones' backward.
-    ddps = [
-        DistributedDataParallel(model.config, dataclasses.replace(config), chunk, disable_bucketing=index > 0)
-        for index, chunk in enumerate(model.chunks)
-    ]
-    if overlap:
-        syncs = [ddp.no_sync for ddp in ddps]
-        model.config.no_sync_func = syncs if len(ddps) > 1 else syncs[0]
-    return ddps
-
-
-def settle(ddps: list) -> None:
-    """Gather the parameters that the last optimizer step changed, where the next forward pass was to do so."""
-    for ddp in ddps:
-        if ddp.ddp_config.overlap_param_gather:
-            ddp.start_param_sync(force_sync=True)
-
 
 def true_everywhere(value: bool) -> bool:
     """Whether `value` is true on every rank."""

@@ -1,33 +1,17 @@
-"""Metrics: the records that trainers yield, the log of a run, and what watches it."""
+"""Metrics: the records that trainers yield, and the log of a run."""
 
-from icegrt.metrics.run_log import (
-    PHASES,
-    Evaluation,
-    JsonlWriter,
-    PPOStep,
-    RewardStep,
-    RunLog,
-    SFTStep,
-    drop_rollouts,
-    json_safe,
-    read_metrics,
-    rollout_path,
-    step_from_row,
-    write_text_aside,
-)
+from icegrt.metrics.records import PHASES, Evaluation, PPOStep, RewardStep, SFTStep, step_from_row
+from icegrt.metrics.run_log import RunLog, drop_rollouts, read_metrics, rollout_path
 
 __all__ = [
     "PHASES",
     "Evaluation",
-    "JsonlWriter",
     "PPOStep",
     "RewardStep",
     "RunLog",
     "SFTStep",
     "drop_rollouts",
-    "json_safe",
     "read_metrics",
     "rollout_path",
     "step_from_row",
-    "write_text_aside",
 ]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from icegrt.config import PPOConfig
-from icegrt.metrics.run_log import Evaluation, PPOStep
+from icegrt.metrics.records import Evaluation, PPOStep
 
 __all__ = ["Alarms", "trend"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from icegrt.distributed.layout import Layout
 from icegrt.errors import CheckpointError
 from icegrt.model.families import FAMILIES, Family, family_of, refuse_unsupported
 from icegrt.model.rope import Rope
+from icegrt.utils.files import read_object
 
 __all__ = ["DTYPES", "FAMILIES", "Architecture"]
 
@@ -185,17 +185,6 @@ def _pipeline_settings(layout: Layout) -> dict[str, Any]:
         stages[-1].append("loss")
         settings["pipeline_model_parallel_layout"] = stages
     return settings
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises `CheckpointError` naming it."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # not readable, not UTF-8, or not JSON
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); copy the file again") from None
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path}: holds no JSON object but {type(document).__name__}; copy the file again")
-    return document
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -12,8 +10,6 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor, nn
 
-from icegrt.distributed.cluster import Cluster
-from icegrt.distributed.layout import check_model
 from icegrt.kernels import VocabShard
 from icegrt.model.architecture import Architecture
 from icegrt.model.attention import AttentionPlan
@@ -129,51 +125,3 @@ class LanguageModel(Trunk):
                 allow_shape_mismatch=True,
             )
         return state
-
-
-def check_cut(architecture: Architecture) -> None:
-    """Raises `ConfigError` where the layout of the open cluster cannot cut such a model; costs nothing."""
-    cluster = Cluster.current()
-    check_model(
-        cluster.layout,
-        cluster.world_size,
-        layers=architecture.num_layers,
-        heads=architecture.num_heads,
-        kv_heads=architecture.num_kv_heads,
-        ffn=architecture.ffn_size,
-    )
-
-
-def assemble(
-    architecture: Architecture, head: HeadKind, *, dtype: torch.dtype, recompute: str = "none"
-) -> LanguageModel:
-    """What this rank holds of a model under the layout of the open cluster, with weights that are not set yet.
-
-    Raises `ConfigError` where the architecture cannot be cut that way.
-    """
-    check_cut(architecture)
-    cluster = Cluster.current()
-    layout = cluster.layout
-    config = architecture.transformer_config(dtype=dtype, layout=layout, recompute=recompute)
-    stages = range(layout.virtual_pipeline) if layout.virtual_pipeline > 1 else (None,)
-    chunks = [LanguageModel(architecture, config, head, stage).to(cluster.device) for stage in stages]
-    for index, layer in enumerate(layer for chunk in chunks for layer in chunk.decoder.layers):
-        layer.self_attention.core_attention.layer = index
-    for chunk in chunks:
-        chunk.chunks = chunks
-    return chunks[-1]
-
-
-@contextlib.contextmanager
-def whole_sequences(model: LanguageModel) -> Iterator[None]:
-    """Sequence parallelism off while decoding: one token per sequence does not divide by the tensor-parallel size."""
-    parts = [part for chunk in model.chunks for part in chunk.modules()] if model.config.sequence_parallel else []
-    names = ("sequence_parallel", "reduce_scatter_embeddings")
-    switched = [(x, name) for x in (*parts, model.config) for name in names if x.__dict__.get(name) is True]
-    try:
-        for place, name in switched:
-            setattr(place, name, False)
-        yield
-    finally:
-        for place, name in switched:
-            setattr(place, name, True)

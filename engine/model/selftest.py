@@ -6,7 +6,7 @@ import torch
 
 from icegrt.distributed.cluster import Cluster
 from icegrt.model.architecture import Architecture
-from icegrt.model.language_model import assemble
+from icegrt.model.build import assemble
 from icegrt.packing import pack
 
 _CONFIG = {

@@ -14,15 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import chain, pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from icegrt import _C
+from icegrt.packing.arrays import flatten, integer
 
-__all__ = ["PackedBatch", "Plan", "Share", "balance", "pack", "unpack"]
+__all__ = ["PackedBatch", "pack", "unpack"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,78 +89,6 @@ class PackedBatch:
         return list(torch.split(x_A, torch.diff(self.cu_actions).tolist())) if self.n_sequences else []
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Which sequence goes where: `assignments[rank][micro_batch]` holds ascending sequence indices.
-
-    Every rank has `n_micro_batches` micro-batches; some may be empty (`pack` gives those a one-token tail). `tokens`
-    has the same shape as `assignments` and holds the tokens of each micro-batch, none above `token_budget`.
-    """
-
-    assignments: tuple[tuple[tuple[int, ...], ...], ...]
-    tokens: tuple[tuple[int, ...], ...]
-    token_budget: int
-
-    @property
-    def ranks(self) -> int:
-        return len(self.assignments)
-
-    @property
-    def n_micro_batches(self) -> int:
-        """Micro-batches per rank."""
-        return len(self.assignments[0])
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of all sequences."""
-        return sum(map(sum, self.tokens))
-
-    @property
-    def max_tokens(self) -> int:
-        """Tokens of the fullest micro-batch."""
-        return max(map(max, self.tokens))
-
-    @property
-    def n_empty(self) -> int:
-        """Micro-batches without a sequence."""
-        return sum(not members for rank in self.assignments for members in rank)
-
-    @property
-    def fill(self) -> float:
-        """Share of the budget in use: tokens over micro-batches times `token_budget`."""
-        return self.n_tokens / (self.ranks * self.n_micro_batches * self.token_budget)
-
-    @property
-    def imbalance(self) -> float:
-        """Fullest micro-batch over the mean one, >= 1; 1.0 for a plan without tokens."""
-        n_tokens = self.n_tokens
-        return self.max_tokens * self.ranks * self.n_micro_batches / n_tokens if n_tokens else 1.0
-
-    @property
-    def waste(self) -> float:
-        """Share of lock-step time in which a rank waits for the fullest one of the same micro-batch, 0 when even."""
-        slowest = sum(max(column) for column in zip(*self.tokens))
-        return 1.0 - self.n_tokens / (slowest * self.ranks) if slowest else 0.0
-
-
-@dataclass(frozen=True)
-class Share:
-    """What of a plan falls to one rank: its place among the data-parallel ranks, and how its micro-batches are cut.
-
-    round_to: micro-batches come in multiples of this; tail_multiple: their tokens do (see `balance` and `pack`).
-    """
-
-    ranks: int = 1
-    rank: int = 0
-    round_to: int = 1
-    tail_multiple: int = 1
-
-    def assign(self, lengths: Sequence[int], token_budget: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Every rank's micro-batches of sequence indices (`Plan.assignments`)."""
-        plan = balance(lengths, token_budget=token_budget, ranks=self.ranks, round_to=self.round_to)
-        return plan.assignments
-
-
 def pack(
     prompts: Sequence,
     responses: Sequence,
@@ -182,11 +110,11 @@ def pack(
         ValueError: lengths do not match, a prompt is empty, a token id is negative or not an integer, a mask is not
             0/1, or the batch exceeds int32 offsets. The message names the argument and the sequence.
     """
-    prompt_tokens, prompt_offsets = _flatten("prompts", prompts)
-    response_tokens, response_offsets = _flatten("responses", responses)
+    prompt_tokens, prompt_offsets = flatten("prompts", prompts)
+    response_tokens, response_offsets = flatten("responses", responses)
     mask, mask_offsets = None, None
     if action_masks is not None:
-        flat_mask, mask_offsets = _flatten("action_masks", action_masks, kinds="iub")
+        flat_mask, mask_offsets = flatten("action_masks", action_masks, kinds="iub")
         if flat_mask.size and not ((flat_mask == 0) | (flat_mask == 1)).all():
             bad = flat_mask[(flat_mask != 0) & (flat_mask != 1)][0]
             raise ValueError(f"action_masks: expected 0, 1 or bool, got {bad}")
@@ -197,8 +125,8 @@ def pack(
         response_tokens,
         response_offsets,
         mask_offsets,
-        _integer("tail_multiple", tail_multiple),
-        _integer("tail_token", tail_token),
+        integer("tail_multiple", tail_multiple),
+        integer("tail_token", tail_token),
     )
     tensors = {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in out.items()}
     return PackedBatch(action_tokens_A=torch.from_numpy(response_tokens), action_mask_A=mask, **tensors)
@@ -211,99 +139,3 @@ def unpack(batch: PackedBatch) -> tuple[list[Tensor], list[Tensor]]:
     starts = [end - n for end, n in zip(ends[1:], n_actions)]
     prompts = [batch.tokens_T[a:b] for a, b in zip(ends, starts)]
     return prompts, [batch.tokens_T[a:b] for a, b in zip(starts, ends[1:])]
-
-
-def balance(
-    lengths: Sequence[int] | np.ndarray | Tensor,
-    *,
-    token_budget: int,
-    ranks: int = 1,
-    round_to: int = 1,
-    costs: Sequence[int] | np.ndarray | Tensor | None = None,
-) -> Plan:
-    """Shares sequences out over data-parallel ranks and micro-batches of at most `token_budget` tokens.
-
-    Every rank gets the same number of micro-batches, a multiple of `round_to` and as few as the placement finds; their
-    sizes are then evened out. The result depends on the arguments only.
-
-    Args:
-        lengths: N lengths in tokens, each from 1 to `token_budget`.
-        token_budget: most tokens in one micro-batch. An alignment tail added by `pack` is not part of it: leave room.
-        ranks: data-parallel size.
-        round_to: micro-batches per rank are a multiple of this (the pipeline size under virtual pipeline parallelism).
-        costs: N integers to even out instead of the lengths, for example with attention's quadratic share. The budget
-            is still about tokens.
-
-    Raises:
-        ValueError: a sequence is longer than the budget (its index and length are named), a length or option is below
-            1, a cost is negative, a sum does not fit in int64, or `lengths` and `costs` differ in size.
-    """
-    length_array = _row("lengths", lengths)
-    cost_array = None if costs is None else _row("costs", costs)
-    token_budget, ranks = _integer("token_budget", token_budget), _integer("ranks", ranks)
-    round_to = _integer("round_to", round_to)
-    n, order, offsets, tokens = _C.balance(length_array, cost_array, token_budget, ranks, round_to)
-    flat, ends = order.tolist(), offsets.tolist()
-    bins = [tuple(flat[a:b]) for a, b in pairwise(ends)]
-    starts = range(0, ranks * n, n)
-    return Plan(
-        assignments=tuple(tuple(bins[k : k + n]) for k in starts),
-        tokens=tuple(tuple(tokens[k : k + n].tolist()) for k in starts),
-        token_budget=token_budget,
-    )
-
-
-def _integer(name: str, value) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise ValueError(f"{name}: expected an integer, got {value!r}")
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name}: expected an int64, got {value}")
-    return int(value)
-
-
-def _row(name: str, row, kinds: str = "iu") -> np.ndarray:
-    """One sequence of integers as an int64 array (a copy unless it is one already)."""
-    if isinstance(row, Tensor):
-        if row.is_floating_point() or row.is_complex():
-            raise ValueError(f"{name}: expected integers, got {row.dtype}")
-        array = row.detach().cpu().numpy()
-    else:
-        try:
-            array = np.asarray(row)
-        except (ValueError, TypeError, OverflowError) as error:
-            raise ValueError(f"{name}: expected a sequence of integers, got {type(row).__name__} ({error})") from None
-    if array.ndim != 1:
-        raise ValueError(f"{name}: expected one dimension, got shape {array.shape} from {type(row).__name__}")
-    if array.size == 0 and not isinstance(row, (np.ndarray, Tensor)):
-        array = array.astype(np.int64)  # numpy calls an empty list float64
-    if array.dtype.kind not in kinds:
-        raise ValueError(f"{name}: expected int64 values, got {array.dtype}")
-    return np.ascontiguousarray(array, dtype=np.int64)
-
-
-def _flatten(name: str, rows: Sequence, kinds: str = "iu") -> tuple[np.ndarray, np.ndarray]:
-    """Ragged rows -> int64 values end to end, and N + 1 int64 offsets. The values never alias the caller's arrays."""
-    try:
-        rows = list(rows)
-    except TypeError:
-        raise ValueError(f"{name}: expected a sequence of token sequences, got {type(rows).__name__}") from None
-    offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-    if not rows:
-        return np.zeros(0, dtype=np.int64), offsets
-    if all(type(row) is list for row in rows):
-        flat = _flat_list(list(chain.from_iterable(rows)), kinds)
-        if flat is not None:
-            np.cumsum(np.fromiter(map(len, rows), dtype=np.int64, count=len(rows)), out=offsets[1:])
-            return flat, offsets
-    arrays = [_row(f"{name}[{i}]", row, kinds) for i, row in enumerate(rows)]
-    np.cumsum([array.size for array in arrays], out=offsets[1:])
-    return np.concatenate(arrays), offsets
-
-
-def _flat_list(values: list, kinds: str) -> np.ndarray | None:
-    """Python integers as int64, at one go; None when a value is unfit, and the slow path then finds and names it."""
-    try:
-        flat = np.array(values) if values else np.zeros(0, dtype=np.int64)
-    except (ValueError, TypeError, OverflowError):
-        return None
-    return flat.astype(np.int64, copy=False) if flat.ndim == 1 and flat.dtype.kind in kinds else None

@@ -13,9 +13,10 @@ from icegrt.data import Prompt
 from icegrt.distributed.cluster import Cluster
 from icegrt.metrics import Evaluation
 from icegrt.metrics.statistics import distinct_fraction
-from icegrt.ppo.experience import Planned, plan, score_logprobs
+from icegrt.ppo.batch_plan import Planned, plan
 from icegrt.ppo.rewards import Judge, Verdict
 from icegrt.ppo.scores import ScoreScalings, combine
+from icegrt.ppo.scoring import score_logprobs
 from icegrt.rewards.sample import Sample
 from icegrt.roles.role import Role
 from icegrt.rollout.engine import RolloutEngine

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from icegrt.distributed.cluster import Cluster
 from icegrt.kernels import masked_moments
-from icegrt.metrics import Evaluation, JsonlWriter, PPOStep
+from icegrt.metrics import Evaluation, PPOStep
 from icegrt.ppo.experience import Experience
 from icegrt.ppo.rewards import Verdict
 from icegrt.ppo.update import UpdateOutcome, mean_grad_norm
+from icegrt.utils.files import JsonlWriter
 
 _NOT_THE_ITERATION = ("evaluate", "checkpoint")
 

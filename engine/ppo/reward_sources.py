@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from icegrt.config import PPOConfig
-from icegrt.errors import CheckpointError, ConfigError
-from icegrt.model.architecture import read_object
+from icegrt.errors import ConfigError
 from icegrt.rewards.sources import Entry, Scorers, named
-from icegrt.training.reward_model import SCORE_STATISTICS
 
 
 @dataclass(frozen=True)
@@ -78,16 +76,3 @@ def _is_function(part: Any) -> bool:
     if isinstance(part, str):
         return ".py:" in part or (":" in part and not Path(part).exists())
     return isinstance(part, Callable) and not hasattr(part, "state_dict")
-
-
-def saved_statistics(reward_model: Any) -> dict[str, float] | None:
-    """Count, mean and std of the scores that a reward model's checkpoint says it gives; None where it does not say."""
-    path = Path(reward_model) / SCORE_STATISTICS if isinstance(reward_model, (str, Path)) else None
-    if path is None or not path.is_file():
-        return None
-    found = read_object(path).get("after")
-    if not isinstance(found, dict) or not all(isinstance(found.get(k), (int, float)) for k in ("count", "mean", "std")):
-        raise CheckpointError(
-            f"{path}: expected `after` with count, mean and std; remove the file to start without them"
-        )
-    return found

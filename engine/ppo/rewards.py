@@ -13,12 +13,13 @@ from torch import Tensor
 
 from icegrt.data import Prompt
 from icegrt.distributed.cluster import Cluster
-from icegrt.ppo.experience import Planned, score_sequences
+from icegrt.ppo.batch_plan import Planned
 from icegrt.ppo.scores import ModelScores
+from icegrt.ppo.scoring import score_sequences
 from icegrt.rewards.sample import Sample
 from icegrt.rewards.sources import Scorers, SourceScores
 from icegrt.roles.role import Role
-from icegrt.rollout.types import Response
+from icegrt.rollout.samples import sample_of
 
 
 @dataclass(frozen=True)
@@ -146,18 +147,3 @@ def _joined(parts: list[tuple[SourceScores, list[int]]], count: int) -> SourceSc
         for n, result, error in zip(where, said.results, said.errors, strict=True):
             results[n], errors[n] = result, error
     return replace(parts[0][0], results=results, errors=errors)
-
-
-def sample_of(tokenizer: Any, response: Response, prompt: Prompt) -> Sample:
-    """A response as a reward function sees it: cut at the stop token first, scored after."""
-    return Sample(
-        text=tokenizer.decode(response.tokens, skip_special_tokens=True),
-        tokens=list(response.tokens),  # copies: what a user's function does to them must not reach the update
-        prompt=tokenizer.decode(prompt.tokens, skip_special_tokens=False),
-        prompt_tokens=list(prompt.tokens),
-        finish_reason=response.finish_reason,
-        row=dict(prompt.row),
-        where=prompt.where,
-        group=response.prompt_index,
-        index=response.sample,
-    )

@@ -7,11 +7,13 @@ from typing import Any
 from icegrt.config import PPOConfig
 from icegrt.data import Encoded, Prompt
 from icegrt.errors import CheckpointError, ConfigError
-from icegrt.model.architecture import DTYPES, read_object
-from icegrt.model.hf.reader import Pretrained, build_model
+from icegrt.model.architecture import DTYPES
+from icegrt.model.build import build_model
+from icegrt.model.hf.reader import Pretrained
 from icegrt.ppo.reward_sources import RewardSources
 from icegrt.rewards.sources import MODEL_NAME
 from icegrt.roles.role import Role
+from icegrt.utils.files import read_object
 
 
 def check_config(config: PPOConfig) -> None:

@@ -29,21 +29,26 @@ from icegrt.errors import ConfigError, RewardError, RunError
 from icegrt.kernels import masked_moments
 from icegrt.metrics import Evaluation, PPOStep, rollout_path
 from icegrt.metrics.alarms import Alarms
-from icegrt.model.hf import mapping as weights
-from icegrt.model.hf.reader import Pretrained, save_pretrained
-from icegrt.model.language_model import check_cut
+from icegrt.model.build import check_cut
+from icegrt.model.hf import exporter
+from icegrt.model.hf.reader import Pretrained
+from icegrt.model.hf.score_statistics import saved_statistics
+from icegrt.model.hf.writer import save_pretrained
+from icegrt.ppo.batch_plan import Planned, plan
 from icegrt.ppo.evaluator import Assessment, Assessor
-from icegrt.ppo.experience import Experience, Planned, plan, score_logprobs, score_values, shape
+from icegrt.ppo.experience import Experience, shape
 from icegrt.ppo.kl_controller import kl_controller
 from icegrt.ppo.metrics import ppo_step, write_rollouts
-from icegrt.ppo.reward_sources import RewardSources, saved_statistics
-from icegrt.ppo.rewards import Judge, RewardModel, Verdict, sample_of
+from icegrt.ppo.reward_sources import RewardSources
+from icegrt.ppo.rewards import Judge, RewardModel, Verdict
 from icegrt.ppo.scores import Scores, ScoreScaling, ScoreScalings, combine
+from icegrt.ppo.scoring import score_logprobs, score_values
 from icegrt.ppo.setup import build_roles, check_config, check_critic, check_lengths
 from icegrt.ppo.update import UpdateOutcome, Updater
 from icegrt.report.page import write_run_report
 from icegrt.rewards.sources import Scorers
 from icegrt.rollout.engine import RolloutEngine
+from icegrt.rollout.samples import sample_of
 from icegrt.rollout.types import Response, Sampling
 from icegrt.training.trainer import Trainer, resolve_chunk_rows, tokenizer_for, write_json
 from icegrt.utils.console import say, warn
@@ -349,7 +354,7 @@ class PPOTrainer(Trainer):
     def save_pretrained(self, out: str | Path) -> Path:
         """Write the actor as a Hugging Face checkpoint."""
         return save_pretrained(
-            weights.export_tensors(self.actor.model, self.dtype),
+            exporter.export_tensors(self.actor.model, self.dtype),
             self.actor.model.architecture,
             out,
             classifier=False,

@@ -17,11 +17,12 @@ import jinja2
 
 from icegrt.config import Loadable, PPOConfig
 from icegrt.errors import ConfigError, RunError
-from icegrt.metrics import PPOStep, json_safe, read_metrics, step_from_row, write_text_aside
+from icegrt.metrics import PPOStep, read_metrics, step_from_row
 from icegrt.metrics.alarms import Alarms
 from icegrt.report.plots import ppo_panels, write_curves_png
 from icegrt.report.tables import cards, charts, example_texts, margins, outcomes, phases, settings_tables, training
 from icegrt.report.verdict import verdict
+from icegrt.utils.files import json_safe, write_text_aside
 
 __all__ = ["validated", "write_ppo_report", "write_run_report"]
 

@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from icegrt.config import STAGES, Loadable
+from icegrt.config import SECTIONS, Loadable
 from icegrt.config.introspect import rows as config_rows
 from icegrt.config.loader import as_yaml
 from icegrt.config.strict_yaml import parse
-from icegrt.metrics import PHASES, json_safe
+from icegrt.metrics import PHASES
 from icegrt.metrics.alarms import KL_TARGET_MULTIPLE
 from icegrt.report.plots import legend, panel_svg, stacked_bar_svg
 from icegrt.report.text import arrow, breakdown, duration, interval, number, percent, signed, visible
 from icegrt.report.verdict import Change, change_of
+from icegrt.utils.files import json_safe
 
 __all__ = ["cards", "charts", "example_texts", "margins", "outcomes", "phases", "settings_tables", "training"]
 
@@ -171,7 +172,7 @@ def settings_tables(path: Path, settings: Sequence[Loadable] | None) -> list[dic
         return []
     tables = []
     for section, values in sections.items():
-        known = {row.name: row for row in config_rows(STAGES[section])} if section in STAGES else {}
+        known = {row.name: row for row in config_rows(SECTIONS[section])} if section in SECTIONS else {}
         rows = []
         for name, value in _flat(values, section):
             row, text = known.get(name), _setting(value)

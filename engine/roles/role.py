@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from icegrt.config import OptimizerConfig
-from icegrt.distributed.pipeline import objects_from_last_stage, settle, true_everywhere, vectors_from_last_stage, wrap
+from icegrt.distributed.pipeline import objects_from_last_stage, true_everywhere, vectors_from_last_stage
 from icegrt.model.language_model import LanguageModel
 from icegrt.packing import PackedBatch
+from icegrt.roles.optimizer import make_optimizer, make_scheduler, settle, wrap
 
 # What a loss returns for a micro-batch: (sum over its tokens, how many tokens it counts, statistics).
 Loss = tuple[Tensor, int, Any]
@@ -65,8 +66,8 @@ class Role:
             weakref.finalize(self, ddp.grad_accs.clear)
         self.model.settle = lambda: settle(ddps)
         self.model.config.finalize_model_grads_func = finalize_model_grads
-        self.optimizer = _optimizer(config, self._ddps, self.model.config)
-        self.schedule = _schedule(config, self.optimizer, total_steps)
+        self.optimizer = make_optimizer(config, self._ddps, self.model.config)
+        self.schedule = make_scheduler(config, self.optimizer, total_steps)
 
     @torch.no_grad()
     def score(
@@ -148,58 +149,3 @@ class Role:
 
     def _gradients_are_finite(self) -> bool:
         return all(bool(torch.isfinite(buffer.grad_data.sum())) for ddp in self._ddps for buffer in ddp.buffers)
-
-
-def _optimizer(config: OptimizerConfig, ddps, model_config):
-    from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-    from megatron.core.optimizer import get_megatron_optimizer
-
-    settings = MegatronOptimizerConfig(
-        optimizer="adam",
-        lr=config.lr,
-        min_lr=config.lr * config.min_lr_fraction,
-        weight_decay=config.weight_decay,
-        adam_beta1=config.beta1,
-        adam_beta2=config.beta2,
-        adam_eps=config.eps,
-        clip_grad=config.clip_grad,
-        bf16=model_config.bf16,
-        params_dtype=model_config.params_dtype,
-        use_distributed_optimizer=True,
-    )
-    optimizer = get_megatron_optimizer(settings, list(ddps))
-    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
-        _index_as_ordered(inner)
-    return optimizer
-
-
-def _index_as_ordered(optimizer) -> None:
-    # Checkpoints look a parameter's state up by its place in the group. Megatron numbers the places in buffer order and
-    # then puts fp32 parameters first: beside bf16 ones the scalar head would be given another parameter's state.
-    groups = zip(optimizer.model_fp32_groups, optimizer.model_float16_groups, strict=True)
-    for group, (fp32, float16) in enumerate(groups):
-        for order, parameter in enumerate((*fp32, *float16)):
-            optimizer.model_param_group_index_map[parameter] = (group, order)
-
-
-def _schedule(config: OptimizerConfig, optimizer, total_steps: int):
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-
-    warmup = min(int(config.warmup_fraction * total_steps), total_steps - 1)
-    return OptimizerParamScheduler(
-        optimizer,
-        # The first step of a warm-up moves already, by the first rung of the ladder.
-        init_lr=config.lr / (warmup + 1) if warmup else 0.0,
-        max_lr=config.lr,
-        min_lr=config.lr * config.min_lr_fraction,
-        lr_warmup_steps=warmup,
-        lr_decay_steps=max(total_steps, 1),
-        lr_decay_style=config.schedule,
-        start_wd=config.weight_decay,
-        end_wd=config.weight_decay,
-        wd_incr_steps=total_steps,
-        wd_incr_style="constant",
-        # A checkpoint says how many steps were taken; over how many the rate falls, and from where, the configuration.
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )

@@ -11,7 +11,7 @@ from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
 from icegrt.errors import ConfigError
 from icegrt.model.architecture import DTYPES
-from icegrt.model.hf.reader import build_model
+from icegrt.model.build import build_model
 from icegrt.model.language_model import LanguageModel
 
 

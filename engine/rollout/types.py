@@ -55,3 +55,13 @@ class Response:
     def truncated(self) -> bool:
         """Whether the answer was cut for length: it ended without EOS."""
         return self.finish_reason == "length"
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A sequence to be drawn."""
+
+    prompt: int
+    sample: int
+    id: int
+    tokens: list[int]

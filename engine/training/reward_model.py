@@ -16,16 +16,17 @@ from icegrt.data import Blend, Encoded, Joined, Ranking, RankingEncoder, untied_
 from icegrt.data.training_data import hold_out, packed
 from icegrt.errors import DataError
 from icegrt.metrics import RewardStep
-from icegrt.model.hf import mapping as weights
-from icegrt.model.hf.reader import Pretrained, build_model, save_pretrained
+from icegrt.model.build import build_model
+from icegrt.model.hf import exporter
+from icegrt.model.hf.reader import Pretrained
+from icegrt.model.hf.score_statistics import SCORE_STATISTICS, score_statistics
+from icegrt.model.hf.writer import save_pretrained
 from icegrt.roles.role import Role
 from icegrt.training.ranking_loss import RankingQuality, evaluate_ranking, pack_group, pack_rankings, ranking_loss
-from icegrt.training.reward_summary import heldout_figures, score_statistics
+from icegrt.training.reward_summary import heldout_figures
 from icegrt.training.single_model import OneModelTrainer
 from icegrt.training.trainer import write_json
 from icegrt.utils.console import say
-
-SCORE_STATISTICS = "score_statistics.json"
 
 
 class RewardTrainer(OneModelTrainer):
@@ -151,7 +152,7 @@ class RewardTrainer(OneModelTrainer):
     def save_pretrained(self, out: str | Path, statistics: dict[str, Any] | None = None) -> Path:
         """Write an `AutoModelForSequenceClassification` with one label, and its score statistics beside it."""
         return save_pretrained(
-            weights.export_tensors(self.role.model, self.dtype),
+            exporter.export_tensors(self.role.model, self.dtype),
             self.role.model.architecture,
             out,
             classifier=True,

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
 from icegrt.config import RewardConfig
 from icegrt.data import Joined
@@ -16,12 +15,6 @@ from icegrt.metrics.statistics import accuracy_by_margin, best_one_feature_basel
 from icegrt.training.ranking_loss import RankedBatch, RankingQuality, pack_group, pack_rankings
 
 _BASELINE_PROMPTS = 4096  # the trivial judge is fitted on so many training prompts at most
-
-
-def score_statistics(score_N: torch.Tensor) -> dict[str, float]:
-    """Count, mean and (population) standard deviation of raw scores, by which PPO normalises them."""
-    score_N = score_N.double()
-    return {"count": score_N.numel(), "mean": float(score_N.mean()), "std": float(score_N.std(correction=0))}
 
 
 def heldout_figures(

@@ -14,8 +14,8 @@ from typing import Any
 
 from icegrt.checkpoint.directory import list_checkpoints, recover
 from icegrt.errors import RunError
-from icegrt.metrics import JsonlWriter
 from icegrt.utils.console import is_main
+from icegrt.utils.files import JsonlWriter
 
 CONFIG_FILE = "config.yaml"
 _PATIENCE_S = 5.0

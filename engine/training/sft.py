@@ -11,8 +11,10 @@ from icegrt.config import SFTConfig
 from icegrt.data import Blend, Example, ExampleEncoder, Joined
 from icegrt.data.training_data import packed
 from icegrt.metrics import SFTStep
-from icegrt.model.hf import mapping as weights
-from icegrt.model.hf.reader import Pretrained, build_model, save_pretrained
+from icegrt.model.build import build_model
+from icegrt.model.hf import exporter
+from icegrt.model.hf.reader import Pretrained
+from icegrt.model.hf.writer import save_pretrained
 from icegrt.roles.role import Role
 from icegrt.training.sft_loss import heldout_loss, pack_examples, pack_group, response_nll
 from icegrt.training.single_model import OneModelTrainer
@@ -98,7 +100,7 @@ class SFTTrainer(OneModelTrainer):
 
     def save_pretrained(self, out: str | Path) -> Path:
         """Write the model as a Hugging Face checkpoint."""
-        tensors = weights.export_tensors(self.role.model, self.dtype)
+        tensors = exporter.export_tensors(self.role.model, self.dtype)
         return save_pretrained(
             tensors,
             self.role.model.architecture,

@@ -10,8 +10,8 @@ from icegrt.data import Encoded, stop_ids
 from icegrt.data.examples import Encoder
 from icegrt.data.training_data import encode_sources
 from icegrt.errors import ConfigError, DataError
+from icegrt.model.build import check_cut
 from icegrt.model.hf.reader import Pretrained
-from icegrt.model.language_model import check_cut
 from icegrt.roles.role import Role
 from icegrt.training.trainer import Trainer, tokenizer_for
 

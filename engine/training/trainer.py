@@ -21,13 +21,14 @@ from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
 from icegrt.errors import ConfigError, RunError
 from icegrt.kernels import default_chunk_rows
-from icegrt.metrics import RunLog, drop_rollouts, write_text_aside
+from icegrt.metrics import RunLog, drop_rollouts
 from icegrt.metrics.sinks import check_sinks
 from icegrt.model.architecture import DTYPES, Architecture
 from icegrt.roles.role import Role
 from icegrt.training.run_folder import CONFIG_FILE, Claim, claim_run
 from icegrt.training.sigterm import noting_sigterm
 from icegrt.utils.console import is_main, progress, say
+from icegrt.utils.files import write_text_aside
 
 
 class Callback:

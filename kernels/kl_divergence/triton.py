@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import note_launch
-from ..ppo_policy_loss.reference import EXPONENT_LIMIT
 from ..validate import single_backward
+from .reference import EXPONENT_LIMIT
 
 BLOCK = 2048
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}

@@ -5,7 +5,7 @@ equal weights their log-probs agree to the bit and the ratio is exactly 1. The l
 logits are at hand: three matrix products in all. Which rows enter the product of the logits follows from the mask
 alone; rows without any gradient (clipped, zero advantage) leave before the two products of the backward.
 
-`steps` is what happens to a chunk's logits between the products: the module linear_rows (PyTorch) or linear_triton.
+`steps` is what happens to a chunk's logits between the products: the module torch_ops (PyTorch) or triton.py.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from ..common.vocab_rows import Rows, merge_rows
-from ..ppo_policy_loss import reference
+from ..ppo_policy_loss.reference import counts
 from ..types import PPOLoss, TokenLogprobs
 from ..validate import IGNORED_LABEL, single_backward
-from . import torch_ops as linear_rows
+from . import torch_ops
 from .products import Gradients, Head
 
 
@@ -108,7 +108,7 @@ def linear_logprobs(
     shard,
     chunk_rows,
     weight_grad_out,
-    steps: ModuleType = linear_rows,
+    steps: ModuleType = torch_ops,
 ) -> TokenLogprobs:
     head = Head.of(hidden_AH, weight_VH, labels_A, mask_A, temperature, entropy, shard, chunk_rows)
     return TokenLogprobs(*_LinearLogprobs.apply(hidden_AH, weight_VH, head, mask_A, weight_grad_out, steps))
@@ -131,10 +131,10 @@ def linear_ppo_loss(
     shard,
     chunk_rows,
     weight_grad_out,
-    steps: ModuleType = linear_rows,
+    steps: ModuleType = torch_ops,
     **terms,
 ) -> PPOLoss:
-    entropy = reference.counts(terms["entropy_coef"])
+    entropy = counts(terms["entropy_coef"])
     head = Head.of(hidden_AH, weight_VH, labels_A, mask_A, temperature, entropy, shard, chunk_rows)
     kept_R = head.labels_R != IGNORED_LABEL
     streams = [

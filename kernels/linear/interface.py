@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import validate as checks
 from ..dispatch import select
-from ..types import TokenLogprobs, VocabShard
+from ..types import Moments, PPOLoss, TokenLogprobs, VocabShard
+from ..validate import check_head, check_objective
 
 
 def linear_logprobs(
@@ -48,31 +47,69 @@ def linear_logprobs(
     )
 
 
-def check_head(op, hidden_AH, weight_VH, labels_A, mask_A, temperature, shard, chunk_rows, weight_grad_out) -> None:
-    """Checks the arguments that both linear operations share."""
-    checks.floating(op, "hidden_AH", hidden_AH, (None, None))
-    checks.floating(op, "weight_VH", weight_VH, (None, hidden_AH.shape[1]), hidden_AH)
-    if hidden_AH.dtype != weight_VH.dtype and not torch.is_autocast_enabled(hidden_AH.device.type):
-        raise TypeError(
-            f"{op}: hidden_AH and weight_VH must have one dtype (or run under autocast), got {hidden_AH.dtype} and "
-            f"{weight_VH.dtype}"
-        )
-    checks.integral(op, "labels_A", labels_A, (hidden_AH.shape[0],), hidden_AH)
-    checks.mask(op, "mask_A", mask_A, (hidden_AH.shape[0],), hidden_AH)
-    checks.plain_number(op, "temperature", temperature, low=0.0, above=True)
-    checks.shard(op, shard, weight_VH.shape[0])
-    if weight_VH.shape[0] == 0:
-        raise ValueError(f"{op}: weight_VH must have at least one row, got shape {tuple(weight_VH.shape)}")
-    if chunk_rows is not None and (isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int) or chunk_rows < 1):
-        raise ValueError(f"{op}: chunk_rows must be an int >= 1 or None, got {chunk_rows!r}")
-    if weight_grad_out is not None:
-        checks.floating(op, "weight_grad_out", weight_grad_out, tuple(weight_VH.shape), weight_VH)
-        wanted = checks.wide_dtype(hidden_AH, weight_VH)
-        if weight_grad_out.dtype != wanted or weight_grad_out.requires_grad:
-            raise ValueError(
-                f"{op}: weight_grad_out must be a {wanted} buffer that requires no gradient, got "
-                f"{weight_grad_out.dtype} with requires_grad={weight_grad_out.requires_grad}"
-            )
-    vocab_size = weight_VH.shape[0] if shard is None else shard.vocab_size
-    masked = labels_A if mask_A is None else torch.where(mask_A != 0, labels_A, checks.IGNORED_LABEL)
-    checks.labels_in_range(op, masked, vocab_size)
+def linear_ppo_loss(
+    hidden_AH: Tensor,
+    weight_VH: Tensor,
+    labels_A: Tensor,
+    old_logprob_A: Tensor | None,
+    advantage_A: Tensor,
+    *,
+    ref_logprob_A: Tensor | None = None,
+    mask_A: Tensor | None = None,
+    weight_A: Tensor | None = None,
+    normalizer: float | Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    kl_coef: float | Tensor = 0.0,
+    kl_estimator: str = "k2",
+    kl_gradient: str = "k2",
+    entropy_coef: float | Tensor = 0.0,
+    temperature: float = 1.0,
+    moments: Moments | None = None,
+    shift_mean: bool = True,
+    shard: VocabShard | None = None,
+    chunk_rows: int | None = None,
+    weight_grad_out: Tensor | None = None,
+) -> PPOLoss:
+    """ppo_policy_loss(linear_logprobs(hidden, weight, labels), ...) in three matrix products and one pass over chunks.
+
+    Head arguments as in linear_logprobs, objective arguments as in ppo_policy_loss; rows with label -100 or mask_A 0
+    do not count. The forward forms the gradient (in fp32 over the chunks) and backward scales it by the upstream
+    scalar on the device; nothing is formed under no_grad or for a frozen input. The loss is this rank's sum over
+    normalizer; under a vocabulary shard it is the same on every rank of the group.
+    Returns PPOLoss(loss, stats). Raises TypeError or ValueError naming the argument.
+    """
+    op = "linear_ppo_loss"
+    check_head(op, hidden_AH, weight_VH, labels_A, mask_A, temperature, shard, chunk_rows, weight_grad_out)
+    terms = {
+        "clip_low": clip_low,
+        "clip_high": clip_high,
+        "dual_clip": dual_clip,
+        "kl_coef": kl_coef,
+        "kl_estimator": kl_estimator,
+        "kl_gradient": kl_gradient,
+        "entropy_coef": entropy_coef,
+    }
+    streams = check_objective(
+        op, hidden_AH, old_logprob_A, advantage_A, ref_logprob_A, mask_A, weight_A, normalizer, moments, terms
+    )
+    old_logprob_A, advantage_A, ref_logprob_A, weight_A = streams
+    return select(op, hidden_AH, weight_VH)(
+        hidden_AH,
+        weight_VH,
+        labels_A,
+        old_logprob_A,
+        advantage_A,
+        ref_logprob_A=ref_logprob_A,
+        mask_A=mask_A,
+        weight_A=weight_A,
+        normalizer=normalizer,
+        moments=moments,
+        shift_mean=shift_mean,
+        temperature=float(temperature),
+        shard=shard,
+        chunk_rows=chunk_rows,
+        weight_grad_out=weight_grad_out,
+        **terms,
+    )

@@ -1,4 +1,4 @@
-"""The plain PyTorch meaning of the linear operations: logits = hidden @ weight.T, then what reference.py says of them.
+"""The plain PyTorch meaning of the linear operations: logits = hidden @ weight.T, then the plain operation.
 
 Autograd does the rest, and the [A, V] logits exist: this is what the chunked and the Triton forms are measured
 against, in value, time and memory. chunk_rows means nothing here.
@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ppo_policy_loss import reference
+from ..ppo_policy_loss.reference import counts, ppo_policy_loss
+from ..token_logprobs.reference import token_logprobs
 from ..types import PPOLoss, TokenLogprobs, VocabShard
 from ..validate import IGNORED_LABEL, wide_dtype
 
@@ -64,7 +65,7 @@ def linear_logprobs(
     if mask_A is not None:
         labels_A = torch.where(mask_A != 0, labels_A, IGNORED_LABEL)
     logits_AV = _logits(hidden_AH, weight_VH, labels_A, shard, weight_grad_out)
-    return reference.token_logprobs(logits_AV, labels_A, temperature=temperature, entropy=entropy, shard=shard)
+    return token_logprobs(logits_AV, labels_A, temperature=temperature, entropy=entropy, shard=shard)
 
 
 def linear_ppo_loss(
@@ -93,12 +94,12 @@ def linear_ppo_loss(
         labels_A,
         mask_A=counted_A,
         temperature=temperature,
-        entropy=reference.counts(terms["entropy_coef"]),
+        entropy=counts(terms["entropy_coef"]),
         shard=shard,
         chunk_rows=chunk_rows,
         weight_grad_out=weight_grad_out,
     )
-    return reference.ppo_policy_loss(
+    return ppo_policy_loss(
         scored.logprob_A,
         old_logprob_A,
         advantage_A,

@@ -1,7 +1,7 @@
 """What happens to a chunk of logits [C, v] between the products, in PyTorch and in place: statistics and gradient.
 
-Departing from reference_rows: exp, sum and quotient are one pass of torch.softmax over the buffer, after which the
-largest probability tells the sum (exp(0) / sum), and the gradient is finished in the same memory. linear_triton.py has
+Departing from common.vocab_rows: exp, sum and quotient are one pass of torch.softmax over the buffer, after which the
+largest probability tells the sum (exp(0) / sum), and the gradient is finished in the same memory. triton.py.py has
 the same functions for a GPU.
 """
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..common.vocab_rows import FLOOR, Rows, finite, local_label
-from ..ppo_policy_loss import reference
+from ..ppo_policy_loss.reference import policy_token_loss, ppo_policy_loss
 from ..types import VocabShard
+from ..whitening.reference import whiten
 from .products import Head
 
 BLOCK_ROWS = 32  # rows of a temporary where the entropy needs one: a chunk-sized one would double the memory
@@ -99,15 +100,13 @@ def token_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """d objective / d log-prob and / d entropy of each token, by autograd through the reference."""
     if moments is not None:
-        advantage = reference.whiten(advantage, moments, shift_mean=shift_mean)
+        advantage = whiten(advantage, moments, shift_mean=shift_mean)
     weight = kept.to(logprob.dtype) if weight is None else weight
     with torch.enable_grad():
         inputs = [x.clone().requires_grad_() for x in (logprob, entropy) if x is not None]
-        loss, _ = reference.policy_token_loss(
-            inputs[0], None if entropy is None else inputs[1], old, advantage, ref, **terms
-        )
+        loss, _ = policy_token_loss(inputs[0], None if entropy is None else inputs[1], old, advantage, ref, **terms)
         grads = torch.autograd.grad(loss, inputs, weight)
     return grads[0], grads[1] if entropy is not None else None
 
 
-policy_loss = reference.ppo_policy_loss
+policy_loss = ppo_policy_loss

@@ -18,7 +18,7 @@ from ..common.vocab_rows import Rows
 from ..ppo_policy_loss.triton import policy_launch, ppo_policy_loss
 from ..token_logprobs.triton import gradient_launch, statistics_launch
 from ..types import VocabShard
-from . import chunked as linear_chunked
+from . import chunked
 from .products import Head
 
 __all__ = ["gradient", "linear_logprobs", "linear_ppo_loss", "policy_loss", "revisit", "statistics", "token_gradients"]
@@ -65,5 +65,5 @@ def token_gradients(logprob, entropy, old, advantage, ref, weight, kept, **terms
     return g, None if entropy is None else h
 
 
-linear_logprobs = functools.partial(linear_chunked.linear_logprobs, steps=sys.modules[__name__])
-linear_ppo_loss = functools.partial(linear_chunked.linear_ppo_loss, steps=sys.modules[__name__])
+linear_logprobs = functools.partial(chunked.linear_logprobs, steps=sys.modules[__name__])
+linear_ppo_loss = functools.partial(chunked.linear_ppo_loss, steps=sys.modules[__name__])

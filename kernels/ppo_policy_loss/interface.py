@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import validate as checks
+from .. import validate
 from ..dispatch import select
 from ..types import Moments, PPOLoss
+from ..validate import check_objective
 
 
 def ppo_policy_loss(
@@ -40,9 +41,9 @@ def ppo_policy_loss(
     argument; a kl_coef without ref_logprob_A and an entropy_coef without entropy_A are refused.
     """
     op = "ppo_policy_loss"
-    checks.floating(op, "logprob_A", logprob_A, (None,))
+    validate.floating(op, "logprob_A", logprob_A, (None,))
     if entropy_A is not None:
-        checks.floating(op, "entropy_A", entropy_A, tuple(logprob_A.shape), logprob_A)
+        validate.floating(op, "entropy_A", entropy_A, tuple(logprob_A.shape), logprob_A)
     elif isinstance(entropy_coef, Tensor) or entropy_coef != 0:
         raise ValueError(f"{op}: entropy_A must be given when entropy_coef is {entropy_coef}, got None")
     terms = {
@@ -71,26 +72,3 @@ def ppo_policy_loss(
         shift_mean=shift_mean,
         **terms,
     )
-
-
-def check_objective(op, like, old_logprob_A, advantage_A, ref_logprob_A, mask_A, weight_A, normalizer, moments, terms):
-    """Checks the arguments that both policy losses share; returns the streams detached, for they are constants."""
-    shape = (like.shape[0],)
-    checks.floating(op, "advantage_A", advantage_A, shape, like)
-    for name, x in (("old_logprob_A", old_logprob_A), ("ref_logprob_A", ref_logprob_A), ("weight_A", weight_A)):
-        if x is not None:
-            checks.floating(op, name, x, shape, like)
-    checks.mask(op, "mask_A", mask_A, shape, like)
-    checks.number(op, "normalizer", normalizer, low=0.0, above=True, like=like)
-    checks.plain_number(op, "clip_low", terms["clip_low"], low=0.0, high=1.0)
-    checks.plain_number(op, "clip_high", terms["clip_high"], low=0.0)
-    if terms["dual_clip"] is not None:
-        checks.plain_number(op, "dual_clip", terms["dual_clip"], low=1.0, above=True)
-    checks.number(op, "kl_coef", terms["kl_coef"], low=0.0, like=like)
-    checks.number(op, "entropy_coef", terms["entropy_coef"], like=like)
-    checks.choice(op, "kl_estimator", terms["kl_estimator"], checks.KL_ESTIMATORS)
-    checks.choice(op, "kl_gradient", terms["kl_gradient"], ("k2", "raw"))
-    if ref_logprob_A is None and (isinstance(terms["kl_coef"], Tensor) or terms["kl_coef"] != 0):
-        raise ValueError(f"{op}: ref_logprob_A must be given when kl_coef is {terms['kl_coef']}, got None")
-    checks.moments(op, moments, like)
-    return tuple(None if x is None else x.detach() for x in (old_logprob_A, advantage_A, ref_logprob_A, weight_A))

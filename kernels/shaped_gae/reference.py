@@ -13,9 +13,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..ppo_policy_loss import reference
+from ..kl_divergence.reference import kl_divergence
 from ..types import ShapedGAE
 from ..validate import wide_dtype
+from ..whitening.reference import masked_moments
 
 
 @torch.no_grad()
@@ -45,7 +46,7 @@ def shaped_gae(
     if ref_logprob_A is None:
         kl_R = torch.zeros(index_R.shape[0], dtype=dtype, device=value_A.device)
     else:
-        kl_R = reference.kl_divergence(rows(logprob_A), rows(ref_logprob_A), kl_estimator)
+        kl_R = kl_divergence(rows(logprob_A), rows(ref_logprob_A), kl_estimator)
     reward_R = -kl_coef * kl_R if _charged(kl_coef) else torch.zeros_like(kl_R)
     if token_reward_A is not None:
         reward_R = reward_R + rows(token_reward_A)
@@ -60,7 +61,7 @@ def shaped_gae(
         return torch.zeros(value_A.shape, dtype=dtype, device=value_A.device).index_copy_(0, index_R, x_R)
 
     homeless_N = ~filled_N & (score_N != 0)
-    moments = reference.masked_moments(advantage_R)
+    moments = masked_moments(advantage_R)
     return ShapedGAE(
         advantage_A=spread(advantage_R),
         return_A=spread(advantage_R + value_R),

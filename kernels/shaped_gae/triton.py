@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import note_launch
+from ..kl_divergence.reference import EXPONENT_LIMIT
 from ..kl_divergence.triton import estimate
-from ..ppo_policy_loss.reference import EXPONENT_LIMIT
 from ..types import Moments, ShapedGAE
 from ..validate import KL_ESTIMATORS
 from ..whitening.triton import finish_moments

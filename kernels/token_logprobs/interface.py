@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import validate as checks
+from .. import validate
 from ..dispatch import select
 from ..types import TokenLogprobs, VocabShard
 
@@ -29,15 +29,15 @@ def token_logprobs(
     inplace_backward on a leaf or an expanded view.
     """
     op = "token_logprobs"
-    checks.floating(op, "logits_AV", logits_AV, (None, None))
-    checks.integral(op, "labels_A", labels_A, (logits_AV.shape[0],), logits_AV)
-    checks.plain_number(op, "temperature", temperature, low=0.0, above=True)
-    checks.shard(op, shard, logits_AV.shape[1])
+    validate.floating(op, "logits_AV", logits_AV, (None, None))
+    validate.integral(op, "labels_A", labels_A, (logits_AV.shape[0],), logits_AV)
+    validate.plain_number(op, "temperature", temperature, low=0.0, above=True)
+    validate.shard(op, shard, logits_AV.shape[1])
     if logits_AV.shape[1] == 0:
         raise ValueError(f"{op}: logits_AV must have at least one column, got shape {tuple(logits_AV.shape)}")
-    checks.labels_in_range(op, labels_A, logits_AV.shape[1] if shard is None else shard.vocab_size)
+    validate.labels_in_range(op, labels_A, logits_AV.shape[1] if shard is None else shard.vocab_size)
     if inplace_backward:
-        checks.overwritable(op, "logits_AV", logits_AV)
+        validate.overwritable(op, "logits_AV", logits_AV)
     return select(op, logits_AV)(
         logits_AV,
         labels_A,

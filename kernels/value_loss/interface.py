@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import validate as checks
+from .. import validate
 from ..dispatch import select
 from ..types import ValueLoss
 
@@ -27,20 +27,20 @@ def value_loss(
     lm-human-preferences. Raises TypeError or ValueError naming the argument.
     """
     op = "value_loss"
-    checks.floating(op, "value_A", value_A, (None,))
+    validate.floating(op, "value_A", value_A, (None,))
     shape = tuple(value_A.shape)
-    checks.floating(op, "return_A", return_A, shape, value_A)
+    validate.floating(op, "return_A", return_A, shape, value_A)
     if clip is not None:
-        checks.plain_number(op, "clip", clip, low=0.0, above=True)
+        validate.plain_number(op, "clip", clip, low=0.0, above=True)
         if old_value_A is None:
             raise ValueError(f"{op}: old_value_A must be given when clip is {clip}; got None (clip=None needs none)")
     if old_value_A is not None:
-        checks.floating(op, "old_value_A", old_value_A, shape, value_A)
+        validate.floating(op, "old_value_A", old_value_A, shape, value_A)
         old_value_A = old_value_A.detach()
-    checks.number(op, "normalizer", normalizer, low=0.0, above=True, like=value_A)
-    checks.mask(op, "mask_A", mask_A, shape, value_A)
+    validate.number(op, "normalizer", normalizer, low=0.0, above=True, like=value_A)
+    validate.mask(op, "mask_A", mask_A, shape, value_A)
     if weight_A is not None:
-        checks.floating(op, "weight_A", weight_A, shape, value_A)
+        validate.floating(op, "weight_A", weight_A, shape, value_A)
     run = select(op, value_A, old_value_A, return_A)
     return run(
         value_A, old_value_A, return_A.detach(), clip=clip, normalizer=normalizer, mask_A=mask_A, weight_A=weight_A

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.triton import AttachTokenGradients, bytes_of, column_of, fold, on_device, scalar, stream
 from ..dispatch import note_launch
-from ..ppo_policy_loss.triton import AttachTokenGradients, bytes_of, column_of, fold, on_device, scalar, stream
 from ..types import ValueLoss, ValueStats
 
 BLOCK = 1024

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import validate as checks
+from .. import validate
 from ..dispatch import select
 from ..types import Moments
 
@@ -17,8 +17,8 @@ def masked_moments(x: Tensor, mask: Tensor | None = None, group=None) -> Moments
     Raises ValueError for shapes that differ, TypeError for a dtype that is not floating.
     """
     op = "masked_moments"
-    checks.floating(op, "x", x, (None,) * getattr(x, "ndim", 1))
-    checks.mask(op, "mask", mask, tuple(x.shape), x)
+    validate.floating(op, "x", x, (None,) * getattr(x, "ndim", 1))
+    validate.mask(op, "mask", mask, tuple(x.shape), x)
     return select(op, x)(x.detach(), mask, group)
 
 
@@ -30,9 +30,9 @@ def whiten(x: Tensor, moments: Moments, *, shift_mean: bool = True, eps: float =
     and for moments on another device.
     """
     op = "whiten"
-    checks.floating(op, "x", x, (None,) * getattr(x, "ndim", 1))
+    validate.floating(op, "x", x, (None,) * getattr(x, "ndim", 1))
     if moments is None:
         raise TypeError(f"{op}: moments must be Moments, got None")
-    checks.moments(op, moments, x)
-    checks.plain_number(op, "eps", eps, low=0.0)
+    validate.moments(op, moments, x)
+    validate.plain_number(op, "eps", eps, low=0.0)
     return select(op, x)(x, moments, shift_mean=shift_mean, eps=eps)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from icegrt.config import CriticConfig, DataSource, OptimizerConfig, ParallelConfig
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
-from icegrt.model.hf import mapping as weights
+from icegrt.model.hf import loader
 from icegrt.ppo.trainer import PPOTrainer
 
 # name: ranks, keys of `parallel`, whether the model is one with an embedding tied to the output and biases to QKV
@@ -132,7 +132,7 @@ def parity(folder, layout):
 
 def held(role):
     """Every rank's parameters: [(name, elements)] in the order of ranks."""
-    mine = [(n, p.numel()) for n, p in weights.held_parameters(role.model).items()]
+    mine = [(n, p.numel()) for n, p in loader.held_parameters(role.model).items()]
     everyones = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, mine)
     return everyones

@@ -9,7 +9,7 @@ from parallel.layout_cases import LAYOUTS, config
 from parallel.ranks import launch
 
 from icegrt.config import RewardCallConfig
-from icegrt.model.hf import mapping as weights
+from icegrt.model.hf import exporter
 from icegrt.ppo.trainer import PPOTrainer
 
 KEPT = [row["prompt"] for row in tiny.PROMPTS[:3]]
@@ -25,7 +25,7 @@ def dropping(folder, layout):
     settings = config(folder / layout, layout, lr=1e-4, reward=RewardCallConfig(on_error="drop"), **changes)
     with PPOTrainer(settings, tiny.causal_lm(0), tiny.tokenizer(), [tiny.scorer(1), few], tiny.PROMPTS) as run:
         steps = list(run)
-        found = dict(weights.export_tensors(run.actor.model, torch.float32))
+        found = dict(exporter.export_tensors(run.actor.model, torch.float32))
         if run.cluster.is_main:
             told = [(s.empty_steps, s.dropped_responses, s.skipped_steps) for s in steps]
             torch.save((told, found), folder / f"{layout}.pt")

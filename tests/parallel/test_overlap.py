@@ -8,8 +8,8 @@ import torch
 from parallel.layout_cases import LAYOUTS, config, parity, trainer, write_ptx
 from parallel.ranks import launch
 
-from icegrt.distributed.pipeline import wrap
 from icegrt.roles import role
+from icegrt.roles.optimizer import wrap
 from icegrt.rollout.types import Sampling
 
 # Of few parameters, so that a model has several buckets.
