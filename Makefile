@@ -5,10 +5,12 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.icegrt-installed
 # BENCH_OPTIONS=--quick takes seconds instead of minutes.
 BENCH_OPTIONS ?=
-BENCHES = $(sort $(wildcard bench/bench_*.py))
-RUN_BENCHES = for file in $(BENCHES); do echo "== $$file"; $(PY) $$file $(BENCH_OPTIONS) || status=1; done
+BENCHES = $(sort $(patsubst %.py,%,$(notdir $(wildcard bench/kernels/bench_*.py))))
+RUN_BENCHES = for name in $(BENCHES); do echo "== $$name"; $(PY) -m bench.kernels.$$name $(BENCH_OPTIONS) || status=1; done
 # Two workers of one thread each: ranks and workers would otherwise fight over the cores.
 TEST_OPTIONS ?= -q -n 2 --dist loadfile
+# Ahead-of-time compilation has a process of its own: Triton interprets kernels in the others.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
 
 .PHONY: help install ppo test test-long check format bench gpu clean
 
@@ -25,16 +27,18 @@ ppo: install  ## the whole recipe on a small example: text to PPO to an exported
 	OUT=$(OUT) $(PY) examples/ad_moderation/demo.py
 
 test: install  ## all tests that this machine can run, but those that take minutes
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(TEST_OPTIONS) -m "not long" tests
+	$(PYTEST) $(TEST_OPTIONS) -m "not long" tests --ignore=tests/kernels/aot
+	TRITON_INTERPRET=0 $(PYTEST) $(TEST_OPTIONS) -m "not long" tests/kernels/aot
 
 test-long: install  ## the tests that take minutes each
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m long tests
+	$(PYTEST) -q -m long tests --ignore=tests/kernels/aot
+	TRITON_INTERPRET=0 $(PYTEST) -q -m long tests/kernels/aot
 
 check: install  ## lint, format, import direction, and that every kernel has its reference, test and bench
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) tools/check_kernels.py
-	$(PY) -m pytest -q tests/test_imports.py
+	$(PYTEST) -q tests/project/test_imports.py
 
 format: install  ## rewrite to the house format
 	$(PY) -m ruff check --fix .

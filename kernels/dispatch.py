@@ -31,7 +31,7 @@ IMPLEMENTATIONS = MappingProxyType(
     {
         "token_logprobs": {
             "triton": "token_logprobs.triton:token_logprobs",
-            "reference": "ppo_policy_loss.reference:token_logprobs",
+            "reference": "token_logprobs.reference:token_logprobs",
         },
         "linear_logprobs": {
             "triton": "linear.triton:linear_logprobs",
@@ -47,10 +47,10 @@ IMPLEMENTATIONS = MappingProxyType(
             "triton": "ppo_policy_loss.triton:ppo_policy_loss",
             "reference": "ppo_policy_loss.reference:ppo_policy_loss",
         },
-        "value_loss": {"triton": "value_loss.triton:value_loss", "reference": "ppo_policy_loss.reference:value_loss"},
+        "value_loss": {"triton": "value_loss.triton:value_loss", "reference": "value_loss.reference:value_loss"},
         "kl_divergence": {
             "triton": "kl_divergence.triton:kl_divergence",
-            "reference": "ppo_policy_loss.reference:kl_divergence",
+            "reference": "kl_divergence.reference:kl_divergence",
         },
         "shaped_gae": {
             "triton": "shaped_gae.triton:shaped_gae",
@@ -59,9 +59,9 @@ IMPLEMENTATIONS = MappingProxyType(
         },
         "masked_moments": {
             "triton": "whitening.triton:masked_moments",
-            "reference": "ppo_policy_loss.reference:masked_moments",
+            "reference": "whitening.reference:masked_moments",
         },
-        "whiten": {"triton": "whitening.triton:whiten", "reference": "ppo_policy_loss.reference:whiten"},
+        "whiten": {"triton": "whitening.triton:whiten", "reference": "whitening.reference:whiten"},
         "sample_tokens": {
             "triton": "sample_tokens.triton:sample_tokens",
             "reference": "sample_tokens.reference:sample_tokens",

@@ -19,9 +19,9 @@ def pack_padded(input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor
     Raises ValueError for shapes that differ, a response on padding, and a response token with nothing before it.
     """
     op = "pack_padded"
-    validate.integral(op, "input_ids", input_ids, (None, None))
-    validate.mask(op, "attention_mask", attention_mask, tuple(input_ids.shape), input_ids)
-    validate.mask(op, "response_mask", response_mask, tuple(input_ids.shape), input_ids)
+    validate.check_integral(op, "input_ids", input_ids, (None, None))
+    validate.check_mask(op, "attention_mask", attention_mask, tuple(input_ids.shape), input_ids)
+    validate.check_mask(op, "response_mask", response_mask, tuple(input_ids.shape), input_ids)
     return select(op, input_ids)(input_ids, attention_mask != 0, response_mask != 0)
 
 

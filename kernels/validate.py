@@ -20,7 +20,7 @@ def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def floating(op: str, name: str, x: Tensor, shape: tuple[int | None, ...], like: Tensor | None = None) -> None:
+def check_floating(op: str, name: str, x: Tensor, shape: tuple[int | None, ...], like: Tensor | None = None) -> None:
     """x is a floating tensor of `shape` (None: any extent), on the device of `like`."""
     _tensor(op, name, x)
     if not x.is_floating_point():
@@ -29,7 +29,7 @@ def floating(op: str, name: str, x: Tensor, shape: tuple[int | None, ...], like:
     _device(op, name, x, like)
 
 
-def integral(op: str, name: str, x: Tensor, shape: tuple[int | None, ...], like: Tensor | None = None) -> None:
+def check_integral(op: str, name: str, x: Tensor, shape: tuple[int | None, ...], like: Tensor | None = None) -> None:
     """x is an int32 or int64 tensor of `shape`, on the device of `like`."""
     _tensor(op, name, x)
     if x.dtype not in (torch.int32, torch.int64):
@@ -38,7 +38,7 @@ def integral(op: str, name: str, x: Tensor, shape: tuple[int | None, ...], like:
     _device(op, name, x, like)
 
 
-def mask(op: str, name: str, x: Tensor | None, shape: tuple[int | None, ...], like: Tensor | None = None) -> None:
+def check_mask(op: str, name: str, x: Tensor | None, shape: tuple[int | None, ...], like: Tensor | None = None) -> None:
     """x is None or a tensor of `shape`, bool or a number that is 0 where masked."""
     if x is None:
         return
@@ -47,7 +47,7 @@ def mask(op: str, name: str, x: Tensor | None, shape: tuple[int | None, ...], li
     _device(op, name, x, like)
 
 
-def number(
+def check_number(
     op: str,
     name: str,
     x,
@@ -72,26 +72,26 @@ def number(
         raise ValueError(f"{op}: {name} must be finite and {bound}, got {x}")
 
 
-def plain_number(op: str, name: str, x, **bounds) -> None:
+def check_plain_number(op: str, name: str, x, **bounds) -> None:
     """A finite Python number: for values that shape control flow and must not be read from a device."""
     if isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a Python number, got a tensor")
-    number(op, name, x, **bounds)
+    check_number(op, name, x, **bounds)
 
 
-def choice(op: str, name: str, x: str, options: tuple[str, ...]) -> None:
+def check_choice(op: str, name: str, x: str, options: tuple[str, ...]) -> None:
     if x not in options:
         raise ValueError(f"{op}: {name} must be one of {', '.join(options)}, got {x!r}")
 
 
-def moments(op: str, x: Moments | None, like: Tensor) -> None:
+def check_moments(op: str, x: Moments | None, like: Tensor) -> None:
     if x is not None and not isinstance(x, Moments):
         raise TypeError(f"{op}: moments must be Moments or None, got {type(x).__name__}")
     if x is not None and x.mean.device != like.device:
         raise ValueError(f"{op}: moments must be on {like.device} like {_STREAMS}, got {x.mean.device}")
 
 
-def shard(op: str, x: VocabShard | None, columns: int) -> None:
+def check_shard(op: str, x: VocabShard | None, columns: int) -> None:
     if x is None:
         return
     if not isinstance(x, VocabShard):
@@ -100,7 +100,7 @@ def shard(op: str, x: VocabShard | None, columns: int) -> None:
         raise ValueError(f"{op}: shard.size must be the vocabulary extent {columns}, got {x.size}")
 
 
-def labels_in_range(op: str, labels_A: Tensor, vocab_size: int) -> None:
+def check_labels_in_range(op: str, labels_A: Tensor, vocab_size: int) -> None:
     """On CPU a label outside the vocabulary is refused; on a device it yields -inf (a check would stop the stream)."""
     if labels_A.device.type != "cpu" or labels_A.numel() == 0:
         return
@@ -112,7 +112,7 @@ def labels_in_range(op: str, labels_A: Tensor, vocab_size: int) -> None:
         )
 
 
-def overwritable(op: str, name: str, x: Tensor) -> None:
+def check_overwritable(op: str, name: str, x: Tensor) -> None:
     """x may be written over in backward: not a leaf, and no two of its elements share memory."""
     if x.requires_grad and x.is_leaf:
         raise ValueError(f"{op}: {name} must not be a leaf when its gradient is to be written over it")
@@ -154,23 +154,23 @@ def _device(op: str, name: str, x: Tensor, like: Tensor | None) -> None:
 
 def check_head(op, hidden_AH, weight_VH, labels_A, mask_A, temperature, shard, chunk_rows, weight_grad_out) -> None:
     """Checks the arguments that both linear operations share."""
-    floating(op, "hidden_AH", hidden_AH, (None, None))
-    floating(op, "weight_VH", weight_VH, (None, hidden_AH.shape[1]), hidden_AH)
+    check_floating(op, "hidden_AH", hidden_AH, (None, None))
+    check_floating(op, "weight_VH", weight_VH, (None, hidden_AH.shape[1]), hidden_AH)
     if hidden_AH.dtype != weight_VH.dtype and not torch.is_autocast_enabled(hidden_AH.device.type):
         raise TypeError(
             f"{op}: hidden_AH and weight_VH must have one dtype (or run under autocast), got {hidden_AH.dtype} and "
             f"{weight_VH.dtype}"
         )
-    integral(op, "labels_A", labels_A, (hidden_AH.shape[0],), hidden_AH)
-    mask(op, "mask_A", mask_A, (hidden_AH.shape[0],), hidden_AH)
-    plain_number(op, "temperature", temperature, low=0.0, above=True)
-    shard(op, shard, weight_VH.shape[0])
+    check_integral(op, "labels_A", labels_A, (hidden_AH.shape[0],), hidden_AH)
+    check_mask(op, "mask_A", mask_A, (hidden_AH.shape[0],), hidden_AH)
+    check_plain_number(op, "temperature", temperature, low=0.0, above=True)
+    check_shard(op, shard, weight_VH.shape[0])
     if weight_VH.shape[0] == 0:
         raise ValueError(f"{op}: weight_VH must have at least one row, got shape {tuple(weight_VH.shape)}")
     if chunk_rows is not None and (isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int) or chunk_rows < 1):
         raise ValueError(f"{op}: chunk_rows must be an int >= 1 or None, got {chunk_rows!r}")
     if weight_grad_out is not None:
-        floating(op, "weight_grad_out", weight_grad_out, tuple(weight_VH.shape), weight_VH)
+        check_floating(op, "weight_grad_out", weight_grad_out, tuple(weight_VH.shape), weight_VH)
         wanted = wide_dtype(hidden_AH, weight_VH)
         if weight_grad_out.dtype != wanted or weight_grad_out.requires_grad:
             raise ValueError(
@@ -179,27 +179,27 @@ def check_head(op, hidden_AH, weight_VH, labels_A, mask_A, temperature, shard, c
             )
     vocab_size = weight_VH.shape[0] if shard is None else shard.vocab_size
     masked = labels_A if mask_A is None else torch.where(mask_A != 0, labels_A, IGNORED_LABEL)
-    labels_in_range(op, masked, vocab_size)
+    check_labels_in_range(op, masked, vocab_size)
 
 
 def check_objective(op, like, old_logprob_A, advantage_A, ref_logprob_A, mask_A, weight_A, normalizer, moments, terms):
     """Checks the arguments that both policy losses share; returns the streams detached, for they are constants."""
     shape = (like.shape[0],)
-    floating(op, "advantage_A", advantage_A, shape, like)
+    check_floating(op, "advantage_A", advantage_A, shape, like)
     for name, x in (("old_logprob_A", old_logprob_A), ("ref_logprob_A", ref_logprob_A), ("weight_A", weight_A)):
         if x is not None:
-            floating(op, name, x, shape, like)
-    mask(op, "mask_A", mask_A, shape, like)
-    number(op, "normalizer", normalizer, low=0.0, above=True, like=like)
-    plain_number(op, "clip_low", terms["clip_low"], low=0.0, high=1.0)
-    plain_number(op, "clip_high", terms["clip_high"], low=0.0)
+            check_floating(op, name, x, shape, like)
+    check_mask(op, "mask_A", mask_A, shape, like)
+    check_number(op, "normalizer", normalizer, low=0.0, above=True, like=like)
+    check_plain_number(op, "clip_low", terms["clip_low"], low=0.0, high=1.0)
+    check_plain_number(op, "clip_high", terms["clip_high"], low=0.0)
     if terms["dual_clip"] is not None:
-        plain_number(op, "dual_clip", terms["dual_clip"], low=1.0, above=True)
-    number(op, "kl_coef", terms["kl_coef"], low=0.0, like=like)
-    number(op, "entropy_coef", terms["entropy_coef"], like=like)
-    choice(op, "kl_estimator", terms["kl_estimator"], KL_ESTIMATORS)
-    choice(op, "kl_gradient", terms["kl_gradient"], ("k2", "raw"))
+        check_plain_number(op, "dual_clip", terms["dual_clip"], low=1.0, above=True)
+    check_number(op, "kl_coef", terms["kl_coef"], low=0.0, like=like)
+    check_number(op, "entropy_coef", terms["entropy_coef"], like=like)
+    check_choice(op, "kl_estimator", terms["kl_estimator"], KL_ESTIMATORS)
+    check_choice(op, "kl_gradient", terms["kl_gradient"], ("k2", "raw"))
     if ref_logprob_A is None and (isinstance(terms["kl_coef"], Tensor) or terms["kl_coef"] != 0):
         raise ValueError(f"{op}: ref_logprob_A must be given when kl_coef is {terms['kl_coef']}, got None")
-    moments(op, moments, like)
+    check_moments(op, moments, like)
     return tuple(None if x is None else x.detach() for x in (old_logprob_A, advantage_A, ref_logprob_A, weight_A))

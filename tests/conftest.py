@@ -4,19 +4,20 @@ The environment is set before anything imports torch or triton: both read it onc
 """
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 HAS_CUDA = torch.cuda.is_available()
+# Triton reads this when kernels are imported. On a machine with a device kernels run there; CUDA_VISIBLE_DEVICES= hides
+# it and has them interpreted. Ahead-of-time compilation (tests/kernels/aot) needs a process with TRITON_INTERPRET=0.
 if not HAS_CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

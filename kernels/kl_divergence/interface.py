@@ -16,7 +16,7 @@ def kl_divergence(logprob_A: Tensor, ref_logprob_A: Tensor, estimator: str) -> T
     Raises ValueError for another estimator or shapes that differ, TypeError for a dtype that is not floating.
     """
     op = "kl_divergence"
-    validate.floating(op, "logprob_A", logprob_A, (None,) * getattr(logprob_A, "ndim", 1))
-    validate.floating(op, "ref_logprob_A", ref_logprob_A, tuple(logprob_A.shape), logprob_A)
-    validate.choice(op, "estimator", estimator, validate.KL_ESTIMATORS)
+    validate.check_floating(op, "logprob_A", logprob_A, (None,) * getattr(logprob_A, "ndim", 1))
+    validate.check_floating(op, "ref_logprob_A", ref_logprob_A, tuple(logprob_A.shape), logprob_A)
+    validate.check_choice(op, "estimator", estimator, validate.KL_ESTIMATORS)
     return select(op, logprob_A, ref_logprob_A)(logprob_A, ref_logprob_A, estimator)

@@ -41,9 +41,9 @@ def ppo_policy_loss(
     argument; a kl_coef without ref_logprob_A and an entropy_coef without entropy_A are refused.
     """
     op = "ppo_policy_loss"
-    validate.floating(op, "logprob_A", logprob_A, (None,))
+    validate.check_floating(op, "logprob_A", logprob_A, (None,))
     if entropy_A is not None:
-        validate.floating(op, "entropy_A", entropy_A, tuple(logprob_A.shape), logprob_A)
+        validate.check_floating(op, "entropy_A", entropy_A, tuple(logprob_A.shape), logprob_A)
     elif isinstance(entropy_coef, Tensor) or entropy_coef != 0:
         raise ValueError(f"{op}: entropy_A must be given when entropy_coef is {entropy_coef}, got None")
     terms = {

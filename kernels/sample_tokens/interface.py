@@ -31,16 +31,16 @@ def sample_tokens(
     Raises TypeError or ValueError naming the argument.
     """
     op = "sample_tokens"
-    validate.floating(op, "logits_NV", logits_NV, (None, None))
+    validate.check_floating(op, "logits_NV", logits_NV, (None, None))
     rows = (logits_NV.shape[0],)
-    validate.integral(op, "sequence_ids", sequence_ids, rows, logits_NV)
-    validate.integral(op, "positions", positions, rows, logits_NV)
-    validate.plain_number(op, "temperature", temperature, low=0.0)
-    validate.plain_number(op, "top_p", top_p, low=0.0, high=1.0, above=True)
+    validate.check_integral(op, "sequence_ids", sequence_ids, rows, logits_NV)
+    validate.check_integral(op, "positions", positions, rows, logits_NV)
+    validate.check_plain_number(op, "temperature", temperature, low=0.0)
+    validate.check_plain_number(op, "top_p", top_p, low=0.0, high=1.0, above=True)
     for name, x, low in (("top_k", top_k, 0), ("seed", seed, None)):
         if isinstance(x, bool) or not isinstance(x, int) or (low is not None and x < low):
             raise ValueError(f"{op}: {name} must be an int{'' if low is None else f' >= {low}'}, got {x!r}")
-    validate.shard(op, shard, logits_NV.shape[1])
+    validate.check_shard(op, shard, logits_NV.shape[1])
     if logits_NV.shape[1] == 0:
         raise ValueError(f"{op}: logits_NV must have at least one column, got shape {tuple(logits_NV.shape)}")
     return select(op, logits_NV)(

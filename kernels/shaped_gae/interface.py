@@ -43,23 +43,23 @@ def shaped_gae(
     """
     op = "shaped_gae"
     on_cpu = getattr(score_N, "device", None) == CPU
-    validate.floating(op, "score_N", score_N, (None,))
-    validate.integral(op, "cu_actions", cu_actions, (score_N.shape[0] + 1,), score_N)
-    validate.floating(op, "value_A", value_A, (None,), score_N)
+    validate.check_floating(op, "score_N", score_N, (None,))
+    validate.check_integral(op, "cu_actions", cu_actions, (score_N.shape[0] + 1,), score_N)
+    validate.check_floating(op, "value_A", value_A, (None,), score_N)
     shape = tuple(value_A.shape)
-    validate.floating(op, "logprob_A", logprob_A, shape, score_N)
+    validate.check_floating(op, "logprob_A", logprob_A, shape, score_N)
     for name, x in (("ref_logprob_A", ref_logprob_A), ("token_reward_A", token_reward_A)):
         if x is not None:
-            validate.floating(op, name, x, shape, score_N)
+            validate.check_floating(op, name, x, shape, score_N)
     if bootstrap_N is not None:
-        validate.floating(op, "bootstrap_N", bootstrap_N, tuple(score_N.shape), score_N)
-    validate.mask(op, "mask_A", mask_A, shape, score_N)
-    validate.number(op, "kl_coef", kl_coef, like=score_N)
+        validate.check_floating(op, "bootstrap_N", bootstrap_N, tuple(score_N.shape), score_N)
+    validate.check_mask(op, "mask_A", mask_A, shape, score_N)
+    validate.check_number(op, "kl_coef", kl_coef, like=score_N)
     if ref_logprob_A is None and (isinstance(kl_coef, Tensor) or kl_coef != 0):
         raise ValueError(f"{op}: ref_logprob_A must be given when kl_coef is {kl_coef}, got None")
-    validate.choice(op, "kl_estimator", kl_estimator, validate.KL_ESTIMATORS)
-    validate.plain_number(op, "gamma", gamma, low=0.0, high=1.0)
-    validate.plain_number(op, "lam", lam, low=0.0, high=1.0)
+    validate.check_choice(op, "kl_estimator", kl_estimator, validate.KL_ESTIMATORS)
+    validate.check_plain_number(op, "gamma", gamma, low=0.0, high=1.0)
+    validate.check_plain_number(op, "lam", lam, low=0.0, high=1.0)
     if on_cpu:
         _check_boundaries(op, cu_actions, shape[0])
     shaped = select(op, value_A, score_N, logprob_A, ref_logprob_A, token_reward_A)(

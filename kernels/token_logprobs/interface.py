@@ -29,15 +29,15 @@ def token_logprobs(
     inplace_backward on a leaf or an expanded view.
     """
     op = "token_logprobs"
-    validate.floating(op, "logits_AV", logits_AV, (None, None))
-    validate.integral(op, "labels_A", labels_A, (logits_AV.shape[0],), logits_AV)
-    validate.plain_number(op, "temperature", temperature, low=0.0, above=True)
-    validate.shard(op, shard, logits_AV.shape[1])
+    validate.check_floating(op, "logits_AV", logits_AV, (None, None))
+    validate.check_integral(op, "labels_A", labels_A, (logits_AV.shape[0],), logits_AV)
+    validate.check_plain_number(op, "temperature", temperature, low=0.0, above=True)
+    validate.check_shard(op, shard, logits_AV.shape[1])
     if logits_AV.shape[1] == 0:
         raise ValueError(f"{op}: logits_AV must have at least one column, got shape {tuple(logits_AV.shape)}")
-    validate.labels_in_range(op, labels_A, logits_AV.shape[1] if shard is None else shard.vocab_size)
+    validate.check_labels_in_range(op, labels_A, logits_AV.shape[1] if shard is None else shard.vocab_size)
     if inplace_backward:
-        validate.overwritable(op, "logits_AV", logits_AV)
+        validate.check_overwritable(op, "logits_AV", logits_AV)
     return select(op, logits_AV)(
         logits_AV,
         labels_A,

@@ -27,20 +27,20 @@ def value_loss(
     lm-human-preferences. Raises TypeError or ValueError naming the argument.
     """
     op = "value_loss"
-    validate.floating(op, "value_A", value_A, (None,))
+    validate.check_floating(op, "value_A", value_A, (None,))
     shape = tuple(value_A.shape)
-    validate.floating(op, "return_A", return_A, shape, value_A)
+    validate.check_floating(op, "return_A", return_A, shape, value_A)
     if clip is not None:
-        validate.plain_number(op, "clip", clip, low=0.0, above=True)
+        validate.check_plain_number(op, "clip", clip, low=0.0, above=True)
         if old_value_A is None:
             raise ValueError(f"{op}: old_value_A must be given when clip is {clip}; got None (clip=None needs none)")
     if old_value_A is not None:
-        validate.floating(op, "old_value_A", old_value_A, shape, value_A)
+        validate.check_floating(op, "old_value_A", old_value_A, shape, value_A)
         old_value_A = old_value_A.detach()
-    validate.number(op, "normalizer", normalizer, low=0.0, above=True, like=value_A)
-    validate.mask(op, "mask_A", mask_A, shape, value_A)
+    validate.check_number(op, "normalizer", normalizer, low=0.0, above=True, like=value_A)
+    validate.check_mask(op, "mask_A", mask_A, shape, value_A)
     if weight_A is not None:
-        validate.floating(op, "weight_A", weight_A, shape, value_A)
+        validate.check_floating(op, "weight_A", weight_A, shape, value_A)
     run = select(op, value_A, old_value_A, return_A)
     return run(
         value_A, old_value_A, return_A.detach(), clip=clip, normalizer=normalizer, mask_A=mask_A, weight_A=weight_A

@@ -17,8 +17,8 @@ def masked_moments(x: Tensor, mask: Tensor | None = None, group=None) -> Moments
     Raises ValueError for shapes that differ, TypeError for a dtype that is not floating.
     """
     op = "masked_moments"
-    validate.floating(op, "x", x, (None,) * getattr(x, "ndim", 1))
-    validate.mask(op, "mask", mask, tuple(x.shape), x)
+    validate.check_floating(op, "x", x, (None,) * getattr(x, "ndim", 1))
+    validate.check_mask(op, "mask", mask, tuple(x.shape), x)
     return select(op, x)(x.detach(), mask, group)
 
 
@@ -30,9 +30,9 @@ def whiten(x: Tensor, moments: Moments, *, shift_mean: bool = True, eps: float =
     and for moments on another device.
     """
     op = "whiten"
-    validate.floating(op, "x", x, (None,) * getattr(x, "ndim", 1))
+    validate.check_floating(op, "x", x, (None,) * getattr(x, "ndim", 1))
     if moments is None:
         raise TypeError(f"{op}: moments must be Moments, got None")
-    validate.moments(op, moments, x)
-    validate.plain_number(op, "eps", eps, low=0.0)
+    validate.check_moments(op, moments, x)
+    validate.check_plain_number(op, "eps", eps, low=0.0)
     return select(op, x)(x, moments, shift_mean=shift_mean, eps=eps)

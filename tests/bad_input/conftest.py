@@ -1,8 +1,9 @@
 """What the corpus of bad input shares: a home with good inputs, and a check of how a command refuses."""
 
 import pytest
-import stage_cases as cases
-from bad_input import corpus
+
+from tests.helpers import corpus
+from tests.helpers import stage_cases as cases
 
 
 @pytest.fixture(scope="module")

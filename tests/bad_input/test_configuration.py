@@ -3,7 +3,8 @@
 import importlib.util
 
 import pytest
-import stage_cases as cases
+
+from tests.helpers import stage_cases as cases
 
 FIND_SPEC = importlib.util.find_spec
 GOOD = "ppo:\n  actor: a\n  prompts: p.jsonl\n"

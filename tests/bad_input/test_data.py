@@ -4,8 +4,9 @@ import json
 import os
 
 import pytest
-import stage_cases as stages
-from bad_input.data_cases import (
+
+from tests.helpers import stage_cases as stages
+from tests.helpers.data_cases import (
     GOOD,
     GOOD_RANKING,
     Case,

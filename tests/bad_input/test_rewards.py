@@ -4,9 +4,9 @@ import json
 import threading
 
 import pytest
-import reward_cases
-import stage_cases as cases
-import tiny_models
+
+from tests.helpers import reward_cases, tiny_models
+from tests.helpers import stage_cases as cases
 
 
 def ppo(home, run_dir, *keys):

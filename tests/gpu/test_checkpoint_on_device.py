@@ -4,12 +4,11 @@ import pytest
 
 pytest.importorskip("megatron.core", reason="the engine needs megatron-core, and the kernels beside it do not")
 
-import stage_cases as cases
-import tiny_models as tiny
-
 from icegrt.checkpoint import directory as files
 from icegrt.config import SFTConfig
 from icegrt.training.sft import SFTTrainer
+from tests.helpers import stage_cases as cases
+from tests.helpers import tiny_models as tiny
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

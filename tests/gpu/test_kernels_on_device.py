@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from kernel_cases import assert_within_budget, plain_logprobs
 
 from icegrt.kernels import (
     linear_logprobs,
@@ -13,6 +12,7 @@ from icegrt.kernels import (
     use_backend,
     value_loss,
 )
+from tests.helpers.kernel_cases import assert_within_budget, plain_logprobs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

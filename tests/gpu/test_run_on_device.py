@@ -1,12 +1,12 @@
 """An iteration on a CUDA device: every tensor where its kernel looks for it, scoring and update of one shape."""
 
 import pytest
-import tiny_models as tiny
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from icegrt.distributed.cluster import Cluster
 from icegrt.ppo.trainer import PPOTrainer
+from tests.helpers import tiny_models as tiny
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from kernel_cases import assert_within_budget
 
 from icegrt.kernels import (
     kl_divergence,
@@ -13,6 +12,7 @@ from icegrt.kernels import (
     use_backend,
     whiten,
 )
+from tests.helpers.kernel_cases import assert_within_budget
 
 RESULTS = ("advantage_A", "return_A", "reward_A", "kl_N")
 

@@ -6,14 +6,14 @@ import signal
 import time
 
 import pytest
-import tiny_models as tiny
 import torch
-from parallel.layout_cases import LAYOUTS, config, trainer, write_ptx
-from parallel.ranks import launch
 
 from icegrt.checkpoint import directory as files
 from icegrt.checkpoint import manager as checkpoint
 from icegrt.errors import RunError
+from tests.helpers import tiny_models as tiny
+from tests.helpers.layout_cases import LAYOUTS, config, trainer, write_ptx
+from tests.helpers.ranks import launch
 
 
 def weights_now(run):

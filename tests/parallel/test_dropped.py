@@ -3,14 +3,14 @@
 import math
 
 import pytest
-import tiny_models as tiny
 import torch
-from parallel.layout_cases import LAYOUTS, config
-from parallel.ranks import launch
 
 from icegrt.config import RewardCallConfig
 from icegrt.model.hf import exporter
 from icegrt.ppo.trainer import PPOTrainer
+from tests.helpers import tiny_models as tiny
+from tests.helpers.layout_cases import LAYOUTS, config
+from tests.helpers.ranks import launch
 
 KEPT = [row["prompt"] for row in tiny.PROMPTS[:3]]
 

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 import pytest
-import stage_cases as cases
 
 from icegrt.checkpoint import directory as files
+from tests.helpers import stage_cases as cases
 
 # KILLS=200 makes a long night of it.
 KILLS, PARTIAL, ITERATIONS = int(os.environ.get("KILLS", "20")), 5, 80

@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-import stage_cases as stages
+
+from tests.helpers import stage_cases as stages
 
 FAILING = """
 import os

@@ -4,16 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
-import stage_cases as stages
-import tiny_models as tiny
 import torch
-from parallel.layout_cases import LAYOUTS, config, trainer, write_ptx
-from parallel.ranks import launch
 from safetensors.torch import load_file
 
 from icegrt import cli
 from icegrt.model.architecture import DTYPES
 from icegrt.rollout.types import Sampling
+from tests.helpers import stage_cases as stages
+from tests.helpers import tiny_models as tiny
+from tests.helpers.layout_cases import LAYOUTS, config, trainer, write_ptx
+from tests.helpers.ranks import launch
 
 FOUR = ("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence_parallel=true")
 

@@ -3,14 +3,14 @@
 from collections import Counter
 
 import pytest
-import tiny_models as tiny
 import torch
-from parallel.layout_cases import KL_TARGET, LAYOUTS, Watch, config, figures, parity, trainer, write_ptx
-from parallel.ranks import launch
 
 from icegrt.config import ParallelConfig
 from icegrt.errors import ConfigError
 from icegrt.ppo.trainer import PPOTrainer
+from tests.helpers import tiny_models as tiny
+from tests.helpers.layout_cases import KL_TARGET, LAYOUTS, Watch, config, figures, parity, trainer, write_ptx
+from tests.helpers.ranks import launch
 
 # Two ranks share two cores; four take a turn longer.
 CASES = [

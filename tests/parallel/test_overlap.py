@@ -3,14 +3,14 @@
 from functools import partial
 
 import pytest
-import tiny_models as tiny
 import torch
-from parallel.layout_cases import LAYOUTS, config, parity, trainer, write_ptx
-from parallel.ranks import launch
 
 from icegrt.roles import role
 from icegrt.roles.optimizer import wrap
 from icegrt.rollout.types import Sampling
+from tests.helpers import tiny_models as tiny
+from tests.helpers.layout_cases import LAYOUTS, config, parity, trainer, write_ptx
+from tests.helpers.ranks import launch
 
 # Of few parameters, so that a model has several buckets.
 overlapped = partial(wrap, overlap=True, bucket_size=4000)

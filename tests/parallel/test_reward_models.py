@@ -1,12 +1,12 @@
 """Two reward models in a layout: each is cut like the others, and says what it says in one process."""
 
 import pytest
-import tiny_models as tiny
 import torch
-from parallel.layout_cases import LAYERS, LAYOUTS, Watch, config, held
-from parallel.ranks import launch
 
 from icegrt.ppo.trainer import PPOTrainer
+from tests.helpers import tiny_models as tiny
+from tests.helpers.layout_cases import LAYERS, LAYOUTS, Watch, config, held
+from tests.helpers.ranks import launch
 
 NAMES = ["reward_model", "reward_model_2"]
 

@@ -1,17 +1,17 @@
 """The bytes that docs/scaling.md derives are the bytes that gloo sends, within 2%."""
 
 import pytest
-import tiny_models as tiny
 import torch
 import torch.distributed as dist
-from parallel.layout_cases import config
-from parallel.ranks import launch
-from parallel.traffic import Work, counted, derived
 
 from icegrt.config import ParallelConfig
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
 from icegrt.ppo.trainer import PPOTrainer
+from tests.helpers import tiny_models as tiny
+from tests.helpers.layout_cases import config
+from tests.helpers.ranks import launch
+from tests.helpers.traffic import Work, counted, derived
 
 # Wide enough that the few numbers which the derivation leaves out (sizes, flags, statistics) are below its tolerance.
 SHAPE = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 256}

@@ -10,12 +10,12 @@ import subprocess
 import sys
 
 import pytest
-import stage_cases as stages
-import tiny_models as tiny
-from parallel.ranks import launch
 from safetensors.torch import load_file
 
 from icegrt import cli
+from tests.helpers import stage_cases as stages
+from tests.helpers import tiny_models as tiny
+from tests.helpers.ranks import launch
 
 NODES = 2
 

@@ -1,0 +1,41 @@
+"""A checkpoint of a billion parameters goes in and out within its own size: one tensor at a time, no second copy."""
+
+import filecmp
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import tiny_models
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "tests" / "helpers" / "large_checkpoint.py"
+
+
+def step(*arguments) -> int:
+    """Run one step in a process of its own; its peak memory in bytes, as it prints it."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr
+    peaks = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak ")]
+    return peaks[-1] if peaks else 0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("dtype", "least"), [("fp32", 4e9), ("bf16", 2e9)])
+def test_a_billion_parameters_pass_within_their_size(dtype, least, tmp_path):
+    step("make", tmp_path / "in", dtype)
+    files = sorted(path.name for path in (tmp_path / "in").glob("*.safetensors*"))
+    size = sum((tmp_path / "in" / name).stat().st_size for name in files)
+    assert size > least and len(files) > 3
+    # The interpreter with torch and Megatron is 0.32 GB of this.
+    assert step("pass", tmp_path / "in", tmp_path / "out", tmp_path / "run", dtype) < 1.2 * size
+    assert filecmp.cmpfiles(tmp_path / "in", tmp_path / "out", files, shallow=False) == (files, [], [])
+    tiny_models.tokenizer().save_pretrained(tmp_path / "run" / "tokenizer")
+    # Without a model, memory does not grow with the checkpoint.
+    assert step("export", tmp_path / "run", tmp_path / "again", dtype) < 0.8e9
+    assert filecmp.cmpfiles(tmp_path / "in", tmp_path / "again", files, shallow=False) == (files, [], [])

@@ -1,0 +1,110 @@
+"""Rankings: scores, ranks and pairs, sampled tokens used as they were, and every refusal."""
+
+import pytest
+
+from icegrt.data import encode_prompt, encode_ranking, encode_rankings, read_rows, untied_pairs
+from icegrt.errors import DataError
+from tests.helpers.data_rows import PLAIN, make, row, text
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return make()
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return make(PLAIN)
+
+
+def test_scores_ranks_and_pairs(plain):
+    scored = encode_ranking(plain, row(prompt="p", responses=["a", "b", ""], scores=[1, 2.5, 0]), 9)
+    assert [text(plain, r) for r in scored.responses] == ["a<|im_end|>", "b<|im_end|>", "<|im_end|>"]
+    assert scored.scores == [1.0, 2.5, 0.0]
+    assert len(scored) == 3 + 5
+    ranked = encode_ranking(plain, row(prompt="p", responses=["a", "b", "c"], ranks=[2, 1, 2]), 9)
+    assert untied_pairs(ranked.scores) == [(1, 0), (1, 2)]
+    pair = encode_ranking(plain, row(prompt="p", chosen="good", rejected="bad"), 9)
+    assert text(plain, pair.responses[0]) == "good<|im_end|>"
+    assert untied_pairs(pair.scores) == [(0, 1)]
+
+
+def test_ties_and_margin():
+    assert untied_pairs([1.0, 1.0, 1.0]) == []
+    assert untied_pairs([0.0, 0.5, 2.0], margin=1.0) == [(2, 0), (2, 1)]
+    assert untied_pairs([0.0, 1.0], margin=1.0) == [(1, 0)]
+
+
+def test_rankings_use_the_template(chat):
+    ranking = encode_ranking(chat, row(prompt="ask", responses=["a", "b"], scores=[0, 1]), 99)
+    assert ranking.prompt == encode_prompt(chat, row(prompt="ask"), 99)
+    assert text(chat, ranking.responses[1]) == "b<|im_end|>"
+
+
+def test_sampled_ids_are_used_verbatim():
+    tokenizer = make(merges=[("a", "b")])
+    a, b, eos = *tokenizer.convert_tokens_to_ids(["a", "b"]), tokenizer.eos_token_id
+    data = dict(prompt="p", responses=["ab", "ab"], scores=[0, 1])
+    merged = encode_ranking(tokenizer, row(**data), 9).responses[0]
+    assert merged != [a, b, eos]
+    kept = encode_ranking(
+        tokenizer, row(**data, response_ids=[[a, b, eos], [a, b]], finish_reasons=["stop", "length"]), 9
+    )
+    assert kept.responses == [[a, b, eos], [a, b]]
+
+
+@pytest.mark.parametrize("ids", [[10**6], [-1], [1, 2, 3]])
+def test_foreign_or_stale_ids_give_way_to_the_text(plain, ids):
+    ranking = encode_ranking(plain, row(prompt="p", responses=["a", "b"], scores=[0, 1], response_ids=[ids, ids]), 9)
+    assert [text(plain, r) for r in ranking.responses] == ["a<|im_end|>", "b<|im_end|>"]
+
+
+def test_a_response_cut_at_its_length_gets_no_eos(plain, chat):
+    for tokenizer in (plain, chat):
+        data = dict(prompt="p", responses=["a", "b"], scores=[0, 1], finish_reasons=["length", "stop"])
+        assert [text(tokenizer, r) for r in encode_ranking(tokenizer, row(**data), 99).responses] == [
+            "a",
+            "b<|im_end|>",
+        ]
+
+
+R2 = dict(prompt="p", responses=["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (dict(prompt="p"), "columns found: `prompt`; expected `prompt` with `responses` and `scores` or `ranks`"),
+        (dict(chosen="a", rejected="b"), "columns found: `chosen`, `rejected`"),
+        (R2, "columns found: `prompt`, `responses`"),
+        (R2 | dict(scores=[1, 2], ranks=[1, 2]), "has both `scores` and `ranks`"),
+        (R2 | dict(scores=[1, 2], chosen="a", rejected="b"), "has `responses` and `chosen`/`rejected`"),
+        (R2 | dict(scores=[1]), "key `scores`: 1 entries for 2 responses"),
+        (R2 | dict(scores=3), "key `scores`: expected a list, got int"),
+        (R2 | dict(scores=[1, float("nan")]), r"key `scores\[1\]`: expected a finite number, got nan"),
+        (R2 | dict(scores=[float("inf"), 1]), r"key `scores\[0\]`: expected a finite number"),
+        (R2 | dict(scores=[True, 1]), r"key `scores\[0\]`: expected a finite number, got True"),
+        (R2 | dict(scores=[None, 1]), r"key `scores\[0\]`: expected a finite number, got None"),
+        (R2 | dict(ranks=[0, 1]), r"key `ranks\[0\]`: expected 1 \(best\) or more, got 0"),
+        (R2 | dict(ranks=[1, float("nan")]), r"key `ranks\[1\]`: expected a finite number"),
+        (dict(prompt="p", responses=["a"], scores=[1]), "key `responses`: expected at least 2 to compare, got 1"),
+        (dict(prompt="p", responses="ab", scores=[1, 2]), "key `responses`: expected a list, got str"),
+        (dict(prompt="p", responses=["a", 2], scores=[1, 2]), r"key `responses\[1\]`: expected a string, got int"),
+        (dict(prompt="p", chosen=[{"role": "user"}], rejected="b"), "key `chosen`: expected a string, got list"),
+        (dict(prompt="", chosen="a", rejected="b"), "key `prompt`: is empty"),
+        (R2 | dict(scores=[1, 2], response_ids=[[1]]), "key `response_ids`: 1 entries for 2 responses"),
+        (R2 | dict(scores=[1, 2], response_ids=[[1], []]), r"key `response_ids\[1\]`: is empty"),
+        (R2 | dict(scores=[1, 2], response_ids=[[1], ["x"]]), r"`response_ids\[1\]`: expected a list of token ids"),
+        (R2 | dict(scores=[1, 2], finish_reasons=["stop"]), "key `finish_reasons`: 1 entries for 2 responses"),
+        (R2 | dict(scores=[1, 2], prompt="p" * 8), r"10 tokens \(prompt 8, longest response 2\), but max_length is 9"),
+    ],
+)
+def test_bad_rankings(plain, data, says):
+    with pytest.raises(DataError, match=f"^file.jsonl:12: .*{says}"):
+        encode_ranking(plain, row(**data), 9)
+
+
+def test_many_rankings(plain):
+    rows = read_rows([R2 | {"prompt": "p" * n, "scores": [0, n]} for n in (1, 8, 2)])
+    assert [r.where for r in encode_rankings(plain, rows, 9, truncation="drop")] == ["row 0", "row 2"]
+    assert encode_rankings(plain, rows, 20) == [encode_ranking(plain, r, 20) for r in rows]

@@ -1,0 +1,68 @@
+"""Opening and closing: what a closed run leaves behind, which is nothing that runs."""
+
+import contextlib
+import gc
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from icegrt.distributed import cluster
+from icegrt.distributed.cluster import Cluster
+from icegrt.distributed.layout import Layout
+from icegrt.errors import ConfigError
+from icegrt.ppo.trainer import PPOTrainer
+from tests.helpers import tiny_models as tiny
+from tests.helpers.ranks import launch
+
+
+def group_threads():
+    """Threads of this process that serve a process group."""
+    names = []
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended while we looked
+            names.append((thread / "comm").read_text())
+    return sum("gloo" in name for name in names)
+
+
+def opened_and_closed(folder, layout, most):
+    """A group is three threads, and one of them wakes a hundred times a second."""
+    for turn in range(3):
+        with Cluster.open(layout):
+            if layout == Layout():
+                config = tiny.ppo_config(folder / f"run_{turn}", iterations=1)
+                reward = [tiny.scorer(1), tiny.count_letters]
+                with PPOTrainer(config, tiny.causal_lm(0), tiny.tokenizer(), reward, tiny.PROMPTS) as run:
+                    run.step()
+                del run
+            assert group_threads() <= most
+        gc.collect()
+        assert group_threads() == 0, f"after {turn + 1} openings"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted under /proc")
+@pytest.mark.parametrize(("ranks", "layout", "groups"), [(1, Layout(), 2), (2, Layout(tensor=2), 3)])
+def test_a_closed_cluster_leaves_no_thread_behind(ranks, layout, groups, tmp_path):
+    launch(ranks, opened_and_closed, tmp_path, layout, 3 * groups)
+
+
+def test_a_rank_may_take_as_long_in_every_group():
+    # Megatron's own groups would give up after half an hour of rank 0's writing or of a slow reward function.
+    with Cluster.open() as opened:
+        groups = [opened.data_group, opened.model_group, torch.distributed.group.WORLD]
+        patience = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+    assert patience == {cluster._PATIENCE}
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for place in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", place)
+        assert cluster._device() == torch.device("cuda", int(place))
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match=r"started 4 ranks on this machine, which shows 2 GPUs: .*--nproc-per-node 2"):
+        cluster._device()

@@ -1,0 +1,332 @@
+"""The ad-moderation demo: splits without leaks, truth from the text, a checker hard to fool, same seed same bytes."""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("transformers")
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+from ad_moderation import ads, docstrings, phrases, tokenizer  # noqa: E402
+from ad_moderation import prepare as preparation  # noqa: E402
+from ad_moderation.checker import check  # noqa: E402
+from ad_moderation.reward import checker_reward  # noqa: E402
+
+HELD_OUT = ("validation", "test")
+FILES = ("sft", "reward_prompts", "prompts_train", "prompts_validation", "prompts_test")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """The default output with seed 0, its manifest and its rows by file."""
+    out = tmp_path_factory.mktemp("prepared")
+    manifest = preparation.prepare(out, seed=0)
+    read = preparation.json.loads
+    rows = {path.stem: [read(line) for line in path.open(encoding="utf-8")] for path in out.glob("*.jsonl")}
+    return SimpleNamespace(out=out, manifest=manifest, rows=rows)
+
+
+def sample_ads(part, count=1000, seed=11):
+    return list(islice(ads.generate((part,), seed, "test ads"), count))
+
+
+def violating(count=200):
+    return [row for row in sample_ads("test", count) if row["rule"]]
+
+
+def digest(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+# ---- tables
+
+
+@pytest.mark.parametrize("rule", phrases.RULES, ids=lambda rule: rule.name)
+def test_cues_mark_claims_and_nothing_else(rule):
+    for claim in rule.claims:
+        assert ads.broken_rules(claim.format(p="Nova tea", t="$900 a day")) == [rule.number], claim
+    for text in (*rule.decoys, *rule.rewrites, *ads.topics(rule)):
+        assert not ads.broken_rules(text), text
+    assert all(re.search(rule.disclosure, rewrite.lower()) for rewrite in rule.rewrites)
+
+
+def test_everything_but_claims_has_no_cue():
+    tables = (phrases.LEADS, phrases.TAILS, phrases.OPENERS, phrases.KINDS, phrases.BRANDS, phrases.SUBJECTS)
+    for table in (*tables, phrases.VERBS, phrases.OBJECTS, phrases.TIMES):
+        assert len(table) == len(set(table))
+        assert not [text for text in table if ads.broken_rules(text)]
+
+
+def test_every_combination_belongs_to_one_part_and_every_part_has_its_share():
+    combinations = [(lead, claim, tail) for lead in phrases.LEADS for claim in phrases.RULES[0].claims
+                    for tail in phrases.TAILS]  # fmt: skip
+    dealt = [phrases.part_of(*pieces) for pieces in combinations]
+    shares = [dealt.count(part) / len(dealt) for part in phrases.PARTS]
+    assert shares == pytest.approx([0.4, 0.2, 0.2, 0.2], abs=0.05)
+
+
+def offending_template(row):
+    """The lead, claim and tail that an offending sentence was made of."""
+    rule = ads.RULE_BY_NUMBER[row["rule"]]
+    for lead in phrases.LEADS:
+        for tail in phrases.TAILS:
+            if row["sentence"].startswith(lead + " ") and row["sentence"].endswith(f" {tail}."):
+                middle = row["sentence"][len(lead) + 1 : -len(tail) - 2]
+                for claim in rule.claims:
+                    if claim.format(p=row["product"], t=row["topic"]).removesuffix(".") == middle:
+                        return lead, claim, tail
+    raise AssertionError(row["sentence"])
+
+
+@pytest.mark.parametrize("part", phrases.PARTS)
+def test_templates_products_and_topics_of_an_ad_are_of_its_part(part):
+    for row in sample_ads(part, 400):
+        assert phrases.part_of(*row["product"].split(" ")) == part
+        if row["rule"]:
+            assert phrases.part_of(*offending_template(row)) == part
+            rule = ads.RULE_BY_NUMBER[row["rule"]]
+            pieces = [(m, k) for m in rule.modifiers for k in rule.kinds if row["topic"] in (m + k, f"{m} {k}")]
+            assert [phrases.part_of(*piece) for piece in pieces] == [part]
+
+
+def test_policy_lists_the_rules_of_the_tables():
+    policy = (EXAMPLES / "ad_moderation" / "policy.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## Rule (\d+): (.+)$", policy, re.MULTILINE)
+    assert headings == [(str(rule.number), rule.name) for rule in phrases.RULES]
+    for number, example in re.findall(r'## Rule (\d+).*?\*Violation\*: "([^"]+)"', policy, re.DOTALL):
+        assert ads.broken_rules(example) == [int(number)]
+    compliant = re.findall(r'\*Compliant\*: "([^"]+)"', policy)
+    assert len(compliant) == len(phrases.RULES) and not ads.broken_rules(" ".join(compliant))
+
+
+# ---- truth and splits
+
+
+@pytest.mark.parametrize("part", phrases.PARTS)
+def test_truth_from_the_text_equals_the_row(part):
+    for row in sample_ads(part, 1500):
+        expected = ads.Truth(row["rule"], row["sentence"], row["product"], row["topic"])
+        assert ads.moderate(row["prompt"]) == expected
+        assert row["prompt"].count(row["sentence"]) == 1 or row["rule"] == 0
+        assert ads.reference_answer(row["prompt"], expected) == row["response"]
+
+
+def test_moderate_refuses_what_is_no_ad_of_the_task():
+    with pytest.raises(ValueError, match="names a product"):
+        ads.moderate("Ad: Hello there.")
+    with pytest.raises(ValueError, match="at most one"):
+        ads.moderate("Ad: Nova tea cures knee rash in a week. Kids, grab Nova tea and win a red comic.")
+    with pytest.raises(ValueError, match="parts"):
+        next(ads.generate(("holdout",), 0, "x"))
+
+
+def test_no_held_out_reference_answer_occurs_in_training(prepared):
+    training = {row["response"] for name in ("sft", "reward_prompts", "prompts_train") for row in prepared.rows[name]}
+    quotes = {row.get("sentence") for name in ("reward_prompts", "prompts_train") for row in prepared.rows[name]}
+    for part in HELD_OUT:
+        rows = prepared.rows[f"prompts_{part}"]
+        assert {row["response"] for row in rows} & training <= {ads.APPROVE}
+        assert {row["sentence"] for row in rows} & quotes <= {""}
+    assert not {row["product"] for row in prepared.rows["prompts_validation"]} & {
+        row["product"] for row in prepared.rows["prompts_test"]
+    }
+
+
+def test_prompts_are_distinct_within_and_between_files(prepared):
+    prompts = [row["prompt"] for name in FILES for row in prepared.rows[name] if row["source"] == "ads"]
+    assert len(prompts) == len(set(prompts))
+    assert len(prepared.rows["prompts_test"]) >= 512
+
+
+def test_docstrings_are_split_by_sentence(prepared):
+    parts = {part: docstrings.rows(part) for part in ("train", "validation", "test")}
+    keys = {part: {docstrings.normalise(row["response"]) for row in rows} for part, rows in parts.items()}
+    assert not keys["train"] & keys["validation"] and not keys["train"] & keys["test"]
+    assert not keys["validation"] & keys["test"]
+    assert sum(len(rows) for rows in parts.values()) > 3000
+    trained = {row["prompt"] for row in prepared.rows["general"]}
+    assert {row["prompt"] for row in prepared.rows["sft"] if row["source"] == "docstrings"} <= trained
+
+
+@pytest.mark.parametrize(
+    ("docstring", "expected"),
+    [
+        ("Return the mean.", "Return the mean."),
+        ("Return the\n    mean of e.g. data.\n\nMore.", None),
+        ("Split a line\n    in two. Then more.", "Split a line in two."),
+        ("Short.", None),
+        ("No full stop here at all", None),
+        ("Gr\u00fc\u00dfe an alle, die es lesen.", None),
+    ],
+)
+def test_first_sentence(docstring, expected):
+    found = docstrings.first_sentence(docstring)
+    assert found == expected or (expected is None and found == "Return the mean of e.g.")
+
+
+# ---- checker
+
+
+@pytest.mark.parametrize("part", phrases.PARTS)
+def test_references_earn_full_marks(part):
+    for row in sample_ads(part, 500):
+        assert check(row, row["response"]).score == pytest.approx(1.0)
+        assert check(row["prompt"], row["response"]).score == pytest.approx(1.0)
+        assert 0 < check(row, row["response"], truncated=True).score <= 0.5
+
+
+def mean_score(rows, answer):
+    return sum(check(row, answer(row)).score for row in rows) / len(rows)
+
+
+HACKS = {
+    "empty": lambda row: "",
+    "garbage": lambda row: "\x00\ufffd\x01" * 30,
+    "approve with a hedge": lambda row: f"{ads.APPROVE}\n{row['response']}",
+    "rule line alone": lambda row: row["response"].split("\n")[0],
+    "all rules": lambda row: "\n".join(f"Rule {rule.number}: {rule.name}." for rule in phrases.RULES),
+    "one rule for all": lambda row: 'Rule 1: health claims.\nQuote: "x"\nRewrite: x',
+    "reference without quote": lambda row: re.sub(r'Quote: "[^"]*"\n', "", row["response"]),
+}
+
+
+@pytest.mark.parametrize("hack", HACKS)
+def test_hacks_score_low(hack):
+    assert mean_score(violating(), HACKS[hack]) < 0.45
+
+
+def test_always_approve_scores_the_share_of_compliant_ads():
+    rows = sample_ads("test", 1000)
+    share = sum(row["rule"] == 0 for row in rows) / len(rows)
+    assert mean_score(rows, lambda row: ads.APPROVE) == pytest.approx(share)
+    assert 0.1 < share < 0.3
+
+
+def with_rewrite(row, rewrite):
+    return row["response"].split("\nRewrite: ")[0] + f"\nRewrite: {rewrite}"
+
+
+REWRITES = {
+    "none": lambda row: "",
+    "the offending sentence": lambda row: row["sentence"],
+    "garbage": lambda row: "\x00\ufffd \x07 {} %s",
+    "one word many times": lambda row: "the " * 30 + ".",
+    "product alone": lambda row: row["product"] + ".",
+    "product many times": lambda row: " ".join([row["product"]] * 8) + ".",
+    "list of the right words": lambda row: f"{row['product']} {row['topic']} adults doctor private plan vary judge.",
+    "padded": lambda row: row["response"].split("Rewrite: ")[1] + " and it is very good for all of you" * 3 + ".",
+    "another rule's": lambda row: phrases.RULES[row["rule"] % 6].rewrites[0].format(p=row["product"], t=row["topic"]),
+}
+
+
+@pytest.mark.parametrize("name", REWRITES)
+def test_poor_rewrites_cost_most_of_their_share(name):
+    rows = violating()
+    parts = [check(row, with_rewrite(row, REWRITES[name](row))).parts for row in rows]
+    assert sum(part["rewrite"] for part in parts) / len(parts) < 0.45
+
+
+def test_quoting_the_whole_ad_earns_little():
+    def answer(row):
+        return row["response"].replace(row["sentence"], row["prompt"].removeprefix(ads.PROMPT_PREFIX), 1)
+
+    rows = violating()
+    assert sum(check(row, answer(row)).parts["quote"] for row in rows) / len(rows) < 0.25
+
+
+def test_the_grade_follows_the_damage():
+    row = violating()[0]
+    score = [
+        check(row, row["response"].replace(row["sentence"], sentence, 1)).score
+        for sentence in (row["sentence"], row["sentence"][:-4], row["sentence"][:-12], "Nothing at all.")
+    ]
+    assert score == sorted(score, reverse=True) and len(set(score)) == 4
+    wrong = row["response"].replace(f"Rule {row['rule']}", f"Rule {row['rule'] % 6 + 1}", 1)
+    assert check(row, wrong).score < 0.4
+    assert check(row, row["response"] + "\nThat is all.").score < 0.7
+
+
+@pytest.mark.parametrize(
+    "answer", ["Rule 99999999999999999999: x.", 'Rule 1: \nQuote: "', "Rewrite: .", "Quote: \n" * 50]
+)
+def test_odd_answers_are_graded_and_never_raise(answer):
+    for row in sample_ads("test", 20):
+        assert 0 <= check(row, answer).score <= 0.4
+
+
+def test_checker_reward_reads_samples():
+    row = violating()[0]
+    stopped = SimpleNamespace(text=row["response"], finish_reason="stop", row=row, messages=[])
+    cut = SimpleNamespace(text=row["response"], finish_reason="length", row={"prompt": row["prompt"]}, messages=[])
+    assert checker_reward([stopped, cut]) == pytest.approx([1.0, 0.5])
+
+
+# ---- files
+
+
+def test_longest_answers_and_prompts_fit(prepared):
+    for name, lengths in prepared.manifest["tokens"].items():
+        assert lengths["response_max"] <= preparation.MAX_RESPONSE_TOKENS, name
+        assert lengths["prompt_max"] <= preparation.MAX_PROMPT_TOKENS, name
+
+
+@pytest.mark.parametrize("folder", ["tokenizer", "actor_init"])
+def test_tokenizer_round_trips_any_text(prepared, folder):
+    from transformers import AutoTokenizer
+
+    tok = AutoTokenizer.from_pretrained(str(prepared.out / folder))
+    texts = ["", " two  spaces\n\n\ttab ", "Gr\u00fc\u00dfe \u6f22\u5b57 \U0001f600", "$4,300 a week.", 'a "b" <c> {d}']
+    for text in texts + [row["prompt"] + row["response"] for row in prepared.rows["prompts_test"][:50]]:
+        assert tok.decode(tok(text, add_special_tokens=False)["input_ids"]) == text
+    assert len(tok) == tokenizer.VOCAB_SIZE
+    assert tok.pad_token_id != tok.eos_token_id and tok.bos_token_id is None
+
+
+def test_chat_template_marks_the_answer(prepared):
+    from transformers import AutoTokenizer
+
+    tok = AutoTokenizer.from_pretrained(str(prepared.out / "tokenizer"))
+    row = prepared.rows["prompts_test"][0]
+    question = [{"role": "user", "content": row["prompt"]}]
+    chat = [*question, {"role": "assistant", "content": row["response"]}]
+    prompt = tok.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
+    whole = tok.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    assert whole["input_ids"][: len(prompt)] == prompt
+    assert whole["input_ids"][-1] == tok.eos_token_id
+    assert whole["assistant_masks"] == [0] * len(prompt) + [1] * (len(whole["input_ids"]) - len(prompt))
+
+
+def test_actor_loads_and_copies_better_than_chance(prepared):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    actor = AutoModelForCausalLM.from_pretrained(str(prepared.out / "actor_init"))
+    assert actor.config.vocab_size == tokenizer.VOCAB_SIZE
+    assert 2_500_000 < sum(p.numel() for p in actor.parameters()) < 3_500_000
+    half = torch.randint(4, tokenizer.VOCAB_SIZE, (4, 40), generator=torch.Generator().manual_seed(0))
+    tokens = torch.cat([half, half], dim=1)
+    with torch.no_grad():
+        logprob = actor(tokens).logits.log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
+    assert logprob[:, 42:].mean() > logprob[:, :38].mean() + 0.1
+
+
+def test_same_seed_same_bytes_in_a_fresh_process(prepared, tmp_path):
+    command = [sys.executable, str(EXAMPLES / "ad_moderation" / "prepare.py"), "--out", str(tmp_path), "--seed", "0"]
+    environment = {**os.environ, "PYTHONHASHSEED": "12345"}
+    subprocess.run(command, check=True, env=environment, cwd=tmp_path, capture_output=True)
+    assert digest(tmp_path) == digest(prepared.out)
+
+
+def test_another_seed_gives_other_ads():
+    first, second = (list(islice(ads.generate(("test",), seed, "x"), 50)) for seed in (0, 1))
+    assert [row["prompt"] for row in first] != [row["prompt"] for row in second]

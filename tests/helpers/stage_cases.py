@@ -1,0 +1,138 @@
+"""What the tests of stages, library and bad input share: checkpoints and files of rows under one folder."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.helpers import tiny_models
+
+PROMPTS = ["say a", "what is up?", "count to 3", "name a cat", "go on", "why 7?", "sing it", "tell me more"]
+REWARD_FILE = """
+def share_of_a(samples):
+    return [sample.text.count("a") / len(sample.tokens) for sample in samples]
+"""
+
+
+def share_of_a(samples):
+    """A reward that is easy to raise: the share of the letter a among the answer's tokens."""
+    return [sample.text.count("a") / len(sample.tokens) for sample in samples]
+
+
+def save_model(folder, model, tokenizer=None):
+    """A checkpoint's folder, as transformers writes it."""
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def write_jsonl(path, rows):
+    """One row per line; a string is written as it stands."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def files_under(folder):
+    """Every file and folder below, as relative paths."""
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))
+
+
+def sft_rows():
+    return [{"prompt": p, "response": f"{p[:3]} ok"} for p in PROMPTS]
+
+
+def prompt_rows():
+    return [{"prompt": p, "topic": i} for i, p in enumerate(PROMPTS)]
+
+
+def ranking_rows():
+    return [{"prompt": p, "responses": ["aaaa", "abca", "bcd", "zzz"], "scores": [1.0, 0.5, 0.0, 0.0]} for p in PROMPTS]
+
+
+@dataclass(frozen=True)
+class Home:
+    """Checkpoints and files, by path."""
+
+    folder: Path
+    actor: str
+    reward: str
+    prompts: str
+    sft: str
+    rankings: str
+    function: str
+
+
+def make_home(folder, **model):
+    """Everything a run can be started from, written under `folder`; `model`: family and sizes other than usual."""
+    tokenizer = tiny_models.tokenizer()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "score.py").write_text(REWARD_FILE, encoding="utf-8")
+    return Home(
+        folder,
+        save_model(folder / "actor", tiny_models.causal_lm(**model), tokenizer),
+        save_model(folder / "scorer", tiny_models.scorer(**model), tokenizer),
+        write_jsonl(folder / "prompts.jsonl", prompt_rows()),
+        write_jsonl(folder / "sft.jsonl", sft_rows()),
+        write_jsonl(folder / "rankings.jsonl", ranking_rows()),
+        f"{folder / 'score.py'}:share_of_a",
+    )
+
+
+# Small and quick: two iterations of eight responses of at most eight tokens.
+SMALL_PPO = (
+    "ppo.iterations=2",
+    "ppo.prompts_per_iteration=4",
+    "ppo.samples_per_prompt=2",
+    "ppo.sampling.max_new_tokens=8",
+    "ppo.token_budget=96",
+    "ppo.optimizer.lr=1e-3",
+    "ppo.critic.optimizer.lr=1e-3",
+    "ppo.checkpoint_every=1",
+)
+
+
+def ppo_keys(home, run, *more):
+    """`icegrt ppo` with a reward model and a reward function, small; `more` comes last and wins."""
+    return [
+        f"ppo.actor={home.actor}",
+        f"ppo.reward_model={home.reward}",
+        f"ppo.reward_function={home.function}",
+        f"ppo.prompts={home.prompts}",
+        f"ppo.run.dir={run}",
+        *SMALL_PPO,
+        *more,
+    ]
+
+
+def sft_keys(home, run, *more):
+    """`icegrt sft` on eight rows, held out on the same."""
+    return [
+        f"sft.model={home.actor}",
+        f"sft.data=[{{path: {home.sft}}}]",
+        f"sft.heldout=[{{path: {home.sft}}}]",
+        "sft.batch_sequences=4",
+        "sft.epochs=1",
+        "sft.token_budget=64",
+        "sft.optimizer.lr=1e-2",
+        f"sft.run.dir={run}",
+        *more,
+    ]
+
+
+def reward_keys(home, run, *more):
+    """`icegrt reward` on eight prompts of four ranked answers, held out on the same."""
+    return [
+        f"reward.model={home.actor}",
+        f"reward.data=[{{path: {home.rankings}}}]",
+        f"reward.heldout=[{{path: {home.rankings}}}]",
+        "reward.batch_prompts=4",
+        "reward.token_budget=256",
+        "reward.optimizer.lr=1e-2",
+        f"reward.run.dir={run}",
+        *more,
+    ]

@@ -1,0 +1,135 @@
+"""dispatch: who decides, what is refused, and that the choice is logged."""
+
+import ast
+import logging
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from icegrt.kernels import available_backends, describe, dispatch, record_launches, token_logprobs, use_backend
+
+ONE = (torch.zeros(1, 3), torch.zeros(1, dtype=torch.long))
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch):
+    monkeypatch.delenv("ICEGRT_BACKEND", raising=False)
+
+
+def chosen(op="token_logprobs"):
+    return dispatch.select(op, ONE[0]).__module__
+
+
+def test_auto_takes_the_reference_on_cpu():
+    assert chosen().endswith(".reference")
+    assert describe("cpu")["whiten"] == "reference"
+    assert set(describe("cpu")) == set(dispatch.IMPLEMENTATIONS)
+
+
+def test_auto_takes_cpp_on_cpu_where_the_extension_is(monkeypatch):
+    monkeypatch.setattr(dispatch, "_installed", lambda backend: backend in ("cpp", "reference"))
+    assert describe("cpu")["shaped_gae"] == "cpp" and describe("cuda")["shaped_gae"] == "reference"
+    monkeypatch.setattr(dispatch, "_installed", lambda backend: backend == "reference")
+    assert describe("cpu")["shaped_gae"] == "reference"
+    monkeypatch.setattr(dispatch, "_installed", lambda backend: True)
+    with use_backend(shaped_gae="cpp"), pytest.raises(RuntimeError, match=r"shaped_gae.*runs on the CPU, got 'cuda'"):
+        describe("cuda")
+
+
+def test_auto_takes_triton_for_cuda_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr(dispatch, "_installed", lambda backend: True)
+    assert describe("cuda")["token_logprobs"] == "triton" and describe("cuda")["pack_padded"] == "reference"
+    monkeypatch.setattr(dispatch, "_installed", lambda backend: backend == "reference")
+    assert describe("cuda")["token_logprobs"] == "reference"
+    assert available_backends("token_logprobs") == ("reference",)
+
+
+def test_context_beats_environment_and_names_beat_the_general(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("ICEGRT_BACKEND", "triton")
+    assert chosen().endswith(".triton")
+    with use_backend("reference"):
+        assert chosen().endswith(".reference")
+        with use_backend(token_logprobs="triton"):
+            assert chosen().endswith(".triton") and chosen("shaped_gae").endswith("shaped_gae.reference")
+            with use_backend("auto", shaped_gae="triton"):
+                assert chosen().endswith(".reference") and chosen("shaped_gae").endswith(".triton")
+    monkeypatch.setenv("ICEGRT_BACKEND", "shaped_gae=triton, token_logprobs=reference")
+    assert chosen().endswith(".reference") and chosen("shaped_gae").endswith(".triton")
+
+
+def test_a_named_backend_that_cannot_run_is_an_error_that_says_what_to_do(monkeypatch):
+    with (
+        use_backend("triton"),
+        pytest.raises(RuntimeError, match=r"pack_padded.*has none; choose one of reference or auto"),
+    ):
+        chosen("pack_padded")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with (
+        use_backend("triton"),
+        pytest.raises(RuntimeError, match=r"token_logprobs.*'cpu'.*TRITON_INTERPRET=1|not installed"),
+    ):
+        token_logprobs(*ONE)
+    monkeypatch.setattr(dispatch, "_installed", lambda backend: backend == "reference")
+    with use_backend("triton"), pytest.raises(RuntimeError, match=r"token_logprobs.*is not installed"):
+        token_logprobs(*ONE)
+    monkeypatch.setattr(dispatch, "_installed", lambda backend: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with use_backend("triton"), pytest.raises(RuntimeError, match=r"token_logprobs.*got fp64"):
+        token_logprobs(ONE[0].double(), ONE[1])
+
+
+def test_unknown_names_are_refused(monkeypatch):
+    for arguments, options in ((("cuda",), {}), ((), {"token_logprob": "triton"}), ((), {"pack_padded": "triton"})):
+        with pytest.raises(ValueError, match="expected"), use_backend(*arguments, **options):
+            pass
+    monkeypatch.setenv("ICEGRT_BACKEND", "fast")
+    with pytest.raises(ValueError, match="ICEGRT_BACKEND: expected one of"):
+        token_logprobs(*ONE)
+
+
+def test_a_choice_is_logged_once(caplog):
+    dispatch._log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="icegrt.kernels.dispatch"):
+        token_logprobs(*ONE)
+        token_logprobs(*ONE)
+    assert [r.getMessage() for r in caplog.records] == [
+        "token_logprobs runs on backend reference for cpu tensors (auto)"
+    ]
+
+
+def test_the_choice_ends_with_the_context_also_on_an_error():
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    assert dispatch._overrides.get() == ()
+
+
+def test_launches_of_other_threads_are_recorded_too():
+    """Autograd runs the backward of CUDA tensors in threads of its own."""
+    with record_launches() as outer:
+        with record_launches() as inner:
+            thread = threading.Thread(target=dispatch.note_launch, args=("kernel", "triton"))
+            thread.start()
+            thread.join()
+        dispatch.note_launch("later", "triton")
+    dispatch.note_launch("too late", "triton")
+    assert inner == [("kernel", "triton")] and outer == [("kernel", "triton"), ("later", "triton")]
+
+
+def test_every_implementation_exists():
+    for op, backends in dispatch.IMPLEMENTATIONS.items():
+        for backend in backends:
+            if backend != "triton" or dispatch._installed("triton"):
+                assert callable(dispatch._load(op, backend))
+
+
+def test_nothing_is_autotuned():
+    """A trial run of a kernel that writes over its input corrupts it; a tuned block changes bits between runs."""
+    files = sorted(Path(dispatch.__file__).parent.glob("*/triton.py"))
+    assert len(files) > 5
+    for path in files:
+        names = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+        assert not names & {"autotune", "heuristics"}, path

@@ -1,0 +1,168 @@
+"""sample_tokens in Triton under the interpreter."""
+
+import sys
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from icegrt.kernels import VocabShard, dispatch, record_launches, sample_tokens, use_backend
+from icegrt.kernels.sample_tokens.reference import candidate_bits, row_keys
+from icegrt.kernels.sample_tokens.triton import candidate_hash, row_key
+from tests.helpers.kernel_cases import virtual_rows
+
+
+def draw(logits, backend="triton", seed=0, ids=None, positions=None, block=64, temperature=1.0, **options):
+    n = logits.shape[0]
+    ids = torch.arange(n) * 1_000_003 if ids is None else ids
+    positions = torch.arange(n) if positions is None else positions
+    module = vars(sys.modules[dispatch._load("sample_tokens", "triton").__module__])
+    saved, module["BLOCK"] = module["BLOCK"], block
+    try:
+        with use_backend(backend), record_launches() as launches:
+            out = sample_tokens(
+                logits, temperature=temperature, seed=seed, sequence_ids=ids, positions=positions, **options
+            )
+    finally:
+        module["BLOCK"] = saved
+    if backend == "triton":
+        assert launches == [("sample_tokens_kernel", "triton")] * (1 if n else 0)
+    return out
+
+
+def agree(logits, **options):
+    """Triton draws the reference's tokens; returns them."""
+    (token, logprob), (wanted, exact) = draw(logits, **options), draw(logits, "reference", **options)
+    assert torch.equal(token, wanted), options
+    torch.testing.assert_close(logprob, exact, rtol=1e-5, atol=1e-5)
+    return token
+
+
+@triton.jit
+def bits_kernel(ids_ptr, positions_ptr, out_ptr, seed, start, size, BLOCK: tl.constexpr):
+    n = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    key = row_key(seed, tl.load(ids_ptr + n), tl.load(positions_ptr + n))
+    tl.store(out_ptr + n * size + lane, candidate_hash(key, start + lane).to(tl.int32), mask=lane < size)
+
+
+@pytest.mark.parametrize("seed", [0, 1, -7, (1 << 62) + 12345])
+@pytest.mark.parametrize("start", [0, 151_000])
+def test_the_hash_is_the_references_bit_for_bit(seed, start):
+    torch.manual_seed(0)
+    ids = torch.cat([torch.randint(-(1 << 62), 1 << 62, (9,)), torch.tensor([0, 1, -1])])
+    positions = torch.randint(0, 1 << 20, (12,))
+    out = torch.empty(12, 100, dtype=torch.int32)
+    bits_kernel[(12,)](ids, positions, out, seed, start, 100, BLOCK=128)
+    assert torch.equal(out, candidate_bits(row_keys(seed, ids, positions), start, 100))
+
+
+def check_tokens(V=300, rows=24, **options):
+    torch.manual_seed(0)
+    agree(torch.randn(rows, V) * 2, **options)
+
+
+@pytest.mark.parametrize("V", [7, 64, 300, 1000])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_tokens_and_logprobs_are_the_references(V, temperature):
+    check_tokens(V, temperature=temperature)
+
+
+def test_a_large_draw():
+    torch.manual_seed(1)
+    agree(torch.randn(1500, 128) * 3, block=128, seed=5)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 6}, {"top_k": 1}, {"top_p": 0.8}, {"top_k": 40, "top_p": 0.9}], ids=str)
+def test_truncation(options):
+    check_tokens(150, 6, temperature=0.8, **options)
+
+
+def check_truncation_among_equals():
+    logits = torch.zeros(12, 6)
+    for options, kept in (({"top_k": 2}, 2), ({"top_p": 0.4}, 3), ({"top_k": 4, "top_p": 0.5}, 2)):
+        token = agree(logits, block=4, **options)
+        assert token.max() < kept
+        _, logprob = draw(logits, block=4, **options)
+        torch.testing.assert_close(logprob, torch.full((12,), 1 / kept).log())
+
+
+def test_truncation_keeps_the_lowest_ids_of_equals():
+    check_truncation_among_equals()
+
+
+def check_negative_infinite_and_tied_logits():
+    torch.manual_seed(0)
+    logits = torch.randn(6, 150) - 1e4
+    logits[1] = -torch.inf
+    logits[1, 130] = 3.0
+    logits[2, :100] = -torch.inf
+    agree(logits)
+    greedy = torch.zeros(3, 150)
+    greedy[0, [70, 149]] = 5.0
+    greedy[1, [3, 4, 100]] = 5.0
+    greedy[2] = -torch.inf
+    assert agree(greedy[:2], temperature=0.0).tolist() == [70, 3]
+    token, logprob = draw(greedy[2:])
+    assert token.item() == 0 and logprob.item() == -torch.inf
+
+
+def test_all_negative_infinite_and_tied_logits():
+    check_negative_infinite_and_tied_logits()
+
+
+def check_padding():
+    padded = torch.zeros(30, 96)
+    padded[:, 70:] = 100.0
+    token, logprob = draw(padded, shard=VocabShard(None, 0, 96, 70))
+    assert token.max() < 70
+    torch.testing.assert_close(logprob, torch.full((30,), -torch.tensor(70.0).log()))
+
+
+def test_padding_is_never_drawn_and_never_counts():
+    check_padding()
+
+
+def check_row_offsets_beyond_int32():
+    logits = virtual_rows(40)
+    logits[2, 33] = 50.0
+    token, logprob = draw(logits)
+    assert token[2] == 33 and abs(logprob[2]) < 1e-5
+
+
+def test_row_offsets_beyond_int32():
+    check_row_offsets_beyond_int32()
+
+
+def test_views_batch_order_dtypes_and_empty_batches():
+    torch.manual_seed(0)
+    logits, ids, positions = torch.randn(8, 90), torch.randint(0, 1 << 40, (8,)), torch.randint(0, 999, (8,))
+    whole = draw(logits, ids=ids, positions=positions, temperature=0.8)
+    order = torch.randperm(8)
+    shuffled = draw(logits[order], ids=ids[order], positions=positions[order].int(), temperature=0.8)
+    assert torch.equal(shuffled[0], whole[0][order]) and torch.equal(shuffled[1], whole[1][order])
+    strided = torch.cat([logits, logits], 1).t().contiguous().t()[:, :90]
+    assert torch.equal(draw(strided, ids=ids, positions=positions, temperature=0.8)[0], whole[0])
+    for dtype in (torch.bfloat16, torch.float16):
+        agree(logits.to(dtype), temperature=0.7)
+    token, logprob = draw(torch.zeros(0, 4))
+    assert token.shape == logprob.shape == (0,) and token.dtype == torch.int64
+
+
+@given(
+    rows=st.integers(0, 3),
+    V=st.integers(1, 140),
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 5.0]),
+    top_k=st.sampled_from([0, 1, 3, 500]),
+    top_p=st.sampled_from([1.0, 0.37, 0.93]),
+    seed=st.integers(-(1 << 70), 1 << 70),
+    spread=st.sampled_from([0.1, 3.0, 50.0]),
+)
+@settings(max_examples=12)
+def test_drawn_shapes_and_settings(rows, V, temperature, top_k, top_p, seed, spread):
+    generator = torch.Generator().manual_seed(seed % 1000)
+    logits = torch.randn(rows, V, generator=generator) * spread
+    agree(logits, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)

@@ -1,0 +1,340 @@
+"""What must hold to the bit, or to the last digits of fp32: ratio 1 at rest, K micro-batches as one, steps skipped."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from icegrt.config import CriticConfig, DataSource, OptimizerConfig
+from icegrt.data import Example, Ranking
+from icegrt.distributed.cluster import Cluster
+from icegrt.errors import RunError
+from icegrt.kernels import ShapedGAE
+from icegrt.ppo.batch_plan import plan
+from icegrt.ppo.experience import Experience, shape
+from icegrt.ppo.scores import combine
+from icegrt.ppo.scoring import score_logprobs, score_values
+from icegrt.ppo.trainer import PPOTrainer
+from icegrt.ppo.update import Updater
+from icegrt.training.ranking_loss import pack_rankings, ranking_loss
+from icegrt.training.sft_loss import pack_examples, response_nll
+from tests.helpers import tiny_models as tiny
+
+AT_REST = OptimizerConfig(lr=0.0)
+UNCLIPPED = OptimizerConfig(lr=1e-2, clip_grad=0.0)
+CHUNK = 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    with Cluster.open() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def models():
+    return SimpleNamespace(actor=tiny.causal_lm(0), reward=tiny.scorer(1))
+
+
+@pytest.fixture
+def trainer(models, tmp_path):
+    """Make trainers of a run that would go on for long; close them at the end."""
+    opened = []
+
+    def make(reward=None, callbacks=(), **config):
+        config = tiny.ppo_config(
+            tmp_path / f"run{len(opened)}", **({"iterations": 50, "checkpoint_every": 50} | config)
+        )
+        reward = reward or [models.reward, tiny.count_letters]
+        opened.append(PPOTrainer(config, models.actor, tiny.tokenizer(), reward, tiny.PROMPTS, callbacks=callbacks))
+        return opened[-1]
+
+    yield make
+    for one in opened:
+        one.close()
+
+
+class OnScores:
+    """A callback between scoring and update."""
+
+    def __init__(self, act):
+        self.on_scores = act
+
+
+# -- at rest ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_learning_rate_0_keeps_ratio_1_and_kl_0_exactly(trainer, dtype, temperature):
+    run = trainer(optimizer=AT_REST, temperature=temperature, run={"dtype": dtype})
+    before = tiny.parameters(run.actor)
+    for _ in range(3):
+        step = run.step()
+        assert (step.ratio_min, step.ratio_max) == (1.0, 1.0)
+        assert step.kl_nats_per_response == 0.0
+        assert step.clip_fraction == 0.0 and step.approx_kl_nats_per_token == 0.0
+        assert step.skipped_steps == 0 and step.grad_norm_actor > 0
+        assert step.rollout_logprob_gap_max < (1e-4 if dtype == "fp32" else 0.2)
+    assert tiny.same(tiny.parameters(run.actor), before)
+
+
+def test_one_weight_moved_by_a_thousandth_between_the_passes_moves_the_ratio(trainer):
+    # Were the old log-probs taken from the update itself, the ratio would stay 1 whatever happens in between.
+    def move(run, experience):
+        with torch.no_grad():
+            run.actor.model.decoder.final_layernorm.weight[0] += 1e-3
+
+    step = trainer(optimizer=AT_REST, callbacks=[OnScores(move)]).step()
+    assert step.ratio_min < 1.0 - 1e-6 and step.ratio_max > 1.0 + 1e-6
+    assert step.ratio_min > 0.5 and step.ratio_max < 2.0
+
+
+def test_the_first_minibatch_of_a_learning_run_has_ratio_1(trainer):
+    run = trainer()
+    seen = []
+    original = run.updater.run
+    run.updater.run = lambda *args: seen.append(original(*args)) or seen[-1]
+    step = run.step()
+    first = seen[0].first_policy_stats
+    assert float(first.ratio_min) == 1.0 == float(first.ratio_max)
+    assert step.ratio_max > 1.0 and len(seen[0].actor) == len(seen[0].critic) == 4
+
+
+# -- K micro-batches --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def assembled(models, cluster):
+    """Experience under any token budget, the figures of each response always the same."""
+    config = tiny.ppo_config("unused", kl_in="loss", kl_coef=0.1)
+    answers = tiny.responses(12, seed=8)
+    whole = plan(answers, 4096, 1)
+    actor, critic = tiny.role(models.actor), tiny.role(models.reward, "scalar")
+    old, entropy = score_logprobs(actor, whole.batches, 1.0, CHUNK, entropy=True)
+    value, last = score_values(critic, whole.batches)
+    noise = torch.Generator().manual_seed(1)
+    old = old + 0.2 * torch.randn(old.shape, generator=noise)
+    ref = old + 0.2 * torch.randn(old.shape, generator=noise)
+    scores = combine(config, {}, [], torch.arange(12.0), torch.zeros(12))
+    shaped = shape(config, 0.1, whole, scores, old, ref, value, last)
+    lengths = whole.cu_actions.diff().tolist()
+
+    def under(budget, minibatches=1):
+        planned = plan(answers, budget, minibatches)
+
+        def moved(x_A):
+            parts = dict(zip((r.sequence_id for r in whole.responses), x_A.split(lengths), strict=True))
+            return torch.cat([parts[r.sequence_id] for r in planned.responses])
+
+        gae = ShapedGAE(*(moved(x) for x in (shaped.advantage_A, shaped.return_A, shaped.reward_A)), shaped.kl_N,
+                        shaped.moments)  # fmt: skip
+        return Experience(planned, scores, moved(old), moved(entropy), moved(ref), moved(value), gae, shaped.moments)
+
+    return config, under
+
+
+def assert_equal_gradients(many, one, at_most=1e-6):
+    assert tiny.gap(many, one)[0] <= at_most
+
+
+def test_the_policy_gradient_is_that_of_one_micro_batch(assembled, models, cluster):
+    config, under = assembled
+    actor = tiny.role(models.actor, learns=UNCLIPPED)
+    found = []
+    for budget in (4096, 17):
+        experience = under(budget)
+        batches = experience.planned.batches
+        loss = Updater(config, actor, actor, CHUNK, cluster.data_group).policy_loss(
+            experience, list(range(len(batches))), 0.1
+        )
+        found.append(tiny.gradients(actor, batches, loss))
+    assert len(batches) > 5
+    assert_equal_gradients(found[1], found[0])
+
+
+def test_the_value_gradient_is_that_of_one_micro_batch(assembled, models, cluster):
+    config, under = assembled
+    critic = tiny.role(tiny.nudged(models.reward, 0.03), "scalar", learns=UNCLIPPED)
+    found = []
+    for budget in (4096, 17):
+        experience = under(budget)
+        batches = experience.planned.batches
+        loss = Updater(config, critic, critic, CHUNK, cluster.data_group).critic_loss(
+            experience, list(range(len(batches)))
+        )
+        found.append(tiny.gradients(critic, batches, loss))
+    assert_equal_gradients(found[1], found[0])
+
+
+def examples(count=6):
+    made = [Example(r.prompt, r.tokens, None, "row", {}) for r in tiny.responses(count, seed=21)]
+    masked = [n % 3 != 1 for n in range(len(made[0].response))]
+    return [Example(made[0].prompt, made[0].response, masked, "row", {}), *made[1:]]
+
+
+def supervised_gradient(actor, rows, budget):
+    batches = pack_examples(rows, budget)
+
+    def loss(hidden_TH, i):
+        return response_nll(actor, hidden_TH, batches[i], CHUNK), batches[i].n_counted_actions, None
+
+    return tiny.gradients(actor, batches, loss)
+
+
+def test_the_sft_gradient_is_that_of_one_micro_batch(models):
+    actor = tiny.role(models.actor, learns=UNCLIPPED)
+    one, many = (supervised_gradient(actor, examples(), budget) for budget in (4096, 17))
+    assert_equal_gradients(many, one)
+
+
+def test_the_ranking_gradient_is_that_of_one_micro_batch(models):
+    critic = tiny.role(models.reward, "scalar", learns=UNCLIPPED)
+    answers = [r.tokens for r in tiny.responses(12, seed=5)]
+    scores = ([2.0, 1.0, 1.0], [0.0, 3.0, 1.0], [1.0, 1.0, 1.0], [0.5, -1.0, 2.0])  # the third has no pair
+    rankings = [Ranking([4 + n, 5], answers[3 * n : 3 * n + 3], list(scores[n]), "row") for n in range(4)]
+    found = []
+    for budget in (4096, max(map(len, rankings))):
+        ranked = pack_rankings(rankings, budget, 0.0)
+
+        def loss(hidden_TH, i, ranked=ranked):
+            return ranking_loss(critic.model.head(hidden_TH[ranked[i].batch.last_rows_N]), ranked[i])
+
+        found.append(tiny.gradients(critic, [r.batch for r in ranked], loss))
+    assert len(ranked) > 2
+    assert_equal_gradients(found[1], found[0])
+
+
+@pytest.mark.parametrize("budget", [4096, 17])
+def test_ptx_adds_its_mean_gradient_times_the_coefficient(budget, assembled, models, cluster):
+    plain, under = assembled
+    experience = under(budget)
+    config = tiny.ppo_config(
+        "unused", kl_in="loss", kl_coef=0.1, ptx_coef=0.4, ptx_data=[DataSource(path="text")], token_budget=budget,
+        ppo_epochs=1, minibatches=1,
+    )  # fmt: skip
+    mixed, alone = (tiny.role(models.actor, learns=UNCLIPPED) for _ in range(2))
+    critic = tiny.role(models.reward, "scalar", learns=UNCLIPPED)
+    outcome = Updater(config, mixed, critic, CHUNK, cluster.data_group).run(experience, 0.1, 1, [examples()])
+    assert outcome.ptx_tokens == sum(sum(e.action_mask or [1] * len(e.response)) for e in examples())
+    batches = experience.planned.batches
+    loss = Updater(plain, alone, critic, CHUNK, cluster.data_group).policy_loss(
+        experience, list(range(len(batches))), 0.1
+    )
+    policy = tiny.gradients(alone, batches, loss)
+    likelihood = supervised_gradient(alone, examples(), 4096)
+    by_hand = {name: policy[name] + 0.4 * likelihood[name] for name in policy}
+    assert_equal_gradients(tiny.by_hugging_face_name(mixed, lambda p: p.main_grad), by_hand)
+
+
+def test_a_minibatch_is_one_step_whatever_the_micro_batches(assembled, models, cluster):
+    _, under = assembled
+    for budget in (4096, 30):
+        config = tiny.ppo_config("unused", token_budget=budget, ppo_epochs=3, minibatches=2)
+        actor = tiny.role(models.actor, learns=UNCLIPPED)
+        critic = tiny.role(models.reward, "scalar", learns=UNCLIPPED)
+        outcome = Updater(config, actor, critic, CHUNK, cluster.data_group).run(under(budget, 2), 0.0, 1)
+        assert len(outcome.actor) == len(outcome.critic) == 6
+        assert float(outcome.policy_stats.count) == 3 * sum(len(r.tokens) for r in under(budget).planned.responses)
+
+
+# -- steps not taken --------------------------------------------------------------------------------------------------
+
+
+def test_critic_warm_up_leaves_the_actor_bit_identical(trainer):
+    run = trainer(critic=CriticConfig(warmup_iterations=2, optimizer=OptimizerConfig(lr=1e-2)))
+    before, critic = tiny.parameters(run.actor), tiny.parameters(run.critic)
+    for _ in range(2):
+        step = run.step()
+        assert step.lr_actor == 0.0 and step.lr_critic > 0
+        assert tiny.same(tiny.parameters(run.actor), before)
+    assert not tiny.same(tiny.parameters(run.critic), critic)
+    # The actor's decay begins where the actor does: 48 iterations of 4 steps, 3 of them before the last one here.
+    assert run.step().lr_actor == pytest.approx(1e-2 * (1 - 3 / 192))
+    assert not tiny.same(tiny.parameters(run.actor), before)
+
+
+def test_the_critic_takes_its_own_number_of_passes(assembled, models, cluster):
+    _, under = assembled
+    experience = under(4096, 2)
+    for critic_epochs, steps in ((3, 6), (1, 2), (0, 4)):
+        config = tiny.ppo_config("unused", token_budget=4096, critic=CriticConfig(epochs=critic_epochs))
+        actor = tiny.role(models.actor, learns=UNCLIPPED)
+        critic = tiny.role(models.reward, "scalar", learns=UNCLIPPED)
+        outcome = Updater(config, actor, critic, CHUNK, cluster.data_group).run(experience, 0.0, 1)
+        assert (len(outcome.actor), len(outcome.critic)) == (4, steps)
+
+
+def test_a_critic_from_the_reward_model_starts_on_the_scale_of_the_reward(models, tmp_path):
+    folder = tmp_path / "scored"
+    models.reward.save_pretrained(folder)
+    (folder / "score_statistics.json").write_text('{"after": {"count": 10, "mean": 3.0, "std": 4.0}}')
+    config = tiny.ppo_config(tmp_path / "run", reward_model_weight=0.5)
+    with PPOTrainer(config, models.actor, tiny.tokenizer(), str(folder), tiny.PROMPTS) as run:
+        raw, critic = run.roles_by_name["reward"].model.head.weight, run.critic.model.head.weight
+        assert raw.abs().max() > 0
+        assert torch.equal(critic, raw * (0.5 / 4.0))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_skips_the_step(trainer, value):
+    def spoil(run, experience):
+        experience.shaped.return_A[0] = value
+
+    run = trainer(ppo_epochs=1, minibatches=1, callbacks=[OnScores(spoil)])
+    before, actor = tiny.parameters(run.critic), tiny.parameters(run.actor)
+    state = run.critic.schedule.state_dict()
+    step = run.step()
+    assert step.skipped_steps == 1
+    assert tiny.same(tiny.parameters(run.critic), before) and run.critic.schedule.state_dict() == state
+    assert not tiny.same(tiny.parameters(run.actor), actor)
+
+
+def test_a_loss_that_overflows_under_a_finite_gradient_skips_the_step(models):
+    critic = tiny.role(models.reward, "scalar", learns=UNCLIPPED)
+    batch = plan(tiny.responses(), 4096, 1).batches[0]
+    before = tiny.parameters(critic)
+    outcome = critic.step([batch], lambda hidden, i: (hidden.sum() * 0.0 + math.inf, 1, None))
+    assert outcome.skipped and tiny.same(tiny.parameters(critic), before)
+
+
+def test_three_spoilt_actor_steps_in_a_row_end_the_run(trainer):
+    def spoil(run, experience):
+        experience.old_logprob_A[0] = math.nan
+
+    run = trainer(ppo_epochs=1, minibatches=1, callbacks=[OnScores(spoil)])
+    before = tiny.parameters(run.actor)
+    with pytest.raises(RunError, match="3 optimizer steps in a row"):
+        for _ in range(4):
+            run.step()
+    assert run.done_steps == 3 and tiny.same(tiny.parameters(run.actor), before)
+
+
+# -- scores, KL and what is reported of them --------------------------------------------------------------------------
+
+
+def test_a_score_of_zero_is_a_score(trainer):
+    seen = []
+    run = trainer(lambda samples: [0.0] * len(samples), [OnScores(lambda _, e: seen.append(e))],
+                  critic=CriticConfig(init="actor"))  # fmt: skip
+    step = run.step()
+    assert step.score_mean == 0.0 and step.function_score_mean == 0.0 and step.reward_model_score_mean is None
+    assert torch.equal(seen[0].scores.total_N, torch.zeros(8))
+
+
+def test_the_kl_penalty_does_not_reach_the_scores_that_are_reported(trainer, models):
+    seen = []
+    run = trainer(callbacks=[OnScores(lambda _, e: seen.append(e))], kl_coef=5.0)
+    run.step()
+    step = run.step()
+    experience = seen[1]
+    again = combine(
+        run.config, run.scalings, experience.scores.models, experience.scores.paid_N,
+        torch.tensor([float(r.truncated) for r in experience.planned.responses]),
+    )  # fmt: skip
+    assert step.kl_nats_per_response != 0.0
+    assert torch.equal(again.total_N, experience.scores.total_N)
+    assert step.score_mean == pytest.approx(experience.scores.total_N.double().mean().item(), abs=1e-12)
+    paid = step.score_mean - 5.0 * step.kl_nats_per_response
+    assert step.reward_mean == pytest.approx(paid, abs=1e-5)
