@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except Exception as error:
         expected = isinstance(error, UserError)
-        if not failure.speaks(error):
+        if not failure.should_report(error):
             return USAGE if expected else FAILED
         if not expected or os.environ.get("ICEGRT_DEBUG", "0") not in ("", "0"):
             if failure.several_ranks():
@@ -119,7 +119,7 @@ def _run(argv: list[str]) -> int:
         return OK
     with _needed_packages(args.command):
         stage = importlib.import_module(_MODULES[args.command])
-    with failure.leaving_together(), _disks_in_words():
+    with failure.exit_on_peer_failure(), _disks_in_words():
         stage.run(config)
     return OK
 
@@ -261,14 +261,16 @@ def _print_help(command: str) -> None:
     with _needed_packages(command):
         from icegrt.config import SECTIONS
         from icegrt.config.docs import help_text
-        from icegrt.config.introspect import rows
+        from icegrt.config.introspect import config_keys
     cls = SECTIONS[command]
     lines += ["", (cls.__doc__ or "").strip(), f"The file holds these keys under `{command}:`.", ""]
     if not console.is_terminal(sys.stdout):
         _write("\n".join([*lines, help_text(cls)]))
         return
     _write("\n".join(lines))
-    cells = [[r.name, f"{r.type} {r.bounds}".strip(), f"{r.default} {r.unit}".strip(), r.help] for r in rows(cls)]
+    cells = [
+        [r.name, f"{r.type} {r.bounds}".strip(), f"{r.default} {r.unit}".strip(), r.help] for r in config_keys(cls)
+    ]
     console.table(["key", "type", "default", "meaning"], cells)
 
 

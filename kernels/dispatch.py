@@ -104,7 +104,7 @@ def record_launches() -> Iterator[list[tuple[str, str]]]:
         _recorders[:] = [other for other in _recorders if other is not seen]
 
 
-def note_launch(kernel: str, backend: str) -> None:
+def log_launch(kernel: str, backend: str) -> None:
     """Called by kernel wrappers where they launch."""
     for seen in _recorders:
         seen.append((kernel, backend))

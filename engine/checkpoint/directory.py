@@ -35,24 +35,24 @@ _BLOCK_BYTES = 1 << 20
 Digest = dict[str, Any]
 
 
-def folder_of(run_dir: str | Path) -> Path:
+def checkpoints_dir(run_dir: str | Path) -> Path:
     """Where a run keeps its checkpoints."""
     return Path(run_dir) / "checkpoints"
 
 
 def list_checkpoints(run_dir: str | Path) -> list[Path]:
-    """Finished checkpoints, oldest first. Whether they are still whole is for `faults` to say."""
-    folder = folder_of(run_dir)
+    """Finished checkpoints, oldest first. Whether they are still whole is for `verify` to say."""
+    folder = checkpoints_dir(run_dir)
     found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
     return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name)[1]))
 
 
-def place_of(run_dir: str | Path, step: int) -> Path:
+def checkpoint_path(run_dir: str | Path, step: int) -> Path:
     """The checkpoint of `step`, whether it exists or not."""
-    return folder_of(run_dir) / f"step_{step:06d}"
+    return checkpoints_dir(run_dir) / f"step_{step:06d}"
 
 
-def aside_of(checkpoint: Path) -> Path:
+def staging_path(checkpoint: Path) -> Path:
     """Where a checkpoint is while it is written."""
     return _with(checkpoint, _WRITING)
 
@@ -60,30 +60,30 @@ def aside_of(checkpoint: Path) -> Path:
 # -- the manifest ------------------------------------------------------------------------------------------------------
 
 
-def on_disk(path: Path) -> Digest:
+def fsync_digest(path: Path) -> Digest:
     """The digest of a file that was just written; its bytes are on the disk when this returns."""
     found = _digest(path)
     _sync(path)
     return found
 
 
-def seal(aside: Path, digests: dict[str, Digest]) -> None:
-    """Write the manifest of all files under `aside`, and see to it that all of it is on the disk.
+def write_manifest(staging: Path, digests: dict[str, Digest]) -> None:
+    """Write the manifest of all files under `staging`, and see to it that all of it is on the disk.
 
-    digests: of files that other ranks have written, by their names under `aside`; the others are read here. Raises
+    digests: of files that other ranks have written, by their names under `staging`; the others are read here. Raises
     `OSError` where a file of another rank cannot be seen from here.
     """
-    found = {path.relative_to(aside).as_posix(): path for path in aside.rglob("*") if path.is_file()}
+    found = {path.relative_to(staging).as_posix(): path for path in staging.rglob("*") if path.is_file()}
     for name, digest in digests.items():
         if name not in found or found[name].stat().st_size != digest["bytes"]:
             raise OSError(errno.ENOENT, f"{name}, which another rank wrote, is not here: all ranks need the same disk")
-    files = {name: digests.get(name) or on_disk(path) for name, path in sorted(found.items())}
-    _write(aside / MANIFEST, json.dumps({"format": _FORMAT, "files": files}, indent=1) + "\n")
-    for folder in [p for p in aside.rglob("*") if p.is_dir()] + [aside]:
+    files = {name: digests.get(name) or fsync_digest(path) for name, path in sorted(found.items())}
+    _write(staging / MANIFEST, json.dumps({"format": _FORMAT, "files": files}, indent=1) + "\n")
+    for folder in [p for p in staging.rglob("*") if p.is_dir()] + [staging]:
         _sync(folder)
 
 
-def faults(checkpoint: Path, *, only: Iterable[str] = (), rank: int = 0, ranks: int = 1) -> list[str]:
+def verify(checkpoint: Path, *, only: Iterable[str] = (), rank: int = 0, ranks: int = 1) -> list[str]:
     """What is wrong with a checkpoint, file by file; an empty list if it is as it was written.
 
     only: names of files, or of folders with all in them (default: everything). Of `ranks` readers each reads a part.
@@ -93,7 +93,7 @@ def faults(checkpoint: Path, *, only: Iterable[str] = (), rank: int = 0, ranks: 
     except CheckpointError as error:
         return [str(error).removeprefix(f"{checkpoint}: ")]
     wanted = [n for n in files if not only or n in only or n.split("/")[0] in only]
-    return [fault for name in wanted[rank::ranks] if (fault := _fault(checkpoint, name, files[name]))]
+    return [fault for name in wanted[rank::ranks] if (fault := _fault_of(checkpoint, name, files[name]))]
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Digest]:
@@ -116,7 +116,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Digest]:
     return files
 
 
-def _fault(checkpoint: Path, name: str, expected: Digest) -> str | None:
+def _fault_of(checkpoint: Path, name: str, expected: Digest) -> str | None:
     path = checkpoint / name
     try:
         size = path.stat().st_size
@@ -134,30 +134,30 @@ def _fault(checkpoint: Path, name: str, expected: Digest) -> str | None:
 # -- from writing to whole, and away -----------------------------------------------------------------------------------
 
 
-def begin(checkpoint: Path, parts: Iterable[str]) -> None:
+def create_staging(checkpoint: Path, parts: Iterable[str]) -> None:
     """An empty place to write a checkpoint, with a folder for each of `parts`."""
-    aside = aside_of(checkpoint)
-    shutil.rmtree(aside, ignore_errors=True)
+    staging = staging_path(checkpoint)
+    shutil.rmtree(staging, ignore_errors=True)
     for part in parts:
-        (aside / part).mkdir(parents=True)
+        (staging / part).mkdir(parents=True)
 
 
-def publish(checkpoint: Path) -> None:
+def commit(checkpoint: Path) -> None:
     """Give a sealed checkpoint its name, and point `latest` at it. At no instant is there less than before."""
     before = _with(checkpoint, _REPLACED)
     if checkpoint.exists():
         shutil.rmtree(before, ignore_errors=True)
         os.replace(checkpoint, before)
-    os.replace(aside_of(checkpoint), checkpoint)
+    os.replace(staging_path(checkpoint), checkpoint)
     _sync(checkpoint.parent)
     _point(checkpoint.parent / LATEST, checkpoint.name)
     if before.exists():
         _delete(before)
 
 
-def abandon(checkpoint: Path) -> None:
+def discard(checkpoint: Path) -> None:
     """Remove what was written of a checkpoint that will not be finished."""
-    shutil.rmtree(aside_of(checkpoint), ignore_errors=True)
+    shutil.rmtree(staging_path(checkpoint), ignore_errors=True)
 
 
 def prune(run_dir: str | Path, keep: int) -> None:
@@ -184,7 +184,7 @@ def best_of(checkpoints: Iterable[Path]) -> Path | None:
 
 def recover(run_dir: str | Path) -> None:
     """Clear up after a run that was killed: put back what it was about to replace, remove what it never finished."""
-    folder = folder_of(run_dir)
+    folder = checkpoints_dir(run_dir)
     for path in list(folder.iterdir()) if folder.is_dir() else []:
         name, suffix = os.path.splitext(path.name)
         if not _NAME.fullmatch(name) or suffix not in (_WRITING, _REPLACED, _DELETED):
@@ -195,7 +195,7 @@ def recover(run_dir: str | Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def set_aside(checkpoint: Path) -> Path:
+def quarantine(checkpoint: Path) -> Path:
     """Take a damaged checkpoint out of the count, to be looked at. Returns where it is now."""
     place = _with(checkpoint, _DAMAGED)
     shutil.rmtree(place, ignore_errors=True)
@@ -203,8 +203,8 @@ def set_aside(checkpoint: Path) -> Path:
     return place
 
 
-def newest_whole(
-    checkpoints: list[Path], faults_of: Callable[[Path], list[str]] = faults
+def latest_valid(
+    checkpoints: list[Path], faults_of: Callable[[Path], list[str]] = verify
 ) -> tuple[Path | None, dict[Path, list[str]]]:
     """The last of `checkpoints` (oldest first) without faults, and the faults of those after it, newest first."""
     damaged: dict[Path, list[str]] = {}
@@ -216,7 +216,7 @@ def newest_whole(
     return None, damaged
 
 
-def told(checkpoint: Path, found: list[str]) -> str:
+def describe_faults(checkpoint: Path, found: list[str]) -> str:
     """A checkpoint's faults in one line."""
     more = f", and {len(found) - 1} more" if len(found) > 1 else ""
     return f"{checkpoint}: damaged: {found[0]}{more}"
@@ -231,9 +231,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read ({error}); resume from an earlier checkpoint") from None
 
 
-def write_state(aside: Path, text: str) -> None:
+def write_state(staging: Path, text: str) -> None:
     """Write the JSON part of a checkpoint that is being written."""
-    _write(aside / STATE, text)
+    _write(staging / STATE, text)
 
 
 # -- small things ------------------------------------------------------------------------------------------------------
@@ -252,9 +252,9 @@ def _delete(path: Path) -> None:
 
 
 def _point(path: Path, name: str) -> None:
-    aside = path.with_name(f".{path.name}")
-    _write(aside, name + "\n")
-    os.replace(aside, path)
+    staging = path.with_name(f".{path.name}")
+    _write(staging, name + "\n")
+    os.replace(staging, path)
     _sync(path.parent)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from icegrt.checkpoint import directory as files
 from icegrt.checkpoint import megatron
 from icegrt.checkpoint import rng as checkpoint_rng
-from icegrt.checkpoint.safe_unpickle import megatron_reads_through_allow_lists
+from icegrt.checkpoint.safe_unpickle import restricted_megatron_load
 from icegrt.distributed.cluster import Cluster
 from icegrt.errors import CheckpointError, RunError
 from icegrt.roles.role import Role
@@ -53,22 +53,22 @@ class Checkpoints:
         Raises `RunError` on all ranks where it cannot be written; what was there before is as it was.
         """
         self.complete()
-        cluster, target = Cluster.current(), files.place_of(self.run_dir, step)
+        cluster, target = Cluster.current(), files.checkpoint_path(self.run_dir, step)
         schedules = {role.name: role.schedule.state_dict() for role in roles}
-        rng = cluster.to_main(checkpoint_rng.capture())
+        rng = cluster.gather_to_main(checkpoint_rng.capture())
         # As text, and not when it is written: what it refers to changes with the next step.
         text = json.dumps({"step": step, "schedules": schedules, "quality": quality, "rng": rng, **state}, indent=1)
         problem = None
         try:
             if cluster.is_main:
-                files.begin(target, [role.name for role in roles])
+                files.create_staging(target, [role.name for role in roles])
         except OSError as error:
             problem = error.strerror or str(error)
-        problem = cluster.from_main(problem)
+        problem = cluster.broadcast_from_main(problem)
         if problem is not None:
             raise self._cannot_write(target, problem)
-        plans = {role.name: megatron.plan(role, files.aside_of(target) / role.name) for role in roles}
-        writing = _Writing(files.aside_of(target), plans, copy=self.background)
+        plans = {role.name: megatron.plan_save(role, files.staging_path(target) / role.name) for role in roles}
+        writing = _Writing(files.staging_path(target), plans, copy=self.background)
         self._pending = _Pending(target, text, plans, writing, then)
         if self.background:
             writing.start()
@@ -94,7 +94,7 @@ class Checkpoints:
             return
         pending.writing.finish()
         cluster = Cluster.current()
-        parts = cluster.to_main(pending.writing.outcome)
+        parts = cluster.gather_to_main(pending.writing.outcome)
         problem = None
         if cluster.is_main:
             problem = next((part.error for part in parts if part.error), None)
@@ -103,7 +103,7 @@ class Checkpoints:
                     self._publish(pending, parts)
             except OSError as error:
                 problem = error.strerror or str(error)
-        problem = cluster.from_main(problem)
+        problem = cluster.broadcast_from_main(problem)
         if problem is not None:
             raise self._cannot_write(pending.target, problem)
         pending.then(pending.target)
@@ -111,19 +111,19 @@ class Checkpoints:
     def _publish(self, pending: _Pending, parts: list[_Outcome]) -> None:
         from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
-        aside = files.aside_of(pending.target)
+        staging = files.staging_path(pending.target)
         for name, plan in pending.plans.items():
-            (aside / name / "common.pt").write_bytes(plan.common)
+            (staging / name / "common.pt").write_bytes(plan.common)
             plan.writer.finish(plan.metadata, [part.results[name] for part in parts])
-            save_config(CheckpointingConfig(plan.backend, plan.version), str(aside / name))
-        files.write_state(aside, pending.state)
-        files.seal(aside, {name: digest for part in parts for name, digest in part.digests.items()})
-        files.publish(pending.target)
+            save_config(CheckpointingConfig(plan.backend, plan.version), str(staging / name))
+        files.write_state(staging, pending.state)
+        files.write_manifest(staging, {name: digest for part in parts for name, digest in part.digests.items()})
+        files.commit(pending.target)
         files.prune(self.run_dir, self.keep)
 
     def _cannot_write(self, target: Path, why: Any) -> RunError:
         if Cluster.current().is_main:
-            files.abandon(target)
+            files.discard(target)
         return RunError(
             f"{target}: the checkpoint cannot be written ({why}); the ones before it are whole, so make room or repair "
             "the disk, and resume"
@@ -151,9 +151,9 @@ class _Outcome:
 class _Writing(threading.Thread):
     """Puts this rank's files on the disk. With `copy` the weights may change as soon as this has been made."""
 
-    def __init__(self, aside: Path, plans: dict[str, Any], *, copy: bool) -> None:
+    def __init__(self, staging: Path, plans: dict[str, Any], *, copy: bool) -> None:
         super().__init__(name="icegrt-checkpoint", daemon=True)
-        self.aside = aside
+        self.staging = staging
         self.transforms = {name: plan.writer.transforms for name, plan in plans.items()}
         self.buckets = {
             name: [_staged(b, copy=copy) for b in plan.writer.write_buckets] for name, plan in plans.items()
@@ -170,7 +170,7 @@ class _Writing(threading.Thread):
                 for bucket in buckets:
                     results += _write(bucket, self.transforms[name])
                     path = Path(bucket[0])
-                    self.outcome.digests[path.relative_to(self.aside).as_posix()] = files.on_disk(path)
+                    self.outcome.digests[path.relative_to(self.staging).as_posix()] = files.fsync_digest(path)
         except Exception as error:  # said by the main thread, on all ranks
             cause = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
             self.outcome.error = f"{cause}, on rank {self.rank}" if self.rank else cause
@@ -204,29 +204,29 @@ def _write(bucket, transforms) -> list[Any]:
 # -- loading -----------------------------------------------------------------------------------------------------------
 
 
-def newest_whole(run_dir: str | Path) -> Path | None:
+def latest_valid(run_dir: str | Path) -> Path | None:
     """The last checkpoint that agrees with its manifest, which all ranks read together; None if there never was one.
 
     Those after it are named in a warning and set aside. Raises `CheckpointError` when all are damaged.
     """
     cluster = Cluster.current()
-    found, damaged = files.newest_whole(cluster.from_main(files.list_checkpoints(run_dir)), _faults)
-    said = [files.told(checkpoint, faults) for checkpoint, faults in damaged.items()]
+    found, damaged = files.latest_valid(cluster.broadcast_from_main(files.list_checkpoints(run_dir)), _verify_all_ranks)
+    said = [files.describe_faults(checkpoint, faults) for checkpoint, faults in damaged.items()]
     if damaged and found is None:
         raise CheckpointError("\n".join([*said, f"{run_dir}: no checkpoint is whole; start anew in another folder"]))
     for checkpoint, line in zip(damaged, said, strict=True):
         warn(f"{line}; going on from the one before it")
         if cluster.is_main:
-            files.set_aside(checkpoint)
+            files.quarantine(checkpoint)
     cluster.wait()
     return found
 
 
-def _faults(checkpoint: Path) -> list[str]:
-    """As `checkpoint_folder.faults`, read by all ranks together."""
+def _verify_all_ranks(checkpoint: Path) -> list[str]:
+    """As `checkpoint_folder.verify`, read by all ranks together."""
     cluster = Cluster.current()
-    parts = cluster.to_main(files.faults(checkpoint, rank=cluster.rank, ranks=cluster.world_size))
-    return cluster.from_main([fault for part in parts for fault in part] if cluster.is_main else None)
+    parts = cluster.gather_to_main(files.verify(checkpoint, rank=cluster.rank, ranks=cluster.world_size))
+    return cluster.broadcast_from_main([fault for part in parts for fault in part] if cluster.is_main else None)
 
 
 def load(checkpoint: Path, roles: list[Role]) -> dict[str, Any]:
@@ -234,7 +234,7 @@ def load(checkpoint: Path, roles: list[Role]) -> dict[str, Any]:
     document = files.read_state(checkpoint)
     for role in roles:
         if role.learns:
-            megatron.make_states(role)
+            megatron.allocate_optimizer_states(role)
         loaded = _read(checkpoint, role, megatron.sharded(role, loading=True))
         _take_weights(role, loaded)
         if role.learns:
@@ -248,9 +248,9 @@ def load(checkpoint: Path, roles: list[Role]) -> dict[str, Any]:
 
 def load_weights(checkpoint: Path, roles: list[Role]) -> None:
     """The weights alone; optimizers and schedules stay as they are. Raises `CheckpointError` for a damaged one."""
-    found = _faults(checkpoint)
+    found = _verify_all_ranks(checkpoint)
     if found:
-        raise CheckpointError(f"{files.told(checkpoint, found)}; remove it, and resume")
+        raise CheckpointError(f"{files.describe_faults(checkpoint, found)}; remove it, and resume")
     for role in roles:
         _take_weights(role, _read(checkpoint, role, {"model": megatron.sharded_model(role)}))
 
@@ -261,7 +261,7 @@ def _read(checkpoint: Path, role: Role, sharded: dict[str, Any]) -> dict[str, An
     folder = checkpoint / role.name
     if not folder.is_dir():
         raise CheckpointError(f"{checkpoint}: holds no {role.name}")
-    with megatron.quiet(), megatron_reads_through_allow_lists(folder) as common:
+    with megatron.quiet(), restricted_megatron_load(folder) as common:
         return dist_checkpointing.load(sharded, str(folder), common_strategy=common)
 
 

@@ -23,21 +23,21 @@ _OPTIMIZER_FORMAT = {
 _NO_SETTING = ("params", "step")
 
 
-def plan(role: Role, folder: Path) -> Any:
+def plan_save(role: Role, folder: Path) -> Any:
     """Megatron's strategy after it has planned: its `writer` knows what this rank writes, `metadata` the whole, and
     `common` is the content of `common.pt`. A collective that writes nothing."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-    class Planned(TorchDistSaveShardedStrategy):
+    class SavePlan(TorchDistSaveShardedStrategy):
         def _get_save_and_finalize_callbacks(self, writer, outcome):
             _, self.metadata, _ = outcome
             self.writer = writer
             return super()._get_save_and_finalize_callbacks(writer, outcome)
 
-    planned = Planned("torch_dist", 1, thread_count=1)
-    role.model.settle()
-    begin_states(role)
+    planned = SavePlan("torch_dist", 1, thread_count=1)
+    role.model.wait_for_param_gather()
+    init_optimizer_states(role)
     with quiet(), _results_queue_of_this_process(), _common_part_kept_by(planned):
         dist_checkpointing.save(sharded(role, loading=False), str(folder), planned, async_sharded_save=True)
     return planned
@@ -91,7 +91,7 @@ def sharded(role: Role, *, loading: bool) -> dict[str, Any]:
     if role.learns:
         with contextlib.ExitStack() as stack:
             for optimizer in inner_optimizers(role.optimizer):
-                stack.enter_context(_buckets_in_their_places(optimizer))
+                stack.enter_context(_patched_bucket_offsets(optimizer))
             stack.enter_context(_garbage_left_to_python())
             document["optimizer"] = role.optimizer.sharded_state_dict(
                 document["model"], is_loading=loading, metadata=_OPTIMIZER_FORMAT
@@ -105,7 +105,7 @@ def sharded_model(role: Role) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _buckets_in_their_places(optimizer):
+def _patched_bucket_offsets(optimizer):
     # Megatron joins its buckets' states without the padding between them, and then cuts parameters out by offsets that
     # count it: with more than one bucket (a tied embedding over a pipeline, overlapped reduction) all parameters behind
     # the first gap would be saved shifted, with a warning in the log at most.
@@ -147,7 +147,7 @@ def _spaced(state: Tensor, buffer) -> Tensor:
     return out
 
 
-def begin_states(role: Role) -> None:
+def init_optimizer_states(role: Role) -> None:
     """Give parameters that no step has reached the state that torch would begin with."""
     # Megatron cannot save a role without (the actor, while the critic warms up). Its own way is a step, and that decays
     # the weights.
@@ -159,14 +159,14 @@ def begin_states(role: Role) -> None:
                 adam.state[parameter] = {"step": torch.zeros((), dtype=torch.float32), **zeros}
 
 
-def make_states(role: Role) -> None:
+def allocate_optimizer_states(role: Role) -> None:
     """Give the optimizer states that a load can write to."""
     for optimizer in inner_optimizers(role.optimizer):
         optimizer._init_optimizer_states_with_dummy_values()
 
 
 def load_optimizer(role: Role, state: dict[str, Any]) -> None:
-    """Master weights, moments and steps, as `sharded(role, loading=True)` came back; after `make_states`.
+    """Master weights, moments and steps, as `sharded(role, loading=True)` came back; after `allocate_optimizer_states`.
 
     Settings (betas, decay, learning rates) stay what the configuration says.
     """

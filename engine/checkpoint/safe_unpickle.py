@@ -100,7 +100,7 @@ class Reader(FileSystemReader):
 
 
 @contextlib.contextmanager
-def megatron_reads_through_allow_lists(folder: Path) -> Iterator[Any]:
+def restricted_megatron_load(folder: Path) -> Iterator[Any]:
     """Inside, Megatron loads the checkpoint at `folder` by the functions above.
 
     Gives the strategy for `dist_checkpointing.load(common_strategy=...)`. Errors come out as `CheckpointError`.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from icegrt.data.conversation import column
-from icegrt.data.examples import Dropped, Example, ExampleEncoder, Prompt, PromptEncoder, Truncation
+from icegrt.data.examples import Example, ExampleEncoder, Prompt, PromptEncoder, SkippedRow, Truncation
 from icegrt.data.open import open_rows
 from icegrt.data.rankings import Ranking, RankingEncoder
 from icegrt.data.rows import RESPONSES, Row
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> None:
         if getattr(args, name) < 1:
             raise ConfigError(f"icegrt data preview --{name.replace('_', '-')}: expected 1 or more")
     rows = open_rows(args.file, args.rows, input_key=args.input_key, output_key=args.output_key)
-    tokenizer = load_tokenizer(args.model, say=console.warn)
+    tokenizer = load_tokenizer(args.model, print_info=console.warn)
     stops = stop_ids(tokenizer, _model_config(Path(args.model)), args.model)
     kind = args.kind or kind_of(rows[0])
     if kind == "prompts":
@@ -78,8 +78,8 @@ def main(arguments: Sequence[str]) -> None:
         )
     for row in rows:
         (item,) = encoder([row])
-        console.say(f"-- {row.where}: {_headline(item)}")
-        for pieces in () if isinstance(item, Dropped) else shown(tokenizer, item):
+        console.print_info(f"-- {row.where}: {_headline(item)}")
+        for pieces in () if isinstance(item, SkippedRow) else shown(tokenizer, item):
             _print(pieces)
 
 
@@ -114,8 +114,8 @@ def pieces_of(tokenizer: Any, tokens: Sequence[int], mask: Sequence[bool]) -> li
     return found
 
 
-def _headline(item: Example | Prompt | Ranking | Dropped) -> str:
-    if isinstance(item, Dropped):
+def _headline(item: Example | Prompt | Ranking | SkippedRow) -> str:
+    if isinstance(item, SkippedRow):
         return f"left out, {item.why}"
     cut = ", cut" if item.truncated else ""
     if isinstance(item, Prompt):
@@ -128,10 +128,10 @@ def _headline(item: Example | Prompt | Ranking | Dropped) -> str:
 
 def _print(pieces: list[Piece]) -> None:
     if not console.is_terminal(sys.stdout):
-        console.say("".join(f"[[{text}]]" if trained else text for text, trained in pieces) + "\n")
+        console.print_info("".join(f"[[{text}]]" if trained else text for text, trained in pieces) + "\n")
         return
     console.styled([(text, "bold green" if trained else "dim") for text, trained in pieces])
-    console.say()
+    console.print_info()
 
 
 def _model_config(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from icegrt.checkpoint.directory import BEST, STATE, faults, folder_of, list_checkpoints, newest_whole, read_state, told
+from icegrt.checkpoint.directory import (
+    BEST,
+    STATE,
+    checkpoints_dir,
+    describe_faults,
+    latest_valid,
+    list_checkpoints,
+    read_state,
+    verify,
+)
 from icegrt.checkpoint.tensor_reader import CheckpointTensors
 from icegrt.config import ExportConfig
 from icegrt.data import load_tokenizer
@@ -17,7 +26,7 @@ from icegrt.errors import CheckpointError, ConfigError, RunError
 from icegrt.model.architecture import DTYPES, Architecture
 from icegrt.model.hf import exporter, mapping
 from icegrt.model.hf.writer import save_pretrained
-from icegrt.utils.console import is_main, say, warn
+from icegrt.utils.console import is_main, print_info, warn
 
 
 def run(config: ExportConfig) -> None:
@@ -36,7 +45,7 @@ def run(config: ExportConfig) -> None:
         raise ConfigError(f"export.role: {found} holds {', '.join(saved['roles'])}, not {config.role}")
     kind = saved["roles"][config.role]
     architecture = Architecture.from_config(kind["hf_config"], str(found), kind.get("generation_config"))
-    tokenizer = load_tokenizer(str(Path(config.run) / "tokenizer"), say=say)
+    tokenizer = load_tokenizer(str(Path(config.run) / "tokenizer"), print_info=print_info)
     out = save_pretrained(
         _tensors(CheckpointTensors(found / config.role), architecture, kind["head"], DTYPES[config.dtype]),
         architecture,
@@ -46,27 +55,27 @@ def run(config: ExportConfig) -> None:
         tokenizer=tokenizer,
         shard_bytes=int(config.shard_gigabytes * 1e9),
     )
-    say(f"{config.role} at step {saved['step']}: {out}")
+    print_info(f"{config.role} at step {saved['step']}: {out}")
 
 
 def _chosen(config: ExportConfig) -> Path:
     """The checkpoint to export, of which the files that are read agree with the manifest."""
 
     def faults_of(checkpoint: Path) -> list[str]:
-        return faults(checkpoint, only=(STATE, config.role))
+        return verify(checkpoint, only=(STATE, config.role))
 
     if config.checkpoint == "latest":
-        found, damaged = newest_whole(list_checkpoints(config.run), faults_of)
+        found, damaged = latest_valid(list_checkpoints(config.run), faults_of)
         for checkpoint, what in damaged.items() if found is not None else ():
-            warn(f"{told(checkpoint, what)}; exporting the one before it")
+            warn(f"{describe_faults(checkpoint, what)}; exporting the one before it")
     else:
         name = config.checkpoint
         with contextlib.suppress(OSError):
-            name = (folder_of(config.run) / BEST).read_text(encoding="utf-8").strip() if name == "best" else name
+            name = (checkpoints_dir(config.run) / BEST).read_text(encoding="utf-8").strip() if name == "best" else name
         found = next((p for p in list_checkpoints(config.run) if p.name == name), None)
         damaged = {found: what} if found is not None and (what := faults_of(found)) else {}
     if damaged and (found is None or found in damaged):
-        raise CheckpointError("\n".join(told(checkpoint, what) for checkpoint, what in damaged.items()))
+        raise CheckpointError("\n".join(describe_faults(checkpoint, what) for checkpoint, what in damaged.items()))
     if found is None:
         what = "no checkpoint of a run" if config.checkpoint == "latest" else f"no checkpoint `{config.checkpoint}`"
         raise CheckpointError(f"{config.run}: holds {what}")
@@ -76,5 +85,5 @@ def _chosen(config: ExportConfig) -> Path:
 def _tensors(
     held: CheckpointTensors, architecture: Architecture, head: str, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    for entry in mapping.layout(architecture, head):
+    for entry in mapping.parameter_mapping(architecture, head):
         yield from exporter.exported(entry, [held.read(entry.name)], architecture, dtype)

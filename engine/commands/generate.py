@@ -7,7 +7,7 @@ import contextlib
 from icegrt.commands.sample import generate
 from icegrt.config import GenerateConfig
 from icegrt.training.run_folder import rows_file
-from icegrt.utils.console import plain, say
+from icegrt.utils.console import plain, print_info
 
 
 def run(config: GenerateConfig) -> None:
@@ -21,8 +21,8 @@ def run(config: GenerateConfig) -> None:
                 writer.write({**prompt.row, "responses": texts, "finish_reasons": reasons})
             if config.out:
                 continue
-            say(f"> {plain(prompt.row.get('prompt', prompt.where))}")
+            print_info(f"> {plain(prompt.row.get('prompt', prompt.where))}")
             for text in texts:
-                say(f"{plain(text)}\n")
+                print_info(f"{plain(text)}\n")
     if config.out:
-        say(f"{count} answers: {config.out}")
+        print_info(f"{count} answers: {config.out}")

@@ -10,14 +10,14 @@ from typing import Any
 
 from icegrt.checkpoint.directory import list_checkpoints
 from icegrt.config import GenerateConfig, SampleConfig
-from icegrt.data import Encoded, Joined, Prompt, PromptEncoder, open_rows, report_lengths, stop_ids
+from icegrt.data import ConcatDataset, EncodedDataset, Prompt, PromptEncoder, open_rows, report_lengths, stop_ids
 from icegrt.data.examples import Truncation
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
 from icegrt.errors import CheckpointError, ConfigError
 from icegrt.model.architecture import DTYPES, Architecture
-from icegrt.model.build import build_model, check_cut
-from icegrt.model.hf.reader import Pretrained
+from icegrt.model.build import build_model, check_parallelism
+from icegrt.model.hf.reader import HFCheckpointReader
 from icegrt.rewards.compat import adapt
 from icegrt.rewards.error_policy import call_reward_function
 from icegrt.rewards.function import load_reward_function
@@ -26,7 +26,7 @@ from icegrt.rollout.samples import sample_of
 from icegrt.rollout.types import Response, Sampling
 from icegrt.training.run_folder import rows_file
 from icegrt.training.trainer import tokenizer_for
-from icegrt.utils.console import progress, say
+from icegrt.utils.console import print_info, progress
 
 _PROMPTS_AT_ONCE = 4096
 
@@ -40,8 +40,8 @@ def run(config: SampleConfig) -> None:
     if config.score_function:
         score = adapt(load_reward_function(config.score_function, key), key=key)
     with Cluster.open(Layout.of(config.parallel)), rows_file(config.out) as writer:
-        source = Pretrained(model_folder(config.model))
-        check_cut(source.architecture)
+        source = HFCheckpointReader(model_folder(config.model))
+        check_parallelism(source.architecture)
         tokenizer = tokenizer_for(None, source.folder, source.architecture)
         sampling = Sampling.of(config.sampling, config.seed)
         rows = open_rows(config.prompts, config.limit, input_key=config.input_key)
@@ -61,7 +61,7 @@ def run(config: SampleConfig) -> None:
                 if writer is not None:
                     writer.write(_row(engine, prompt, responses, score))
                 bar.advance(1)
-    say(f"{len(prompts)} prompts x {config.samples_per_prompt} answers: {config.out}")
+    print_info(f"{len(prompts)} prompts x {config.samples_per_prompt} answers: {config.out}")
 
 
 def prompts_for(
@@ -73,16 +73,16 @@ def prompts_for(
     *,
     chat: bool = True,
     name: str = "prompts",
-) -> Encoded[Prompt]:
+) -> EncodedDataset[Prompt]:
     """Rows as prompts that leave room for the answer. Raises `DataError` naming the row that does not."""
     context, answer = architecture.context_length, sampling.max_new_tokens
     if answer >= context:
         raise ConfigError(f"max_new_tokens {answer} leaves no room for a prompt in the model's context of {context}")
     why = f"context {context} - max_new_tokens {answer} leaves {context - answer}"
-    return Encoded(rows, PromptEncoder(tokenizer, context - answer, truncation, chat=chat, why=why), name)
+    return EncodedDataset(rows, PromptEncoder(tokenizer, context - answer, truncation, chat=chat, why=why), name)
 
 
-def _stops(config: SampleConfig | GenerateConfig, source: Pretrained, tokenizer: Any) -> list[int]:
+def _stops(config: SampleConfig | GenerateConfig, source: HFCheckpointReader, tokenizer: Any) -> list[int]:
     return stop_ids(tokenizer, source.architecture.hf_config, source.folder, config.sampling.stop_token_ids)
 
 
@@ -143,8 +143,8 @@ def generate(config: GenerateConfig) -> Iterator[tuple[Prompt, list[str], list[R
     if not sources:
         raise ConfigError("nothing to answer: give generate.prompt='[\"...\"]' or generate.prompts=FILE")
     with Cluster.open(Layout.of(config.parallel)):
-        source = Pretrained(model_folder(config.model))
-        check_cut(source.architecture)
+        source = HFCheckpointReader(model_folder(config.model))
+        check_parallelism(source.architecture)
         tokenizer = tokenizer_for(None, source.folder, source.architecture)
         sampling = Sampling.of(config.sampling, config.seed)
         parts = [
@@ -155,7 +155,7 @@ def generate(config: GenerateConfig) -> Iterator[tuple[Prompt, list[str], list[R
         engine = RolloutEngine(
             model, tokenizer, max_batch=config.max_batch, stop_token_ids=_stops(config, source, tokenizer)
         )
-        for prompt, responses in answers(engine, Joined(parts), config.samples_per_prompt, sampling):
+        for prompt, responses in answers(engine, ConcatDataset(parts), config.samples_per_prompt, sampling):
             yield prompt, [engine.text(r) for r in responses], responses
 
 

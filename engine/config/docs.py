@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from icegrt.config.introspect import SECTIONS, rows
+from icegrt.config.introspect import SECTIONS, config_keys
 
 
 def help_text(cls: type) -> str:
     """Every key with type, default, unit, bounds and meaning, as plain text."""
     lines = []
-    for row in rows(cls):
+    for row in config_keys(cls):
         notes = ", ".join(part for part in (row.unit, row.bounds) if part)
         lines.append(f"  {row.name}: {row.type} = {row.default}" + (f"  [{notes}]" if notes else ""))
         lines.append(f"      {row.help}")
@@ -62,7 +62,7 @@ def markdown() -> str:
     for section, cls in SECTIONS.items():
         parts.append(f"\n## {section}\n\n{(cls.__doc__ or '').strip()}\n\n| key | type | default | unit | meaning |")
         parts.append("|---|---|---|---|---|")
-        for row in rows(cls):
+        for row in config_keys(cls):
             bounds = f" ({row.bounds})" if row.bounds else ""
             cells = (f"`{row.name}`", row.type + bounds, f"`{row.default}`", row.unit, row.help)
             parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

@@ -29,7 +29,7 @@ def unit_of(field: Any) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ConfigKey:
     """One key as help and documentation show it."""
 
     name: str
@@ -63,19 +63,19 @@ def _default_text(value: Any) -> str:
     return '""' if value == "" else str(value)
 
 
-def rows(cls: type, base: Any = None, prefix: str = "") -> list[Row]:
+def config_keys(cls: type, base: Any = None, prefix: str = "") -> list[ConfigKey]:
     """Every key of `cls`, nested ones flattened with dots, with the default that this stage gives it."""
     return list(_rows(cls, cls() if base is None else base, prefix or cls.section))
 
 
-def _rows(cls: type, base: Any, prefix: str) -> Iterator[Row]:
+def _rows(cls: type, base: Any, prefix: str) -> Iterator[ConfigKey]:
     for key, field in fields_of(cls).items():
         kind, name, default = field.annotation, f"{prefix}.{key}", getattr(base, key)
         if dataclasses.is_dataclass(kind):
             yield from _rows(kind, default, name)
             continue
         bounds = ", ".join(f"{SIGNS[sign]} {bound:g}" for sign, bound in bounds_of(field))
-        yield Row(name, type_text(kind), _default_text(default), unit_of(field), bounds, field.description or "")
+        yield ConfigKey(name, type_text(kind), _default_text(default), unit_of(field), bounds, field.description or "")
         item = typing.get_args(kind)[0] if typing.get_origin(kind) is list else None
         if item and dataclasses.is_dataclass(item):
             yield from _rows(item, item(), f"{name}[]")

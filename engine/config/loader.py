@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from icegrt.config.introspect import SECTIONS, SIGNS, bounds_of, fields_of, rows, type_text, unit_of
+from icegrt.config.introspect import SECTIONS, SIGNS, bounds_of, config_keys, fields_of, type_text, unit_of
 from icegrt.config.strict_yaml import dump, parse
 from icegrt.errors import ConfigError
 from icegrt.utils.redaction import REDACTED, is_secret, redact, redact_text
@@ -123,7 +123,7 @@ def _resolve(cls: type, parts: Path_) -> Any:
         hint = f"did you mean {' or '.join(full)}?" if full else f"keys start with `{cls.section}.`"
         raise ConfigError(f"`{_dotted(parts)}` {why}; {hint}")
     if len(parts) == 1:
-        raise ConfigError(f"`{cls.section}` is a section; name a key, as in {rows(cls)[0].name}=VALUE")
+        raise ConfigError(f"`{cls.section}` is a section; name a key, as in {config_keys(cls)[0].name}=VALUE")
     kind: Any = cls
     for depth, part in enumerate(parts[1:], start=1):
         if not dataclasses.is_dataclass(kind):
@@ -269,7 +269,7 @@ def _nearest(name: str, names: Any, prefix: str = "") -> str:
 
 def _full_names(parts: Path_, cls: type) -> list[str]:
     """Keys of `cls` that end in `parts` as given, else the nearest one."""
-    names, given = [row.name for row in rows(cls)], _dotted(parts)
+    names, given = [row.name for row in config_keys(cls)], _dotted(parts)
     exact = sorted((name for name in names if name.endswith(f".{given}")), key=len)
     return exact or difflib.get_close_matches(f"{cls.section}.{given}", names, 1)
 

@@ -1,7 +1,7 @@
 """Data: rows of files or dicts, tokens with the prompt told from the response, and the order in which they are seen."""
 
-from icegrt.data.blend import Blend
-from icegrt.data.dataset import Encoded, Joined, report_lengths
+from icegrt.data.blend import BlendedDataset
+from icegrt.data.dataset import ConcatDataset, EncodedDataset, report_lengths
 from icegrt.data.examples import (
     Example,
     ExampleEncoder,
@@ -13,20 +13,20 @@ from icegrt.data.examples import (
     encode_prompts,
 )
 from icegrt.data.open import open_rows, read_rows
-from icegrt.data.prompt_sampler import PromptOrder
+from icegrt.data.prompt_sampler import PromptSampler
 from icegrt.data.rankings import Ranking, RankingEncoder, encode_ranking, encode_rankings, untied_pairs
 from icegrt.data.rows import Row
 from icegrt.data.tokenizer import check_tokenizer, eos_id, has_template, load_tokenizer, stop_ids
 
 __all__ = [
-    "Blend",
-    "Encoded",
+    "BlendedDataset",
+    "ConcatDataset",
+    "EncodedDataset",
     "Example",
     "ExampleEncoder",
-    "Joined",
     "Prompt",
     "PromptEncoder",
-    "PromptOrder",
+    "PromptSampler",
     "Ranking",
     "RankingEncoder",
     "Row",

@@ -1,7 +1,8 @@
 """The order in which data is seen: drawn at random, reproducible on any machine, and resumable at any item.
 
-`Blend` mixes weighted sources into epochs; `PromptOrder` draws prompts without end. Both are positions in a sequence
-that depends on the seed alone, so a state is a few numbers and a resumed run sees what an uninterrupted one would.
+`BlendedDataset` mixes weighted sources into epochs, `PromptSampler` (prompt_sampler.py) draws prompts without end. Both
+are positions in a sequence that depends on the seed alone, so a state is a few numbers and a resumed run sees what an
+uninterrupted one would.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def shuffled(n: int, seed: int, *stream: int) -> np.ndarray:
     return order
 
 
-class Blend:
+class BlendedDataset:
     """Weighted sources mixed into shuffled epochs of (source index, item index).
 
     A source of weight w gives each of its items w times per epoch: a whole part every epoch, and for the fraction a

@@ -18,7 +18,7 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Dialogue:
+class Conversation:
     """What is given and what is answered.
 
     `prompt` is plain text, or the messages before the first trained answer; `answers` are the messages after it, from
@@ -30,13 +30,13 @@ class Dialogue:
     answers: list[Message] = field(default_factory=list)
     tools: list | None = None
 
-    def answered(self, response: str | list[Message]) -> Dialogue:
+    def with_answer(self, response: str | list[Message]) -> Conversation:
         """The same prompt with an answer: the text of one assistant turn, or messages that begin with one."""
         answers = [{"role": "assistant", "content": response}] if isinstance(response, str) else response
-        return Dialogue(self.prompt, self.where, answers, self.tools)
+        return Conversation(self.prompt, self.where, answers, self.tools)
 
 
-def training_dialogue(row: Row) -> Dialogue:
+def training_dialogue(row: Row) -> Conversation:
     """A row of supervised data: `messages` (loss on every assistant turn), else a prompt and a response."""
     answer = column(row, RESPONSES)
     if row.get("messages") is not None:
@@ -49,17 +49,17 @@ def training_dialogue(row: Row) -> Dialogue:
         _check_agreement(row, messages)
         return _split(row, "messages", messages)
     if prompt_column(row) is not None and answer is not None:
-        dialogue, response = prompt_dialogue(row), row.get(answer)
+        conversation, response = prompt_dialogue(row), row.get(answer)
         if isinstance(response, list) and any(isinstance(message, dict) for message in response):
             turns = _answer_turns(row, answer, _messages(row, answer))
-            return dialogue.answered(turns)
+            return conversation.with_answer(turns)
         if not text_at(row, answer, response).strip():
             raise DataError(f"{row.where}: key `{answer}`: is empty; there is nothing to learn from it")
-        return dialogue.answered(response)
+        return conversation.with_answer(response)
     raise unknown_shape(row, "`messages`, or `prompt` and `response`")
 
 
-def prompt_dialogue(row: Row) -> Dialogue:
+def prompt_dialogue(row: Row) -> Conversation:
     """A row's prompt: its prompt column, else `messages` without the assistant turn that ends it."""
     key = prompt_column(row)
     if key is not None:
@@ -74,7 +74,7 @@ def prompt_dialogue(row: Row) -> Dialogue:
         if row.get("messages") is not None:
             _check_agreement(row, _messages(row, "messages"))
         if messages is None:
-            return Dialogue(prompt, row.where, tools=_tools(row))
+            return Conversation(prompt, row.where, tools=_tools(row))
     elif row.get("messages") is not None:
         key, messages = "messages", _messages(row, "messages")
         if messages[-1]["role"] == "assistant":
@@ -87,10 +87,10 @@ def prompt_dialogue(row: Row) -> Dialogue:
         raise DataError(f"{row.where}: key `{key}`: the prompt ends with an assistant turn; there is nothing to answer")
     if all(message["role"] == "system" for message in messages):
         raise DataError(f"{row.where}: key `{key}`: holds only a system turn; there is nothing to answer")
-    return Dialogue(messages, row.where, tools=_tools(row))
+    return Conversation(messages, row.where, tools=_tools(row))
 
 
-def preference_dialogues(row: Row) -> tuple[Dialogue, Dialogue]:
+def preference_dialogues(row: Row) -> tuple[Conversation, Conversation]:
     """A row's `chosen` and `rejected`, each as the shared prompt with its answer.
 
     Both are strings beside a prompt; or both are lists of messages, whose shared beginning is the prompt (a prompt
@@ -107,7 +107,7 @@ def preference_dialogues(row: Row) -> tuple[Dialogue, Dialogue]:
     if not isinstance(chosen, list):
         texts = [text_at(row, key, row.get(key)) for key in ("chosen", "rejected")]
         prompt = prompt_dialogue(row)
-        return prompt.answered(texts[0]), prompt.answered(texts[1])
+        return prompt.with_answer(texts[0]), prompt.with_answer(texts[1])
     turns = {key: _messages(row, key) for key in ("chosen", "rejected")}
     if turns["chosen"][0]["role"] == "assistant" and prompt_column(row) is not None:
         prompt, shared = prompt_dialogue(row), 0
@@ -122,9 +122,9 @@ def preference_dialogues(row: Row) -> tuple[Dialogue, Dialogue]:
             )
         if prompt_column(row) is not None:
             _check_agreement(row, given)
-        prompt = Dialogue(given, row.where, tools=_tools(row))
+        prompt = Conversation(given, row.where, tools=_tools(row))
     answers = [_answer_turns(row, key, messages[shared:]) for key, messages in turns.items()]
-    return prompt.answered(answers[0]), prompt.answered(answers[1])
+    return prompt.with_answer(answers[0]), prompt.with_answer(answers[1])
 
 
 def column(row: Row, names: tuple[str, ...]) -> str | None:
@@ -169,14 +169,14 @@ def text_at(row: Row, key: str, value: Any) -> str:
     return value
 
 
-def _split(row: Row, key: str, messages: list[Message]) -> Dialogue:
+def _split(row: Row, key: str, messages: list[Message]) -> Conversation:
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise DataError(f"{row.where}: key `{key}`: no assistant turn to learn from; roles are {', '.join(roles)}")
     first = roles.index("assistant")
     if first == 0:
         raise DataError(f"{row.where}: key `{key}`: starts with an assistant turn; expected a prompt before it")
-    return Dialogue(messages[:first], row.where, _answer_turns(row, key, messages[first:]), _tools(row))
+    return Conversation(messages[:first], row.where, _answer_turns(row, key, messages[first:]), _tools(row))
 
 
 def _answer_turns(row: Row, key: str, turns: list[Message]) -> list[Message]:

@@ -13,15 +13,15 @@ from typing import Generic
 
 import numpy as np
 
-from icegrt.data.examples import CHUNK_ROWS, Dropped, Encoder, Item, nothing_left
+from icegrt.data.examples import CHUNK_ROWS, Encoder, Item, SkippedRow, nothing_left
 from icegrt.data.rows import Row
-from icegrt.utils.console import is_quiet, progress, say, table
+from icegrt.utils.console import is_quiet, print_info, progress, table
 
 HELD_BYTES = 16 << 20
 _HEADERS = ("data", "rows", "tokens", "mean", "p95", "longest", "cut", "left out")
 
 
-class Encoded(Sequence, Generic[Item]):
+class EncodedDataset(Sequence, Generic[Item]):
     """Items of all rows that are not left out, in the rows' order; an item has a length in tokens.
 
     lengths: int32, tokens of each item. truncated: how many were cut. dropped: how many rows were left out, by reason.
@@ -38,7 +38,7 @@ class Encoded(Sequence, Generic[Item]):
             for start in range(0, len(rows), CHUNK_ROWS):
                 items = encoder(rows[start : start + CHUNK_ROWS])
                 for place, item in enumerate(items, start):
-                    if isinstance(item, Dropped):
+                    if isinstance(item, SkippedRow):
                         self.dropped[item.why] += 1
                         continue
                     places.append(place)
@@ -69,7 +69,7 @@ class Encoded(Sequence, Generic[Item]):
         """The item of most tokens, the first of several."""
         return self[int(self.lengths.argmax())]
 
-    def subset(self, indices: Sequence[int]) -> Encoded[Item]:
+    def subset(self, indices: Sequence[int]) -> EncodedDataset[Item]:
         """The items at `indices`, in that order, over the same rows."""
         part = object.__new__(type(self))
         part.__dict__.update(self.__dict__)
@@ -88,10 +88,10 @@ class Encoded(Sequence, Generic[Item]):
         return self._encoder([self._rows[int(self._places[i])] for i in indices])
 
 
-class Joined(Sequence, Generic[Item]):
-    """Several `Encoded` end to end. lengths: int32, tokens of each item."""
+class ConcatDataset(Sequence, Generic[Item]):
+    """Several `EncodedDataset` end to end. lengths: int32, tokens of each item."""
 
-    def __init__(self, parts: Sequence[Encoded[Item]]) -> None:
+    def __init__(self, parts: Sequence[EncodedDataset[Item]]) -> None:
         self._parts = list(parts)
         self._ends = np.cumsum([len(part) for part in self._parts], dtype=np.int64)
         self.lengths = np.concatenate([np.zeros(0, np.intc), *(part.lengths for part in self._parts)])
@@ -107,17 +107,17 @@ class Joined(Sequence, Generic[Item]):
         return self._parts[number][index - (int(self._ends[number - 1]) if number else 0)]
 
 
-def report_lengths(data: Sequence[Encoded]) -> None:
+def report_lengths(data: Sequence[EncodedDataset]) -> None:
     """Print what training is about to see: rows, tokens and lengths of each source, and what was cut or left out."""
     if is_quiet() or not data:
         return
     table(_HEADERS, [_summary(part) for part in data])
     for part in data:
         if part.dropped:
-            say(f"{part.name}: left out {part.reasons()}")
+            print_info(f"{part.name}: left out {part.reasons()}")
 
 
-def _summary(part: Encoded) -> list[str]:
+def _summary(part: EncodedDataset) -> list[str]:
     lengths = part.lengths
     figures = (len(part), lengths.sum(dtype=np.int64), lengths.mean(), np.percentile(lengths, 95), lengths.max())
     counts = (part.truncated, part.dropped.total())

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from icegrt.data.conversation import prompt_column, prompt_dialogue, training_dialogue
 from icegrt.data.rows import Row
-from icegrt.data.tokenization import Segment, prompt_tokens, segments
+from icegrt.data.tokenization import TokenizedExample, prompt_tokens, tokenize_conversations
 from icegrt.errors import DataError
 
 Truncation = Literal["error", "drop", "left", "right"]
@@ -55,14 +55,14 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Dropped:
+class SkippedRow:
     """Why a row was left out, in words."""
 
     why: str
 
 
 Item = TypeVar("Item")
-Encoder = Callable[[Sequence[Row]], "list[Item | Dropped]"]
+Encoder = Callable[[Sequence[Row]], "list[Item | SkippedRow]"]
 
 
 class ExampleEncoder:
@@ -80,12 +80,12 @@ class ExampleEncoder:
         self.tokenizer, self.max_length, self.truncation = tokenizer, max_length, truncation
         self.stop_ids = frozenset(stop_ids)
 
-    def __call__(self, rows: Sequence[Row]) -> list[Example | Dropped]:
+    def __call__(self, rows: Sequence[Row]) -> list[Example | SkippedRow]:
         """An example for each row, or why there is none. Raises `DataError` naming file, line and key."""
-        encoded = segments(self.tokenizer, [training_dialogue(row) for row in rows], self.stop_ids)
+        encoded = tokenize_conversations(self.tokenizer, [training_dialogue(row) for row in rows], self.stop_ids)
         return [self._fit(row, segment) for row, segment in zip(rows, encoded, strict=True)]
 
-    def _fit(self, row: Row, segment: Segment) -> Example | Dropped:
+    def _fit(self, row: Row, segment: TokenizedExample) -> Example | SkippedRow:
         prompt, response, mask = segment.prompt, segment.response, segment.action_mask
         over = len(prompt) + len(response) - self.max_length
         if over <= 0:
@@ -102,7 +102,7 @@ class ExampleEncoder:
         if self.truncation == "right" and room > 0 and (mask is None or any(mask[:room])):
             mask = None if mask is None or all(mask[:room]) else mask[:room]
             return Example(prompt, response[:room], mask, row.where, row.data, truncated=True)
-        return Dropped(f"longer than {self.max_length} tokens")
+        return SkippedRow(f"longer than {self.max_length} tokens")
 
 
 class PromptEncoder:
@@ -120,12 +120,12 @@ class PromptEncoder:
         self.tokenizer, self.max_prompt, self.truncation, self.chat = tokenizer, max_prompt, truncation, chat
         self.why = why or f"at most {max_prompt} fit"
 
-    def __call__(self, rows: Sequence[Row]) -> list[Prompt | Dropped]:
+    def __call__(self, rows: Sequence[Row]) -> list[Prompt | SkippedRow]:
         """A prompt for each row, or why there is none. Raises `DataError` naming file, line and key."""
         encoded = prompt_tokens(self.tokenizer, [prompt_dialogue(row) for row in rows], chat=self.chat)
         return [self._fit(row, tokens) for row, tokens in zip(rows, encoded, strict=True)]
 
-    def _fit(self, row: Row, tokens: list[int]) -> Prompt | Dropped:
+    def _fit(self, row: Row, tokens: list[int]) -> Prompt | SkippedRow:
         key = prompt_column(row)
         data = row.data if key in (None, "prompt") else {**row.data, "prompt": row.data[key]}
         if len(tokens) <= self.max_prompt:
@@ -137,7 +137,7 @@ class PromptEncoder:
             )
         if self.truncation == "left":
             return Prompt(tokens[-self.max_prompt :], row.where, data, truncated=True)
-        return Dropped(f"longer than {self.max_prompt} tokens")
+        return SkippedRow(f"longer than {self.max_prompt} tokens")
 
 
 def encode_example(tokenizer: Any, row: Row, max_length: int) -> Example:
@@ -174,7 +174,7 @@ def kept(encoder: Encoder, rows: Sequence[Row]) -> list:
     """The items of all rows that are not left out. Raises `DataError` where none is."""
     found: list = []
     for start in range(0, len(rows), CHUNK_ROWS):
-        found += [item for item in encoder(rows[start : start + CHUNK_ROWS]) if not isinstance(item, Dropped)]
+        found += [item for item in encoder(rows[start : start + CHUNK_ROWS]) if not isinstance(item, SkippedRow)]
     if len(rows) and not found:
         raise nothing_left(rows[0].where, len(rows))
     return found

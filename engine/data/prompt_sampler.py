@@ -10,7 +10,7 @@ from icegrt.data.blend import PROMPT_STREAM, check_identity, restored_position, 
 from icegrt.errors import DataError
 
 
-class PromptOrder:
+class PromptSampler:
     """An endless draw of n prompts: each once per epoch, every epoch shuffled by (seed, epoch)."""
 
     def __init__(self, n: int, seed: int) -> None:

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from icegrt.data.conversation import (
-    Dialogue,
+    Conversation,
     preference_dialogues,
     prompt_column,
     prompt_dialogue,
     text_at,
     unknown_shape,
 )
-from icegrt.data.examples import Dropped, Truncation, check_options, kept
+from icegrt.data.examples import SkippedRow, Truncation, check_options, kept
 from icegrt.data.rows import Row
-from icegrt.data.tokenization import Segment, segments
+from icegrt.data.tokenization import TokenizedExample, tokenize_conversations
 from icegrt.data.tokenizer import eos_id
 from icegrt.errors import DataError
 
@@ -49,7 +49,7 @@ class _Ranked:
     """A row's responses before tokenising. `sampled` holds the ids to use verbatim, or None, for each."""
 
     row: Row
-    dialogues: list[Dialogue]
+    conversations: list[Conversation]
     scores: list[float]
     sampled: list[list[int] | None]
     cut: list[bool]
@@ -71,13 +71,15 @@ class RankingEncoder:
         self.tokenizer, self.max_length, self.truncation = tokenizer, max_length, truncation
         self.stop_ids = frozenset(stop_ids)
 
-    def __call__(self, rows: Sequence[Row]) -> list[Ranking | Dropped]:
+    def __call__(self, rows: Sequence[Row]) -> list[Ranking | SkippedRow]:
         """A ranking for each row, or why there is none. Raises `DataError` naming file, line and key."""
         ranked = [_read(self.tokenizer, row) for row in rows]
-        found = iter(segments(self.tokenizer, [d for item in ranked for d in item.dialogues], self.stop_ids))
-        return [self._fit(self._assemble(item, [next(found) for _ in item.dialogues])) for item in ranked]
+        found = iter(
+            tokenize_conversations(self.tokenizer, [d for item in ranked for d in item.conversations], self.stop_ids)
+        )
+        return [self._fit(self._assemble(item, [next(found) for _ in item.conversations])) for item in ranked]
 
-    def _assemble(self, item: _Ranked, encoded: list[Segment]) -> Ranking:
+    def _assemble(self, item: _Ranked, encoded: list[TokenizedExample]) -> Ranking:
         eos = eos_id(self.tokenizer)
         responses = []
         for segment, sampled, cut in zip(encoded, item.sampled, item.cut, strict=True):
@@ -87,7 +89,7 @@ class RankingEncoder:
             responses.append(tokens)
         return Ranking(encoded[0].prompt, responses, item.scores, item.row.where)
 
-    def _fit(self, ranking: Ranking) -> Ranking | Dropped:
+    def _fit(self, ranking: Ranking) -> Ranking | SkippedRow:
         prompt, longest = len(ranking.prompt), max(map(len, ranking.responses))
         if prompt + longest <= self.max_length:
             return ranking
@@ -104,9 +106,9 @@ class RankingEncoder:
             right = [tokens[: max(self.max_length - prompt, 0)] for tokens in right]
         fits = len(left) + max(map(len, right)) <= self.max_length
         if self.truncation == "drop" or not fits or not all(right):
-            return Dropped(f"longer than {self.max_length} tokens")
+            return SkippedRow(f"longer than {self.max_length} tokens")
         if all(tokens == right[0] for tokens in right):
-            return Dropped("responses alike once cut")
+            return SkippedRow("responses alike once cut")
         return Ranking(left, right, ranking.scores, ranking.where, truncated=True)
 
 
@@ -146,8 +148,8 @@ def _read(tokenizer: Any, row: Row) -> _Ranked:
         raise DataError(f"{row.where}: key `responses`: expected at least 2 to compare, got {len(texts)}")
     texts = [text_at(row, f"responses[{i}]", text) for i, text in enumerate(texts)]
     prompt, scores = prompt_dialogue(row), _scores(row, len(texts))
-    dialogues = [prompt.answered(text) for text in texts]
-    return _Ranked(row, dialogues, scores, _sampled(tokenizer, row, texts), _cut(row, len(texts)))
+    conversations = [prompt.with_answer(text) for text in texts]
+    return _Ranked(row, conversations, scores, _sampled(tokenizer, row, texts), _cut(row, len(texts)))
 
 
 def _list(row: Row, key: str, length: int | None = None) -> list:

@@ -11,8 +11,8 @@ from typing import Any
 from icegrt.errors import CheckpointError
 
 
-def load_tokenizer(path: str | Path, say: Callable[[str], None] = warnings.warn) -> Any:
-    """Load the tokenizer of a Hugging Face checkpoint and check it; `say` hears what is odd but bearable.
+def load_tokenizer(path: str | Path, print_info: Callable[[str], None] = warnings.warn) -> Any:
+    """Load the tokenizer of a Hugging Face checkpoint and check it; `print_info` hears what is odd but bearable.
 
     Raises `CheckpointError` where there is no tokenizer, it cannot be loaded, or it defines no EOS token.
     """
@@ -35,22 +35,22 @@ def load_tokenizer(path: str | Path, say: Callable[[str], None] = warnings.warn)
             f"{path}: the tokenizer cannot be loaded ({type(error).__name__}: {reason}); "
             "expected tokenizer.json and tokenizer_config.json beside the weights"
         ) from error
-    check_tokenizer(tokenizer, str(path), say)
+    check_tokenizer(tokenizer, str(path), print_info)
     return tokenizer
 
 
-def check_tokenizer(tokenizer: Any, name: str = "tokenizer", say: Callable[[str], None] = warnings.warn) -> None:
+def check_tokenizer(tokenizer: Any, name: str = "tokenizer", print_info: Callable[[str], None] = warnings.warn) -> None:
     """Check a tokenizer object: EOS must be defined; a missing pad token, or one equal to EOS, is only remarked on.
 
     Nothing in the engine is padded, so the pad token is never used and EOS is never taken for padding. A chat template
     is optional: without one, rows of `messages` are refused and prompts are plain text.
     """
     if eos_id(tokenizer, name) == tokenizer.pad_token_id:
-        say(
+        print_info(
             f"{name}: pad token and EOS are both {tokenizer.eos_token!r}; nothing is padded here, and EOS is trained on"
         )
     elif tokenizer.pad_token_id is None:
-        say(f"{name}: no pad token; none is needed here, as nothing is padded")
+        print_info(f"{name}: no pad token; none is needed here, as nothing is padded")
 
 
 def eos_id(tokenizer: Any, name: str = "tokenizer") -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from icegrt.config import DataSource
-from icegrt.data import Encoded, Joined, open_rows, report_lengths
+from icegrt.data import ConcatDataset, EncodedDataset, open_rows, report_lengths
 from icegrt.data.blend import shuffled
 from icegrt.data.examples import Encoder
 from icegrt.packing import Share
@@ -18,7 +18,9 @@ from icegrt.packing import Share
 _HELD_TOKENS = 2_000_000
 
 
-def encode_sources(key: str, files: Sequence[DataSource], given: Any, encoder: Encoder) -> list[tuple[Encoded, float]]:
+def encode_sources(
+    key: str, files: Sequence[DataSource], given: Any, encoder: Encoder
+) -> list[tuple[EncodedDataset, float]]:
     """`given` (rows from Python, or a path) or else `files`, each with its weight, every row read once; `key` names
     rows from Python. Raises `DataError` naming file and line."""
     sources = [(DataSource(), given)] if given is not None else [(source, source.path) for source in files]
@@ -26,14 +28,14 @@ def encode_sources(key: str, files: Sequence[DataSource], given: Any, encoder: E
     for source, rows in sources:
         opened = open_rows(rows, input_key=source.input_key, output_key=source.output_key)
         name = str(rows) if isinstance(rows, (str, Path)) else key
-        encoded.append((Encoded(opened, encoder, name), source.weight))
+        encoded.append((EncodedDataset(opened, encoder, name), source.weight))
     report_lengths([data for data, _ in encoded])
     return encoded
 
 
 def hold_out(
-    sources: Sequence[tuple[Encoded, float]], fraction: float, seed: int
-) -> tuple[list[tuple[Encoded, float]], list[Encoded]]:
+    sources: Sequence[tuple[EncodedDataset, float]], fraction: float, seed: int
+) -> tuple[list[tuple[EncodedDataset, float]], list[EncodedDataset]]:
     """`fraction` of every source's items, at least one, drawn by `seed` and set apart: (what is left, what is held
     out). An item is a row, so all responses to a prompt are on one side."""
     left, held = [], []
@@ -45,10 +47,10 @@ def hold_out(
     return left, held
 
 
-class PackedWhenRead(Sequence):
+class LazyMicroBatches(Sequence):
     """Micro-batches of at most `token_budget` tokens over many items, each packed when it is asked for."""
 
-    def __init__(self, items: Joined, token_budget: int, pack_group: Callable[..., Any], share: Share) -> None:
+    def __init__(self, items: ConcatDataset, token_budget: int, pack_group: Callable[..., Any], share: Share) -> None:
         self._items, self._pack = items, partial(pack_group, tail_multiple=share.tail_multiple)
         self._groups = share.assign(items.lengths.tolist(), token_budget)[share.rank]
 
@@ -61,10 +63,12 @@ class PackedWhenRead(Sequence):
         return self._pack([self._items[i] for i in self._groups[index]])
 
 
-def packed(items: Joined, token_budget: int, pack_group: Callable[..., Any], share: Share | None = None) -> Sequence:
+def packed(
+    items: ConcatDataset, token_budget: int, pack_group: Callable[..., Any], share: Share | None = None
+) -> Sequence:
     """This rank's share of the items (None: all) as micro-batches: in memory where they are few, else packed when read;
     empty where there are none. `pack_group(items, tail_multiple=...)` makes one."""
     if not len(items):
         return []
-    batches = PackedWhenRead(items, token_budget, pack_group, share or Share())
+    batches = LazyMicroBatches(items, token_budget, pack_group, share or Share())
     return list(batches) if items.lengths.sum(dtype="int64") <= _HELD_TOKENS else batches

@@ -72,7 +72,7 @@ class Cluster:
         self._users -= 1
         error = sys.exc_info()[1]
         if isinstance(error, Exception):
-            failure.speaks(error)  # said before the connections close, and with them the other ranks' calls fail
+            failure.should_report(error)  # said before the connections close, and with them the other ranks' calls fail
         if self._users == 0:
             Cluster._current = None
             if isinstance(error, Exception) and self.world_size > 1:
@@ -138,7 +138,7 @@ class Cluster:
         dist.all_reduce(sums, group=self.data_group)
         return sums.tolist()
 
-    def anywhere(self, flags: Sequence[bool]) -> list[bool]:
+    def any_rank(self, flags: Sequence[bool]) -> list[bool]:
         """Which of `flags` are set on any rank."""
         if self.world_size == 1:
             return list(flags)
@@ -146,7 +146,7 @@ class Cluster:
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return [bool(flag) for flag in found]
 
-    def to_main(self, value: Any) -> list[Any]:
+    def gather_to_main(self, value: Any) -> list[Any]:
         """Every rank's `value` in the order of ranks, on rank 0; nothing elsewhere."""
         if self.world_size == 1:
             return [value]
@@ -154,7 +154,7 @@ class Cluster:
         dist.gather_object(value, found)
         return found or []
 
-    def from_main(self, value: Any) -> Any:
+    def broadcast_from_main(self, value: Any) -> Any:
         """Rank 0's `value` on every rank."""
         if self.world_size == 1:
             return value
@@ -250,7 +250,7 @@ def _join(world_size: int, rank: int, device: torch.device) -> None:
         # Each opening under a name of its own: ranks of a second one would otherwise meet at the first one's addresses.
         # torchrun keeps its store when it starts ranks again, and with it what those before them have left there.
         again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"icegrt/{again}/{world_size}/{next(_openings)}", failure.meeting_point())
+        store = dist.PrefixStore(f"icegrt/{again}/{world_size}/{next(_openings)}", failure.rendezvous_store())
     else:  # one process that nobody launched: no port is needed
         store = dist.HashStore()
     dist.init_process_group(backend, store=store, world_size=world_size, rank=rank, timeout=_PATIENCE)

@@ -30,7 +30,7 @@ def several_ranks() -> bool:
 
 
 @cache
-def meeting_point() -> dist.Store:
+def rendezvous_store() -> dist.Store:
     """The store that torchrun's variables lead to, which all ranks share for as long as this process lives."""
     import torch.distributed as dist
 
@@ -38,7 +38,7 @@ def meeting_point() -> dist.Store:
     return store
 
 
-def speaks(error: BaseException) -> bool:
+def should_report(error: BaseException) -> bool:
     """Whether this rank is the one that tells people about `error`. The first to ask is; asking again changes nothing.
 
     A `ConfigError` is every rank's alike, and rank 0's to tell.
@@ -49,14 +49,14 @@ def speaks(error: BaseException) -> bool:
     try:
         if isinstance(error, ConfigError) and rank != "0":
             with contextlib.suppress(RuntimeError):  # the wait is over
-                meeting_point().wait([_key()], _RANK_0_FIRST)
-        return meeting_point().compare_set(_key(), "", rank).decode() == rank
+                rendezvous_store().wait([_key()], _RANK_0_FIRST)
+        return rendezvous_store().compare_set(_key(), "", rank).decode() == rank
     except RuntimeError:  # nobody is left to agree with: better told twice than never
         return True
 
 
 @contextlib.contextmanager
-def leaving_together() -> Iterator[None]:
+def exit_on_peer_failure() -> Iterator[None]:
     """While the block runs, this process ends soon after another rank has failed, wherever it may be waiting."""
     if not several_ranks():
         yield
@@ -71,7 +71,7 @@ def leaving_together() -> Iterator[None]:
 
 def _watch(done: threading.Event) -> None:
     with contextlib.suppress(RuntimeError):  # the store is gone, and with it torchrun, who ends us
-        store = meeting_point().clone()
+        store = rendezvous_store().clone()
         while not done.wait(_LOOK_EVERY_S):
             if store.check([_key()]):
                 # An orderly way out comes first: most ranks notice by themselves that one is missing.

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def true_everywhere(value: bool) -> bool:
+def all_ranks_true(value: bool) -> bool:
     """Whether `value` is true on every rank."""
     flag = torch.tensor([int(value)])
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
@@ -25,7 +25,7 @@ def _pipeline() -> tuple[Any, int]:
     return group, dist.get_process_group_ranks(group)[-1]
 
 
-def vectors_from_last_stage(found: list[tuple[Tensor, ...]], count: int) -> list[tuple[Tensor, ...]]:
+def broadcast_from_last_stage(found: list[tuple[Tensor, ...]], count: int) -> list[tuple[Tensor, ...]]:
     """The last stage's `count` tuples of fp32 vectors on every stage: three messages, however many there are."""
     group, last = _pipeline()
     if dist.get_world_size(group) == 1:
@@ -42,14 +42,14 @@ def vectors_from_last_stage(found: list[tuple[Tensor, ...]], count: int) -> list
     return [tuple(next(parts) for _ in range(int(width))) for _ in range(count)]
 
 
-def objects_from_last_stage(found: list[Any]) -> list[Any]:
+def broadcast_objects_from_last_stage(found: list[Any]) -> list[Any]:
     """The last stage's statistics on every stage, on the CPU."""
     group, last = _pipeline()
     if dist.get_world_size(group) == 1:
         return found
-    held = [_mapped(found, _lean)]
+    held = [_tree_map(found, _to_wire)]
     dist.broadcast_object_list(held, src=last, group=group)
-    return _mapped(held[0], _whole)
+    return _tree_map(held[0], _from_wire)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,19 +60,19 @@ class _Scalar:
     dtype: torch.dtype
 
 
-def _lean(x: Any) -> Any:
+def _to_wire(x: Any) -> Any:
     if not isinstance(x, Tensor):
         return x
     return x.cpu() if x.dim() else _Scalar(x.item(), x.dtype)
 
 
-def _whole(x: Any) -> Any:
+def _from_wire(x: Any) -> Any:
     return torch.tensor(x.value, dtype=x.dtype) if isinstance(x, _Scalar) else x
 
 
-def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+def _tree_map(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, (list, tuple)):
-        return type(value)(_mapped(x, change) for x in value)
+        return type(value)(_tree_map(x, change) for x in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, _Scalar):
-        return type(value)(*(_mapped(getattr(value, f.name), change) for f in dataclasses.fields(value)))
+        return type(value)(*(_tree_map(getattr(value, f.name), change) for f in dataclasses.fields(value)))
     return change(value)

@@ -22,10 +22,10 @@ from torch.nn.functional import scaled_dot_product_attention
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 
-class Filling(Protocol):
+class PrefillWriter(Protocol):
     """What a prefill asks of a KV cache: to take its keys and values over."""
 
-    def fill(self, layer: int, k_THD: Tensor, v_THD: Tensor, lengths: list[int]) -> None: ...
+    def write(self, layer: int, k_THD: Tensor, v_THD: Tensor, lengths: list[int]) -> None: ...
 
 
 class Cache(Protocol):
@@ -35,17 +35,17 @@ class Cache(Protocol):
 
 
 @dataclass
-class AttentionPlan(PackedSeqParams):
+class AttentionMetadata(PackedSeqParams):
     """How the rows of the stream attend. Travels through Megatron's layers as their `packed_seq_params`.
 
-    Training and prefill: `lengths` of the sequences in stream order; a prefill has a place to `fill` as well. Decoding:
-    a `cache` with one new row per live sequence.
+    Training and prefill: `lengths` of the sequences in stream order, and for a prefill a `prefill_writer`. Decoding:
+    a `cache` with one new row per active sequence.
     """
 
     # Not 'thd': Megatron's thd path synchronises per layer and rotates by its own table instead of by positions.
     qkv_format: str = "stream"
     lengths: list[int] = field(default_factory=list)
-    filling: Filling | None = None
+    prefill_writer: PrefillWriter | None = None
     cache: Cache | None = None
 
 
@@ -60,13 +60,13 @@ class PackedAttention(nn.Module):
         self.window = config.window_size[0] + 1 if windowed else None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args, packed_seq_params=None, **kwargs) -> Tensor:
-        plan: AttentionPlan = packed_seq_params
+        plan: AttentionMetadata = packed_seq_params
         q_THD, k_THD, v_THD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if plan.cache is not None:
             out = plan.cache.attend(self.layer, q_THD, k_THD, v_THD, self.window)
         else:
-            if plan.filling is not None:
-                plan.filling.fill(self.layer, k_THD, v_THD, plan.lengths)
+            if plan.prefill_writer is not None:
+                plan.prefill_writer.write(self.layer, k_THD, v_THD, plan.lengths)
             out = packed_causal_attention(q_THD, k_THD, v_THD, plan.lengths, self.window)
         return out.reshape(out.shape[0], 1, -1)
 

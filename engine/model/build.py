@@ -10,11 +10,11 @@ from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import check_model
 from icegrt.model.architecture import Architecture
 from icegrt.model.hf import loader
-from icegrt.model.hf.reader import Pretrained
+from icegrt.model.hf.reader import HFCheckpointReader
 from icegrt.model.language_model import HeadKind, LanguageModel
 
 
-def check_cut(architecture: Architecture) -> None:
+def check_parallelism(architecture: Architecture) -> None:
     """Raises `ConfigError` where the layout of the open cluster cannot cut such a model; costs nothing."""
     cluster = Cluster.current()
     check_model(
@@ -27,14 +27,14 @@ def check_cut(architecture: Architecture) -> None:
     )
 
 
-def assemble(
+def build_parallel_model(
     architecture: Architecture, head: HeadKind, *, dtype: torch.dtype, recompute: str = "none"
 ) -> LanguageModel:
     """What this rank holds of a model under the layout of the open cluster, with weights that are not set yet.
 
     Raises `ConfigError` where the architecture cannot be cut that way.
     """
-    check_cut(architecture)
+    check_parallelism(architecture)
     cluster = Cluster.current()
     layout = cluster.layout
     config = architecture.transformer_config(dtype=dtype, layout=layout, recompute=recompute)
@@ -54,9 +54,9 @@ def build_model(
 
     `head`: 'lm' or 'scalar'; `new_head`: a missing one is zero; `recompute`: as the key of that name.
     """
-    pretrained = source if isinstance(source, Pretrained) else Pretrained(source)
+    reader = source if isinstance(source, HFCheckpointReader) else HFCheckpointReader(source)
     # Before memory is taken for a model: the sizes in config.json may be anyone's.
-    loader.check(pretrained, head, new_head=new_head)
-    model = assemble(pretrained.architecture, head, dtype=dtype, recompute=recompute)
-    loader.load(model, pretrained)
+    loader.check(reader, head, new_head=new_head)
+    model = build_parallel_model(reader.architecture, head, dtype=dtype, recompute=recompute)
+    loader.load(model, reader)
     return model

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from icegrt.kernels import VocabShard
 from icegrt.model.architecture import Architecture
-from icegrt.model.attention import AttentionPlan
+from icegrt.model.attention import AttentionMetadata
 from icegrt.model.heads import LMHead, ScalarHead
 from icegrt.model.trunk import Trunk
 from icegrt.packing import PackedBatch
@@ -25,8 +25,8 @@ class LanguageModel(Trunk):
     """Trunk and head in one module (a Trunk by inheritance, so that Megatron finds embedding, decoder and ties).
 
     `head` is an `LMHead` (actor, reference; absent where a tied embedding is at hand) or a `ScalarHead` (reward,
-    critic). Cut over ranks (`assemble`), this is what one rank holds. Of several virtual stages the last one stands for
-    them all: `chunks` lists them in the order of the forward pass.
+    critic). In a parallel layout (`build_parallel_model`) an instance holds one rank's part. Of several virtual stages
+    the last one stands for them all: `chunks` lists them in the order of the forward pass.
     """
 
     def __init__(self, architecture: Architecture, config, head: HeadKind, vp_stage: int | None = None) -> None:
@@ -80,7 +80,7 @@ class LanguageModel(Trunk):
         # Called, not read: where gathering parameters overlaps with the forward pass, the call waits for this one.
         return self.head()
 
-    def settle(self) -> None:
+    def wait_for_param_gather(self) -> None:
         """Parameters may still be on their way after an optimizer step (a role that learns says how to wait): to be
         called before they are read other than by a forward pass."""
 
@@ -101,9 +101,9 @@ class LanguageModel(Trunk):
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Hidden states of a packed batch, [T, 1, H] ([T / TP, 1, H] under sequence parallelism)."""
         lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()
-        return self(batch.tokens_T, batch.positions_T, AttentionPlan(lengths=lengths))
+        return self(batch.tokens_T, batch.positions_T, AttentionMetadata(lengths=lengths))
 
-    def rows_of(self, hidden_T1H: Tensor) -> Tensor:
+    def gather_hidden_rows(self, hidden_T1H: Tensor) -> Tensor:
         """What `hidden` gave on the last stage as whole rows, [T, H]. Heads give the gradient of every row whole."""
         if self.config.sequence_parallel:
             hidden_T1H = gather_from_sequence_parallel_region(hidden_T1H, tensor_parallel_output_grad=False)

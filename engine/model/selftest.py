@@ -6,7 +6,7 @@ import torch
 
 from icegrt.distributed.cluster import Cluster
 from icegrt.model.architecture import Architecture
-from icegrt.model.build import assemble
+from icegrt.model.build import build_parallel_model
 from icegrt.packing import pack
 
 _CONFIG = {
@@ -26,7 +26,7 @@ def run() -> str:
     """Two layers over two packed sequences; returns a line that says where they ran."""
     architecture = Architecture.from_config(_CONFIG)
     with Cluster.open() as cluster:
-        model = assemble(architecture, "lm", dtype=torch.float32)
+        model = build_parallel_model(architecture, "lm", dtype=torch.float32)
         for parameter in model.parameters():
             torch.nn.init.constant_(parameter, 0.01)
         with torch.no_grad():

@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_block import (
 from torch import Tensor, nn
 
 from icegrt.model.architecture import Architecture
-from icegrt.model.attention import AttentionPlan, PackedAttention
+from icegrt.model.attention import AttentionMetadata, PackedAttention
 
 
 class RMSNorm(nn.Module):
@@ -111,7 +111,7 @@ class Trunk(LanguageModule):
         """Megatron's schedules hand over the previous stage's hidden states here."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def forward(self, tokens_T: Tensor, positions_T: Tensor, plan: AttentionPlan) -> Tensor:
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, plan: AttentionMetadata) -> Tensor:
         """Returns [T, 1, H] (Megatron's layout; T / TP under sequence parallelism): final on the last stage only."""
         hidden = None
         if self.pre_process:

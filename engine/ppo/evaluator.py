@@ -13,9 +13,9 @@ from icegrt.data import Prompt
 from icegrt.distributed.cluster import Cluster
 from icegrt.metrics import Evaluation
 from icegrt.metrics.statistics import distinct_fraction
-from icegrt.ppo.batch_plan import Planned, plan
-from icegrt.ppo.rewards import Judge, Verdict
-from icegrt.ppo.scores import ScoreScalings, combine
+from icegrt.ppo.batch_plan import BatchPlan, plan_batches
+from icegrt.ppo.rewards import RewardComputer, RewardOutputs
+from icegrt.ppo.scores import RunningScoreNormalizers, total_scores
 from icegrt.ppo.scoring import score_logprobs
 from icegrt.rewards.sample import Sample
 from icegrt.roles.role import Role
@@ -27,7 +27,7 @@ _EVALUATION_SEED = 0x1CE
 
 
 @dataclass(frozen=True)
-class Assessment:
+class EvaluationResult:
     """Responses ordered by prompt and sample, with everything known of them; `_N` tensors are float32, raw scores.
 
     The total of a response is NaN where a source failed on it and it is dropped. kl_N estimates the KL against the
@@ -35,21 +35,21 @@ class Assessment:
     """
 
     responses: list[Response]
-    verdict: Verdict
+    rewards: RewardOutputs
     total_N: Tensor
     kl_N: Tensor | None
 
     @property
     def samples(self) -> list[Sample]:
-        return self.verdict.samples
+        return self.rewards.samples
 
     @property
     def reward_model_N(self) -> Tensor | None:
-        return self.verdict.reward_model_N
+        return self.rewards.reward_model_N
 
     @property
     def function_N(self) -> Tensor | None:
-        return self.verdict.function_N
+        return self.rewards.function_N
 
     @property
     def tokens_N(self) -> Tensor:
@@ -75,44 +75,44 @@ class Assessment:
         )
 
 
-class Assessor:
+class Evaluator:
     """Answers prompts with the actor and has every role judge the answers."""
 
     def __init__(
         self,
         config: PPOConfig,
         engine: RolloutEngine,
-        judge: Judge,
+        reward_computer: RewardComputer,
         actor: Role,
         reference: Role,
         chunk_rows: int,
     ) -> None:
-        self.config, self.engine, self.judge = config, engine, judge
+        self.config, self.engine, self.reward_computer = config, engine, reward_computer
         self.actor, self.reference, self.chunk_rows = actor, reference, chunk_rows
 
     def __call__(
-        self, prompts: list[Prompt], scalings: ScoreScalings, samples: int = 1, *, greedy: bool = False
-    ) -> Assessment:
+        self, prompts: list[Prompt], normalizers: RunningScoreNormalizers, samples: int = 1, *, greedy: bool = False
+    ) -> EvaluationResult:
         sampling = Sampling.of(self.config.sampling, self.config.run.seed ^ _EVALUATION_SEED)
         if greedy:
             sampling = dataclasses.replace(sampling, temperature=0.0)
         responses = self.engine.generate([p.tokens for p in prompts], samples, sampling)
-        planned = plan(responses, self.config.token_budget, share=Cluster.current().share)
-        verdict = self.judge(planned, prompts)
+        plan = plan_batches(responses, self.config.token_budget, share=Cluster.current().share)
+        rewards = self.reward_computer(plan, prompts)
         truncated_N = torch.tensor([float(r.truncated) for r in responses])
         # Responses come ordered by prompt and sample, and so does all that is said of them.
-        scores = combine(self.config, scalings, verdict.models, verdict.paid_N, truncated_N)
-        total_N = scores.total_N.masked_fill(verdict.dropped_N, torch.nan)
-        return Assessment(responses, verdict, total_N, None if greedy else self._kl(planned))
+        scores = total_scores(self.config, normalizers, rewards.models, rewards.source_total_N, truncated_N)
+        total_N = scores.total_N.masked_fill(rewards.dropped_N, torch.nan)
+        return EvaluationResult(responses, rewards, total_N, None if greedy else self._kl(plan))
 
-    def _kl(self, planned: Planned) -> Tensor:
+    def _kl(self, plan: BatchPlan) -> Tensor:
         """Nats by which each response is likelier under the actor than under the reference, [N] in their own order."""
         ours_A, theirs_A = (
-            score_logprobs(role, planned.batches, self.config.sampling.temperature, self.chunk_rows)[0]
+            score_logprobs(role, plan.batches, self.config.sampling.temperature, self.chunk_rows)[0]
             for role in (self.actor, self.reference)
         )
-        kl_N = torch.zeros(len(planned.responses)).index_add(0, _owner_A(planned.cu_actions), ours_A - theirs_A)
-        return planned.everyones_N(kl_N)
+        kl_N = torch.zeros(len(plan.local_responses)).index_add(0, _owner_A(plan.cu_actions), ours_A - theirs_A)
+        return plan.all_gather_sequences(kl_N)
 
 
 def _owner_A(cu_actions: Tensor) -> Tensor:

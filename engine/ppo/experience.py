@@ -13,7 +13,7 @@ from torch import Tensor
 
 from icegrt.config import PPOConfig
 from icegrt.kernels import Moments, ShapedGAE, shaped_gae
-from icegrt.ppo.batch_plan import Planned
+from icegrt.ppo.batch_plan import BatchPlan
 from icegrt.ppo.scores import Scores
 
 
@@ -21,7 +21,7 @@ from icegrt.ppo.scores import Scores
 class Experience:
     """An iteration's scored and shaped responses: this rank's, all `_A` tensors over its whole action stream."""
 
-    planned: Planned
+    plan: BatchPlan
     scores: Scores
     old_logprob_A: Tensor
     entropy_A: Tensor
@@ -35,7 +35,7 @@ class Experience:
 def shape(
     config: PPOConfig,
     kl_coef: float,
-    planned: Planned,
+    plan: BatchPlan,
     scores: Scores,
     old_logprob_A: Tensor,
     ref_logprob_A: Tensor,
@@ -44,19 +44,19 @@ def shape(
     token_reward_A: Tensor | None = None,
 ) -> ShapedGAE:
     """KL penalty, GAE, returns and this rank's moments in one pass over the action stream."""
-    truncated_N = torch.tensor([r.truncated for r in planned.responses], dtype=torch.bool)
+    truncated_N = torch.tensor([r.truncated for r in plan.local_responses], dtype=torch.bool)
     bootstrap_N = torch.where(truncated_N, last_value_N, 0.0) if config.bootstrap_truncated else None
     return shaped_gae(
         scores.total_N,
         value_A,
         old_logprob_A,
         ref_logprob_A,
-        planned.cu_actions,
+        plan.cu_actions,
         kl_coef=kl_coef if config.kl_in == "reward" else 0.0,
         kl_estimator=config.kl_estimator,
         gamma=config.gamma,
         lam=config.lam,
         bootstrap_N=bootstrap_N,
-        mask_A=planned.mask_A,
+        mask_A=plan.mask_A,
         token_reward_A=token_reward_A,
     )

@@ -14,7 +14,7 @@ from icegrt.distributed.cluster import Cluster
 from icegrt.kernels import masked_moments
 from icegrt.metrics import Evaluation, PPOStep
 from icegrt.ppo.experience import Experience
-from icegrt.ppo.rewards import Verdict
+from icegrt.ppo.rewards import RewardOutputs
 from icegrt.ppo.update import UpdateOutcome, mean_grad_norm
 from icegrt.utils.files import JsonlWriter
 
@@ -24,7 +24,7 @@ _NOT_THE_ITERATION = ("evaluate", "checkpoint")
 def ppo_step(
     iteration: int,
     experience: Experience,
-    verdict: Verdict,
+    rewards: RewardOutputs,
     outcome: UpdateOutcome,
     kl_coef: float,
     seconds: dict[str, float],
@@ -33,17 +33,17 @@ def ppo_step(
 ) -> PPOStep:
     """The metrics of an iteration, reduced over `group` (the data-parallel ranks). Dropped responses count in those
     of tokens and truncation only."""
-    planned, shaped, scores = experience.planned, experience.shaped, experience.scores
-    kept_N, counted_A = ~verdict.dropped_N, planned.mask_A
-    rollout_A = torch.tensor([x for r in planned.responses for x in r.logprobs])
-    reward_N = _sum_by_response(shaped.reward_A, planned.cu_actions)
-    tokens_N = planned.cu_actions.diff().double()
-    truncated_N = torch.tensor([float(r.truncated) for r in planned.responses])
+    plan, shaped, scores = experience.plan, experience.shaped, experience.scores
+    kept_N, counted_A = ~rewards.dropped_N, plan.mask_A
+    rollout_A = torch.tensor([x for r in plan.local_responses for x in r.logprobs])
+    reward_N = _sum_by_response(shaped.reward_A, plan.cu_actions)
+    tokens_N = plan.cu_actions.diff().double()
+    truncated_N = torch.tensor([float(r.truncated) for r in plan.local_responses])
     means = _means(
         {
             "score": (scores.total_N, kept_N),
-            "reward_model": (verdict.reward_model_N, None),
-            "function": _with_known(verdict.function_N),
+            "reward_model": (rewards.reward_model_N, None),
+            "function": _with_known(rewards.function_N),
             "reward": (reward_N, kept_N),
             "kl": (shaped.kl_N, kept_N),
             "entropy": (experience.entropy_A, counted_A),
@@ -59,7 +59,7 @@ def ppo_step(
     gap_A = (rollout_A - experience.old_logprob_A).abs()
     gap = _maximum(gap_A if counted_A is None else gap_A * counted_A, group)
     cluster = Cluster.current()
-    padding, computed = cluster.total([planned.tail_tokens, planned.n_tokens])
+    padding, computed = cluster.total([plan.tail_tokens, plan.n_tokens])
     ptx_loss, ptx_tokens = cluster.total([outcome.ptx_loss_sum, outcome.ptx_tokens])
     elapsed = sum(s for phase, s in seconds.items() if phase not in _NOT_THE_ITERATION)
     count = int(means["tokens"][1])
@@ -96,23 +96,23 @@ def ppo_step(
         response_tokens_per_second=response_tokens / elapsed,
         rollout_logprob_gap_max=gap,
         padding_fraction=padding / computed,
-        **source_figures(verdict, group),
+        **source_figures(rewards, group),
         seconds_by_phase=seconds,
         evaluation=evaluation,
     )
 
 
-def source_figures(verdict: Verdict, group: dist.ProcessGroup | None) -> dict[str, Any]:
+def source_figures(rewards: RewardOutputs, group: dist.ProcessGroup | None) -> dict[str, Any]:
     """`sources`, `reward_errors` and `dropped_responses` of a `PPOStep`, over all ranks of `group`.
 
     A source's metrics may have other names on another rank, so ranks exchange what they have by name.
     """
     ours = {
         source: {name: masked_moments(torch.tensor(x, dtype=torch.float64)) for name, x in values.items()}
-        for source, values in verdict.values().items()
+        for source, values in rewards.values().items()
     }
     found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, (ours, verdict.errors(), int(verdict.dropped_N.sum())), group=group)
+    dist.all_gather_object(found, (ours, rewards.errors(), int(rewards.dropped_N.sum())), group=group)
     merged: dict[str, dict[str, Any]] = {}
     for theirs, _, _ in found:
         for source, values in theirs.items():
@@ -125,9 +125,9 @@ def source_figures(verdict: Verdict, group: dist.ProcessGroup | None) -> dict[st
         for name, moments in sorted(values.items(), key=lambda item: (item[0] != "score", item[0])):
             if float(moments.count):
                 figures[f"{name}_mean"], figures[f"{name}_std"] = float(moments.mean), float(moments.variance.sqrt())
-        if source in verdict.errors():
+        if source in rewards.errors():
             figures["errors"] = sum(errors[source] for _, errors, _ in found)
-    for model in verdict.models[1:]:
+    for model in rewards.models[1:]:
         sources[model.name]["weight"] = model.weight
     return {
         "sources": sources,
@@ -165,19 +165,19 @@ def _sum_by_response(x_A: Tensor, cu_actions: Tensor) -> Tensor:
     return ends[cu_actions[1:].long()] - ends[cu_actions[:-1].long()]
 
 
-def write_rollouts(path: Path, iteration: int, seed: int, experience: Experience, verdict: Verdict) -> None:
+def write_rollouts(path: Path, iteration: int, seed: int, experience: Experience, rewards: RewardOutputs) -> None:
     """One row per response: text, ids, finish reason, score parts, KL, advantages, and what it was sampled with.
 
-    A collective that rank 0 writes for. `verdict`: of everyone's responses.
+    A collective that rank 0 writes for. `rewards`: of everyone's responses.
     """
-    planned, function_N = experience.planned, verdict.function_N
-    total_N = planned.everyones_N(experience.scores.total_N)
-    kl_N = planned.everyones_N(experience.shaped.kl_N)
-    advantages = planned.everyones_A(experience.shaped.advantage_A)
+    plan, function_N = experience.plan, rewards.function_N
+    total_N = plan.all_gather_sequences(experience.scores.total_N)
+    kl_N = plan.all_gather_sequences(experience.shaped.kl_N)
+    advantages = plan.all_gather_actions(experience.shaped.advantage_A)
     if not Cluster.current().is_main:
         return
     with JsonlWriter(path) as writer:
-        for n, (response, sample) in enumerate(zip(planned.everyone, verdict.samples, strict=True)):
+        for n, (response, sample) in enumerate(zip(plan.responses, rewards.samples, strict=True)):
             writer.write(
                 {
                     "iteration": iteration,
@@ -189,9 +189,9 @@ def write_rollouts(path: Path, iteration: int, seed: int, experience: Experience
                     "text": sample.text,
                     "finish_reason": response.finish_reason,
                     "score": _number(total_N, n),
-                    "reward_model_score": _number(verdict.reward_model_N, n),
+                    "reward_model_score": _number(rewards.reward_model_N, n),
                     "function_score": _number(function_N, n),
-                    **_said(verdict, n),
+                    **_said(rewards, n),
                     "kl_nats": _number(kl_N, n),
                     "prompt_ids": response.prompt,
                     "response_ids": response.tokens,
@@ -201,12 +201,12 @@ def write_rollouts(path: Path, iteration: int, seed: int, experience: Experience
             )
 
 
-def _said(verdict: Verdict, n: int) -> dict[str, Any]:
+def _said(rewards: RewardOutputs, n: int) -> dict[str, Any]:
     """What each source said of response n beside the first reward model, errors in words."""
     said: dict[str, dict[str, Any]] = {
-        m.name: {"score": _number(m.score_N, n), "weight": m.weight, "error": None} for m in verdict.models[1:]
+        m.name: {"score": _number(m.score_N, n), "weight": m.weight, "error": None} for m in rewards.models[1:]
     }
-    for source in verdict.sources:
+    for source in rewards.sources:
         result, error = source.results[n], source.errors[n]
         parts = {"score": result.score, "weight": source.weight, "error": error}
         if result.metrics:
@@ -214,7 +214,7 @@ def _said(verdict: Verdict, n: int) -> dict[str, Any]:
         if result.token_rewards_A is not None:
             parts["token_rewards"] = [_short(x) for x in result.token_rewards_A]
         said[source.name] = parts
-    return {"sources": said, "dropped": bool(verdict.dropped_N[n])}
+    return {"sources": said, "dropped": bool(rewards.dropped_N[n])}
 
 
 def _number(x_N: Tensor | None, n: int) -> float | None:

@@ -10,18 +10,18 @@ from typing import Any
 
 from icegrt.config import PPOConfig
 from icegrt.errors import ConfigError
-from icegrt.rewards.sources import Entry, Scorers, named
+from icegrt.rewards.sources import RewardSourceGroup, RewardSpec, named
 
 
 @dataclass(frozen=True)
-class RewardSources:
-    """Where scores come from. models: an entry for each reward model, by its role's name; scorers: all the others."""
+class RewardComposition:
+    """The reward models by the name of their role, and all other sources: functions and HTTP scorers."""
 
-    models: dict[str, Entry]
-    scorers: Scorers
+    models: dict[str, RewardSpec]
+    sources: RewardSourceGroup
 
     @classmethod
-    def of(cls, config: PPOConfig, given: Any) -> RewardSources:
+    def of(cls, config: PPOConfig, given: Any) -> RewardComposition:
         """`given` (a path, model, callable or URL, each alone or with a weight, or a list of them), or else what the
         configuration names. Nothing is loaded yet."""
         if given is None:
@@ -36,22 +36,22 @@ class RewardSources:
         models = [entry for entry in entries if entry.model is not None]
         called = [entry for entry in entries if entry.model is None]
         roles = [f"reward:{entry.name}" if i else "reward" for i, entry in enumerate(models)]
-        return cls(dict(zip(roles, models, strict=True)), Scorers.of(called, config.reward, config.run.seed))
+        return cls(dict(zip(roles, models, strict=True)), RewardSourceGroup.of(called, config.reward, config.run.seed))
 
 
-def _configured(config: PPOConfig) -> list[Entry]:
+def _configured(config: PPOConfig) -> list[RewardSpec]:
     entries = []
     if config.reward_model:
         key, weight = "ppo.reward_model", config.reward_model_weight
-        entries.append(Entry(model=config.reward_model, weight=weight, key=key))
+        entries.append(RewardSpec(model=config.reward_model, weight=weight, key=key))
     if config.reward_function:
         key, weight = "ppo.reward_function", config.reward_function_weight
-        entries.append(Entry(function=config.reward_function, weight=weight, key=key))
+        entries.append(RewardSpec(function=config.reward_function, weight=weight, key=key))
     sources = enumerate(config.reward.sources)
-    return entries + [Entry.of(source, f"ppo.reward.sources[{i}]") for i, source in sources]
+    return entries + [RewardSpec.of(source, f"ppo.reward.sources[{i}]") for i, source in sources]
 
 
-def _given(config: PPOConfig, parts: list[Any]) -> list[Entry]:
+def _given(config: PPOConfig, parts: list[Any]) -> list[RewardSpec]:
     entries = []
     # What the first of its kind weighs that is given without a weight.
     plain = {"model": config.reward_model_weight, "function": config.reward_function_weight}
@@ -64,7 +64,7 @@ def _given(config: PPOConfig, parts: list[Any]) -> list[Entry]:
             )
         is_url = isinstance(part, str) and part.startswith(("http://", "https://"))
         kind = "url" if is_url else "function" if _is_function(part) else "model"
-        entries.append(Entry(**{kind: part}, weight=plain.pop(kind, 1.0) if weight is None else weight))
+        entries.append(RewardSpec(**{kind: part}, weight=plain.pop(kind, 1.0) if weight is None else weight))
     return entries
 
 

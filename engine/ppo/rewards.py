@@ -13,11 +13,11 @@ from torch import Tensor
 
 from icegrt.data import Prompt
 from icegrt.distributed.cluster import Cluster
-from icegrt.ppo.batch_plan import Planned
+from icegrt.ppo.batch_plan import BatchPlan
 from icegrt.ppo.scores import ModelScores
 from icegrt.ppo.scoring import score_sequences
 from icegrt.rewards.sample import Sample
-from icegrt.rewards.sources import Scorers, SourceScores
+from icegrt.rewards.sources import RewardSourceGroup, SourceScores
 from icegrt.roles.role import Role
 from icegrt.rollout.samples import sample_of
 
@@ -32,7 +32,7 @@ class RewardModel:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RewardOutputs:
     """What was said of N responses, in their order. models: reward models; sources: functions and HTTP scorers."""
 
     samples: list[Sample]
@@ -50,7 +50,7 @@ class Verdict:
         return torch.tensor(self.sources[0].scores, dtype=torch.float32) if self.sources else None
 
     @property
-    def paid_N(self) -> Tensor | None:
+    def source_total_N(self) -> Tensor | None:
         """The weighted sum over functions and scorers; one that has no score for a response pays it nothing."""
         if not self.sources:
             return None
@@ -78,13 +78,13 @@ class Verdict:
                     part += source.weight * torch.tensor(result.token_rewards_A, dtype=torch.float32)
         return torch.cat(parts)
 
-    def select(self, index: Sequence[int]) -> Verdict:
+    def select(self, index: Sequence[int]) -> RewardOutputs:
         """The verdict on some responses, in the order of `index`."""
         sources = [
             replace(s, results=[s.results[i] for i in index], errors=[s.errors[i] for i in index]) for s in self.sources
         ]
         models = [replace(m, score_N=m.score_N[list(index)]) for m in self.models]
-        return Verdict([self.samples[i] for i in index], models, sources)
+        return RewardOutputs([self.samples[i] for i in index], models, sources)
 
     def values(self) -> dict[str, dict[str, list[float]]]:
         """By source, then by name: `score` and the source's own metrics, of the responses that have them."""
@@ -101,40 +101,40 @@ class Verdict:
         return {s.name: sum(error is not None for error in s.errors) for s in self.sources}
 
 
-class Judge:
-    """`models`: any number of reward models; `scorers`: functions and HTTP scorers."""
+class RewardComputer:
+    """`models`: any number of reward models; `reward_sources`: functions and HTTP scorers."""
 
-    def __init__(self, models: Sequence[RewardModel], scorers: Scorers, tokenizer: Any) -> None:
-        self.models, self.scorers, self.tokenizer = models, scorers, tokenizer
+    def __init__(self, models: Sequence[RewardModel], reward_sources: RewardSourceGroup, tokenizer: Any) -> None:
+        self.models, self.reward_sources, self.tokenizer = models, reward_sources, tokenizer
 
-    def __call__(self, planned: Planned, prompts: Sequence[Prompt]) -> Verdict:
+    def __call__(self, plan: BatchPlan, prompts: Sequence[Prompt]) -> RewardOutputs:
         """What is said of everyone's responses, in their order; `prompts[r.prompt_index]` is what response r answers.
 
         A collective. Raises `RewardError`.
         """
-        samples = [sample_of(self.tokenizer, r, prompts[r.prompt_index]) for r in planned.everyone]
+        samples = [sample_of(self.tokenizer, r, prompts[r.prompt_index]) for r in plan.responses]
         models = [
-            ModelScores(m.name, m.weight, planned.everyones_N(score_sequences(m.role, planned.batches)))
+            ModelScores(m.name, m.weight, plan.all_gather_sequences(score_sequences(m.role, plan.batches)))
             for m in self.models
         ]
-        return Verdict(samples, models, self._grade(planned, samples))
+        return RewardOutputs(samples, models, self._grade(plan, samples))
 
-    def _grade(self, planned: Planned, samples: list[Sample]) -> list[SourceScores]:
+    def _grade(self, plan: BatchPlan, samples: list[Sample]) -> list[SourceScores]:
         """Data-parallel ranks ask about a part of the prompts each, all responses to a prompt together; of the ranks
         that hold one model only the first asks, and tells the others."""
         cluster = Cluster.current()
         if cluster.world_size == 1:
-            return self.scorers.grade(samples)
+            return self.reward_sources.score(samples)
         ranks, rank = cluster.share.ranks, cluster.share.rank
-        places = [[n for n, r in enumerate(planned.everyone) if r.prompt_index % ranks == k] for k in range(ranks)]
+        assignment = [[n for n, r in enumerate(plan.responses) if r.prompt_index % ranks == k] for k in range(ranks)]
         first = dist.get_process_group_ranks(cluster.model_group)[0]
         held: list[Any] = [None]
-        if cluster.rank == first and places[rank]:
-            held = [self.scorers.grade([samples[n] for n in places[rank]])]
+        if cluster.rank == first and assignment[rank]:
+            held = [self.reward_sources.score([samples[n] for n in assignment[rank]])]
         dist.broadcast_object_list(held, first, group=cluster.model_group)
         parts: list[Any] = [None] * ranks
         dist.all_gather_object(parts, held[0], group=cluster.data_group)
-        asked = [(part, where) for part, where in zip(parts, places, strict=True) if part]
+        asked = [(part, where) for part, where in zip(parts, assignment, strict=True) if part]
         sources = range(len(asked[0][0])) if asked else ()
         return [_joined([(part[i], where) for part, where in asked], len(samples)) for i in sources]
 

@@ -18,7 +18,7 @@ from icegrt.kernels import Moments, masked_moments
 _LEAST_STD = 1e-6
 
 
-class ScoreScaling:
+class RunningScoreNormalizer:
     """Running moments of one reward model's scores over all ranks and iterations (Chan's rule, fp64).
 
     score' = clip((score - shift * mean) / std, -c, c). The moments take in an iteration's scores before they are
@@ -66,7 +66,7 @@ def _moments(count: float, mean: float, std: float) -> Moments:
     return Moments(*(torch.tensor(x, dtype=torch.float64) for x in (count, mean, std * std * count)))
 
 
-class ScoreScalings(dict[str, ScoreScaling]):
+class RunningScoreNormalizers(dict[str, RunningScoreNormalizer]):
     """A scaling for each reward model, by its name."""
 
     def state(self) -> dict[str, Any]:
@@ -104,22 +104,22 @@ class Scores:
 
     total_N: Tensor
     models: Sequence[ModelScores]
-    paid_N: Tensor | None
+    source_total_N: Tensor | None
 
 
-def combine(
+def total_scores(
     config: PPOConfig,
-    scalings: Mapping[str, ScoreScaling],
+    normalizers: Mapping[str, RunningScoreNormalizer],
     models: Sequence[ModelScores],
-    paid_N: Tensor | None,
+    source_total_N: Tensor | None,
     truncated_N: Tensor,
     dropped_N: Tensor | None = None,
 ) -> Scores:
     """Sum of weight * normalised score over reward models + what functions and scorers pay - penalty if truncated."""
     total_N = torch.zeros(truncated_N.shape[0])
     for model in models:
-        total_N = total_N + model.weight * scalings[model.name].apply(model.score_N)
-    if paid_N is not None:
-        total_N = total_N + paid_N
+        total_N = total_N + model.weight * normalizers[model.name].apply(model.score_N)
+    if source_total_N is not None:
+        total_N = total_N + source_total_N
     total_N = total_N - config.missing_eos_penalty * truncated_N
-    return Scores(total_N if dropped_N is None else total_N.masked_fill(dropped_N, 0.0), models, paid_N)
+    return Scores(total_N if dropped_N is None else total_N.masked_fill(dropped_N, 0.0), models, source_total_N)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from icegrt.config import PPOConfig
-from icegrt.data import Encoded, Prompt
+from icegrt.data import EncodedDataset, Prompt
 from icegrt.errors import CheckpointError, ConfigError
 from icegrt.model.architecture import DTYPES
 from icegrt.model.build import build_model
-from icegrt.model.hf.reader import Pretrained
-from icegrt.ppo.reward_sources import RewardSources
+from icegrt.model.hf.reader import HFCheckpointReader
+from icegrt.ppo.reward_sources import RewardComposition
 from icegrt.rewards.sources import MODEL_NAME
 from icegrt.roles.role import Role
 from icegrt.utils.files import read_object
@@ -40,9 +40,9 @@ def check_config(config: PPOConfig) -> None:
         raise ConfigError(f"ppo.minibatches is {config.minibatches}, but an iteration has only {responses} responses")
 
 
-def check_critic(config: PPOConfig, sources: RewardSources, critic: Any) -> None:
+def check_critic(config: PPOConfig, composition: RewardComposition, critic: Any) -> None:
     """Refuse a critic that has nothing to start from. Raises `ConfigError`."""
-    if critic is None and config.critic.init == "reward" and not sources.models:
+    if critic is None and config.critic.init == "reward" and not composition.models:
         raise ConfigError(
             "ppo.critic.init is 'reward', but there is no reward model to start from; set ppo.critic.init=actor "
             "(the actor's trunk with a zero head)"
@@ -50,20 +50,20 @@ def check_critic(config: PPOConfig, sources: RewardSources, critic: Any) -> None
 
 
 def build_roles(
-    config: PPOConfig, actor: Pretrained, reference: Any, sources: RewardSources, critic: Any
+    config: PPOConfig, actor: HFCheckpointReader, reference: Any, composition: RewardComposition, critic: Any
 ) -> dict[str, Role]:
-    """The roles by name: actor, reference, one for each of `sources.models`, critic. Actor and critic do not learn yet.
+    """Return the roles by name: actor, reference, one per reward model, critic. Actor and critic do not learn yet.
 
     All checkpoints are compared with the actor's before the first model is built.
     """
-    frozen = Pretrained(reference) if reference is not None else actor
+    frozen = HFCheckpointReader(reference) if reference is not None else actor
     _same_vocabulary(actor, frozen, "reference")
-    rewards = {role: Pretrained(entry.model) for role, entry in sources.models.items()}
+    rewards = {role: HFCheckpointReader(entry.model) for role, entry in composition.models.items()}
     for role, reward in rewards.items():
-        name = sources.models[role].name
+        name = composition.models[role].name
         _same_vocabulary(actor, reward, "reward model" if name == MODEL_NAME else f"reward model `{name}`")
     if critic is not None:
-        start, new_head = Pretrained(critic), False
+        start, new_head = HFCheckpointReader(critic), False
     elif config.critic.init == "reward":
         start, new_head = next(iter(rewards.values())), False
     else:
@@ -77,7 +77,7 @@ def build_roles(
     return {name: Role(name, model) for name, model in models.items()}
 
 
-def _same_vocabulary(actor: Pretrained, other: Pretrained, name: str) -> None:
+def _same_vocabulary(actor: HFCheckpointReader, other: HFCheckpointReader, name: str) -> None:
     if other.architecture.vocab_size != actor.architecture.vocab_size:
         raise ConfigError(
             f"the {name} ({other.where}) has a vocabulary of {other.architecture.vocab_size} tokens, the actor "
@@ -91,7 +91,7 @@ def _same_vocabulary(actor: Pretrained, other: Pretrained, name: str) -> None:
         )
 
 
-def _tokenizer_file(source: Pretrained) -> Any:
+def _tokenizer_file(source: HFCheckpointReader) -> Any:
     path = source.folder / "tokenizer.json" if source.folder is not None else None
     if path is None or not path.is_file():
         return None
@@ -102,7 +102,7 @@ def _tokenizer_file(source: Pretrained) -> Any:
         raise CheckpointError(f"{path}: not a tokenizer's file; copy it again") from None
 
 
-def check_lengths(config: PPOConfig, prompts: list[Encoded[Prompt]], roles: dict[str, Role]) -> None:
+def check_lengths(config: PPOConfig, prompts: list[EncodedDataset[Prompt]], roles: dict[str, Role]) -> None:
     """Every sequence must fit every role's context and the token budget. Raises `ConfigError`."""
     longest = max((part.longest() for part in prompts), key=len)
     total = len(longest) + config.sampling.max_new_tokens

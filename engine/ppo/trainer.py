@@ -14,12 +14,12 @@ import torch
 
 from icegrt.config import PPOConfig
 from icegrt.data import (
-    Blend,
-    Encoded,
+    BlendedDataset,
+    EncodedDataset,
     ExampleEncoder,
     Prompt,
     PromptEncoder,
-    PromptOrder,
+    PromptSampler,
     open_rows,
     report_lengths,
     stop_ids,
@@ -29,29 +29,29 @@ from icegrt.errors import ConfigError, RewardError, RunError
 from icegrt.kernels import masked_moments
 from icegrt.metrics import Evaluation, PPOStep, rollout_path
 from icegrt.metrics.alarms import Alarms
-from icegrt.model.build import check_cut
+from icegrt.model.build import check_parallelism
 from icegrt.model.hf import exporter
-from icegrt.model.hf.reader import Pretrained
+from icegrt.model.hf.reader import HFCheckpointReader
 from icegrt.model.hf.score_statistics import saved_statistics
 from icegrt.model.hf.writer import save_pretrained
-from icegrt.ppo.batch_plan import Planned, plan
-from icegrt.ppo.evaluator import Assessment, Assessor
+from icegrt.ppo.batch_plan import BatchPlan, plan_batches
+from icegrt.ppo.evaluator import EvaluationResult, Evaluator
 from icegrt.ppo.experience import Experience, shape
 from icegrt.ppo.kl_controller import kl_controller
 from icegrt.ppo.metrics import ppo_step, write_rollouts
-from icegrt.ppo.reward_sources import RewardSources
-from icegrt.ppo.rewards import Judge, RewardModel, Verdict
-from icegrt.ppo.scores import Scores, ScoreScaling, ScoreScalings, combine
+from icegrt.ppo.reward_sources import RewardComposition
+from icegrt.ppo.rewards import RewardComputer, RewardModel, RewardOutputs
+from icegrt.ppo.scores import RunningScoreNormalizer, RunningScoreNormalizers, Scores, total_scores
 from icegrt.ppo.scoring import score_logprobs, score_values
 from icegrt.ppo.setup import build_roles, check_config, check_critic, check_lengths
 from icegrt.ppo.update import UpdateOutcome, Updater
 from icegrt.report.page import write_run_report
-from icegrt.rewards.sources import Scorers
+from icegrt.rewards.sources import RewardSourceGroup
 from icegrt.rollout.engine import RolloutEngine
 from icegrt.rollout.samples import sample_of
 from icegrt.rollout.types import Response, Sampling
 from icegrt.training.trainer import Trainer, resolve_chunk_rows, tokenizer_for, write_json
-from icegrt.utils.console import say, warn
+from icegrt.utils.console import print_info, warn
 
 # Steps in a row that may be skipped for a loss or gradient that is not finite.
 _MOST_SKIPPED = 3
@@ -66,7 +66,7 @@ class PPOTrainer(Trainer):
     """
 
     unit = "iterations"
-    scorers: Scorers | None = None
+    reward_sources: RewardSourceGroup | None = None
 
     def __init__(
         self,
@@ -87,12 +87,12 @@ class PPOTrainer(Trainer):
         for name, given in (("actor", actor), ("prompts", prompts)):
             if isinstance(given, str) and not given:
                 raise ConfigError(f"ppo.{name} is empty; it must be given")
-        sources = RewardSources.of(config, reward)
-        check_critic(config, sources, critic)
+        composition = RewardComposition.of(config, reward)
+        check_critic(config, composition, critic)
         super().__init__(config, callbacks)
         try:
             self._set_up(
-                actor, tokenizer, sources, prompts, reference or config.reference or None, critic, eval_prompts
+                actor, tokenizer, composition, prompts, reference or config.reference or None, critic, eval_prompts
             )
         except BaseException:
             self.close()
@@ -100,12 +100,16 @@ class PPOTrainer(Trainer):
 
     # -- setting up ------------------------------------------------------------------------------------------------
 
-    def _set_up(self, actor, tokenizer, sources: RewardSources, prompts, reference, critic, eval_prompts) -> None:
+    def _set_up(
+        self, actor, tokenizer, composition: RewardComposition, prompts, reference, critic, eval_prompts
+    ) -> None:
         config = self.config
-        pretrained = Pretrained(actor)
-        check_cut(pretrained.architecture)  # before workers are started and data is encoded, which may take long
-        self.scorers = sources.scorers
-        self.scorers.start()
+        pretrained = HFCheckpointReader(actor)
+        check_parallelism(
+            pretrained.architecture
+        )  # before workers are started and data is encoded, which may take long
+        self.reward_sources = composition.sources
+        self.reward_sources.start()
         self.tokenizer = tokenizer_for(tokenizer, actor, pretrained.architecture)
         self.sampling = Sampling.of(config.sampling, self.run.seed)
         self.stop_ids = stop_ids(
@@ -116,17 +120,17 @@ class PPOTrainer(Trainer):
         held_out = eval_prompts if eval_prompts is not None else config.eval_prompts
         has_held_out = not (isinstance(held_out, str) and not held_out)
         self.eval_prompts = self._encode("eval_prompts", held_out, context, config.eval_limit) if has_held_out else []
-        self.roles_by_name = build_roles(config, pretrained, reference, sources, critic)
+        self.roles_by_name = build_roles(config, pretrained, reference, composition, critic)
         check_lengths(config, [p for p in (self.prompts, self.eval_prompts) if p], self.roles_by_name)
         self.actor, self.critic = self.roles_by_name["actor"], self.roles_by_name["critic"]
         self.roles = [self.actor, self.critic]
-        models = [RewardModel(e.name, e.weight, self.roles_by_name[role]) for role, e in sources.models.items()]
-        self.scalings = ScoreScalings(
-            {e.name: ScoreScaling(config, saved_statistics(e.model)) for e in sources.models.values()}
+        models = [RewardModel(e.name, e.weight, self.roles_by_name[role]) for role, e in composition.models.items()]
+        self.normalizers = RunningScoreNormalizers(
+            {e.name: RunningScoreNormalizer(config, saved_statistics(e.model)) for e in composition.models.values()}
         )
         if critic is None and config.critic.init == "reward":
             # The reward model's head speaks in raw scores, returns are on the scale of what is paid.
-            self.critic.model.scale_head(models[0].weight * self.scalings[models[0].name].factor)
+            self.critic.model.scale_head(models[0].weight * self.normalizers[models[0].name].factor)
         self.total_steps = config.iterations
         updates = (config.iterations - config.critic.warmup_iterations) * config.ppo_epochs * config.minibatches
         self.actor.learn(config.optimizer, max(1, updates))
@@ -135,12 +139,12 @@ class PPOTrainer(Trainer):
         self.engine = RolloutEngine(
             self.actor.model, self.tokenizer, max_batch=config.max_batch, stop_token_ids=self.stop_ids
         )
-        self.judge = Judge(models, self.scorers, self.tokenizer)
-        self.assessor = Assessor(
-            config, self.engine, self.judge, self.actor, self.roles_by_name["reference"], self.chunk_rows
+        self.reward_computer = RewardComputer(models, self.reward_sources, self.tokenizer)
+        self.evaluator = Evaluator(
+            config, self.engine, self.reward_computer, self.actor, self.roles_by_name["reference"], self.chunk_rows
         )
         self.kl = kl_controller(config)
-        self.order = PromptOrder(len(self.prompts), self.run.seed)
+        self.order = PromptSampler(len(self.prompts), self.run.seed)
         self.ptx = self._ptx_blend()
         self.updater = Updater(config, self.actor, self.critic, self.chunk_rows, self.cluster.data_group)
         self.alarms, self.alarm_messages = Alarms(config), []
@@ -148,45 +152,45 @@ class PPOTrainer(Trainer):
         self._skipped_in_a_row = {"actor": 0, "critic": 0}
         self._seconds: dict[str, float] = defaultdict(float)
         self._probe_reward()
-        self._begin(self.tokenizer, chunk_rows=self.chunk_rows)
+        self._restore_and_open_log(self.tokenizer, chunk_rows=self.chunk_rows)
         if self.done_steps == 0 and self.eval_prompts:
             self.first_evaluation = self.evaluate()
             self.alarms.observe(self.first_evaluation)
             self.log(self.first_evaluation)
 
-    def _encode(self, key: str, source: Any, context: int, limit: int = 0) -> Encoded[Prompt]:
+    def _encode(self, key: str, source: Any, context: int, limit: int = 0) -> EncodedDataset[Prompt]:
         answer = self.config.sampling.max_new_tokens
         if answer >= context:
             raise ConfigError(f"ppo.sampling.max_new_tokens {answer} leaves no room for a prompt: context {context}")
         why = f"context {context} - max_new_tokens {answer} leaves {context - answer}"
         encoder = PromptEncoder(self.tokenizer, context - answer, self.config.truncation, why=why)
         rows = open_rows(source, limit, input_key=self.config.input_key)
-        prompts = Encoded(rows, encoder, str(source) if isinstance(source, (str, Path)) else key)
+        prompts = EncodedDataset(rows, encoder, str(source) if isinstance(source, (str, Path)) else key)
         report_lengths([prompts])
         return prompts
 
-    def _ptx_blend(self) -> Blend | None:
+    def _ptx_blend(self) -> BlendedDataset | None:
         if not self.config.ptx_coef:
             return None
         context = min(self.actor.model.architecture.context_length, self.config.token_budget)
         encoder = ExampleEncoder(self.tokenizer, context, stop_ids=self.stop_ids)
-        return Blend(encode_sources("ppo.ptx_data", self.config.ptx_data, None, encoder), self.run.seed)
+        return BlendedDataset(encode_sources("ppo.ptx_data", self.config.ptx_data, None, encoder), self.run.seed)
 
     def _probe_reward(self) -> None:
         # A reward function that fails must fail now, not after the first rollout of an expensive run.
-        if not self.scorers:
+        if not self.reward_sources:
             return
         few = self.prompts[:2]
         sampling = dataclasses.replace(self.sampling, max_new_tokens=min(4, self.sampling.max_new_tokens))
         responses = self.engine.generate([p.tokens for p in few], 1, sampling)
-        self.scorers.probe([sample_of(self.tokenizer, r, few[r.prompt_index]) for r in responses])
+        self.reward_sources.probe([sample_of(self.tokenizer, r, few[r.prompt_index]) for r in responses])
 
     # -- state -----------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         return {
             "kl": self.kl.state(),
-            "scalings": self.scalings.state(),
+            "scalings": self.normalizers.state(),
             "order": self.order.state(),
             "ptx": self.ptx.state() if self.ptx is not None else None,
             "alarms": self.alarms.state(),
@@ -197,13 +201,13 @@ class PPOTrainer(Trainer):
 
     def use_chunk_rows(self, chunk_rows: int) -> None:
         """Takes a checkpoint's choice, for scoring, evaluation and update alike."""
-        self.chunk_rows = self.assessor.chunk_rows = self.updater.chunk_rows = chunk_rows
+        self.chunk_rows = self.evaluator.chunk_rows = self.updater.chunk_rows = chunk_rows
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.kl.load_state(state["kl"])
         # An older checkpoint has moments without a name: those of its only reward model.
-        nameless = dict.fromkeys([*self.scalings][:1], state.get("scaling"))
-        self.scalings.load_state(state.get("scalings", nameless))
+        nameless = dict.fromkeys([*self.normalizers][:1], state.get("scaling"))
+        self.normalizers.load_state(state.get("scalings", nameless))
         self.order.load_state(state["order"])
         if self.ptx is not None and state["ptx"] is not None:  # None: it was not mixed in until now
             self.ptx.load_state(state["ptx"])
@@ -223,24 +227,24 @@ class PPOTrainer(Trainer):
         iteration = self.done_steps + 1
         prompts, responses = self._roll_out(iteration)
         with self._timed("plan"):
-            planned = plan(
+            plan = plan_batches(
                 responses,
                 self.config.token_budget,
                 self.config.minibatches,
                 share=self.cluster.share,
                 seed=(self.run.seed << 32) ^ iteration,
             )
-        experience, verdict, everyones = self._score(planned, prompts)
+        experience, rewards, all_rewards = self._score(plan, prompts)
         self.notify("on_scores", experience)
         with self._timed("update"):
             outcome = self.updater.run(experience, self.kl.coef, iteration, self._draw_ptx(iteration))
         kl_coef = self.kl.coef
-        kl = masked_moments(experience.shaped.kl_N.double(), ~verdict.dropped_N, group=self.cluster.data_group)
+        kl = masked_moments(experience.shaped.kl_N.double(), ~rewards.dropped_N, group=self.cluster.data_group)
         self.kl.update(float(kl.mean), int(kl.count))
-        write_rollouts(rollout_path(self.dir, iteration), iteration, self.run.seed, experience, everyones)
+        write_rollouts(rollout_path(self.dir, iteration), iteration, self.run.seed, experience, all_rewards)
         self.done_steps = iteration
         self._stop_if_broken(outcome)
-        row = self._finish_iteration(iteration, experience, verdict, outcome, kl_coef)
+        row = self._finish_iteration(iteration, experience, rewards, outcome, kl_coef)
         self.notify("on_update", row)
         return row
 
@@ -255,37 +259,39 @@ class PPOTrainer(Trainer):
         self.notify("on_rollout", responses)
         return prompts, responses
 
-    def _score(self, planned: Planned, prompts: list[Prompt]) -> tuple[Experience, Verdict, Verdict]:
+    def _score(self, plan: BatchPlan, prompts: list[Prompt]) -> tuple[Experience, RewardOutputs, RewardOutputs]:
         """Also what the sources said: of this rank's responses, and of everyone's."""
         config = self.config
         with self._timed("score"):
             # First of all: what is dropped must be masked alike in scoring and update, or their bits would differ.
-            everyones = self.judge(planned, prompts)
-            self._stop_if_all_are_dropped(everyones)
-            verdict = everyones.select(planned.places[planned.rank])
-            planned = planned.without(verdict.dropped_N)
-            batches, temperature = planned.batches, config.sampling.temperature
+            all_rewards = self.reward_computer(plan, prompts)
+            self._stop_if_all_are_dropped(all_rewards)
+            rewards = all_rewards.select(plan.rank_assignment[plan.rank])
+            plan = plan.with_masked(rewards.dropped_N)
+            batches, temperature = plan.batches, config.sampling.temperature
             old_A, entropy_A = score_logprobs(self.actor, batches, temperature, self.chunk_rows, entropy=True)
             ref_A, _ = score_logprobs(self.roles_by_name["reference"], batches, temperature, self.chunk_rows)
             value_A, last_value_N = score_values(self.critic, batches)
         with self._timed("shape"):
-            scores = self._total(planned, verdict)
-            rewards_A = verdict.token_reward_A
-            shaped = shape(config, self.kl.coef, planned, scores, old_A, ref_A, value_A, last_value_N, rewards_A)
+            scores = self._total(plan, rewards)
+            rewards_A = rewards.token_reward_A
+            shaped = shape(config, self.kl.coef, plan, scores, old_A, ref_A, value_A, last_value_N, rewards_A)
             moments = shaped.moments.reduce(self.cluster.data_group)
-        return Experience(planned, scores, old_A, entropy_A, ref_A, value_A, shaped, moments), verdict, everyones
+        return Experience(plan, scores, old_A, entropy_A, ref_A, value_A, shaped, moments), rewards, all_rewards
 
-    def _total(self, planned: Planned, verdict: Verdict) -> Scores:
-        for model in verdict.models:
-            self.scalings[model.name].update(model.score_N, self.cluster.data_group)
-        truncated_N = torch.tensor([float(r.truncated) for r in planned.responses])
-        dropped_N = verdict.dropped_N
-        return combine(self.config, self.scalings, verdict.models, verdict.paid_N, truncated_N, dropped_N)
+    def _total(self, plan: BatchPlan, rewards: RewardOutputs) -> Scores:
+        for model in rewards.models:
+            self.normalizers[model.name].update(model.score_N, self.cluster.data_group)
+        truncated_N = torch.tensor([float(r.truncated) for r in plan.local_responses])
+        dropped_N = rewards.dropped_N
+        return total_scores(
+            self.config, self.normalizers, rewards.models, rewards.source_total_N, truncated_N, dropped_N
+        )
 
-    def _stop_if_all_are_dropped(self, verdict: Verdict) -> None:
-        kept = masked_moments((~verdict.dropped_N).double(), ~verdict.dropped_N, group=self.cluster.data_group)
+    def _stop_if_all_are_dropped(self, rewards: RewardOutputs) -> None:
+        kept = masked_moments((~rewards.dropped_N).double(), ~rewards.dropped_N, group=self.cluster.data_group)
         if not float(kept.count):
-            error = next((e for source in verdict.sources for e in source.errors if e), "")
+            error = next((e for source in rewards.sources for e in source.errors if e), "")
             raise RewardError(f"every response of an iteration was dropped, so there is nothing to learn from: {error}")
 
     def _draw_ptx(self, iteration: int) -> list[list[Any]]:
@@ -296,14 +302,14 @@ class PPOTrainer(Trainer):
         return [[self.ptx.item(pair) for pair in next(batches)] for _ in range(steps)]
 
     def _finish_iteration(
-        self, iteration: int, experience: Experience, verdict: Verdict, outcome: UpdateOutcome, kl_coef: float
+        self, iteration: int, experience: Experience, rewards: RewardOutputs, outcome: UpdateOutcome, kl_coef: float
     ) -> PPOStep:
         config, evaluation = self.config, None
         if self.eval_prompts and (iteration == self.total_steps or _due(iteration, config.eval_every)):
             with self._timed("evaluate"):
                 evaluation = self.evaluate()
         row = ppo_step(
-            iteration, experience, verdict, outcome, kl_coef, dict(self._seconds), evaluation, self.cluster.data_group
+            iteration, experience, rewards, outcome, kl_coef, dict(self._seconds), evaluation, self.cluster.data_group
         )
         self._seconds.clear()
         self.log(row)
@@ -341,9 +347,9 @@ class PPOTrainer(Trainer):
             raise ConfigError("nothing to evaluate on: set ppo.eval_prompts")
         return self.assess(self.eval_prompts).evaluation(self.done_steps)
 
-    def assess(self, prompts: Sequence[Prompt], samples: int = 1, *, greedy: bool = False) -> Assessment:
+    def assess(self, prompts: Sequence[Prompt], samples: int = 1, *, greedy: bool = False) -> EvaluationResult:
         """Answers to `prompts` with every score and, where they are sampled, KL, response by response."""
-        return self.assessor(prompts, self.scalings, samples, greedy=greedy)
+        return self.evaluator(prompts, self.normalizers, samples, greedy=greedy)
 
     def describe(self, step: PPOStep) -> dict[str, float]:
         shown = {"score": step.score_mean, "kl": step.kl_nats_per_response}
@@ -364,9 +370,9 @@ class PPOTrainer(Trainer):
 
     def close(self) -> None:
         """As every trainer; and end the reward functions' worker processes."""
-        if self.scorers is not None:
-            self.scorers.close()
-            self.scorers = None
+        if self.reward_sources is not None:
+            self.reward_sources.close()
+            self.reward_sources = None
         super().close()
 
     def finish(self) -> dict[str, Any]:
@@ -387,5 +393,5 @@ def run(config: PPOConfig) -> None:
     """The command: train to the end and say where everything is."""
     with PPOTrainer(config) as trainer:
         trainer.train()
-        say(f"actor: {trainer.dir / 'model'}")
-        say(f"report: {trainer.dir / 'report.html'}")
+        print_info(f"actor: {trainer.dir / 'model'}")
+        print_info(f"report: {trainer.dir / 'report.html'}")

@@ -85,12 +85,12 @@ class Updater:
     def _minibatches(self, experience: Experience, iteration: int, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed((self.config.run.seed << 32) ^ (iteration << 8) ^ epoch)
         order = torch.randperm(self.config.minibatches, generator=generator).tolist()
-        return [experience.planned.minibatches[i] for i in order]
+        return [experience.plan.minibatches[i] for i in order]
 
     def _actor_step(
         self, experience: Experience, members: list[int], kl_coef: float, ptx: Sequence[Example], outcome: UpdateOutcome
     ) -> None:
-        batches = [experience.planned.batches[i] for i in members]
+        batches = [experience.plan.batches[i] for i in members]
         loss = self.policy_loss(experience, members, kl_coef)
         losses = [lambda hidden, i: loss(hidden, i)] * len(batches)
         if ptx:
@@ -109,16 +109,15 @@ class Updater:
 
     def policy_loss(self, experience: Experience, members: list[int], kl_coef: float):
         """The actor's loss of the i-th of `members`: sum, count and `PolicyStats`."""
-        config, planned, model = self.config, experience.planned, self.actor.model
+        config, plan, model = self.config, experience.plan, self.actor.model
         old, advantage, reference = (
-            planned.split_A(x)
-            for x in (experience.old_logprob_A, experience.shaped.advantage_A, experience.ref_logprob_A)
+            plan.split_A(x) for x in (experience.old_logprob_A, experience.shaped.advantage_A, experience.ref_logprob_A)
         )
         moments = experience.moments.to(self.actor.device) if config.whiten_advantages else None
 
         def loss(hidden_TH: Tensor, i: int) -> Loss:
             index = members[i]
-            batch = planned.batches[index].to(hidden_TH.device)
+            batch = plan.batches[index].to(hidden_TH.device)
             in_loss = config.kl_in == "loss" and kl_coef > 0
             out = linear_ppo_loss(
                 hidden_TH[batch.action_rows_A],
@@ -157,19 +156,19 @@ class Updater:
         return loss
 
     def _critic_step(self, experience: Experience, members: list[int], outcome: UpdateOutcome) -> None:
-        batches = [experience.planned.batches[i] for i in members]
+        batches = [experience.plan.batches[i] for i in members]
         step = self.critic.step(batches, self.critic_loss(experience, members))
         outcome.critic.append(step)
         outcome.value_stats = _merge([outcome.value_stats, *step.stats])
 
     def critic_loss(self, experience: Experience, members: list[int]):
         """The critic's loss of the i-th of `members`: sum, count and `ValueStats`."""
-        planned, clip = experience.planned, self.config.value_clip or None
-        old, returns = (planned.split_A(x) for x in (experience.value_A, experience.shaped.return_A))
+        plan, clip = experience.plan, self.config.value_clip or None
+        old, returns = (plan.split_A(x) for x in (experience.value_A, experience.shaped.return_A))
 
         def loss(hidden_TH: Tensor, i: int) -> Loss:
             index = members[i]
-            batch = planned.batches[index].to(hidden_TH.device)
+            batch = plan.batches[index].to(hidden_TH.device)
             out = value_loss(
                 self.critic.model.head(hidden_TH[batch.action_rows_A]),
                 old[index].to(hidden_TH.device),
@@ -184,7 +183,7 @@ class Updater:
 
     def _counted(self, experience: Experience, members: list[int]) -> float:
         """Actions of a minibatch that count, over all ranks."""
-        return self._global(sum(experience.planned.batches[i].n_counted_actions for i in members))
+        return self._global(sum(experience.plan.batches[i].n_counted_actions for i in members))
 
     def _global(self, count: int) -> float:
         total = torch.tensor(float(count), dtype=torch.float64)

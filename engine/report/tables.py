@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from icegrt.config import SECTIONS, Loadable
-from icegrt.config.introspect import rows as config_rows
+from icegrt.config.introspect import config_keys
 from icegrt.config.loader import as_yaml
 from icegrt.config.strict_yaml import parse
 from icegrt.metrics import PHASES
@@ -172,7 +172,7 @@ def settings_tables(path: Path, settings: Sequence[Loadable] | None) -> list[dic
         return []
     tables = []
     for section, values in sections.items():
-        known = {row.name: row for row in config_rows(SECTIONS[section])} if section in SECTIONS else {}
+        known = {row.name: row for row in config_keys(SECTIONS[section])} if section in SECTIONS else {}
         rows = []
         for name, value in _flat(values, section):
             row, text = known.get(name), _setting(value)

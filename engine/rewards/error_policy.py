@@ -8,22 +8,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from icegrt.errors import RewardError
-from icegrt.rewards.function import CallError, RewardFunction, grade, name_of
-from icegrt.rewards.sample import Failure, Graded, RewardResult, Sample
+from icegrt.rewards.function import CallError, RewardFunction, name_of, score
+from icegrt.rewards.sample import RewardResult, Sample, ScoreOrFailure, ScoringFailure
 
-Call = Callable[[list[Sample]], list[Graded]]
+Call = Callable[[list[Sample]], list[ScoreOrFailure]]
 
 
 def call_reward_function(function: RewardFunction, samples: list[Sample]) -> list[float]:
     """The scores of all samples, in this process. Raises `RewardError` for an exception and anything but a number."""
-    results = grade_or_raise(lambda part: grade(function, part), samples)
+    results = score_or_raise(lambda part: score(function, part), samples)
     for result, sample in zip(results, samples, strict=True):
         if result.score is None:
             raise RewardError(f"reward function `{name_of(function)}` gave no score for {sample.where}; expected one")
     return [result.score for result in results]
 
 
-def grade_or_raise(call: Call, samples: list[Sample]) -> list[RewardResult]:
+def score_or_raise(call: Call, samples: list[Sample]) -> list[RewardResult]:
     """What `call` says of all samples; anything else is a `RewardError` that names the row at fault."""
     try:
         results = call(samples)
@@ -33,7 +33,7 @@ def grade_or_raise(call: Call, samples: list[Sample]) -> list[RewardResult]:
         place = _row_at_fault(call, samples) if error.kind in ("raised", "died") else ""
         raise RewardError(f"{error.message}{place}") from (error.__cause__ or error)
     for result in results:
-        if isinstance(result, Failure):
+        if isinstance(result, ScoringFailure):
             raise RewardError(result.message)
     return results
 
@@ -47,28 +47,28 @@ def _row_at_fault(call: Call, samples: list[Sample]) -> str:
     return " (on the whole batch, on no single row)"
 
 
-def grade_what_can_be(call: Call, samples: list[Sample]) -> list[Graded]:
-    """What `call` says of each sample, a `Failure` for those that it cannot grade.
+def score_with_bisection(call: Call, samples: list[Sample]) -> list[ScoreOrFailure]:
+    """What `call` says of each sample, a `ScoringFailure` for those that it cannot grade.
 
     A failed call is repeated in halves, down to single samples. Time-outs cost time: after as many as it takes to find
     one culprit, what is left of the failed calls counts as failed too.
     """
     patience = [1 + math.ceil(math.log2(max(len(samples), 1)))]
 
-    def attempt(part: list[Sample]) -> list[Graded]:
+    def attempt(part: list[Sample]) -> list[ScoreOrFailure]:
         try:
             return call(part)
         except CallError as error:
             patience[0] -= error.kind == "timeout"
             if len(part) == 1 or patience[0] <= 0:
-                return [Failure(f"{error.message} (at {sample.where})") for sample in part]
+                return [ScoringFailure(f"{error.message} (at {sample.where})") for sample in part]
             half = len(part) // 2
             return attempt(part[:half]) + attempt(part[half:])
 
     return attempt(samples)
 
 
-def within(seconds: float, name: str, call: Callable[..., Any], *args: Any) -> Any:
+def call_with_timeout(seconds: float, name: str, call: Callable[..., Any], *args: Any) -> Any:
     """`call(*args)`, in a thread that is given up after `seconds` (0: called directly). Raises `CallError`.
 
     A thread cannot be ended from outside: one that is given up runs on beside the training until it returns.

@@ -1,6 +1,6 @@
 """Reward functions written by users: found, called, and held to their word.
 
-`grade` is the one place that reads what a function returns, in a worker process as in this one.
+`score` is the one place that reads what a function returns, in a worker process as in this one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from icegrt.errors import ConfigError, RewardError
-from icegrt.rewards.sample import Failure, Graded, RewardResult, Sample
+from icegrt.rewards.sample import RewardResult, Sample, ScoreOrFailure, ScoringFailure
 from icegrt.utils.redaction import redact_text
 
 RewardFunction = Callable[[list[Sample]], Sequence[float | RewardResult]]
@@ -77,8 +77,8 @@ def name_of(function: Any) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def grade(function: RewardFunction, samples: list[Sample]) -> list[Graded]:
-    """One result per sample; a `Failure` where it is no finite number. Raises `CallError` if there are none at all."""
+def score(function: RewardFunction, samples: list[Sample]) -> list[ScoreOrFailure]:
+    """Return a result per sample, a `ScoringFailure` for a score that is not finite. Raises `CallError` without any."""
     name = name_of(function)
     try:
         returned = function(samples)
@@ -105,16 +105,18 @@ def grade(function: RewardFunction, samples: list[Sample]) -> list[Graded]:
     return [result_of(f"reward function `{name}`", r, sample) for r, sample in zip(results, samples, strict=True)]
 
 
-def result_of(who: str, returned: Any, sample: Sample) -> Graded:
+def result_of(who: str, returned: Any, sample: Sample) -> ScoreOrFailure:
     """What `who` returned for one sample, as plain floats."""
     result = returned if isinstance(returned, RewardResult) else RewardResult(returned)
     answer = f"The answer was: {sample.text[:80]!r}"
     if not (result.score is None and result is returned) and not is_finite_number(result.score):
-        return Failure(f"{who} returned {_short(result.score)} for {sample.where}; expected a finite number. {answer}")
+        return ScoringFailure(
+            f"{who} returned {_short(result.score)} for {sample.where}; expected a finite number. {answer}"
+        )
     metrics = result.metrics if isinstance(result.metrics, Mapping) else {"metrics": result.metrics}
     for name, value in metrics.items():
         if not isinstance(name, str) or not is_finite_number(value, boolean=True):
-            return Failure(
+            return ScoringFailure(
                 f"{who} returned the metric {name!r} as {_short(value)} for {sample.where}; expected a finite number "
                 "under a text"
             )
@@ -123,13 +125,13 @@ def result_of(who: str, returned: Any, sample: Sample) -> Graded:
         rewards_A = rewards_A.tolist() if hasattr(rewards_A, "tolist") else rewards_A
         rewards_A = list(rewards_A) if isinstance(rewards_A, Iterable) else [rewards_A]
         if len(rewards_A) != len(sample.tokens):
-            return Failure(
+            return ScoringFailure(
                 f"{who} returned {len(rewards_A)} token_rewards_A for {sample.where}; expected one for each of the "
                 f"answer's {len(sample.tokens)} tokens. {answer}"
             )
         bad = next((i for i, x in enumerate(rewards_A) if not is_finite_number(x)), None)
         if bad is not None:
-            return Failure(
+            return ScoringFailure(
                 f"{who} returned {_short(rewards_A[bad])} as token_rewards_A[{bad}] for {sample.where}; expected a "
                 f"finite number. {answer}"
             )

@@ -24,7 +24,7 @@ from urllib.parse import unquote, urlsplit
 from icegrt.config import HTTPConfig
 from icegrt.errors import ConfigError
 from icegrt.rewards.function import result_of
-from icegrt.rewards.sample import Failure, Graded, RewardResult, Sample
+from icegrt.rewards.sample import RewardResult, Sample, ScoreOrFailure, ScoringFailure
 from icegrt.utils.redaction import REDACTED, redact_text
 
 _TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
@@ -75,14 +75,14 @@ class HTTPScorer:
         self._calls = 0
         self._opener = urllib.request.build_opener(_NoRedirect)
 
-    def grade(self, samples: list[Sample]) -> list[Graded]:
-        """A result or a `Failure` for every sample, in order."""
+    def score(self, samples: list[Sample]) -> list[ScoreOrFailure]:
+        """A result or a `ScoringFailure` for every sample, in order."""
         size, self._calls = self.config.batch_size, self._calls + 1
         batches = [samples[i : i + size] for i in range(0, len(samples), size)]
         with ThreadPoolExecutor(min(self.config.concurrency, len(batches)), "scorer") as threads:
             return [x for part in threads.map(self._grade_batch, range(len(batches)), batches) for x in part]
 
-    def _grade_batch(self, number: int, samples: list[Sample]) -> list[Graded]:
+    def _grade_batch(self, number: int, samples: list[Sample]) -> list[ScoreOrFailure]:
         try:
             body = json.dumps({"samples": [_as_json(s) for s in samples]}, allow_nan=False, default=str).encode()
             answer = self._ask(body, random.Random(f"{self._seed}/{self._calls}/{number}"))
@@ -91,7 +91,7 @@ class HTTPScorer:
             message = f"HTTP scorer `{self.name}` ({self.shown}): {self._clean(trouble)}"
         except ValueError as error:  # such as NaN in a row
             message = f"HTTP scorer `{self.name}`: a sample cannot be written as JSON ({error})"
-        return [Failure(f"{message} (at {sample.where})") for sample in samples]
+        return [ScoringFailure(f"{message} (at {sample.where})") for sample in samples]
 
     def _ask(self, body: bytes, jitter: random.Random) -> bytes:
         tries = 1 + self.config.retries
@@ -149,7 +149,7 @@ class HTTPScorer:
             f"answered {error.code} {error.reason}{f': {said!r}' if said else ''}", error.code in _TRY_AGAIN
         )
 
-    def _read(self, body: bytes, samples: list[Sample]) -> list[Graded]:
+    def _read(self, body: bytes, samples: list[Sample]) -> list[ScoreOrFailure]:
         try:
             document = json.loads(body)
         except (ValueError, RecursionError):

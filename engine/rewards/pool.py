@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, Pipe
 from icegrt.errors import ConfigError
 from icegrt.rewards.error_policy import Call, timed_out
 from icegrt.rewards.function import CallError
-from icegrt.rewards.sample import Graded, Sample
+from icegrt.rewards.sample import Sample, ScoreOrFailure
 
 # Imports take their time on a busy machine, however short a call may be.
 SHORTEST_LOAD_LIMIT_S = 60.0
@@ -67,7 +67,7 @@ class Worker:
             self.stop()
             raise ConfigError(message)
 
-    def grade(self, samples: list[Sample]) -> list[Graded]:
+    def score(self, samples: list[Sample]) -> list[ScoreOrFailure]:
         """What the function says of the samples. Raises `CallError`; after a time-out or a death the next call has a
         new process."""
         if self._process is None and not self._cancelled:
@@ -147,11 +147,13 @@ class WorkerPool:
         parts = [groups[len(groups) * i // count : len(groups) * (i + 1) // count] for i in range(count)]
         return [[sample for group in part for sample in group] for part in parts]
 
-    def grade(self, samples: list[Sample], how: Callable[[Call, list[Sample]], list[Graded]]) -> list[Graded]:
+    def score(
+        self, samples: list[Sample], how: Callable[[Call, list[Sample]], list[ScoreOrFailure]]
+    ) -> list[ScoreOrFailure]:
         """`how(worker.grade, share)` for every worker at once, the results in the samples' order."""
         shares = self.shares(samples)
         futures = [
-            self._threads.submit(how, worker.grade, share)
+            self._threads.submit(how, worker.score, share)
             for worker, share in zip(self.workers[: len(shares)], shares, strict=True)
         ]
         try:

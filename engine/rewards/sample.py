@@ -58,10 +58,10 @@ class RewardResult:
 
 
 @dataclass(frozen=True)
-class Failure:
+class ScoringFailure:
     """Why a response has no score, in one sentence that names its row."""
 
     message: str
 
 
-Graded = RewardResult | Failure
+ScoreOrFailure = RewardResult | ScoringFailure

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 from icegrt.config import RewardCallConfig, RewardSource
 from icegrt.errors import ConfigError, RewardError
 from icegrt.rewards.compat import adapt
-from icegrt.rewards.error_policy import grade_or_raise, grade_what_can_be, within
-from icegrt.rewards.function import grade, load_reward_function, name_of
+from icegrt.rewards.error_policy import call_with_timeout, score_or_raise, score_with_bisection
+from icegrt.rewards.function import load_reward_function, name_of, score
 from icegrt.rewards.http import HTTPScorer
 from icegrt.rewards.pool import Worker, WorkerPool
-from icegrt.rewards.sample import Failure, Graded, RewardResult, Sample
+from icegrt.rewards.sample import RewardResult, Sample, ScoreOrFailure, ScoringFailure
 from icegrt.utils.console import warn
 
 # What the first reward model is called that has no name of its own.
@@ -46,7 +46,7 @@ class SourceScores:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class RewardSpec:
     """A source as it was asked for: one of `model` (a checkpoint's path, or a `transformers` model), `function`
     (`file.py:function`, or the function itself) and `url`. `key` is for messages."""
 
@@ -60,7 +60,7 @@ class Entry:
     key: str = "reward"
 
     @classmethod
-    def of(cls, source: RewardSource, key: str) -> Entry:
+    def of(cls, source: RewardSource, key: str) -> RewardSpec:
         """From an entry of `ppo.reward.sources`. Raises `ConfigError` unless it names one thing to call."""
         given = [what for what in ("model", "function", "url") if getattr(source, what)]
         if len(given) != 1:
@@ -87,7 +87,7 @@ class Source(Protocol):
     def start(self) -> None:
         """Find out now whether it can be used. Raises `ConfigError`."""
 
-    def grade(self, samples: list[Sample], keep_going: bool) -> list[Graded]:
+    def score(self, samples: list[Sample], keep_going: bool) -> list[ScoreOrFailure]:
         """A result per sample; failures only with `keep_going`, else `RewardError`."""
 
     def close(self) -> None:
@@ -97,7 +97,7 @@ class Source(Protocol):
 class FunctionSource:
     """A function in worker processes, or in this process: 0 workers, or a function that only this process has."""
 
-    def __init__(self, name: str, entry: Entry, how: RewardCallConfig) -> None:
+    def __init__(self, name: str, entry: RewardSpec, how: RewardCallConfig) -> None:
         self.name, self.weight = name, entry.weight
         self._entry, self._how = entry, how
         self._function: Callable | None = None
@@ -115,14 +115,14 @@ class FunctionSource:
         else:
             self._function = adapt(load_reward_function(entry.function, key), *form)
 
-    def grade(self, samples: list[Sample], keep_going: bool) -> list[Graded]:
-        how = grade_what_can_be if keep_going else grade_or_raise
+    def score(self, samples: list[Sample], keep_going: bool) -> list[ScoreOrFailure]:
+        how = score_with_bisection if keep_going else score_or_raise
         if self._pool is not None:
-            return self._pool.grade(samples, how)
+            return self._pool.score(samples, how)
         return how(self._in_this_process, samples)
 
-    def _in_this_process(self, samples: list[Sample]) -> list[Graded]:
-        return within(self._how.timeout_seconds, self.name, grade, self._function, samples)
+    def _in_this_process(self, samples: list[Sample]) -> list[ScoreOrFailure]:
+        return call_with_timeout(self._how.timeout_seconds, self.name, score, self._function, samples)
 
     def close(self) -> None:
         if self._pool is not None:
@@ -132,19 +132,19 @@ class FunctionSource:
 class HTTPSource:
     """An HTTP scorer as a source."""
 
-    def __init__(self, name: str, entry: Entry, how: RewardCallConfig, seed: int) -> None:
+    def __init__(self, name: str, entry: RewardSpec, how: RewardCallConfig, seed: int) -> None:
         self.name, self.weight = name, entry.weight
         self._scorer = HTTPScorer(name, entry.url, how.http, key=entry.key, seed=seed)
 
     def start(self) -> None: ...
 
-    def grade(self, samples: list[Sample], keep_going: bool) -> list[Graded]:
-        return self._scorer.grade(samples) if keep_going else grade_or_raise(self._scorer.grade, samples)
+    def score(self, samples: list[Sample], keep_going: bool) -> list[ScoreOrFailure]:
+        return self._scorer.score(samples) if keep_going else score_or_raise(self._scorer.score, samples)
 
     def close(self) -> None: ...
 
 
-class Scorers:
+class RewardSourceGroup:
     """The functions and HTTP scorers of a run. Close it, or use it in a `with`: worker processes hang on it."""
 
     def __init__(self, sources: Sequence[Source], how: RewardCallConfig) -> None:
@@ -154,7 +154,7 @@ class Scorers:
         return bool(self.sources)
 
     @classmethod
-    def of(cls, entries: Sequence[Entry], how: RewardCallConfig, seed: int = 0) -> Scorers:
+    def of(cls, entries: Sequence[RewardSpec], how: RewardCallConfig, seed: int = 0) -> RewardSourceGroup:
         """Sources for the entries, each with a name of its own. Nothing is loaded yet: see `start`."""
         made = [HTTPSource(e.name, e, how, seed) if e.url else FunctionSource(e.name, e, how) for e in named(entries)]
         return cls(made, how)
@@ -166,32 +166,32 @@ class Scorers:
 
     def probe(self, samples: list[Sample]) -> None:
         """Grade a few samples; a source that fails on all of them is refused whatever `on_error` says."""
-        for source, scores in zip(self.sources, self.grade(samples, quietly=True), strict=True):
+        for source, scores in zip(self.sources, self.score(samples, quietly=True), strict=True):
             if all(scores.errors):
                 raise RewardError(f"`{source.name}` could score none of {len(samples)} answers: {scores.errors[0]}")
 
-    def grade(self, samples: list[Sample], *, quietly: bool = False) -> list[SourceScores]:
+    def score(self, samples: list[Sample], *, quietly: bool = False) -> list[SourceScores]:
         """What every source says of the samples. Raises `RewardError` with `on_error: stop`."""
         order = sorted(range(len(samples)), key=lambda i: (samples[i].group, samples[i].index))
         ordered = [samples[i] for i in order]
         found = []
         for source in self.sources:
-            graded: list[Any] = [None] * len(samples)
+            scored: list[Any] = [None] * len(samples)
             if samples:
-                for place, result in zip(order, source.grade(ordered, self._how.on_error != "stop"), strict=True):
-                    graded[place] = result
-            found.append(self._settled(source, graded))
+                for place, result in zip(order, source.score(ordered, self._how.on_error != "stop"), strict=True):
+                    scored[place] = result
+            found.append(self._apply_on_error(source, scored))
             if not quietly:
                 _warn_of_failures(found[-1], self._how)
         return found
 
-    def _settled(self, source: Source, graded: list[Graded]) -> SourceScores:
+    def _apply_on_error(self, source: Source, scored: list[ScoreOrFailure]) -> SourceScores:
         instead = RewardResult(self._how.error_score if self._how.on_error == "score" else None)
         return SourceScores(
             source.name,
             source.weight,
-            [instead if isinstance(g, Failure) else g for g in graded],
-            [g.message if isinstance(g, Failure) else None for g in graded],
+            [instead if isinstance(g, ScoringFailure) else g for g in scored],
+            [g.message if isinstance(g, ScoringFailure) else None for g in scored],
         )
 
     def close(self) -> None:
@@ -199,14 +199,14 @@ class Scorers:
         for source in self.sources:
             source.close()
 
-    def __enter__(self) -> Scorers:
+    def __enter__(self) -> RewardSourceGroup:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
 
 
-def named(entries: Sequence[Entry]) -> list[Entry]:
+def named(entries: Sequence[RewardSpec]) -> list[RewardSpec]:
     """Every entry with a name: its own, or one made of the function or the host; made ones are numbered apart.
 
     Raises `ConfigError` for a name that is given twice, or that is not one.
@@ -230,7 +230,7 @@ def named(entries: Sequence[Entry]) -> list[Entry]:
     return found
 
 
-def _made_name(entry: Entry) -> str:
+def _made_name(entry: RewardSpec) -> str:
     if entry.model is not None:
         return MODEL_NAME
     if entry.url:

@@ -16,7 +16,7 @@ from typing import Any
 
 from icegrt.errors import ConfigError
 from icegrt.rewards.compat import adapt
-from icegrt.rewards.function import CallError, RewardFunction, grade, load_reward_function
+from icegrt.rewards.function import CallError, RewardFunction, load_reward_function, score
 from icegrt.rewards.sample import Sample
 
 _PARENT_CHECK_S = 1.0
@@ -57,7 +57,7 @@ def _load(spec: str, style: str, label_key: str, key: str) -> tuple[RewardFuncti
 
 def _grade(function: RewardFunction, samples: list[Sample]) -> tuple[str, Any]:
     try:
-        return "graded", grade(function, samples)
+        return "graded", score(function, samples)
     except CallError as error:
         return "failed", error
 

@@ -35,7 +35,7 @@ def wrap(model: LanguageModel, *, overlap: bool | None = None, bucket_size: int 
     return ddps
 
 
-def settle(ddps: list) -> None:
+def wait_for_param_gather(ddps: list) -> None:
     """Gather the parameters that the last optimizer step changed, where the next forward pass was to do so."""
     for ddp in ddps:
         if ddp.ddp_config.overlap_param_gather:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from icegrt.config import OptimizerConfig
-from icegrt.distributed.pipeline import objects_from_last_stage, true_everywhere, vectors_from_last_stage
+from icegrt.distributed.pipeline import all_ranks_true, broadcast_from_last_stage, broadcast_objects_from_last_stage
 from icegrt.model.language_model import LanguageModel
 from icegrt.packing import PackedBatch
-from icegrt.roles.optimizer import make_optimizer, make_scheduler, settle, wrap
+from icegrt.roles.optimizer import make_optimizer, make_scheduler, wait_for_param_gather, wrap
 
 # What a loss returns for a micro-batch: (sum over its tokens, how many tokens it counts, statistics).
 Loss = tuple[Tensor, int, Any]
@@ -64,7 +64,7 @@ class Role:
             # Autograd's nodes hold hooks that hold the DDP that holds the nodes: a circle through C++, which Python's
             # collector does not see. Models, gradients and process groups would stay for as long as the process.
             weakref.finalize(self, ddp.grad_accs.clear)
-        self.model.settle = lambda: settle(ddps)
+        self.model.wait_for_param_gather = lambda: wait_for_param_gather(ddps)
         self.model.config.finalize_model_grads_func = finalize_model_grads
         self.optimizer = make_optimizer(config, self._ddps, self.model.config)
         self.schedule = make_scheduler(config, self.optimizer, total_steps)
@@ -80,12 +80,12 @@ class Role:
 
         def collect(index: int):
             def read_rows(hidden_T1H: Tensor, non_loss_data: bool) -> tuple[Tensor, ...]:
-                return tuple(x.float().cpu() for x in read(self.model.rows_of(hidden_T1H), index))
+                return tuple(x.float().cpu() for x in read(self.model.gather_hidden_rows(hidden_T1H), index))
 
             return read_rows
 
         found = self._pass(self.model.chunks, batches, collect, forward_only=True, collect_non_loss_data=True)
-        return vectors_from_last_stage(found, len(batches))
+        return broadcast_from_last_stage(found, len(batches))
 
     def step(self, batches: Sequence[PackedBatch], loss: Callable[[Tensor, int], Loss]) -> StepOutcome:
         """One optimizer step: `loss(hidden_TH, i)` for the i-th micro-batch; gradients are of sum over count."""
@@ -101,7 +101,7 @@ class Role:
         lr = self.optimizer.param_groups[0]["lr"]
         # A loss may overflow where its gradient does not, and the other way round.
         finite = all(bool(torch.isfinite(total)) for total in totals) and self._gradients_are_finite()
-        if not true_everywhere(finite):
+        if not all_ranks_true(finite):
             return StepOutcome(stats, math.nan, lr, skipped=True)
         _, grad_norm, _ = self.optimizer.step()
         self.schedule.step(increment=1)
@@ -121,12 +121,12 @@ class Role:
 
         def collect(index: int):
             def loss_of(hidden_T1H: Tensor):
-                total, count, stats = loss(self.model.rows_of(hidden_T1H), index)
+                total, count, stats = loss(self.model.gather_hidden_rows(hidden_T1H), index)
                 return total, torch.tensor(count, dtype=torch.int, device=self.device), stats
 
             return loss_of
 
-        return objects_from_last_stage(self._pass(self._ddps, batches, collect, forward_only=False))
+        return broadcast_objects_from_last_stage(self._pass(self._ddps, batches, collect, forward_only=False))
 
     def _pass(self, chunks, batches: Sequence[PackedBatch], collect, **how) -> list[Any]:
         from megatron.core.pipeline_parallel import get_forward_backward_func

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from icegrt.kernels import sample_tokens
-from icegrt.model.attention import AttentionPlan
+from icegrt.model.attention import AttentionMetadata
 from icegrt.model.language_model import LanguageModel
 from icegrt.rollout.kv_cache.contiguous import KVCache
-from icegrt.rollout.pipeline import Relay
-from icegrt.rollout.types import Response, Sampling, _Member
+from icegrt.rollout.pipeline import PipelineChannel
+from icegrt.rollout.types import Response, Sampling, Sequence
 
 
 @contextlib.contextmanager
-def whole_sequences(model: LanguageModel) -> Iterator[None]:
+def sequence_parallel_disabled(model: LanguageModel) -> Iterator[None]:
     """Sequence parallelism off while decoding: one token per sequence does not divide by the tensor-parallel size."""
     parts = [part for chunk in model.chunks for part in chunk.modules()] if model.config.sequence_parallel else []
     names = ("sequence_parallel", "reduce_scatter_embeddings")
@@ -40,30 +40,30 @@ Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class _Pass:
+class ForwardInput:
     """Rows of one trip through the model: tokens, positions, how they attend, and which rows are sampled from."""
 
     tokens_T: Tensor
     positions_T: Tensor
-    plan: AttentionPlan
+    plan: AttentionMetadata
     rows_N: Tensor | slice
 
 
-class _Group:
+class DecodeBatch:
     """Sequences that are decoded together. Slot i of the cache belongs to `members[i]`, an index into `sequences`."""
 
     def __init__(
         self,
         model: LanguageModel,
         stop_ids: frozenset[int],
-        sequences: list[_Member],
+        sequences: list[Sequence],
         sampling: Sampling,
-        relay: Relay,
+        channel: PipelineChannel,
     ) -> None:
-        self.model, self.stop_ids, self.sampling, self.relay = model, stop_ids, sampling, relay
+        self.model, self.stop_ids, self.sampling, self.channel = model, stop_ids, sampling, channel
         self.sequences = sequences
         self.members = list(range(len(sequences)))
-        self.id_N = torch.tensor([s.id for s in sequences], device=relay.device)
+        self.id_N = torch.tensor([s.id for s in sequences], device=channel.device)
         config = self.model.config
         self.cache = KVCache(
             sum(len(chunk.decoder.layers) for chunk in self.model.chunks),
@@ -71,14 +71,14 @@ class _Group:
             max(len(s.tokens) for s in sequences) + sampling.max_new_tokens,
             config.num_query_groups // config.tensor_model_parallel_size,
             config.kv_channels,
-            dtype=relay.dtype,
-            device=relay.device,
+            dtype=channel.dtype,
+            device=channel.device,
         )
         self.tokens: list[list[int]] = [[] for _ in sequences]
         self.logprobs: list[list[float]] = [[] for _ in sequences]
         self.steps = 0
-        self.passes = list(self._prefill())
-        self.drawn: tuple[Tensor, Tensor] | None = None
+        self.forward_inputs = list(self._prefill())
+        self.sampled: tuple[Tensor, Tensor] | None = None
 
     @property
     def live(self) -> int:
@@ -89,27 +89,29 @@ class _Group:
         """Take the present passes through one of this rank's stages; the last stage of all draws the tokens."""
         model = self.model.chunks[chunk]
         rows = []
-        for trip in self.passes:
-            model.set_input_tensor(None if model.pre_process else self.relay.receive(trip.tokens_T.numel()))
-            with whole_sequences(self.model):
-                hidden_T1H = model(trip.tokens_T, trip.positions_T, trip.plan)
+        for forward_input in self.forward_inputs:
+            model.set_input_tensor(
+                None if model.pre_process else self.channel.recv_hidden(forward_input.tokens_T.numel())
+            )
+            with sequence_parallel_disabled(self.model):
+                hidden_T1H = model(forward_input.tokens_T, forward_input.positions_T, forward_input.plan)
             if model.post_process:
-                rows.append(hidden_T1H.squeeze(1)[trip.rows_N])
+                rows.append(hidden_T1H.squeeze(1)[forward_input.rows_N])
             else:
-                self.relay.pass_on(hidden_T1H)
+                self.channel.send_hidden(hidden_T1H)
         if model.post_process:
-            self.drawn = self._draw(torch.cat(rows))
-            self.relay.announce(*self.drawn)
+            self.sampled = self.sample_next_tokens(torch.cat(rows))
+            self.channel.broadcast_tokens(*self.sampled)
 
-    def take(self) -> Iterator[Response]:
+    def process_sampled_tokens(self) -> Iterator[Response]:
         """The tokens that were drawn: yields what is finished by them, and lines up the next step of the others."""
-        token_N, logprob_N = self.drawn if self.relay.is_last else self.relay.hear(self.live)
+        token_N, logprob_N = self.sampled if self.channel.is_last else self.channel.recv_tokens(self.live)
         self.steps += 1
         finished = self._record(token_N, logprob_N, last=self.steps == self.sampling.max_new_tokens)
         for slot in finished:
             yield self._response(self.members[slot])
-        token_N = token_N.to(self.relay.device)
-        for origin, target in self.cache.retire(finished):
+        token_N = token_N.to(self.channel.device)
+        for origin, target in self.cache.free(finished):
             self.members[target] = self.members[origin]
             token_N[target] = token_N[origin]
             self.id_N[target] = self.id_N[origin]
@@ -118,29 +120,29 @@ class _Group:
         if self.live:
             position_N = self.cache.lengths[: self.live].clone()
             self.cache.begin_step()
-            plan = AttentionPlan(cache=self.cache)
-            self.passes = [_Pass(token_N[: self.live], position_N, plan, slice(None))]
+            plan = AttentionMetadata(cache=self.cache)
+            self.forward_inputs = [ForwardInput(token_N[: self.live], position_N, plan, slice(None))]
 
-    def _prefill(self) -> Iterator[_Pass]:
+    def _prefill(self) -> Iterator[ForwardInput]:
         """The distinct prompts once, in parts; their copies share the result."""
         copies: dict[int, int] = {}
         prompts: dict[int, list[int]] = {}
         for sequence in self.sequences:
             copies[sequence.prompt] = copies.get(sequence.prompt, 0) + 1
             prompts[sequence.prompt] = sequence.tokens
-        device = self.relay.device
-        for part in _parts(prompts):
+        device = self.channel.device
+        for part in _prefill_parts(prompts):
             lengths = [len(prompts[p]) for p in part]
             times = [copies[p] for p in part]
             last_rows = torch.tensor(lengths, device=device).cumsum(0) - 1
-            yield _Pass(
+            yield ForwardInput(
                 torch.tensor([t for p in part for t in prompts[p]], device=device),
                 torch.cat([torch.arange(n, device=device) for n in lengths]),
-                AttentionPlan(lengths=lengths, filling=self.cache.admit(lengths, times)),
+                AttentionMetadata(lengths=lengths, prefill_writer=self.cache.allocate(lengths, times)),
                 last_rows.repeat_interleave(torch.tensor(times, device=device)),
             )
 
-    def _draw(self, hidden_NH: Tensor) -> tuple[Tensor, Tensor]:
+    def sample_next_tokens(self, hidden_NH: Tensor) -> tuple[Tensor, Tensor]:
         sampling = self.sampling
         # The position of the token to come; in a decode step the cache counts the token just fed already.
         return sample_tokens(
@@ -172,7 +174,7 @@ class _Group:
         )
 
 
-def _parts(prompts: dict[int, list[int]]) -> Iterator[list[int]]:
+def _prefill_parts(prompts: dict[int, list[int]]) -> Iterator[list[int]]:
     part: list[int] = []
     total = 0
     for index, prompt in prompts.items():

@@ -64,7 +64,7 @@ class RolloutEngine:
 
     def _together(self, ids, n: int, sampling: Sampling, first_sequence_id: int, pairs) -> list[Response]:
         # A rank without a sequence makes no forward pass, in which others would gather parameters together with it.
-        self.decoder.model.settle()
+        self.decoder.model.wait_for_param_gather()
         own = mine(pairs, Cluster.current().share)
         return everyones(list(self.decoder.stream(ids, n, sampling, first_sequence_id, own)), ids, n, first_sequence_id)
 

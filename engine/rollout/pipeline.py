@@ -19,7 +19,7 @@ _HIDDEN, _TOKENS = 1, 2  # tags
 
 
 @dataclass
-class Relay:
+class PipelineChannel:
     """One rank's place in the pipeline. `width`: hidden size; `interleaved`: the last rank passes on to the first."""
 
     width: int
@@ -45,19 +45,19 @@ class Relay:
         """Whether this rank draws the tokens."""
         return self._place == len(self._ranks) - 1
 
-    def pass_on(self, hidden_T1H: Tensor) -> None:
+    def send_hidden(self, hidden_T1H: Tensor) -> None:
         """Hand hidden states to the next stage (the last rank's go to the first, for its next virtual stage)."""
         hidden_T1H = hidden_T1H.cpu() if self.interleaved else hidden_T1H
         self._send(hidden_T1H.contiguous(), self._ranks[(self._place + 1) % len(self._ranks)], _HIDDEN)
 
-    def receive(self, rows: int) -> Tensor:
+    def recv_hidden(self, rows: int) -> Tensor:
         """Hidden states from the stage before, [rows, 1, H]."""
         device = torch.device("cpu") if self.interleaved else self.device
         hidden_T1H = torch.empty(rows, 1, self.width, dtype=self.dtype, device=device)
         dist.recv(hidden_T1H, self._ranks[self._place - 1], group=self._group, tag=_HIDDEN)
         return hidden_T1H.to(self.device)
 
-    def announce(self, token_N: Tensor, logprob_N: Tensor) -> None:
+    def broadcast_tokens(self, token_N: Tensor, logprob_N: Tensor) -> None:
         """From the last stage: tokens (int64) and their log-probs (fp32) to every other stage."""
         if len(self._ranks) == 1:
             return
@@ -65,7 +65,7 @@ class Relay:
         for rank in self._ranks[:-1]:
             self._send(message_2N, rank, _TOKENS)
 
-    def hear(self, rows: int) -> tuple[Tensor, Tensor]:
+    def recv_tokens(self, rows: int) -> tuple[Tensor, Tensor]:
         """What the last stage announced, on the CPU: tokens int64, log-probs fp32."""
         message_2N = torch.empty(2, rows, dtype=torch.int32)
         dist.recv(message_2N, self._ranks[-1], group=self._group, tag=_TOKENS)

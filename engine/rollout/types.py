@@ -58,7 +58,7 @@ class Response:
 
 
 @dataclass(frozen=True)
-class _Member:
+class Sequence:
     """A sequence to be drawn."""
 
     prompt: int

@@ -12,13 +12,13 @@ import torch
 from icegrt.checkpoint import manager as checkpoint
 from icegrt.checkpoint.directory import best_of, list_checkpoints
 from icegrt.config import RewardConfig
-from icegrt.data import Blend, Encoded, Joined, Ranking, RankingEncoder, untied_pairs
+from icegrt.data import BlendedDataset, ConcatDataset, EncodedDataset, Ranking, RankingEncoder, untied_pairs
 from icegrt.data.training_data import hold_out, packed
 from icegrt.errors import DataError
 from icegrt.metrics import RewardStep
 from icegrt.model.build import build_model
 from icegrt.model.hf import exporter
-from icegrt.model.hf.reader import Pretrained
+from icegrt.model.hf.reader import HFCheckpointReader
 from icegrt.model.hf.score_statistics import SCORE_STATISTICS, score_statistics
 from icegrt.model.hf.writer import save_pretrained
 from icegrt.roles.role import Role
@@ -26,7 +26,7 @@ from icegrt.training.ranking_loss import RankingQuality, evaluate_ranking, pack_
 from icegrt.training.reward_summary import heldout_figures
 from icegrt.training.single_model import OneModelTrainer
 from icegrt.training.trainer import write_json
-from icegrt.utils.console import say
+from icegrt.utils.console import print_info
 
 
 class RewardTrainer(OneModelTrainer):
@@ -35,33 +35,33 @@ class RewardTrainer(OneModelTrainer):
     The model may come with or without a score head.
     """
 
-    def _set_up(self, pretrained: Pretrained, data: Any, heldout: Any) -> None:
+    def _set_up(self, pretrained: HFCheckpointReader, data: Any, heldout: Any) -> None:
         config = self.config
         sources, held = self._training_data(data), self._heldout_data(heldout)
         if not held and config.heldout_fraction:
             sources, held = hold_out(sources, config.heldout_fraction, self.run.seed)
-        sources = [(_that_differ(rankings, config.tie_margin), weight) for rankings, weight in sources]
-        self.blend = Blend(sources, self.run.seed)
+        sources = [(_drop_ties(rankings, config.tie_margin), weight) for rankings, weight in sources]
+        self.blend = BlendedDataset(sources, self.run.seed)
         self.total_steps = math.ceil(self.blend.count(config.epochs) / config.batch_prompts)
         self.eval_every = config.eval_every or max(1, math.ceil(self.total_steps / config.epochs / 4))
         self.role = Role("reward", self._build(pretrained))
         self.role.learn(config.optimizer, self.total_steps)
         self.roles = [self.role]
-        self.train_rankings = Joined([rankings for rankings, _ in sources])
-        self.heldout_rankings = Joined(held)
+        self.train_rankings = ConcatDataset([rankings for rankings, _ in sources])
+        self.heldout_rankings = ConcatDataset(held)
         pack = partial(pack_group, tie_margin=config.tie_margin)
         self.heldout = packed(self.heldout_rankings, config.token_budget, pack, self.cluster.share)
         self._batches = None
         self._best_loss: float | None = None
         self._without_better = 0
         self._before: dict[str, Any] | None = None
-        self._begin(self.tokenizer)
+        self._restore_and_open_log(self.tokenizer)
         if self._before is None and self.heldout:
             quality = self.evaluate()
             statistics = score_statistics(quality.score_N)
             self._before = {"loss": quality.loss, "accuracy": quality.accuracy, "statistics": statistics}
 
-    def _build(self, source: Pretrained):
+    def _build(self, source: HFCheckpointReader):
         return build_model(source, "scalar", dtype=self.dtype, new_head=True, recompute=self.run.recompute)
 
     def _encoder(self) -> RankingEncoder:
@@ -142,7 +142,7 @@ class RewardTrainer(OneModelTrainer):
             return
         self._without_better += 1
         if self.config.patience and self._without_better >= self.config.patience:
-            say(f"held-out loss has not improved for {self._without_better} evaluations: stopping")
+            print_info(f"held-out loss has not improved for {self._without_better} evaluations: stopping")
             self.total_steps = self.done_steps
 
     def evaluate(self) -> RankingQuality | None:
@@ -164,7 +164,9 @@ class RewardTrainer(OneModelTrainer):
     def finish(self) -> dict[str, Any]:
         """Held-out figures with the best weights; the checkpoint, and the model under `<run.dir>/model`."""
         self.complete_checkpoint()
-        best = self.cluster.from_main(best_of(list_checkpoints(self.dir)) if self._best_loss is not None else None)
+        best = self.cluster.broadcast_from_main(
+            best_of(list_checkpoints(self.dir)) if self._best_loss is not None else None
+        )
         if best is not None:
             checkpoint.load_weights(best, self.roles)
         after = self.evaluate()
@@ -179,7 +181,7 @@ class RewardTrainer(OneModelTrainer):
         return summary
 
 
-def _that_differ(rankings: Encoded[Ranking], tie_margin: float) -> Encoded[Ranking]:
+def _drop_ties(rankings: EncodedDataset[Ranking], tie_margin: float) -> EncodedDataset[Ranking]:
     # A prompt without a pair has no loss; a forward pass over it would buy nothing.
     chosen = [i for i, ranking in enumerate(rankings) if untied_pairs(ranking.scores, tie_margin)]
     if not chosen:
@@ -188,7 +190,9 @@ def _that_differ(rankings: Encoded[Ranking], tie_margin: float) -> Encoded[Ranki
             "more, so there is nothing to learn; lower it, or rank other responses"
         )
     if len(chosen) < len(rankings):
-        say(f"{rankings.name}: {len(rankings) - len(chosen):,} of {len(rankings):,} prompts have only ties, left out")
+        print_info(
+            f"{rankings.name}: {len(rankings) - len(chosen):,} of {len(rankings):,} prompts have only ties, left out"
+        )
     return rankings.subset(chosen)
 
 
@@ -197,12 +201,12 @@ def run(config: RewardConfig) -> None:
     with RewardTrainer(config) as trainer:
         summary = trainer.train()
         if summary.get("heldout_pairs") == 0:
-            say("held-out accuracy is not known: held-out answers to one prompt all tie")
+            print_info("held-out accuracy is not known: held-out answers to one prompt all tie")
         elif "heldout_accuracy" in summary:
-            say(
+            print_info(
                 f"held-out accuracy {summary['heldout_accuracy']:.3f} on {summary['heldout_pairs']} untied pairs "
                 f"({summary['heldout_tie_fraction']:.0%} ties)"
             )
         if "baseline_accuracy" in summary:
-            say(f"best single feature: {summary['baseline_feature']} {summary['baseline_accuracy']:.3f}")
-        say(f"model: {trainer.dir / 'model'}")
+            print_info(f"best single feature: {summary['baseline_feature']} {summary['baseline_accuracy']:.3f}")
+        print_info(f"model: {trainer.dir / 'model'}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from icegrt.config import RewardConfig
-from icegrt.data import Joined
+from icegrt.data import ConcatDataset
 from icegrt.data.training_data import packed
 from icegrt.metrics.statistics import accuracy_by_margin, best_one_feature_baseline
 from icegrt.training.ranking_loss import RankedBatch, RankingQuality, pack_group, pack_rankings
@@ -18,7 +18,7 @@ _BASELINE_PROMPTS = 4096  # the trivial judge is fitted on so many training prom
 
 
 def heldout_figures(
-    config: RewardConfig, before: dict[str, Any], after: RankingQuality, heldout: Joined, training: Joined
+    config: RewardConfig, before: dict[str, Any], after: RankingQuality, heldout: ConcatDataset, training: ConcatDataset
 ) -> dict[str, Any]:
     """The figures of `summary.json`; accuracies are null where held-out answers to one prompt all tie."""
     everyone = packed(heldout, config.token_budget, partial(pack_group, tie_margin=config.tie_margin))

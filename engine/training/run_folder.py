@@ -22,10 +22,10 @@ _PATIENCE_S = 5.0
 
 
 @dataclass
-class Claim:
-    """A run's folder, for as long as this process holds it. `again`: a run has used it already."""
+class RunLock:
+    """A run's folder, for as long as this process holds it. `is_resume`: a run has used it already."""
 
-    again: bool
+    is_resume: bool
     made: list[Path]
     lock: int | None
 
@@ -38,7 +38,7 @@ class Claim:
         self.made = []
 
 
-def claim_run(config: Any) -> Claim:
+def lock_run_folder(config: Any) -> RunLock:
     """Make the folder of a run, or take it up again as `run.resume` says.
 
     Raises `RunError` where the folder is not this run's to use, or where another process is using it.
@@ -46,10 +46,10 @@ def claim_run(config: Any) -> Claim:
     folder = Path(config.run.dir)
     if folder.is_file():
         raise RunError(f"{folder}: not a folder; set {config.section}.run.dir to another place")
-    claim = Claim(False, claim_folder(folder), None)
+    claim = RunLock(False, claim_folder(folder), None)
     try:
         claim.lock = _lock(folder)
-        claim.again = _may_use(config, folder)
+        claim.is_resume = _may_use(config, folder)
     except BaseException:
         claim.release()
         raise
@@ -81,8 +81,8 @@ def _may_use(config: Any, folder: Path) -> bool:
     key = f"{config.section}.run.dir"
     try:
         # Launched once more after a failure: the command is as it was, but the folder is in use now, by this run.
-        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        resume = config.run.resume or ("auto" if again else False)
+        is_resume = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        resume = config.run.resume or ("auto" if is_resume else False)
         if resume:
             recover(folder)
         found = list_checkpoints(folder)

@@ -8,28 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from icegrt.config import SFTConfig
-from icegrt.data import Blend, Example, ExampleEncoder, Joined
+from icegrt.data import BlendedDataset, ConcatDataset, Example, ExampleEncoder
 from icegrt.data.training_data import packed
 from icegrt.metrics import SFTStep
 from icegrt.model.build import build_model
 from icegrt.model.hf import exporter
-from icegrt.model.hf.reader import Pretrained
+from icegrt.model.hf.reader import HFCheckpointReader
 from icegrt.model.hf.writer import save_pretrained
 from icegrt.roles.role import Role
 from icegrt.training.sft_loss import heldout_loss, pack_examples, pack_group, response_nll
 from icegrt.training.single_model import OneModelTrainer
 from icegrt.training.trainer import resolve_chunk_rows, write_json
-from icegrt.utils.console import say
+from icegrt.utils.console import print_info
 
 
 class SFTTrainer(OneModelTrainer):
     """Fine-tunes a causal language model; iterating yields `SFTStep`. Arguments: see `OneModelTrainer`."""
 
-    def _set_up(self, pretrained: Pretrained, data: Any, heldout: Any) -> None:
+    def _set_up(self, pretrained: HFCheckpointReader, data: Any, heldout: Any) -> None:
         config = self.config
         sources = self._training_data(data)
-        self.heldout = Joined(self._heldout_data(heldout))
-        self.blend = Blend(sources, self.run.seed)
+        self.heldout = ConcatDataset(self._heldout_data(heldout))
+        self.blend = BlendedDataset(sources, self.run.seed)
         self.total_steps = math.ceil(self.blend.count(config.epochs) / config.batch_sequences)
         self.role = Role("actor", build_model(pretrained, "lm", dtype=self.dtype, recompute=self.run.recompute))
         self.role.learn(config.optimizer, self.total_steps)
@@ -38,7 +38,7 @@ class SFTTrainer(OneModelTrainer):
         self._batches = None
         self._heldout_batches = packed(self.heldout, config.token_budget, pack_group, self.cluster.share)
         self._heldout_before: float | None = None
-        self._begin(self.tokenizer, chunk_rows=self.chunk_rows)
+        self._restore_and_open_log(self.tokenizer, chunk_rows=self.chunk_rows)
         if self._heldout_before is None:
             self._heldout_before = self.evaluate()
 
@@ -129,5 +129,5 @@ def run(config: SFTConfig) -> None:
         summary = trainer.train()
         if summary["heldout_loss_after"] is not None:
             before, after = summary["heldout_loss_before"], summary["heldout_loss_after"]
-            say(f"held-out loss {before:.4f} -> {after:.4f} nats per response token")
-        say(f"model: {trainer.dir / 'model'}")
+            print_info(f"held-out loss {before:.4f} -> {after:.4f} nats per response token")
+        print_info(f"model: {trainer.dir / 'model'}")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def noting_sigterm() -> Iterator[Callable[[], bool]]:
+def capture_sigterm() -> Iterator[Callable[[], bool]]:
     """While the block runs SIGTERM ends nothing; gives the function that says whether one has come.
 
     Outside of the main thread signals stay as they are.

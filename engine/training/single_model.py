@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from icegrt.config import DataSource
-from icegrt.data import Encoded, stop_ids
+from icegrt.data import EncodedDataset, stop_ids
 from icegrt.data.examples import Encoder
 from icegrt.data.training_data import encode_sources
 from icegrt.errors import ConfigError, DataError
-from icegrt.model.build import check_cut
-from icegrt.model.hf.reader import Pretrained
+from icegrt.model.build import check_parallelism
+from icegrt.model.hf.reader import HFCheckpointReader
 from icegrt.roles.role import Role
 from icegrt.training.trainer import Trainer, tokenizer_for
 
 # Encoded files or rows, each with its weight in the blend.
-EncodedSources = list[tuple[Encoded, float]]
+EncodedSources = list[tuple[EncodedDataset, float]]
 
 
 class OneModelTrainer(Trainer):
@@ -42,9 +42,9 @@ class OneModelTrainer(Trainer):
             raise ConfigError(f"{config.section}.model is empty; name the checkpoint to start from")
         super().__init__(config, callbacks)
         try:
-            pretrained = Pretrained(source)
+            pretrained = HFCheckpointReader(source)
             architecture = pretrained.architecture
-            check_cut(architecture)  # before data is encoded, which may take long
+            check_parallelism(architecture)  # before data is encoded, which may take long
             self.tokenizer = tokenizer_for(tokenizer, source, architecture)
             self.stop_ids = stop_ids(self.tokenizer, architecture.hf_config, pretrained.folder)
             self.max_length = min(config.max_length or architecture.context_length, architecture.context_length)
@@ -53,7 +53,7 @@ class OneModelTrainer(Trainer):
             self.close()
             raise
 
-    def _set_up(self, pretrained: Pretrained, data: Any, heldout: Any) -> None:
+    def _set_up(self, pretrained: HFCheckpointReader, data: Any, heldout: Any) -> None:
         """Encode the data, build the role, and begin."""
         raise NotImplementedError
 
@@ -71,7 +71,7 @@ class OneModelTrainer(Trainer):
             raise ConfigError(f"{self.config.section}.data names no file; give at least one source")
         return encoded
 
-    def _heldout_data(self, given: Any) -> list[Encoded]:
+    def _heldout_data(self, given: Any) -> list[EncodedDataset]:
         return [items for items, _ in self._encode("heldout", self.config.heldout, given)]
 
     def _encode(self, key: str, files: list[DataSource], given: Any) -> EncodedSources:

@@ -25,9 +25,9 @@ from icegrt.metrics import RunLog, drop_rollouts
 from icegrt.metrics.sinks import check_sinks
 from icegrt.model.architecture import DTYPES, Architecture
 from icegrt.roles.role import Role
-from icegrt.training.run_folder import CONFIG_FILE, Claim, claim_run
-from icegrt.training.sigterm import noting_sigterm
-from icegrt.utils.console import is_main, progress, say
+from icegrt.training.run_folder import CONFIG_FILE, RunLock, lock_run_folder
+from icegrt.training.sigterm import capture_sigterm
+from icegrt.utils.console import is_main, print_info, progress
 from icegrt.utils.files import write_text_aside
 
 
@@ -61,11 +61,11 @@ class Trainer:
         self.dtype = DTYPES[self.run.dtype]
         self.done_steps = 0
         self._log: RunLog | None = None
-        self._again = False  # whether the folder is one that a run has used already
+        self._is_resume = False  # whether the folder is one that a run has used already
         self._resumed_from: Path | None = None
         self._saved_at: int | None = None
-        self._claim: Claim | None = None
-        self._told_to_end: Callable[[], bool] = lambda: False
+        self._run_lock: RunLock | None = None
+        self._stop_requested: Callable[[], bool] = lambda: False
         self._checkpoints: checkpoint.Checkpoints | None = None
         self.cluster: Cluster | None = None
         check_sinks(self.run.log_to, f"{config.section}.run.log_to")
@@ -74,11 +74,11 @@ class Trainer:
         self.dir = Path(self.run.dir)
         layout = Layout.of(config.parallel)
         if is_main():
-            self._claim = claim_run(config)
+            self._run_lock = lock_run_folder(config)
         try:
             self.cluster = Cluster.open(layout)
-            self._again = self.cluster.from_main(self._claim is not None and self._claim.again)
-            if self._again:
+            self._is_resume = self.cluster.broadcast_from_main(self._run_lock is not None and self._run_lock.is_resume)
+            if self._is_resume:
                 self._resumed_from = self._choose_checkpoint()
             background = self.run.checkpoint_in_background
             self._checkpoints = checkpoint.Checkpoints(
@@ -93,14 +93,14 @@ class Trainer:
     # -- the run's folder ------------------------------------------------------------------------------------------
 
     def _choose_checkpoint(self) -> Path | None:
-        found = checkpoint.newest_whole(self.dir)
+        found = checkpoint.latest_valid(self.dir)
         if found is not None:
             stage = read_state(found).get("stage")
             if stage != self.config.section:
                 raise RunError(f"{self.dir}: holds a run of `icegrt {stage}`; resume it with that command")
         return found
 
-    def _begin(self, tokenizer: Any, **saved: Any) -> None:
+    def _restore_and_open_log(self, tokenizer: Any, **saved: Any) -> None:
         """Once models and data stand: restore the checkpoint, write the configuration, open the log."""
         if self._resumed_from is not None:
             state = checkpoint.load(self._resumed_from, self.roles)
@@ -109,10 +109,10 @@ class Trainer:
                 self.use_chunk_rows(state["chunk_rows"])
                 saved["chunk_rows"] = self.chunk_rows
             self.load_state(state["trainer"])
-            say(f"resumed from {self._resumed_from}: {self.done_steps} of {self.total_steps} {self.unit} done")
+            print_info(f"resumed from {self._resumed_from}: {self.done_steps} of {self.total_steps} {self.unit} done")
         if self.cluster.is_main:
             # Before the first step there is at most an evaluation, and that is made again.
-            resumed = (self.done_steps or -1) if self._again else None
+            resumed = (self.done_steps or -1) if self._is_resume else None
             # First of all files: a logger that cannot start ends a run of which nothing is written yet.
             self._log = RunLog(self.dir, resumed, log_to=self.run.log_to, config=as_dict(self.config))
             self.config.save(self.dir / CONFIG_FILE)
@@ -120,7 +120,9 @@ class Trainer:
             drop_rollouts(self.dir, after=self.done_steps)
         self._saved = saved
         if saved.get("chunk_rows"):
-            say(f"logits are formed {saved['chunk_rows']} rows at a time (chunk_rows), here and in every resumed run")
+            print_info(
+                f"logits are formed {saved['chunk_rows']} rows at a time (chunk_rows), here and in every resumed run"
+            )
 
     def use_chunk_rows(self, chunk_rows: int) -> None:
         """Takes a checkpoint's choice: other chunks would round differently from the run that is continued."""
@@ -178,7 +180,7 @@ class Trainer:
         SIGTERM to any rank ends the run on all of them after the step that it meets: saved, and with exit status 0
         (`SystemExit`).
         """
-        with noting_sigterm() as self._told_to_end:
+        with capture_sigterm() as self._stop_requested:
             with progress(self.total_steps, self.config.section, self.unit) as bar:
                 bar.advance(self.done_steps)
                 for step in self:
@@ -188,12 +190,12 @@ class Trainer:
         return summary
 
     def _between_steps(self) -> None:
-        end, writing = self.cluster.anywhere([self._told_to_end(), not self._checkpoints.ready])
+        end, writing = self.cluster.any_rank([self._stop_requested(), not self._checkpoints.ready])
         if end:
             if self._saved_at != self.done_steps:
                 self.save_checkpoint()
             self.complete_checkpoint()
-            say(
+            print_info(
                 f"SIGTERM: saved after {self.done_steps} of {self.total_steps} {self.unit}; --resume goes on from there"
             )
             raise SystemExit(0)
@@ -252,9 +254,9 @@ class Trainer:
         if self.cluster is not None:
             self.cluster.close()
             self.cluster = None
-        if self._claim is not None:
-            self._claim.release()
-            self._claim = None
+        if self._run_lock is not None:
+            self._run_lock.release()
+            self._run_lock = None
 
     def __enter__(self):
         return self
@@ -269,10 +271,10 @@ def tokenizer_for(given: Any, model: Any, architecture: Architecture) -> Any:
         folder = given or (model if isinstance(model, (str, Path)) else None)
         if folder is None:
             raise ConfigError("a model in memory comes without a tokenizer; pass tokenizer=")
-        tokenizer = load_tokenizer(str(folder), say=say)
+        tokenizer = load_tokenizer(str(folder), print_info=print_info)
     else:
         tokenizer = given
-        check_tokenizer(tokenizer, say=say)
+        check_tokenizer(tokenizer, print_info=print_info)
     if len(tokenizer) > architecture.vocab_size:
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary only {architecture.vocab_size}; "

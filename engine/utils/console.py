@@ -1,8 +1,8 @@
 """What people see while a stage runs: lines, warnings, progress and tables, on a terminal, in a log or in a notebook.
 
 Only rank 0 prints. Nothing here reads rich's markup, so brackets in a model's text are shown as they are; escape
-sequences would reach the terminal, and `plain` takes them out. `say` and `table` write to stdout; warnings and progress
-go to stderr, so that output may be redirected. rich is imported where a terminal needs it, and not before.
+sequences would reach the terminal, and `plain` takes them out. `print_info` and `table` write to stdout; warnings and
+progress go to stderr, so that output may be redirected. rich is imported where a terminal needs it, and not before.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def is_main() -> bool:
 
 
 def is_quiet() -> bool:
-    """Whether `say` and `progress` are silent: inside `quiet()`, or ICEGRT_QUIET is set to anything but 0."""
+    """Whether `print_info` and `progress` are silent: inside `quiet()`, or ICEGRT_QUIET is set to anything but 0."""
     return _quiet.get() or os.environ.get("ICEGRT_QUIET", "0") not in ("", "0")
 
 
 @contextlib.contextmanager
 def quiet(on: bool = True) -> Iterator[None]:
-    """Silence `say` and `progress` inside the `with`. Warnings are still printed."""
+    """Silence `print_info` and `progress` inside the `with`. Warnings are still printed."""
     token = _quiet.set(on)
     try:
         yield
@@ -59,7 +59,7 @@ def is_terminal(stream: TextIO) -> bool:
         return False
 
 
-def say(text: Any = "") -> None:
+def print_info(text: Any = "") -> None:
     """Print a line on rank 0, unless quiet."""
     if is_main() and not is_quiet():
         _print(plain(text), sys.stdout)

@@ -27,7 +27,7 @@ from icegrt import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SampleCon
 from icegrt.commands import sample  # noqa: E402
 from icegrt.distributed import failure  # noqa: E402
 from icegrt.errors import UserError  # noqa: E402
-from icegrt.utils.console import duration, is_main, say  # noqa: E402
+from icegrt.utils.console import duration, is_main, print_info  # noqa: E402
 
 RECIPE = HERE / "recipe.yaml"
 CHECKER = f"{HERE / 'reward.py'}:checker_reward"
@@ -55,9 +55,9 @@ class Demo:
         for number, name in enumerate(STAGES, 1):
             done = self.out / "stages" / f"{name}.json"
             if done.is_file():
-                say(f"[{number}/{len(STAGES)}] {name}: done before")
+                print_info(f"[{number}/{len(STAGES)}] {name}: done before")
                 continue
-            say(f"[{number}/{len(STAGES)}] {name}")
+            print_info(f"[{number}/{len(STAGES)}] {name}")
             started = time.perf_counter()
             if is_main() or name not in ALONE:
                 getattr(self, name)()
@@ -67,7 +67,7 @@ class Demo:
                 done.write_text(json.dumps({"seconds": seconds}) + "\n", encoding="utf-8")
             while not done.is_file():
                 time.sleep(0.05)
-            say(f"    {name} took {duration(seconds)}")
+            print_info(f"    {name} took {duration(seconds)}")
 
     # -- stages ----------------------------------------------------------------------------------------------------
 
@@ -141,8 +141,8 @@ class Demo:
         outcome = Outcome(self.out)
         outcome.write()
         for line in outcome.lines():
-            say(line)
-        say(f"page: {self.out / 'report.html'}\nactor: {self.out / 'actor'}")
+            print_info(line)
+        print_info(f"page: {self.out / 'report.html'}\nactor: {self.out / 'actor'}")
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
@@ -193,10 +193,10 @@ def main() -> int:
     if ranks > 1:
         return _launch(ranks)
     try:
-        with failure.leaving_together():
+        with failure.exit_on_peer_failure():
             Demo(arguments.out, arguments.seed, arguments.overrides).run()
     except UserError as error:
-        if failure.speaks(error):
+        if failure.should_report(error):
             print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

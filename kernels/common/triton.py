@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import note_launch
+from ..dispatch import log_launch
 from ..validate import single_backward
 
 # Rows of partials read at once, over their width: with more, fewer or 4 warps it spills on one generation or other.
@@ -90,7 +90,7 @@ def fold(partials: Tensor, normalizer, sums: int) -> tuple[Tensor, Tensor]:
     stats = torch.empty(partials.shape[1], dtype=torch.float64, device=partials.device)
     loss = torch.empty((), dtype=torch.float32, device=partials.device)
     with torch.cuda.device_of(partials):
-        note_launch("fold_statistics", "triton")
+        log_launch("fold_statistics", "triton")
         fold_statistics_kernel[(1,)](
             partials,
             stats,

@@ -21,7 +21,7 @@ FLOOR = -1e4
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowStats:
     """Per-row statistics [C]: maximum, sum of exp(z - maximum), label logit (-inf where it is on no rank seen), t."""
 
     peak: Tensor
@@ -50,22 +50,22 @@ def local_label(labels: Tensor, shard: VocabShard | None, columns: int) -> tuple
     return column.clamp(0, max(columns - 1, 0)), here
 
 
-def local_rows(z: Tensor, labels: Tensor, shard: VocabShard | None, entropy: bool) -> tuple[Rows, Tensor, Tensor]:
+def local_rows(z: Tensor, labels: Tensor, shard: VocabShard | None, entropy: bool) -> tuple[RowStats, Tensor, Tensor]:
     """Statistics of this rank's columns z [C, v]; also z - peak (floored) and its exponential, for the gradient."""
     if z.shape[1] == 0:
         empty = z.new_zeros(z.shape[0])
         nothing = torch.full_like(empty, -torch.inf)
-        return Rows(nothing, empty, nothing, empty), z, z
+        return RowStats(nothing, empty, nothing, empty), z, z
     peak = z.amax(-1)
     column, here = local_label(labels, shard, z.shape[1])
     label = torch.where(here, z.gather(1, column[:, None]).squeeze(1), -torch.inf)
     shifted = (z - finite(peak)[:, None]).clamp_(min=FLOOR)
     weights = shifted.exp()
     weighted = (weights * shifted).sum(-1) if entropy else torch.zeros_like(peak)
-    return Rows(peak, weights.sum(-1), label, weighted), shifted, weights
+    return RowStats(peak, weights.sum(-1), label, weighted), shifted, weights
 
 
-def merge_rows(mine: Rows, shard: VocabShard | None) -> Rows:
+def merge_rows(mine: RowStats, shard: VocabShard | None) -> RowStats:
     """Statistics of the whole rows. A collective over shard.group; the merge order is the rank order on every rank."""
     if shard is None or shard.group is None:
         return mine
@@ -82,14 +82,14 @@ def merge_rows(mine: Rows, shard: VocabShard | None) -> Rows:
         total = total + part_total * scale
         weighted = weighted + (part_weighted + shift * part_total) * scale
         label = torch.maximum(label, part_label)
-    return Rows(peak, total, label, weighted)
+    return RowStats(peak, total, label, weighted)
 
 
 def logit_gradient(
     shifted: Tensor,
     weights: Tensor,
-    local: Rows,
-    rows: Rows,
+    local: RowStats,
+    rows: RowStats,
     labels: Tensor,
     shard: VocabShard | None,
     grad_logprob: Tensor,
@@ -135,7 +135,7 @@ class _ShardedTokenLogprobs(torch.autograd.Function):
         ignored_A = labels_A == IGNORED_LABEL
         g = grad_logprob_A.masked_fill(ignored_A, 0.0) / temperature
         h = grad_entropy_A.masked_fill(ignored_A, 0.0) / temperature if entropy else None
-        dz = logit_gradient(shifted, weights, local, Rows(*merged), labels_A, shard, g, h)
+        dz = logit_gradient(shifted, weights, local, RowStats(*merged), labels_A, shard, g, h)
         grad_AV = torch.zeros_like(logits_AV)
         grad_AV[:, : dz.shape[1]] = dz.to(logits_AV.dtype)
         return grad_AV, None, None, None, None

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import note_launch
+from ..dispatch import log_launch
 from ..validate import single_backward
 from .reference import EXPONENT_LIMIT
 
@@ -106,7 +106,7 @@ def _launch(kernel, estimator: str, *tensors: Tensor) -> None:
     size = tensors[0].numel()
     if size:
         with torch.cuda.device_of(tensors[0]):
-            note_launch(kernel.__name__, "triton")
+            log_launch(kernel.__name__, "triton")
             kernel[(triton.cdiv(size, BLOCK),)](
                 *(x.contiguous() for x in tensors),
                 size,

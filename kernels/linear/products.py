@@ -39,7 +39,7 @@ def default_chunk_rows(vocab_size: int, device: str = "cpu", free_bytes: int | N
 
 
 @dataclass
-class Head:
+class ChunkedHead:
     """What every chunk needs: operands of the product, the rows that count, and how the vocabulary is spread.
 
     The streams of a call ([A]) are read at `index_R`, the rows that the mask keeps, or at all rows where it is None.
@@ -56,7 +56,7 @@ class Head:
     chunk_rows: int
 
     @classmethod
-    def of(cls, hidden_AH, weight_VH, labels_A, mask_A, temperature, entropy, shard, chunk_rows) -> Head:
+    def of(cls, hidden_AH, weight_VH, labels_A, mask_A, temperature, entropy, shard, chunk_rows) -> ChunkedHead:
         dtype = _product_dtype(hidden_AH, weight_VH)
         weight = weight_VH.detach()[: weight_VH.shape[0] if shard is None else shard.valid].to(dtype)
         index_R = None if mask_A is None else ((mask_A != 0) & (labels_A != IGNORED_LABEL)).nonzero().squeeze(1)
@@ -72,17 +72,17 @@ class Head:
     def wide(self) -> torch.dtype:
         return wide_dtype(self.hidden_AH, self.weight_VH)
 
-    def narrowed(self, keep_A: Tensor) -> Head:
+    def subset(self, keep_A: Tensor) -> ChunkedHead:
         """The same head over fewer rows: those of keep_A [A] whose label counts."""
         return replace(self, index_R=(keep_A & (self.labels_A != IGNORED_LABEL)).nonzero().squeeze(1))
 
-    def compact(self, x_A: Tensor | None) -> Tensor | None:
+    def gather_rows(self, x_A: Tensor | None) -> Tensor | None:
         """A stream at the rows that count, in the dtype of the mathematics."""
         if x_A is None:
             return None
         return (x_A if self.index_R is None else x_A[self.index_R]).to(self.wide)
 
-    def spread(self, x_R: Tensor) -> Tensor:
+    def scatter_rows(self, x_R: Tensor) -> Tensor:
         """The stream [A] with 0 at the rows that do not count."""
         if self.index_R is None:
             return x_R
@@ -136,7 +136,7 @@ class Gradients:
     into: the caller's buffer for dW, or None for a new one.
     """
 
-    def __init__(self, head: Head, hidden: bool, weight: bool, into: Tensor | None = None) -> None:
+    def __init__(self, head: ChunkedHead, hidden: bool, weight: bool, into: Tensor | None = None) -> None:
         self.head = head
         self.hidden_AH = self.weight_VH = None
         shape, options = head.hidden_AH.shape, {"dtype": head.wide, "device": head.hidden_AH.device}
@@ -146,30 +146,30 @@ class Gradients:
         if weight:
             self.weight_VH = torch.empty(head.padded, shape[1], **options) if into is None else into
 
-    def add(self, chunk: slice, live: Tensor | None, dz: Tensor, scale: Tensor | None, hidden: Tensor) -> None:
-        """One chunk: dz [L, v] of its rows `live` (None: all) and their hidden states; each row still lacks `scale`.
+    def add(self, chunk: slice, active: Tensor | None, dz: Tensor, scale: Tensor | None, hidden: Tensor) -> None:
+        """One chunk: dz [L, v] of its rows `active` (None: all) and their hidden states; each row still lacks `scale`.
 
         Both products have a narrow side, and that is where a factor per row costs nothing.
         """
         if self.hidden_AH is not None:
-            self._add_hidden(chunk, live, dz, scale)
+            self._add_hidden(chunk, active, dz, scale)
         if self.weight_VH is not None and dz.shape[1]:
-            hidden = hidden if live is None else hidden[live]
+            hidden = hidden if active is None else hidden[active]
             hidden = hidden if scale is None else hidden * scale[:, None]
             product(dz.t(), hidden, out=self.weight_VH[: dz.shape[1]], add=self._written)
             self._zero_padding(dz.shape[1])
             self._written = True
 
-    def _add_hidden(self, chunk: slice, live: Tensor | None, dz: Tensor, scale: Tensor | None) -> None:
+    def _add_hidden(self, chunk: slice, active: Tensor | None, dz: Tensor, scale: Tensor | None) -> None:
         index_R = self.head.index_R
-        whole = live is None and index_R is None
+        whole = active is None and index_R is None
         dx = self.hidden_AH[chunk] if whole else self.hidden_AH.new_empty(dz.shape[0], self.hidden_AH.shape[1])
         product(dz, self.head.weight_VH, out=dx)
         if scale is not None:
             dx.mul_(scale[:, None])
         if not whole:
             rows = torch.arange(chunk.start, chunk.stop, device=dx.device) if index_R is None else index_R[chunk]
-            self.hidden_AH.index_copy_(0, rows if live is None else rows[live], dx)
+            self.hidden_AH.index_copy_(0, rows if active is None else rows[active], dx)
 
     def _zero_padding(self, columns: int) -> None:
         if not self._written and columns < self.weight_VH.shape[0]:

@@ -10,21 +10,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.vocab_rows import FLOOR, Rows, finite, local_label
+from ..common.vocab_rows import FLOOR, RowStats, finite, local_label
 from ..ppo_policy_loss.reference import policy_token_loss, ppo_policy_loss
 from ..types import VocabShard
 from ..whitening.reference import whiten
-from .products import Head
+from .products import ChunkedHead
 
 BLOCK_ROWS = 32  # rows of a temporary where the entropy needs one: a chunk-sized one would double the memory
 
 
-def statistics(z: Tensor, labels: Tensor, shard: VocabShard | None, entropy: bool) -> Rows:
+def statistics(z: Tensor, labels: Tensor, shard: VocabShard | None, entropy: bool) -> RowStats:
     """Local statistics of each row; leaves the row's softmax over this rank's columns in z."""
     if z.shape[1] == 0:
         empty = z.new_zeros(z.shape[0])
         nothing = torch.full_like(empty, -torch.inf)
-        return Rows(nothing, empty, nothing, empty)
+        return RowStats(nothing, empty, nothing, empty)
     peak = z.amax(-1)
     column, here = local_label(labels, shard, z.shape[1])
     label = torch.where(here, z.gather(1, column[:, None]).squeeze(1), -torch.inf)
@@ -34,7 +34,7 @@ def statistics(z: Tensor, labels: Tensor, shard: VocabShard | None, entropy: boo
     if z.is_cuda or nothing.any():
         z.masked_fill_(nothing[:, None], 0.0)
         total = total.masked_fill(nothing, 0.0)
-    return Rows(peak, total, label, _weighted(z, total) if entropy else torch.zeros_like(peak))
+    return RowStats(peak, total, label, _weighted(z, total) if entropy else torch.zeros_like(peak))
 
 
 def _weighted(p: Tensor, total: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def _weighted(p: Tensor, total: Tensor) -> Tensor:
     return torch.where(total > 0, total * (total.log() - entropy), 0.0)
 
 
-def revisit(z: Tensor, labels: Tensor, shard: VocabShard | None) -> Rows:
+def recompute_stats(z: Tensor, labels: Tensor, shard: VocabShard | None) -> RowStats:
     """What `gradient` expects where the rows' statistics are known already and z is new."""
     return statistics(z, labels, shard, False)
 
@@ -51,22 +51,22 @@ def revisit(z: Tensor, labels: Tensor, shard: VocabShard | None) -> Rows:
 def gradient(
     z: Tensor,
     labels: Tensor,
-    local: Rows,
-    rows: Rows,
-    live: Tensor | None,
-    head: Head,
+    local: RowStats,
+    rows: RowStats,
+    active: Tensor | None,
+    head: ChunkedHead,
     g: Tensor,
     h: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(dz [L, v] of the rows `live`, a factor that each row still lacks or None), over what `statistics` left in z.
+    """(dz [L, v] of the rows `active`, a factor that each row still lacks or None), over what `statistics` left in z.
 
     dz = g (onehot - p) - h p (log p + H), with g and h the gradients of log-prob and entropy by the logits.
     """
     shard, dtype = head.shard, head.weight_VH.dtype
-    if live is not None:
-        z, labels, g = _moved_up(z, live), labels[live], g[live]
-        h = None if h is None else h[live]
-        local, rows = (Rows(*(x[live] for x in (r.peak, r.total, r.label, r.weighted))) for r in (local, rows))
+    if active is not None:
+        z, labels, g = _compact_rows(z, active), labels[active], g[active]
+        h = None if h is None else h[active]
+        local, rows = (RowStats(*(x[active] for x in (r.peak, r.total, r.label, r.weighted))) for r in (local, rows))
     if z.shape[1] == 0:
         return z.to(dtype), None
     if shard is not None and shard.group is not None:
@@ -85,14 +85,14 @@ def gradient(
     return z.to(dtype), None
 
 
-def _moved_up(z: Tensor, live: Tensor) -> Tensor:
-    """The rows `live` of z. On a CPU they move within z, row by row: a copy would double the memory."""
+def _compact_rows(z: Tensor, active: Tensor) -> Tensor:
+    """The rows `active` of z. On a CPU they move within z, row by row: a copy would double the memory."""
     if z.is_cuda:
-        return z[live]
-    moved = (live != torch.arange(live.shape[0])).nonzero().squeeze(1)
-    for target, row in zip(moved.tolist(), live[moved].tolist(), strict=True):
+        return z[active]
+    moved = (active != torch.arange(active.shape[0])).nonzero().squeeze(1)
+    for target, row in zip(moved.tolist(), active[moved].tolist(), strict=True):
         z[target].copy_(z[row])
-    return z[: live.shape[0]]
+    return z[: active.shape[0]]
 
 
 def token_gradients(

@@ -14,48 +14,56 @@ import sys
 import torch
 from torch import Tensor
 
-from ..common.vocab_rows import Rows
+from ..common.vocab_rows import RowStats
 from ..ppo_policy_loss.triton import policy_launch, ppo_policy_loss
 from ..token_logprobs.triton import gradient_launch, statistics_launch
 from ..types import VocabShard
 from . import chunked
-from .products import Head
+from .products import ChunkedHead
 
-__all__ = ["gradient", "linear_logprobs", "linear_ppo_loss", "policy_loss", "revisit", "statistics", "token_gradients"]
+__all__ = [
+    "gradient",
+    "linear_logprobs",
+    "linear_ppo_loss",
+    "policy_loss",
+    "recompute_stats",
+    "statistics",
+    "token_gradients",
+]
 
 policy_loss = ppo_policy_loss
 
 
-def statistics(z: Tensor, labels: Tensor, shard: VocabShard | None, entropy: bool) -> Rows:
+def statistics(z: Tensor, labels: Tensor, shard: VocabShard | None, entropy: bool) -> RowStats:
     """Local statistics of each row; z [C, v] holds vocabulary only, over the temperature already."""
     start = 0 if shard is None else shard.start
     return statistics_launch(z, labels, start, z.shape[1], 1.0, entropy)
 
 
-def revisit(z: Tensor, labels: Tensor, shard: VocabShard | None) -> None:
+def recompute_stats(z: Tensor, labels: Tensor, shard: VocabShard | None) -> None:
     """Nothing: the gradient kernel reads the logits themselves and the statistics of the whole rows."""
 
 
 def gradient(
     z: Tensor,
     labels: Tensor,
-    local: Rows | None,
-    rows: Rows,
-    live: Tensor | None,
-    head: Head,
+    local: RowStats | None,
+    rows: RowStats,
+    active: Tensor | None,
+    head: ChunkedHead,
     g: Tensor,
     h: Tensor | None,
 ) -> tuple[Tensor, None]:
-    """(dz [L, v] of the rows `live`, in the product's dtype; over z itself where dtype and rows allow)."""
+    """(dz [L, v] of the rows `active`, in the product's dtype; over z itself where dtype and rows allow)."""
     dtype = head.weight_VH.dtype
-    count = z.shape[0] if live is None else live.shape[0]
-    if live is None and dtype == z.dtype:
+    count = z.shape[0] if active is None else active.shape[0]
+    if active is None and dtype == z.dtype:
         out = z
     else:
         out = torch.empty(count, z.shape[1], dtype=dtype, device=z.device)
     start = 0 if head.shard is None else head.shard.start
     entropy = None if h is None else rows.entropy()
-    gradient_launch(z, labels, rows, entropy, g, h, out, live, start, z.shape[1], 1.0)
+    gradient_launch(z, labels, rows, entropy, g, h, out, active, start, z.shape[1], 1.0)
     return out, None
 
 

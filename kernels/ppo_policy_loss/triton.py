@@ -26,7 +26,7 @@ from ..common.triton import (
     scalar,
     stream,
 )
-from ..dispatch import note_launch
+from ..dispatch import log_launch
 from ..kl_divergence.reference import EXPONENT_LIMIT
 from ..types import PolicyStats, PPOLoss
 from .reference import counts
@@ -191,7 +191,7 @@ def policy_launch(
     counted = (logprob_A,) * 3 if moments is None else (moments.count, moments.mean, moments.m2)
     if size:
         with torch.cuda.device_of(logprob_A):
-            note_launch("ppo_policy_loss", "triton")
+            log_launch("ppo_policy_loss", "triton")
             ppo_policy_loss_kernel[(partials.shape[0],)](
                 logprob_A,
                 old,

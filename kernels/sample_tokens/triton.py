@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import note_launch
+from ..dispatch import log_launch
 from ..types import VocabShard
 from .reference import Draw, merge_draws, scaled_rows
 
@@ -231,7 +231,7 @@ def sample_tokens(
     rows = logits_NV if logits_NV.stride(1) == 1 else logits_NV.contiguous()
     if N:
         with torch.cuda.device_of(rows):
-            note_launch("sample_tokens_kernel", "triton")
+            log_launch("sample_tokens_kernel", "triton")
             sample_tokens_kernel[(N,)](
                 rows,
                 sequence_ids.contiguous(),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from icegrt import _C
 
-from ..dispatch import note_launch
+from ..dispatch import log_launch
 from ..types import Moments, ShapedGAE
 from ..validate import wide_dtype
 
@@ -43,7 +43,7 @@ def shaped_gae(
     if mask_A is not None:
         keep_A = (mask_A if mask_A.dtype == torch.bool else mask_A != 0).contiguous().view(torch.uint8).numpy()
     run = _C.shaped_gae_float64 if dtype == torch.float64 else _C.shaped_gae_float32
-    note_launch("shaped_gae", "cpp")
+    log_launch("shaped_gae", "cpp")
     moments = run(
         stream(score_N),
         stream(value_A),

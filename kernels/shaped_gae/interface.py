@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import validate
 from ..dispatch import select
 from ..types import ShapedGAE
-from .reference import has_homeless_score
+from .reference import has_unassigned_score
 
 CPU = torch.device("cpu")
 
@@ -93,9 +93,9 @@ def _check_boundaries(op: str, cu_actions: Tensor, extent: int) -> None:
 def _check_scores(op: str, shaped: ShapedGAE, score_N: Tensor, cu_actions: Tensor, mask_A: Tensor | None) -> None:
     # Every backend marks a score without an action as NaN in kl_N; so do NaN log-probs, hence the second look.
     if shaped.kl_N.isnan().any():
-        homeless_N = has_homeless_score(score_N, cu_actions, mask_A)
-        if homeless_N.any():
-            n = int(homeless_N.nonzero()[0])
+        unassigned_score_N = has_unassigned_score(score_N, cu_actions, mask_A)
+        if unassigned_score_N.any():
+            n = int(unassigned_score_N.nonzero()[0])
             raise ValueError(
                 f"{op}: score_N must be 0 for a response without unmasked actions, got {float(score_N[n])} at "
                 f"sequence {n}"

@@ -60,14 +60,14 @@ def shaped_gae(
     def spread(x_R: Tensor) -> Tensor:
         return torch.zeros(value_A.shape, dtype=dtype, device=value_A.device).index_copy_(0, index_R, x_R)
 
-    homeless_N = ~filled_N & (score_N != 0)
+    unassigned_score_N = ~filled_N & (score_N != 0)
     moments = masked_moments(advantage_R)
     return ShapedGAE(
         advantage_A=spread(advantage_R),
         return_A=spread(advantage_R + value_R),
         reward_A=spread(reward_R),
-        kl_N=_sum_by_sequence(kl_R, length_N).masked_fill(homeless_N, torch.nan),
-        moments=replace(moments, mean=moments.mean.masked_fill(homeless_N.any(), torch.nan)),
+        kl_N=_sum_by_sequence(kl_R, length_N).masked_fill(unassigned_score_N, torch.nan),
+        moments=replace(moments, mean=moments.mean.masked_fill(unassigned_score_N.any(), torch.nan)),
     )
 
 
@@ -106,7 +106,7 @@ def _discounted_sum(delta_R: Tensor, sequence_R: Tensor, decay: float, length_N:
     return sum_R
 
 
-def has_homeless_score(score_N: Tensor, cu_actions: Tensor, mask_A: Tensor | None) -> Tensor:
+def has_unassigned_score(score_N: Tensor, cu_actions: Tensor, mask_A: Tensor | None) -> Tensor:
     """[N] bool: sequences with a nonzero score and no unmasked action for it to land on."""
     if mask_A is None:
         return (cu_actions.diff() == 0) & (score_N != 0)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import note_launch
+from ..dispatch import log_launch
 from ..kl_divergence.reference import EXPONENT_LIMIT
 from ..kl_divergence.triton import estimate
 from ..types import Moments, ShapedGAE
@@ -252,7 +252,7 @@ def shaped_gae(
     if mask_A is not None:
         keep_A = (mask_A if mask_A.dtype == torch.bool else mask_A != 0).contiguous()
     with torch.cuda.device_of(value_A):
-        note_launch("shaped_gae_kernel", "triton")
+        log_launch("shaped_gae_kernel", "triton")
         shaped_gae_kernel[(tiles,)](
             stream(score_N),
             stream(value_A),

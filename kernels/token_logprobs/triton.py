@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.vocab_rows import Rows, finite, merge_rows
-from ..dispatch import note_launch
+from ..common.vocab_rows import RowStats, finite, merge_rows
+from ..dispatch import log_launch
 from ..types import TokenLogprobs, VocabShard
 from ..validate import IGNORED_LABEL, single_backward
 
@@ -144,13 +144,13 @@ def _block(columns: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(columns)))
 
 
-def statistics_launch(logits_CV, labels_C, start: int, valid: int, temperature: float, entropy: bool) -> Rows:
+def statistics_launch(logits_CV, labels_C, start: int, valid: int, temperature: float, entropy: bool) -> RowStats:
     """Statistics of every row over its columns [0, valid), whose global ids begin at `start`."""
     rows_count = logits_CV.shape[0]
     buffer = torch.empty(4, rows_count, dtype=torch.float32, device=logits_CV.device)
     if rows_count:
         with torch.cuda.device_of(logits_CV):
-            note_launch("token_logprobs_forward", "triton")
+            log_launch("token_logprobs_forward", "triton")
             token_logprobs_forward[(rows_count,)](
                 logits_CV,
                 labels_C.contiguous(),
@@ -165,13 +165,13 @@ def statistics_launch(logits_CV, labels_C, start: int, valid: int, temperature: 
                 BLOCK=_block(valid, FORWARD_BLOCK),
                 **OPTIONS,
             )
-    return Rows(*buffer)
+    return RowStats(*buffer)
 
 
 def gradient_launch(
     logits_CV: Tensor,
     labels_C: Tensor,
-    rows: Rows,
+    rows: RowStats,
     entropy_C: Tensor | None,
     grad_logprob_C: Tensor,
     grad_entropy_C: Tensor | None,
@@ -188,7 +188,7 @@ def gradient_launch(
     block = _block(columns, BACKWARD_BLOCK)
     grad_logprob_C = grad_logprob_C.contiguous()  # an expanded gradient has stride 0
     with torch.cuda.device_of(logits_CV):
-        note_launch("token_logprobs_backward", "triton")
+        log_launch("token_logprobs_backward", "triton")
         token_logprobs_backward[(out.shape[0], triton.cdiv(columns, block))](
             logits_CV,
             labels_C.contiguous(),
@@ -237,7 +237,7 @@ class _TokenLogprobs(torch.autograd.Function):
         else:
             grad_AV = torch.empty(logits_AV.shape, dtype=logits_AV.dtype, device=logits_AV.device)
         h = grad_entropy_A if entropy else None
-        rows = Rows(*merged)
+        rows = RowStats(*merged)
         gradient_launch(
             logits_AV, labels_A, rows, entropy_A, grad_logprob_A, h, grad_AV, None, start, valid, temperature
         )

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.triton import AttachTokenGradients, bytes_of, column_of, fold, on_device, scalar, stream
-from ..dispatch import note_launch
+from ..dispatch import log_launch
 from ..types import ValueLoss, ValueStats
 
 BLOCK = 1024
@@ -98,7 +98,7 @@ def value_loss(
     old, mask, weight = (plain_A if x is None else x.detach().contiguous() for x in (old_A, mask_A, weight_A))
     if size:
         with torch.cuda.device_of(value_A):
-            note_launch("value_loss", "triton")
+            log_launch("value_loss", "triton")
             value_loss_kernel[(partials.shape[0],)](
                 plain_A,
                 old,

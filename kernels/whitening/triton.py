@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import note_launch
+from ..dispatch import log_launch
 from ..types import Moments
 from ..validate import single_backward
 
@@ -92,7 +92,7 @@ def masked_moments(x: Tensor, mask: Tensor | None, group) -> Moments:
     moments = torch.empty(3 + 3 * tiles, dtype=torch.float64, device=x.device)
     done = torch.zeros(1, dtype=torch.int32, device=x.device)
     with torch.cuda.device_of(x):
-        note_launch("masked_moments_kernel", "triton")
+        log_launch("masked_moments_kernel", "triton")
         masked_moments_kernel[(tiles,)](
             x,
             keep.view(torch.uint8) if mask is not None else x,
@@ -127,7 +127,7 @@ def _launch_whiten(x: Tensor, moments: Moments, eps: float, mode: str, dtype: to
     statistics = [m.to(torch.float64) for m in (moments.count, moments.mean, moments.m2)]
     if x.numel():
         with torch.cuda.device_of(x):
-            note_launch("whiten_kernel", "triton")
+            log_launch("whiten_kernel", "triton")
             whiten_kernel[(triton.cdiv(x.numel(), BLOCK),)](
                 x, *statistics, out, x.numel(), eps, MODE=mode, BLOCK=BLOCK, **OPTIONS
             )

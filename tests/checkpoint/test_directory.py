@@ -14,14 +14,14 @@ CONTENTS = {"actor/.metadata": b"places", "actor/__0_0.distcp": bytes(range(256)
 
 def write(run, step, quality=None, mark=b""):
     """A whole checkpoint, as a run writes it."""
-    place = files.place_of(run, step)
-    files.begin(place, ["actor", "critic"])
-    aside = files.aside_of(place)
+    place = files.checkpoint_path(run, step)
+    files.create_staging(place, ["actor", "critic"])
+    aside = files.staging_path(place)
     for name, data in CONTENTS.items():
         (aside / name).write_bytes(data + mark)
     files.write_state(aside, json.dumps({"step": step, "quality": quality}))
-    files.seal(aside, {})
-    files.publish(place)
+    files.write_manifest(aside, {})
+    files.commit(place)
     return place
 
 
@@ -30,7 +30,7 @@ def names(run):
 
 
 def pointed(run, name):
-    path = files.folder_of(run) / name
+    path = files.checkpoints_dir(run) / name
     return path.read_text().strip() if path.exists() else None
 
 
@@ -45,11 +45,11 @@ def test_a_flipped_bit_anywhere_in_a_file_is_found_and_the_file_named(name, tmp_
     data = path.read_bytes()
     for place in sorted({0, len(data) // 3, len(data) // 2, len(data) - 2}):
         path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
-        found = files.faults(files.place_of(tmp_path, 1))
+        found = files.verify(files.checkpoint_path(tmp_path, 1))
         # Of a manifest that says something else it is the files it speaks of that disagree.
         assert found and (name == "manifest.json" or [fault.split()[0] for fault in found] == [name]), place
     path.write_bytes(data)
-    assert files.faults(files.place_of(tmp_path, 1)) == []
+    assert files.verify(files.checkpoint_path(tmp_path, 1)) == []
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -60,7 +60,7 @@ def test_a_file_that_is_not_all_there_is_found_and_named(name, how, tmp_path):
         path.unlink()
     else:
         path.write_bytes(b"" if how == "empty" else path.read_bytes()[:-3])
-    (found,) = files.faults(files.place_of(tmp_path, 1))
+    (found,) = files.verify(files.checkpoint_path(tmp_path, 1))
     assert found.startswith(name)
     if name != "manifest.json":
         assert how == "missing" or "bytes, not" in found
@@ -70,23 +70,23 @@ def test_readers_that_share_the_work_find_what_one_finds(tmp_path):
     place = write(tmp_path, 1)
     for name in CONTENTS:
         (place / name).write_bytes(b"other")
-    shares = [files.faults(place, rank=rank, ranks=3) for rank in range(3)]
+    shares = [files.verify(place, rank=rank, ranks=3) for rank in range(3)]
     together = [fault for share in shares for fault in share]
-    assert sorted(together) == sorted(files.faults(place)) and len(together) == 3
-    assert [fault.split()[0] for fault in files.faults(place, only=("critic", "state.json"))] == ["critic/common.pt"]
+    assert sorted(together) == sorted(files.verify(place)) and len(together) == 3
+    assert [fault.split()[0] for fault in files.verify(place, only=("critic", "state.json"))] == ["critic/common.pt"]
 
 
 def test_the_one_before_a_damaged_checkpoint_is_taken(tmp_path):
     for step in (1, 2, 3):
         write(tmp_path, step)
-    (files.place_of(tmp_path, 3) / "state.json").write_text("{")
-    (files.place_of(tmp_path, 2) / "manifest.json").unlink()
-    found, damaged = files.newest_whole(files.list_checkpoints(tmp_path))
-    assert found == files.place_of(tmp_path, 1)
-    lines = [files.told(*pair) for pair in damaged.items()]
+    (files.checkpoint_path(tmp_path, 3) / "state.json").write_text("{")
+    (files.checkpoint_path(tmp_path, 2) / "manifest.json").unlink()
+    found, damaged = files.latest_valid(files.list_checkpoints(tmp_path))
+    assert found == files.checkpoint_path(tmp_path, 1)
+    lines = [files.describe_faults(*pair) for pair in damaged.items()]
     assert "step_000003: damaged: state.json has 1 bytes, not" in lines[0] and "manifest.json is missing" in lines[1]
     for checkpoint in damaged:
-        files.set_aside(checkpoint)
+        files.quarantine(checkpoint)
     assert names(tmp_path) == ["step_000001"]
     # They neither count among those that are kept, nor are in the way of new ones of the same step.
     write(tmp_path, 2)
@@ -105,10 +105,10 @@ def test_a_manifest_speaks_of_its_own_files_only(name, tmp_path):
 
 
 def test_a_file_that_another_rank_wrote_elsewhere_is_missed_before_the_checkpoint_gets_its_name(tmp_path):
-    place = files.place_of(tmp_path, 1)
-    files.begin(place, ["actor"])
+    place = files.checkpoint_path(tmp_path, 1)
+    files.create_staging(place, ["actor"])
     with pytest.raises(OSError, match=r"__3_0\.distcp, which another rank wrote, is not here"):
-        files.seal(files.aside_of(place), {"actor/__3_0.distcp": {"bytes": 4, "sha256": "0"}})
+        files.write_manifest(files.staging_path(place), {"actor/__3_0.distcp": {"bytes": 4, "sha256": "0"}})
 
 
 # -- the last ones and the best ----------------------------------------------------------------------------------------
@@ -193,10 +193,10 @@ def test_a_kill_at_any_instant_leaves_whole_checkpoints_and_a_true_latest(again,
         files.recover(run)
         left = names(run)
         assert left[0] == "step_000001" and left[1] in ("step_000002", "step_000003")
-        assert [files.faults(path) for path in files.list_checkpoints(run)] == [[]] * len(left)
+        assert [files.verify(path) for path in files.list_checkpoints(run)] == [[]] * len(left)
         assert pointed(run, "latest") in left
         assert pointed(run, "best") in (None, "step_000001")
-        assert {p.name for p in files.folder_of(run).iterdir() if p.is_dir()} == set(left)
+        assert {p.name for p in files.checkpoints_dir(run).iterdir() if p.is_dir()} == set(left)
     assert instants > 15
     assert names(run) == ["step_000001", "step_000002" if again else "step_000003"]
     assert (files.list_checkpoints(run)[-1] / "critic/common.pt").read_bytes().endswith(b"new")

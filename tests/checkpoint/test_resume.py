@@ -158,7 +158,7 @@ def test_only_the_last_checkpoints_are_kept_and_half_written_ones_are_not_seen(t
     with ppo(tmp_path / "run", False, checkpoint_every=1, keep_checkpoints=2, ptx_coef=0.0) as trainer:
         for _ in range(2):
             saved.append(trainer.step())
-        left_over = files.folder_of(trainer.dir) / "step_000009.writing"
+        left_over = files.checkpoints_dir(trainer.dir) / "step_000009.writing"
         left_over.mkdir()
         (left_over / "state.json").write_text("{")
         trainer.step()
@@ -166,10 +166,10 @@ def test_only_the_last_checkpoints_are_kept_and_half_written_ones_are_not_seen(t
     assert kept == ["step_000002", "step_000003"]
     with ppo(tmp_path / "run", True, checkpoint_every=50, ptx_coef=0.0) as again:
         assert again.done_steps == 3
-    (files.folder_of(again.dir) / "step_000003" / "state.json").write_text('{"step"')
+    (files.checkpoints_dir(again.dir) / "step_000003" / "state.json").write_text('{"step"')
     with ppo(tmp_path / "run", True, checkpoint_every=50, ptx_coef=0.0) as again:
         assert again.done_steps == 2
-    shutil.rmtree(files.folder_of(again.dir) / "step_000002" / "critic")
+    shutil.rmtree(files.checkpoints_dir(again.dir) / "step_000002" / "critic")
     with pytest.raises(CheckpointError, match=r"step_000002: damaged: critic/.* is missing, and \d+ more"):
         ppo(tmp_path / "run", True, ptx_coef=0.0)
 
@@ -183,14 +183,14 @@ def test_a_run_is_neither_resumed_from_nothing_nor_started_over_another(tmp_path
         (tmp_path / "full" / "anything").touch()
         with pytest.raises(RunError, match="not empty; continue that run with --resume"):
             make(tmp_path / "full", False)
-        writing = files.folder_of(tmp_path / "half") / "step_000001.writing"
+        writing = files.checkpoints_dir(tmp_path / "half") / "step_000001.writing"
         writing.mkdir(parents=True, exist_ok=True)
         with pytest.raises(RunError, match="no checkpoint to resume from"):
             make(tmp_path / "half", True)
 
 
 def test_checkpoints_are_found_in_the_order_of_their_steps(tmp_path):
-    folder = files.folder_of(tmp_path)
+    folder = files.checkpoints_dir(tmp_path)
     assert files.list_checkpoints(tmp_path) == []
     for name in ("step_1000000", "step_000020", "step_000003", "step_000004.writing", "notes", "step_12"):
         (folder / name).mkdir(parents=True)
@@ -209,7 +209,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_alone(tmp_path,
         trainer.done_steps = 1
         with pytest.raises(RunError, match="cannot be written \\(No space left on device\\)"):
             trainer.save_checkpoint()
-        assert sorted(p.name for p in files.folder_of(trainer.dir).iterdir()) == ["latest", "step_000000"]
+        assert sorted(p.name for p in files.checkpoints_dir(trainer.dir).iterdir()) == ["latest", "step_000000"]
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def copied(saved, tmp_path):
     """A copy to tamper with, its role, and where a canary would sing."""
-    place = files.place_of(tmp_path / "run", 1)
+    place = files.checkpoint_path(tmp_path / "run", 1)
     shutil.copytree(saved[0], place)
     return place, saved[1], tmp_path / "sang"
 
@@ -50,8 +50,8 @@ def copied(saved, tmp_path):
 def sealed_again(place):
     """The manifest of whoever tampered with the files: it agrees with them."""
     (place / files.MANIFEST).unlink()
-    files.seal(place, {})
-    assert files.faults(place) == []
+    files.write_manifest(place, {})
+    assert files.verify(place) == []
 
 
 def put(place, name, payload):
@@ -137,7 +137,7 @@ def test_the_canary_sings_where_nobody_guards(tmp_path):
 def test_the_manifest_speaks_before_any_pickle_is_opened(copied):
     place, _, song = copied
     in_metadata(place, Canary(song))
-    (fault,) = files.faults(place)
+    (fault,) = files.verify(place)
     assert fault.startswith("role/.metadata") and not song.exists()
 
 

@@ -92,13 +92,13 @@ def test_what_is_written_in_the_background_is_the_state_of_when_it_was_asked_for
         run.save_checkpoint()
         # Training goes on, and nothing can be taken for a checkpoint before it is one.
         run.step()
-        assert names(run.dir) == [] and told == [] and not (files.folder_of(run.dir) / "latest").exists()
+        assert names(run.dir) == [] and told == [] and not (files.checkpoints_dir(run.dir) / "latest").exists()
         gate.set()
         run.complete_checkpoint()
         assert names(run.dir) == told == ["step_000001"]
     for out, run in (("async", tmp_path / "async"), ("sync", tmp_path / "sync")):
-        assert files.faults(files.place_of(run, 1)) == [], out
-        assert json.loads((files.place_of(run, 1) / "state.json").read_text())["step"] == 1
+        assert files.verify(files.checkpoint_path(run, 1)) == [], out
+        assert json.loads((files.checkpoint_path(run, 1) / "state.json").read_text())["step"] == 1
     held = [weights_of(tmp_path / kind, "latest", home) for kind in ("sync", "async")]
     assert held[0] == held[1]
 
@@ -111,7 +111,7 @@ def test_what_the_trainer_remembers_later_is_not_in_the_checkpoint(home, tmp_pat
         run.step()
         run.alarm_messages.append("later")
         gate.set()
-    assert files.read_state(files.place_of(run.dir, 1))["trainer"] == before
+    assert files.read_state(files.checkpoint_path(run.dir, 1))["trainer"] == before
 
 
 def test_a_run_that_saves_in_the_background_is_the_run_that_does_not(home, tmp_path):
@@ -120,7 +120,9 @@ def test_a_run_that_saves_in_the_background_is_the_run_that_does_not(home, tmp_p
             run.train()
         assert names(tmp_path / kind) == ["step_000003", "step_000004"]
     assert rows_without_clocks(tmp_path / "true") == rows_without_clocks(tmp_path / "false")
-    states = [json.loads((files.place_of(tmp_path / kind, 3) / "state.json").read_text()) for kind in ("true", "false")]
+    states = [
+        json.loads((files.checkpoint_path(tmp_path / kind, 3) / "state.json").read_text()) for kind in ("true", "false")
+    ]
     assert states[0] == states[1]
     assert weights_of(tmp_path / "true", "step_000003", home) == weights_of(tmp_path / "false", "step_000003", home)
 
@@ -259,7 +261,7 @@ def test_export_takes_the_last_whole_checkpoint_the_best_or_the_one_that_is_name
         run.train()
     losses = [row["heldout_loss"] for row in read_metrics(run.dir)]
     by_step = {name: weights_of(run.dir, name, home) for name in names(run.dir)}
-    best = (files.folder_of(run.dir) / "best").read_text().strip()
+    best = (files.checkpoints_dir(run.dir) / "best").read_text().strip()
     assert best == min(by_step) and losses[int(best[5:]) - 1] == min(x for x in losses if x is not None)
     assert weights_of(run.dir, "best", home) == by_step[best] != by_step[max(by_step)]
     keys = [f"export.run={run.dir}", f"export.out={tmp_path / 'out'}"]
@@ -296,12 +298,12 @@ def test_a_disk_that_is_full_while_saving_costs_that_checkpoint_alone(background
                 run.complete_checkpoint()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert {p.name for p in files.folder_of(run.dir).iterdir() if p.is_dir()} == {"step_000001"}
-        assert files.faults(files.place_of(run.dir, 1)) == []
+        assert {p.name for p in files.checkpoints_dir(run.dir).iterdir() if p.is_dir()} == {"step_000001"}
+        assert files.verify(files.checkpoint_path(run.dir, 1)) == []
         # With room again the run goes on, and the next one is whole.
         run.save_checkpoint()
         run.complete_checkpoint()
-        assert files.faults(files.place_of(run.dir, 2)) == []
+        assert files.verify(files.checkpoint_path(run.dir, 2)) == []
 
 
 def test_a_disk_that_is_full_while_anything_else_is_written_is_one_message(home, tmp_path, capsys):
@@ -317,7 +319,7 @@ def test_a_disk_that_is_full_while_anything_else_is_written_is_one_message(home,
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = capsys.readouterr().err
     assert "error: File too large while the command was writing" in said and "Traceback" not in said
-    assert names(run) == ["step_000001"] and files.faults(files.place_of(run, 1)) == []
+    assert names(run) == ["step_000001"] and files.verify(files.checkpoint_path(run, 1)) == []
     assert cli.main(["ppo", *keys]) == 0 and names(run)[-1] == "step_000004"
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from icegrt import cli
 from icegrt.config import SECTIONS, PPOConfig
-from icegrt.config.introspect import rows
+from icegrt.config.introspect import config_keys
 from icegrt.errors import ConfigError, DataError
 
 
@@ -130,7 +130,7 @@ def test_interrupting_says_how_to_resume(stages, capsys, monkeypatch):
 
 def test_of_many_ranks_one_speaks_and_says_which_it_is(stages, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
-    monkeypatch.setattr(cli.failure, "speaks", lambda error: isinstance(error, DataError))
+    monkeypatch.setattr(cli.failure, "should_report", lambda error: isinstance(error, DataError))
     stages.error = ConfigError("another rank says it")
     assert cli.main(["sft"]) == 2
     stages.error = ValueError("another rank's failure, seen from here")
@@ -172,7 +172,7 @@ def test_help_lists_every_command_with_an_example(args, capsys):
 def test_help_of_a_command_has_every_key_and_option(name, capsys, stages):
     assert cli.main([name, "--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"{row.name}: {row.type} = {row.default}" in out for row in rows(SECTIONS[name]))
+    assert all(f"{row.name}: {row.type} = {row.default}" in out for row in config_keys(SECTIONS[name]))
     assert ("--resume" in out) == (name in cli.RESUMABLE)
     assert stages.runs == []
 

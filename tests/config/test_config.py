@@ -9,7 +9,7 @@ import pytest
 
 from icegrt.config import SECTIONS, DataSource, GenerateConfig, PPOConfig, SFTConfig, config_class, key
 from icegrt.config.docs import help_text, markdown
-from icegrt.config.introspect import rows
+from icegrt.config.introspect import config_keys
 from icegrt.config.loader import as_yaml, load, save
 from icegrt.config.strict_yaml import dump, parse
 from icegrt.errors import ConfigError
@@ -242,7 +242,7 @@ def test_anchors_and_merge_keys_share_values_but_not_overrides(recipe):
 
 @pytest.mark.parametrize("cls", SECTIONS.values(), ids=SECTIONS)
 def test_saving_and_loading_gives_the_same_configuration(cls, tmp_path):
-    config = cls.load(None, [f"{row.name}={_other(row)}" for row in rows(cls) if "[]" not in row.name])
+    config = cls.load(None, [f"{row.name}={_other(row)}" for row in config_keys(cls) if "[]" not in row.name])
     assert config != cls()
     path = tmp_path / "new" / "config.yaml"
     config.save(path)
@@ -317,7 +317,7 @@ def test_the_list_of_one_configuration_is_not_that_of_another():
 
 @pytest.mark.parametrize("cls", SECTIONS.values(), ids=SECTIONS)
 def test_help_has_every_key_with_its_default_unit_and_meaning(cls):
-    text, named = help_text(cls), {row.name: row for row in rows(cls)}
+    text, named = help_text(cls), {row.name: row for row in config_keys(cls)}
     for row in named.values():
         assert f"{row.name}: {row.type} = {row.default}" in text
         assert row.unit in text and row.bounds in text
@@ -335,7 +335,7 @@ def _leaves(data, prefix):
 
 
 def test_help_shows_units_and_the_defaults_of_the_stage():
-    named = {row.name: row for row in rows(PPOConfig)}
+    named = {row.name: row for row in config_keys(PPOConfig)}
     assert named["ppo.kl_target_nats_per_response"].unit == "nats per response"
     assert named["ppo.critic.optimizer.lr"].default == "0.0001"
     assert named["ppo.optimizer.lr"].default == "1e-05"

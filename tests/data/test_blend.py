@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icegrt.data import Blend, PromptOrder
+from icegrt.data import BlendedDataset, PromptSampler
 from icegrt.data.blend import shuffled
 from icegrt.errors import DataError
 
 
 def blend(seed=0, scale=1):
-    return Blend([(list("abcdefg"), 1.0), (list("vwxyz"), 0.5 * scale), (list("123"), 2.25)], seed)
+    return BlendedDataset([(list("abcdefg"), 1.0), (list("vwxyz"), 0.5 * scale), (list("123"), 2.25)], seed)
 
 
 def stream(order, batch_size, count):
@@ -38,7 +38,7 @@ def test_weights_are_exact_over_epochs():
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 30), st.floats(0.01, 4), st.integers(1, 12), st.integers(0, 5))
 def test_no_item_is_ahead_of_another_by_more_than_one(n, weight, epochs, seed):
-    order = Blend([(range(n), weight)], seed)
+    order = BlendedDataset([(range(n), weight)], seed)
     counts = Counter(i for e in range(epochs) for _, i in order.epoch(e))
     seen = [counts[i] for i in range(n)]
     assert max(seen) - min(seen) <= 1
@@ -92,7 +92,7 @@ def test_loading_moves_a_running_iterator():
 
 
 def test_a_tiny_weight_leaves_epochs_empty_but_ends():
-    order = Blend([(["only"], 0.25)], 0)
+    order = BlendedDataset([(["only"], 0.25)], 0)
     assert [len(order.epoch(e)) for e in range(5)] == [1, 0, 0, 0, 1]
     assert stream(order, 1, 3) == [[(0, 0)]] * 3
 
@@ -109,10 +109,10 @@ def test_a_tiny_weight_leaves_epochs_empty_but_ends():
 )
 def test_bad_sources(sources, says):
     with pytest.raises(DataError, match=says):
-        Blend(sources, 0)
+        BlendedDataset(sources, 0)
 
 
-@pytest.mark.parametrize("other", [blend(seed=1), blend(scale=2), Blend([([1], 1.0)], 0)])
+@pytest.mark.parametrize("other", [blend(seed=1), blend(scale=2), BlendedDataset([([1], 1.0)], 0)])
 def test_other_data_is_refused_on_resume(other):
     with pytest.raises(DataError, match="changed since the checkpoint"):
         other.load_state(blend().state())
@@ -122,9 +122,9 @@ def test_batch_size_and_draw_size():
     with pytest.raises(ValueError, match="batch_size"):
         next(blend().batches(0))
     with pytest.raises(ValueError, match="at least 1 prompt"):
-        PromptOrder(3, 0).draw(0)
+        PromptSampler(3, 0).draw(0)
     with pytest.raises(DataError, match="at least 1 prompt"):
-        PromptOrder(0, 0)
+        PromptSampler(0, 0)
 
 
 DRAWS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
@@ -133,7 +133,7 @@ DRAWS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 @settings(deadline=None, max_examples=200)
 @given(st.integers(1, 20), st.integers(0, 2**63), DRAWS)
 def test_prompts_come_once_per_epoch_and_once_per_draw(n, seed, sizes):
-    order, flat = PromptOrder(n, seed), []
+    order, flat = PromptSampler(n, seed), []
     for k in sizes:
         drawn = order.draw(k)
         assert len(drawn) == k
@@ -148,26 +148,26 @@ def test_prompts_come_once_per_epoch_and_once_per_draw(n, seed, sizes):
 @settings(deadline=None, max_examples=100)
 @given(st.integers(1, 20), st.integers(0, 9), DRAWS)
 def test_prompt_order_resumes_anywhere(n, seed, sizes):
-    order = PromptOrder(n, seed)
+    order = PromptSampler(n, seed)
     states, whole = [], []
     for k in sizes:
         states.append(json.dumps(order.state()))
         whole.append(order.draw(k))
     for i, state in enumerate(states):
-        resumed = PromptOrder(n, seed)
+        resumed = PromptSampler(n, seed)
         resumed.load_state(json.loads(state))
         assert [resumed.draw(k) for k in sizes[i:]] == whole[i:]
 
 
 def test_prompt_order_refuses_other_prompts():
     with pytest.raises(DataError, match="n was 5, now 6"):
-        PromptOrder(6, 0).load_state(PromptOrder(5, 0).state())
+        PromptSampler(6, 0).load_state(PromptSampler(5, 0).state())
     with pytest.raises(DataError, match="seed was 0, now 1"):
-        PromptOrder(5, 1).load_state(PromptOrder(5, 0).state())
+        PromptSampler(5, 1).load_state(PromptSampler(5, 0).state())
 
 
 def test_seeds_and_epochs_differ():
-    order = PromptOrder(50, 0)
+    order = PromptSampler(50, 0)
     first, second = order.draw(50), order.draw(50)
     assert first != second
-    assert PromptOrder(50, 0).draw(50) == first != PromptOrder(50, 1).draw(50)
+    assert PromptSampler(50, 0).draw(50) == first != PromptSampler(50, 1).draw(50)

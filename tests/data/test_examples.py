@@ -3,7 +3,7 @@
 import pytest
 
 from icegrt.data import (
-    Encoded,
+    EncodedDataset,
     ExampleEncoder,
     encode_example,
     encode_examples,
@@ -242,7 +242,7 @@ def test_left_keeps_a_token_of_the_prompt(plain):
 
 def test_lengths_and_what_is_left_out_are_reported(plain, capsys):
     rows = read_rows([{"prompt": "a" * n, "response": "b" * 4} for n in (2, 5, 9, 12)])
-    report_lengths([Encoded(rows, ExampleEncoder(plain, 10, "right"), "ads.jsonl")])
+    report_lengths([EncodedDataset(rows, ExampleEncoder(plain, 10, "right"), "ads.jsonl")])
     header, figures, why = capsys.readouterr().out.splitlines()
     assert header.split() == ["data", "rows", "tokens", "mean", "p95", "longest", "cut", "left", "out"]
     assert figures.split() == ["ads.jsonl", "3", "27", "9", "10", "10", "1", "1"]

@@ -8,7 +8,16 @@ from datetime import datetime
 import numpy as np
 import pytest
 
-from icegrt.data import Blend, Encoded, ExampleEncoder, Joined, PromptEncoder, Row, dataset, open_rows
+from icegrt.data import (
+    BlendedDataset,
+    ConcatDataset,
+    EncodedDataset,
+    ExampleEncoder,
+    PromptEncoder,
+    Row,
+    dataset,
+    open_rows,
+)
 from icegrt.errors import DataError
 from tests.helpers.data_rows import PLAIN, make
 
@@ -99,18 +108,18 @@ def test_a_data_set_with_indices_is_not_copied():
 
 def test_encoded_again_is_what_was_kept(path, monkeypatch):
     encoder = ExampleEncoder(make(PLAIN), 45, "drop")
-    kept = Encoded(open_rows(path), encoder)
+    kept = EncodedDataset(open_rows(path), encoder)
     monkeypatch.setattr(dataset, "HELD_BYTES", 0)
-    lazy = Encoded(open_rows(path), encoder)
+    lazy = EncodedDataset(open_rows(path), encoder)
     assert kept._held is not None and lazy._held is None
     assert 0 < len(lazy) < 300 and lazy.dropped == kept.dropped == {"longer than 45 tokens": 300 - len(lazy)}
     assert list(lazy) == list(kept) and lazy[-1] == kept[-1] and lazy[3:5] == kept[3:5]
     assert lazy.lengths.tolist() == [len(example) for example in kept] and lazy.longest() == kept.longest()
     some = lazy.subset([7, 2])
     assert list(some) == [kept[7], kept[2]] and some.lengths.tolist() == [len(kept[7]), len(kept[2])]
-    joined = Joined([some, kept])
+    joined = ConcatDataset([some, kept])
     assert len(joined) == 2 + len(kept) and joined[1] == kept[2] and joined[2] == kept[0] and joined[-1] == kept[-1]
-    blend, other = Blend([(lazy, 1.5)], 3), Blend([(kept, 1.5)], 3)
+    blend, other = BlendedDataset([(lazy, 1.5)], 3), BlendedDataset([(kept, 1.5)], 3)
     assert [blend.item(p) for p in next(blend.batches(64))] == [other.item(p) for p in next(other.batches(64))]
 
 
@@ -156,8 +165,8 @@ def test_a_gigabyte_streams_with_flat_memory(tmp_path):
     path = tmp_path / "rows.jsonl"
     count = write_rows(path, 1 << 30)
     before = anonymous_bytes()
-    prompts = Encoded(open_rows(path), PromptEncoder(_Letters(), 1 << 20), "rows")
-    order = Blend([(prompts, 1.0)], 0)
+    prompts = EncodedDataset(open_rows(path), PromptEncoder(_Letters(), 1 << 20), "rows")
+    order = BlendedDataset([(prompts, 1.0)], 0)
     batches, peak = order.batches(256), anonymous_bytes()
     for _ in range(200):
         for pair in next(batches):

@@ -17,8 +17,8 @@ def test_checks_of_the_tokenizer(tmp_path):
     make(PLAIN).save_pretrained(tmp_path / "good")
     assert load_tokenizer(tmp_path / "good", said.append).chat_template == PLAIN
     assert said == []
-    check_tokenizer(make(pad_token="<|im_end|>"), say=said.append)
-    check_tokenizer(make(pad_token=None), "model", say=said.append)
+    check_tokenizer(make(pad_token="<|im_end|>"), print_info=said.append)
+    check_tokenizer(make(pad_token=None), "model", print_info=said.append)
     assert "pad token and EOS are both '<|im_end|>'" in said[0]
     assert said[1].startswith("model: no pad token")
     with pytest.warns(UserWarning, match="no pad token"):

@@ -21,7 +21,7 @@ def test_a_checkpoint_in_the_background_is_what_a_resumed_run_starts_from(dtype,
         run.save_checkpoint()
         then = tiny.parameters(run.role)
         second, third = run.step(), run.step()
-    assert files.faults(files.place_of(run.dir, 1)) == []
+    assert files.verify(files.checkpoint_path(run.dir, 1)) == []
     with SFTTrainer(SFTConfig.load(None, [*keys, "sft.run.resume=true"])) as again:
         assert again.done_steps == 1 and tiny.same(tiny.parameters(again.role), then)
         for expected in (second, third):

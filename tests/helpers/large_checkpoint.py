@@ -58,7 +58,7 @@ def through(origin: str, out: str, run: str, dtype: str) -> None:
         dist_checkpointing.save({"model": model.sharded_state_dict()}, str(step / "actor"))
         roles = {"actor": {"head": "lm", "hf_config": model.architecture.hf_config}}
         (step / "state.json").write_text(json.dumps({"step": 1, "roles": roles}))
-        checkpoint_folder.seal(step, {})
+        checkpoint_folder.write_manifest(step, {})
 
 
 def export(run: str, out: str, dtype: str) -> None:

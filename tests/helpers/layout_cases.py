@@ -85,7 +85,7 @@ class Watch:
 
     def on_scores(self, run, experience):
         if not self.gradients:
-            members = list(range(len(experience.planned.batches)))
+            members = list(range(len(experience.plan.batches)))
             self.gradients = {
                 "actor": gradients(run.actor, experience, run.updater.policy_loss(experience, members, 0.1)),
                 "critic": gradients(run.critic, experience, run.updater.critic_loss(experience, members)),
@@ -95,7 +95,7 @@ class Watch:
 def gradients(role, experience, loss):
     """Whole gradients under Hugging Face's names, on rank 0."""
     role.zero_gradients()
-    role.accumulate(experience.planned.batches, loss)
+    role.accumulate(experience.plan.batches, loss)
     for bucket in (b for ddp in role._ddps for buffer in ddp.buffers for b in buffer.buckets):
         group = role._ddps[0].dp_cp_group
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
@@ -132,7 +132,7 @@ def parity(folder, layout):
 
 def held(role):
     """Every rank's parameters: [(name, elements)] in the order of ranks."""
-    mine = [(n, p.numel()) for n, p in loader.held_parameters(role.model).items()]
+    mine = [(n, p.numel()) for n, p in loader.local_parameters(role.model).items()]
     everyones = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, mine)
     return everyones

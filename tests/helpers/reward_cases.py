@@ -8,7 +8,7 @@ from pathlib import Path
 
 from icegrt.config import RewardCallConfig
 from icegrt.rewards.sample import Sample
-from icegrt.rewards.sources import Entry, Scorers
+from icegrt.rewards.sources import RewardSourceGroup, RewardSpec
 
 
 def sample(text="hello", number=0, group=None, tokens=None, **row):
@@ -38,9 +38,9 @@ def function_file(folder, body, name="score"):
 
 
 def scorers(*functions, **how):
-    """Started scorers for functions (a spec, a callable or an Entry); use it in a `with`."""
-    entries = [f if isinstance(f, Entry) else Entry(function=f, key="ppo.reward_function") for f in functions]
-    made = Scorers.of(entries, RewardCallConfig(**({"timeout_seconds": 20.0} | how)))
+    """Started scorers for functions (a spec, a callable or an RewardSpec); use it in a `with`."""
+    entries = [f if isinstance(f, RewardSpec) else RewardSpec(function=f, key="ppo.reward_function") for f in functions]
+    made = RewardSourceGroup.of(entries, RewardCallConfig(**({"timeout_seconds": 20.0} | how)))
     try:
         made.start()
     except BaseException:

@@ -19,7 +19,7 @@ from transformers import (
 from icegrt.config import CriticConfig, OptimizerConfig, PPOConfig, RunConfig, SamplingConfig
 from icegrt.model.build import build_model
 from icegrt.model.hf import exporter, loader
-from icegrt.model.hf.reader import Pretrained
+from icegrt.model.hf.reader import HFCheckpointReader
 from icegrt.roles.role import Role
 from icegrt.rollout.types import Response
 
@@ -107,7 +107,7 @@ def role(source, head: str = "lm", *, learns: OptimizerConfig | None = None, dty
 
 def reload(role: Role, source) -> None:
     """Give a role other weights in place."""
-    loader.load(role.model, Pretrained(source))
+    loader.load(role.model, HFCheckpointReader(source))
 
 
 def by_hugging_face_name(role: Role, read) -> dict[str, torch.Tensor]:

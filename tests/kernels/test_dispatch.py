@@ -111,11 +111,11 @@ def test_launches_of_other_threads_are_recorded_too():
     """Autograd runs the backward of CUDA tensors in threads of its own."""
     with record_launches() as outer:
         with record_launches() as inner:
-            thread = threading.Thread(target=dispatch.note_launch, args=("kernel", "triton"))
+            thread = threading.Thread(target=dispatch.log_launch, args=("kernel", "triton"))
             thread.start()
             thread.join()
-        dispatch.note_launch("later", "triton")
-    dispatch.note_launch("too late", "triton")
+        dispatch.log_launch("later", "triton")
+    dispatch.log_launch("too late", "triton")
     assert inner == [("kernel", "triton")] and outer == [("kernel", "triton"), ("later", "triton")]
 
 

@@ -259,9 +259,12 @@ def test_no_chunk_of_logits_is_held_until_backward(op):
 
 def test_rows_that_stay_keep_their_places_where_they_can():
     gradient = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
-    live = linear_chunked._live(gradient, None)
+    live = linear_chunked._active_rows(gradient, None)
     assert live.tolist() == [0, 5, 2, 7, 4] and gradient[live].all()
     z = torch.arange(8.0)[:, None].repeat(1, 3)
-    assert torch.equal(linear_rows._moved_up(z, live)[:, 0], live.float())
-    assert linear_chunked._live(torch.ones(3), None) is None and not linear_chunked._live(torch.zeros(3), None).numel()
-    assert linear_chunked._live(torch.zeros(3), torch.tensor([0.0, 0.0, 2.0])).tolist() == [2]
+    assert torch.equal(linear_rows._compact_rows(z, live)[:, 0], live.float())
+    assert (
+        linear_chunked._active_rows(torch.ones(3), None) is None
+        and not linear_chunked._active_rows(torch.zeros(3), None).numel()
+    )
+    assert linear_chunked._active_rows(torch.zeros(3), torch.tensor([0.0, 0.0, 2.0])).tolist() == [2]

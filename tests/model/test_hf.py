@@ -10,7 +10,7 @@ from icegrt.model.architecture import Architecture
 from icegrt.model.build import build_model
 from icegrt.model.hf import exporter, loader
 from icegrt.model.hf import mapping as weights
-from icegrt.model.hf.reader import Pretrained
+from icegrt.model.hf.reader import HFCheckpointReader
 from icegrt.model.hf.writer import save_pretrained
 from tests.helpers import tiny_models as tiny
 
@@ -30,11 +30,11 @@ def random_sources(architecture, head="lm"):
 
 def shard_of(entry, sources, architecture, rank, ranks):
     """A rank's parameter, put together from its pieces; padding is 7."""
-    held = list(weights.pieces(entry, architecture, rank, ranks))
-    rows = {"vocabulary": architecture.padded_vocab_size(ranks) // ranks}.get(entry.cut)
+    held = list(weights.shard_slices(entry, architecture, rank, ranks))
+    rows = {"vocabulary": architecture.padded_vocab_size(ranks) // ranks}.get(entry.partition)
     rows = rows or max(p.at + p.stop - p.start if p.dim == 0 else entry.shapes[0][0] for p in held)
     columns = list(entry.shapes[0][1:])
-    if entry.cut == "columns":
+    if entry.partition == "columns":
         columns[0] //= ranks
     parameter = torch.full((rows, *columns), 7.0)
     for piece in held:
@@ -50,7 +50,7 @@ def test_the_shards_of_all_ranks_are_the_checkpoint(shape):
     architecture = Architecture.from_config(tiny.model_config(family, **changes).to_dict())
     sources = random_sources(architecture)
     for ranks in sizes:
-        for entry in weights.layout(architecture, "lm"):
+        for entry in weights.parameter_mapping(architecture, "lm"):
             shards = [shard_of(entry, sources, architecture, rank, ranks) for rank in range(ranks)]
             assert len({shard.shape for shard in shards}) == 1
             for name, part in zip(entry.sources, exporter.separate(entry, shards, architecture), strict=True):
@@ -60,7 +60,7 @@ def test_the_shards_of_all_ranks_are_the_checkpoint(shape):
 def test_heads_lie_beside_the_key_and_value_that_they_share():
     architecture = Architecture.from_config(tiny.model_config(num_attention_heads=4, num_key_value_heads=2).to_dict())
     name = "decoder.layers.0.self_attention.linear_qkv.weight"
-    (entry,) = [e for e in weights.layout(architecture, "lm") if e.name == name]
+    (entry,) = [e for e in weights.parameter_mapping(architecture, "lm") if e.name == name]
     sources = random_sources(architecture)
     q, k, v = (sources[name].unflatten(0, (-1, 8)) for name in entry.sources)
     expected = torch.cat([q[:2], k[:1], v[:1], q[2:], k[1:], v[1:]]).flatten(0, 1)
@@ -69,7 +69,7 @@ def test_heads_lie_beside_the_key_and_value_that_they_share():
     assert torch.equal(torch.cat(halves), expected)
 
 
-class Watched(Pretrained):
+class Watched(HFCheckpointReader):
     """Counts the numbers that are read."""
 
     numbers = 0
@@ -85,14 +85,16 @@ def test_a_rank_reads_only_what_it_holds(family, changes, tmp_path):
     theirs = tiny.causal_lm(0, family=family, vocab_size=61, **changes)
     theirs.save_pretrained(tmp_path / "in")
     source = Watched(tmp_path / "in")
-    entries = [e for e in weights.layout(source.architecture, "lm") if e.name.startswith("decoder.layers.1.")]
+    entries = [
+        e for e in weights.parameter_mapping(source.architecture, "lm") if e.name.startswith("decoder.layers.1.")
+    ]
     with Cluster.open():
-        whole = loader.held_parameters(build_model(source, "lm", dtype=torch.float32))
+        whole = loader.local_parameters(build_model(source, "lm", dtype=torch.float32))
     assert source.numbers == sum(p.numel() for p in theirs.parameters())
     for rank in range(2):
         source.numbers = 0
         for entry in entries:
-            wanted = list(weights.pieces(entry, source.architecture, rank, 2))
+            wanted = list(weights.shard_slices(entry, source.architecture, rank, 2))
             parameter = shard_of(entry, dict(theirs.state_dict()), source.architecture, rank, 2)
             found = torch.empty_like(parameter)
             loader._read_into(found, entry, source, wanted)
@@ -105,11 +107,11 @@ def test_a_rank_reads_only_what_it_holds(family, changes, tmp_path):
 def test_padding_of_the_vocabulary_is_zero_and_is_not_exported(tmp_path):
     theirs = tiny.causal_lm(0, vocab_size=61)
     theirs.save_pretrained(tmp_path / "in")
-    source = Pretrained(tmp_path / "in")
-    entry = next(weights.layout(source.architecture, "lm"))
+    source = HFCheckpointReader(tmp_path / "in")
+    entry = next(weights.parameter_mapping(source.architecture, "lm"))
     shards = [torch.full((16, 32), torch.nan) for _ in range(4)]
     for rank, shard in enumerate(shards):
-        loader._read_into(shard, entry, source, list(weights.pieces(entry, source.architecture, rank, 4)))
+        loader._read_into(shard, entry, source, list(weights.shard_slices(entry, source.architecture, rank, 4)))
     assert source.architecture.padded_vocab_size(4) == 64 and not shards[3][13:].any()
     ((name, whole),) = exporter.exported(entry, shards, source.architecture, torch.float32)
     assert torch.equal(whole, theirs.state_dict()[name])

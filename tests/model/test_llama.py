@@ -13,7 +13,7 @@ from icegrt.errors import CheckpointError, RunError
 from icegrt.model.architecture import Architecture
 from icegrt.model.build import build_model
 from icegrt.model.hf import exporter
-from icegrt.model.hf.reader import Pretrained
+from icegrt.model.hf.reader import HFCheckpointReader
 from icegrt.model.hf.writer import save_pretrained
 from icegrt.packing import pack
 from icegrt.ppo.scoring import score_sequences, score_values
@@ -270,4 +270,4 @@ def test_rope_theta_is_read_as_old_and_new_transformers_write_it():
 
 def test_what_is_no_checkpoint_at_all_is_refused():
     with pytest.raises(CheckpointError, match="got int"):
-        Pretrained(7)
+        HFCheckpointReader(7)

@@ -68,7 +68,7 @@ def story(folder, layout):
             run.complete_checkpoint()
         checkpoint._write = write
         run.cluster.wait()
-        assert [p.name for p in files.folder_of(run.dir).iterdir() if p.is_dir()] == ["step_000001"]
+        assert [p.name for p in files.checkpoints_dir(run.dir).iterdir() if p.is_dir()] == ["step_000001"]
         run.save_checkpoint()
 
     with pytest.raises(SystemExit) as ended:
@@ -84,7 +84,7 @@ def story(folder, layout):
     with trainer(settings(folder, layout, run={"resume": True}), tied) as run:
         if main:
             for step in (2, 3, 4):
-                data = sorted(files.place_of(run.dir, step).glob("critic/*.distcp"))[-1]
+                data = sorted(files.checkpoint_path(run.dir, step).glob("critic/*.distcp"))[-1]
                 data.write_bytes(data.read_bytes()[:-9] + b"otherwise")
         run.cluster.wait()
     with trainer(settings(folder, layout, run={"resume": True}), tied) as run:

@@ -116,7 +116,7 @@ def steps_logged(run):
 
 def half_written(run):
     """A checkpoint that has files and no name yet."""
-    folder = files.folder_of(run)
+    folder = files.checkpoints_dir(run)
     return [p for p in folder.glob("*.writing") if any(p.rglob("*.distcp"))] if folder.is_dir() else []
 
 
@@ -154,7 +154,7 @@ def outcome(run):
     last = files.list_checkpoints(run)[-1]
     state = files.read_state(last)
     del state["rng"]  # Python seeds its generators anew in every process, and nothing here draws from them
-    assert files.faults(last) == [] and (last.parent / "latest").read_text().strip() == last.name
+    assert files.verify(last) == [] and (last.parent / "latest").read_text().strip() == last.name
     return {
         "rows": [{k: v for k, v in row.items() if not any(t in k for t in TIMED)} for row in rows],
         "rollouts": rollouts,
@@ -185,4 +185,4 @@ def test_a_run_killed_twenty_times_ends_as_if_nothing_had_happened(how, home, tm
         assert ours[what] == expected, what
     assert len(ours["rows"]) == ITERATIONS + 1 and len(ours["rollouts"]) == ITERATIONS
     assert partial >= PARTIAL, f"only {partial} of {KILLS} kills met a half-written checkpoint"
-    assert not list(files.folder_of(killed).glob("*.*")), "something was left over"
+    assert not list(files.checkpoints_dir(killed).glob("*.*")), "something was left over"

@@ -20,9 +20,9 @@ class Said(Watch):
         self.scores = []
 
     def on_scores(self, run, experience):
-        planned = experience.planned
-        raw = {m.name: planned.everyones_N(m.score_N) for m in experience.scores.models}
-        self.scores.append(raw | {"total": planned.everyones_N(experience.scores.total_N)})
+        plan = experience.plan
+        raw = {m.name: plan.all_gather_sequences(m.score_N) for m in experience.scores.models}
+        self.scores.append(raw | {"total": plan.all_gather_sequences(experience.scores.total_N)})
 
 
 def scored(folder, layout):

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from icegrt.ppo.metrics import source_figures
-from icegrt.ppo.rewards import Verdict
+from icegrt.ppo.rewards import RewardOutputs
 from icegrt.ppo.scores import ModelScores
 from icegrt.rewards.sample import RewardResult, Sample
 from icegrt.rewards.sources import SourceScores
@@ -18,17 +18,17 @@ SAMPLE = Sample("a", [5], "q", [2], "stop", {}, "row 0", 0)
 SCORES = {0: [1.0, 2.0, None], 1: [6.0], 2: []}
 
 
-def verdict(rank):
+def rewards(rank):
     metrics = {"length": 4.0} if rank == 1 else {}
     results = [RewardResult(score, {} if score is None else metrics) for score in SCORES[rank]]
     errors = ["no" if score is None else None for score in SCORES[rank]]
     models = [ModelScores("reward_model", 1.0, torch.tensor([float(rank)] * len(results)))]
-    return Verdict([SAMPLE] * len(results), models, [SourceScores("f", 1.0, results, errors)])
+    return RewardOutputs([SAMPLE] * len(results), models, [SourceScores("f", 1.0, results, errors)])
 
 
 def worker(rank, world, path):
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
-    figures = source_figures(verdict(rank), None)
+    figures = source_figures(rewards(rank), None)
     assert figures["reward_errors"] == 1 and figures["dropped_responses"] == 1
     f = figures["sources"]["f"]
     assert (f["score_mean"], f["errors"]) == (3.0, 1) and math.isclose(f["score_std"], math.sqrt(14 / 3))

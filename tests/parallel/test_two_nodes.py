@@ -36,10 +36,12 @@ def hosts():
                 _ip("-n", name, "addr", "add", f"{address}/24", "dev", end)
                 _ip("-n", name, "link", "set", end, "up")
                 _ip("-n", name, "link", "set", "lo", "up")
-            places = [(["ip", "netns", "exec", n], a, e) for n, a, e in zip(names, addresses, cable, strict=True)]
+            hosts_of_nodes = [
+                (["ip", "netns", "exec", n], a, e) for n, a, e in zip(names, addresses, cable, strict=True)
+            ]
         except (OSError, subprocess.CalledProcessError):
-            places = [([], "127.0.0.1", "lo")] * NODES
-        yield places
+            hosts_of_nodes = [([], "127.0.0.1", "lo")] * NODES
+        yield hosts_of_nodes
 
 
 def _ip(*args):
@@ -71,8 +73,10 @@ def test_two_nodes_run_what_one_process_runs(tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     keys = stages.ppo_keys(home, tmp_path / "cut", *shared, "ppo.parallel.tensor=2")
-    with hosts() as places:
-        agents = [agent(n, place, f"{places[0][1]}:{port}", ["ppo", *keys]) for n, place in enumerate(places)]
+    with hosts() as hosts_of_nodes:
+        agents = [
+            agent(n, place, f"{hosts_of_nodes[0][1]}:{port}", ["ppo", *keys]) for n, place in enumerate(hosts_of_nodes)
+        ]
         try:
             said = [each.communicate(timeout=500) for each in agents]
         finally:

@@ -11,9 +11,9 @@ from icegrt.data import Example, Ranking
 from icegrt.distributed.cluster import Cluster
 from icegrt.errors import RunError
 from icegrt.kernels import ShapedGAE
-from icegrt.ppo.batch_plan import plan
+from icegrt.ppo.batch_plan import plan_batches
 from icegrt.ppo.experience import Experience, shape
-from icegrt.ppo.scores import combine
+from icegrt.ppo.scores import total_scores
 from icegrt.ppo.scoring import score_logprobs, score_values
 from icegrt.ppo.trainer import PPOTrainer
 from icegrt.ppo.update import Updater
@@ -110,27 +110,27 @@ def assembled(models, cluster):
     """Experience under any token budget, the figures of each response always the same."""
     config = tiny.ppo_config("unused", kl_in="loss", kl_coef=0.1)
     answers = tiny.responses(12, seed=8)
-    whole = plan(answers, 4096, 1)
+    whole = plan_batches(answers, 4096, 1)
     actor, critic = tiny.role(models.actor), tiny.role(models.reward, "scalar")
     old, entropy = score_logprobs(actor, whole.batches, 1.0, CHUNK, entropy=True)
     value, last = score_values(critic, whole.batches)
     noise = torch.Generator().manual_seed(1)
     old = old + 0.2 * torch.randn(old.shape, generator=noise)
     ref = old + 0.2 * torch.randn(old.shape, generator=noise)
-    scores = combine(config, {}, [], torch.arange(12.0), torch.zeros(12))
+    scores = total_scores(config, {}, [], torch.arange(12.0), torch.zeros(12))
     shaped = shape(config, 0.1, whole, scores, old, ref, value, last)
     lengths = whole.cu_actions.diff().tolist()
 
     def under(budget, minibatches=1):
-        planned = plan(answers, budget, minibatches)
+        plan = plan_batches(answers, budget, minibatches)
 
         def moved(x_A):
             parts = dict(zip((r.sequence_id for r in whole.responses), x_A.split(lengths), strict=True))
-            return torch.cat([parts[r.sequence_id] for r in planned.responses])
+            return torch.cat([parts[r.sequence_id] for r in plan.local_responses])
 
         gae = ShapedGAE(*(moved(x) for x in (shaped.advantage_A, shaped.return_A, shaped.reward_A)), shaped.kl_N,
                         shaped.moments)  # fmt: skip
-        return Experience(planned, scores, moved(old), moved(entropy), moved(ref), moved(value), gae, shaped.moments)
+        return Experience(plan, scores, moved(old), moved(entropy), moved(ref), moved(value), gae, shaped.moments)
 
     return config, under
 
@@ -145,7 +145,7 @@ def test_the_policy_gradient_is_that_of_one_micro_batch(assembled, models, clust
     found = []
     for budget in (4096, 17):
         experience = under(budget)
-        batches = experience.planned.batches
+        batches = experience.plan.batches
         loss = Updater(config, actor, actor, CHUNK, cluster.data_group).policy_loss(
             experience, list(range(len(batches))), 0.1
         )
@@ -160,7 +160,7 @@ def test_the_value_gradient_is_that_of_one_micro_batch(assembled, models, cluste
     found = []
     for budget in (4096, 17):
         experience = under(budget)
-        batches = experience.planned.batches
+        batches = experience.plan.batches
         loss = Updater(config, critic, critic, CHUNK, cluster.data_group).critic_loss(
             experience, list(range(len(batches)))
         )
@@ -218,7 +218,7 @@ def test_ptx_adds_its_mean_gradient_times_the_coefficient(budget, assembled, mod
     critic = tiny.role(models.reward, "scalar", learns=UNCLIPPED)
     outcome = Updater(config, mixed, critic, CHUNK, cluster.data_group).run(experience, 0.1, 1, [examples()])
     assert outcome.ptx_tokens == sum(sum(e.action_mask or [1] * len(e.response)) for e in examples())
-    batches = experience.planned.batches
+    batches = experience.plan.batches
     loss = Updater(plain, alone, critic, CHUNK, cluster.data_group).policy_loss(
         experience, list(range(len(batches))), 0.1
     )
@@ -236,7 +236,7 @@ def test_a_minibatch_is_one_step_whatever_the_micro_batches(assembled, models, c
         critic = tiny.role(models.reward, "scalar", learns=UNCLIPPED)
         outcome = Updater(config, actor, critic, CHUNK, cluster.data_group).run(under(budget, 2), 0.0, 1)
         assert len(outcome.actor) == len(outcome.critic) == 6
-        assert float(outcome.policy_stats.count) == 3 * sum(len(r.tokens) for r in under(budget).planned.responses)
+        assert float(outcome.policy_stats.count) == 3 * sum(len(r.tokens) for r in under(budget).plan.local_responses)
 
 
 # -- steps not taken --------------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(trainer, value):
 
 def test_a_loss_that_overflows_under_a_finite_gradient_skips_the_step(models):
     critic = tiny.role(models.reward, "scalar", learns=UNCLIPPED)
-    batch = plan(tiny.responses(), 4096, 1).batches[0]
+    batch = plan_batches(tiny.responses(), 4096, 1).batches[0]
     before = tiny.parameters(critic)
     outcome = critic.step([batch], lambda hidden, i: (hidden.sum() * 0.0 + math.inf, 1, None))
     assert outcome.skipped and tiny.same(tiny.parameters(critic), before)
@@ -329,9 +329,9 @@ def test_the_kl_penalty_does_not_reach_the_scores_that_are_reported(trainer, mod
     run.step()
     step = run.step()
     experience = seen[1]
-    again = combine(
-        run.config, run.scalings, experience.scores.models, experience.scores.paid_N,
-        torch.tensor([float(r.truncated) for r in experience.planned.responses]),
+    again = total_scores(
+        run.config, run.normalizers, experience.scores.models, experience.scores.source_total_N,
+        torch.tensor([float(r.truncated) for r in experience.plan.local_responses]),
     )  # fmt: skip
     assert step.kl_nats_per_response != 0.0
     assert torch.equal(again.total_N, experience.scores.total_N)

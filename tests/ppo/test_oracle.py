@@ -14,9 +14,9 @@ from icegrt.config import CriticConfig, DataSource, OptimizerConfig, SamplingCon
 from icegrt.data import Example
 from icegrt.distributed.cluster import Cluster
 from icegrt.kernels import whiten
-from icegrt.ppo.batch_plan import plan
+from icegrt.ppo.batch_plan import plan_batches
 from icegrt.ppo.experience import Experience, shape
-from icegrt.ppo.scores import ModelScores, ScoreScaling, combine
+from icegrt.ppo.scores import ModelScores, RunningScoreNormalizer, total_scores
 from icegrt.ppo.scoring import score_logprobs, score_sequences, score_values
 from icegrt.ppo.update import Updater
 from tests.helpers import tiny_models as tiny
@@ -91,20 +91,20 @@ def update_with_the_engine(config, models, group):
     actor = tiny.role(models.actor, learns=config.optimizer)
     critic = tiny.role(models.critic, "scalar", learns=config.critic.optimizer)
     reference, reward = tiny.role(models.reference), tiny.role(models.reward, "scalar")
-    planned = plan(tiny.responses(), config.token_budget, 1)
+    plan = plan_batches(tiny.responses(), config.token_budget, 1)
     temperature = config.sampling.temperature
-    old, entropy = score_logprobs(actor, planned.batches, temperature, 16, entropy=True)
-    ref, _ = score_logprobs(reference, planned.batches, temperature, 16)
-    value, last_value = score_values(critic, planned.batches)
-    said = score_sequences(reward, planned.batches)
-    scaling = ScoreScaling(config, STATISTICS)
+    old, entropy = score_logprobs(actor, plan.batches, temperature, 16, entropy=True)
+    ref, _ = score_logprobs(reference, plan.batches, temperature, 16)
+    value, last_value = score_values(critic, plan.batches)
+    said = score_sequences(reward, plan.batches)
+    scaling = RunningScoreNormalizer(config, STATISTICS)
     scaling.update(said, group)
-    truncated = torch.tensor([float(r.truncated) for r in planned.responses])
-    given = torch.tensor([function_score(r) for r in planned.responses])
+    truncated = torch.tensor([float(r.truncated) for r in plan.local_responses])
+    given = torch.tensor([function_score(r) for r in plan.local_responses])
     said_N = [ModelScores("reward_model", config.reward_model_weight, said)]
-    scores = combine(config, {"reward_model": scaling}, said_N, given, truncated)
-    shaped = shape(config, config.kl_coef, planned, scores, old, ref, value, last_value)
-    experience = Experience(planned, scores, old, entropy, ref, value, shaped, shaped.moments.reduce(group))
+    scores = total_scores(config, {"reward_model": scaling}, said_N, given, truncated)
+    shaped = shape(config, config.kl_coef, plan, scores, old, ref, value, last_value)
+    experience = Experience(plan, scores, old, entropy, ref, value, shaped, shaped.moments.reduce(group))
     tiny.reload(actor, models.moved_actor)
     tiny.reload(critic, models.moved_critic)
     for role in (actor, critic):  # the optimizer's own copies of the weights
@@ -260,7 +260,7 @@ def test_one_update_agrees_with_the_recipe_in_float64(case, models, cluster):
     config = configured(case)
     engine = update_with_the_engine(config, models, cluster.data_group)
     experience, outcome = engine.experience, engine.outcome
-    truth = oracle_update(config, models, experience.planned.responses)
+    truth = oracle_update(config, models, experience.plan.local_responses)
     shaped = experience.shaped
     count = len(truth.advantages)
     away = {

@@ -9,7 +9,7 @@ import torch
 import icegrt
 from icegrt.errors import ConfigError
 from icegrt.metrics import read_metrics
-from icegrt.ppo.reward_sources import RewardSources
+from icegrt.ppo.reward_sources import RewardComposition
 from tests.helpers import stage_cases as cases
 from tests.helpers import tiny_models as tiny
 
@@ -115,21 +115,21 @@ def one(samples):
 def test_weights_and_names_of_what_python_gives(scorers):
     config = icegrt.PPOConfig(reward_model_weight=0.5, reward_function_weight=5.0)
     a, b, c = scorers.values()
-    sources = RewardSources.of(config, [(a, 0.3), b, one, c, (one, 0.2), "http://h:1/x"])
+    sources = RewardComposition.of(config, [(a, 0.3), b, one, c, (one, 0.2), "http://h:1/x"])
     models = {role: (entry.name, entry.weight, entry.model) for role, entry in sources.models.items()}
     assert models == {
         "reward": ("reward_model", 0.3, a),
         "reward:reward_model_2": ("reward_model_2", 0.5, b),
         "reward:reward_model_3": ("reward_model_3", 1.0, c),
     }
-    called = [(source.name, source.weight) for source in sources.scorers.sources]
+    called = [(source.name, source.weight) for source in sources.sources.sources]
     assert called == [("one", 5.0), ("one_2", 0.2), ("h:1", 1.0)]
 
 
 @pytest.mark.parametrize("weight", ["0.5", True, float("nan"), tiny.count_letters])
 def test_a_weight_that_is_no_number_is_refused(scorers, weight):
     with pytest.raises(ConfigError, match=r"\(source, weight\) with a finite number"):
-        RewardSources.of(icegrt.PPOConfig(), [(scorers["safety"], weight)])
+        RewardComposition.of(icegrt.PPOConfig(), [(scorers["safety"], weight)])
 
 
 def test_a_critic_starts_from_the_first_model_on_the_scale_of_what_that_pays(scorers, tmp_path):

@@ -12,10 +12,10 @@ from icegrt.data import encode_prompts, read_rows
 from icegrt.distributed.cluster import Cluster
 from icegrt.errors import RewardError
 from icegrt.metrics import read_metrics
-from icegrt.ppo.batch_plan import plan
+from icegrt.ppo.batch_plan import plan_batches
 from icegrt.ppo.experience import Experience, shape
-from icegrt.ppo.rewards import Verdict
-from icegrt.ppo.scores import combine
+from icegrt.ppo.rewards import RewardOutputs
+from icegrt.ppo.scores import total_scores
 from icegrt.ppo.scoring import score_logprobs, score_values
 from icegrt.ppo.update import Updater
 from icegrt.rewards.sample import RewardResult
@@ -102,7 +102,7 @@ def test_token_rewards_go_through_gae(home, tmp_path):
     with icegrt.PPOTrainer(config, reward=first_token, callbacks=[Watch()]) as trainer:
         (step,) = list(trainer)
     (experience,) = seen
-    starts = experience.planned.cu_actions[:-1].long()
+    starts = experience.plan.cu_actions[:-1].long()
     expected = torch.zeros_like(experience.shaped.reward_A).index_fill(0, starts, 2.0)
     assert torch.equal(experience.shaped.reward_A, expected)
     assert step.score_mean == 0.0 and step.reward_mean == pytest.approx(2.0)
@@ -117,16 +117,16 @@ def cluster():
         yield opened
 
 
-def verdict_on(planned, dropped):
+def verdict_on(plan, dropped):
     """Scores by sequence id; the responses of `dropped` failed."""
     tokenizer = tiny.tokenizer()
     prompts = encode_prompts(tokenizer, read_rows(tiny.PROMPTS), 64)
-    samples = [sample_of(tokenizer, r, prompts[r.prompt_index % len(prompts)]) for r in planned.responses]
-    failed = [r.sequence_id in dropped for r in planned.responses]
+    samples = [sample_of(tokenizer, r, prompts[r.prompt_index % len(prompts)]) for r in plan.local_responses]
+    failed = [r.sequence_id in dropped for r in plan.local_responses]
     results = [
-        RewardResult(None if f else float(r.sequence_id)) for f, r in zip(failed, planned.responses, strict=True)
+        RewardResult(None if f else float(r.sequence_id)) for f, r in zip(failed, plan.local_responses, strict=True)
     ]
-    return Verdict(samples, [], [SourceScores("f", 1.0, results, ["no" if f else None for f in failed])])
+    return RewardOutputs(samples, [], [SourceScores("f", 1.0, results, ["no" if f else None for f in failed])])
 
 
 def learners(config):
@@ -137,15 +137,15 @@ def learners(config):
 
 def experience_with(config, actor, critic, responses, dropped):
     """What actor and critic make of responses of which some are dropped."""
-    planned = plan(responses, config.token_budget, config.minibatches)
-    verdict = verdict_on(planned, dropped)
-    planned = planned.without(verdict.dropped_N)
-    old_A, entropy_A = score_logprobs(actor, planned.batches, 1.0, 16, entropy=True)
-    value_A, last_N = score_values(critic, planned.batches)
-    truncated_N = torch.tensor([float(r.truncated) for r in planned.responses])
-    scores = combine(config, {}, [], verdict.paid_N, truncated_N, verdict.dropped_N)
-    shaped = shape(config, 0.1, planned, scores, old_A, old_A - 0.1, value_A, last_N)
-    return Experience(planned, scores, old_A, entropy_A, old_A - 0.1, value_A, shaped, shaped.moments)
+    plan = plan_batches(responses, config.token_budget, config.minibatches)
+    rewards = verdict_on(plan, dropped)
+    plan = plan.with_masked(rewards.dropped_N)
+    old_A, entropy_A = score_logprobs(actor, plan.batches, 1.0, 16, entropy=True)
+    value_A, last_N = score_values(critic, plan.batches)
+    truncated_N = torch.tensor([float(r.truncated) for r in plan.local_responses])
+    scores = total_scores(config, {}, [], rewards.source_total_N, truncated_N, rewards.dropped_N)
+    shaped = shape(config, 0.1, plan, scores, old_A, old_A - 0.1, value_A, last_N)
+    return Experience(plan, scores, old_A, entropy_A, old_A - 0.1, value_A, shaped, shaped.moments)
 
 
 def gradients(responses, dropped, budget):
@@ -153,12 +153,12 @@ def gradients(responses, dropped, budget):
     config = tiny.ppo_config("unused", token_budget=budget, kl_coef=0.1, minibatches=1)
     actor, critic = learners(config)
     experience = experience_with(config, actor, critic, responses, dropped)
-    planned, updater = experience.planned, Updater(config, actor, critic, 16, None)
-    members = list(range(len(planned.batches)))
+    plan, updater = experience.plan, Updater(config, actor, critic, 16, None)
+    members = list(range(len(plan.batches)))
     policy, value = updater.policy_loss(experience, members, 0.1), updater.critic_loss(experience, members)
-    counted = sum(b.n_counted_actions for b in planned.batches)
-    found = tiny.gradients(actor, planned.batches, policy), tiny.gradients(critic, planned.batches, value)
-    return found, counted, experience.moments, len(planned.batches)
+    counted = sum(b.n_counted_actions for b in plan.batches)
+    found = tiny.gradients(actor, plan.batches, policy), tiny.gradients(critic, plan.batches, value)
+    return found, counted, experience.moments, len(plan.batches)
 
 
 @pytest.mark.parametrize("budget", [4096, 40])

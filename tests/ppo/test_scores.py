@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from icegrt.kernels import masked_moments, whiten
-from icegrt.ppo.batch_plan import plan
+from icegrt.ppo.batch_plan import plan_batches
 from icegrt.ppo.experience import shape
 from icegrt.ppo.kl_controller import kl_controller
-from icegrt.ppo.scores import ScoreScaling, combine
+from icegrt.ppo.scores import RunningScoreNormalizer, total_scores
 from tests.helpers import tiny_models as tiny
 
 
@@ -16,19 +16,19 @@ def test_the_penalty_follows_the_finish_reason_and_not_the_length():
     config = tiny.ppo_config("unused", missing_eos_penalty=2.0, bootstrap_truncated=True, kl_coef=0.0)
     longest = max(len(r.tokens) for r in answers if not r.truncated)
     assert longest >= max(len(r.tokens) for r in answers if r.truncated)  # the longest answer ends with EOS
-    planned = plan(answers, 4096, 1)
-    truncated_N = torch.tensor([float(r.truncated) for r in planned.responses])
-    scores = combine(config, {}, [], torch.ones(9), truncated_N)
+    plan = plan_batches(answers, 4096, 1)
+    truncated_N = torch.tensor([float(r.truncated) for r in plan.local_responses])
+    scores = total_scores(config, {}, [], torch.ones(9), truncated_N)
     assert torch.equal(scores.total_N, 1.0 - 2.0 * truncated_N)
     actions = sum(len(r.tokens) for r in answers)
     zero = torch.zeros(actions)
-    shaped = shape(config, 0.0, planned, scores, zero, zero, zero, torch.full((9,), 10.0))
-    last = shaped.return_A[planned.cu_actions[1:].long() - 1]
+    shaped = shape(config, 0.0, plan, scores, zero, zero, zero, torch.full((9,), 10.0))
+    last = shaped.return_A[plan.cu_actions[1:].long() - 1]
     assert torch.equal(last, scores.total_N + 10.0 * truncated_N)
 
 
 def test_scores_are_taken_as_they_are_until_there_are_statistics():
-    scaling = ScoreScaling(tiny.ppo_config("unused", score_clip=0.0))
+    scaling = RunningScoreNormalizer(tiny.ppo_config("unused", score_clip=0.0))
     score_N = torch.tensor([0.5, -2.0])
     assert torch.equal(scaling.apply(score_N), score_N)
     scaling.update(torch.tensor([4.0, -4.0]), None)

@@ -119,8 +119,8 @@ def test_a_function_of_no_known_form_is_refused(function):
 
 
 def said(function, given, **entry):
-    with cases.scorers(cases.Entry(function=function, **entry)) as made:
-        (found,) = made.grade(given)
+    with cases.scorers(cases.RewardSpec(function=function, **entry)) as made:
+        (found,) = made.score(given)
     assert found.name == getattr(function, "__name__", "")
     return found
 
@@ -217,5 +217,5 @@ def test_they_run_in_workers_too(tmp_path):
     )
     spec = cases.function_file(tmp_path, body, name="compute_score")
     with cases.scorers(spec, workers=2) as made:
-        (found,) = made.grade([cases.sample("4", 0, ground_truth="4"), cases.sample("55", 1, ground_truth="4")])
+        (found,) = made.score([cases.sample("4", 0, ground_truth="4"), cases.sample("55", 1, ground_truth="4")])
     assert found.results == [RewardResult(1.0, {"length": 1.0}), RewardResult(0.0, {"length": 2.0})]

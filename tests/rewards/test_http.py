@@ -8,7 +8,7 @@ import pytest
 from icegrt.config import HTTPConfig
 from icegrt.errors import ConfigError, RewardError
 from icegrt.rewards.http import HTTPScorer
-from icegrt.rewards.sample import Failure, RewardResult
+from icegrt.rewards.sample import RewardResult, ScoringFailure
 from tests.helpers import reward_cases as cases
 
 QUICK = {"timeout_seconds": 10.0, "retries": 2, "backoff_seconds": 0.01}
@@ -28,8 +28,8 @@ def scorer(url, *, sleep=time.sleep, seed=0, **changes):
 def failure(answer, *, texts=("a", "bb"), **changes):
     """The one message that all samples get."""
     with cases.http_scorer(answer) as place:
-        found = scorer(place.url, sleep=lambda s: None, **changes).grade(cases.samples(*texts))
-    assert all(isinstance(x, Failure) for x in found)
+        found = scorer(place.url, sleep=lambda s: None, **changes).score(cases.samples(*texts))
+    assert all(isinstance(x, ScoringFailure) for x in found)
     assert [f"(at data.jsonl:{i + 1})" in x.message for i, x in enumerate(found)] == [True] * len(texts)
     return found[0].message
 
@@ -37,14 +37,14 @@ def failure(answer, *, texts=("a", "bb"), **changes):
 def test_samples_go_out_in_batches_and_scores_come_back_in_order():
     texts = ["x" * n for n in (3, 1, 4, 1, 5)]
     with cases.http_scorer() as place:
-        found = scorer(place.url, batch_size=2, concurrency=3).grade(cases.samples(*texts))
+        found = scorer(place.url, batch_size=2, concurrency=3).score(cases.samples(*texts))
     assert [x.score for x in found] == [3.0, 1.0, 4.0, 1.0, 5.0]
     assert sorted(len(body["samples"]) for body, _ in place.requests) == [1, 2, 2]
 
 
 def test_a_request_holds_what_a_reward_function_is_given():
     with cases.http_scorer() as place:
-        scorer(place.url).grade([cases.sample("yes", 4, prompt="q", truth=1, tokens=[5, 1])])
+        scorer(place.url).score([cases.sample("yes", 4, prompt="q", truth=1, tokens=[5, 1])])
     ((body, headers),) = place.requests
     assert body == {
         "samples": [
@@ -68,13 +68,13 @@ def test_a_request_holds_what_a_reward_function_is_given():
 )
 def test_the_forms_of_an_answer(document):
     with cases.http_scorer(lambda body: (200, document)) as place:
-        assert scorer(place.url).grade(cases.samples("a", "b")) == [RewardResult(1.0), RewardResult(2.5)]
+        assert scorer(place.url).score(cases.samples("a", "b")) == [RewardResult(1.0), RewardResult(2.5)]
 
 
 def test_an_answer_may_hold_metrics_and_token_rewards():
     one = {"score": 1, "metrics": {"long": True}, "token_rewards": [0.5, -0.5]}
     with cases.http_scorer(lambda body: (200, {"scores": [one]})) as place:
-        assert scorer(place.url).grade(cases.samples("ab")) == [RewardResult(1.0, {"long": 1.0}, [0.5, -0.5])]
+        assert scorer(place.url).score(cases.samples("ab")) == [RewardResult(1.0, {"long": 1.0}, [0.5, -0.5])]
 
 
 def test_requests_run_at_the_same_time_up_to_the_limit():
@@ -85,7 +85,7 @@ def test_requests_run_at_the_same_time_up_to_the_limit():
         return cases.echo(body)
 
     with cases.http_scorer(answer) as place:
-        found = scorer(place.url, batch_size=1, concurrency=3, retries=0).grade(cases.samples("a", "b", "c"))
+        found = scorer(place.url, batch_size=1, concurrency=3, retries=0).score(cases.samples("a", "b", "c"))
     assert [x.score for x in found] == [1.0] * 3
 
 
@@ -102,7 +102,7 @@ def failing_first(times, status=503):
 def test_a_passing_error_is_tried_again(status):
     pauses = []
     with cases.http_scorer(failing_first(2, status)) as place:
-        assert scorer(place.url, sleep=pauses.append).grade(cases.samples("ab"))[0].score == 2.0
+        assert scorer(place.url, sleep=pauses.append).score(cases.samples("ab"))[0].score == 2.0
     assert len(pauses) == 2 and len(place.requests) == 3
 
 
@@ -110,7 +110,7 @@ def test_pauses_double_with_a_jitter_that_the_seed_fixes():
     def pauses(seed):
         taken = []
         with cases.http_scorer(failing_first(6)) as place:
-            scorer(place.url, sleep=taken.append, seed=seed, retries=6, backoff_seconds=8.0).grade(cases.samples("a"))
+            scorer(place.url, sleep=taken.append, seed=seed, retries=6, backoff_seconds=8.0).score(cases.samples("a"))
         return taken
 
     first = pauses(0)
@@ -126,7 +126,7 @@ def test_a_server_that_stays_broken_is_given_up_with_its_words():
 
 
 def test_nobody_listens():
-    (found,) = scorer("http://127.0.0.1:9/score", sleep=lambda s: None).grade(cases.samples("a"))
+    (found,) = scorer("http://127.0.0.1:9/score", sleep=lambda s: None).score(cases.samples("a"))
     assert "HTTP scorer `judge` (http://127.0.0.1:9/score): cannot be reached: [Errno 111]" in found.message
     assert "tried 3 times" in found.message and "is the scorer running?" in found.message
 
@@ -157,8 +157,8 @@ def test_nobody_listens():
 )
 def test_an_answer_that_cannot_be_used_is_not_asked_for_again(answer, words):
     with cases.http_scorer(lambda body: answer) as place:
-        found = scorer(place.url, sleep=lambda s: None).grade(cases.samples("aa", "bb"))
-    assert isinstance(found[0], Failure) and len(place.requests) == 1
+        found = scorer(place.url, sleep=lambda s: None).score(cases.samples("aa", "bb"))
+    assert isinstance(found[0], ScoringFailure) and len(place.requests) == 1
     for word in words:
         assert word in found[0].message
 
@@ -205,8 +205,8 @@ def test_only_the_batch_at_fault_fails():
         return (400, {}) if any(s["response"] == "bad" for s in body["samples"]) else cases.echo(body)
 
     with cases.http_scorer(answer) as place:
-        found = scorer(place.url, batch_size=2).grade(cases.samples("a", "b", "bad", "d", "e"))
-    assert [isinstance(x, Failure) for x in found] == [False, False, True, True, False]
+        found = scorer(place.url, batch_size=2).score(cases.samples("a", "b", "bad", "d", "e"))
+    assert [isinstance(x, ScoringFailure) for x in found] == [False, False, True, True, False]
 
 
 # -- secrets --------------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def test_a_token_goes_into_the_header_and_nowhere_else(monkeypatch):
     echoed = lambda body: (403, {"detail": "hunter2-hunter2 is not welcome"})  # noqa: E731
     with cases.http_scorer(echoed) as place:
         made = scorer(place.url, token_env="SCORER_TOKEN")
-        (found,) = made.grade(cases.samples("a"))
+        (found,) = made.score(cases.samples("a"))
     assert place.requests[0][1]["Authorization"] == "Bearer hunter2-hunter2"
     assert "hunter2" not in found.message and "is not welcome" in found.message
 
@@ -225,7 +225,7 @@ def test_a_token_goes_into_the_header_and_nowhere_else(monkeypatch):
 def test_a_password_in_the_url_is_sent_as_basic_and_not_shown():
     with cases.http_scorer(lambda body: (403, {})) as place:
         url = place.url.replace("http://", "http://me:hunter2@")
-        (found,) = scorer(url).grade(cases.samples("a"))
+        (found,) = scorer(url).score(cases.samples("a"))
     assert place.requests[0][1]["Authorization"] == "Basic bWU6aHVudGVyMg=="
     assert "hunter2" not in found.message and "<redacted>@127.0.0.1" in found.message
 
@@ -234,8 +234,8 @@ def test_a_redirect_does_not_carry_the_token_away(monkeypatch):
     monkeypatch.setenv("SCORER_TOKEN", "hunter2-hunter2")
     with cases.http_scorer() as other:
         with cases.http_scorer(lambda body: (307, b"", ("Location", other.url))) as place:
-            (found,) = scorer(place.url, token_env="SCORER_TOKEN").grade(cases.samples("a"))
-    assert other.requests == [] and isinstance(found, Failure)
+            (found,) = scorer(place.url, token_env="SCORER_TOKEN").score(cases.samples("a"))
+    assert other.requests == [] and isinstance(found, ScoringFailure)
 
 
 def test_configuration_that_cannot_be(monkeypatch):
@@ -257,12 +257,12 @@ def test_as_a_source_it_obeys_on_error():
 
     http = HTTPConfig(**QUICK)
     with cases.http_scorer(answer) as place:
-        entry = cases.Entry(url=place.url, key="ppo.reward.sources[0]")
+        entry = cases.RewardSpec(url=place.url, key="ppo.reward.sources[0]")
         for on_error, expected in (("score", RewardResult(-1.0)), ("drop", RewardResult(None))):
             with cases.scorers(entry, on_error=on_error, error_score=-1.0, http=http) as made:
-                (found,) = made.grade(cases.samples("a", "bad"))
+                (found,) = made.score(cases.samples("a", "bad"))
             assert found.results == [RewardResult(2.0), expected] and found.errors[0] is None
             assert "returned None for data.jsonl:2" in found.errors[1]
         with cases.scorers(entry, http=http) as made:
             with pytest.raises(RewardError, match=r"returned None for data\.jsonl:2"):
-                made.grade(cases.samples("a", "bad"))
+                made.score(cases.samples("a", "bad"))

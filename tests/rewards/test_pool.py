@@ -47,10 +47,10 @@ def wait_until_gone(pid, seconds=20.0):
 def test_scores_do_not_depend_on_the_number_of_workers(tmp_path, workers):
     given = cases.samples(*("x" * n for n in (3, 1, 4, 1, 5, 9, 2)))
     with cases.scorers(cases.function_file(tmp_path, LENGTHS), workers=workers) as made:
-        (found,) = made.grade(given)
+        (found,) = made.score(given)
         assert found.scores == [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0] and found.errors == [None] * 7
         assert (found.name, found.weight) == ("score", 1.0)
-        assert made.grade([])[0].scores == []
+        assert made.score([])[0].scores == []
 
 
 def test_answers_to_one_prompt_reach_one_worker_together_and_in_order(tmp_path):
@@ -58,13 +58,13 @@ def test_answers_to_one_prompt_reach_one_worker_together_and_in_order(tmp_path):
     mixed = [(0, 1), (2, 0), (1, 0), (0, 0), (1, 1), (2, 1)]
     given = [dataclasses.replace(cases.sample("x", g, group=g), index=i) for g, i in mixed]
     with cases.scorers(cases.function_file(tmp_path, body), workers=3) as made:
-        assert made.grade(given)[0].scores == [2011.0, 2000.0, 2000.0, 2000.0, 2011.0, 2011.0]
+        assert made.score(given)[0].scores == [2011.0, 2000.0, 2000.0, 2000.0, 2011.0, 2011.0]
 
 
 def test_a_worker_is_a_fresh_interpreter_without_torch(tmp_path):
     body = "return [float('torch' in sys.modules or 'numpy' in sys.modules or os.getppid() == 1) for s in samples]"
     with cases.scorers(cases.function_file(tmp_path, body)) as made:
-        assert made.grade(cases.samples("a"))[0].scores == [0.0]
+        assert made.score(cases.samples("a"))[0].scores == [0.0]
 
 
 def test_signals_and_event_loops_work_in_a_worker(tmp_path):
@@ -74,7 +74,7 @@ def test_signals_and_event_loops_work_in_a_worker(tmp_path):
         "    signal.alarm(0)\n    await asyncio.sleep(0)\n    return [2.0 for s in samples]"
     )
     with cases.scorers(cases.function_file(tmp_path, body)) as made:
-        assert made.grade(cases.samples("a", "b"))[0].scores == [2.0, 2.0]
+        assert made.score(cases.samples("a", "b"))[0].scores == [2.0, 2.0]
 
 
 @pytest.mark.parametrize("how", FAILURES)
@@ -83,12 +83,12 @@ def test_only_the_response_at_fault_has_no_score(tmp_path, how):
     spec = cases.function_file(tmp_path, FAILURES[how] + LENGTHS)
     seconds = 1.0 if how == "hangs" else 20.0
     with cases.scorers(spec, on_error="score", error_score=-1.0, timeout_seconds=seconds) as made:
-        (found,) = made.grade(given)
+        (found,) = made.score(given)
         assert found.scores[2] == -1.0 and found.errors[2] is not None and "data.jsonl:3" in found.errors[2]
         assert found.errors[:2] + found.errors[3:] == [None] * 4
         good = [1.0] * 4 if how == "too large" else [1.0, 2.0, 4.0, 5.0]
         assert found.scores[:2] + found.scores[3:] == good
-        assert made.grade(cases.samples("xyz"))[0].scores == [3.0]  # the next call finds a worker
+        assert made.score(cases.samples("xyz"))[0].scores == [3.0]  # the next call finds a worker
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_run_that_stops_says_why_and_where(tmp_path, how, words):
     seconds = 1.0 if how == "hangs" else 20.0
     with cases.scorers(cases.function_file(tmp_path, FAILURES[how] + LENGTHS), timeout_seconds=seconds) as made:
         with pytest.raises(RewardError, match=words):
-            made.grade(given)
+            made.score(given)
 
 
 def test_a_time_out_kills_the_worker_and_what_it_started(tmp_path):
@@ -117,14 +117,14 @@ def test_a_time_out_kills_the_worker_and_what_it_started(tmp_path):
     )
     with cases.scorers(cases.function_file(tmp_path, body), timeout_seconds=2.0) as made:
         with pytest.raises(RewardError, match="took longer than 2 s"):
-            made.grade(cases.samples("a"))
+            made.score(cases.samples("a"))
         assert all(wait_until_gone(int(pid)) for pid in (tmp_path / "pids").read_text().split())
 
 
 def test_time_outs_end_once_one_culprit_could_have_been_found(tmp_path):
     # Every call hangs: 1 + log2(8) of them are waited for, not one for each of 8 responses.
     with cases.scorers(cases.function_file(tmp_path, "time.sleep(600)"), on_error="drop", timeout_seconds=0.5) as made:
-        (found,) = made.grade(cases.samples(*"abcdefgh"))
+        (found,) = made.score(cases.samples(*"abcdefgh"))
     assert all(found.errors) and all(r.score is None for r in found.results)
 
 
@@ -132,13 +132,13 @@ def test_a_failing_share_cancels_the_others(tmp_path):
     body = "if samples[0].text == 'a': raise ValueError('no')\nwhile True: time.sleep(0.01)"
     with cases.scorers(cases.function_file(tmp_path, body), workers=2, timeout_seconds=600.0) as made:
         with pytest.raises(RewardError, match="ValueError: no"):
-            made.grade(cases.samples("a", "b"))
+            made.score(cases.samples("a", "b"))
 
 
 def test_closing_ends_every_process(tmp_path):
     body = "time.sleep(0.05)\nreturn [float(os.getpid()) for s in samples]"
     with cases.scorers(cases.function_file(tmp_path, body), workers=2) as made:
-        pids = {int(pid) for pid in made.grade(cases.samples("a", "b"))[0].scores}
+        pids = {int(pid) for pid in made.score(cases.samples("a", "b"))[0].scores}
         assert len(pids) == 2 and not any(map(gone, pids))
     assert all(map(wait_until_gone, pids))
 
@@ -148,7 +148,7 @@ def test_a_worker_in_a_loop_ends_with_a_parent_that_is_killed(tmp_path):
     spec = cases.function_file(tmp_path, f"open({str(pid_file)!r}, 'w').write(str(os.getpid()))\nwhile True: pass")
     code = (
         "import sys; sys.path[:0] = ['']\nfrom tests.helpers import reward_cases as cases\n"
-        f"cases.scorers({spec!r}).grade(cases.samples('a'))"
+        f"cases.scorers({spec!r}).score(cases.samples('a'))"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2])
     while not (pid_file.exists() and pid_file.read_text()):
@@ -177,13 +177,13 @@ def test_a_worker_in_a_loop_ends_with_a_parent_that_is_killed(tmp_path):
 )
 def test_what_cannot_be_pickled_is_refused_in_words(tmp_path, body, words):
     with cases.scorers(cases.function_file(tmp_path, body)) as made, pytest.raises(RewardError, match=words):
-        made.grade(cases.samples("a"))
+        made.score(cases.samples("a"))
 
 
 def test_a_row_that_cannot_be_sent_says_so(tmp_path):
     with cases.scorers(cases.function_file(tmp_path, LENGTHS)) as made:
         with pytest.raises(RewardError, match=r"data\.jsonl:1 cannot be sent.*ppo\.reward\.workers=0"):
-            made.grade(cases.samples("a", prompt="x", odd=lambda: 1))
+            made.score(cases.samples("a", prompt="x", odd=lambda: 1))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_a_function_in_memory_is_called_here_and_keeps_its_state():
         return [1.0] * len(samples)
 
     with cases.scorers(score, workers=4) as made:
-        made.grade(cases.samples("a", "b"))
+        made.score(cases.samples("a", "b"))
     assert seen == [os.getpid()]
 
 
@@ -228,9 +228,9 @@ def test_a_function_in_memory_has_a_time_limit_too():
         return [1.0] * len(samples)
 
     with cases.scorers(score, timeout_seconds=0.2) as made:
-        assert made.grade(cases.samples("fast"))[0].scores == [1.0]
+        assert made.score(cases.samples("fast"))[0].scores == [1.0]
         with pytest.raises(RewardError, match=r"took longer than 0\.2 s"):
-            made.grade(cases.samples("slow"))
+            made.score(cases.samples("slow"))
 
 
 def test_an_interrupt_in_memory_is_not_swallowed():
@@ -238,7 +238,7 @@ def test_an_interrupt_in_memory_is_not_swallowed():
         raise KeyboardInterrupt
 
     with cases.scorers(score) as made, pytest.raises(KeyboardInterrupt):
-        made.grade(cases.samples("a"))
+        made.score(cases.samples("a"))
 
 
 @pytest.mark.parametrize("seconds", [0.0, 20.0])
@@ -249,7 +249,7 @@ def test_an_async_function_works_where_a_loop_is_running(seconds):
 
     async def notebook():
         with cases.scorers(score, timeout_seconds=seconds) as made:
-            return made.grade(cases.samples("a", "bb"))[0].scores
+            return made.score(cases.samples("a", "bb"))[0].scores
 
     assert asyncio.run(notebook()) == [1.0, 2.0]
 
@@ -260,7 +260,7 @@ def test_an_async_function_that_raises_names_its_row():
         return [1.0 / (s.text != "bad") for s in samples]
 
     with cases.scorers(score) as made, pytest.raises(RewardError, match=r"ZeroDivisionError.*at data\.jsonl:2"):
-        made.grade(cases.samples("a", "bad"))
+        made.score(cases.samples("a", "bad"))
 
 
 # -- results --------------------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def test_results_carry_metrics_and_token_rewards(tmp_path):
         "    return [RewardResult(len(s.text), {'long': len(s.text) > 1}, [0.5] * len(s.tokens)) for s in samples]"
     )
     with cases.scorers(cases.function_file(tmp_path, body)) as made:
-        (found,) = made.grade(cases.samples("a", "bb"))
+        (found,) = made.score(cases.samples("a", "bb"))
     assert found.results == [RewardResult(1.0, {"long": 0.0}, [0.5]), RewardResult(2.0, {"long": 1.0}, [0.5, 0.5])]
 
 
@@ -294,7 +294,7 @@ def test_results_carry_metrics_and_token_rewards(tmp_path):
 )
 def test_results_that_cannot_be_used(result, words):
     with cases.scorers(lambda samples: [result]) as made, pytest.raises(RewardError, match=words):
-        made.grade(cases.samples("ab"))
+        made.score(cases.samples("ab"))
 
 
 def test_no_opinion_is_no_error_and_is_paid_nothing():
@@ -302,7 +302,7 @@ def test_no_opinion_is_no_error_and_is_paid_nothing():
         return [RewardResult(None) if s.text == "b" else 2.0 for s in samples]
 
     with cases.scorers(score) as made:
-        (found,) = made.grade(cases.samples("a", "b"))
+        (found,) = made.score(cases.samples("a", "b"))
     assert found.errors == [None, None] and found.scores[0] == 2.0 and found.results[1].score is None
 
 
@@ -313,17 +313,22 @@ def test_every_source_has_a_name_of_its_own(tmp_path):
     def score(samples):
         return [0.0] * len(samples)
 
-    named = cases.Entry(function=score, name="score")
-    made = cases.Scorers.of(
-        [cases.Entry(function=score), named, cases.Entry(function=score), cases.Entry(url="http://h:1/x")],
+    named = cases.RewardSpec(function=score, name="score")
+    made = cases.RewardSourceGroup.of(
+        [
+            cases.RewardSpec(function=score),
+            named,
+            cases.RewardSpec(function=score),
+            cases.RewardSpec(url="http://h:1/x"),
+        ],
         cases.RewardCallConfig(),
     )
     assert [source.name for source in made.sources] == ["score_2", "score", "score_3", "h:1"]
     for bad, words in (("reward_model", "is what the reward model is called"), ("a b", "expected letters")):
         with pytest.raises(ConfigError, match=words):
-            cases.Scorers.of([cases.Entry(function=score, name=bad)], cases.RewardCallConfig())
+            cases.RewardSourceGroup.of([cases.RewardSpec(function=score, name=bad)], cases.RewardCallConfig())
     with pytest.raises(ConfigError, match="`score` is given twice"):
-        cases.Scorers.of([named, named], cases.RewardCallConfig())
+        cases.RewardSourceGroup.of([named, named], cases.RewardCallConfig())
 
 
 def test_a_probe_refuses_a_source_that_scores_nothing_whatever_on_error_says():

@@ -5,7 +5,7 @@ import torch
 
 from icegrt.distributed.cluster import Cluster
 from icegrt.errors import ConfigError, DataError
-from icegrt.ppo.batch_plan import plan
+from icegrt.ppo.batch_plan import plan_batches
 from icegrt.ppo.scoring import score_logprobs
 from icegrt.rollout.decoder import Decoder
 from icegrt.rollout.engine import RolloutEngine, stop_ids
@@ -100,9 +100,9 @@ def test_greedy_is_that_of_transformers(lm, actor):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_rollout_logprobs_are_those_of_scoring(temperature, actor):
     responses = list(draw(actor, sampling=Sampling(temperature, max_new_tokens=16, seed=3)).values())
-    planned = plan(responses, 64, 1)
+    planned = plan_batches(responses, 64, 1)
     scored_A, _ = score_logprobs(actor, planned.batches, temperature, 16)
-    rolled_A = torch.tensor([x for r in planned.responses for x in r.logprobs])
+    rolled_A = torch.tensor([x for r in planned.local_responses for x in r.logprobs])
     assert (scored_A - rolled_A).abs().max() < 1e-4
     assert len(planned.batches) > 2 and rolled_A.max() < 0
 
@@ -199,9 +199,9 @@ def test_sampling_out_of_bounds_is_refused(wrong):
 
 def test_a_retired_slot_is_taken_over_by_the_last_one():
     cache = KVCache(1, 4, 3, 1, 2, dtype=torch.float32, device="cpu")
-    admission = cache.admit([1, 2, 1, 3], [1, 1, 1, 1])
+    admission = cache.allocate([1, 2, 1, 3], [1, 1, 1, 1])
     k = torch.arange(14.0).reshape(7, 1, 2)
-    admission.fill(0, k, -k, [1, 2, 1, 3])
-    assert cache.retire([0, 2]) == [(3, 2), (2, 0)]
+    admission.write(0, k, -k, [1, 2, 1, 3])
+    assert cache.free([0, 2]) == [(3, 2), (2, 0)]
     assert cache.live == 2 and cache.lengths[:2].tolist() == [3, 2]
     assert torch.equal(cache.keys[0, 0, 0], k[4:7, 0]) and torch.equal(cache.values[0, 1, 0, :2], -k[1:3, 0])

@@ -39,7 +39,7 @@ def test_control_characters_of_a_models_text_do_not_reach_the_terminal():
 
 
 def test_lines_go_to_stdout_and_warnings_to_stderr(capsys):
-    console.say("x \x1b[31m[bold]y[/]")
+    console.print_info("x \x1b[31m[bold]y[/]")
     console.warn("z")
     out, err = capsys.readouterr()
     assert (out, err) == ("x [bold]y[/]\n", "warning: z\n")
@@ -48,14 +48,14 @@ def test_lines_go_to_stdout_and_warnings_to_stderr(capsys):
 def test_only_rank_zero_prints(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     clock = Clock()
-    console.say("x")
+    console.print_info("x")
     console.warn("x")
     console.table(["a"], [["x"]])
     with console.progress(1, "x", clock=clock) as work:
         clock.work(work, 60)
     assert capsys.readouterr() == ("", "")
     monkeypatch.setenv("RANK", "0")
-    console.say("x")
+    console.print_info("x")
     assert capsys.readouterr().out == "x\n"
 
 
@@ -64,7 +64,7 @@ def test_quiet_mode_silences_lines_and_progress_but_not_warnings(capsys, monkeyp
     clock = Clock()
 
     def work():
-        console.say("x")
+        console.print_info("x")
         with console.progress(2, "x", clock=clock) as progress:
             clock.work(progress, 60)
             assert progress.done == 1
@@ -146,7 +146,7 @@ def test_a_table_without_a_terminal_is_aligned_text(capsys):
 def test_a_log_that_cannot_hold_a_letter_does_not_end_the_run(monkeypatch):
     log = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", log)
-    console.say("é日")
+    console.print_info("é日")
     assert log.buffer.getvalue() == b"??\n"
 
 
@@ -154,7 +154,7 @@ def test_rich_is_not_imported_without_a_terminal():
     code = (
         "import sys; from icegrt.utils import console\n"
         "with console.progress(1, 'x') as p: p.advance()\n"
-        "console.table(['a'], [['b']]); console.say('c')\n"
+        "console.table(['a'], [['b']]); console.print_info('c')\n"
         "assert 'rich' not in sys.modules and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
@@ -172,7 +172,7 @@ with console.progress(2, "outer[/b]", "steps", clock=Clock()) as outer:
         with console.progress(2, "inner", "rows", clock=Clock()) as inner:
             inner.advance(text="[red]\\x1b[31mhi")
             inner.advance()
-        console.say("said [/x]")
+        console.print_info("said [/x]")
         outer.advance(loss=0.5)
 console.table(["a"], [["[/x]"]])
 """

@@ -10,32 +10,34 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from icegrt.model.architecture import Architecture
-from icegrt.model.hf.loader import held_parameters
+from icegrt.model.hf.loader import local_parameters
 
 if TYPE_CHECKING:
     from icegrt.model.language_model import LanguageModel
-from icegrt.model.hf.mapping import Entry, layout, pieces
+from icegrt.model.hf.mapping import ParameterSpec, parameter_mapping, shard_slices
 
 
-def separate(entry: Entry, shards: Tensor | Sequence[Tensor], architecture: Architecture) -> list[Tensor]:
+def separate(spec: ParameterSpec, shards: Tensor | Sequence[Tensor], architecture: Architecture) -> list[Tensor]:
     """A Megatron tensor, whole or as all ranks' shards in order -> the tensors of Hugging Face that it is made of."""
     shards = [shards] if isinstance(shards, Tensor) else shards
-    return [_source(entry, index, shards, architecture) for index in range(len(entry.sources))]
+    return [_source(spec, index, shards, architecture) for index in range(len(spec.sources))]
 
 
-def _source(entry: Entry, index: int, shards: Sequence[Tensor], architecture: Architecture) -> Tensor:
+def _source(spec: ParameterSpec, index: int, shards: Sequence[Tensor], architecture: Architecture) -> Tensor:
     parts = [
-        (piece, shard)
+        (shard_slice, shard)
         for rank, shard in enumerate(shards)
-        for piece in pieces(entry, architecture, rank, len(shards))
-        if piece.source == index
+        for shard_slice in shard_slices(spec, architecture, rank, len(shards))
+        if shard_slice.source == index
     ]
     if len(parts) == 1:  # it lies in one place
-        piece, shard = parts[0]
-        return piece.of(shard)
-    whole = torch.empty(entry.shapes[index], dtype=shards[0].dtype, device=shards[0].device)
-    for piece, shard in parts:
-        whole.narrow(piece.dim, piece.start, piece.stop - piece.start).copy_(piece.of(shard))
+        shard_slice, shard = parts[0]
+        return shard_slice.of(shard)
+    whole = torch.empty(spec.shapes[index], dtype=shards[0].dtype, device=shards[0].device)
+    for shard_slice, shard in parts:
+        whole.narrow(shard_slice.dim, shard_slice.start, shard_slice.stop - shard_slice.start).copy_(
+            shard_slice.of(shard)
+        )
     return whole
 
 
@@ -47,48 +49,50 @@ def export_tensors(
 
     One at a time. A collective: every rank iterates to the end, and rank 0 alone is given the tensors.
     """
-    for entry, shards in _gathered(model, read):
-        yield from exported(entry, shards, model.architecture, dtype)
+    for spec, shards in _gathered(model, read):
+        yield from exported(spec, shards, model.architecture, dtype)
 
 
-def _gathered(model: LanguageModel, read: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[Entry, list[Tensor]]]:
+def _gathered(
+    model: LanguageModel, read: Callable[[nn.Parameter], Tensor]
+) -> Iterator[tuple[ParameterSpec, list[Tensor]]]:
     """On rank 0, every entry of the layout with all ranks' shards; the others of its model hand theirs over."""
     from megatron.core import parallel_state
 
-    model.settle()
+    model.wait_for_param_gather()
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
         return
-    held = {name: read(parameter).detach() for name, parameter in held_parameters(model).items()}
+    held = {name: read(parameter).detach() for name, parameter in local_parameters(model).items()}
     tensor_group = parallel_state.get_tensor_model_parallel_group()
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
     stages = dist.get_process_group_ranks(pipeline_group)
     if len(stages) == 1 and dist.get_world_size(tensor_group) == 1:
-        for entry in layout(model.architecture, model.head_kind):
-            yield entry, [held[entry.name]]
+        for spec in parameter_mapping(model.architecture, model.head_kind):
+            yield spec, [held[spec.name]]
         return
     shapes: list[Any] = [None] * len(stages)
     dist.all_gather_object(shapes, {n: (tuple(x.shape), x.dtype) for n, x in held.items()}, group=pipeline_group)
     receives = parallel_state.is_pipeline_first_stage()
-    for entry in layout(model.architecture, model.head_kind):
-        stage = next(s for s in range(len(stages)) if entry.name in shapes[s])
+    for spec in parameter_mapping(model.architecture, model.head_kind):
+        stage = next(s for s in range(len(stages)) if spec.name in shapes[s])
         if dist.get_rank(pipeline_group) == stage:
-            shard = held[entry.name].cpu().contiguous()
+            shard = held[spec.name].cpu().contiguous()
             if stage > 0:
                 dist.send(shard, stages[0], group=pipeline_group)
         elif receives:
-            shape, dtype = shapes[stage][entry.name]
+            shape, dtype = shapes[stage][spec.name]
             shard = torch.empty(shape, dtype=dtype)
             dist.recv(shard, stages[stage], group=pipeline_group)
         if receives:
-            shards = _shards_on_rank_0(entry, shard, tensor_group)
+            shards = _shards_on_rank_0(spec, shard, tensor_group)
             if shards is not None:
-                yield entry, shards
+                yield spec, shards
 
 
-def _shards_on_rank_0(entry: Entry, shard: Tensor, group: dist.ProcessGroup) -> list[Tensor] | None:
+def _shards_on_rank_0(spec: ParameterSpec, shard: Tensor, group: dist.ProcessGroup) -> list[Tensor] | None:
     ranks = dist.get_process_group_ranks(group)
     first = dist.get_rank() == ranks[0]
-    if entry.cut == "whole" or len(ranks) == 1:
+    if spec.partition == "whole" or len(ranks) == 1:
         return [shard] if first else None
     shards = [torch.empty_like(shard) for _ in ranks] if first else None
     dist.gather(shard, shards, dst=ranks[0], group=group)
@@ -96,11 +100,11 @@ def _shards_on_rank_0(entry: Entry, shard: Tensor, group: dist.ProcessGroup) -> 
 
 
 def exported(
-    entry: Entry, shards: Sequence[Tensor], architecture: Architecture, dtype: torch.dtype
+    spec: ParameterSpec, shards: Sequence[Tensor], architecture: Architecture, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     """One parameter, as the shards of all ranks in order, under its names in Hugging Face, on the CPU, in `dtype`.
 
     Rows that pad the vocabulary are left behind. A single tensor may be a view of its parameter.
     """
-    for index, name in enumerate(entry.sources):
-        yield name, _source(entry, index, shards, architecture).to("cpu", dtype)
+    for index, name in enumerate(spec.sources):
+        yield name, _source(spec, index, shards, architecture).to("cpu", dtype)

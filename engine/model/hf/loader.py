@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from icegrt.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from icegrt.model.hf.reader import Pretrained
+    from icegrt.model.hf.reader import HFCheckpointReader
     from icegrt.model.language_model import HeadKind, LanguageModel
-from icegrt.model.hf.mapping import _EMBEDDING, Entry, Piece, layout, pieces
+from icegrt.model.hf.mapping import _EMBEDDING, ParameterSpec, ShardSlice, parameter_mapping, shard_slices
 
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -22,14 +22,14 @@ _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _BLOCK = 1 << 22
 
 
-def check(source: Pretrained, head: HeadKind, *, new_head: bool = False) -> None:
+def check(source: HFCheckpointReader, head: HeadKind, *, new_head: bool = False) -> None:
     """Compare names, shapes and dtypes of all tensors with what `config.json` asks for, before any is read.
 
     Raises `CheckpointError` naming the first tensor that is missing, of another shape or dtype, or left over.
     """
     names = set(source.names())
-    for entry in layout(source.architecture, head):
-        for name, shape in zip(entry.sources, entry.shapes, strict=True):
+    for spec in parameter_mapping(source.architecture, head):
+        for name, shape in zip(spec.sources, spec.shapes, strict=True):
             if name not in names:
                 if name == "score.weight" and new_head:
                     continue
@@ -47,7 +47,7 @@ def check(source: Pretrained, head: HeadKind, *, new_head: bool = False) -> None
     _refuse_leftovers(source, names, head)
 
 
-def _missing_message(source: Pretrained, name: str) -> str:
+def _missing_message(source: HFCheckpointReader, name: str) -> str:
     if name == "score.weight":
         return (
             f"{source.where}: no value head (`score.weight`). This is a language model, not a reward model: train one "
@@ -56,7 +56,7 @@ def _missing_message(source: Pretrained, name: str) -> str:
     return f"{source.where}: tensor `{name}` is missing; copy the checkpoint again, or mend config.json"
 
 
-def _refuse_leftovers(source: Pretrained, names: set[str], head: HeadKind) -> None:
+def _refuse_leftovers(source: HFCheckpointReader, names: set[str], head: HeadKind) -> None:
     # The other kind of head is left behind knowingly; rope tables of old checkpoints are computed here.
     expected = {"lm_head.weight"} if head == "scalar" else {"score.weight"}
     if source.architecture.tied_embeddings and head == "lm" and "lm_head.weight" in names:
@@ -69,7 +69,7 @@ def _refuse_leftovers(source: Pretrained, names: set[str], head: HeadKind) -> No
         )
 
 
-def _refuse_untied(source: Pretrained) -> None:
+def _refuse_untied(source: HFCheckpointReader) -> None:
     ours, theirs = ("model.embed_tokens.weight", "lm_head.weight")
     same = source.describe(ours) == source.describe(theirs)
     step = 4096
@@ -84,8 +84,8 @@ def _refuse_untied(source: Pretrained) -> None:
         )
 
 
-def held_parameters(model: LanguageModel) -> dict[str, nn.Parameter]:
-    """The parameters that this rank holds, under the names of `layout()`: layers count over the whole model."""
+def local_parameters(model: LanguageModel) -> dict[str, nn.Parameter]:
+    """Return this rank's parameters under the names of `parameter_mapping()`: layers count over the whole model."""
     held = {}
     for chunk in model.chunks:
         for name, parameter in chunk.named_parameters():
@@ -97,7 +97,7 @@ def held_parameters(model: LanguageModel) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def load(model: LanguageModel, source: Pretrained) -> None:
+def load(model: LanguageModel, source: HFCheckpointReader) -> None:
     """Copy a checked checkpoint into `model`: a block of a tensor at a time, and of each only what this rank holds.
 
     A scalar head that the checkpoint lacks is zero. Raises `CheckpointError` naming a tensor that is not finite.
@@ -106,32 +106,32 @@ def load(model: LanguageModel, source: Pretrained) -> None:
 
     rank = parallel_state.get_tensor_model_parallel_rank()
     ranks = parallel_state.get_tensor_model_parallel_world_size()
-    held = held_parameters(model)
+    held = local_parameters(model)
     tied_copy = held.pop("head.weight") if model.holds_tied_copy else None
     available = set(source.names())
-    for entry in layout(model.architecture, model.head_kind):
-        targets = [held.pop(entry.name)] if entry.name in held else []
-        if tied_copy is not None and entry.name == _EMBEDDING:
+    for spec in parameter_mapping(model.architecture, model.head_kind):
+        targets = [held.pop(spec.name)] if spec.name in held else []
+        if tied_copy is not None and spec.name == _EMBEDDING:
             targets.append(tied_copy)
         for parameter in targets:
-            if available.issuperset(entry.sources):
-                _read_into(parameter, entry, source, list(pieces(entry, model.architecture, rank, ranks)))
+            if available.issuperset(spec.sources):
+                _read_into(parameter, spec, source, list(shard_slices(spec, model.architecture, rank, ranks)))
             else:  # only a new head can be missing, after the check
                 parameter.zero_()
     assert not held, f"parameters without a source: {sorted(held)}"
 
 
-def _read_into(parameter: Tensor, entry: Entry, source: Pretrained, wanted: list[Piece]) -> None:
-    if entry.cut == "vocabulary":
+def _read_into(parameter: Tensor, spec: ParameterSpec, source: HFCheckpointReader, wanted: list[ShardSlice]) -> None:
+    if spec.partition == "vocabulary":
         parameter[wanted[0].stop - wanted[0].start :].zero_()  # padding
-    for piece in wanted:
-        place, name = piece.of(parameter), entry.sources[piece.source]
+    for shard_slice in wanted:
+        place, name = shard_slice.of(parameter), spec.sources[shard_slice.source]
         rows_at_once = max(1, _BLOCK // math.prod(place.shape[1:]))
         for first in range(0, place.shape[0], rows_at_once):
             last = min(first + rows_at_once, place.shape[0])
-            rows, columns = slice(piece.start + first, piece.start + last), slice(None)
-            if piece.dim == 1:
-                rows, columns = slice(first, last), slice(piece.start, piece.stop)
+            rows, columns = slice(shard_slice.start + first, shard_slice.start + last), slice(None)
+            if shard_slice.dim == 1:
+                rows, columns = slice(first, last), slice(shard_slice.start, shard_slice.stop)
             block = source.get(name, *(rows, columns)[: place.dim()])
             if not all(x.isfinite() for x in block.aminmax()):
                 raise CheckpointError(

@@ -19,7 +19,7 @@ _INDEX = "model.safetensors.index.json"
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-class Pretrained:
+class HFCheckpointReader:
     """A checkpoint that can be read tensor by tensor, and of a tensor only the part that is asked for.
 
     `source`: path of a folder with `config.json` and safetensors, or a `transformers` model. Names, shapes and dtypes

@@ -34,10 +34,10 @@ def save_pretrained(
 ) -> Path:
     """Write a Hugging Face folder: safetensors, config, generation config, tokenizer. Aside first, then renamed.
 
-    `tensors`: all of `weights.layout`, in its order, on the CPU, in `dtype`; one is held at a time. `classifier`:
+    `tensors`: all of `parameter_mapping()`, in its order, on the CPU, in `dtype`; one is held at a time. `classifier`:
     `AutoModelForSequenceClassification` with one label instead of a causal LM. `extra_files`: JSON documents to lay
     beside them. `shard_bytes`: the most that a file holds. Raises `RunError` if `out` holds files or cannot be written.
-    All ranks call it, with the `tensors` of `weights.export_tensors`; rank 0 writes.
+    All ranks call it, with the `tensors` of `export_tensors`; rank 0 writes.
     """
     out = Path(out)
     if not is_main():

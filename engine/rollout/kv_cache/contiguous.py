@@ -28,13 +28,13 @@ class KVCache:
         self._visible: dict[int | None, Tensor] = {}
         self._span = 0
 
-    def admit(self, lengths: list[int], copies: list[int]) -> Admission:
+    def allocate(self, lengths: list[int], copies: list[int]) -> PrefillSlots:
         """Make room behind the live slots: prompt i of `lengths[i]` tokens takes `copies[i]` neighbouring slots."""
         held = torch.tensor(lengths).repeat_interleave(torch.tensor(copies)).to(self.lengths.device)
         first = self.live
         self.lengths[first : first + held.numel()] = held
         self.live += held.numel()
-        return Admission(self, first, copies)
+        return PrefillSlots(self, first, copies)
 
     def begin_step(self) -> None:
         """One more token per live sequence; its place is `lengths - 1` from now on."""
@@ -69,7 +69,7 @@ class KVCache:
             self._visible[window] = visible[:, None, None]
         return self._visible[window]
 
-    def retire(self, finished: list[int]) -> list[tuple[int, int]]:
+    def free(self, finished: list[int]) -> list[tuple[int, int]]:
         """Drop these slots. Returns the moves (from, to) that kept the live slots a prefix, in order."""
         moves = []
         for slot in sorted(finished, reverse=True):
@@ -85,14 +85,14 @@ class KVCache:
 
 
 @dataclass(frozen=True)
-class Admission:
+class PrefillSlots:
     """Slots for the prompts of a prefill, from `first` on, to be filled layer by layer."""
 
     cache: KVCache
     first: int
     copies: list[int]
 
-    def fill(self, layer: int, k_THD: Tensor, v_THD: Tensor, lengths: list[int]) -> None:
+    def write(self, layer: int, k_THD: Tensor, v_THD: Tensor, lengths: list[int]) -> None:
         """Take over a prefill's keys and values ([T, kv_heads, d])."""
         for held, new in ((self.cache.keys[layer], k_THD), (self.cache.values[layer], v_THD)):
             first = self.first

@@ -186,8 +186,8 @@ LINEAR = (
         "linear.triton",
         "linear_ppo_loss",
         "the shift of the labels is forgotten in the gradient",
-        "gradient_launch(z, labels, rows, entropy, g, h, out, live, start,",
-        "gradient_launch(z, labels, rows, entropy, g, h, out, live, start + 1,",
+        "gradient_launch(z, labels, rows, entropy, g, h, out, active, start,",
+        "gradient_launch(z, labels, rows, entropy, g, h, out, active, start + 1,",
         "linear:check_loss",
     ),
 )
