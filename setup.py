@@ -1,4 +1,8 @@
-"""Maps the folders onto the package `icegrt` and builds `icegrt._C` with CMake. The rest is in pyproject.toml."""
+"""Finds the packages below src/ and builds `icegrt._C` with CMake. The rest is in pyproject.toml.
+
+src/icegrt is a link to engine/ and engine/kernels one to kernels/: an editable install is then a plain path to src/,
+which interpreters, type checkers and editors resolve alike.
+"""
 
 import importlib
 import os
@@ -12,7 +16,6 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-FOLDERS = {"icegrt": "engine", "icegrt.kernels": "kernels"}
 
 
 def find_tool(name, module, attribute):
@@ -71,17 +74,10 @@ class CMakeBuild(build_ext):
         return command
 
 
-def packages():
-    found = []
-    for name, folder in FOLDERS.items():
-        found += [name, *(f"{name}.{sub}" for sub in find_packages(str(ROOT / folder)))]
-    return found
-
-
 headers = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*.hpp"))
 setup(
-    package_dir=FOLDERS,
-    packages=packages(),
+    package_dir={"": "src"},
+    packages=find_packages("src"),
     ext_modules=[Extension("icegrt._C", ["csrc/bindings.cpp"], depends=["CMakeLists.txt", *headers], language="c++")],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TREE = ("engine", "kernels", "csrc", "CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE")
+TREE = ("src", "engine", "kernels", "csrc", "CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE")
 
 
 def copy_tree(target: Path) -> Path:
@@ -20,7 +20,7 @@ def copy_tree(target: Path) -> Path:
     skip = shutil.ignore_patterns("__pycache__", "*.so")
     for name in TREE:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, target / name, ignore=skip)
+            shutil.copytree(ROOT / name, target / name, ignore=skip, symlinks=True)
         else:
             shutil.copy2(ROOT / name, target / name)
     return target
@@ -108,3 +108,12 @@ def test_no_pybind11_is_said_plainly(tmp_path):
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise ImportError('hidden')")
     assert "icegrt._C needs pybind11" in build_error(tmp_path, PYTHONPATH=str(tmp_path / "site"))
+
+
+def test_the_package_is_imported_beside_a_folder_of_its_name(tmp_path):
+    """In the parent of a clone called icegrt, the folder must not shadow the installed package as a namespace."""
+    (tmp_path / "icegrt").mkdir()
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    result = python("-c", "import icegrt; print(icegrt.__file__)", cwd=tmp_path, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stdout.strip()).name == "__init__.py"
