@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 # The configuration class of each command by its section of a recipe file; defining a class enters it here.
-SECTIONS: dict[str, type] = {}
+SECTIONS: dict[str, type[Any]] = {}
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
-def fields_of(cls: type) -> dict[str, Any]:
+def fields_of(cls: type[Any]) -> dict[str, Any]:
     """The keys of a configuration class; their annotations are resolved types."""
     return cls.__pydantic_fields__
 
@@ -26,6 +26,11 @@ def bounds_of(field: Any) -> list[tuple[str, float]]:
 def unit_of(field: Any) -> str:
     """The unit of a key, or an empty text."""
     return (field.json_schema_extra or {}).get("unit", "")
+
+
+def is_section(kind: Any) -> bool:
+    """Whether a type is a configuration class: its key holds keys of its own."""
+    return dataclasses.is_dataclass(kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +53,7 @@ def type_text(kind: Any, long: bool = False) -> str:
         return f"one of {', '.join(words)}" if long else " | ".join(words)
     if origin is list:
         plain = {str: "text", float: "numbers", int: "whole numbers"}
-        item = "{" + ", ".join(fields_of(args[0])) + "}" if dataclasses.is_dataclass(args[0]) else plain[args[0]]
+        item = "{" + ", ".join(fields_of(args[0])) + "}" if is_section(args[0]) else plain[args[0]]
         return f"a list of {item}" if long else f"list of {item}"
     if origin in (typing.Union, types.UnionType):
         return " or ".join("null" if k is type(None) else type_text(k, long) for k in args)
@@ -63,19 +68,19 @@ def _default_text(value: Any) -> str:
     return '""' if value == "" else str(value)
 
 
-def config_keys(cls: type, base: Any = None, prefix: str = "") -> list[ConfigKey]:
+def config_keys(cls: type[Any], base: Any = None, prefix: str = "") -> list[ConfigKey]:
     """Every key of `cls`, nested ones flattened with dots, with the default that this stage gives it."""
     return list(_rows(cls, cls() if base is None else base, prefix or cls.section))
 
 
-def _rows(cls: type, base: Any, prefix: str) -> Iterator[ConfigKey]:
+def _rows(cls: type[Any], base: Any, prefix: str) -> Iterator[ConfigKey]:
     for key, field in fields_of(cls).items():
         kind, name, default = field.annotation, f"{prefix}.{key}", getattr(base, key)
-        if dataclasses.is_dataclass(kind):
+        if is_section(kind):
             yield from _rows(kind, default, name)
             continue
         bounds = ", ".join(f"{SIGNS[sign]} {bound:g}" for sign, bound in bounds_of(field))
         yield ConfigKey(name, type_text(kind), _default_text(default), unit_of(field), bounds, field.description or "")
         item = typing.get_args(kind)[0] if typing.get_origin(kind) is list else None
-        if item and dataclasses.is_dataclass(item):
+        if item and is_section(item):
             yield from _rows(item, item(), f"{name}[]")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from icegrt.config.base import Loadable, config_class, key
+from icegrt.config.base import Loadable, Section, SectionList, config_class, key
 
 
 @config_class
@@ -96,8 +96,8 @@ class SFTConfig(Loadable):
 
     section = "sft"
     model: str = key("", "Hugging Face checkpoint to start from")
-    data: list[DataSource] = key([], "training files, blended by weight")
-    heldout: list[DataSource] = key([], "held-out files; their loss is reported before, during and after")
+    data: SectionList[DataSource] = key([], "training files, blended by weight")
+    heldout: SectionList[DataSource] = key([], "held-out files; their loss is reported before, during and after")
     epochs: float = key(3.0, "passes over the blend", gt=0)
     batch_sequences: int = key(32, "sequences per optimizer step", ge=1)
     token_budget: int = key(4096, "most tokens in a micro-batch", unit="tokens", ge=1)
@@ -110,9 +110,9 @@ class SFTConfig(Loadable):
     checkpoint_every: int = key(0, "optimizer steps between checkpoints; 0 writes one at the end only", ge=0)
     keep_checkpoints: int = key(2, "last checkpoints kept, beside the one with the lowest held-out loss", ge=1)
     chunk_rows: int = key(0, "rows of logits formed at once; 0 chooses", ge=0)
-    optimizer: OptimizerConfig = key(OptimizerConfig(weight_decay=0.1, warmup_fraction=0.03), "AdamW")
-    parallel: ParallelConfig = key(ParallelConfig(), "how the model is cut over ranks")
-    run: RunConfig = key(RunConfig(dir="runs/sft"), "the run")
+    optimizer: Section[OptimizerConfig] = key(OptimizerConfig(weight_decay=0.1, warmup_fraction=0.03), "AdamW")
+    parallel: Section[ParallelConfig] = key(ParallelConfig(), "how the model is cut over ranks")
+    run: Section[RunConfig] = key(RunConfig(dir="runs/sft"), "the run")
 
 
 @config_class
@@ -136,8 +136,8 @@ class SampleConfig(Loadable):
     score_function: str = key("", "`file.py:function` that scores answers: rows then carry `scores`")
     seed: int = key(0, "seed of the sampler", ge=0)
     dtype: Literal["fp32", "bf16"] = key("fp32", "parameters and activations")
-    sampling: SamplingConfig = key(SamplingConfig(), "how answers are drawn")
-    parallel: ParallelConfig = key(ParallelConfig(), "how the model is cut over ranks")
+    sampling: Section[SamplingConfig] = key(SamplingConfig(), "how answers are drawn")
+    parallel: Section[ParallelConfig] = key(ParallelConfig(), "how the model is cut over ranks")
 
 
 @config_class
@@ -146,8 +146,8 @@ class RewardConfig(Loadable):
 
     section = "reward"
     model: str = key("", "Hugging Face checkpoint to start from (the instruction-tuned actor)")
-    data: list[DataSource] = key([], "`prompt` with `responses` and `scores` or `ranks`, or `chosen`/`rejected`")
-    heldout: list[DataSource] = key([], "held-out files of the same form")
+    data: SectionList[DataSource] = key([], "`prompt` with `responses` and `scores` or `ranks`, or `chosen`/`rejected`")
+    heldout: SectionList[DataSource] = key([], "held-out files of the same form")
     heldout_fraction: float = key(0.1, "share of the prompts held out where no held-out file is named", ge=0, lt=1)
     epochs: float = key(1.0, "passes over the prompts (two overfit easily)", gt=0)
     batch_prompts: int = key(16, "prompts per optimizer step; all responses of a prompt are in one micro-batch", ge=1)
@@ -165,9 +165,9 @@ class RewardConfig(Loadable):
         "last checkpoints kept (one is written at each evaluation), beside the one with the lowest held-out loss",
         ge=1,
     )
-    optimizer: OptimizerConfig = key(OptimizerConfig(lr=3e-4, warmup_fraction=0.03), "AdamW")
-    parallel: ParallelConfig = key(ParallelConfig(), "how the model is cut over ranks")
-    run: RunConfig = key(RunConfig(dir="runs/reward"), "the run")
+    optimizer: Section[OptimizerConfig] = key(OptimizerConfig(lr=3e-4, warmup_fraction=0.03), "AdamW")
+    parallel: Section[ParallelConfig] = key(ParallelConfig(), "how the model is cut over ranks")
+    run: Section[RunConfig] = key(RunConfig(dir="runs/reward"), "the run")
 
 
 @config_class
@@ -180,7 +180,7 @@ class CriticConfig:
     )
     warmup_iterations: int = key(0, "first iterations in which only the critic learns", ge=0)
     epochs: int = key(0, "the critic's passes over an iteration's experience; 0: as many as ppo_epochs", ge=0)
-    optimizer: OptimizerConfig = key(OptimizerConfig(lr=1e-4), "AdamW of the critic")
+    optimizer: Section[OptimizerConfig] = key(OptimizerConfig(lr=1e-4), "AdamW of the critic")
 
 
 @config_class
@@ -217,7 +217,7 @@ class HTTPConfig:
 class RewardCallConfig:
     """More sources of reward, and how functions and HTTP scorers are called."""
 
-    sources: list[RewardSource] = key([], "what pays beside ppo.reward_model and ppo.reward_function")
+    sources: SectionList[RewardSource] = key([], "what pays beside ppo.reward_model and ppo.reward_function")
     workers: int = key(1, "processes per function and rank; 0 calls it in the process that trains", ge=0)
     timeout_seconds: float = key(
         300.0, "longest that one call of a function may take; its worker is then killed; 0: no limit",
@@ -227,7 +227,7 @@ class RewardCallConfig:
         "stop", "a response that a source fails on: end the run, give it error_score, or train without it"
     )
     error_score: float = key(0.0, "the source's score of a response that it failed on, with on_error=score")
-    http: HTTPConfig = key(HTTPConfig(), "HTTP scorers")
+    http: Section[HTTPConfig] = key(HTTPConfig(), "HTTP scorers")
 
 
 @config_class
@@ -242,14 +242,14 @@ class PPOConfig(Loadable):
     reward_model_weight: float = key(1.0, "weight of the reward model's (normalised) score")
     reward_function: str = key("", "`file.py:function` or `module:function`; empty uses none")
     reward_function_weight: float = key(1.0, "weight of the function's score, which is not normalised")
-    reward: RewardCallConfig = key(RewardCallConfig(), "more sources of reward, and how they are called")
+    reward: Section[RewardCallConfig] = key(RewardCallConfig(), "more sources of reward, and how they are called")
     prompts: str = key("", "JSONL or Parquet file of prompts; all columns reach the reward function")
     eval_prompts: str = key("", "file of held-out prompts; empty evaluates nothing")
     input_key: str = key("", "column of the prompt where its name is not recognised (a dot goes into an object)")
     truncation: Literal["error", "drop", "left"] = key(
         "error", "a prompt that leaves no room for the answer: refuse it, leave it out, or cut its beginning"
     )
-    critic: CriticConfig = key(CriticConfig(), "the critic")
+    critic: Section[CriticConfig] = key(CriticConfig(), "the critic")
     # The iteration.
     iterations: int = key(24, "PPO iterations", ge=1)
     prompts_per_iteration: int = key(32, "prompts drawn per iteration", ge=1)
@@ -261,7 +261,7 @@ class PPOConfig(Loadable):
     reuse_update_logprob: bool = key(
         False, "with one epoch of one minibatch: the update's own forward is the old log-prob"
     )
-    sampling: SamplingConfig = key(
+    sampling: Section[SamplingConfig] = key(
         SamplingConfig(), "how responses are drawn (temperature also divides the logits in scoring and update)"
     )
     max_batch: int = key(256, "sequences decoded at once", ge=1)
@@ -294,9 +294,9 @@ class PPOConfig(Loadable):
     value_clip: float = key(0.2, "value clipped to the old value +- this; 0 does not clip", ge=0)
     entropy_coef: float = key(0.0, "weight of the entropy bonus", ge=0)
     ptx_coef: float = key(0.0, "weight of the pretraining loss mixed into the actor's", ge=0)
-    ptx_data: list[DataSource] = key([], "text for ptx_coef: prompt/response or messages, loss on responses")
+    ptx_data: SectionList[DataSource] = key([], "text for ptx_coef: prompt/response or messages, loss on responses")
     ptx_sequences: int = key(16, "ptx sequences per minibatch", ge=1)
-    optimizer: OptimizerConfig = key(OptimizerConfig(lr=1e-5), "AdamW of the actor")
+    optimizer: Section[OptimizerConfig] = key(OptimizerConfig(lr=1e-5), "AdamW of the actor")
     # Evaluation, checkpoints, the run.
     eval_every: int = key(5, "iterations between evaluations on eval_prompts; 0 evaluates before and after only", ge=0)
     eval_limit: int = key(0, "held-out prompts to use; 0 uses all", ge=0)
@@ -304,8 +304,8 @@ class PPOConfig(Loadable):
     keep_checkpoints: int = key(
         2, "last checkpoints kept, beside the one with the highest held-out score (of those with an evaluation)", ge=1
     )
-    parallel: ParallelConfig = key(ParallelConfig(), "how each of the four models is cut over ranks")
-    run: RunConfig = key(RunConfig(dir="runs/ppo"), "the run")
+    parallel: Section[ParallelConfig] = key(ParallelConfig(), "how each of the four models is cut over ranks")
+    run: Section[RunConfig] = key(RunConfig(dir="runs/ppo"), "the run")
 
     @property
     def critic_epochs(self) -> int:
@@ -331,8 +331,10 @@ class GenerateConfig(Loadable):
     max_batch: int = key(256, "sequences decoded at once", ge=1)
     seed: int = key(0, "seed of the sampler", ge=0)
     dtype: Literal["fp32", "bf16"] = key("fp32", "parameters and activations")
-    sampling: SamplingConfig = key(SamplingConfig(temperature=0.0), "how answers are drawn; greedy unless asked")
-    parallel: ParallelConfig = key(ParallelConfig(), "how the model is cut over ranks")
+    sampling: Section[SamplingConfig] = key(
+        SamplingConfig(temperature=0.0), "how answers are drawn; greedy unless asked"
+    )
+    parallel: Section[ParallelConfig] = key(ParallelConfig(), "how the model is cut over ranks")
 
 
 @config_class

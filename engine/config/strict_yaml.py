@@ -25,7 +25,7 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes text that YAML 1.1 or `_Loader` would take for something else, so that it comes back as text."""
 
-    def ignore_aliases(self, data):
+    def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
@@ -109,8 +109,9 @@ def _note_lines(node: yaml.Node, path: tuple, lines: dict[tuple, int], seen: set
     else:
         return
     for name, mark, value in children:
-        lines[(*path, name)] = mark.start_mark.line + 1
-        _note_lines(value, (*path, name), lines, seen)
+        child_path = (*path, name)
+        lines[child_path] = mark.start_mark.line + 1
+        _note_lines(value, child_path, lines, seen)
 
 
 def dump(data: Any) -> str:

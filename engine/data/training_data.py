@@ -13,13 +13,14 @@ from icegrt.config import DataSource
 from icegrt.data import ConcatDataset, EncodedDataset, open_rows, report_lengths
 from icegrt.data.blend import shuffled
 from icegrt.data.examples import Encoder
+from icegrt.data.types import Rows
 from icegrt.packing import Share
 
 _HELD_TOKENS = 2_000_000
 
 
 def encode_sources(
-    key: str, files: Sequence[DataSource], given: Any, encoder: Encoder
+    key: str, files: Sequence[DataSource], given: Rows | None, encoder: Encoder
 ) -> list[tuple[EncodedDataset, float]]:
     """`given` (rows from Python, or a path) or else `files`, each with its weight, every row read once; `key` names
     rows from Python. Raises `DataError` naming file and line."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+# One sequence's integers: a list, a numpy array or a tensor.
+Integers = Sequence[int] | np.ndarray | Tensor
 
-def integer(name: str, value) -> int:
+
+def integer(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise ValueError(f"{name}: expected an integer, got {value!r}")
     if not -(2**63) <= value < 2**63:
@@ -17,7 +21,7 @@ def integer(name: str, value) -> int:
     return int(value)
 
 
-def int_array(name: str, row, kinds: str = "iu") -> np.ndarray:
+def int_array(name: str, row: Integers, kinds: str = "iu") -> np.ndarray:
     """One sequence of integers as an int64 array (a copy unless it is one already)."""
     if isinstance(row, Tensor):
         if row.is_floating_point() or row.is_complex():
@@ -37,7 +41,7 @@ def int_array(name: str, row, kinds: str = "iu") -> np.ndarray:
     return np.ascontiguousarray(array, dtype=np.int64)
 
 
-def flatten(name: str, rows: Sequence, kinds: str = "iu") -> tuple[np.ndarray, np.ndarray]:
+def flatten(name: str, rows: Sequence[Integers], kinds: str = "iu") -> tuple[np.ndarray, np.ndarray]:
     """Ragged rows -> int64 values end to end, and N + 1 int64 offsets. The values never alias the caller's arrays."""
     try:
         rows = list(rows)

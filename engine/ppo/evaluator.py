@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,7 +92,7 @@ class Evaluator:
         self.actor, self.reference, self.chunk_rows = actor, reference, chunk_rows
 
     def __call__(
-        self, prompts: list[Prompt], normalizers: RunningScoreNormalizers, samples: int = 1, *, greedy: bool = False
+        self, prompts: Sequence[Prompt], normalizers: RunningScoreNormalizers, samples: int = 1, *, greedy: bool = False
     ) -> EvaluationResult:
         sampling = Sampling.of(self.config.sampling, self.config.run.seed ^ _EVALUATION_SEED)
         if greedy:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from icegrt.config import PPOConfig
 from icegrt.errors import ConfigError
+from icegrt.model.hf.reader import ModelSource
+from icegrt.rewards.function import RewardFunction
 from icegrt.rewards.sources import RewardSourceGroup, RewardSpec, named
+
+# A reward model, the URL of an HTTP scorer, `file.py:function`, or a function: icegrt's, TRL's, verl's or OpenRLHF's.
+RewardLike = ModelSource | RewardFunction | Callable[..., Any]
+WeightedReward = tuple[RewardLike, float]
+RewardArgument = RewardLike | WeightedReward | Sequence[RewardLike | WeightedReward]
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,7 @@ class RewardComposition:
     sources: RewardSourceGroup
 
     @classmethod
-    def of(cls, config: PPOConfig, given: Any) -> RewardComposition:
+    def of(cls, config: PPOConfig, given: RewardArgument | None) -> RewardComposition:
         """`given` (a path, model, callable or URL, each alone or with a weight, or a list of them), or else what the
         configuration names. Nothing is loaded yet."""
         if given is None:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,14 @@ from icegrt.data import (
     stop_ids,
 )
 from icegrt.data.training_data import encode_sources
+from icegrt.data.types import Rows, Tokenizer
 from icegrt.errors import ConfigError, RewardError, RunError
 from icegrt.kernels import masked_moments
 from icegrt.metrics import Evaluation, PPOStep, rollout_path
 from icegrt.metrics.alarms import Alarms
 from icegrt.model.build import check_parallelism
 from icegrt.model.hf import exporter
-from icegrt.model.hf.reader import HFCheckpointReader
+from icegrt.model.hf.reader import HFCheckpointReader, ModelSource
 from icegrt.model.hf.score_statistics import saved_statistics
 from icegrt.model.hf.writer import save_pretrained
 from icegrt.ppo.batch_plan import BatchPlan, plan_batches
@@ -39,7 +40,7 @@ from icegrt.ppo.evaluator import EvaluationResult, Evaluator
 from icegrt.ppo.experience import Experience, shape
 from icegrt.ppo.kl_controller import kl_controller
 from icegrt.ppo.metrics import ppo_step, write_rollouts
-from icegrt.ppo.reward_sources import RewardComposition
+from icegrt.ppo.reward_sources import RewardArgument, RewardComposition
 from icegrt.ppo.rewards import RewardComputer, RewardModel, RewardOutputs
 from icegrt.ppo.scores import RunningScoreNormalizer, RunningScoreNormalizers, Scores, total_scores
 from icegrt.ppo.scoring import score_logprobs, score_values
@@ -57,7 +58,7 @@ from icegrt.utils.console import print_info, warn
 _MOST_SKIPPED = 3
 
 
-class PPOTrainer(Trainer):
+class PPOTrainer(Trainer[PPOConfig, PPOStep]):
     """Iterating yields `PPOStep`; `train()` runs to the end, `evaluate()` scores held-out prompts.
 
     actor, reference, critic: path or `transformers` model. reward: a path or model, a function, the URL of an HTTP
@@ -71,15 +72,15 @@ class PPOTrainer(Trainer):
     def __init__(
         self,
         config: PPOConfig,
-        actor: Any = None,
-        tokenizer: Any = None,
-        reward: Any = None,
-        prompts: Any = None,
+        actor: ModelSource | None = None,
+        tokenizer: Tokenizer | str | Path | None = None,
+        reward: RewardArgument | None = None,
+        prompts: Rows | None = None,
         *,
-        reference: Any = None,
-        critic: Any = None,
-        eval_prompts: Any = None,
-        callbacks: Sequence[Any] = (),
+        reference: ModelSource | None = None,
+        critic: ModelSource | None = None,
+        eval_prompts: Rows | None = None,
+        callbacks: Sequence[object] = (),
     ) -> None:
         check_config(config)
         actor = actor if actor is not None else config.actor
@@ -101,7 +102,14 @@ class PPOTrainer(Trainer):
     # -- setting up ------------------------------------------------------------------------------------------------
 
     def _set_up(
-        self, actor, tokenizer, composition: RewardComposition, prompts, reference, critic, eval_prompts
+        self,
+        actor: ModelSource,
+        tokenizer: Tokenizer | str | Path | None,
+        composition: RewardComposition,
+        prompts: Rows,
+        reference: ModelSource | None,
+        critic: ModelSource | None,
+        eval_prompts: Rows | None,
     ) -> None:
         config = self.config
         pretrained = HFCheckpointReader(actor)
@@ -119,7 +127,7 @@ class PPOTrainer(Trainer):
         self.prompts = self._encode("prompts", prompts, context)
         held_out = eval_prompts if eval_prompts is not None else config.eval_prompts
         has_held_out = not (isinstance(held_out, str) and not held_out)
-        self.eval_prompts = self._encode("eval_prompts", held_out, context, config.eval_limit) if has_held_out else []
+        self.eval_prompts = self._encode("eval_prompts", held_out, context, config.eval_limit) if has_held_out else None
         self.roles_by_name = build_roles(config, pretrained, reference, composition, critic)
         check_lengths(config, [p for p in (self.prompts, self.eval_prompts) if p], self.roles_by_name)
         self.actor, self.critic = self.roles_by_name["actor"], self.roles_by_name["critic"]
@@ -147,7 +155,8 @@ class PPOTrainer(Trainer):
         self.order = PromptSampler(len(self.prompts), self.run.seed)
         self.ptx = self._ptx_blend()
         self.updater = Updater(config, self.actor, self.critic, self.chunk_rows, self.cluster.data_group)
-        self.alarms, self.alarm_messages = Alarms(config), []
+        self.alarms = Alarms(config)
+        self.alarm_messages: list[str] = []
         self.first_evaluation: Evaluation | None = None
         self._skipped_in_a_row = {"actor": 0, "critic": 0}
         self._seconds: dict[str, float] = defaultdict(float)
@@ -158,14 +167,16 @@ class PPOTrainer(Trainer):
             self.alarms.observe(self.first_evaluation)
             self.log(self.first_evaluation)
 
-    def _encode(self, key: str, source: Any, context: int, limit: int = 0) -> EncodedDataset[Prompt]:
+    def _encode(self, key: str, source: Rows, context: int, limit: int = 0) -> EncodedDataset[Prompt]:
         answer = self.config.sampling.max_new_tokens
         if answer >= context:
             raise ConfigError(f"ppo.sampling.max_new_tokens {answer} leaves no room for a prompt: context {context}")
         why = f"context {context} - max_new_tokens {answer} leaves {context - answer}"
         encoder = PromptEncoder(self.tokenizer, context - answer, self.config.truncation, why=why)
         rows = open_rows(source, limit, input_key=self.config.input_key)
-        prompts = EncodedDataset(rows, encoder, str(source) if isinstance(source, (str, Path)) else key)
+        prompts: EncodedDataset[Prompt] = EncodedDataset(
+            rows, encoder, str(source) if isinstance(source, (str, Path)) else key
+        )
         report_lengths([prompts])
         return prompts
 
@@ -277,6 +288,7 @@ class PPOTrainer(Trainer):
             rewards_A = rewards.token_reward_A
             shaped = shape(config, self.kl.coef, plan, scores, old_A, ref_A, value_A, last_value_N, rewards_A)
             moments = shaped.moments.reduce(self.cluster.data_group)
+        assert entropy_A is not None
         return Experience(plan, scores, old_A, entropy_A, ref_A, value_A, shaped, moments), rewards, all_rewards
 
     def _total(self, plan: BatchPlan, rewards: RewardOutputs) -> Scores:
@@ -334,7 +346,7 @@ class PPOTrainer(Trainer):
                     )
 
     @contextlib.contextmanager
-    def _timed(self, phase: str):
+    def _timed(self, phase: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
         self._seconds[phase] += time.perf_counter() - started

@@ -14,7 +14,7 @@ from icegrt.model.attention import AttentionMetadata
 from icegrt.model.language_model import LanguageModel
 from icegrt.rollout.kv_cache.contiguous import KVCache
 from icegrt.rollout.pipeline import PipelineChannel
-from icegrt.rollout.types import Response, Sampling, Sequence
+from icegrt.rollout.types import FinishReason, Response, Sampling, Sequence
 
 
 @contextlib.contextmanager
@@ -78,7 +78,7 @@ class DecodeBatch:
         self.logprobs: list[list[float]] = [[] for _ in sequences]
         self.steps = 0
         self.forward_inputs = list(self._prefill())
-        self.sampled: tuple[Tensor, Tensor] | None = None
+        self.sampled: tuple[Tensor, Tensor]  # set by the last stage's forward pass
 
     @property
     def live(self) -> int:
@@ -168,7 +168,7 @@ class DecodeBatch:
 
     def _response(self, member: int) -> Response:
         sequence, tokens = self.sequences[member], self.tokens[member]
-        reason = "stop" if tokens[-1] in self.stop_ids else "length"
+        reason: FinishReason = "stop" if tokens[-1] in self.stop_ids else "length"
         return Response(
             sequence.prompt, sequence.sample, sequence.id, sequence.tokens, tokens, self.logprobs[member], reason
         )

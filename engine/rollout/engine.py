@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from icegrt.data import stop_ids
+from icegrt.data.types import Tokenizer
 from icegrt.distributed.cluster import Cluster
 from icegrt.model.language_model import LanguageModel
 from icegrt.rollout.decoder import Decoder
@@ -21,7 +21,7 @@ class RolloutEngine:
     """
 
     def __init__(
-        self, model: LanguageModel, tokenizer: Any, *, max_batch: int = 256, stop_token_ids: Sequence[int] = ()
+        self, model: LanguageModel, tokenizer: Tokenizer, *, max_batch: int = 256, stop_token_ids: Sequence[int] = ()
     ) -> None:
         self.tokenizer = tokenizer
         stops = stop_ids(tokenizer, model.architecture.hf_config, extra=stop_token_ids)
@@ -29,7 +29,7 @@ class RolloutEngine:
 
     def stream(
         self,
-        prompts: Sequence[str | list[int]],
+        prompts: Sequence[str | Sequence[int]],
         n: int = 1,
         sampling: Sampling | None = None,
         *,
@@ -52,7 +52,7 @@ class RolloutEngine:
 
     def generate(
         self,
-        prompts: Sequence[str | list[int]],
+        prompts: Sequence[str | Sequence[int]],
         n: int = 1,
         sampling: Sampling | None = None,
         *,
@@ -62,13 +62,15 @@ class RolloutEngine:
         ids = self._ids(prompts)
         return self._together(ids, n, sampling or Sampling(), first_sequence_id, _pairs(ids, n))
 
-    def _together(self, ids, n: int, sampling: Sampling, first_sequence_id: int, pairs) -> list[Response]:
+    def _together(
+        self, ids: list[list[int]], n: int, sampling: Sampling, first_sequence_id: int, pairs: list[tuple[int, int]]
+    ) -> list[Response]:
         # A rank without a sequence makes no forward pass, in which others would gather parameters together with it.
         self.decoder.model.wait_for_param_gather()
         own = mine(pairs, Cluster.current().share)
         return everyones(list(self.decoder.stream(ids, n, sampling, first_sequence_id, own)), ids, n, first_sequence_id)
 
-    def _ids(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+    def _ids(self, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
         return [self.tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
 
     def text(self, response: Response) -> str:

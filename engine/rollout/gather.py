@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from icegrt.distributed.cluster import Cluster
-from icegrt.rollout.types import Response
+from icegrt.packing import Share
+from icegrt.rollout.types import FinishReason, Response
 
-_REASONS = ("stop", "length")
+_REASONS: tuple[FinishReason, ...] = ("stop", "length")
+T = TypeVar("T")
 _HEADER = 4  # prompt, sample, tokens, reason
 
 
-def mine(items: Sequence, share) -> list:
+def mine(items: Sequence[T], share: Share) -> list[T]:
     """This data-parallel rank's neighbouring part, so that samples of one prompt mostly stay together."""
     return list(items[len(items) * share.rank // share.ranks : len(items) * (share.rank + 1) // share.ranks])
 
@@ -48,7 +51,9 @@ def _as_numbers(responses: list[Response]) -> Tensor:
     )
 
 
-def _from_numbers(numbers: Tensor, prompts, samples: int, first_sequence_id: int) -> Iterator[Response]:
+def _from_numbers(
+    numbers: Tensor, prompts: Sequence[list[int]], samples: int, first_sequence_id: int
+) -> Iterator[Response]:
     count = int(numbers[0])
     headers = numbers[1 : 1 + _HEADER * count].view(count, _HEADER).tolist()
     body = numbers[1 + _HEADER * count :]

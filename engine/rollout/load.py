@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from icegrt.config import ParallelConfig
 from icegrt.distributed.cluster import Cluster
@@ -12,10 +11,13 @@ from icegrt.distributed.layout import Layout
 from icegrt.errors import ConfigError
 from icegrt.model.architecture import DTYPES
 from icegrt.model.build import build_model
+from icegrt.model.hf.reader import ModelSource
 from icegrt.model.language_model import LanguageModel
 
 
-def load_actor(source: str | Path | Any, dtype: str = "fp32", parallel: ParallelConfig | None = None) -> LanguageModel:
+def load_actor(
+    source: ModelSource, dtype: Literal["fp32", "bf16"] = "fp32", parallel: ParallelConfig | None = None
+) -> LanguageModel:
     """A language model for `RolloutEngine`, in eval mode and without gradients.
 
     source: path of a Hugging Face checkpoint, or a `transformers` model, whose weights are copied. dtype: 'fp32' or

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from icegrt.data import Prompt
+from icegrt.data.types import Tokenizer
 from icegrt.rewards.sample import Sample
 from icegrt.rollout.types import Response
 
 
-def sample_of(tokenizer: Any, response: Response, prompt: Prompt) -> Sample:
+def sample_of(tokenizer: Tokenizer, response: Response, prompt: Prompt) -> Sample:
     """A response as a reward function sees it: cut at the stop token first, scored after."""
     return Sample(
         text=tokenizer.decode(response.tokens, skip_special_tokens=True),

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from icegrt.checkpoint import manager as checkpoint
 from icegrt.checkpoint.directory import best_of, list_checkpoints
 from icegrt.config import RewardConfig
 from icegrt.data import BlendedDataset, ConcatDataset, EncodedDataset, Ranking, RankingEncoder, untied_pairs
+from icegrt.data.blend import Pair
 from icegrt.data.training_data import hold_out, packed
+from icegrt.data.types import Rows
 from icegrt.errors import DataError
 from icegrt.metrics import RewardStep
 from icegrt.model.build import build_model
@@ -21,7 +25,8 @@ from icegrt.model.hf import exporter
 from icegrt.model.hf.reader import HFCheckpointReader
 from icegrt.model.hf.score_statistics import SCORE_STATISTICS, score_statistics
 from icegrt.model.hf.writer import save_pretrained
-from icegrt.roles.role import Role
+from icegrt.model.language_model import LanguageModel
+from icegrt.roles.role import Loss, Role
 from icegrt.training.ranking_loss import RankingQuality, evaluate_ranking, pack_group, pack_rankings, ranking_loss
 from icegrt.training.reward_summary import heldout_figures
 from icegrt.training.single_model import OneModelTrainer
@@ -29,13 +34,13 @@ from icegrt.training.trainer import write_json
 from icegrt.utils.console import print_info
 
 
-class RewardTrainer(OneModelTrainer):
+class RewardTrainer(OneModelTrainer[RewardConfig, RewardStep]):
     """Trains a scalar head and its trunk on rankings; iterating yields `RewardStep`. Arguments: see `OneModelTrainer`.
 
     The model may come with or without a score head.
     """
 
-    def _set_up(self, pretrained: HFCheckpointReader, data: Any, heldout: Any) -> None:
+    def _set_up(self, pretrained: HFCheckpointReader, data: Rows | None, heldout: Rows | None) -> None:
         config = self.config
         sources, held = self._training_data(data), self._heldout_data(heldout)
         if not held and config.heldout_fraction:
@@ -51,7 +56,7 @@ class RewardTrainer(OneModelTrainer):
         self.heldout_rankings = ConcatDataset(held)
         pack = partial(pack_group, tie_margin=config.tie_margin)
         self.heldout = packed(self.heldout_rankings, config.token_budget, pack, self.cluster.share)
-        self._batches = None
+        self._batches: Iterator[list[Pair]] | None = None
         self._best_loss: float | None = None
         self._without_better = 0
         self._before: dict[str, Any] | None = None
@@ -61,7 +66,7 @@ class RewardTrainer(OneModelTrainer):
             statistics = score_statistics(quality.score_N)
             self._before = {"loss": quality.loss, "accuracy": quality.accuracy, "statistics": statistics}
 
-    def _build(self, source: HFCheckpointReader):
+    def _build(self, source: HFCheckpointReader) -> LanguageModel:
         return build_model(source, "scalar", dtype=self.dtype, new_head=True, recompute=self.run.recompute)
 
     def _encoder(self) -> RankingEncoder:
@@ -97,7 +102,7 @@ class RewardTrainer(OneModelTrainer):
         rankings = [self.blend.item(pair) for pair in next(self._batches)]
         ranked = pack_rankings(rankings, self.config.token_budget, self.config.tie_margin, self.cluster.share)
 
-        def loss(hidden_TH, i):
+        def loss(hidden_TH: Tensor, i: int) -> Loss:
             score_N = self.role.model.head(hidden_TH[ranked[i].batch.last_rows_N.to(hidden_TH.device)])
             return ranking_loss(score_N, ranked[i])
 
@@ -131,7 +136,9 @@ class RewardTrainer(OneModelTrainer):
         return row
 
     def describe(self, step: RewardStep) -> dict[str, float]:
-        held = {} if step.heldout_loss is None else {"held_out": step.heldout_loss, "accuracy": step.heldout_accuracy}
+        held: dict[str, Any] = (
+            {} if step.heldout_loss is None else {"held_out": step.heldout_loss, "accuracy": step.heldout_accuracy}
+        )
         return {"loss": step.loss, **held}
 
     def _watch(self, quality: RankingQuality) -> None:
@@ -173,6 +180,7 @@ class RewardTrainer(OneModelTrainer):
         summary: dict[str, Any] = {"steps": self.done_steps}
         statistics = None
         if after is not None:
+            assert self._before is not None  # measured before the first step
             summary |= heldout_figures(self.config, self._before, after, self.heldout_rankings, self.train_rankings)
             statistics = {"before": self._before["statistics"], "after": score_statistics(after.score_N)}
         self.save_checkpoint(None if after is None else -after.loss)

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from icegrt.config import SFTConfig
 from icegrt.data import BlendedDataset, ConcatDataset, Example, ExampleEncoder
+from icegrt.data.blend import Pair
 from icegrt.data.training_data import packed
+from icegrt.data.types import Rows
 from icegrt.metrics import SFTStep
 from icegrt.model.build import build_model
 from icegrt.model.hf import exporter
 from icegrt.model.hf.reader import HFCheckpointReader
 from icegrt.model.hf.writer import save_pretrained
-from icegrt.roles.role import Role
+from icegrt.roles.role import Loss, Role
 from icegrt.training.sft_loss import heldout_loss, pack_examples, pack_group, response_nll
 from icegrt.training.single_model import OneModelTrainer
 from icegrt.training.trainer import resolve_chunk_rows, write_json
 from icegrt.utils.console import print_info
 
 
-class SFTTrainer(OneModelTrainer):
+class SFTTrainer(OneModelTrainer[SFTConfig, SFTStep]):
     """Fine-tunes a causal language model; iterating yields `SFTStep`. Arguments: see `OneModelTrainer`."""
 
-    def _set_up(self, pretrained: HFCheckpointReader, data: Any, heldout: Any) -> None:
+    def _set_up(self, pretrained: HFCheckpointReader, data: Rows | None, heldout: Rows | None) -> None:
         config = self.config
         sources = self._training_data(data)
         self.heldout = ConcatDataset(self._heldout_data(heldout))
@@ -35,7 +40,7 @@ class SFTTrainer(OneModelTrainer):
         self.role.learn(config.optimizer, self.total_steps)
         self.chunk_rows = resolve_chunk_rows(config.chunk_rows, pretrained.architecture)
         self.roles = [self.role]
-        self._batches = None
+        self._batches: Iterator[list[Pair]] | None = None
         self._heldout_batches = packed(self.heldout, config.token_budget, pack_group, self.cluster.share)
         self._heldout_before: float | None = None
         self._restore_and_open_log(self.tokenizer, chunk_rows=self.chunk_rows)
@@ -63,7 +68,7 @@ class SFTTrainer(OneModelTrainer):
         examples = [self.blend.item(pair) for pair in next(self._batches)]
         batches = pack_examples(examples, self.config.token_budget, self.cluster.share)
 
-        def loss(hidden_TH, i):
+        def loss(hidden_TH: Tensor, i: int) -> Loss:
             batch = batches[i].to(hidden_TH.device)
             total = response_nll(self.role, hidden_TH, batch, self.chunk_rows)
             return total, batch.n_counted_actions, float(total.detach())

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
-from icegrt.config import DataSource
+from icegrt.config import DataSource, RewardConfig, SFTConfig
 from icegrt.data import EncodedDataset, stop_ids
 from icegrt.data.examples import Encoder
 from icegrt.data.training_data import encode_sources
+from icegrt.data.types import Rows, Tokenizer
 from icegrt.errors import ConfigError, DataError
 from icegrt.model.build import check_parallelism
-from icegrt.model.hf.reader import HFCheckpointReader
+from icegrt.model.hf.reader import HFCheckpointReader, ModelSource
 from icegrt.roles.role import Role
-from icegrt.training.trainer import Trainer, tokenizer_for
+from icegrt.training.trainer import StepT, Trainer, tokenizer_for
 
 # Encoded files or rows, each with its weight in the blend.
 EncodedSources = list[tuple[EncodedDataset, float]]
 
+ConfigT = TypeVar("ConfigT", bound=SFTConfig | RewardConfig)
 
-class OneModelTrainer(Trainer):
+
+class OneModelTrainer(Trainer[ConfigT, StepT]):
     """Trains one role on data that is known before training.
 
     model: path of a Hugging Face checkpoint, or a `transformers` model (default: `config.model`).
@@ -30,12 +34,12 @@ class OneModelTrainer(Trainer):
 
     def __init__(
         self,
-        config: Any,
-        model: Any = None,
-        tokenizer: Any = None,
-        data: Any = None,
-        heldout: Any = None,
-        callbacks: Sequence[Any] = (),
+        config: ConfigT,
+        model: ModelSource | None = None,
+        tokenizer: Tokenizer | str | Path | None = None,
+        data: Rows | None = None,
+        heldout: Rows | None = None,
+        callbacks: Sequence[object] = (),
     ) -> None:
         source = model if model is not None else config.model
         if not source:
@@ -53,7 +57,7 @@ class OneModelTrainer(Trainer):
             self.close()
             raise
 
-    def _set_up(self, pretrained: HFCheckpointReader, data: Any, heldout: Any) -> None:
+    def _set_up(self, pretrained: HFCheckpointReader, data: Rows | None, heldout: Rows | None) -> None:
         """Encode the data, build the role, and begin."""
         raise NotImplementedError
 
@@ -65,16 +69,16 @@ class OneModelTrainer(Trainer):
         """What to say of an item that is longer than a micro-batch may be."""
         raise NotImplementedError
 
-    def _training_data(self, given: Any) -> EncodedSources:
+    def _training_data(self, given: Rows | None) -> EncodedSources:
         encoded = self._encode("data", self.config.data, given)
         if not encoded:
             raise ConfigError(f"{self.config.section}.data names no file; give at least one source")
         return encoded
 
-    def _heldout_data(self, given: Any) -> list[EncodedDataset]:
+    def _heldout_data(self, given: Rows | None) -> list[EncodedDataset]:
         return [items for items, _ in self._encode("heldout", self.config.heldout, given)]
 
-    def _encode(self, key: str, files: list[DataSource], given: Any) -> EncodedSources:
+    def _encode(self, key: str, files: list[DataSource], given: Rows | None) -> EncodedSources:
         encoded = encode_sources(f"{self.config.section}.{key}", files, given, self._encoder())
         for items, _ in encoded:
             longest = items.longest()

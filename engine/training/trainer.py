@@ -7,37 +7,48 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
+from typing_extensions import Self
 
 from icegrt.checkpoint import manager as checkpoint
 from icegrt.checkpoint.directory import read_state
-from icegrt.config import RunConfig
+from icegrt.config import PPOConfig, RewardConfig, RunConfig, SFTConfig
 from icegrt.config.loader import as_dict
 from icegrt.data import check_tokenizer, load_tokenizer
+from icegrt.data.types import Tokenizer
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
 from icegrt.errors import ConfigError, RunError
 from icegrt.kernels import default_chunk_rows
-from icegrt.metrics import RunLog, drop_rollouts
+from icegrt.metrics import PPOStep, RewardStep, RunLog, SFTStep, drop_rollouts
 from icegrt.metrics.sinks import check_sinks
 from icegrt.model.architecture import DTYPES, Architecture
+from icegrt.model.hf.reader import ModelSource
 from icegrt.roles.role import Role
 from icegrt.training.run_folder import CONFIG_FILE, RunLock, lock_run_folder
 from icegrt.training.sigterm import capture_sigterm
 from icegrt.utils.console import is_main, print_info, progress
 from icegrt.utils.files import write_text_aside
 
+if TYPE_CHECKING:
+    from icegrt.ppo.experience import Experience
+    from icegrt.ppo.trainer import PPOTrainer
+    from icegrt.rollout.types import Response
+
+ConfigT = TypeVar("ConfigT", bound=SFTConfig | RewardConfig | PPOConfig)
+StepT = TypeVar("StepT", bound=SFTStep | RewardStep | PPOStep)
+
 
 class Callback:
     """Hooks into a run; override what is needed. Each is called on every rank, after the fact."""
 
-    def on_rollout(self, trainer: Any, responses: list) -> None:
+    def on_rollout(self, trainer: PPOTrainer, responses: list[Response]) -> None:
         """Responses of an iteration have been sampled."""
 
-    def on_scores(self, trainer: Any, experience: Any) -> None:
+    def on_scores(self, trainer: PPOTrainer, experience: Experience) -> None:
         """Log-probs, values, scores and advantages of an iteration are known."""
 
     def on_update(self, trainer: Any, step: Any) -> None:
@@ -47,14 +58,14 @@ class Callback:
         """A checkpoint has been written to `path`."""
 
 
-class Trainer:
+class Trainer(Generic[ConfigT, StepT]):
     """Iterate it for typed metrics, or `train()` to the end. Close it (or use `with`) to leave torch as it was."""
 
     unit = "steps"
     total_steps: int
     roles: list[Role]  # those that learn, for checkpoints
 
-    def __init__(self, config: Any, callbacks: Sequence[Any] = ()) -> None:
+    def __init__(self, config: ConfigT, callbacks: Sequence[object] = ()) -> None:
         self.config = config
         self.run: RunConfig = config.run
         self.callbacks = list(callbacks)
@@ -100,7 +111,7 @@ class Trainer:
                 raise RunError(f"{self.dir}: holds a run of `icegrt {stage}`; resume it with that command")
         return found
 
-    def _restore_and_open_log(self, tokenizer: Any, **saved: Any) -> None:
+    def _restore_and_open_log(self, tokenizer: Tokenizer, **saved: Any) -> None:
         """Once models and data stand: restore the checkpoint, write the configuration, open the log."""
         if self._resumed_from is not None:
             state = checkpoint.load(self._resumed_from, self.roles)
@@ -165,16 +176,16 @@ class Trainer:
 
     # -- running ---------------------------------------------------------------------------------------------------
 
-    def step(self) -> Any:
+    def step(self) -> StepT:
         """One step; returns its metrics, which are logged already."""
         raise NotImplementedError
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[StepT]:
         while self.done_steps < self.total_steps:
             yield self.step()
             self._between_steps()
 
-    def train(self) -> Any:
+    def train(self) -> dict[str, Any]:
         """Run to the end with a progress bar; returns what `finish()` says.
 
         SIGTERM to any rank ends the run on all of them after the step that it meets: saved, and with exit status 0
@@ -202,7 +213,7 @@ class Trainer:
         if not writing:
             self.complete_checkpoint()
 
-    def describe(self, step: Any) -> dict[str, float]:
+    def describe(self, step: StepT) -> dict[str, float]:
         """The figures of a step that its progress line shows."""
         return {"loss": step.loss}
 
@@ -221,8 +232,9 @@ class Trainer:
         """Write the trained model as a Hugging Face checkpoint."""
         raise NotImplementedError
 
-    def finish(self) -> Any:
+    def finish(self) -> dict[str, Any]:
         """After the last step: final evaluation, checkpoint, exported model."""
+        raise NotImplementedError
 
     def notify(self, hook: str, *args: Any) -> None:
         """Call `hook` of every callback that has it."""
@@ -258,14 +270,14 @@ class Trainer:
             self._run_lock.release()
             self._run_lock = None
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
 
-def tokenizer_for(given: Any, model: Any, architecture: Architecture) -> Any:
+def tokenizer_for(given: Tokenizer | str | Path | None, model: ModelSource, architecture: Architecture) -> Tokenizer:
     """The tokenizer: the given one, or the one beside the model; checked against the model's vocabulary."""
     if given is None or isinstance(given, (str, Path)):
         folder = given or (model if isinstance(model, (str, Path)) else None)

@@ -16,7 +16,17 @@ class KVCache:
     the last live one. `lengths` counts the tokens held per slot; during a decode step it includes the new one.
     """
 
-    def __init__(self, layers: int, slots: int, capacity: int, kv_heads: int, head_dim: int, *, dtype, device) -> None:
+    def __init__(
+        self,
+        layers: int,
+        slots: int,
+        capacity: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         shape = (layers, slots, kv_heads, capacity, head_dim)
         # What is masked takes part all the same (a score plus -inf, a value times 0), so it must at least be finite.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
