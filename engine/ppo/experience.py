@@ -1,7 +1,7 @@
 """The experience of one iteration: a batch plan, what the roles computed on it, and the advantages.
 
-Scoring and update use the same plan. Both read log-probs with one routine (`linear_logprobs` and `linear_ppo_loss` share
-their forward), over the same rows in the same chunks: before the first step the ratio is exactly 1.
+Scoring and update use the same plan. Both read log-probs with one routine, over the same rows in the same chunks
+(`linear_logprobs` and `linear_ppo_loss` share their forward). Before the first step the ratio is exactly 1.
 """
 
 from __future__ import annotations

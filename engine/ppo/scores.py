@@ -81,8 +81,8 @@ class RunningScoreNormalizers(dict[str, RunningScoreNormalizer]):
         if set(state) != set(self):
             saved, configured = (", ".join(names) or "none" for names in (state, self))
             raise ConfigError(
-                f"the checkpoint has score statistics of the reward models {saved}; this run has {configured}. Name the "
-                "same models (ppo.reward_model, ppo.reward.sources), or start a new run from the checkpoint's actor"
+                f"the checkpoint has score statistics of the reward models {saved}; this run has {configured}. Name "
+                "the same models (ppo.reward_model, ppo.reward.sources), or start a new run from the checkpoint's actor"
             )
         for name, normalizer in self.items():
             normalizer.load_state(state[name])

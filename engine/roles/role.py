@@ -85,7 +85,13 @@ class Role:
         return broadcast_from_last_stage(rows, len(batches))
 
     def save_pretrained(
-        self, out: str | Path, dtype: str, tokenizer: Any = None, extra_files: dict[str, Any] | None = None
+        self,
+        out: str | Path,
+        dtype: str,
+        tokenizer: Any = None,
+        extra_files: dict[str, Any] | None = None,
+        *,
+        replace: bool = False,
     ) -> Path:
         """Write the model as a Hugging Face checkpoint in `dtype`; arguments as in `model.hf.writer`. Collective."""
         return save_pretrained(
@@ -96,6 +102,7 @@ class Role:
             dtype=dtype,
             tokenizer=tokenizer,
             extra_files=extra_files,
+            replace=replace,
         )
 
     def _run(

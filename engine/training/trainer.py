@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from icegrt.metrics import RunLog, drop_rollouts
 from icegrt.metrics.sinks import check_sinks
 from icegrt.model.architecture import DTYPES, Architecture
 from icegrt.roles.role import TrainableRole
-from icegrt.training.run_folder import CONFIG_FILE, RunLock, lock_run_folder
+from icegrt.training.run_folder import CONFIG_FILE, lock_run_folder
 from icegrt.training.sigterm import capture_sigterm
 from icegrt.utils.console import is_main, print_info, progress
 from icegrt.utils.files import write_text_atomic
@@ -276,15 +275,9 @@ class Trainer:
         """Return the figures of a step for the progress line."""
         return {"loss": step.loss}
 
-    def write_model(self, *args: Any) -> None:
-        """The model under `<run.dir>/model`, in place of one that was written before a resume."""
-        model, aside = self.dir / "model", self.dir / "model.new"
-        if self.cluster.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-        self.save_pretrained(aside, *args)
-        if self.cluster.is_main:
-            shutil.rmtree(model, ignore_errors=True)
-            aside.rename(model)
+    def write_model(self, extra_files: dict[str, Any] | None = None) -> None:
+        """Write the trained model to `<run.dir>/model`, in place of one from before a resume. Collective."""
+        self.roles[0].save_pretrained(self.dir / "model", self.run.dtype, self.tokenizer, extra_files, replace=True)
         self.cluster.wait()
 
     def save_pretrained(self, out: str | Path) -> Path:
