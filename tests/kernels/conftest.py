@@ -12,8 +12,8 @@ COMPILED = (HERE / "aot",)
 NEEDS_INTERPRETER = "runs in Triton's interpreter: hide the device (CUDA_VISIBLE_DEVICES= pytest tests/kernels)"
 NEEDS_COMPILER = "compiles kernels ahead of time: run TRITON_INTERPRET=0 pytest tests/kernels/aot"
 
-# Triton 3.6 interprets kernels with numpy, which warns when exp(x) overflows or inf - inf becomes NaN. Kernels form such
-# values on purpose in lanes that `tl.where` discards. A device does so without a warning.
+# Triton 3.6 interprets kernels with numpy, which warns when exp(x) overflows or inf - inf becomes NaN. Kernels form
+# such values on purpose in lanes that `tl.where` discards. A device does so without a warning.
 IGNORE_NUMPY = pytest.mark.filterwarnings(r"ignore::RuntimeWarning:(triton\.runtime\.interpreter|numpy)")
 
 
