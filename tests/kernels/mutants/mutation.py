@@ -22,7 +22,7 @@ from types import ModuleType
 
 from icegrt.kernels import dispatch
 
-KERNELS = Path(__file__).resolve().parents[3] / "kernels"
+ROOT = Path(__file__).resolve().parents[3]
 PACKAGE = "icegrt.kernels"
 
 
@@ -53,6 +53,10 @@ class Mutant:
     arguments: dict = field(default_factory=dict)
     kernel: str | None = None
 
+    @property
+    def path(self) -> str:
+        return f"kernels/{self.module.replace('.', '/')}.py"
+
     def __str__(self) -> str:
         return f"{self.kernel or self.function}: {self.broken}"
 
@@ -67,7 +71,7 @@ def mutated_source(source: str, mutant: Mutant) -> str:
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == mutant.function]
     if len(functions) != 1:
         raise LookupError(
-            f"mutant {str(mutant)!r}: kernels/{mutant.module} must define function {mutant.function!r} once, "
+            f"mutant {str(mutant)!r}: {mutant.path} must define function {mutant.function!r} once, "
             f"found {len(functions)} definitions"
         )
     old, new = ast.parse(mutant.old).body, ast.parse(mutant.new).body
@@ -77,7 +81,7 @@ def mutated_source(source: str, mutant: Mutant) -> str:
         matches = _replace_statements(functions[0], old, new)
     if matches != 1:
         raise LookupError(
-            f"mutant {str(mutant)!r}: in kernels/{mutant.module}, function {mutant.function!r}, the pattern "
+            f"mutant {str(mutant)!r}: in {mutant.path}, function {mutant.function!r}, the pattern "
             f"{mutant.old!r} must match exactly once, got {matches} matches"
         )
     return ast.unparse(tree) + "\n"
@@ -124,7 +128,7 @@ def _replace_statements(function: ast.FunctionDef, old: list[ast.stmt], new: lis
 @contextlib.contextmanager
 def mutated_module(mutant: Mutant) -> Iterator[None]:
     """Load the mutated module in the kernel's place. Every other Triton module is imported anew around it."""
-    source = mutated_source((KERNELS / f"{mutant.module.replace('.', '/')}.py").read_text(), mutant)
+    source = mutated_source((ROOT / mutant.path).read_text(), mutant)
     with tempfile.TemporaryDirectory() as folder:
         # Triton reads a kernel's source from its file, so the mutated module needs one.
         path = Path(folder) / f"{mutant.module}.py"

@@ -4,10 +4,10 @@ import importlib
 
 import pytest
 
-from tests.kernels.mutants.mutation import KERNELS, mutated_module
+from tests.kernels.mutants.mutation import ROOT, mutated_module
 
 # One list an operation: a folder of kernels/ with a triton.py has a file of its name here.
-OPERATIONS = sorted(path.parent.name for path in KERNELS.glob("*/triton.py") if path.parent.name != "common")
+OPERATIONS = sorted(path.parent.name for path in ROOT.glob("kernels/*/triton.py") if path.parent.name != "common")
 MUTANTS = [mutant for op in OPERATIONS for mutant in importlib.import_module(f"tests.kernels.mutants.{op}").MUTANTS]
 
 

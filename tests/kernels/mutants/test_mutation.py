@@ -78,7 +78,7 @@ def test_decorators_and_the_rest_of_the_module_are_kept():
     ],
 )
 def test_a_pattern_that_does_not_match_once_is_named(old, new, matches):
-    message = f"kernels/some.triton, function 'kernel', the pattern '{old}' must match exactly once, got {matches}"
+    message = f"kernels/some/triton.py, function 'kernel', the pattern '{old}' must match exactly once, got {matches}"
     with pytest.raises(LookupError) as error:
         mutated_source(SOURCE, mutant(old, new))
     assert message.replace("'", "") in str(error.value).replace("'", "")
@@ -91,7 +91,7 @@ def test_statements_that_match_twice_are_counted():
 
 
 def test_a_missing_function_is_named():
-    with pytest.raises(LookupError, match=r"kernels/some.triton must define function 'gone' once, found 0"):
+    with pytest.raises(LookupError, match=r"kernels/some/triton.py must define function 'gone' once, found 0"):
         mutated_source(SOURCE, mutant("x", "y", function="gone"))
 
 
