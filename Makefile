@@ -42,7 +42,7 @@ check: install  ## lint, format, import direction, and that every kernel has its
 
 docs: install  ## build the documentation into site/; a broken link or a missing docstring is an error
 	$(PY) tools/check_docs.py
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 format: install  ## rewrite to the house format
 	$(PY) -m ruff check --fix .
