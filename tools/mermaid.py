@@ -7,6 +7,7 @@ Supported is what the pages use: `flowchart TD`, nodes `id["label"]` with `<br>`
 from __future__ import annotations
 
 import html
+import itertools
 import re
 from dataclasses import dataclass, field
 
@@ -48,7 +49,7 @@ def parse(source: str) -> Flowchart:
             if label or name not in chart.labels:
                 chart.labels[name] = (label or name).split("<br>")
         names = [node.group(1) for node in nodes]
-        chart.arrows += zip(names, names[1:], strict=False)
+        chart.arrows += itertools.pairwise(names)
     return chart
 
 

@@ -2,6 +2,8 @@
 
 import ast
 import dataclasses
+import importlib.util
+import itertools
 import re
 import subprocess
 import sys
@@ -13,11 +15,20 @@ from icegrt.metrics import alarms, records
 from tests.project.test_imports import LAYERS
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import check_docs
-import mermaid
 
 DOCS = ROOT / "docs"
+
+
+def tool(name):
+    """A module of tools/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look for their module there
+    spec.loader.exec_module(module)
+    return module
+
+
+check_docs, mermaid = tool("check_docs"), tool("mermaid")
 
 
 def page(name):
@@ -110,7 +121,7 @@ def test_the_architecture_page_has_the_layers_of_the_import_rule():
     chart = mermaid.parse(layers)
     assert [tuple(label.split(", ")) for (label,) in reversed(chart.labels.values())] == list(LAYERS)
     names = list(chart.labels)
-    assert chart.arrows == list(zip(names, names[1:], strict=False))
+    assert chart.arrows == list(itertools.pairwise(names))
     table = page("architecture.md").split("| package |")[1].split("\n\n")[0]
     assert {name for layer in LAYERS for name in layer} <= set(first_column(table))
 
@@ -159,7 +170,12 @@ def test_diagrams_are_drawn_or_refused():
     assert chart.arrows == [("a", "b"), ("b", "c"), ("a", "c")]
     svg = mermaid.to_svg('flowchart TD\n  a["one<br>two"] --> b["three & four"] --> c\n')
     assert svg.count("<rect") == 3 and "three &amp; four" in svg and "\n" not in svg
-    for wrong in ("graph LR\n a --> b", "flowchart TD\n a -.-> b", "flowchart TD\n subgraph x", "flowchart TD\n a-->b-->a"):
+    for wrong in (
+        "graph LR\n a --> b",
+        "flowchart TD\n a -.-> b",
+        "flowchart TD\n subgraph x",
+        "flowchart TD\n a-->b-->a",
+    ):
         with pytest.raises(ValueError, match="diagram"):
             mermaid.to_svg(wrong)
 
@@ -188,11 +204,13 @@ def test_the_site_is_built_and_needs_no_network(tmp_path):
     assert result.returncode == 0, result.stderr
     site = tmp_path / "site"
     for path in site.rglob("*.html"):
-        loaded = re.findall(r'<(?:script|img|link rel="stylesheet")[^>]*?(?:src|href)="(https?:[^"]+)', path.read_text())
+        loaded = re.findall(
+            r'<(?:script|img|link rel="stylesheet")[^>]*?(?:src|href)="(https?:[^"]+)', path.read_text()
+        )
         assert loaded == [], path
         assert 'class="mermaid"' not in path.read_text(), path
     home = (site / "index.html").read_text()
-    assert 'href="checkpoints.html"' in home and "docs/checkpoints.md\"" not in home
+    assert 'href="checkpoints.html"' in home and 'docs/checkpoints.md"' not in home
     assert (site / "bench" / "results" / "cpu" / "linear_ppo_loss.png").is_file()
 
 
