@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 IDIOMS = {
-    "says, told, speaks": r"says?|said|tells?|told|speaks?|spoke|hears?|heard|asks?|asked|announces?|answers for|wants?",
+    "says, told, speaks": r"says?|said|tells?|told|speaks?|spoke|hears?|heard|asks?|asked|announces?|wants?",
     "what ...": r"what",
     "where there is": r"where (?:there|it|they|one|none|no|not|a|an)",
     "nobody, whoever, theirs": r"nobody|whoever|everyone|everybody|theirs|ours|mine|whatever|the others?",

@@ -46,7 +46,7 @@ def on_page_markdown(markdown, page, config, files):
 
 def _text(text: str, uri: str, files) -> str:
     # GitHub begins a list without a blank line before it, Python-Markdown does not.
-    text = re.sub(r"^(?!\s*(?:[*|#]|\d+\.))(\S.*)\n(?=(?:\*|\d+\.) )", r"\1\n\n", text, flags=re.MULTILINE)
+    text = re.sub(r"^(?!\* |\d+\. |\||#)(\S.*)\n(?=(?:\*|\d+\.) )", r"\1\n\n", text, flags=re.MULTILINE)
     return _LINK.sub(lambda match: _link(match, uri, files), text)
 
 

@@ -143,10 +143,12 @@ def test_missing_docstrings_and_entries_are_found(tmp_path):
     package = tmp_path / "src" / "demo_pkg"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(
-        '"""A package."""\nfrom .inner import Thing, bare\nfrom .same import same\n__all__ = ["Thing", "bare", "same"]\n'
+        '"""A package."""\nfrom .inner import Thing, bare\nfrom .same import same\n'
+        '__all__ = ["Thing", "bare", "same"]\n'
     )
     (package / "inner.py").write_text(
-        'class Thing:\n    """A thing."""\n    def run(self):\n        pass\n    def _hidden(self):\n        pass\n'
+        'class Thing:\n    """A thing."""\n    def run(self):\n        pass\n'
+        "    def _hidden(self):\n        pass\n"
         "    @property\n    def size(self):\n        return 1\n"
         "def bare():\n    pass\n"
     )
@@ -211,6 +213,9 @@ def test_the_site_is_built_and_needs_no_network(tmp_path):
         assert 'class="mermaid"' not in path.read_text(), path
     home = (site / "index.html").read_text()
     assert 'href="checkpoints.html"' in home and 'docs/checkpoints.md"' not in home
+    assert "<p>*" not in home and not re.search(r"<p>[^<]*\n\* ", home)
+    log = (site / "log.html").read_text()
+    assert re.search(r"<p><strong>Decisions</strong></p>\s*<ul>", log)
     assert (site / "bench" / "results" / "cpu" / "linear_ppo_loss.png").is_file()
 
 
