@@ -57,7 +57,8 @@ def compute_advantages(
         kl_coef: of the KL penalty if `kl_in` is "reward".
         plan: [N] responses with [A] actions.
         scores: the total is paid at a response's last token.
-        old_logprob_A, ref_logprob_A: [A], of the sampling policy and of the reference.
+        old_logprob_A: [A], of the policy that sampled.
+        ref_logprob_A: [A], of the reference.
         value_A: [A], before every action.
         last_value_N: [N], after every response's last token.
         token_reward_A: [A], added to the rewards; None: nothing.

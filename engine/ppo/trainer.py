@@ -35,14 +35,17 @@ class PPOTrainer(Trainer):
 
     Args:
         config: keys of the `ppo` section.
-        actor, reference, critic: path or `transformers` model.
+        actor: the policy to train; path or `transformers` model.
         tokenizer: default: the one in the actor's folder.
         reward: a path or model, a function, the URL of an HTTP scorer, or a list of these, each alone or as
             (source, weight).
-        prompts, eval_prompts: an iterable of dicts or a `datasets.Dataset`.
+        prompts: path, iterable of dicts or `datasets.Dataset`.
+        reference: the policy that the KL is measured against; default: the actor as it starts.
+        critic: path or model with a scalar head; default: as `critic.init` names it.
+        eval_prompts: held-out prompts, in the form of `prompts`.
         callbacks: objects with any of the hooks of `Callback`.
 
-    All inputs default to those that the configuration names.
+    Inputs that are None come from the configuration.
     """
 
     unit = "iterations"

@@ -192,7 +192,7 @@ def _drop_ties(rankings: EncodedDataset[Ranking], tie_margin: float) -> EncodedD
         )
     if len(chosen) < len(rankings):
         print_info(
-            f"{rankings.name}: {len(rankings) - len(chosen):,} of {len(rankings):,} prompts have only ties and are dropped"
+            f"{rankings.name}: {len(rankings) - len(chosen):,} of {len(rankings):,} prompts have only ties: dropped"
         )
     return rankings.subset(chosen)
 

@@ -28,7 +28,8 @@ def heldout_figures(
         config: token budget and tie margin are read.
         before: loss and accuracy before training.
         after: over the rankings of all ranks.
-        heldout, training: the rankings of all ranks.
+        heldout: held-out rankings of all ranks.
+        training: training rankings of all ranks.
     """
     heldout_batches = packed(heldout, config.token_budget, partial(pack_group, tie_margin=config.tie_margin))
     pairs, all_pairs = after.margin_P.numel(), sum(batch.all_pairs for batch in heldout_batches)

@@ -26,7 +26,8 @@ class OneModelTrainer(Trainer):
         config: keys of the stage.
         model: path of a Hugging Face checkpoint, or a `transformers` model. Default: `config.model`.
         tokenizer: default: the one in the model's folder.
-        data, heldout: an iterable of dicts or a `datasets.Dataset`. Default: the files of the configuration.
+        data: an iterable of dicts or a `datasets.Dataset`. Default: the files of the configuration.
+        heldout: held-out rows, in the form of `data`.
         callbacks: objects with any of the hooks of `Callback`.
     """
 
