@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -67,10 +66,9 @@ class Cluster:
         assert cls._current is not None, "no cluster is open"
         return cls._current
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """Leave; the last user takes the process groups down."""
         self._users -= 1
-        error = sys.exc_info()[1]
         if isinstance(error, Exception):
             failure.should_report(error)  # said before the connections close, and with them the other ranks' calls fail
         if self._users == 0:
@@ -83,8 +81,8 @@ class Cluster:
     def __enter__(self) -> Cluster:
         return self
 
-    def __exit__(self, *exc) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self.close(error)
 
     @property
     def is_main(self) -> bool:

@@ -28,8 +28,8 @@ def load_actor(source: str | Path | Any, dtype: str = "fp32", parallel: Parallel
     cluster = Cluster.open(Layout.of(parallel) if parallel is not None else None)
     try:
         model = build_model(source, "lm", dtype=DTYPES[dtype])
-    except BaseException:
-        cluster.close()
+    except BaseException as error:
+        cluster.close(error)
         raise
     model.requires_grad_(False)
     weakref.finalize(model, cluster.close)

@@ -9,7 +9,7 @@ from icegrt.model.build import build_model
 from icegrt.model.hf import exporter
 from icegrt.model.hf.writer import save_pretrained
 from icegrt.packing import pack
-from icegrt.ppo.scoring import score_logprobs, score_sequences
+from icegrt.ppo.scoring import LogprobScorer, score_sequences
 from icegrt.rollout.decoder import Decoder
 from icegrt.rollout.types import Sampling
 from tests.helpers import tiny_models as tiny
@@ -98,7 +98,7 @@ def test_the_decoder_agrees_with_scoring(pair):
     found = list(Decoder(model, [tiny.EOS]).stream(prompts, 2, Sampling(max_new_tokens=14, seed=3)))
     assert len({tuple(r.tokens) for r in found}) > 3
     batch = pack([r.prompt for r in found], [r.tokens for r in found])
-    scored, _ = score_logprobs(tiny.Role("actor", model), [batch], 1.0, None)
+    scored, _ = LogprobScorer(1.0, None)(tiny.Role("actor", model), [batch])
     sampled = torch.tensor([logprob for r in found for logprob in r.logprobs])
     assert (scored - sampled).abs().max() < 1e-4
 

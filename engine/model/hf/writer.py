@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from icegrt.model.architecture import DTYPES, Architecture
 from icegrt.model.hf import mapping
 from icegrt.model.hf.safetensors_writer import write_safetensors
 from icegrt.utils.console import is_main
+from icegrt.utils.files import staged_folder
 
 _SHARD_BYTES = 5_000_000_000  # of files on export; what transformers writes
 
@@ -31,12 +29,14 @@ def save_pretrained(
     tokenizer: Any = None,
     extra_files: dict[str, Any] | None = None,
     shard_bytes: int = _SHARD_BYTES,
+    replace: bool = False,
 ) -> Path:
     """Write a Hugging Face folder: safetensors, config, generation config, tokenizer. Aside first, then renamed.
 
     `tensors`: all of `parameter_mapping()`, in its order, on the CPU, in `dtype`; one is held at a time. `classifier`:
     `AutoModelForSequenceClassification` with one label instead of a causal LM. `extra_files`: JSON documents to lay
-    beside them. `shard_bytes`: the most that a file holds. Raises `RunError` if `out` holds files or cannot be written.
+    beside them. `shard_bytes`: the most that a file holds. `replace`: swap it for a folder that is there.
+    Raises `RunError` if `out` holds files or cannot be written.
     All ranks call it, with the `tensors` of `export_tensors`; rank 0 writes.
     """
     out = Path(out)
@@ -44,27 +44,15 @@ def save_pretrained(
         for _ in tensors:
             pass
         return out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not replace and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out}: not an empty folder; choose another folder for the exported model")
-    aside = out.with_name(out.name + ".writing")
-    new_folders = [folder for folder in aside.parents if not folder.exists()]
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        shapes = mapping.source_shapes(architecture, "scalar" if classifier else "lm")
-        write_safetensors(aside, tensors, shapes, DTYPES[dtype], shard_bytes)
-        _write_documents(aside, architecture, classifier, dtype, tokenizer, extra_files or {})
-        if out.exists():
-            out.rmdir()
-        os.replace(aside, out)
-    except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            for folder in new_folders:
-                folder.rmdir()
-        if isinstance(error, OSError):
-            raise RunError(f"{out}: cannot be written ({error.strerror or error})") from None
-        raise
+        with staged_folder(out, replace=replace) as staging:
+            shapes = mapping.source_shapes(architecture, "scalar" if classifier else "lm")
+            write_safetensors(staging, tensors, shapes, DTYPES[dtype], shard_bytes)
+            _write_documents(staging, architecture, classifier, dtype, tokenizer, extra_files or {})
+    except OSError as error:
+        raise RunError(f"{out}: cannot be written ({error.strerror or error})") from None
     return out
 
 
