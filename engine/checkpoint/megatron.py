@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from icegrt.roles.optimizer import inner_optimizers
 from icegrt.roles.role import Role
 
 _OPTIMIZER_FORMAT = {
@@ -183,11 +184,6 @@ def load_optimizer(role: Role, state: dict[str, Any]) -> None:
         for entry in optimizer.optimizer.state.values():
             if "step" in entry:
                 entry["step"] = entry["step"].clone()
-
-
-def inner_optimizers(optimizer) -> list[Any]:
-    """The optimizers that Megatron has chained together, or the one that there is."""
-    return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def _setter(optimizer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,9 +15,10 @@ from icegrt.model.families import FAMILIES, Family, family_of, refuse_unsupporte
 from icegrt.model.rope import Rope
 from icegrt.utils.files import read_object
 
-__all__ = ["DTYPES", "FAMILIES", "Architecture"]
+__all__ = ["DTYPES", "FAMILIES", "Architecture", "HeadKind"]
 
-# What is counted out in memory before a tensor has been looked at.
+HeadKind = Literal["lm", "scalar"]
+# Limits of sizes for which memory is allocated before any tensor is checked.
 _LARGEST = {"num_hidden_layers": 10_000}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

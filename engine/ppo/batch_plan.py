@@ -54,14 +54,14 @@ class BatchPlan:
     def all_gather_sequences(self, x_N: Tensor) -> Tensor:
         """Invert `local_sequences`: [N] in the order of `responses`, on every rank. Collective."""
         out_N = x_N.new_empty(len(self.responses), *x_N.shape[1:])
-        for part, indices in zip(Cluster.current().gather(x_N), self.rank_assignment, strict=True):
+        for part, indices in zip(Cluster.current().all_gather(x_N), self.rank_assignment, strict=True):
             out_N[indices] = part
         return out_N
 
     def all_gather_actions(self, x_A: Tensor) -> list[Tensor]:
         """Gather a tensor over actions from all ranks: one tensor per response. Collective."""
         out: list[Tensor] = [x_A] * len(self.responses)
-        for part, indices in zip(Cluster.current().gather(x_A), self.rank_assignment, strict=True):
+        for part, indices in zip(Cluster.current().all_gather(x_A), self.rank_assignment, strict=True):
             pieces = part.split([len(self.responses[n].tokens) for n in indices])
             for n, piece in zip(indices, pieces, strict=True):
                 out[n] = piece

@@ -6,6 +6,7 @@ from typing import Any
 
 from icegrt.config import PPOConfig
 from icegrt.data import EncodedDataset, Prompt
+from icegrt.distributed.cluster import Cluster
 from icegrt.errors import CheckpointError, ConfigError
 from icegrt.model.architecture import DTYPES
 from icegrt.model.build import build_model
@@ -50,7 +51,12 @@ def check_critic(config: PPOConfig, composition: RewardComposition, critic: Any)
 
 
 def build_roles(
-    config: PPOConfig, actor: HFCheckpointReader, reference: Any, composition: RewardComposition, critic: Any
+    cluster: Cluster,
+    config: PPOConfig,
+    actor: HFCheckpointReader,
+    reference: Any,
+    composition: RewardComposition,
+    critic: Any,
 ) -> dict[str, Role]:
     """Return the roles by name: actor, reference, one per reward model, critic. Actor and critic do not learn yet.
 
@@ -70,10 +76,10 @@ def build_roles(
         start, new_head = actor, True
     _same_vocabulary(actor, start, "critic")
     dtype, recompute = DTYPES[config.run.dtype], config.run.recompute
-    models = {"actor": build_model(actor, "lm", dtype=dtype, recompute=recompute)}
-    models["reference"] = build_model(frozen, "lm", dtype=dtype)
-    models |= {role: build_model(reward, "scalar", dtype=dtype) for role, reward in rewards.items()}
-    models["critic"] = build_model(start, "scalar", dtype=dtype, new_head=new_head, recompute=recompute)
+    models = {"actor": build_model(actor, "lm", cluster, dtype=dtype, recompute=recompute)}
+    models["reference"] = build_model(frozen, "lm", cluster, dtype=dtype)
+    models |= {role: build_model(reward, "scalar", cluster, dtype=dtype) for role, reward in rewards.items()}
+    models["critic"] = build_model(start, "scalar", cluster, dtype=dtype, new_head=new_head, recompute=recompute)
     return {name: Role(name, model) for name, model in models.items()}
 
 

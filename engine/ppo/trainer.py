@@ -106,7 +106,7 @@ class PPOTrainer(Trainer):
         config = self.config
         pretrained = HFCheckpointReader(actor)
         check_parallelism(
-            pretrained.architecture
+            pretrained.architecture, self.cluster
         )  # before workers are started and data is encoded, which may take long
         self.reward_sources = composition.sources
         self.reward_sources.start()
@@ -120,7 +120,7 @@ class PPOTrainer(Trainer):
         held_out = eval_prompts if eval_prompts is not None else config.eval_prompts
         has_held_out = not (isinstance(held_out, str) and not held_out)
         self.eval_prompts = self._encode("eval_prompts", held_out, context, config.eval_limit) if has_held_out else []
-        self.roles_by_name = build_roles(config, pretrained, reference, composition, critic)
+        self.roles_by_name = build_roles(self.cluster, config, pretrained, reference, composition, critic)
         check_lengths(config, [p for p in (self.prompts, self.eval_prompts) if p], self.roles_by_name)
         self.actor, self.critic = self.roles_by_name["actor"], self.roles_by_name["critic"]
         self.roles = [self.actor, self.critic]

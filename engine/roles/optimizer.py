@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from icegrt.config import OptimizerConfig
-from icegrt.model.language_model import LanguageModel
+from icegrt.model.pipeline_model import PipelineModel
 
 
-def wrap(model: LanguageModel, *, overlap: bool | None = None, bucket_size: int | None = None) -> list:
+def wrap(model: PipelineModel, *, overlap: bool | None = None, bucket_size: int | None = None) -> list:
     """Megatron's DDP around every chunk: fp32 gradients, reduce-scattered into the distributed optimizer's shares.
 
     overlap: the reduction with the backward pass, and gathering parameters with the next forward pass (None: on a GPU).
@@ -60,9 +61,14 @@ def make_optimizer(config: OptimizerConfig, ddps, model_config):
         use_distributed_optimizer=True,
     )
     optimizer = get_megatron_optimizer(settings, list(ddps))
-    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for inner in inner_optimizers(optimizer):
         _index_as_ordered(inner)
     return optimizer
+
+
+def inner_optimizers(optimizer) -> list[Any]:
+    """Return the optimizers that Megatron has chained together; a list of one if there is no chain."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def _index_as_ordered(optimizer) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from icegrt.config import OptimizerConfig
 from icegrt.distributed.pipeline import all_ranks_true, broadcast_from_last_stage, broadcast_objects_from_last_stage
-from icegrt.model.language_model import LanguageModel
+from icegrt.model.pipeline_model import PipelineModel
 from icegrt.packing import PackedBatch
 from icegrt.roles.optimizer import make_optimizer, make_scheduler, wait_for_param_gather, wrap
 
@@ -42,7 +42,7 @@ class Role:
     say is formed on the last pipeline stage alone (where heads are), and handed to the others.
     """
 
-    def __init__(self, name: str, model: LanguageModel) -> None:
+    def __init__(self, name: str, model: PipelineModel) -> None:
         self.name = name
         self.model = model
         self.learns = False
@@ -64,7 +64,7 @@ class Role:
             # Autograd's nodes hold hooks that hold the DDP that holds the nodes: a circle through C++, which Python's
             # collector does not see. Models, gradients and process groups would stay for as long as the process.
             weakref.finalize(self, ddp.grad_accs.clear)
-        self.model.wait_for_param_gather = lambda: wait_for_param_gather(ddps)
+        self.model.register_param_gather(lambda: wait_for_param_gather(ddps))
         self.model.config.finalize_model_grads_func = finalize_model_grads
         self.optimizer = make_optimizer(config, self._ddps, self.model.config)
         self.schedule = make_scheduler(config, self.optimizer, total_steps)

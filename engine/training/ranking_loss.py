@@ -113,9 +113,12 @@ def evaluate_ranking(role: Role, ranked: Sequence[RankedBatch]) -> RankingQualit
         losses += [ranking_loss(score_N, r) for score_N, r in zip(some, part, strict=True)]
         scores += some
         margins += [r.margin_P for r in part]
-    loss, prompts = cluster.total([sum(stats[0] for _, _, stats in losses), sum(count for _, count, _ in losses)])
+    loss, prompts = cluster.all_reduce_sum(
+        [sum(stats[0] for _, _, stats in losses), sum(count for _, count, _ in losses)]
+    )
     difference_P, margin_P, score_N = (
-        torch.cat(cluster.gather(torch.cat(parts))) for parts in ([stats[1] for _, _, stats in losses], margins, scores)
+        torch.cat(cluster.all_gather(torch.cat(parts)))
+        for parts in ([stats[1] for _, _, stats in losses], margins, scores)
     )
     right_P = (difference_P > 0).double() + 0.5 * (difference_P == 0).double()
     return RankingQuality(

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from icegrt.checkpoint import manager as checkpoint
 from icegrt.checkpoint.directory import best_of, list_checkpoints
 from icegrt.config import RewardConfig
 from icegrt.data import BlendedDataset, ConcatDataset, EncodedDataset, Ranking, RankingEncoder, untied_pairs
@@ -62,7 +61,9 @@ class RewardTrainer(OneModelTrainer):
             self._before = {"loss": quality.loss, "accuracy": quality.accuracy, "statistics": statistics}
 
     def _build(self, source: HFCheckpointReader):
-        return build_model(source, "scalar", dtype=self.dtype, new_head=True, recompute=self.run.recompute)
+        return build_model(
+            source, "scalar", self.cluster, dtype=self.dtype, new_head=True, recompute=self.run.recompute
+        )
 
     def _encoder(self) -> RankingEncoder:
         return RankingEncoder(self.tokenizer, self.max_length, self.config.truncation, self.stop_ids)
@@ -104,7 +105,7 @@ class RewardTrainer(OneModelTrainer):
         outcome = self.role.step([r.batch for r in ranked], loss)
         self.done_steps += 1
         difference_P = torch.cat([stats[1] for stats in outcome.stats])
-        loss_sum, prompts, right, pairs = self.cluster.total(
+        loss_sum, prompts, right, pairs = self.cluster.all_reduce_sum(
             [
                 sum(stats[0] for stats in outcome.stats),
                 sum(r.prompts for r in ranked),
@@ -168,7 +169,7 @@ class RewardTrainer(OneModelTrainer):
             best_of(list_checkpoints(self.dir)) if self._best_loss is not None else None
         )
         if best is not None:
-            checkpoint.load_weights(best, self.roles)
+            self._checkpoints.load_weights(best, self.roles)
         after = self.evaluate()
         summary: dict[str, Any] = {"steps": self.done_steps}
         statistics = None

@@ -31,7 +31,9 @@ class SFTTrainer(OneModelTrainer):
         self.heldout = ConcatDataset(self._heldout_data(heldout))
         self.blend = BlendedDataset(sources, self.run.seed)
         self.total_steps = math.ceil(self.blend.count(config.epochs) / config.batch_sequences)
-        self.role = Role("actor", build_model(pretrained, "lm", dtype=self.dtype, recompute=self.run.recompute))
+        self.role = Role(
+            "actor", build_model(pretrained, "lm", self.cluster, dtype=self.dtype, recompute=self.run.recompute)
+        )
         self.role.learn(config.optimizer, self.total_steps)
         self.chunk_rows = resolve_chunk_rows(config.chunk_rows, pretrained.architecture)
         self.roles = [self.role]
@@ -70,7 +72,7 @@ class SFTTrainer(OneModelTrainer):
 
         outcome = self.role.step(batches, loss)
         self.done_steps += 1
-        loss_sum, counted, tokens = self.cluster.total(
+        loss_sum, counted, tokens = self.cluster.all_reduce_sum(
             [sum(outcome.stats), sum(b.n_counted_actions for b in batches), sum(b.n_tokens for b in batches)]
         )
         row = SFTStep(

@@ -50,5 +50,5 @@ def heldout_loss(role: Role, batches: Sequence[PackedBatch], chunk_rows: int | N
         return (response_nll(role, hidden_TH, batch, chunk_rows).reshape(1),)
 
     mine = sum(float(total) for (total,) in role.score(batches, read))
-    total, count = Cluster.current().total([mine, sum(batch.n_counted_actions for batch in batches)])
+    total, count = Cluster.current().all_reduce_sum([mine, sum(batch.n_counted_actions for batch in batches)])
     return total / max(count, 1)

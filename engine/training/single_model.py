@@ -44,7 +44,7 @@ class OneModelTrainer(Trainer):
         try:
             pretrained = HFCheckpointReader(source)
             architecture = pretrained.architecture
-            check_parallelism(architecture)  # before data is encoded, which may take long
+            check_parallelism(architecture, self.cluster)  # before data is encoded, which may take long
             self.tokenizer = tokenizer_for(tokenizer, source, architecture)
             self.stop_ids = stop_ids(self.tokenizer, architecture.hf_config, pretrained.folder)
             self.max_length = min(config.max_length or architecture.context_length, architecture.context_length)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from icegrt.checkpoint import manager as checkpoint
 from icegrt.checkpoint.directory import read_state
+from icegrt.checkpoint.manager import Checkpoints
 from icegrt.config import RunConfig
 from icegrt.config.loader import as_dict
 from icegrt.data import check_tokenizer, load_tokenizer
@@ -66,7 +66,7 @@ class Trainer:
         self._saved_at: int | None = None
         self._run_lock: RunLock | None = None
         self._stop_requested: Callable[[], bool] = lambda: False
-        self._checkpoints: checkpoint.Checkpoints | None = None
+        self._checkpoints: Checkpoints | None = None
         self.cluster: Cluster | None = None
         check_sinks(self.run.log_to, f"{config.section}.run.log_to")
         if not self.run.dir:
@@ -78,14 +78,15 @@ class Trainer:
         try:
             self.cluster = Cluster.open(layout)
             self._is_resume = self.cluster.broadcast_from_main(self._run_lock is not None and self._run_lock.is_resume)
-            if self._is_resume:
-                self._resumed_from = self._choose_checkpoint()
             background = self.run.checkpoint_in_background
-            self._checkpoints = checkpoint.Checkpoints(
+            self._checkpoints = Checkpoints(
+                self.cluster,
                 self.dir,
                 config.keep_checkpoints,
                 background=torch.cuda.is_available() if background == "auto" else background,
             )
+            if self._is_resume:
+                self._resumed_from = self._choose_checkpoint()
         except BaseException:
             self.close()
             raise
@@ -93,7 +94,7 @@ class Trainer:
     # -- the run's folder ------------------------------------------------------------------------------------------
 
     def _choose_checkpoint(self) -> Path | None:
-        found = checkpoint.latest_valid(self.dir)
+        found = self._checkpoints.latest_valid()
         if found is not None:
             stage = read_state(found).get("stage")
             if stage != self.config.section:
@@ -103,7 +104,7 @@ class Trainer:
     def _restore_and_open_log(self, tokenizer: Any, **saved: Any) -> None:
         """Once models and data stand: restore the checkpoint, write the configuration, open the log."""
         if self._resumed_from is not None:
-            state = checkpoint.load(self._resumed_from, self.roles)
+            state = self._checkpoints.load(self._resumed_from, self.roles)
             self.done_steps = self._saved_at = state["step"]
             if saved.get("chunk_rows") and not self.config.chunk_rows:
                 self.use_chunk_rows(state["chunk_rows"])
@@ -215,7 +216,7 @@ class Trainer:
         if self.cluster.is_main:
             shutil.rmtree(model, ignore_errors=True)
             aside.rename(model)
-        self.cluster.wait()
+        self.cluster.barrier()
 
     def save_pretrained(self, out: str | Path) -> Path:
         """Write the trained model as a Hugging Face checkpoint."""
@@ -252,7 +253,7 @@ class Trainer:
             self._log.close()
             self._log = None
         if self.cluster is not None:
-            self.cluster.close()
+            self.cluster.close(sys.exc_info()[1])
             self.cluster = None
         if self._run_lock is not None:
             self._run_lock.release()

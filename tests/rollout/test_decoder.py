@@ -48,13 +48,14 @@ def drawn(actor):
 def watch(actor, monkeypatch):
     """Rows of every forward pass."""
     rows = []
-    forward = type(actor.model).forward
+    stage = type(actor.model.chunks[-1])
+    forward = stage.forward
 
     def counted(self, tokens_T, *args):
         rows.append(tokens_T.numel())
         return forward(self, tokens_T, *args)
 
-    monkeypatch.setattr(type(actor.model), "forward", counted)
+    monkeypatch.setattr(stage, "forward", counted)
     return rows
 
 
@@ -198,10 +199,10 @@ def test_sampling_out_of_bounds_is_refused(wrong):
 
 
 def test_a_retired_slot_is_taken_over_by_the_last_one():
-    cache = KVCache(1, 4, 3, 1, 2, dtype=torch.float32, device="cpu")
+    cache = KVCache([5], 4, 3, 1, 2, dtype=torch.float32, device="cpu")
     admission = cache.allocate([1, 2, 1, 3], [1, 1, 1, 1])
     k = torch.arange(14.0).reshape(7, 1, 2)
-    admission.write(0, k, -k, [1, 2, 1, 3])
+    admission.write(5, k, -k, [1, 2, 1, 3])
     assert cache.free([0, 2]) == [(3, 2), (2, 0)]
-    assert cache.live == 2 and cache.lengths[:2].tolist() == [3, 2]
+    assert cache.used == 2 and cache.lengths[:2].tolist() == [3, 2]
     assert torch.equal(cache.keys[0, 0, 0], k[4:7, 0]) and torch.equal(cache.values[0, 1, 0, :2], -k[1:3, 0])
