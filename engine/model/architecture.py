@@ -216,11 +216,13 @@ class _Sizes:
     where: str
 
     def need(self, name: str) -> int:
+        """Return a required key."""
         if self.config.get(name) is None:
             raise CheckpointError(f"{self.where}: `{name}` is missing")
         return self.get(name)
 
     def get(self, name: str) -> int | None:
+        """Return an optional key; None if it is missing or null."""
         value = self.config.get(name)
         if value is None:
             return None

@@ -24,13 +24,16 @@ _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 class PrefillWriter(Protocol):
     """Stores the keys and values of a prefill."""
 
-    def write(self, layer: int, k_THD: Tensor, v_THD: Tensor, lengths: list[int]) -> None: ...
+    def write(self, layer: int, k_THD: Tensor, v_THD: Tensor, lengths: list[int]) -> None:
+        """Store a layer's keys and values, [T, kv_heads, d] each, of sequences with these lengths."""
 
 
 class Cache(Protocol):
     """Appends the keys and values of a decode step and attends over the sequences so far."""
 
-    def attend(self, layer: int, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, window: int | None) -> Tensor: ...
+    def attend(self, layer: int, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, window: int | None) -> Tensor:
+        """Append one key and value per sequence, [N, kv_heads, d] each, and return the attention, [N, heads, d]."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def _gathered(
 def _gather_on_rank_0(spec: ParameterSpec, shard: Tensor, group: dist.ProcessGroup) -> list[Tensor] | None:
     ranks = dist.get_process_group_ranks(group)
     is_first = dist.get_rank() == ranks[0]
-    if spec.partition == "whole" or len(ranks) == 1:
+    if spec.partition == "replicated" or len(ranks) == 1:
         return [shard] if is_first else None
     shards = [torch.empty_like(shard) for _ in ranks] if is_first else None
     dist.gather(shard, shards, dst=ranks[0], group=group)

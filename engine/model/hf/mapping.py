@@ -15,9 +15,9 @@ from torch import Tensor
 
 from icegrt.model.architecture import Architecture, HeadKind
 
-# How a parameter is partitioned over tensor-parallel ranks: replicated ("whole"), by rows of the padded vocabulary, by
+# How a parameter is partitioned over tensor-parallel ranks: replicated, by rows of the padded vocabulary, by
 # columns, by groups of query heads with their key and value, or gate and up each by rows.
-Partition = Literal["whole", "vocabulary", "columns", "qkv", "gate_up"]
+Partition = Literal["replicated", "vocabulary", "columns", "qkv", "gate_up"]
 EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -35,7 +35,7 @@ class ParameterSpec:
     name: str
     sources: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    partition: Partition = "whole"
+    partition: Partition = "replicated"
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def shard_slices(
     Rows that pad the vocabulary belong to no slice.
     """
     rows = spec.shapes[0][0]
-    if spec.partition == "whole":
+    if spec.partition == "replicated":
         yield ShardSlice(0, 0, 0, rows, 0)
     elif spec.partition == "columns":
         size = spec.shapes[0][1] // ranks
