@@ -109,7 +109,7 @@ class BatchPlan:
         return out
 
     def _gather(self, x: Tensor) -> list[Tensor]:
-        return [x] if self.cluster is None else self.cluster.gather(x)
+        return [x] if self.cluster is None else self.cluster.all_gather(x)
 
     @property
     def cu_actions(self) -> Tensor:

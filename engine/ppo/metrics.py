@@ -81,7 +81,7 @@ def policy_metrics(
     """Return the fields of the actor: distance from the reference, entropy, advantages, and its update."""
     group, counted_A = cluster.data_group, experience.plan.mask_A
     stats = outcome.policy_stats.reduce(group) if outcome.policy_stats is not None else None
-    ptx_loss_sum, ptx_tokens = cluster.total([outcome.ptx_stats.loss_sum, outcome.ptx_stats.tokens])
+    ptx_loss_sum, ptx_tokens = cluster.all_reduce_sum([outcome.ptx_stats.loss_sum, outcome.ptx_stats.tokens])
     rollout_logprob_A = torch.tensor([x for r in experience.plan.local_responses for x in r.logprobs])
     gap_A = (rollout_logprob_A - experience.old_logprob_A).abs()
     return {
@@ -118,7 +118,7 @@ def throughput_metrics(plan: BatchPlan, seconds: dict[str, float], cluster: Clus
     """Return the fields of response lengths, padding and time."""
     lengths = masked_moments(plan.cu_actions.diff().double(), group=cluster.data_group)
     response_tokens = round(float(lengths.mean) * int(lengths.count))
-    padding, computed = cluster.total([plan.tail_tokens, plan.n_tokens])
+    padding, computed = cluster.all_reduce_sum([plan.tail_tokens, plan.n_tokens])
     elapsed = sum(s for phase, s in seconds.items() if phase not in _NOT_THE_ITERATION)
     return {
         "response_tokens_mean": float(lengths.mean),

@@ -27,7 +27,7 @@ from icegrt.model.architecture import DTYPES
 from icegrt.model.build import build_model, check_parallelism
 from icegrt.model.hf.reader import HFCheckpointReader
 from icegrt.model.hf.score_statistics import saved_statistics
-from icegrt.model.language_model import LanguageModel
+from icegrt.model.pipeline_model import PipelineModel
 from icegrt.ppo.evaluator import Evaluator
 from icegrt.ppo.kl_controller import FixedKL, kl_controller
 from icegrt.ppo.reward_sources import RewardComposition
@@ -132,7 +132,7 @@ def build_ppo(
     # 1. The layout must divide the model, before workers start and data is encoded.
     pretrained = HFCheckpointReader(inputs.actor)
     architecture = pretrained.architecture
-    check_parallelism(architecture)
+    check_parallelism(architecture, cluster)
     inputs.rewards.sources.start()
 
     # 2. Tokenizer and data.
@@ -151,7 +151,7 @@ def build_ppo(
         ptx = BlendedDataset(encode_sources("ppo.ptx_data", config.ptx_data, None, encoder), config.run.seed)
 
     # 3. Models, reward normalizers and roles.
-    models = build_models(config, pretrained, inputs)
+    models = build_models(config, pretrained, inputs, cluster)
     check_lengths(config, [dataset for dataset in (prompts, eval_prompts) if dataset], models)
     specs = inputs.rewards.models
     normalizers = RunningScoreNormalizers(
@@ -263,7 +263,7 @@ def _tokenizer_tables(source: HFCheckpointReader) -> Any:
 
 
 def check_lengths(
-    config: PPOConfig, prompts: Sequence[EncodedDataset[Prompt]], models: dict[str, LanguageModel]
+    config: PPOConfig, prompts: Sequence[EncodedDataset[Prompt]], models: dict[str, PipelineModel]
 ) -> None:
     """Raise `ConfigError` if a sequence may exceed the token budget or the context of a role."""
     longest = max((dataset.longest() for dataset in prompts), key=len)
@@ -299,7 +299,9 @@ def _encode_prompts(
     return prompts
 
 
-def build_models(config: PPOConfig, actor: HFCheckpointReader, inputs: PPOInputs) -> dict[str, LanguageModel]:
+def build_models(
+    config: PPOConfig, actor: HFCheckpointReader, inputs: PPOInputs, cluster: Cluster
+) -> dict[str, PipelineModel]:
     """Return the models by the name of their role: actor, reference, one per reward model, critic.
 
     All checkpoints are compared with the actor's before the first model is allocated.
@@ -321,14 +323,14 @@ def build_models(config: PPOConfig, actor: HFCheckpointReader, inputs: PPOInputs
 
     # 2. Build the models. Activations are recomputed in those that train.
     dtype, recompute = DTYPES[config.run.dtype], config.run.recompute
-    models = {"actor": build_model(actor, "lm", dtype=dtype, recompute=recompute)}
-    models["reference"] = build_model(reference, "lm", dtype=dtype)
-    models |= {role: build_model(reader, "scalar", dtype=dtype) for role, reader in rewards.items()}
-    models["critic"] = build_model(critic, "scalar", dtype=dtype, new_head=new_head, recompute=recompute)
+    models = {"actor": build_model(actor, "lm", cluster, dtype=dtype, recompute=recompute)}
+    models["reference"] = build_model(reference, "lm", cluster, dtype=dtype)
+    models |= {role: build_model(reader, "scalar", cluster, dtype=dtype) for role, reader in rewards.items()}
+    models["critic"] = build_model(critic, "scalar", cluster, dtype=dtype, new_head=new_head, recompute=recompute)
     return models
 
 
-def _build_roles(config: PPOConfig, models: dict[str, LanguageModel]) -> dict[str, Role]:
+def _build_roles(config: PPOConfig, models: dict[str, PipelineModel]) -> dict[str, Role]:
     """Return a role for each model; actor and critic train."""
     critic, iterations = config.critic, config.iterations
     actor_steps = (iterations - critic.warmup_iterations) * config.ppo_epochs * config.minibatches

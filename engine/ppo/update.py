@@ -145,7 +145,7 @@ class Updater:
     def _ptx_work(self, examples: Sequence[Example], actions: float) -> list[MicroBatch]:
         batches = pack_examples(examples, self.config.token_budget, self.cluster.share)
         # Megatron divides the whole step by the number of actions; `scale` turns that into a mean over ptx tokens.
-        (tokens,) = self.cluster.total([sum(batch.n_counted_actions for batch in batches)])
+        (tokens,) = self.cluster.all_reduce_sum([sum(batch.n_counted_actions for batch in batches)])
         loss = PtxLoss(self.actor, self.config.ptx_coef * actions / max(tokens, 1), self.scorer.chunk_rows)
         return [MicroBatch(batch, loss) for batch in batches]
 
@@ -156,7 +156,7 @@ class Updater:
 
     def _counted_actions(self, experience: Experience, members: list[int]) -> float:
         """Return the number of actions of a minibatch that count, over all ranks."""
-        (total,) = self.cluster.total([sum(experience.plan.batches[i].n_counted_actions for i in members)])
+        (total,) = self.cluster.all_reduce_sum([sum(experience.plan.batches[i].n_counted_actions for i in members)])
         return total
 
 

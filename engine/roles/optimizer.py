@@ -6,10 +6,10 @@ import dataclasses
 from typing import Any
 
 from icegrt.config import OptimizerConfig
-from icegrt.model.language_model import LanguageModel
+from icegrt.model.pipeline_model import PipelineModel
 
 
-def wrap(model: LanguageModel, *, overlap: bool | None = None, bucket_size: int | None = None) -> list[Any]:
+def wrap(model: PipelineModel, *, overlap: bool | None = None, bucket_size: int | None = None) -> list[Any]:
     """Wrap every chunk in Megatron's DDP: fp32 gradients, reduce-scattered into the distributed optimizer's shards.
 
     Args:
@@ -65,9 +65,14 @@ def make_optimizer(config: OptimizerConfig, ddps: list[Any], model_config: Any) 
         use_distributed_optimizer=True,
     )
     optimizer = get_megatron_optimizer(settings, list(ddps))
-    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for inner in inner_optimizers(optimizer):
         _index_as_ordered(inner)
     return optimizer
+
+
+def inner_optimizers(optimizer: Any) -> list[Any]:
+    """Return the optimizers that Megatron has chained together; a list of one if there is no chain."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def _index_as_ordered(optimizer: Any) -> None:

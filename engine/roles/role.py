@@ -23,7 +23,7 @@ from icegrt.distributed.pipeline import all_ranks_true, broadcast_from_last_stag
 from icegrt.model.architecture import DTYPES
 from icegrt.model.hf import exporter
 from icegrt.model.hf.writer import save_pretrained
-from icegrt.model.language_model import LanguageModel
+from icegrt.model.pipeline_model import PipelineModel
 from icegrt.packing import PackedBatch
 from icegrt.roles.micro_batch import LossOutput, MicroBatch
 from icegrt.roles.optimizer import make_optimizer, make_scheduler, wait_for_param_gather, wrap
@@ -55,7 +55,7 @@ class Role:
 
     learns = False
 
-    def __init__(self, name: str, model: LanguageModel) -> None:
+    def __init__(self, name: str, model: PipelineModel) -> None:
         self.name = name
         self.model = model
         self.device = next(model.parameters()).device
@@ -142,7 +142,7 @@ class TrainableRole(Role):
 
     learns = True
 
-    def __init__(self, name: str, model: LanguageModel, config: OptimizerConfig, total_steps: int) -> None:
+    def __init__(self, name: str, model: PipelineModel, config: OptimizerConfig, total_steps: int) -> None:
         """Wrap `model` for training; the schedule runs over `total_steps` optimizer steps."""
         from megatron.core.distributed import finalize_model_grads
 

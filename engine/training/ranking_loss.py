@@ -154,9 +154,9 @@ def evaluate_ranking(role: Role, batches: Sequence[RankedBatch], cluster: Cluste
         losses += [ranking_loss(score_N, batch) for score_N, batch in zip(part_scores, part, strict=True)]
         scores += part_scores
         margins += [batch.margin_P for batch in part]
-    loss_sum, prompts = cluster.total([sum(x.stats.loss_sum for x in losses), sum(x.count for x in losses)])
+    loss_sum, prompts = cluster.all_reduce_sum([sum(x.stats.loss_sum for x in losses), sum(x.count for x in losses)])
     difference_P, margin_P, score_N = (
-        torch.cat(cluster.gather(torch.cat(parts)))
+        torch.cat(cluster.all_gather(torch.cat(parts)))
         for parts in ([x.stats.difference_P for x in losses], margins, scores)
     )
     right_P = (difference_P > 0).double() + 0.5 * (difference_P == 0).double()

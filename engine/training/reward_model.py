@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from icegrt.checkpoint import manager as checkpoint
 from icegrt.checkpoint.directory import best_of, list_checkpoints
 from icegrt.config import RewardConfig
 from icegrt.data import BlendedDataset, ConcatDataset, EncodedDataset, Ranking, RankingEncoder, untied_pairs
@@ -49,7 +48,9 @@ class RewardTrainer(OneModelTrainer):
         self.blend = BlendedDataset(sources, self.run.seed)
         self.total_steps = math.ceil(self.blend.count(config.epochs) / config.batch_prompts)
         self.eval_every = config.eval_every or max(1, math.ceil(self.total_steps / config.epochs / 4))
-        model = build_model(pretrained, "scalar", dtype=self.dtype, new_head=True, recompute=self.run.recompute)
+        model = build_model(
+            pretrained, "scalar", self.cluster, dtype=self.dtype, new_head=True, recompute=self.run.recompute
+        )
         role = TrainableRole("reward", model, config.optimizer, self.total_steps)
         self.train_rankings = ConcatDataset([rankings for rankings, _ in sources])
         self.heldout_rankings = ConcatDataset(heldout_sources)
@@ -105,7 +106,7 @@ class RewardTrainer(OneModelTrainer):
         outcome = self.role.train_step([MicroBatch(batch, loss) for batch in batches])
         self.done_steps += 1
         stats = merge_by_type(outcome.stats)[RankingStats]
-        loss_sum, prompts, right, pairs = self.cluster.total(
+        loss_sum, prompts, right, pairs = self.cluster.all_reduce_sum(
             [
                 stats.loss_sum,
                 sum(batch.prompts for batch in batches),
@@ -165,7 +166,7 @@ class RewardTrainer(OneModelTrainer):
             best_of(list_checkpoints(self.dir)) if self._best_loss is not None else None
         )
         if best is not None:
-            checkpoint.load_weights(best, self.roles)
+            self._checkpoints.load_weights(best, self.roles)
         after = self.evaluate()
         summary: dict[str, Any] = {"steps": self.done_steps}
         statistics = None

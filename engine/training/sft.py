@@ -31,7 +31,7 @@ class SFTTrainer(OneModelTrainer):
         self.heldout = ConcatDataset(self._heldout_data(heldout))
         self.blend = BlendedDataset(sources, self.run.seed)
         self.total_steps = math.ceil(self.blend.count(config.epochs) / config.batch_sequences)
-        model = build_model(pretrained, "lm", dtype=self.dtype, recompute=self.run.recompute)
+        model = build_model(pretrained, "lm", self.cluster, dtype=self.dtype, recompute=self.run.recompute)
         role = TrainableRole("actor", model, config.optimizer, self.total_steps)
         self.chunk_rows = resolve_chunk_rows(config.chunk_rows, pretrained.architecture, self._resumed_chunk_rows)
         self._batches: Iterator[Any] | None = None
@@ -69,7 +69,7 @@ class SFTTrainer(OneModelTrainer):
         outcome = self.role.train_step([MicroBatch(batch, loss) for batch in batches])
         self.done_steps += 1
         stats = merge_by_type(outcome.stats)[NLLStats]
-        loss_sum, counted, tokens = self.cluster.total(
+        loss_sum, counted, tokens = self.cluster.all_reduce_sum(
             [stats.loss_sum, stats.tokens, sum(batch.n_tokens for batch in batches)]
         )
         row = SFTStep(

@@ -75,5 +75,5 @@ def heldout_loss(role: Role, batches: Sequence[PackedBatch], chunk_rows: int | N
         return (response_nll(role, hidden_TH, batch, chunk_rows).reshape(1),)
 
     local_sum = sum(float(total) for (total,) in role.score(batches, read))
-    total, count = cluster.total([local_sum, sum(batch.n_counted_actions for batch in batches)])
+    total, count = cluster.all_reduce_sum([local_sum, sum(batch.n_counted_actions for batch in batches)])
     return total / max(count, 1)

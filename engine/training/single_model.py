@@ -50,7 +50,7 @@ class OneModelTrainer(Trainer):
     def _set_up(self, model: Any, tokenizer: Any, data: Any, heldout: Any) -> None:
         pretrained = HFCheckpointReader(model)
         architecture = pretrained.architecture
-        check_parallelism(architecture)  # before data is encoded, which may take long
+        check_parallelism(architecture, self.cluster)  # before data is encoded, which may take long
         self.tokenizer = tokenizer_for(tokenizer, model, architecture)
         self.stop_ids = stop_ids(self.tokenizer, architecture.hf_config, pretrained.folder)
         self.max_length = min(self.config.max_length or architecture.context_length, architecture.context_length)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from icegrt.checkpoint import manager as checkpoint
 from icegrt.checkpoint.directory import read_state
+from icegrt.checkpoint.manager import Checkpoints
 from icegrt.config import RunConfig
 from icegrt.config.loader import as_dict
 from icegrt.data import check_tokenizer, load_tokenizer
@@ -119,15 +119,16 @@ class Trainer:
         self.cluster = resources.enter_context(Cluster.open(layout))
         resources.callback(self._close_log)
         self._is_resume: bool = self.cluster.broadcast_from_main(is_resume)
-        self._resumed_from = self._choose_checkpoint() if self._is_resume else None
-        resumed = read_state(self._resumed_from) if self._resumed_from is not None else {}
-        self._resumed_chunk_rows: int | None = resumed.get("chunk_rows")
         background = self.run.checkpoint_in_background
-        self._checkpoints = checkpoint.Checkpoints(
+        self._checkpoints = Checkpoints(
+            self.cluster,
             self.dir,
             self.config.keep_checkpoints,
             background=torch.cuda.is_available() if background == "auto" else background,
         )
+        self._resumed_from = self._choose_checkpoint() if self._is_resume else None
+        resumed = read_state(self._resumed_from) if self._resumed_from is not None else {}
+        self._resumed_chunk_rows: int | None = resumed.get("chunk_rows")
         resources.push(self._complete_checkpoint_on_exit)
 
     def _set_up(self, **inputs: Any) -> None:
@@ -140,7 +141,7 @@ class Trainer:
     # -- opening and closing ---------------------------------------------------------------------------------------
 
     def _choose_checkpoint(self) -> Path | None:
-        path = checkpoint.latest_valid(self.dir)
+        path = self._checkpoints.latest_valid()
         if path is not None:
             stage = read_state(path).get("stage")
             if stage != self.config.section:
@@ -150,7 +151,7 @@ class Trainer:
     def _restore_and_open_log(self) -> None:
         """Restore the checkpoint into models and data, write the configuration, and open the log."""
         if self._resumed_from is not None:
-            state = checkpoint.load(self._resumed_from, self.roles)
+            state = self._checkpoints.load(self._resumed_from, self.roles)
             self.done_steps = self._saved_at = state["step"]
             self.load_state(state["trainer"])
             print_info(f"resumed from {self._resumed_from}: {self.done_steps} of {self.total_steps} {self.unit} done")
@@ -278,7 +279,7 @@ class Trainer:
     def write_model(self, extra_files: dict[str, Any] | None = None) -> None:
         """Write the trained model to `<run.dir>/model`, in place of one from before a resume. Collective."""
         self.roles[0].save_pretrained(self.dir / "model", self.run.dtype, self.tokenizer, extra_files, replace=True)
-        self.cluster.wait()
+        self.cluster.barrier()
 
     def save_pretrained(self, out: str | Path) -> Path:
         """Write the trained model as a Hugging Face checkpoint."""

@@ -67,13 +67,13 @@ def rows_without_clocks(run):
 @pytest.fixture
 def gate(monkeypatch):
     """Writers wait until it is opened."""
-    opened, write = threading.Event(), checkpoint._write
+    opened, write = threading.Event(), checkpoint.write_bucket
 
     def waiting(*args):
         assert opened.wait(60)
         return write(*args)
 
-    monkeypatch.setattr(checkpoint, "_write", waiting)
+    monkeypatch.setattr(checkpoint, "write_bucket", waiting)
     return opened
 
 

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from icegrt.config import CriticConfig, DataSource, OptimizerConfig, ParallelConfig
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
-from icegrt.model.hf import loader
 from icegrt.ppo.trainer import PPOTrainer
 from tests.helpers import tiny_models as tiny
 
@@ -132,7 +131,7 @@ def parity(folder, layout):
 
 def held(role):
     """Every rank's parameters: [(name, elements)] in the order of ranks."""
-    mine = [(n, p.numel()) for n, p in loader.local_parameters(role.model).items()]
+    mine = [(n, p.numel()) for n, p in role.model.named_parameters()]
     everyones = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, mine)
     return everyones

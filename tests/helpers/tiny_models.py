@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from icegrt.config import CriticConfig, OptimizerConfig, PPOConfig, RunConfig, SamplingConfig
+from icegrt.distributed.cluster import Cluster
 from icegrt.model.build import build_model
 from icegrt.model.hf import exporter, loader
 from icegrt.model.hf.reader import HFCheckpointReader
@@ -99,7 +100,7 @@ def nudged(model, scale: float, seed: int = 7):
 
 def role(source, head: str = "lm", *, learns: OptimizerConfig | None = None, dtype=torch.float32, **kwargs) -> Role:
     """A role with the weights of a `transformers` model; it learns if it is given an optimizer."""
-    model = build_model(source, head, dtype=dtype, **kwargs)
+    model = build_model(source, head, Cluster.current(), dtype=dtype, **kwargs)
     return Role("role", model) if learns is None else TrainableRole("role", model, learns, 10)
 
 

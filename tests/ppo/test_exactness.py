@@ -86,7 +86,7 @@ def test_one_weight_moved_by_a_thousandth_between_the_passes_moves_the_ratio(tra
     # Were the old log-probs taken from the update itself, the ratio would stay 1 whatever happens in between.
     def move(run, experience):
         with torch.no_grad():
-            run.actor.model.decoder.final_layernorm.weight[0] += 1e-3
+            run.actor.model.chunks[-1].decoder.final_layernorm.weight[0] += 1e-3
 
     step = trainer(optimizer=AT_REST, callbacks=[OnScores(move)]).step()
     assert step.ratio_min < 1.0 - 1e-6 and step.ratio_max > 1.0 + 1e-6

@@ -238,7 +238,8 @@ def test_rollouts_without_a_trainer():
     assert all(isinstance(r, icegrt.Response) and len(r.tokens) == len(r.logprobs) for r in responses)
     again = engine.generate(prompts, 4, sampling)
     assert again == sorted(responses, key=lambda r: (r.prompt_index, r.sample))
-    assert not engine.decoder.model.training and not any(p.requires_grad for p in engine.decoder.model.parameters())
+    model = engine.decoder.model
+    assert not any(chunk.training for chunk in model.chunks) and not any(p.requires_grad for p in model.parameters())
 
 
 def test_load_actor_refuses_and_leaves_nothing_open(tmp_path):

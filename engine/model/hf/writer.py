@@ -16,7 +16,7 @@ from icegrt.model.hf.safetensors_writer import write_safetensors
 from icegrt.utils.console import is_main
 from icegrt.utils.files import staged_folder
 
-_SHARD_BYTES = 5_000_000_000  # of files on export; what transformers writes
+_SHARD_BYTES = 5_000_000_000  # largest file of an export, as transformers writes it
 
 
 def save_pretrained(
@@ -31,13 +31,25 @@ def save_pretrained(
     shard_bytes: int = _SHARD_BYTES,
     replace: bool = False,
 ) -> Path:
-    """Write a Hugging Face folder: safetensors, config, generation config, tokenizer. Aside first, then renamed.
+    """Write a Hugging Face folder to a staging directory, then rename it. All ranks must call it; rank 0 writes.
 
-    `tensors`: all of `parameter_mapping()`, in its order, on the CPU, in `dtype`; one is held at a time. `classifier`:
-    `AutoModelForSequenceClassification` with one label instead of a causal LM. `extra_files`: JSON documents to lay
-    beside them. `shard_bytes`: the most that a file holds. `replace`: swap it for a folder that is there.
-    Raises `RunError` if `out` holds files or cannot be written.
-    All ranks call it, with the `tensors` of `export_tensors`; rank 0 writes.
+    Args:
+        tensors: all tensors of `parameter_mapping()` in its order, on the CPU, in `dtype`, as `export_tensors` yields
+            them. One is in memory at a time.
+        architecture: sizes and configuration of the model.
+        out: the folder to write.
+        classifier: write `AutoModelForSequenceClassification` with one label instead of a causal LM.
+        dtype: 'fp32' or 'bf16'.
+        tokenizer: a `transformers` tokenizer to save in the folder.
+        extra_files: JSON documents by file name.
+        shard_bytes: largest size of a safetensors file.
+        replace: replace a folder that exists.
+
+    Returns:
+        `out` as a path.
+
+    Raises:
+        RunError: `out` holds files and `replace` is false, or it cannot be written.
     """
     out = Path(out)
     if not is_main():
@@ -79,7 +91,7 @@ def _hf_config(architecture: Architecture, classifier: bool, dtype: str, tokeniz
     family = architecture.family
     config["architectures"] = [family.sequence_classifier if classifier else family.causal_lm]
     config["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
-    for name in ("torch_dtype", "_name_or_path", "auto_map"):  # `auto_map`: the code that it names is not handed on
+    for name in ("torch_dtype", "_name_or_path", "auto_map"):  # `auto_map` names code that the export does not contain
         config.pop(name, None)
     if classifier:
         config.update(num_labels=1, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0}, tie_word_embeddings=False)
@@ -89,8 +101,8 @@ def _hf_config(architecture: Architecture, classifier: bool, dtype: str, tokeniz
                 config[name] = getattr(tokenizer, name)
         config["eos_token_id"] = _union(tokenizer.eos_token_id, config.get("eos_token_id"))
     if classifier and config.get("pad_token_id") in token_ids(config.get("eos_token_id")):
-        # transformers scores the last token that is not padding, which would not be the EOS that is scored here.
-        # Without a pad token it scores the last one, and refuses a padded batch.
+        # transformers 5: scores the last token that is not padding -> with EOS as pad token it would skip the EOS that
+        # icegrt scores. Without a pad token it scores the last token, and rejects a padded batch.
         config["pad_token_id"] = None
     return config
 
@@ -105,7 +117,7 @@ def _generation_config(architecture: Architecture, config: dict[str, Any]) -> di
 
 
 def token_ids(named: int | list[int] | None) -> list[int]:
-    """What a configuration names as its EOS, as a list: nothing, one token or several."""
+    """Return the EOS entry of a configuration (None, one token or several) as a list."""
     return named if isinstance(named, list) else [] if named is None else [named]
 
 
