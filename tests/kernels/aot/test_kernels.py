@@ -19,7 +19,7 @@ def check_token_logprobs(direction, capability, logits, out, scaled, entropy, co
         "logits_ptr": f"*{logits}",
         "grad_ptr": f"*{out}",
         "labels_ptr": "*i64",
-        "live_ptr": "*i64",
+        "active_ptr": "*i64",
         "row_stride": "i64",
         "column_stride": "i32",
         "grad_row_stride": "i64",
