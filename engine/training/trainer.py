@@ -28,7 +28,7 @@ from icegrt.roles.role import Role
 from icegrt.training.run_folder import CONFIG_FILE, RunLock, lock_run_folder
 from icegrt.training.sigterm import capture_sigterm
 from icegrt.utils.console import is_main, print_info, progress
-from icegrt.utils.files import write_text_aside
+from icegrt.utils.files import write_text_atomic
 
 
 class Callback:
@@ -300,4 +300,4 @@ def resolve_chunk_rows(configured: int, architecture: Architecture) -> int:
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """A small JSON file, readable by people; written by rank 0."""
     if is_main():
-        write_text_aside(path, json.dumps(document, indent=2) + "\n")
+        write_text_atomic(path, json.dumps(document, indent=2) + "\n")
