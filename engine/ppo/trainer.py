@@ -163,7 +163,7 @@ class PPOTrainer(Trainer):
         if answer >= context:
             raise ConfigError(f"ppo.sampling.max_new_tokens {answer} leaves no room for a prompt: context {context}")
         why = f"context {context} - max_new_tokens {answer} leaves {context - answer}"
-        encoder = PromptEncoder(self.tokenizer, context - answer, self.config.truncation, why=why)
+        encoder = PromptEncoder(self.tokenizer, context - answer, self.config.truncation, limit_reason=why)
         rows = open_rows(source, limit, input_key=self.config.input_key)
         prompts = EncodedDataset(rows, encoder, str(source) if isinstance(source, (str, Path)) else key)
         report_lengths([prompts])

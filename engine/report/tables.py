@@ -13,9 +13,10 @@ from icegrt.config.strict_yaml import parse
 from icegrt.metrics import PHASES
 from icegrt.metrics.alarms import KL_TARGET_MULTIPLE
 from icegrt.report.plots import legend, panel_svg, stacked_bar_svg
-from icegrt.report.text import arrow, breakdown, duration, interval, number, percent, signed, visible
+from icegrt.report.text import arrow, breakdown, interval, number, percent, signed, visible
 from icegrt.report.verdict import Change, change_of
 from icegrt.utils.files import json_safe
+from icegrt.utils.text import duration
 
 __all__ = ["cards", "charts", "example_texts", "margins", "outcomes", "phases", "settings_tables", "training"]
 

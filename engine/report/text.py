@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-__all__ = ["NOT_MEASURED", "arrow", "breakdown", "duration", "interval", "number", "percent", "signed", "visible"]
+__all__ = ["NOT_MEASURED", "arrow", "breakdown", "interval", "number", "percent", "signed", "visible"]
 
 NOT_MEASURED = "not measured"
 MINUS = "\N{MINUS SIGN}"
@@ -57,15 +57,6 @@ def arrow(before: float | None, after: float | None, show: Any = number) -> str:
         return NOT_MEASURED
     left, right = ("\N{EN DASH}" if v is None else show(v) for v in (before, after))
     return f"{left} \N{RIGHTWARDS ARROW} {right}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people read them."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds >= 0.1 or seconds == 0 else f"{1000 * seconds:.1f} ms"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def visible(text: Any) -> Markup:

@@ -13,8 +13,9 @@ from icegrt.errors import RunError
 from icegrt.metrics import RunLog
 from icegrt.report.page import validated, write_ppo_report, write_run_report
 from icegrt.report.plots import Panel, Series, panel_svg, ppo_panels, write_curves_png
-from icegrt.report.text import arrow, breakdown, duration, number, percent, signed, visible
+from icegrt.report.text import arrow, breakdown, number, percent, signed, visible
 from icegrt.report.verdict import verdict
+from icegrt.utils.text import duration
 from tests.helpers.step_records import evaluation, step
 
 PPO = {
