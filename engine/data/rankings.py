@@ -25,6 +25,7 @@ from icegrt.data.rows import Row
 from icegrt.data.tokenization import TokenizedExample, tokenize_conversations
 from icegrt.data.tokenizer import eos_id
 from icegrt.errors import DataError
+from icegrt.utils.values import is_number
 
 SHAPES = "`prompt` with `responses` and `scores` or `ranks`, or `prompt` with `chosen` and `rejected`"
 
@@ -166,7 +167,7 @@ def _scores(row: Row, length: int) -> list[float]:
     key = keys[0]
     values = _list(row, key, length)
     for i, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not (is_number(value) and math.isfinite(value)):
             raise DataError(f"{row.where}: key `{key}[{i}]`: expected a finite number, got {value!r}")
         if key == "ranks" and value < 1:
             raise DataError(f"{row.where}: key `ranks[{i}]`: expected 1 (best) or more, got {value!r}")

@@ -15,7 +15,7 @@ from typing import Any
 
 import jinja2
 
-from icegrt.config import Loadable, PPOConfig
+from icegrt.config import CONFIG_FILE, Loadable, PPOConfig
 from icegrt.errors import ConfigError, RunError
 from icegrt.metrics import PPOStep, read_metrics, step_from_row
 from icegrt.metrics.alarms import Alarms
@@ -26,7 +26,6 @@ from icegrt.utils.files import json_safe, write_text_atomic
 
 __all__ = ["validated", "write_ppo_report", "write_run_report"]
 
-CONFIG_FILE = "config.yaml"
 _A_NUMBER = re.compile(r"_(before|after|accuracy|pairs|fraction|response|second)$|^iterations$|^test_(ads|prompts)$")
 _TEMPLATES = Path(__file__).parent / "templates"
 

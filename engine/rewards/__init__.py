@@ -2,10 +2,11 @@
 
 Words used here and in the configuration:
 
-* task score: the number that one source (a function, a scorer or a reward model) gives one response.
-* score: the weighted sum of a response's task scores, normalized if the configuration asks for it.
-* reward: a number per token, which PPO sums and discounts: the score at the last token, the KL penalty, and the token
-  rewards of a function.
+* score: one number per response. Each source (a reward model, a function, an HTTP scorer) gives one. The score of a
+  response without a further word is the total: the weighted sum over the sources, reward models normalized.
+* task score: the score of the first function or HTTP scorer. A run is judged by it; a reward model only estimates it.
+* reward: one number per token, which PPO discounts and sums: the score at the last token, the KL penalty if
+  `kl_in: reward`, and a function's token rewards.
 
 The package imports no torch: a worker process of a plain function starts in a tenth of a second.
 """

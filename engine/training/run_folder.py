@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from icegrt.checkpoint.directory import list_checkpoints, recover
+from icegrt.config import CONFIG_FILE
 from icegrt.errors import RunError
 from icegrt.utils.console import is_main
 from icegrt.utils.files import JsonlWriter
 
-CONFIG_FILE = "config.yaml"
 _PATIENCE_S = 5.0
 
 

@@ -115,7 +115,7 @@ def test_on_error_does_not_excuse_a_function_that_never_works(home, refused, run
         ({"function": "a.py:f", "url": "http://h/"}, ["ppo.reward.sources[0] names function and url; expected one"]),
         ({"model": "m", "url": "http://h/"}, ["ppo.reward.sources[0] names model and url; expected one of the three"]),
         ({"url": "h:80"}, ["ppo.reward.sources[0]: expected a URL"]),
-        ({"function": "a.py:f", "name": "reward_model"}, ["ppo.reward.sources[0].name", "the name of the reward model"]),
+        ({"function": "a.py:f", "name": "reward_model"}, ["ppo.reward.sources[0].name", "name of the reward model"]),
         ({"function": "a.py:f", "name": "a b"}, ["ppo.reward.sources[0].name", "'a b'"]),
         ({"function": "gone.py:f"}, ["ppo.reward.sources[0]: no file gone.py"]),
         ({"function": "a.py:f", "style": "verll"}, ["ppo.reward.sources[0].style", "one of auto, icegrt, trl, verl"]),
