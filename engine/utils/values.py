@@ -12,9 +12,9 @@ def is_number(value: Any) -> bool:
 
 
 def flatten(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) of every leaf of nested mappings; an empty mapping is a leaf."""
-    if not isinstance(values, Mapping) or not values:
+    """Yield (dotted name, value) of every leaf of nested mappings; an empty mapping under a name is a leaf."""
+    if not isinstance(values, Mapping) or (not values and name):
         yield name, values
         return
     for key, value in values.items():
-        yield from flatten(value, f"{name}.{key}" if name else key)
+        yield from flatten(value, f"{name}.{key}" if name else str(key))
