@@ -123,7 +123,7 @@ def test_page_holds_figures_examples_and_settings(page):
     assert "0.690 \u2192 0.729" in text and "95% CI +0.021 to +0.055" in text
     assert "General held-out loss nats per token, lower is better not measured" in text
     assert "fraction of ties not measured" in text and "(an empty answer)" in text
-    assert "Held-out examples fixed in advance" in text and "Held-out examples drawn at random" in text
+    assert "Held-out examples, chosen in advance" in text and "Held-out examples, drawn at random" in text
     assert "ppo.kl_coef" in text and 'changed">0.07' in page[1]
     assert re.search(r"update 30.0 s 75.0% 7.5 s", text)
 
