@@ -39,12 +39,12 @@ def run(config: SampleConfig) -> None:
     score, key = None, "sample.score_function"
     if config.score_function:
         score = adapt(load_reward_function(config.score_function, key), key=key)
-    with Cluster.open(Layout.of(config.parallel)), rows_file(config.out) as writer:
-        reader, tokenizer = _open_model(config)
+    with Cluster.open(Layout.of(config.parallel)) as cluster, rows_file(config.out) as writer:
+        reader, tokenizer = _open_model(config, cluster)
         rows = open_rows(config.prompts, config.limit, input_key=config.input_key)
         prompts = _encode(config, reader, tokenizer, rows, name=config.prompts)
         report_lengths([prompts])
-        engine = _build_engine(config, reader, tokenizer)
+        engine = _build_engine(config, reader, tokenizer, cluster)
         sampling = Sampling.of(config.sampling, config.seed)
         if config.temperatures:
             answered = diverse_answers(engine, prompts, config.samples_per_prompt, sampling, config.temperatures)
@@ -58,9 +58,9 @@ def run(config: SampleConfig) -> None:
     print_info(f"{len(prompts)} prompts x {config.samples_per_prompt} answers: {config.out}")
 
 
-def _open_model(config: SampleConfig | GenerateConfig) -> tuple[HFCheckpointReader, Any]:
+def _open_model(config: SampleConfig | GenerateConfig, cluster: Cluster) -> tuple[HFCheckpointReader, Any]:
     reader = HFCheckpointReader(model_folder(config.model))
-    check_parallelism(reader.architecture)
+    check_parallelism(reader.architecture, cluster)
     return reader, tokenizer_for(None, reader.folder, reader.architecture)
 
 
@@ -82,9 +82,11 @@ def _encode(
     )
 
 
-def _build_engine(config: SampleConfig | GenerateConfig, reader: HFCheckpointReader, tokenizer: Any) -> RolloutEngine:
+def _build_engine(
+    config: SampleConfig | GenerateConfig, reader: HFCheckpointReader, tokenizer: Any, cluster: Cluster
+) -> RolloutEngine:
     stops = stop_ids(tokenizer, reader.architecture.hf_config, reader.folder, config.sampling.stop_token_ids)
-    model = build_model(reader, "lm", dtype=DTYPES[config.dtype]).eval()
+    model = build_model(reader, "lm", cluster, dtype=DTYPES[config.dtype]).eval()
     return RolloutEngine(model, tokenizer, max_batch=config.max_batch, stop_token_ids=stops)
 
 
@@ -144,10 +146,10 @@ def generate(config: GenerateConfig) -> Iterator[tuple[Prompt, list[str], list[R
     sources += [open_rows(config.prompts, input_key=config.input_key)] if config.prompts else []
     if not sources:
         raise ConfigError("nothing to answer: give generate.prompt='[\"...\"]' or generate.prompts=FILE")
-    with Cluster.open(Layout.of(config.parallel)):
-        reader, tokenizer = _open_model(config)
+    with Cluster.open(Layout.of(config.parallel)) as cluster:
+        reader, tokenizer = _open_model(config, cluster)
         prompts = ConcatDataset([_encode(config, reader, tokenizer, rows, chat=config.chat) for rows in sources])
-        engine = _build_engine(config, reader, tokenizer)
+        engine = _build_engine(config, reader, tokenizer, cluster)
         sampling = Sampling.of(config.sampling, config.seed)
         for prompt, responses in answers(engine, prompts, config.samples_per_prompt, sampling):
             yield prompt, [engine.text(r) for r in responses], responses
