@@ -56,45 +56,13 @@ icegrt ppo recipe.yaml --print-config        # the resolved configuration, as YA
 In Python: `PPOConfig.load("recipe.yaml", ["ppo.kl_coef=0.1"])`. Objects are frozen; `dataclasses.replace` returns a
 changed copy.
 
-Three words have one meaning on this page:
-
-* **score**: one number per response. Each source (a reward model, a reward function, an HTTP scorer) gives one. The
-  score of a response is the total: the weighted sum over all sources, with reward models normalized.
-* **task score**: the score of the first reward function or HTTP scorer, by which a run is judged.
-* **reward**: one number per token, which PPO discounts and sums: the score at the last token, the KL penalty (if
-  `ppo.kl_in: reward`), and a function's token rewards.
-
-Batch sizes in other libraries:
+[Concepts](concepts.md) defines score, reward and task score, and lists the batch sizes of TRL and verl.
 """
-
-# Key, TRL, verl. Names of TRL's PPOConfig; verl's are below `actor_rollout_ref`, except data.*.
-_BATCH_SIZES = (
-    ("key", "TRL", "verl"),
-    ("---", "---", "---"),
-    ("`ppo.prompts_per_iteration`", "rollout batch of all ranks", "`data.train_batch_size`"),
-    ("`ppo.samples_per_prompt`", "1 in PPO; GRPO: `num_generations`", "`rollout.n`"),
-    ("`ppo.ppo_epochs`", "`num_ppo_epochs`", "`actor.ppo_epochs`"),
-    (
-        "`ppo.minibatches`, a count: one optimizer step each",
-        "`num_mini_batches`",
-        "`data.train_batch_size` / `actor.ppo_mini_batch_size` (a size, in prompts)",
-    ),
-    (
-        "`*.token_budget`, tokens of a micro-batch without padding",
-        "replaces `per_device_train_batch_size` (sequences)",
-        "`actor.ppo_max_token_len_per_gpu`, with `actor.use_dynamic_bsz=true`",
-    ),
-    (
-        "`*.max_batch`, sequences decoded at a time on each data-parallel rank",
-        "`local_rollout_forward_batch_size`",
-        "`rollout.max_num_seqs`",
-    ),
-)
 
 
 def markdown() -> str:
     """Return the text of `docs/configuration.md`."""
-    parts = [_INTRODUCTION, *(f"| {' | '.join(row)} |" for row in _BATCH_SIZES)]
+    parts = [_INTRODUCTION]
     for section, cls in SECTIONS.items():
         parts.append(f"\n## {section}\n\n{(cls.__doc__ or '').strip()}\n\n| key | type | default | unit | meaning |")
         parts.append("|---|---|---|---|---|")
