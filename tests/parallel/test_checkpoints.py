@@ -40,7 +40,7 @@ class TermOnTheLastRank:
 
 def story(folder, layout):
     """Saves in the background while it trains on, a rank that cannot write, SIGTERM, damage, and how it goes on."""
-    tied, write = LAYOUTS[layout][2], checkpoint._write
+    tied, write = LAYOUTS[layout][2], checkpoint.write_bucket
     with trainer(settings(folder, layout), tied) as run:
         last = run.cluster.world_size - 1
 
@@ -48,7 +48,7 @@ def story(folder, layout):
             time.sleep(0.3 * (run.cluster.rank + 1))
             return write(*args)
 
-        checkpoint._write = slowly
+        checkpoint.write_bucket = slowly
         run.step()
         at_1 = weights_now(run)
         run.save_checkpoint()
@@ -62,12 +62,12 @@ def story(folder, layout):
                 raise OSError(28, "No space left on device")
             return write(*args)
 
-        checkpoint._write = full
+        checkpoint.write_bucket = full
         with pytest.raises(RunError, match=rf"step_000002: .* \(No space left on device, on rank {last}\)"):
             run.save_checkpoint()
             run.complete_checkpoint()
-        checkpoint._write = write
-        run.cluster.wait()
+        checkpoint.write_bucket = write
+        run.cluster.barrier()
         assert [p.name for p in files.checkpoints_dir(run.dir).iterdir() if p.is_dir()] == ["step_000001"]
         run.save_checkpoint()
 
@@ -86,7 +86,7 @@ def story(folder, layout):
             for step in (2, 3, 4):
                 data = sorted(files.checkpoint_path(run.dir, step).glob("critic/*.distcp"))[-1]
                 data.write_bytes(data.read_bytes()[:-9] + b"otherwise")
-        run.cluster.wait()
+        run.cluster.barrier()
     with trainer(settings(folder, layout, run={"resume": True}), tied) as run:
         # Found by whichever rank read that file, believed by all.
         assert run.done_steps == 1 and names(run) == ["step_000001"]

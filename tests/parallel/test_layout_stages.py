@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from icegrt import cli
 from icegrt.model.architecture import DTYPES
+from icegrt.roles.optimizer import inner_optimizers
 from icegrt.rollout.types import Sampling
 from tests.helpers import stage_cases as stages
 from tests.helpers import tiny_models as tiny
@@ -84,15 +85,17 @@ def resume(folder, layout):
         tell(folder, layout, run, {"before": before, "steps": [(s.policy_loss, s.value_loss) for s in told]})
 
 
+def adam_steps(role):
+    """The distinct step counts of a role's optimizer states."""
+    inner = inner_optimizers(role.optimizer)
+    return sorted({float(state["step"]) for optimizer in inner for state in optimizer.optimizer.state.values()})
+
+
 def tell(folder, name, run, more):
     held = {r.name: tiny.by_hugging_face_name(r, lambda p: p) for r in run.roles}
-    adam = {r.name: sorted({float(s["step"]) for o in inner(r) for s in o.optimizer.state.values()}) for r in run.roles}
+    adam = {r.name: adam_steps(r) for r in run.roles}
     if run.cluster.is_main:
         torch.save({"weights": held, "adam": adam, **(more or {})}, folder / f"{name}.pt")
-
-
-def inner(role):
-    return getattr(role.optimizer, "chained_optimizers", [role.optimizer])
 
 
 def export(folder, ranks):
@@ -162,10 +165,10 @@ def nothing_wide(folder):
         # 61 tokens, padded to 62 and cut into 31; no other dimension has these sizes.
         with Widest({tiny.VOCAB, tiny.VOCAB + 1}) as watch:
             run.step()
-            run.engine.generate([[5, 6, 7]], 2, Sampling(temperature=0.0, max_new_tokens=3))
+            run.components.engine.generate([[5, 6, 7]], 2, Sampling(temperature=0.0, max_new_tokens=3))
         assert watch.found == set(), watch.found
         with Widest({31}) as control:
-            run.engine.generate([[5, 6, 7]], 1, Sampling(max_new_tokens=2))
+            run.components.engine.generate([[5, 6, 7]], 1, Sampling(max_new_tokens=2))
         assert control.found
 
 
@@ -190,7 +193,7 @@ def recomputed(folder, layout, dtype):
                 assert p.dtype == DTYPES[dtype] and p.main_grad.dtype == torch.float32
             masters = [
                 master
-                for optimizer in inner(run.actor)
+                for optimizer in inner_optimizers(run.actor.optimizer)
                 for group in optimizer.optimizer.param_groups
                 for master in group["params"]
             ]
