@@ -61,7 +61,7 @@ def _last_column(x, WIDTH: tl.constexpr):
 @triton.jit
 def _find_sequence(slot, cu_ptr, sequences, stride, CHUNK: tl.constexpr, FANOUT: tl.constexpr):
     """Return the last n in [0, sequences] whose first slot, cu[n] // CHUNK + n, is at or before `slot`."""
-    # A search of FANOUT ways: log_FANOUT(N) rounds of loads, each first_tile for the one before.
+    # A search of FANOUT ways: log_FANOUT(N) rounds of loads, each dependent on the one before.
     n = slot * 0
     step = tl.arange(0, FANOUT)[None, :] + 1
     while stride > 0:
@@ -115,7 +115,7 @@ def shaped_gae_kernel(
     FANOUT: tl.constexpr,
 ):
     """Write advantages, returns and rewards of one tile, and the KL of sequences that end in it."""
-    # 1. Draw a ticket. Tiles are numbered in the order in which programs start, so first_tile for a lower one is safe.
+    # 1. Draw a ticket. Tiles are numbered in the order in which programs start, so waiting for a lower one is safe.
     tile = tl.atomic_add(sync_ptr, 1)
     row = tl.arange(0, ROWS)
     slot = tile.to(tl.int64) * ROWS + row
