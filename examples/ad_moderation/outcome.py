@@ -12,7 +12,7 @@ import numpy as np
 
 from ad_moderation.checker import check
 from icegrt import PPOConfig, RewardConfig, SFTConfig
-from icegrt.data import encode_examples, encode_prompts, read_rows
+from icegrt.data import EncodedDataset, ExampleEncoder, PromptEncoder, open_rows
 from icegrt.metrics import read_metrics
 from icegrt.metrics.statistics import distinct_fraction, paired_bootstrap_ci95
 from icegrt.report.page import write_ppo_report
@@ -26,8 +26,8 @@ FIXED_EXAMPLES = RANDOM_EXAMPLES = 10
 def assess_both(trainer: Any, data: Path) -> dict[str, Any]:
     """Sampled and greedy answers to the test ads, scored, and the loss on held-out general text, as JSON."""
     tokenizer, context = trainer.tokenizer, trainer.actor.model.architecture.context_length
-    prompts = encode_prompts(tokenizer, read_rows(data / "prompts_test.jsonl", TEST_ADS), context)
-    general = encode_examples(tokenizer, read_rows(data / "general_test.jsonl"), context)
+    prompts = EncodedDataset(open_rows(data / "prompts_test.jsonl", TEST_ADS), PromptEncoder(tokenizer, context))
+    general = EncodedDataset(open_rows(data / "general_test.jsonl"), ExampleEncoder(tokenizer, context))
     batches = pack_examples(general, trainer.config.token_budget, trainer.cluster.share)
     return {
         "sampled": _columns(trainer.assess(prompts, SAMPLES)),
@@ -56,7 +56,7 @@ class Outcome:
         self.before, self.after = (_read(out / f"assessment_{when}.json") for when in ("before", "after"))
         self.config = PPOConfig.load(out / "ppo" / "config.yaml")
         self.steps = [row for row in read_metrics(out / "ppo") if row["kind"] == "ppo"]
-        self.rows = [row.data for row in read_rows(out / "data" / "prompts_test.jsonl", TEST_ADS)]
+        self.rows = [row.data for row in open_rows(out / "data" / "prompts_test.jsonl", TEST_ADS)]
         self.report = {
             "sft": _read(out / "sft" / "summary.json"),
             "reward": _read(out / "reward" / "summary.json"),
