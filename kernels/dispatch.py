@@ -151,7 +151,7 @@ def describe(device: str | torch.device = "cuda" if torch.version.cuda else "cpu
         Dictionary from operation to backend name.
     """
     device = torch.device(device)
-    return {op: _resolve(op, device.type, True)[0] for op in IMPLEMENTATIONS}
+    return {op: _resolve_backend(op, device.type, True)[0] for op in IMPLEMENTATIONS}
 
 
 def select(op: str, *tensors: Tensor | None) -> Callable[..., Any]:
@@ -159,17 +159,17 @@ def select(op: str, *tensors: Tensor | None) -> Callable[..., Any]:
     # Triton computes in fp32; fp64 tensors go to a backend that has it.
     device = next((t.device.type for t in tensors if t is not None), "cpu")
     supported = all(t is None or t.dtype != torch.float64 for t in tensors)
-    backend, why = _resolve(op, device, supported)
+    backend, why = _resolve_backend(op, device, supported)
     _log_once(op, backend, device, why)
     return _load(op, backend)
 
 
-def _resolve(op: str, device: str, supported: bool) -> tuple[str, str]:
+def _resolve_backend(op: str, device: str, supported: bool) -> tuple[str, str]:
     # 1. A backend that is named must run.
-    wanted, source = _wanted(op)
-    if wanted != "auto":
-        _require(op, wanted, device, supported, source)
-        return wanted, source
+    requested, source = _requested_backend(op)
+    if requested != "auto":
+        _check_runnable(op, requested, device, supported, source)
+        return requested, source
     # 2. auto: the first that the operation has, that fits the tensors and that is installed.
     for backend in ("triton", "cpp", "chunked"):
         runs = {"triton": device == "cuda" and supported, "cpp": device == "cpu", "chunked": True}[backend]
@@ -178,7 +178,7 @@ def _resolve(op: str, device: str, supported: bool) -> tuple[str, str]:
     return "reference", "auto"
 
 
-def _wanted(op: str) -> tuple[str, str]:
+def _requested_backend(op: str) -> tuple[str, str]:
     # The innermost context first; an operation's own choice before the general one.
     for choice in reversed(_overrides.get()):
         for key in (op, "*"):
@@ -200,7 +200,7 @@ def _parse_environment(text: str) -> dict[str, str]:
     return choice
 
 
-def _require(op: str, backend: str, device: str, supported: bool, source: str) -> None:
+def _check_runnable(op: str, backend: str, device: str, supported: bool, source: str) -> None:
     hint = f"; choose one of {', '.join(available_backends(op))} or auto"
     if backend not in IMPLEMENTATIONS[op]:
         raise RuntimeError(f"{op}: backend {backend!r} was asked for by {source} and this operation has none{hint}")

@@ -45,8 +45,10 @@ def pack_rows(input_ids: Tensor, attended_BL: Tensor, chosen_BL: Tensor) -> Padd
     # Column of the latest attended token up to and including each column, -1 before the first.
     latest = torch.where(attended_BL, column, -1).cummax(dim=1).values if L else column
     before = torch.cat([latest.new_full((B, min(1, L)), -1), latest[:, :-1]], dim=1)
-    _reject(chosen_BL & ~attended_BL, "response_mask marks padding (attention_mask is 0 there)")
-    _reject(chosen_BL & (before < 0), "response_mask marks a token with no attended token before it; expected a prompt")
+    _raise_where(chosen_BL & ~attended_BL, "response_mask marks padding (attention_mask is 0 there)")
+    _raise_where(
+        chosen_BL & (before < 0), "response_mask marks a token with no attended token before it; expected a prompt"
+    )
     # 2. Rows of the flat batch, sequence by sequence.
     first_row = torch.arange(B, device=input_ids.device)[:, None] * L
     token_rows_A = chosen_BL.flatten().nonzero().squeeze(1)
@@ -61,7 +63,7 @@ def pack_rows(input_ids: Tensor, attended_BL: Tensor, chosen_BL: Tensor) -> Padd
     )
 
 
-def _reject(bad_BL: Tensor, message: str) -> None:
+def _raise_where(bad_BL: Tensor, message: str) -> None:
     if bad_BL.any():
         row, column = (int(i) for i in bad_BL.nonzero()[0])
         raise ValueError(f"pack_padded: {message}, first at [{row}, {column}]")

@@ -25,29 +25,29 @@ def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def check_floating(op: str, name: str, x: Tensor, shape: tuple[int | None, ...], like: Tensor | None = None) -> None:
     """Raise unless x is a floating tensor of `shape` (None: any extent), on the device of `like`."""
-    _tensor(op, name, x)
+    _check_tensor(op, name, x)
     if not x.is_floating_point():
         raise TypeError(f"{op}: {name} must be floating point, got {x.dtype}")
-    _shape(op, name, x, shape)
-    _device(op, name, x, like)
+    _check_shape(op, name, x, shape)
+    _check_device(op, name, x, like)
 
 
 def check_integral(op: str, name: str, x: Tensor, shape: tuple[int | None, ...], like: Tensor | None = None) -> None:
     """Raise unless x is an int32 or int64 tensor of `shape`, on the device of `like`."""
-    _tensor(op, name, x)
+    _check_tensor(op, name, x)
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: {name} must be int32 or int64, got {x.dtype}")
-    _shape(op, name, x, shape)
-    _device(op, name, x, like)
+    _check_shape(op, name, x, shape)
+    _check_device(op, name, x, like)
 
 
 def check_mask(op: str, name: str, x: Tensor | None, shape: tuple[int | None, ...], like: Tensor | None = None) -> None:
     """Raise unless x is None or a tensor of `shape`: bool, or numbers that are 0 where masked."""
     if x is None:
         return
-    _tensor(op, name, x)
-    _shape(op, name, x, shape)
-    _device(op, name, x, like)
+    _check_tensor(op, name, x)
+    _check_shape(op, name, x, shape)
+    _check_device(op, name, x, like)
 
 
 def check_number(
@@ -138,7 +138,7 @@ def single_backward(op: str) -> None:
         )
 
 
-def _tensor(op: str, name: str, x: Any) -> None:
+def _check_tensor(op: str, name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
     # Compare by name: importing DTensor's module costs a second, which every user of the library would pay.
@@ -149,7 +149,7 @@ def _tensor(op: str, name: str, x: Any) -> None:
         )
 
 
-def _shape(op: str, name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
+def _check_shape(op: str, name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
     if x.dim() != len(shape) or any(
         want is not None and have != want for have, want in zip(x.shape, shape, strict=True)
     ):
@@ -157,6 +157,6 @@ def _shape(op: str, name: str, x: Tensor, shape: tuple[int | None, ...]) -> None
         raise ValueError(f"{op}: {name} must have shape ({wanted}), got {tuple(x.shape)}")
 
 
-def _device(op: str, name: str, x: Tensor, like: Tensor | None) -> None:
+def _check_device(op: str, name: str, x: Tensor, like: Tensor | None) -> None:
     if like is not None and x.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device} like {_STREAMS}, got {x.device}")

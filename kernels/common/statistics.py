@@ -16,7 +16,7 @@ def masked_sums(columns: dict[str, Tensor], keep_A: Tensor) -> dict[str, Tensor]
     return dict(zip(columns, sums.unbind(), strict=True))
 
 
-def with_neutral(x_A: Tensor, keep_A: Tensor, neutral: float) -> Tensor:
+def neutralize_masked(x_A: Tensor, keep_A: Tensor, neutral: float) -> Tensor:
     """Return x_A [A + 1] with `neutral` at masked entries and at the end, so that an empty stream has an extreme."""
     return torch.cat([torch.where(keep_A, x_A, neutral), x_A.new_full((1,), neutral)])
 

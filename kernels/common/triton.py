@@ -27,7 +27,7 @@ FOLD_OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 
 @triton.jit
-def scalar(x, POINTER: tl.constexpr):
+def load_scalar(x, POINTER: tl.constexpr):
     """Return a number in fp32 that was passed by value, or by pointer to a 0-dim tensor."""
     if POINTER:
         return tl.load(x).to(tl.float32)
@@ -36,7 +36,7 @@ def scalar(x, POINTER: tl.constexpr):
 
 
 @triton.jit
-def stream(pointer, index, keep):
+def load_stream(pointer, index, keep):
     """Return a stream in fp32, 0 where not kept. Masked entries are not read: they may hold NaN or not exist."""
     return tl.load(pointer + index, mask=keep, other=0.0).to(tl.float32)
 
@@ -109,11 +109,11 @@ def fold_statistics_kernel(
     stats = tl.where(column < SUMS, total, tl.where(column == SUMS, low, high))
     tl.store(stats_ptr + column, stats)
     # 3. Divide the loss in fp64 and round once.
-    loss = tl.sum(tl.where(column == 2, total, 0.0)) / scalar(normalizer, NORMALIZER_POINTER)
+    loss = tl.sum(tl.where(column == 2, total, 0.0)) / load_scalar(normalizer, NORMALIZER_POINTER)
     tl.store(loss_ptr, loss.to(tl.float32))
 
 
-def fold(partials: Tensor, normalizer: float | Tensor, sums: int) -> tuple[Tensor, Tensor]:
+def fold_statistics(partials: Tensor, normalizer: float | Tensor, sums: int) -> tuple[Tensor, Tensor]:
     """Return (statistics [WIDTH] fp64, loss 0-dim fp32) of the programs' rows, in one more launch."""
     stats = torch.empty(partials.shape[1], dtype=torch.float64, device=partials.device)
     loss = torch.empty((), dtype=torch.float32, device=partials.device)
@@ -124,7 +124,7 @@ def fold(partials: Tensor, normalizer: float | Tensor, sums: int) -> tuple[Tenso
             stats,
             loss,
             partials.shape[0],
-            kernel_number(normalizer),
+            value_or_pointer(normalizer),
             NORMALIZER_POINTER=isinstance(normalizer, Tensor),
             SUMS=sums,
             WIDTH=partials.shape[1],
@@ -134,12 +134,12 @@ def fold(partials: Tensor, normalizer: float | Tensor, sums: int) -> tuple[Tenso
     return stats, loss
 
 
-def kernel_number(number: float | Tensor) -> float | Tensor:
+def value_or_pointer(number: float | Tensor) -> float | Tensor:
     """Return a number as a kernel takes it: a float by value, a 0-dim tensor as a pointer."""
     return number if isinstance(number, Tensor) else float(number)
 
 
-def optional_streams(filler: Tensor, streams: Sequence[Tensor | None]) -> list[Tensor]:
+def fill_absent(filler: Tensor, streams: Sequence[Tensor | None]) -> list[Tensor]:
     """Return the streams detached and contiguous; an absent one is `filler`, which the kernel never reads."""
     return [filler if x is None else x.detach().contiguous() for x in streams]
 

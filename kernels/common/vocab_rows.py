@@ -76,24 +76,24 @@ class LocalRows(NamedTuple):
 def label_logprob(label_logit: Tensor, row_max: Tensor, sum_exp: Tensor) -> Tensor:
     """Return label_logit - row_max - log sum_exp."""
     # Subtract the maximum first: added to log S, a maximum of -1e4 would cost log S four digits.
-    inner = (label_logit - finite(row_max)) - sum_exp.log()
+    inner = (label_logit - finite_or_zero(row_max)) - sum_exp.log()
     # A label at -inf has log-prob -inf, also in a row without any finite logit, where -inf + inf would be NaN.
     return torch.where(label_logit == -torch.inf, label_logit, inner)
 
 
-def finite(row_max: Tensor) -> Tensor:
+def finite_or_zero(row_max: Tensor) -> Tensor:
     """Return the maxima with 0 for -inf: subtracting -inf from -inf would make NaN."""
     return torch.where(row_max == -torch.inf, 0.0, row_max)
 
 
 def empty_row_stats(z: Tensor) -> RowStats:
-    """Return the statistics of rows without columns: neutral in `merge_rows`."""
+    """Return the statistics of rows without columns: neutral in `merge_row_stats`."""
     zero = z.new_zeros(z.shape[0])
     lowest = torch.full_like(zero, -torch.inf)
     return RowStats(lowest, zero, lowest, zero)
 
 
-def local_label(labels: Tensor, shard: VocabShard | None, columns: int) -> tuple[Tensor, Tensor]:
+def locate_label(labels: Tensor, shard: VocabShard | None, columns: int) -> tuple[Tensor, Tensor]:
     """Return the column of each label in this slice, clamped, and whether the slice has the label."""
     column = labels.long() - (0 if shard is None else shard.start)
     in_shard = (column >= 0) & (column < columns)
@@ -105,15 +105,15 @@ def local_rows(z: Tensor, labels: Tensor, shard: VocabShard | None, entropy: boo
     if z.shape[1] == 0:
         return LocalRows(empty_row_stats(z), z, z)
     row_max = z.amax(-1)
-    column, in_shard = local_label(labels, shard, z.shape[1])
+    column, in_shard = locate_label(labels, shard, z.shape[1])
     label_logit = torch.where(in_shard, z.gather(1, column[:, None]).squeeze(1), -torch.inf)
-    shifted = (z - finite(row_max)[:, None]).clamp_(min=FLOOR)
+    shifted = (z - finite_or_zero(row_max)[:, None]).clamp_(min=FLOOR)
     weights = shifted.exp()
     sum_exp_shifted = (weights * shifted).sum(-1) if entropy else torch.zeros_like(row_max)
     return LocalRows(RowStats(row_max, weights.sum(-1), label_logit, sum_exp_shifted), shifted, weights)
 
 
-def merge_rows(local: RowStats, shard: VocabShard | None) -> RowStats:
+def merge_row_stats(local: RowStats, shard: VocabShard | None) -> RowStats:
     """Return the statistics of the full rows. A collective over shard.group; every rank merges in rank order."""
     if shard is None or shard.group is None:
         return local
@@ -126,7 +126,7 @@ def merge_rows(local: RowStats, shard: VocabShard | None) -> RowStats:
     sum_exp, sum_exp_shifted = torch.zeros_like(row_max), torch.zeros_like(row_max)
     label_logit = torch.full_like(row_max, -torch.inf)
     for part in (RowStats(*p.unbind()) for p in parts):
-        shift = (finite(part.max) - finite(row_max)).clamp(min=FLOOR)
+        shift = (finite_or_zero(part.max) - finite_or_zero(row_max)).clamp(min=FLOOR)
         # A rank without a finite logit has S = 0 and adds nothing, whatever its shift is.
         scale = torch.where(part.sum_exp > 0, shift.exp(), 0.0)
         sum_exp = sum_exp + part.sum_exp * scale
@@ -148,7 +148,7 @@ def logit_gradient(
     if weights.shape[1] == 0:
         return weights
     # p = weights * scale: from this rank's maximum and sum to those of the full row.
-    shift = finite(stats.max) - finite(merged.max)
+    shift = finite_or_zero(stats.max) - finite_or_zero(merged.max)
     scale = torch.where(merged.sum_exp > 0, shift.exp() / merged.sum_exp, 0.0)
     if grads.entropy is None:
         dz = weights.mul_((-grads.logprob * scale)[:, None])
@@ -157,7 +157,7 @@ def logit_gradient(
         offset = torch.where(merged.sum_exp > 0, shift - merged.sum_exp.log() + merged.entropy(), 0.0)
         inner = shifted.add_(offset[:, None]).mul_(grads.entropy[:, None]).add_(grads.logprob[:, None])
         dz = weights.mul_(-scale[:, None]).mul_(inner)
-    column, in_shard = local_label(labels, shard, weights.shape[1])
+    column, in_shard = locate_label(labels, shard, weights.shape[1])
     return dz.scatter_add_(1, column[:, None], torch.where(in_shard, grads.logprob, 0.0)[:, None])
 
 
@@ -166,8 +166,8 @@ class _ShardedTokenLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, logits_AV: Tensor, labels_A: Tensor, temperature: float, entropy: bool, shard: VocabShard
     ) -> tuple[Tensor, Tensor | None]:
-        z = _scaled(logits_AV, labels_A, temperature, shard)
-        merged = merge_rows(local_rows(z, labels_A, shard, entropy).stats, shard)
+        z = _scaled_logits(logits_AV, labels_A, temperature, shard)
+        merged = merge_row_stats(local_rows(z, labels_A, shard, entropy).stats, shard)
         # Backward computes z again: saved, its exponentials would double the memory of the logits.
         ctx.save_for_backward(logits_AV, labels_A, *merged)
         ctx.options = (temperature, entropy, shard)
@@ -181,7 +181,7 @@ class _ShardedTokenLogprobs(torch.autograd.Function):
         grad_logprob_A, grad_entropy_A = upstream
         logits_AV, labels_A, *merged = ctx.saved_tensors
         temperature, entropy, shard = ctx.options
-        z = _scaled(logits_AV, labels_A, temperature, shard)
+        z = _scaled_logits(logits_AV, labels_A, temperature, shard)
         local = local_rows(z, labels_A, shard, False)
         ignored_A = labels_A == IGNORED_LABEL
         grads = TokenGrads(
@@ -194,7 +194,7 @@ class _ShardedTokenLogprobs(torch.autograd.Function):
         return grad_AV, None, None, None, None
 
 
-def _scaled(logits_AV: Tensor, labels_A: Tensor, temperature: float, shard: VocabShard) -> Tensor:
+def _scaled_logits(logits_AV: Tensor, labels_A: Tensor, temperature: float, shard: VocabShard) -> Tensor:
     # Ignored rows become 0 before the exponential, so that NaN in them reaches neither statistics nor gradient.
     z = logits_AV[:, : shard.valid].to(wide_dtype(logits_AV)) / temperature
     return z.masked_fill_((labels_A == IGNORED_LABEL)[:, None], 0.0)

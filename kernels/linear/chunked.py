@@ -1,7 +1,7 @@
 """Log-probs and policy loss straight from hidden states, chunk by chunk: the logit matrix [A, V] never exists.
 
-Scoring and update walk the chunks with one routine (`_walk`) on the same rows with the same chunk_rows, so that at
-equal weights their log-probs agree to the bit and the ratio is exactly 1. The loss forms its gradient while a chunk's
+Scoring and update iterate over the chunks with one routine on the same rows with the same chunk_rows, so that at equal
+weights their log-probs agree to the bit and the ratio is exactly 1. The loss forms its gradient while a chunk's
 logits exist: three matrix products in all. The mask alone decides which rows enter the product of the logits. Rows
 without any gradient (clipped, zero advantage) are dropped before the two products of the backward.
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.vocab_rows import RowStats, TokenGrads, merge_rows
+from ..common.vocab_rows import RowStats, TokenGrads, merge_row_stats
 from ..ppo_policy_loss.inputs import PolicyObjective, PolicyStreams
 from ..types import PPOLoss, TokenLogprobs
 from ..validate import IGNORED_LABEL, single_backward
@@ -35,31 +35,31 @@ from .torch_ops import TORCH_OPS
 WeightGrads = tuple[Tensor | None, Tensor | None]  # (dX, dW)
 
 
-def _walk(head: ChunkedHead, ops: ChunkOps) -> Iterator[LogitsChunk]:
+def _iterate_chunks(head: ChunkedHead, ops: ChunkOps) -> Iterator[LogitsChunk]:
     """Yield the chunks, with logits and statistics, one at a time in one buffer."""
     for rows in head.chunks():
         hidden, labels = head.hidden(rows), head.labels_R[rows]
         z = head.logits(hidden)
         local = ops.row_stats(z, labels, head.shard, head.entropy)
-        yield LogitsChunk(rows, hidden, labels, z, local, merge_rows(local, head.shard))
+        yield LogitsChunk(rows, hidden, labels, z, local, merge_row_stats(local, head.shard))
     head.release()
 
 
-def _outputs(head: ChunkedHead, stats: RowStats, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+def _logprob_and_entropy(head: ChunkedHead, stats: RowStats, labels: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return log-prob and entropy of rows, 0 at ignored labels."""
     ignored = labels == IGNORED_LABEL
     logprob = stats.logprob().masked_fill(ignored, 0.0)
     return logprob, stats.entropy().masked_fill(ignored, 0.0) if head.entropy else None
 
 
-def _score(head: ChunkedHead, ops: ChunkOps) -> RowStats:
+def _score_rows(head: ChunkedHead, ops: ChunkOps) -> RowStats:
     """Return the statistics of all rows that count [R]."""
-    packed = [torch.stack(chunk.merged) for chunk in _walk(head, ops)]
+    packed = [torch.stack(chunk.merged) for chunk in _iterate_chunks(head, ops)]
     empty = head.hidden_AH.new_zeros(4, 0, dtype=head.wide)
     return RowStats(*(torch.cat(packed, dim=1) if packed else empty))
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
+def _disable_autocast(x: Tensor) -> torch.autocast:
     # Autocast would run the products in bf16, logits included.
     return torch.autocast(x.device.type, enabled=False)
 
@@ -78,9 +78,9 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_AH: Tensor, weight_VH: Tensor, call: _ScoringCall) -> tuple[Tensor, Tensor | None]:
         head = call.head
-        with _no_autocast(hidden_AH):
-            stats_R = _score(head, call.ops)
-        logprob_R, entropy_R = _outputs(head, stats_R, head.labels_R)
+        with _disable_autocast(hidden_AH):
+            stats_R = _score_rows(head, call.ops)
+        logprob_R, entropy_R = _logprob_and_entropy(head, stats_R, head.labels_R)
         # Four numbers per token are saved; backward computes the logits again.
         ctx.save_for_backward(hidden_AH, weight_VH, torch.stack([head.scatter_rows(x) for x in stats_R]))
         ctx.call = call
@@ -102,7 +102,7 @@ class _LinearLogprobs(torch.autograd.Function):
         grads_R = TokenGrads(head.gather_rows(grad_logprob_A), grad_entropy_R).by_logits(head.temperature)
         # 2. Three products per chunk: logits, dX and dW.
         out = Gradients(head, ctx.needs_input_grad[:2], call.buffer_VH)
-        with _no_autocast(hidden_AH):
+        with _disable_autocast(hidden_AH):
             for rows in head.chunks():
                 hidden, labels = head.hidden(rows), head.labels_R[rows]
                 z = head.logits(hidden)
@@ -147,7 +147,7 @@ def linear_ppo_loss(
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden_AH, weight_VH))
 
     def forward_pass() -> tuple[Tensor, Tensor | None, WeightGrads]:
-        with torch.no_grad(), _no_autocast(hidden_AH):
+        with torch.no_grad(), _disable_autocast(hidden_AH):
             return _loss_and_grads(head, ops, streams_R, objective, (wanted[0], wanted[1]))
 
     # 2. Log-probs and gradients in one walk over the chunks, then loss and statistics over all rows at once.
@@ -186,9 +186,9 @@ def _loss_and_grads(
     """Return log-prob [R], entropy [R] or None, and (dX, dW) of the sum of the objective, not yet normalized."""
     logprobs, entropies = [], []
     out = Gradients(head, wanted)
-    for chunk in _walk(head, ops):
+    for chunk in _iterate_chunks(head, ops):
         # 1. Log-probs of the chunk.
-        logprob, entropy = _outputs(head, chunk.merged, chunk.labels)
+        logprob, entropy = _logprob_and_entropy(head, chunk.merged, chunk.labels)
         logprobs.append(logprob)
         entropies.append(entropy)
         if not any(wanted):
@@ -263,16 +263,16 @@ class _AttachGradient(torch.autograd.Function):
         scale = grad_loss / ctx.formed.normalizer
         buffer_VH = ctx.formed.buffer_VH
         if grad_AH is not None:
-            grad_AH = _scaled(grad_AH, scale, hidden_AH.dtype)
+            grad_AH = _scale_gradient(grad_AH, scale, hidden_AH.dtype)
         if grad_VH is not None and buffer_VH is None:
-            grad_VH = _scaled(grad_VH, scale, weight_VH.dtype)
+            grad_VH = _scale_gradient(grad_VH, scale, weight_VH.dtype)
         elif grad_VH is not None:
             # One pass: product and addition together.
             buffer_VH.addcmul_(grad_VH, scale.to(grad_VH.dtype))
         return None, grad_AH, _deliver_weight_grad(grad_VH, weight_VH, buffer_VH), None
 
 
-def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _scale_gradient(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return grad * scale in dtype; may overwrite grad."""
     # On a GPU one pass multiplies and rounds. A CPU would need a copy for it.
     if grad.is_cuda and grad.dtype != dtype:

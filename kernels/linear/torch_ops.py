@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..common.vocab_rows import FLOOR, RowStats, TokenGrads, empty_row_stats, finite, local_label
+from ..common.vocab_rows import FLOOR, RowStats, TokenGrads, empty_row_stats, finite_or_zero, locate_label
 from ..ppo_policy_loss.inputs import PolicyObjective, PolicyStreams
 from ..ppo_policy_loss.reference import policy_terms, ppo_policy_loss
 from ..types import VocabShard
@@ -35,7 +35,7 @@ def row_stats(z: Tensor, labels: Tensor, shard: VocabShard | None, entropy: bool
         return empty_row_stats(z)
     # 1. What needs the logits themselves: maximum and label.
     row_max = z.amax(-1)
-    column, in_shard = local_label(labels, shard, z.shape[1])
+    column, in_shard = locate_label(labels, shard, z.shape[1])
     label_logit = torch.where(in_shard, z.gather(1, column[:, None]).squeeze(1), -torch.inf)
     # 2. Softmax in place; the maximum has the probability 1 / S.
     torch.softmax(z, -1, out=z)
@@ -79,9 +79,9 @@ def logits_grad(
         return z.to(dtype), None
     # 2. From probabilities over this rank's columns to those over the vocabulary.
     if local is not None and shard is not None and shard.group is not None:
-        shift = (finite(local.max) - finite(merged.max)).clamp(min=FLOOR)
+        shift = (finite_or_zero(local.max) - finite_or_zero(merged.max)).clamp(min=FLOOR)
         z.mul_(torch.where(merged.sum_exp > 0, shift.exp() * local.sum_exp / merged.sum_exp, 0.0)[:, None])
-    column, in_shard = local_label(labels, shard, z.shape[1])
+    column, in_shard = locate_label(labels, shard, z.shape[1])
     # 3. Without an entropy term dz = -g (p - onehot). The factor -g is left to the products, whose narrow side it
     #    scales, unless a cast passes over z anyway.
     if grads.entropy is None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.statistics import masked_sums, to_float64, with_neutral
+from ..common.statistics import masked_sums, neutralize_masked, to_float64
 from ..kl_divergence.reference import kl_divergence, safe_exp, safe_expm1
 from ..types import PolicyStats, PPOLoss
 from ..validate import wide_dtype
@@ -132,8 +132,8 @@ def _policy_stats(
         "advantage_sq_sum": advantage_A * advantage_A,
     }
     extremes = {
-        "ratio_min": with_neutral(terms.ratio, keep_A, torch.inf).amin(),
-        "ratio_max": with_neutral(terms.ratio, keep_A, -torch.inf).amax(),
-        "logprob_diff_abs_max": with_neutral(terms.log_ratio.abs(), keep_A, 0.0).amax(),
+        "ratio_min": neutralize_masked(terms.ratio, keep_A, torch.inf).amin(),
+        "ratio_max": neutralize_masked(terms.ratio, keep_A, -torch.inf).amax(),
+        "logprob_diff_abs_max": neutralize_masked(terms.log_ratio.abs(), keep_A, 0.0).amax(),
     }
     return PolicyStats(**masked_sums(columns, keep_A), **to_float64(extremes))

@@ -20,13 +20,13 @@ from ..common.triton import (
     AttachTokenGradients,
     bounded_exp,
     exp_minus_tangent,
-    fold,
-    kernel_number,
+    fill_absent,
+    fold_statistics,
     kl_estimate,
-    optional_streams,
-    scalar,
+    load_scalar,
+    load_stream,
     set_column,
-    stream,
+    value_or_pointer,
 )
 from ..common.vocab_rows import TokenGrads
 from ..dispatch import log_launch
@@ -106,13 +106,13 @@ def ppo_policy_loss_kernel(
     index = block * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
     keep = inside & (tl.load(mask_ptr + index, mask=index < mask_size, other=1) != 0)
-    logprob = stream(logprob_ptr, index, keep)
+    logprob = load_stream(logprob_ptr, index, keep)
     # Without an old log-prob the step is on-policy: the ratio is 1.
-    old = tl.where(index < old_size, stream(old_ptr, index, keep & (index < old_size)), logprob)
-    entropy = stream(entropy_ptr, index, keep & (index < entropy_size))
-    weight = stream(weight_ptr, index, keep & (index < weight_size))
+    old = tl.where(index < old_size, load_stream(old_ptr, index, keep & (index < old_size)), logprob)
+    entropy = load_stream(entropy_ptr, index, keep & (index < entropy_size))
+    weight = load_stream(weight_ptr, index, keep & (index < weight_size))
     weight = tl.where(index < weight_size, weight, tl.where(keep, 1.0, 0.0))
-    advantage = stream(advantage_ptr, index, keep)
+    advantage = load_stream(advantage_ptr, index, keep)
 
     # 2. Whiten the advantage. The variance is a quotient of fp64 sums and is rounded after the root.
     if has_moments != 0:
@@ -136,14 +136,14 @@ def ppo_policy_loss_kernel(
 
     # 4. KL against the reference and entropy.
     has_ref = keep & (index < ref_size)
-    kl, kl_slope = kl_to_reference(logprob - stream(ref_ptr, index, has_ref), ESTIMATOR, RAW, LIMIT)
+    kl, kl_slope = kl_to_reference(logprob - load_stream(ref_ptr, index, has_ref), ESTIMATOR, RAW, LIMIT)
     kl, kl_slope = tl.where(has_ref, kl, 0.0), tl.where(has_ref, kl_slope, 0.0)
-    entropy_weight = scalar(entropy_coef, ENTROPY_POINTER)
-    kl_weight = scalar(kl_coef, KL_POINTER)
+    entropy_weight = load_scalar(entropy_coef, ENTROPY_POINTER)
+    kl_weight = load_scalar(kl_coef, KL_POINTER)
     loss = policy + kl_weight * kl - entropy_weight * entropy
 
     # 5. Gradients. Masked tokens get a 0, not the buffer's content.
-    token_scale = weight / scalar(normalizer, NORMALIZER_POINTER)
+    token_scale = weight / load_scalar(normalizer, NORMALIZER_POINTER)
     grad = (slope + kl_weight * kl_slope) * token_scale
     tl.store(grad_logprob_ptr + index, tl.where(keep, grad, 0.0), mask=inside)
     tl.store(grad_entropy_ptr + index, tl.where(keep, -entropy_weight * token_scale, 0.0), mask=index < entropy_size)
@@ -190,10 +190,10 @@ def policy_launch(
     # 2. An absent stream is replaced by the log-probs and gets size 0, so that one binary serves all combinations.
     logprob_A = logprob_A.detach().contiguous()
     optional = [streams.old_logprob_A, entropy_A, streams.ref_logprob_A, streams.mask_A, streams.weight_A]
-    old, entropy, ref, mask, weight = optional_streams(logprob_A, optional)
+    old, entropy, ref, mask, weight = fill_absent(logprob_A, optional)
     moments = objective.moments
     statistics = (logprob_A,) * 3 if moments is None else (moments.count, moments.mean, moments.m2)
-    # 3. Launch; an empty stream has no program, and `fold` returns zeros for it.
+    # 3. Launch; an empty stream has no program, and `fold_statistics` returns zeros for it.
     if size:
         with torch.cuda.device_of(logprob_A):
             log_launch("ppo_policy_loss", "triton")
@@ -213,9 +213,9 @@ def policy_launch(
                 *(0 if x is None else size for x in optional),
                 int(moments is not None),
                 int(objective.shift_mean),
-                kernel_number(normalizer),
-                kernel_number(objective.kl_coef),
-                kernel_number(objective.entropy_coef),
+                value_or_pointer(normalizer),
+                value_or_pointer(objective.kl_coef),
+                value_or_pointer(objective.entropy_coef),
                 objective.clip_low,
                 objective.clip_high,
                 math.inf if objective.dual_clip is None else float(objective.dual_clip),
@@ -241,7 +241,7 @@ def ppo_policy_loss(
 ) -> PPOLoss:
     """Return the loss and its statistics; see the public function."""
     grads, partials = policy_launch(logprob_A, entropy_A, streams, objective, normalizer)
-    stats, loss = fold(partials, normalizer, SUMS)
+    stats, loss = fold_statistics(partials, normalizer, SUMS)
     values = stats[:COLUMNS].unbind()
     if logprob_A.shape[0] == 0:
         # The last column is a maximum of absolute values: 0 for an empty stream, not -inf.

@@ -29,26 +29,26 @@ _ROW_STEP, _ROW_A, _ROW_B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB13
 _ID_STEP, _ID_A, _ID_B = 0x9E3779B1, 0x7FEB352D, 0x846CA68B
 
 
-def _signed(x: int, bits: int) -> int:
+def _to_signed(x: int, bits: int) -> int:
     # The two's complement value of the low `bits` bits: torch has no arithmetic on unsigned integers.
     x &= (1 << bits) - 1
     return x - (1 << bits) if x >> (bits - 1) else x
 
 
-def _mix64(x: Tensor) -> Tensor:
+def _splitmix64(x: Tensor) -> Tensor:
     """Return splitmix64 of x in wrapping int64."""
     # >> of int64 is arithmetic: the masks clear the copies of the sign bit.
-    x = x + _signed(_ROW_STEP, 64)
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(_ROW_A, 64)
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(_ROW_B, 64)
+    x = x + _to_signed(_ROW_STEP, 64)
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _to_signed(_ROW_A, 64)
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _to_signed(_ROW_B, 64)
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
 def row_keys(seed: int, sequence_ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Return two int32 keys per row [N]."""
     # Chained, not added: sums of coordinates would give (id 1, position 2) and (id 2, position 1) the same noise.
-    start = torch.full_like(sequence_ids, _signed(seed % _WORD, 64), dtype=torch.int64)
-    key = _mix64(_mix64(_mix64(start) ^ sequence_ids.long()) ^ positions.long())
+    start = torch.full_like(sequence_ids, _to_signed(seed % _WORD, 64), dtype=torch.int64)
+    key = _splitmix64(_splitmix64(_splitmix64(start) ^ sequence_ids.long()) ^ positions.long())
     return key.to(torch.int32), (key >> 32).to(torch.int32)
 
 
@@ -66,10 +66,10 @@ def candidate_bits(keys: tuple[Tensor, Tensor], start: int, size: int) -> Tensor
     # In place: at N * V entries each temporary of an expression costs as much as the logits.
     scratch = torch.empty_like(x)
     _shift_xor_(x, scratch, 16)
-    x *= _signed(_ID_A, 32)
+    x *= _to_signed(_ID_A, 32)
     x += keys[1][:, None]
     _shift_xor_(x, scratch, 15)
-    x *= _signed(_ID_B, 32)
+    x *= _to_signed(_ID_B, 32)
     _shift_xor_(x, scratch, 16)
     return x.bitwise_and_((1 << 31) - 1)
 
@@ -100,7 +100,7 @@ def sample_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Return tokens and log-probs; see the public function."""
     with torch.no_grad():
-        z = scaled_rows(logits_NV, distribution, shard)
+        z = sampling_logits(logits_NV, distribution, shard)
         start = 0 if shard is None else shard.start
         # 1. Perturb. The noise is hashed from global ids, so a slice gets the noise of its own columns.
         perturbed = z
@@ -112,10 +112,10 @@ def sample_tokens(
         if shard is None or shard.group is None:
             token_N = perturbed.max(dim=-1).indices  # the first of equal maxima
             return token_N, local_rows(z, token_N, shard, False).stats.logprob()
-        return merge_draws(_draw(z, perturbed, start), shard)
+        return merge_draws(_best_candidate(z, perturbed, start), shard)
 
 
-def scaled_rows(logits_NV: Tensor, distribution: Distribution, shard: VocabShard | None) -> Tensor:
+def sampling_logits(logits_NV: Tensor, distribution: Distribution, shard: VocabShard | None) -> Tensor:
     """Return z: valid columns over the temperature, -inf where top-k or top-p drops them."""
     temperature = distribution.temperature
     if shard is not None:
@@ -130,7 +130,7 @@ def scaled_rows(logits_NV: Tensor, distribution: Distribution, shard: VocabShard
     return z
 
 
-def _draw(z: Tensor, perturbed: Tensor, start: int) -> Draw:
+def _best_candidate(z: Tensor, perturbed: Tensor, start: int) -> Draw:
     if z.shape[1] == 0:
         # A rank that has only padding takes part with a candidate that loses to every other.
         lowest = z.new_full((z.shape[0],), -torch.inf)

@@ -17,7 +17,7 @@ from ..common.vocab_rows import label_logprob
 from ..dispatch import log_launch
 from ..types import VocabShard
 from .inputs import Distribution, Draw, NoiseKey
-from .reference import merge_draws, scaled_rows
+from .reference import merge_draws, sampling_logits
 
 # Legend
 #   N  rows, one for each program              V  columns of this rank's slice, padding included
@@ -34,7 +34,7 @@ TOP_P_UNITS = tl.constexpr(1 << 53)
 
 
 @triton.jit
-def _mix64(x):
+def _splitmix64(x):
     """Return splitmix64 of a uint64."""
     x = x + 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
@@ -45,8 +45,8 @@ def _mix64(x):
 @triton.jit
 def row_key(seed, sequence_id, position):
     """Return one uint64 per row; its halves key the candidates."""
-    key = _mix64(seed.to(tl.int64).to(tl.uint64)) ^ sequence_id.to(tl.int64).to(tl.uint64)
-    return _mix64(_mix64(key) ^ position.to(tl.int64).to(tl.uint64))
+    key = _splitmix64(seed.to(tl.int64).to(tl.uint64)) ^ sequence_id.to(tl.int64).to(tl.uint64)
+    return _splitmix64(_splitmix64(key) ^ position.to(tl.int64).to(tl.uint64))
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def _survives(key, column, last_key, last_id):
 
 
 @triton.jit
-def _leading(
+def _narrow_to_target(
     row_ptr, columns, temperature, row_max, last_key, last_id, target, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Return (last_key, last_id) narrowed to the columns before which less than `target` lies.
@@ -193,10 +193,14 @@ def sample_tokens_kernel(
         row_max = tl.max(maxima, axis=0)
         row_max = tl.where(row_max == -float("inf"), 0.0, row_max)
         if top_k > 0:
-            last_key, last_id = _leading(row_ptr, columns, temperature, row_max, last_key, last_id, top_k, False, BLOCK)
+            last_key, last_id = _narrow_to_target(
+                row_ptr, columns, temperature, row_max, last_key, last_id, top_k, False, BLOCK
+            )
         if top_p < TOP_P_UNITS:
             share = top_p.to(tl.float64) / TOP_P_UNITS
-            last_key, last_id = _leading(row_ptr, columns, temperature, row_max, last_key, last_id, share, True, BLOCK)
+            last_key, last_id = _narrow_to_target(
+                row_ptr, columns, temperature, row_max, last_key, last_id, share, True, BLOCK
+            )
 
     # 2. One pass: the best perturbed logit, and the log-sum-exp of the plain ones.
     best = tl.full((), -float("inf"), tl.float32)
@@ -241,7 +245,7 @@ def sample_tokens(
     # 1. Truncation over a sharded vocabulary needs all ranks: torch exchanges scalars (truncation.py), then the kernel
     #    samples from what is left. The arg-max at temperature 0 needs neither temperature nor truncation.
     if sharded and distribution.truncates:
-        logits_NV = scaled_rows(logits_NV, distribution, shard)
+        logits_NV = sampling_logits(logits_NV, distribution, shard)
         distribution = Distribution(1.0, 0, 1.0)
     elif not noisy:
         distribution = Distribution(1.0, 0, 1.0)

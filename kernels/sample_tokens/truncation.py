@@ -43,12 +43,12 @@ def truncate_sharded(z: Tensor, top_k: int, top_p: float, shard: VocabShard) -> 
     # 2. top-k: the weight of a column is 1, and the target a count.
     if top_k:
         target = torch.full_like(row_max, top_k, dtype=torch.float64)
-        kept = _leading(key, kept, torch.ones_like(z, dtype=torch.float64), target, shard)
+        kept = _keep_leading(key, kept, torch.ones_like(z, dtype=torch.float64), target, shard)
     # 3. top-p over what top-k left: the weight is a probability mass.
     if top_p < 1.0:
         weight = (z.double() - torch.where(row_max == -torch.inf, 0.0, row_max.double())[:, None]).exp()
         target = top_p * gather_ranks(torch.where(kept, weight, 0.0).sum(-1), shard).sum(0)
-        kept = _leading(key, kept, weight, target, shard)
+        kept = _keep_leading(key, kept, weight, target, shard)
     return z.masked_fill(~kept, -torch.inf)
 
 
@@ -60,7 +60,7 @@ def order_key(z: Tensor) -> Tensor:
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) + (1 << 31)
 
 
-def _leading(key: Tensor, kept: Tensor, weight: Tensor, target: Tensor, shard: VocabShard) -> Tensor:
+def _keep_leading(key: Tensor, kept: Tensor, weight: Tensor, target: Tensor, shard: VocabShard) -> Tensor:
     """Return the columns of `kept` before which less than `target` of weight lies.
 
     The order is largest first, and lowest id first among equals.

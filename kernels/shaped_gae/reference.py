@@ -32,7 +32,7 @@ def shaped_gae(inputs: GAEInputs, coefficients: GAECoefficients) -> ShapedGAE:
     kl_coef, gamma = coefficients.kl_coef, coefficients.gamma
     dtype = wide_dtype(score_N, value_A, inputs.logprob_A, inputs.ref_logprob_A, inputs.token_reward_A)
     # 1. Drop what does not count. last_N: the last unmasked entry of each sequence that has one.
-    index_R, sequence_R, length_N = _unmasked(inputs.cu_actions, inputs.mask_A, value_A.shape[0])
+    index_R, sequence_R, length_N = _unmasked_entries(inputs.cu_actions, inputs.mask_A, value_A.shape[0])
     filled_N = length_N > 0
     last_N = length_N.cumsum(0)[filled_N] - 1
 
@@ -79,7 +79,7 @@ def _sum_by_sequence(x_R: Tensor, length_N: Tensor) -> Tensor:
     return torch.segment_reduce(x_R.to(torch.float64), "sum", lengths=length_N, initial=0).to(x_R.dtype)
 
 
-def _unmasked(cu_actions: Tensor, mask_A: Tensor | None, extent: int) -> tuple[Tensor, Tensor, Tensor]:
+def _unmasked_entries(cu_actions: Tensor, mask_A: Tensor | None, extent: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the entries that count, the sequence of each, and how many each sequence has."""
     cu = cu_actions.long()
     # Slack beyond cu_actions[-1] gets the sequence N and is dropped.
@@ -109,5 +109,5 @@ def has_unassigned_score(score_N: Tensor, cu_actions: Tensor, mask_A: Tensor | N
     """Return [N] bool: sequences with a nonzero score and no unmasked action to receive it."""
     if mask_A is None:
         return (cu_actions.diff() == 0) & (score_N != 0)
-    _, _, length_N = _unmasked(cu_actions, mask_A, mask_A.shape[0])
+    _, _, length_N = _unmasked_entries(cu_actions, mask_A, mask_A.shape[0])
     return (length_N == 0) & (score_N != 0)

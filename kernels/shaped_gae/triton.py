@@ -46,22 +46,22 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 
 @triton.jit
-def _then(a1, b1, c1, e1, d1, a2, b2, c2, e2, d2):
+def _compose_maps(a1, b1, c1, e1, d1, a2, b2, c2, e2, d2):
     """Return the map of later entries (1) followed by that of earlier ones (2)."""
     return a2 * a1, a2 * b1 + b2 * e1, a2 * c1 + b2 * d1 + c2, e2 * e1, e2 * d1 + d2
 
 
 @triton.jit
-def _last(x, WIDTH: tl.constexpr):
+def _last_column(x, WIDTH: tl.constexpr):
     """Return the last column."""
     column = tl.arange(0, WIDTH)[None, :]
     return tl.sum(tl.where(column == WIDTH - 1, x, 0.0), axis=1)
 
 
 @triton.jit
-def _sequence_of(slot, cu_ptr, sequences, stride, CHUNK: tl.constexpr, FANOUT: tl.constexpr):
+def _find_sequence(slot, cu_ptr, sequences, stride, CHUNK: tl.constexpr, FANOUT: tl.constexpr):
     """Return the last n in [0, sequences] whose first slot, cu[n] // CHUNK + n, is at or before `slot`."""
-    # A search of FANOUT ways: log_FANOUT(N) rounds of loads, each waiting for the one before.
+    # A search of FANOUT ways: log_FANOUT(N) rounds of loads, each dependent on the one before.
     n = slot * 0
     step = tl.arange(0, FANOUT)[None, :] + 1
     while stride > 0:
@@ -120,7 +120,7 @@ def shaped_gae_kernel(
     row = tl.arange(0, ROWS)
     slot = tile.to(tl.int64) * ROWS + row
     # 2. Find the sequence and the chunk of each row.
-    n = _sequence_of(slot, cu_ptr, sequences, search_stride, CHUNK, FANOUT)
+    n = _find_sequence(slot, cu_ptr, sequences, search_stride, CHUNK, FANOUT)
     # The slack behind the last sequence is a sequence of its own, which only needs its zeros.
     real = n < sequences
     begin = tl.load(cu_ptr + n).to(tl.int64)
@@ -162,16 +162,16 @@ def shaped_gae_kernel(
     c = tl.where(keep, reward - value, 0.0)
     e = tl.where(keep, 0.0, 1.0)
     d = tl.where(keep, gamma * value, 0.0)
-    a, b, c, e, d = tl.associative_scan((a, b, c, e, d), 1, _then)
+    a, b, c, e, d = tl.associative_scan((a, b, c, e, d), 1, _compose_maps)
     # 6. Publish the map of each row. The barrier puts every thread's store before the release of the flag.
     kl_row = tl.sum(kl, axis=1)
     # e of a whole chunk is 1 if it has no unmasked entry: its pending score was not taken.
-    untaken = _last(e, CHUNK)
-    tl.store(map_ptr + slot, _last(a, CHUNK))
-    tl.store(map_ptr + slots + slot, _last(b, CHUNK))
-    tl.store(map_ptr + 2 * slots + slot, _last(c, CHUNK))
+    untaken = _last_column(e, CHUNK)
+    tl.store(map_ptr + slot, _last_column(a, CHUNK))
+    tl.store(map_ptr + slots + slot, _last_column(b, CHUNK))
+    tl.store(map_ptr + 2 * slots + slot, _last_column(c, CHUNK))
     tl.store(map_ptr + 3 * slots + slot, untaken)
-    tl.store(map_ptr + 4 * slots + slot, _last(d, CHUNK))
+    tl.store(map_ptr + 4 * slots + slot, _last_column(d, CHUNK))
     tl.store(map_ptr + 5 * slots + slot, kl_row)
     tl.debug_barrier()
     flag_ptr = sync_ptr + 2
@@ -179,13 +179,13 @@ def shaped_gae_kernel(
 
     # 7. Look back. Only the sequence of the first row can have begun in earlier programs: wait for those.
     group = tl.arange(0, LOOKBACK)
-    waiting = (tl.sum(tl.where(row == 0, first_slot, 0), axis=0) // ROWS).to(tl.int32)
-    while waiting < tile:
+    first_tile = (tl.sum(tl.where(row == 0, first_slot, 0), axis=0) // ROWS).to(tl.int32)
+    while first_tile < tile:
         # An atomic add of 0 is a load that acquires what the flag's program has published.
-        wanted = waiting + group < tile
-        ready = tl.atomic_add(flag_ptr + waiting + group, 0, mask=wanted, sem="acquire")
-        missing = tl.sum(tl.where(wanted & (ready == 0), 1, 0), axis=0)
-        waiting += tl.where(missing == 0, LOOKBACK, 0)
+        before_this = first_tile + group < tile
+        ready = tl.atomic_add(flag_ptr + first_tile + group, 0, mask=before_this, sem="acquire")
+        missing = tl.sum(tl.where(before_this & (ready == 0), 1, 0), axis=0)
+        first_tile += tl.where(missing == 0, LOOKBACK, 0)
     tl.debug_barrier()
 
     # 8. The state at the end of each row: start at the sequence's end, apply the maps of the chunks in between.
@@ -207,9 +207,9 @@ def shaped_gae_kernel(
         pd = tl.load(past_ptr + 4 * slots, mask=behind, other=0.0, cache_modifier=".cg")
         kl_in += tl.sum(tl.load(past_ptr + 5 * slots, mask=behind, other=0.0, cache_modifier=".cg"), axis=1)
         # A scan combines in order; a reduction need not, and these maps do not commute.
-        pa, pb, pc, pe, pd = tl.associative_scan((pa, pb, pc, pe, pd), 1, _then)
-        ra, rb, rc = _last(pa, LOOKBACK), _last(pb, LOOKBACK), _last(pc, LOOKBACK)
-        re, rd = _last(pe, LOOKBACK), _last(pd, LOOKBACK)
+        pa, pb, pc, pe, pd = tl.associative_scan((pa, pb, pc, pe, pd), 1, _compose_maps)
+        ra, rb, rc = _last_column(pa, LOOKBACK), _last_column(pb, LOOKBACK), _last_column(pc, LOOKBACK)
+        re, rd = _last_column(pe, LOOKBACK), _last_column(pd, LOOKBACK)
         advantage_in = ra * advantage_in + rb * pending_in + rc
         pending_in = re * pending_in + rd
         untaken_in = untaken_in * re

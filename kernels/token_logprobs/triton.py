@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.vocab_rows import RowStats, TokenGrads, finite, merge_rows
+from ..common.vocab_rows import RowStats, TokenGrads, finite_or_zero, merge_row_stats
 from ..dispatch import log_launch
 from ..types import TokenLogprobs, VocabShard
 from ..validate import IGNORED_LABEL, single_backward
@@ -223,7 +223,7 @@ def gradient_launch(
         token_logprobs_backward[(out.shape[0], triton.cdiv(out.shape[1], block))](
             logits_CV,
             rows.labels.contiguous(),
-            finite(rows.stats.max),
+            finite_or_zero(rows.stats.max),
             rows.stats.sum_exp.log(),
             grad_logprob if rows.entropy is None else rows.entropy,
             grad_logprob,
@@ -258,7 +258,7 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         start, valid = (0, logits_AV.shape[1]) if shard is None else (shard.start, shard.valid)
         columns = Columns(start, valid, temperature)
-        stats = merge_rows(statistics_launch(logits_AV, labels_A, columns, entropy), shard)
+        stats = merge_row_stats(statistics_launch(logits_AV, labels_A, columns, entropy), shard)
         ignored_A = labels_A == IGNORED_LABEL
         entropy_A = stats.entropy().masked_fill(ignored_A, 0.0) if entropy else None
         ctx.save_for_backward(logits_AV, labels_A, *stats, entropy_A)

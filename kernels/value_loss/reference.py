@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.statistics import masked_sums, to_float64, with_neutral
+from ..common.statistics import masked_sums, neutralize_masked, to_float64
 from ..types import ValueLoss, ValueStats
 from ..validate import wide_dtype
 from .inputs import ValueStreams
@@ -50,8 +50,8 @@ def value_loss(value_A: Tensor, streams: ValueStreams, clip: float | None, norma
             "error_sq_sum": error_A.square(),
         }
         extremes = {
-            "value_min": with_neutral(value_A, keep_A, torch.inf).amin(),
-            "value_max": with_neutral(value_A, keep_A, -torch.inf).amax(),
+            "value_min": neutralize_masked(value_A, keep_A, torch.inf).amin(),
+            "value_max": neutralize_masked(value_A, keep_A, -torch.inf).amax(),
         }
         stats = ValueStats(**masked_sums(columns, keep_A), **to_float64(extremes))
     return ValueLoss(loss.to(dtype), stats)

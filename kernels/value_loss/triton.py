@@ -16,12 +16,12 @@ from torch import Tensor
 from ..common.streams import mask_bytes
 from ..common.triton import (
     AttachTokenGradients,
-    fold,
-    kernel_number,
-    optional_streams,
-    scalar,
+    fill_absent,
+    fold_statistics,
+    load_scalar,
+    load_stream,
     set_column,
-    stream,
+    value_or_pointer,
 )
 from ..dispatch import log_launch
 from ..types import ValueLoss, ValueStats
@@ -64,11 +64,11 @@ def value_loss_kernel(
     index = block * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
     keep = inside & (tl.load(mask_ptr + index, mask=index < mask_size, other=1) != 0)
-    value, target = stream(value_ptr, index, keep), stream(return_ptr, index, keep)
-    weight = stream(weight_ptr, index, keep & (index < weight_size))
+    value, target = load_stream(value_ptr, index, keep), load_stream(return_ptr, index, keep)
+    weight = load_stream(weight_ptr, index, keep & (index < weight_size))
     weight = tl.where(index < weight_size, weight, tl.where(keep, 1.0, 0.0))
     # Without an old value the step is 0 and the clip never active.
-    old = tl.where(index < old_size, stream(old_ptr, index, keep & (index < old_size)), value)
+    old = tl.where(index < old_size, load_stream(old_ptr, index, keep & (index < old_size)), value)
 
     # 2. The larger of the plain and the clipped squared error.
     error = target - value
@@ -82,7 +82,7 @@ def value_loss_kernel(
     #    make it larger within the clip too: the slope is then that of the unclipped error.
     within_clip = tl.abs(value - old) <= clip
     slope = tl.where(clipped, tl.where(within_clip, clipped_error, 0.0), -error)
-    grad = slope * weight / scalar(normalizer, NORMALIZER_POINTER)
+    grad = slope * weight / load_scalar(normalizer, NORMALIZER_POINTER)
     tl.store(grad_ptr + index, tl.where(keep, grad, 0.0), mask=inside)
 
     # 4. Statistics, one column for each field of ValueStats: 10 sums, a minimum and a maximum.
@@ -112,8 +112,8 @@ def value_loss(value_A: Tensor, streams: ValueStreams, clip: float | None, norma
     # 2. An absent stream is replaced by the values and gets size 0, so that one binary serves all combinations.
     constant_A = value_A.detach().contiguous()
     optional = [None if clip is None else streams.old_value_A, streams.mask_A, streams.weight_A]
-    old, mask, weight = optional_streams(constant_A, optional)
-    # 3. Launch; an empty stream has no program, and `fold` returns zeros for it.
+    old, mask, weight = fill_absent(constant_A, optional)
+    # 3. Launch; an empty stream has no program, and `fold_statistics` returns zeros for it.
     if size:
         with torch.cuda.device_of(value_A):
             log_launch("value_loss", "triton")
@@ -128,13 +128,13 @@ def value_loss(value_A: Tensor, streams: ValueStreams, clip: float | None, norma
                 size,
                 *(0 if x is None else size for x in optional),
                 math.inf if clip is None else float(clip),
-                kernel_number(normalizer),
+                value_or_pointer(normalizer),
                 NORMALIZER_POINTER=isinstance(normalizer, Tensor),
                 WIDTH=width,
                 BLOCK=BLOCK,
                 **OPTIONS,
             )
-    stats, loss = fold(partials, normalizer, SUMS)
+    stats, loss = fold_statistics(partials, normalizer, SUMS)
     values = stats[:COLUMNS].unbind()
     result = ValueStats(**{f.name: x for f, x in zip(fields(ValueStats), values, strict=True)})
     return ValueLoss(AttachTokenGradients.apply("value_loss", loss, value_A, grad_A), result)

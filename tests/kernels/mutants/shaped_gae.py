@@ -75,7 +75,7 @@ MUTANTS = (
     ),
     Mutant(
         MODULE,
-        "_sequence_of",
+        "_find_sequence",
         "the search for the sequence takes one step less",
         "stride > 0",
         "stride > 1",
