@@ -34,7 +34,7 @@ COMMANDS = {
 }
 RESUMABLE = ("sft", "reward", "ppo")
 # Where each stage's `run(config)` lives, imported when the command is given.
-_MODULES = {
+STAGE_MODULES = {
     "sft": "icegrt.training.sft",
     "sample": "icegrt.commands.sample",
     "reward": "icegrt.training.reward_model",
@@ -118,7 +118,7 @@ def _run(argv: list[str]) -> int:
         _write(as_yaml(config).rstrip())
         return OK
     with _needed_packages(args.command):
-        stage = importlib.import_module(_MODULES[args.command])
+        stage = importlib.import_module(STAGE_MODULES[args.command])
     with failure.exit_on_peer_failure(), _disks_in_words():
         stage.run(config)
     return OK

@@ -23,6 +23,8 @@ from icegrt.errors import CheckpointError, RunError
 from icegrt.roles.role import Role
 from icegrt.utils.console import warn
 
+WriteBucket = Callable[[Any, Any], list[Any]]
+
 # -- saving ------------------------------------------------------------------------------------------------------------
 
 
@@ -30,13 +32,14 @@ class Checkpoints:
     """Writes the checkpoints of one run. All ranks call every method, in the same order and with the same arguments.
 
     keep: how many are kept, beside the best. background: `save` returns when the state has been copied to host memory;
-    `complete` must be called until nothing is pending.
+    `complete` must be called until nothing is pending. write_bucket: the function that writes one bucket of tensors.
     """
 
     def __init__(self, run_dir: str | Path, keep: int, *, background: bool) -> None:
         self.run_dir = Path(run_dir)
         self.keep = keep
         self.background = background
+        self.write_bucket: WriteBucket = write_bucket
         self._pending: _Pending | None = None
 
     def save(
@@ -68,7 +71,7 @@ class Checkpoints:
         if problem is not None:
             raise self._cannot_write(target, problem)
         plans = {role.name: megatron.plan_save(role, files.staging_path(target) / role.name) for role in roles}
-        writing = _Writing(files.staging_path(target), plans, copy=self.background)
+        writing = _Writing(files.staging_path(target), plans, self.write_bucket, copy=self.background)
         self._pending = _Pending(target, text, plans, writing, then)
         if self.background:
             writing.start()
@@ -151,9 +154,9 @@ class _Outcome:
 class _Writing(threading.Thread):
     """Puts this rank's files on the disk. With `copy` the weights may change as soon as this has been made."""
 
-    def __init__(self, staging: Path, plans: dict[str, Any], *, copy: bool) -> None:
+    def __init__(self, staging: Path, plans: dict[str, Any], write_bucket: WriteBucket, *, copy: bool) -> None:
         super().__init__(name="icegrt-checkpoint", daemon=True)
-        self.staging = staging
+        self.staging, self.write_bucket = staging, write_bucket
         self.transforms = {name: plan.writer.transforms for name, plan in plans.items()}
         self.buckets = {
             name: [_staged(b, copy=copy) for b in plan.writer.write_buckets] for name, plan in plans.items()
@@ -168,7 +171,7 @@ class _Writing(threading.Thread):
             for name, buckets in self.buckets.items():
                 results = self.outcome.results[name] = []
                 for bucket in buckets:
-                    results += _write(bucket, self.transforms[name])
+                    results += self.write_bucket(bucket, self.transforms[name])
                     path = Path(bucket[0])
                     self.outcome.digests[path.relative_to(self.staging).as_posix()] = files.fsync_digest(path)
         except Exception as error:  # said by the main thread, on all ranks
@@ -187,7 +190,8 @@ def _staged(bucket, *, copy: bool):
     return path, key, (entries, [(item, tensor.to("cpu", copy=copy)) for item, tensor in tensors])
 
 
-def _write(bucket, transforms) -> list[Any]:
+def write_bucket(bucket, transforms) -> list[Any]:
+    """Write one of Megatron's buckets of tensors to its file; return what Megatron reports of each tensor."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     # Megatron calls this in a forked process and hears of it through queues. A fork of a process with CUDA, NCCL or

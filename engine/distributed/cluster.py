@@ -28,7 +28,7 @@ from icegrt.errors import ConfigError, RunError
 from icegrt.packing import Share
 
 # Rank 0 may write a large model or ask a slow reward function while the others wait.
-_PATIENCE = datetime.timedelta(hours=2)
+COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)
 _FAREWELL_S = 2.0
 _openings = count()
 
@@ -182,7 +182,7 @@ def _start(layout: Layout) -> Cluster:
         from megatron.core import parallel_state
 
         stack.enter_context(cpu.supplies())
-        device = _device()
+        device = local_device()
         if not dist.is_initialized():
             _join(world_size, rank, device)
             stack.callback(dist.destroy_process_group)
@@ -191,7 +191,7 @@ def _start(layout: Layout) -> Cluster:
             layout.pipeline,
             layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
             create_gloo_process_groups=True,
-            distributed_timeout_minutes=int(_PATIENCE.total_seconds() // 60),
+            distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT.total_seconds() // 60),
         )
         stack.callback(_leave_model_parallel)
         _seed_trackers(device)
@@ -229,7 +229,8 @@ def _seed_trackers(device: torch.device) -> None:
         model_parallel_cuda_manual_seed(0)
 
 
-def _device() -> torch.device:
+def local_device() -> torch.device:
+    """Select and return this rank's device, the GPU of its LOCAL_RANK. Raise `ConfigError` if there are too few."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     place, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -253,4 +254,4 @@ def _join(world_size: int, rank: int, device: torch.device) -> None:
         store = dist.PrefixStore(f"icegrt/{again}/{world_size}/{next(_openings)}", failure.rendezvous_store())
     else:  # one process that nobody launched: no port is needed
         store = dist.HashStore()
-    dist.init_process_group(backend, store=store, world_size=world_size, rank=rank, timeout=_PATIENCE)
+    dist.init_process_group(backend, store=store, world_size=world_size, rank=rank, timeout=COLLECTIVE_TIMEOUT)

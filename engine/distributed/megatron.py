@@ -16,7 +16,6 @@ from icegrt.distributed.cpu_backend import Patches
 _NOT_FOR_USERS = (
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",
-    "full scope is deprecated",
     r"The \.grad attribute of a Tensor that is not a leaf Tensor",
     r"`torch\.distributed\.\w+` is deprecated",
 )

@@ -18,7 +18,7 @@ from icegrt.utils.console import is_main
 from icegrt.utils.files import JsonlWriter
 
 CONFIG_FILE = "config.yaml"
-_PATIENCE_S = 5.0
+LOCK_TIMEOUT_S = 5.0
 
 
 @dataclass
@@ -59,7 +59,7 @@ def lock_run_folder(config: Any) -> RunLock:
 def _lock(folder: Path) -> int | None:
     """A handle that holds the folder's lock until it is closed; None on a disk without locks."""
     handle = os.open(folder, os.O_RDONLY)
-    end = time.monotonic() + _PATIENCE_S
+    end = time.monotonic() + LOCK_TIMEOUT_S
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

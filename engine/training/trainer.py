@@ -66,7 +66,7 @@ class Trainer:
         self._saved_at: int | None = None
         self._run_lock: RunLock | None = None
         self._stop_requested: Callable[[], bool] = lambda: False
-        self._checkpoints: checkpoint.Checkpoints | None = None
+        self.checkpoints: checkpoint.Checkpoints | None = None
         self.cluster: Cluster | None = None
         check_sinks(self.run.log_to, f"{config.section}.run.log_to")
         if not self.run.dir:
@@ -81,7 +81,7 @@ class Trainer:
             if self._is_resume:
                 self._resumed_from = self._choose_checkpoint()
             background = self.run.checkpoint_in_background
-            self._checkpoints = checkpoint.Checkpoints(
+            self.checkpoints = checkpoint.Checkpoints(
                 self.dir,
                 config.keep_checkpoints,
                 background=torch.cuda.is_available() if background == "auto" else background,
@@ -153,7 +153,7 @@ class Trainer:
         if self._log is not None:
             self._log.sync()
         document = {"stage": self.config.section, "roles": roles, "trainer": self.state(), **self._saved}
-        path = self._checkpoints.save(
+        path = self.checkpoints.save(
             self.done_steps, self.roles, document, quality, lambda path: self.notify("on_checkpoint", path)
         )
         self._saved_at = self.done_steps
@@ -161,7 +161,7 @@ class Trainer:
 
     def complete_checkpoint(self) -> None:
         """Wait until the checkpoint that is being written is on the disk under its name."""
-        self._checkpoints.complete()
+        self.checkpoints.complete()
 
     # -- running ---------------------------------------------------------------------------------------------------
 
@@ -190,7 +190,7 @@ class Trainer:
         return summary
 
     def _between_steps(self) -> None:
-        end, writing = self.cluster.any_rank([self._stop_requested(), not self._checkpoints.ready])
+        end, writing = self.cluster.any_rank([self._stop_requested(), not self.checkpoints.ready])
         if end:
             if self._saved_at != self.done_steps:
                 self.save_checkpoint()
@@ -238,7 +238,7 @@ class Trainer:
 
     def close(self) -> None:
         """Close the log and leave the process groups; a folder made for a run that never began is removed."""
-        checkpoints, self._checkpoints = self._checkpoints, None
+        checkpoints, self.checkpoints = self.checkpoints, None
         # After an error other ranks may be gone, and must not be waited for.
         orderly = sys.exc_info()[0] is None or (self.cluster is not None and self.cluster.world_size == 1)
         try:

@@ -324,7 +324,7 @@ def test_a_tokenizer_that_is_code(folder, home, refused, trap):
 
 
 def test_a_reward_model_of_two_labels(home, refused, tmp_path):
-    model = tiny_models._made(tiny_models.AutoModelForSequenceClassification, 1, "llama", num_labels=2)
+    model = tiny_models.scorer(num_labels=2)
     two = cases.save_model(tmp_path / "two", model)
     argv = ["ppo", *cases.ppo_keys(home, tmp_path / "run", f"ppo.reward_model={two}")]
     refused(argv, two, "`score.weight`", "(2, 32)", "(1, 32)")

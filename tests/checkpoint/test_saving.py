@@ -64,36 +64,41 @@ def rows_without_clocks(run):
 # -- in the background -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def gate(monkeypatch):
-    """Writers wait until it is opened."""
-    opened, write = threading.Event(), checkpoint._write
+class Gate:
+    """Writes buckets of a checkpoint once it is open."""
 
-    def waiting(*args):
-        assert opened.wait(60)
-        return write(*args)
+    def __init__(self):
+        self.opened = threading.Event()
 
-    monkeypatch.setattr(checkpoint, "_write", waiting)
-    return opened
+    def open(self):
+        self.opened.set()
+
+    def write_bucket(self, *args):
+        assert self.opened.wait(60)
+        return checkpoint.write_bucket(*args)
 
 
-def test_what_is_written_in_the_background_is_the_state_of_when_it_was_asked_for(home, tmp_path, gate):
+def gated_trainer(gate, home, stage, folder, *keys):
+    """A trainer that saves in the background, and not before `gate` is open."""
+    run = trainer(home, stage, folder, f"{stage}.run.checkpoint_in_background=true", *keys)
+    run.checkpoints.write_bucket = gate.write_bucket
+    return run
+
+
+def test_what_is_written_in_the_background_is_the_state_of_when_it_was_asked_for(home, tmp_path):
     keys = ("sft.checkpoint_every=0",)
     with trainer(home, "sft", tmp_path / "sync", *keys) as run:
-        gate.set()
         run.step()
         run.save_checkpoint()
-    gate.clear()
-    told = []
-    background = ("sft.run.checkpoint_in_background=true", *keys)
-    with trainer(home, "sft", tmp_path / "async", *background) as run:
+    gate, told = Gate(), []
+    with gated_trainer(gate, home, "sft", tmp_path / "async", *keys) as run:
         run.callbacks.append(type("Hook", (), {"on_checkpoint": lambda self, run, path: told.append(path.name)})())
         run.step()
         run.save_checkpoint()
         # Training goes on, and nothing can be taken for a checkpoint before it is one.
         run.step()
         assert names(run.dir) == [] and told == [] and not (files.checkpoints_dir(run.dir) / "latest").exists()
-        gate.set()
+        gate.open()
         run.complete_checkpoint()
         assert names(run.dir) == told == ["step_000001"]
     for out, run in (("async", tmp_path / "async"), ("sync", tmp_path / "sync")):
@@ -103,14 +108,15 @@ def test_what_is_written_in_the_background_is_the_state_of_when_it_was_asked_for
     assert held[0] == held[1]
 
 
-def test_what_the_trainer_remembers_later_is_not_in_the_checkpoint(home, tmp_path, gate):
-    with trainer(home, "ppo", tmp_path / "run", "ppo.run.checkpoint_in_background=true") as run:
+def test_what_the_trainer_remembers_later_is_not_in_the_checkpoint(home, tmp_path):
+    gate = Gate()
+    with gated_trainer(gate, home, "ppo", tmp_path / "run") as run:
         run.step()
         run.save_checkpoint()
         before = json.loads(json.dumps(run.state()))
         run.step()
         run.alarm_messages.append("later")
-        gate.set()
+        gate.open()
     assert files.read_state(files.checkpoint_path(run.dir, 1))["trainer"] == before
 
 
@@ -127,12 +133,13 @@ def test_a_run_that_saves_in_the_background_is_the_run_that_does_not(home, tmp_p
     assert weights_of(tmp_path / "true", "step_000003", home) == weights_of(tmp_path / "false", "step_000003", home)
 
 
-def test_a_pending_checkpoint_survives_an_error_of_the_run(home, tmp_path, gate):
+def test_a_pending_checkpoint_survives_an_error_of_the_run(home, tmp_path):
+    gate = Gate()
     with pytest.raises(ZeroDivisionError):
-        with trainer(home, "sft", tmp_path / "run", "sft.run.checkpoint_in_background=true") as run:
+        with gated_trainer(gate, home, "sft", tmp_path / "run") as run:
             run.step()
             assert names(run.dir) == []
-            gate.set()
+            gate.open()
             raise ZeroDivisionError
     assert names(tmp_path / "run") == ["step_000001"]
 
@@ -211,7 +218,7 @@ def test_auto_does_not_take_a_folder_that_is_something_else(home, tmp_path):
 
 
 def test_two_processes_do_not_run_in_one_folder(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(folders, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(folders, "LOCK_TIMEOUT_S", 0.2)
     with trainer(home, "sft", tmp_path / "run"):
         with pytest.raises(RunError, match="another process is running in it"):
             trainer(home, "sft", tmp_path / "run", "sft.run.resume=auto")

@@ -33,7 +33,7 @@ def stages(monkeypatch):
         return run
 
     for name in SECTIONS:
-        module = types.ModuleType(cli._MODULES[name])
+        module = types.ModuleType(cli.STAGE_MODULES[name])
         module.run = stage(name)
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return noted

@@ -154,9 +154,9 @@ def test_a_check_that_raises_is_a_finding():
     def raises(error):
         raise error
 
-    missing = doctor._guarded("devices", lambda: raises(ImportError("no torch")), "reinstall")
+    missing = doctor.run_check("devices", lambda: raises(ImportError("no torch")), "reinstall")
     assert missing == [Check("devices", "not checked: no torch", NOTE, "see the packages above")]
-    broken = doctor._guarded("devices", lambda: raises(OSError("libcuda.so\nmore")), "reinstall")
+    broken = doctor.run_check("devices", lambda: raises(OSError("libcuda.so\nmore")), "reinstall")
     assert broken == [Check("devices", "libcuda.so", FAIL, "reinstall")]
 
 

@@ -107,11 +107,17 @@ def test_a_data_set_with_indices_is_not_copied():
 
 
 def test_encoded_again_is_what_was_kept(path, monkeypatch):
-    encoder = ExampleEncoder(make(PLAIN), 45, "drop")
-    kept = EncodedDataset(open_rows(path), encoder)
+    encoder, encoded_rows = ExampleEncoder(make(PLAIN), 45, "drop"), []
+
+    def counting_encoder(rows):
+        encoded_rows.extend(rows)
+        return encoder(rows)
+
+    kept = EncodedDataset(open_rows(path), counting_encoder)
     monkeypatch.setattr(dataset, "HELD_BYTES", 0)
-    lazy = EncodedDataset(open_rows(path), encoder)
-    assert kept._held is not None and lazy._held is None
+    lazy = EncodedDataset(open_rows(path), counting_encoder)
+    encoded_rows.clear()
+    assert kept[0] and not encoded_rows and lazy[0] and len(encoded_rows) == 1
     assert 0 < len(lazy) < 300 and lazy.dropped == kept.dropped == {"longer than 45 tokens": 300 - len(lazy)}
     assert list(lazy) == list(kept) and lazy[-1] == kept[-1] and lazy[3:5] == kept[3:5]
     assert lazy.lengths.tolist() == [len(example) for example in kept] and lazy.longest() == kept.longest()

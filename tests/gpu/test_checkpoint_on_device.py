@@ -16,7 +16,7 @@ def test_a_checkpoint_in_the_background_is_what_a_resumed_run_starts_from(dtype,
     home = cases.make_home(tmp_path)
     keys = [*cases.sft_keys(home, tmp_path / "run"), "sft.epochs=4", f"sft.run.dtype={dtype}"]
     with SFTTrainer(SFTConfig.load(None, keys)) as run:
-        assert run._checkpoints.background
+        assert run.checkpoints.background
         run.step()
         run.save_checkpoint()
         then = tiny.parameters(run.role)

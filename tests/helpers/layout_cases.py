@@ -6,6 +6,7 @@ import json
 import torch
 import torch.distributed as dist
 
+from icegrt.checkpoint.megatron import inner_optimizers
 from icegrt.config import CriticConfig, DataSource, OptimizerConfig, ParallelConfig
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
@@ -96,11 +97,12 @@ def gradients(role, experience, loss):
     """Whole gradients under Hugging Face's names, on rank 0."""
     role.zero_gradients()
     role.accumulate(experience.plan.batches, loss)
-    for bucket in (b for ddp in role._ddps for buffer in ddp.buffers for b in buffer.buckets):
-        group = role._ddps[0].dp_cp_group
+    for optimizer in inner_optimizers(role.optimizer):
+        group = optimizer.data_parallel_group
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-        shards = list(bucket.grad_data.chunk(ranks))
-        dist.all_gather(shards, shards[rank].clone(), group=group)
+        for bucket in (bucket for buffer in optimizer.buffers for bucket in buffer.buckets):
+            shards = list(bucket.grad_data.chunk(ranks))
+            dist.all_gather(shards, shards[rank].clone(), group=group)
     return tiny.by_hugging_face_name(role, lambda p: p.main_grad)
 
 

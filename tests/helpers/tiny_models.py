@@ -67,7 +67,7 @@ def model_config(family: str = "llama", **changes) -> PreTrainedConfig:
     return AutoConfig.for_model(family, **(settings | changes))
 
 
-def _made(kind, seed: int, family: str, **changes):
+def random_model(kind, seed: int, family: str, **changes):
     torch.manual_seed(seed)
     model = kind.from_config(model_config(family, **changes)).eval()
     with torch.no_grad():  # norms of one and biases of zero would hide that they are read from the wrong place
@@ -79,12 +79,12 @@ def _made(kind, seed: int, family: str, **changes):
 
 def causal_lm(seed: int = 0, family: str = "llama", **changes) -> PreTrainedModel:
     """A random language model in fp32."""
-    return _made(AutoModelForCausalLM, seed, family, **changes)
+    return random_model(AutoModelForCausalLM, seed, family, **changes)
 
 
 def scorer(seed: int = 1, family: str = "llama", **changes) -> PreTrainedModel:
     """A random model with a scalar head in fp32."""
-    return _made(AutoModelForSequenceClassification, seed, family, num_labels=1, **changes)
+    return random_model(AutoModelForSequenceClassification, seed, family, **({"num_labels": 1} | changes))
 
 
 def nudged(model, scale: float, seed: int = 7):

@@ -41,7 +41,7 @@ def test_flash_attention_is_called_with_the_boundaries_of_the_stream():
         return one_by_one(q, k, v)
 
     q, k, v = streams()
-    out = attention._varlen(varlen, q, k, v, LENGTHS)
+    out = attention.flash_varlen_attention(varlen, q, k, v, LENGTHS)
     assert seen == {"cu": [0, 3, 4, 11, 14], "same": True, "longest": (7, 7), "causal": True}
     torch.testing.assert_close(out, attention.packed_causal_attention(q, k, v, LENGTHS))
 
@@ -66,7 +66,7 @@ def test_flash_attention_is_told_how_many_tokens_lie_before_the_current_one():
         seen["window"] = window_size
         return q
 
-    attention._varlen(varlen, *streams(), LENGTHS, window=3)
+    attention.flash_varlen_attention(varlen, *streams(), LENGTHS, window=3)
     assert seen["window"] == (2, 0)
 
 

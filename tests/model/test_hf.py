@@ -97,7 +97,7 @@ def test_a_rank_reads_only_what_it_holds(family, changes, tmp_path):
             wanted = list(weights.shard_slices(entry, source.architecture, rank, 2))
             parameter = shard_of(entry, dict(theirs.state_dict()), source.architecture, rank, 2)
             found = torch.empty_like(parameter)
-            loader._read_into(found, entry, source, wanted)
+            loader.read_into(found, entry, source, wanted)
             assert torch.equal(found, parameter)
         held = sum(p.numel() for n, p in whole.items() if n.startswith("decoder.layers.1.") and "norm" not in n) // 2
         norms = sum(p.numel() for n, p in whole.items() if n.startswith("decoder.layers.1.") and "norm" in n)
@@ -111,7 +111,7 @@ def test_padding_of_the_vocabulary_is_zero_and_is_not_exported(tmp_path):
     entry = next(weights.parameter_mapping(source.architecture, "lm"))
     shards = [torch.full((16, 32), torch.nan) for _ in range(4)]
     for rank, shard in enumerate(shards):
-        loader._read_into(shard, entry, source, list(weights.shard_slices(entry, source.architecture, rank, 4)))
+        loader.read_into(shard, entry, source, list(weights.shard_slices(entry, source.architecture, rank, 4)))
     assert source.architecture.padded_vocab_size(4) == 64 and not shards[3][13:].any()
     ((name, whole),) = exporter.exported(entry, shards, source.architecture, torch.float32)
     assert torch.equal(whole, theirs.state_dict()[name])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+# The extension has no public name. Here its own argument checks and its threading are under test, not `pack`'s.
 from icegrt import _C
 from icegrt.packing import PackedBatch, pack, unpack
 

@@ -40,33 +40,33 @@ class TermOnTheLastRank:
 
 def story(folder, layout):
     """Saves in the background while it trains on, a rank that cannot write, SIGTERM, damage, and how it goes on."""
-    tied, write = LAYOUTS[layout][2], checkpoint._write
+    tied = LAYOUTS[layout][2]
     with trainer(settings(folder, layout), tied) as run:
         last = run.cluster.world_size - 1
 
-        def slowly(*args):
+        def write_slowly(*args):
             time.sleep(0.3 * (run.cluster.rank + 1))
-            return write(*args)
+            return checkpoint.write_bucket(*args)
 
-        checkpoint._write = slowly
+        run.checkpoints.write_bucket = write_slowly
         run.step()
         at_1 = weights_now(run)
         run.save_checkpoint()
         run.step()
-        assert names(run) == [] and run._checkpoints.pending
+        assert names(run) == [] and run.checkpoints.pending
         run.complete_checkpoint()
         assert names(run) == ["step_000001"]
 
-        def full(*args):
+        def write_to_full_disk(*args):
             if run.cluster.rank == last:
                 raise OSError(28, "No space left on device")
-            return write(*args)
+            return checkpoint.write_bucket(*args)
 
-        checkpoint._write = full
+        run.checkpoints.write_bucket = write_to_full_disk
         with pytest.raises(RunError, match=rf"step_000002: .* \(No space left on device, on rank {last}\)"):
             run.save_checkpoint()
             run.complete_checkpoint()
-        checkpoint._write = write
+        run.checkpoints.write_bucket = checkpoint.write_bucket
         run.cluster.wait()
         assert [p.name for p in files.checkpoints_dir(run.dir).iterdir() if p.is_dir()] == ["step_000001"]
         run.save_checkpoint()

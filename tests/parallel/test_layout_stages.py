@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from icegrt import cli
+from icegrt.checkpoint.megatron import inner_optimizers
 from icegrt.model.architecture import DTYPES
 from icegrt.rollout.types import Sampling
 from tests.helpers import stage_cases as stages
@@ -86,13 +87,12 @@ def resume(folder, layout):
 
 def tell(folder, name, run, more):
     held = {r.name: tiny.by_hugging_face_name(r, lambda p: p) for r in run.roles}
-    adam = {r.name: sorted({float(s["step"]) for o in inner(r) for s in o.optimizer.state.values()}) for r in run.roles}
+    adam = {
+        r.name: sorted({float(s["step"]) for o in inner_optimizers(r.optimizer) for s in o.optimizer.state.values()})
+        for r in run.roles
+    }
     if run.cluster.is_main:
         torch.save({"weights": held, "adam": adam, **(more or {})}, folder / f"{name}.pt")
-
-
-def inner(role):
-    return getattr(role.optimizer, "chained_optimizers", [role.optimizer])
 
 
 def export(folder, ranks):
@@ -190,7 +190,7 @@ def recomputed(folder, layout, dtype):
                 assert p.dtype == DTYPES[dtype] and p.main_grad.dtype == torch.float32
             masters = [
                 master
-                for optimizer in inner(run.actor)
+                for optimizer in inner_optimizers(run.actor.optimizer)
                 for group in optimizer.optimizer.param_groups
                 for master in group["params"]
             ]

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 
+from icegrt.checkpoint.megatron import inner_optimizers
 from icegrt.roles import role
 from icegrt.roles.optimizer import wrap
 from icegrt.rollout.types import Sampling
@@ -46,7 +47,8 @@ def saved_and_few(folder, layout):
     settings = {"iterations": 9, "checkpoint_every": 2}
     with trainer(config(folder / layout, layout, **settings), False) as run:
         run.step()
-        assert any(len(ddp.bucket_groups) > 1 for ddp in run.actor._ddps) == (layout == "dp2")
+        ddp_chunks = inner_optimizers(run.actor.optimizer)[0].model_chunks
+        assert any(len(ddp.bucket_groups) > 1 for ddp in ddp_chunks) == (layout == "dp2")
         drawn = run.engine.generate([[5, 6, 7]], 1, Sampling(max_new_tokens=6, seed=1))
         run.step()
         last = run.step()

@@ -115,13 +115,14 @@ def load(model: LanguageModel, source: HFCheckpointReader) -> None:
             targets.append(tied_copy)
         for parameter in targets:
             if available.issuperset(spec.sources):
-                _read_into(parameter, spec, source, list(shard_slices(spec, model.architecture, rank, ranks)))
+                read_into(parameter, spec, source, list(shard_slices(spec, model.architecture, rank, ranks)))
             else:  # only a new head can be missing, after the check
                 parameter.zero_()
     assert not held, f"parameters without a source: {sorted(held)}"
 
 
-def _read_into(parameter: Tensor, spec: ParameterSpec, source: HFCheckpointReader, wanted: list[ShardSlice]) -> None:
+def read_into(parameter: Tensor, spec: ParameterSpec, source: HFCheckpointReader, wanted: list[ShardSlice]) -> None:
+    """Copy slices of a checkpoint's tensors into a parameter of this rank, block by block; padding rows are zero."""
     if spec.partition == "vocabulary":
         parameter[wanted[0].stop - wanted[0].start :].zero_()  # padding
     for shard_slice in wanted:
