@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -33,11 +34,22 @@ class JsonlWriter:
 
     def close(self) -> None:
         """Make the file visible under its name. Closing twice does nothing."""
-        if not self._file.closed:
+        if self._file.closed:
+            return
+        try:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            os.replace(self._aside, self.path)
+        except OSError:
+            self._discard()
+            raise
+        os.replace(self._aside, self.path)
+
+    def _discard(self) -> None:
+        # On a full disk closing fails too, as it writes the rest of the buffer. The file is closed all the same.
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._aside.unlink(missing_ok=True)
 
     def __enter__(self) -> JsonlWriter:
         return self
@@ -46,8 +58,7 @@ class JsonlWriter:
         if kind is None:
             self.close()
         else:
-            self._file.close()
-            self._aside.unlink(missing_ok=True)
+            self._discard()
 
 
 def json_safe(value: Any, *, not_finite_as_null: bool = False) -> Any:

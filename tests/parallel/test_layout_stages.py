@@ -141,6 +141,7 @@ def test_a_run_goes_on_in_another_layout_and_is_exported_alike_from_each(tmp_pat
 # -- nothing as wide as the vocabulary --------------------------------------------------------------------------------
 
 
+# torch documents its dispatch modes under this name alone.
 class Widest(torch.utils._python_dispatch.TorchDispatchMode):
     """Every tensor that is made inside: those with a dimension of the vocabulary."""
 
