@@ -152,8 +152,8 @@ def test_sampling_from_what_is_no_checkpoint(home, refused, tmp_path, command):
 def test_weights_that_are_cut_short_or_missing(home, refused, run_dir, tmp_path):
     folder = tmp_path / "cut"
     cases.save_model(folder, tiny_models.causal_lm(), tiny_models.tokenizer())
-    whole = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
     refused("ppo", cases.ppo_keys(home, run_dir, f"ppo.actor={folder}"), "model.safetensors", "safetensors")
     (folder / "model.safetensors").unlink()
     refused("sft", cases.sft_keys(home, run_dir, f"sft.model={folder}"), folder, "no model.safetensors")
@@ -165,8 +165,8 @@ def test_a_language_model_in_place_of_a_reward_model(home, refused, run_dir):
 
 
 def test_roles_of_different_vocabularies(home, refused, run_dir, tmp_path):
-    other = cases.save_model(tmp_path / "other", tiny_models.scorer(vocab_size=64))
-    keys = cases.ppo_keys(home, run_dir, f"ppo.reward_model={other}")
+    reward_model = cases.save_model(tmp_path / "other", tiny_models.scorer(vocab_size=64))
+    keys = cases.ppo_keys(home, run_dir, f"ppo.reward_model={reward_model}")
     refused("ppo", keys, "reward model", "64 tokens", "one of 61")
 
 
@@ -226,14 +226,14 @@ def test_a_reward_function_that_is_not_there(home, refused, run_dir, spec, words
 
 def test_places_that_cannot_be_written(home, refused, tmp_path):
     (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file", tmp_path / "file" / "run", "/proc/icegrt/run"):
-        refused("ppo", cases.ppo_keys(home, place), place)
-    for place, named in (
+    for path in (tmp_path / "file", tmp_path / "file" / "run", "/proc/icegrt/run"):
+        refused("ppo", cases.ppo_keys(home, path), path)
+    for path, named in (
         (tmp_path / "file" / "x.jsonl", tmp_path / "file"),
         (tmp_path, "folder"),
         ("/proc/x", "/proc"),
     ):
-        keys = [f"sample.model={home.actor}", f"sample.prompts={home.prompts}", f"sample.out={place}"]
+        keys = [f"sample.model={home.actor}", f"sample.prompts={home.prompts}", f"sample.out={path}"]
         refused("sample", keys, named)
         refused("generate", [key.replace("sample.", "generate.", 1) for key in keys], named)
 

@@ -57,22 +57,22 @@ def test_control_characters_and_markup_are_harmless_in_a_file(files, capsys):
 
 
 def test_colour_on_a_terminal_and_nothing_else_of_an_escape(files):
-    ours, theirs = pty.openpty()
+    pty_fd, child_fd = pty.openpty()
     command = [sys.executable, "-m", "icegrt", "data", "preview", str(files / "evil.jsonl"), "--model", str(files / "model")]  # fmt: skip # noqa: E501
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"}
     environment.pop("NO_COLOR", None)
-    with subprocess.Popen(command, stdout=theirs, stderr=subprocess.DEVNULL, env=environment) as process:
-        os.close(theirs)
+    with subprocess.Popen(command, stdout=child_fd, stderr=subprocess.DEVNULL, env=environment) as process:
+        os.close(child_fd)
         out = b""
         while True:
             try:
-                part = os.read(ours, 65536)
+                part = os.read(pty_fd, 65536)
             except OSError:  # the other end is closed
                 break
             if not part:
                 break
             out += part
-    os.close(ours)
+    os.close(pty_fd)
     assert process.returncode == 0
     assert b"\x1b[1;32m[/bold]no<|im_end|>\x1b[0m" in out and b"[red]ask" in out
     assert b"\x1b[31m" not in out and b"\x1b[2J" not in out and b"title" not in out

@@ -218,16 +218,16 @@ def test_rows_beyond_the_longest(plain):
     rows = read_rows([{"prompt": "a" * n, "response": "b" * 4} for n in (2, 5, 9, 12)])
     with pytest.raises(DataError, match=r"^row 2: 14 tokens \(prompt 9, response 5\), but max_length is 10: shorten"):
         encode_examples(plain, rows, 10)
-    kept = encode_examples(plain, rows, 10, truncation="drop")
-    assert [example.where for example in kept] == ["row 0", "row 1"]
-    cut = encode_examples(plain, rows, 10, truncation="right")
-    assert [(e.where, text(plain, e.response), e.truncated) for e in cut] == [
+    fitting = encode_examples(plain, rows, 10, truncation="drop")
+    assert [example.where for example in fitting] == ["row 0", "row 1"]
+    cut_right = encode_examples(plain, rows, 10, truncation="right")
+    assert [(e.where, text(plain, e.response), e.truncated) for e in cut_right] == [
         ("row 0", "bbbb<|im_end|>", False),
         ("row 1", "bbbb<|im_end|>", False),
         ("row 2", "b", True),
     ]
-    left = encode_examples(plain, rows, 10, truncation="left")
-    assert [(e.where, text(plain, e.prompt), text(plain, e.response), e.truncated) for e in left] == [
+    cut_left = encode_examples(plain, rows, 10, truncation="left")
+    assert [(e.where, text(plain, e.prompt), text(plain, e.response), e.truncated) for e in cut_left] == [
         ("row 0", "aa", "bbbb<|im_end|>", False),
         ("row 1", "aaaaa", "bbbb<|im_end|>", False),
         ("row 2", "aaaaa", "bbbb<|im_end|>", True),
@@ -243,19 +243,19 @@ def test_left_keeps_a_token_of_the_prompt(plain):
 def test_lengths_and_what_is_left_out_are_reported(plain, capsys):
     rows = read_rows([{"prompt": "a" * n, "response": "b" * 4} for n in (2, 5, 9, 12)])
     report_lengths([EncodedDataset(rows, ExampleEncoder(plain, 10, "right"), "ads.jsonl")])
-    header, figures, why = capsys.readouterr().out.splitlines()
+    header, figures, reasons = capsys.readouterr().out.splitlines()
     assert header.split() == ["data", "rows", "tokens", "mean", "p95", "longest", "cut", "left", "out"]
     assert figures.split() == ["ads.jsonl", "3", "27", "9", "10", "10", "1", "1"]
-    assert why == "ads.jsonl: left out 1 longer than 10 tokens"
+    assert reasons == "ads.jsonl: left out 1 longer than 10 tokens"
 
 
 def test_truncation_keeps_masks_in_step(chat):
-    whole = encode_example(chat, row(messages=CHAT), 200)
-    for limit in range(len(whole.prompt) + 1, len(whole)):
+    untruncated = encode_example(chat, row(messages=CHAT), 200)
+    for limit in range(len(untruncated.prompt) + 1, len(untruncated)):
         (example,) = encode_examples(chat, [row(messages=CHAT)], limit, truncation="right")
         assert len(example) == limit
         mask = example.action_mask or [True] * len(example.response)
-        assert mask == whole.action_mask[: len(example.response)]
+        assert mask == untruncated.action_mask[: len(example.response)]
 
 
 def test_nothing_left_and_wrong_options(plain):
@@ -271,8 +271,8 @@ def test_nothing_left_and_wrong_options(plain):
 
 def test_many_rows_equal_one_by_one(chat):
     rows = read_rows([{"prompt": f"ask {i}", "response": f"yes {i}"} for i in range(1100)])
-    together = encode_examples(chat, rows, 100)
-    assert together[::97] == [encode_example(chat, r, 100) for r in rows[::97]]
+    encoded = encode_examples(chat, rows, 100)
+    assert encoded[::97] == [encode_example(chat, r, 100) for r in rows[::97]]
 
 
 # Prompts.
@@ -281,9 +281,13 @@ def test_many_rows_equal_one_by_one(chat):
 def test_prompts_of_each_shape(plain, chat):
     assert text(plain, encode_prompt(plain, row(prompt="ask"), 9)) == "ask"
     assert text(chat, encode_prompt(chat, row(prompt="ask", other=1), 99, chat=False)) == "ask"
-    whole = encode_prompt(chat, row(messages=CHAT), 200)
-    assert whole == encode_prompt(chat, row(messages=CHAT[:-1]), 200) == encode_prompt(chat, row(prompt=CHAT[:-1]), 200)
-    assert text(chat, whole).endswith("result<|im_end|>\n<|im_start|>assistant\n")
+    chat_prompt = encode_prompt(chat, row(messages=CHAT), 200)
+    assert (
+        chat_prompt
+        == encode_prompt(chat, row(messages=CHAT[:-1]), 200)
+        == encode_prompt(chat, row(prompt=CHAT[:-1]), 200)
+    )
+    assert text(chat, chat_prompt).endswith("result<|im_end|>\n<|im_start|>assistant\n")
     (prompt,) = encode_prompts(chat, [row(prompt="ask", other=1)], 99)
     assert (prompt.where, prompt.row["other"]) == ("file.jsonl:12", 1)
     assert len(prompt) == len(prompt.tokens)
@@ -315,7 +319,9 @@ def test_a_prompt_without_tokens_is_refused():
 
 def test_long_prompts(plain):
     rows = read_rows([{"prompt": "a" * 600}, {"prompt": "b"}])
-    why = "context 512 - max_new_tokens 88 leaves 424"
-    with pytest.raises(DataError, match=f"^row 0: prompt of 600 tokens, but {why}: shorten it, lower max_new_tokens"):
-        encode_prompts(plain, rows, 424, why=why)
+    reason = "context 512 - max_new_tokens 88 leaves 424"
+    with pytest.raises(
+        DataError, match=f"^row 0: prompt of 600 tokens, but {reason}: shorten it, lower max_new_tokens"
+    ):
+        encode_prompts(plain, rows, 424, why=reason)
     assert [p.where for p in encode_prompts(plain, rows, 424, truncation="drop")] == ["row 1"]

@@ -113,20 +113,25 @@ def test_encoded_again_is_what_was_kept(path, monkeypatch):
         encoded_rows.extend(rows)
         return encoder(rows)
 
-    kept = EncodedDataset(open_rows(path), counting_encoder)
+    stored = EncodedDataset(open_rows(path), counting_encoder)
     monkeypatch.setattr(dataset, "HELD_BYTES", 0)
     lazy = EncodedDataset(open_rows(path), counting_encoder)
     encoded_rows.clear()
-    assert kept[0] and not encoded_rows and lazy[0] and len(encoded_rows) == 1
-    assert 0 < len(lazy) < 300 and lazy.dropped == kept.dropped == {"longer than 45 tokens": 300 - len(lazy)}
-    assert list(lazy) == list(kept) and lazy[-1] == kept[-1] and lazy[3:5] == kept[3:5]
-    assert lazy.lengths.tolist() == [len(example) for example in kept] and lazy.longest() == kept.longest()
-    some = lazy.subset([7, 2])
-    assert list(some) == [kept[7], kept[2]] and some.lengths.tolist() == [len(kept[7]), len(kept[2])]
-    joined = ConcatDataset([some, kept])
-    assert len(joined) == 2 + len(kept) and joined[1] == kept[2] and joined[2] == kept[0] and joined[-1] == kept[-1]
-    blend, other = BlendedDataset([(lazy, 1.5)], 3), BlendedDataset([(kept, 1.5)], 3)
-    assert [blend.item(p) for p in next(blend.batches(64))] == [other.item(p) for p in next(other.batches(64))]
+    assert stored[0] and not encoded_rows and lazy[0] and len(encoded_rows) == 1
+    assert 0 < len(lazy) < 300 and lazy.dropped == stored.dropped == {"longer than 45 tokens": 300 - len(lazy)}
+    assert list(lazy) == list(stored) and lazy[-1] == stored[-1] and lazy[3:5] == stored[3:5]
+    assert lazy.lengths.tolist() == [len(example) for example in stored] and lazy.longest() == stored.longest()
+    subset = lazy.subset([7, 2])
+    assert list(subset) == [stored[7], stored[2]] and subset.lengths.tolist() == [len(stored[7]), len(stored[2])]
+    joined = ConcatDataset([subset, stored])
+    assert (
+        len(joined) == 2 + len(stored)
+        and joined[1] == stored[2]
+        and joined[2] == stored[0]
+        and joined[-1] == stored[-1]
+    )
+    blend, expected = BlendedDataset([(lazy, 1.5)], 3), BlendedDataset([(stored, 1.5)], 3)
+    assert [blend.item(p) for p in next(blend.batches(64))] == [expected.item(p) for p in next(expected.batches(64))]
 
 
 def test_input_and_output_keys_reach_into_objects(tmp_path):
@@ -148,10 +153,10 @@ def anonymous_bytes():
 
 def write_rows(path, size):
     """JSONL of about `size` bytes, 1 KB a row; returns the number of rows."""
-    body, count, written = "lorem ipsum dolor sit amet " * 37, 0, 0
+    body, count, bytes_written = "lorem ipsum dolor sit amet " * 37, 0, 0
     with open(path, "w", encoding="utf-8") as file:
-        while written < size:
-            written += file.write(json.dumps({"prompt": f"row {count} {body}", "id": count}) + "\n")
+        while bytes_written < size:
+            bytes_written += file.write(json.dumps({"prompt": f"row {count} {body}", "id": count}) + "\n")
             count += 1
     return count
 

@@ -47,10 +47,10 @@ def test_sampled_ids_are_used_verbatim():
     data = dict(prompt="p", responses=["ab", "ab"], scores=[0, 1])
     merged = encode_ranking(tokenizer, row(**data), 9).responses[0]
     assert merged != [a, b, eos]
-    kept = encode_ranking(
+    ranking = encode_ranking(
         tokenizer, row(**data, response_ids=[[a, b, eos], [a, b]], finish_reasons=["stop", "length"]), 9
     )
-    assert kept.responses == [[a, b, eos], [a, b]]
+    assert ranking.responses == [[a, b, eos], [a, b]]
 
 
 @pytest.mark.parametrize("ids", [[10**6], [-1], [1, 2, 3]])

@@ -13,14 +13,14 @@ from tests.helpers.data_rows import (
 
 
 def test_checks_of_the_tokenizer(tmp_path):
-    said = []
+    messages = []
     make(PLAIN).save_pretrained(tmp_path / "good")
-    assert load_tokenizer(tmp_path / "good", said.append).chat_template == PLAIN
-    assert said == []
-    check_tokenizer(make(pad_token="<|im_end|>"), print_info=said.append)
-    check_tokenizer(make(pad_token=None), "model", print_info=said.append)
-    assert "pad token and EOS are both '<|im_end|>'" in said[0]
-    assert said[1].startswith("model: no pad token")
+    assert load_tokenizer(tmp_path / "good", messages.append).chat_template == PLAIN
+    assert messages == []
+    check_tokenizer(make(pad_token="<|im_end|>"), print_info=messages.append)
+    check_tokenizer(make(pad_token=None), "model", print_info=messages.append)
+    assert "pad token and EOS are both '<|im_end|>'" in messages[0]
+    assert messages[1].startswith("model: no pad token")
     with pytest.warns(UserWarning, match="no pad token"):
         check_tokenizer(make(pad_token=None))
 
@@ -55,7 +55,7 @@ def test_a_turn_ends_at_whatever_token_ends_an_answer():
     turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     (example,) = ExampleEncoder(tokenizer, 100, stop_ids=[turn_end])([row(prompt="a", response="b")])
     assert text(tokenizer, example.response) == "b<|im_end|>"
-    (alone,) = ExampleEncoder(tokenizer, 100)([row(prompt="a", response="b")])
-    assert text(tokenizer, alone.response) == "b<|im_end|>\n<bos>"
+    (encoded,) = ExampleEncoder(tokenizer, 100)([row(prompt="a", response="b")])
+    assert text(tokenizer, encoded.response) == "b<|im_end|>\n<bos>"
     (ranking,) = RankingEncoder(tokenizer, 100, stop_ids=[turn_end])([row(prompt="a", chosen="b", rejected="c")])
     assert [text(tokenizer, r) for r in ranking.responses] == ["b<|im_end|>", "c<|im_end|>"]

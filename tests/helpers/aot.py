@@ -43,9 +43,9 @@ def assert_nothing_spills(kernel, signature, constants, capability, options, ali
     usage = compiled_usage(kernel, signature, constants, capability, options, aligned)
     dtypes = " ".join(f"{name}={signature[name]}" for name in ("logits_ptr", "grad_ptr") if name in signature)
     flags = " ".join(f"{name}={value}" for name, value in constants.items())
-    where = "aligned" if aligned else "unaligned"
+    alignment = "aligned" if aligned else "unaligned"
     print(
         f"sm_{capability} {kernel.__name__:24s} REG {usage.registers:3d} SHARED {usage.shared} STACK {usage.stack} "
-        f"{where} {dtypes} {flags}"
+        f"{alignment} {dtypes} {flags}"
     )
     assert usage.stack == 0, usage

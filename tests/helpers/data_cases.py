@@ -83,20 +83,20 @@ def checkpoint(rows: tuple[dict, ...] = (GOOD,), **changes):
 
 def arguments(case: Case, home: stages.Home, path: Path, folder: Path) -> list[str]:
     """The command line that uses the case's file in a small run."""
-    own = folder / "model"
-    model = str(own) if own.is_dir() else home.actor
+    model_folder = folder / "model"
+    model = str(model_folder) if model_folder.is_dir() else home.actor
     run, out = folder / "out" / "run", folder / "out" / "rows.jsonl"
     source = f"{{path: {path}}}"
     if case.command == "preview":
         return ["data", "preview", str(path), "--model", model, *case.keys]
-    made = {
+    run_arguments = {
         "sft": lambda: stages.sft_keys(home, run, f"sft.model={model}", f"sft.data=[{source}]"),
         "reward": lambda: stages.reward_keys(home, run, f"reward.model={model}", f"reward.data=[{source}]"),
         "ppo": lambda: stages.ppo_keys(home, run, f"ppo.actor={model}", f"ppo.prompts={path}"),
         "sample": lambda: [f"sample.model={model}", f"sample.prompts={path}", f"sample.out={out}"],
         "generate": lambda: [f"generate.model={model}", f"generate.prompts={path}", f"generate.out={out}"],
     }[case.command]()
-    return [case.command, *made, *(key.replace("{path}", str(path)) for key in case.keys)]
+    return [case.command, *run_arguments, *(key.replace("{path}", str(path)) for key in case.keys)]
 
 
 def check_refused(case: Case, home: stages.Home, folder: Path, capsys) -> None:
@@ -106,11 +106,11 @@ def check_refused(case: Case, home: stages.Home, folder: Path, capsys) -> None:
     capsys.readouterr()
     status = cli.main(arguments(case, home, path, folder))
     captured = capsys.readouterr().err
-    said = [line for line in captured.splitlines() if not line.startswith("warning:")]
-    message = "\n".join(said)
+    error_lines = [line for line in captured.splitlines() if not line.startswith("warning:")]
+    message = "\n".join(error_lines)
     assert status == 2, captured
     assert message.startswith("error: ") and message.count("error: ") == 1, message
-    assert "Traceback" not in message and len(said) <= 4 and len(message) < 700, message
+    assert "Traceback" not in message and len(error_lines) <= 4 and len(message) < 700, message
     for word in case.words:
         expected = word.replace("{path}", str(path))
         assert expected in message, f"expected {expected!r} in: {message}"

@@ -116,25 +116,25 @@ def parity(folder, layout):
     tied, watch = LAYOUTS[layout][2], Watch()
     with Cluster.open(Layout.of(ParallelConfig(**LAYOUTS[layout][1]))) as cluster:
         with trainer(config(folder / layout, layout), tied, [watch]) as run:
-            told = {
+            results = {
                 "steps": [figures(run.step()) for _ in range(ITERATIONS)],
                 "tokens": watch.tokens,
                 "gradients": watch.gradients,
                 "weights": {r.name: tiny.by_hugging_face_name(r, lambda p: p) for r in run.roles},
                 "state": run.state(),
                 "chunks": len(run.actor.model.chunks),
-                "held": {r.name: held(r) for r in run.roles_by_name.values()},
+                "parameter_sizes": {r.name: parameter_sizes(r) for r in run.roles_by_name.values()},
             }
         resting = config(folder / f"{layout}_rest", layout, lr=0.0, ptx_coef=0.0, ppo_epochs=2)
         with trainer(resting, tied) as run:
-            told["rest"] = figures(run.step())
+            results["rest"] = figures(run.step())
         if cluster.is_main:
-            torch.save(told, folder / f"{layout}.pt")
+            torch.save(results, folder / f"{layout}.pt")
 
 
-def held(role):
+def parameter_sizes(role):
     """Every rank's parameters: [(name, elements)] in the order of ranks."""
-    mine = [(n, p.numel()) for n, p in loader.local_parameters(role.model).items()]
-    everyones = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, mine)
-    return everyones
+    local_sizes = [(n, p.numel()) for n, p in loader.local_parameters(role.model).items()]
+    sizes_by_rank = [None] * dist.get_world_size()
+    dist.all_gather_object(sizes_by_rank, local_sizes)
+    return sizes_by_rank

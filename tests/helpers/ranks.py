@@ -17,8 +17,10 @@ def launch(world, function, *args, seconds=600):
         port = probe.getsockname()[1]
     gc.collect()
     context = mp.get_context("fork")
-    said = context.SimpleQueue()
-    ranks = [context.Process(target=_rank, args=(r, world, port, said, seconds, function, args)) for r in range(world)]
+    failures = context.SimpleQueue()
+    ranks = [
+        context.Process(target=_rank, args=(r, world, port, failures, seconds, function, args)) for r in range(world)
+    ]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -27,21 +29,21 @@ def launch(world, function, *args, seconds=600):
     for process in ranks:
         process.kill()
     errors = []
-    while not said.empty():
-        errors.append(said.get())
+    while not failures.empty():
+        errors.append(failures.get())
     failed = [r for r, process in enumerate(ranks) if process.exitcode != 0 and r not in stuck]
     assert not (errors or stuck or failed), "\n".join([f"stuck: {stuck}, failed: {failed}", *errors])
 
 
-def _rank(rank, world, port, said, seconds, function, args):
+def _rank(rank, world, port, failures, seconds, function, args):
     torch.set_num_threads(1)
     # What the parent still holds stays unfreed here: a process group would wait for threads that no fork takes along.
     gc.freeze()
     faulthandler.dump_traceback_later(0.9 * seconds)  # where a rank is stuck, should it be
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
+    env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in env.items()})
     try:
         function(*args)
     except BaseException:
-        said.put(f"rank {rank}:\n{traceback.format_exc()}")
+        failures.put(f"rank {rank}:\n{traceback.format_exc()}")
         os._exit(1)

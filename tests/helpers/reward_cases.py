@@ -37,16 +37,16 @@ def function_file(folder, body, name="score"):
     return f"{path}:{name}"
 
 
-def scorers(*functions, **how):
+def scorers(*functions, **settings):
     """Started scorers for functions (a spec, a callable or an RewardSpec); use it in a `with`."""
     entries = [f if isinstance(f, RewardSpec) else RewardSpec(function=f, key="ppo.reward_function") for f in functions]
-    made = RewardSourceGroup.of(entries, RewardCallConfig(**({"timeout_seconds": 20.0} | how)))
+    sources = RewardSourceGroup.of(entries, RewardCallConfig(**({"timeout_seconds": 20.0} | settings)))
     try:
-        made.start()
+        sources.start()
     except BaseException:
-        made.close()
+        sources.close()
         raise
-    return made
+    return sources
 
 
 def echo(request):
@@ -87,8 +87,8 @@ def http_scorer(answer=echo):
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
-        place = type("Place", (), {"url": f"http://127.0.0.1:{server.server_port}/score", "requests": received})
-        yield place
+        endpoint = type("Endpoint", (), {"url": f"http://127.0.0.1:{server.server_port}/score", "requests": received})
+        yield endpoint
     finally:
         server.shutdown()
         server.server_close()

@@ -96,7 +96,7 @@ SMALL_PPO = (
 )
 
 
-def ppo_keys(home, run, *more):
+def ppo_keys(home, run, *overrides):
     """`icegrt ppo` with a reward model and a reward function, small; `more` comes last and wins."""
     return [
         f"ppo.actor={home.actor}",
@@ -105,11 +105,11 @@ def ppo_keys(home, run, *more):
         f"ppo.prompts={home.prompts}",
         f"ppo.run.dir={run}",
         *SMALL_PPO,
-        *more,
+        *overrides,
     ]
 
 
-def sft_keys(home, run, *more):
+def sft_keys(home, run, *overrides):
     """`icegrt sft` on eight rows, held out on the same."""
     return [
         f"sft.model={home.actor}",
@@ -120,11 +120,11 @@ def sft_keys(home, run, *more):
         "sft.token_budget=64",
         "sft.optimizer.lr=1e-2",
         f"sft.run.dir={run}",
-        *more,
+        *overrides,
     ]
 
 
-def reward_keys(home, run, *more):
+def reward_keys(home, run, *overrides):
     """`icegrt reward` on eight prompts of four ranked answers, held out on the same."""
     return [
         f"reward.model={home.actor}",
@@ -134,5 +134,5 @@ def reward_keys(home, run, *more):
         "reward.token_budget=256",
         "reward.optimizer.lr=1e-2",
         f"reward.run.dir={run}",
-        *more,
+        *overrides,
     ]

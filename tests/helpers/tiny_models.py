@@ -99,10 +99,10 @@ def nudged(model, scale: float, seed: int = 7):
 
 def role(source, head: str = "lm", *, learns: OptimizerConfig | None = None, dtype=torch.float32, **kwargs) -> Role:
     """A role with the weights of a `transformers` model; it learns if it is given an optimizer."""
-    made = Role("role", build_model(source, head, dtype=dtype, **kwargs))
+    new_role = Role("role", build_model(source, head, dtype=dtype, **kwargs))
     if learns is not None:
-        made.learn(learns, 10)
-    return made
+        new_role.learn(learns, 10)
+    return new_role
 
 
 def reload(role: Role, source) -> None:
@@ -122,15 +122,15 @@ def gradients(role: Role, batches, loss) -> dict[str, torch.Tensor]:
     return by_hugging_face_name(role, lambda p: p.main_grad)
 
 
-def gap(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> tuple[float, float]:
+def gap(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, float]:
     """Distance of two sets of tensors over the norm of the second: all together, and of the worst tensor."""
-    assert ours.keys() == theirs.keys()
-    norms = {n: theirs[n].double().norm().item() for n in theirs}
-    away = {n: (ours[n].double() - theirs[n].double()).norm().item() for n in theirs}
+    assert tensors.keys() == expected.keys()
+    norms = {n: expected[n].double().norm().item() for n in expected}
+    distances = {n: (tensors[n].double() - expected[n].double()).norm().item() for n in expected}
     total = sum(x * x for x in norms.values()) ** 0.5
-    distance = sum(x * x for x in away.values()) ** 0.5
+    distance = sum(x * x for x in distances.values()) ** 0.5
     assert total > 0
-    return distance / total, max(away[n] / norms[n] for n in theirs if norms[n] > 1e-4 * total)
+    return distance / total, max(distances[n] / norms[n] for n in expected if norms[n] > 1e-4 * total)
 
 
 def parameters(role: Role) -> dict[str, torch.Tensor]:
@@ -138,23 +138,23 @@ def parameters(role: Role) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in role.model.named_parameters()}
 
 
-def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+def same(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
     """Whether two sets of tensors agree to the bit."""
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    return tensors.keys() == expected.keys() and all(torch.equal(tensors[n], expected[n]) for n in tensors)
 
 
 def responses(count: int = 9, seed: int = 3, longest: int = 9) -> list[Response]:
     """Made-up answers of many lengths: a third truncated, the others closed by EOS; one is a lone EOS."""
     draw = random.Random(seed)
-    made = []
+    generated = []
     for n in range(count):
         prompt = [draw.randrange(2, VOCAB) for _ in range(draw.randint(1, 8))]
         truncated = n % 3 == 2
         body = [draw.randrange(2, VOCAB) for _ in range(0 if n == 1 else draw.randint(1, longest))]
         tokens = body if truncated else [*body, EOS]
         reason = "length" if truncated else "stop"
-        made.append(Response(n, 0, n, prompt, tokens, [-1.0] * len(tokens), reason))
-    return made
+        generated.append(Response(n, 0, n, prompt, tokens, [-1.0] * len(tokens), reason))
+    return generated
 
 
 def count_letters(samples) -> list[float]:
@@ -194,7 +194,7 @@ def llama64(weights: dict[str, torch.Tensor], config: PreTrainedConfig, ids: lis
     position = torch.arange(length, dtype=torch.float64)
     frequency = config.rope_parameters["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     angle = position[:, None] * frequency
-    ahead = torch.ones(length, length, dtype=torch.bool).triu(1)
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
 
     def norm(x, name):
         return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + config.rms_norm_eps) * weights[name]
@@ -213,7 +213,7 @@ def llama64(weights: dict[str, torch.Tensor], config: PreTrainedConfig, ids: lis
             group = head // (heads // groups)
             own, shared = slice(head * dim, (head + 1) * dim), slice(group * dim, (group + 1) * dim)
             score = turn(q[:, own]) @ turn(k[:, shared]).t() / dim**0.5
-            mixed.append(score.masked_fill(ahead, -torch.inf).softmax(-1) @ v[:, shared])
+            mixed.append(score.masked_fill(future, -torch.inf).softmax(-1) @ v[:, shared])
         x = x + torch.cat(mixed, dim=-1) @ weights[f"{at}.self_attn.o_proj.weight"].t()
         h = norm(x, f"{at}.post_attention_layernorm.weight")
         gate, up = (h @ weights[f"{at}.mlp.{part}_proj.weight"].t() for part in ("gate", "up"))

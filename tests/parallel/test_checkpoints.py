@@ -92,12 +92,12 @@ def story(folder, layout):
         assert run.done_steps == 1 and names(run) == ["step_000001"]
         assert all(tiny.same(x, at_1[name]) for name, x in weights_now(run).items()) or not main
         run.train()
-        again = weights_now(run)
+        resumed_weights = weights_now(run)
     if main:
-        assert all(tiny.same(x, at_4[name]) for name, x in again.items())
+        assert all(tiny.same(x, at_4[name]) for name, x in resumed_weights.items())
         rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
         assert [row["iteration"] for row in rows] == [1, 2, 3, 4]
-        torch.save(again, folder / f"{layout}.pt")
+        torch.save(resumed_weights, folder / f"{layout}.pt")
 
 
 @pytest.mark.timeout(600)

@@ -44,21 +44,23 @@ def test_model_functions_and_scorer_are_one_weighted_sum_and_logged_one_by_one(h
         "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
         "    return {'score': 0.5, 'letters': len(solution_str)}\n"
     )
-    with reward_cases.http_scorer() as place:
+    with reward_cases.http_scorer() as endpoint:
         sources = [
             {"function": f"{tmp_path}/more.py:compute_score", "weight": 2.0, "label_key": "topic"},
-            {"url": place.url, "name": "judge", "weight": -0.25},
+            {"url": endpoint.url, "name": "judge", "weight": -0.25},
         ]
         steps, rows = trained(
             home, tmp_path / "run", f"ppo.reward.sources={json.dumps(sources)}", "ppo.reward_function_weight=3",
             "ppo.score_scale=false", "ppo.score_clip=0", "ppo.reward.workers=2",
         )  # fmt: skip
     for row in rows:
-        said = row["sources"]
-        assert list(said) == ["share_of_a", "compute_score", "judge"] and not row["dropped"]
-        assert said["share_of_a"]["score"] == row["function_score"] and said["judge"]["score"] == len(row["text"])
-        assert said["compute_score"]["metrics"] == {"letters": len(row["text"])}
-        parts = [part["weight"] * part["score"] for part in said.values()]
+        scores_by_source = row["sources"]
+        assert list(scores_by_source) == ["share_of_a", "compute_score", "judge"] and not row["dropped"]
+        assert scores_by_source["share_of_a"]["score"] == row["function_score"] and scores_by_source["judge"][
+            "score"
+        ] == len(row["text"])
+        assert scores_by_source["compute_score"]["metrics"] == {"letters": len(row["text"])}
+        parts = [part["weight"] * part["score"] for part in scores_by_source.values()]
         assert row["score"] == pytest.approx(row["reward_model_score"] + sum(parts), abs=1e-5)
     figures = steps[0].sources
     assert list(figures) == ["reward_model", "share_of_a", "compute_score", "judge"]
@@ -91,17 +93,17 @@ def test_token_rewards_go_through_gae(home, tmp_path):
     def first_token(samples):
         return [RewardResult(0.0, {}, [1.0] + [0.0] * (len(s.tokens) - 1)) for s in samples]
 
-    seen = []
+    experiences = []
 
     class Watch(icegrt.Callback):
         def on_scores(self, trainer, experience):
-            seen.append(experience)
+            experiences.append(experience)
 
     keys = ["ppo.critic.init=actor", "ppo.iterations=1", "ppo.kl_coef=0", "ppo.reward_function_weight=2"]
     config = icegrt.PPOConfig.load(None, cases.ppo_keys(home, tmp_path / "run", *keys))
     with icegrt.PPOTrainer(config, reward=first_token, callbacks=[Watch()]) as trainer:
         (step,) = list(trainer)
-    (experience,) = seen
+    (experience,) = experiences
     starts = experience.plan.cu_actions[:-1].long()
     expected = torch.zeros_like(experience.shaped.reward_A).index_fill(0, starts, 2.0)
     assert torch.equal(experience.shaped.reward_A, expected)
@@ -157,21 +159,23 @@ def gradients(responses, dropped, budget):
     members = list(range(len(plan.batches)))
     policy, value = updater.policy_loss(experience, members, 0.1), updater.critic_loss(experience, members)
     counted = sum(b.n_counted_actions for b in plan.batches)
-    found = tiny.gradients(actor, plan.batches, policy), tiny.gradients(critic, plan.batches, value)
-    return found, counted, experience.moments, len(plan.batches)
+    role_gradients = tiny.gradients(actor, plan.batches, policy), tiny.gradients(critic, plan.batches, value)
+    return role_gradients, counted, experience.moments, len(plan.batches)
 
 
 @pytest.mark.parametrize("budget", [4096, 40])
 def test_a_dropped_response_is_trained_on_nowhere(cluster, budget):
     responses = tiny.responses(9)
     dropped = {1, 4, 5}
-    ours, counted, moments, batches = gradients(responses, dropped, budget)
-    kept = [r for r in responses if r.sequence_id not in dropped]
-    theirs, expected, their_moments, _ = gradients(kept, set(), 4096)
-    assert counted == expected == sum(len(r.tokens) for r in kept) and (batches > 1) == (budget < 4096)
-    assert float(moments.count) == counted and float(moments.mean) == pytest.approx(float(their_moments.mean), abs=1e-6)
-    for ours_of, theirs_of in zip(ours, theirs, strict=True):
-        assert tiny.gap(ours_of, theirs_of)[0] <= 1e-5
+    actual, counted, moments, batches = gradients(responses, dropped, budget)
+    trained = [r for r in responses if r.sequence_id not in dropped]
+    expected_gradients, expected, expected_moments, _ = gradients(trained, set(), 4096)
+    assert counted == expected == sum(len(r.tokens) for r in trained) and (batches > 1) == (budget < 4096)
+    assert float(moments.count) == counted and float(moments.mean) == pytest.approx(
+        float(expected_moments.mean), abs=1e-6
+    )
+    for role_gradients, expected_of_role in zip(actual, expected_gradients, strict=True):
+        assert tiny.gap(role_gradients, expected_of_role)[0] <= 1e-5
 
 
 @pytest.mark.parametrize(("dropped", "empty"), [(set(), 0), ({1}, 2), ({0, 1}, 4)])
@@ -248,7 +252,7 @@ def test_a_source_that_has_nothing_to_say_is_left_out_of_its_own_mean(home, tmp_
 
 
 def test_samples_are_frozen_and_public():
-    given = reward_cases.sample("x")
+    frozen = reward_cases.sample("x")
     with pytest.raises(dataclasses.FrozenInstanceError):
-        given.text = "y"
-    assert icegrt.Sample is type(given) and icegrt.RewardResult is RewardResult
+        frozen.text = "y"
+    assert icegrt.Sample is type(frozen) and icegrt.RewardResult is RewardResult

@@ -26,7 +26,7 @@ OP = {"shaped_gae": dict(dispatch.IMPLEMENTATIONS["shaped_gae"])}
 
 
 @pytest.mark.parametrize(
-    ("gone", "message"),
+    ("removed", "message"),
     [
         ("tests/kernels/test_shaped_gae.py", "shaped_gae: no test"),
         ("bench/kernels/bench_shaped_gae.py", "shaped_gae: no bench"),
@@ -35,21 +35,21 @@ OP = {"shaped_gae": dict(dispatch.IMPLEMENTATIONS["shaped_gae"])}
         ("tests/kernels/mutants", "no mutant"),
     ],
 )
-def test_a_missing_proof_is_named(tree, gone, message):
+def test_a_missing_proof_is_named(tree, removed, message):
     def about_gae():
         return [line for line in gate.missing(tree, OP) if "shaped_gae" in line]
 
     assert not about_gae()
-    if (tree / gone).is_dir():
-        shutil.rmtree(tree / gone)
+    if (tree / removed).is_dir():
+        shutil.rmtree(tree / removed)
     else:
-        (tree / gone).unlink()
+        (tree / removed).unlink()
     assert any(message in line for line in about_gae()), about_gae()
 
 
 def test_a_missing_reference_and_a_stray_kernel_are_named(tree):
     (tree / "kernels" / "stray").mkdir()
     (tree / "kernels" / "stray" / "triton.py").write_text("")
-    found = gate.missing(tree, {"shaped_gae": {"triton": "shaped_gae.triton:shaped_gae"}})
-    assert "shaped_gae: no reference in kernels/dispatch.py" in found
-    assert "kernels/stray/triton.py: no operation in kernels/dispatch.py runs it" in found
+    problems = gate.missing(tree, {"shaped_gae": {"triton": "shaped_gae.triton:shaped_gae"}})
+    assert "shaped_gae: no reference in kernels/dispatch.py" in problems
+    assert "kernels/stray/triton.py: no operation in kernels/dispatch.py runs it" in problems
