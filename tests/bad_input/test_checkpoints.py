@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from icegrt import cli
 from tests.helpers import stage_cases as cases
 from tests.helpers import tiny_models
-from tests.helpers.corpus import change_json
+from tests.helpers.refusals import change_json
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -4,44 +4,14 @@ import json
 
 import pytest
 
-from icegrt import cli
 from tests.helpers import stage_cases as cases
 from tests.helpers import tiny_models
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return cases.make_home(tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ICEGRT_DEBUG"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.fixture
-def refused(capsys, tmp_path):
-    """Runs a command that must be refused in one message with all `words`, leaving no file in tmp_path."""
-
-    def run(command, keys, *words):
-        before = cases.files_under(tmp_path)
-        capsys.readouterr()
-        assert cli.main([command, *keys]) == 2
-        lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning:")]
-        text = "\n".join(lines)
-        assert text.startswith("error: ") and text.count("error: ") == 1 and "Traceback" not in text, text
-        for word in words:
-            assert str(word) in text, f"expected {word!r} in: {text}"
-        assert cases.files_under(tmp_path) == before
-        return text
-
-    return run
-
-
-@pytest.fixture
-def run_dir(tmp_path):
-    return tmp_path / "new" / "run"
+def refused(refused):
+    """`refused(command, keys, *words)`: the command with these keys is refused."""
+    return lambda command, keys, *words: refused([command, *keys], *words)
 
 
 # -- data ---------------------------------------------------------------------------------------------------------

@@ -35,11 +35,6 @@ LONGER = {
 }
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return cases.make_home(tmp_path_factory.mktemp("home"))
-
-
 def trainer(home, stage, folder, *keys, callbacks=()):
     kind, config, common = STAGES[stage]
     return kind(config.load(None, [*common(home, folder), *LONGER[stage], *keys]), callbacks=callbacks)

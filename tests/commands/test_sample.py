@@ -4,19 +4,14 @@ import pytest
 
 from icegrt.commands.sample import answers, diverse_answers
 from icegrt.data import Prompt
-from icegrt.distributed.cluster import Cluster
 from icegrt.rollout.engine import RolloutEngine
 from icegrt.rollout.types import Sampling
 from tests.helpers import tiny_models as tiny
 
+pytestmark = pytest.mark.usefixtures("cluster")
+
 PROMPTS = [Prompt([1, 5 + n, 6], f"row {n}", {}) for n in range(5)]
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=6, seed=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    with Cluster.open() as opened:
-        yield opened
 
 
 def engine(max_batch):

@@ -22,22 +22,11 @@ from tests.helpers.data_rows import (
     PLAIN,
     STRICT,
     WITH_TOOLS,
-    make,
+    make_tokenizer,
     row,
     text,
     trained,
 )
-
-
-@pytest.fixture(scope="module")
-def plain():
-    return make()
-
-
-@pytest.fixture(scope="module")
-def chat():
-    return make(PLAIN)
-
 
 # Supervised rows.
 
@@ -52,7 +41,7 @@ def test_without_a_template(plain):
 
 
 def test_bos_stays_and_an_eos_after_the_prompt_goes():
-    tokenizer = make(bos=True)
+    tokenizer = make_tokenizer(bos=True)
     example = encode_example(tokenizer, row(prompt="a", response="b"), 100)
     assert text(tokenizer, example.prompt + example.response) == "<bos>ab<|im_end|>"
 
@@ -75,14 +64,14 @@ def test_with_a_template_the_prompt_is_what_sampling_renders(chat):
 
 
 def test_pad_equal_to_eos_keeps_eos():
-    tokenizer = make(PLAIN, pad_token="<|im_end|>")
+    tokenizer = make_tokenizer(PLAIN, pad_token="<|im_end|>")
     example = encode_example(tokenizer, row(prompt="ask", response="yes"), 100)
     assert example.response[-1] == tokenizer.eos_token_id
     assert example.action_mask is None
 
 
 def test_eos_is_appended_where_the_template_writes_none():
-    tokenizer = make(NO_EOS)
+    tokenizer = make_tokenizer(NO_EOS)
     example = encode_example(tokenizer, row(prompt="ask", response="yes"), 100)
     assert text(tokenizer, example.prompt) == "[user]ask\n[assistant]"
     assert text(tokenizer, example.response) == "yes\n<|im_end|>"
@@ -92,7 +81,7 @@ def test_eos_is_appended_where_the_template_writes_none():
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED, MARKED.replace("{% endgeneration %}{% else %}", "<|im_end|>\n{% endgeneration %}{% else %}").replace("{% endif %}<|im_end|>\n", "<|im_end|>\n{% endif %}")])  # fmt: skip # noqa: E501
 def test_every_assistant_turn_is_trained_with_its_eos(template):
-    tokenizer = make(template)
+    tokenizer = make_tokenizer(template)
     example = encode_example(tokenizer, row(messages=CHAT), 200)
     assert text(tokenizer, example.prompt).endswith("ask<|im_end|>\n<|im_start|>assistant\n")
     assert trained(tokenizer, example) == "call<|im_end|>|answer<|im_end|>"
@@ -122,7 +111,7 @@ def test_a_row_of_messages_and_something_else_must_agree(chat):
 
 
 def test_tools_and_calls_without_content_reach_the_template():
-    tokenizer = make(WITH_TOOLS)
+    tokenizer = make_tokenizer(WITH_TOOLS)
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
     example = encode_example(tokenizer, row(messages=[CHAT[1], call, *CHAT[3:]], tools=[{"name": "f"}]), 200)
     assert text(tokenizer, example.prompt).startswith("TOOLSf\n")
@@ -130,7 +119,7 @@ def test_tools_and_calls_without_content_reach_the_template():
 
 
 def test_a_template_that_is_not_prefix_stable_is_refused():
-    tokenizer = make(FORGETFUL)
+    tokenizer = make_tokenizer(FORGETFUL)
     assert trained(tokenizer, encode_example(tokenizer, row(messages=CHAT[1:3]), 100)) == "call<|im_end|>"
     with pytest.raises(
         DataError, match=r"file.jsonl:12: the chat template is not prefix-stable: the prompt alone has 22"
@@ -141,14 +130,14 @@ def test_a_template_that_is_not_prefix_stable_is_refused():
 def test_a_template_that_shortens_earlier_answers_needs_marks():
     shorten = ("{{ m.content }}", "{{ m.content if loop.last or m.role != 'assistant' else m.content[:2] }}")
     with pytest.raises(DataError, match="prefix-stable: the conversation through turn 2 alone"):
-        encode_example(make(PLAIN.replace(*shorten)), row(messages=CHAT), 200)
-    tokenizer = make(MARKED.replace(*shorten))
+        encode_example(make_tokenizer(PLAIN.replace(*shorten)), row(messages=CHAT), 200)
+    tokenizer = make_tokenizer(MARKED.replace(*shorten))
     example = encode_example(tokenizer, row(messages=CHAT), 200)
     assert trained(tokenizer, example) == "ca<|im_end|>|answer<|im_end|>"
 
 
 def test_a_merge_across_the_generation_prompt_is_refused():
-    tokenizer = make(NO_EOS, merges=[("]", "y")])
+    tokenizer = make_tokenizer(NO_EOS, merges=[("]", "y")])
     assert encode_example(tokenizer, row(prompt="ask", response="no"), 100)
     with pytest.raises(DataError, match=r"prefix-stable: the prompt alone .* at token 20 \('\]' becomes '\]yes"):
         encode_example(tokenizer, row(prompt="ask", response="yes"), 100)
@@ -156,26 +145,26 @@ def test_a_merge_across_the_generation_prompt_is_refused():
 
 def test_marks_decide_on_one_answer_too():
     part = MARKED.replace("{% generation %}{{ m.content }}", "{{ m.content[:2] }}{% generation %}{{ m.content[2:] }}")
-    tokenizer = make(part)
+    tokenizer = make_tokenizer(part)
     assert trained(tokenizer, encode_example(tokenizer, row(prompt="ask", response="yes"), 100)) == "s<|im_end|>"
 
 
 def test_a_template_that_renders_no_answer_is_refused():
     silent = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
     with pytest.raises(DataError, match=r"file.jsonl:12: the chat template renders nothing of the answer"):
-        encode_example(make(silent), row(prompt="ask", response="yes"), 100)
+        encode_example(make_tokenizer(silent), row(prompt="ask", response="yes"), 100)
 
 
 def test_an_empty_generation_mask_is_refused():
     with pytest.raises(DataError, match="marks tokens of 0 of 1 assistant turns"):
-        encode_example(make(MARKS_NOTHING), row(prompt="ask", response="yes"), 100)
+        encode_example(make_tokenizer(MARKS_NOTHING), row(prompt="ask", response="yes"), 100)
     with pytest.raises(DataError, match="marks tokens of 0 of 2 assistant turns"):
-        encode_example(make(MARKS_NOTHING), row(messages=CHAT), 200)
+        encode_example(make_tokenizer(MARKS_NOTHING), row(messages=CHAT), 200)
 
 
 def test_a_template_that_refuses_is_quoted():
     with pytest.raises(DataError, match=r"file.jsonl:12: the chat template refuses turns of system, .*no system turn"):
-        encode_example(make(STRICT), row(messages=CHAT), 200)
+        encode_example(make_tokenizer(STRICT), row(messages=CHAT), 200)
 
 
 BAD_EXAMPLES = [
@@ -314,7 +303,7 @@ def test_bad_prompts(chat, data, says):
 
 def test_a_prompt_without_tokens_is_refused():
     with pytest.raises(DataError, match="the prompt has no tokens"):
-        encode_prompt(make("{% for m in messages %}{% endfor %}"), row(prompt="a"), 9)
+        encode_prompt(make_tokenizer("{% for m in messages %}{% endfor %}"), row(prompt="a"), 9)
 
 
 def test_long_prompts(plain):

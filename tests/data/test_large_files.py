@@ -19,7 +19,7 @@ from icegrt.data import (
     open_rows,
 )
 from icegrt.errors import DataError
-from tests.helpers.data_rows import PLAIN, make
+from tests.helpers.data_rows import PLAIN, make_tokenizer
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -107,7 +107,7 @@ def test_a_data_set_with_indices_is_not_copied():
 
 
 def test_encoded_again_is_what_was_kept(path, monkeypatch):
-    encoder, encoded_rows = ExampleEncoder(make(PLAIN), 45, "drop"), []
+    encoder, encoded_rows = ExampleEncoder(make_tokenizer(PLAIN), 45, "drop"), []
 
     def counting_encoder(rows):
         encoded_rows.extend(rows)
@@ -139,8 +139,8 @@ def test_input_and_output_keys_reach_into_objects(tmp_path):
     row = {"prompt": [{"role": "user", "content": "other"}], "extra_info": {"question": "q", "answer": "a"}, "k": 1}
     pq.write_table(pa.Table.from_pylist([row]), path)
     rows = open_rows(path, input_key="extra_info.question", output_key="extra_info.answer")
-    (example,) = ExampleEncoder(make(), 99)(rows)
-    assert example.prompt == make()("q")["input_ids"] and example.row["k"] == 1
+    (example,) = ExampleEncoder(make_tokenizer(), 99)(rows)
+    assert example.prompt == make_tokenizer()("q")["input_ids"] and example.row["k"] == 1
     with pytest.raises(DataError, match=r"row 0: input_key names `extra_info.nope`, which is not there"):
         open_rows(path, input_key="extra_info.nope")[0]
 

@@ -1,4 +1,4 @@
-"""Compiles Triton kernels for devices that need not be present, and reads what they would occupy there."""
+"""Compile Triton kernels ahead of time, for devices that need not be present, and read their resource usage."""
 
 import re
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Usage:
-    """Per thread: registers, and stack bytes (what does not fit into registers); per program: shared memory bytes."""
+    """Registers and stack bytes (spilled registers) per thread, shared memory bytes per program."""
 
     registers: int
     stack: int
@@ -17,8 +17,10 @@ class Usage:
 
 
 def compiled_usage(kernel, signature, constants, capability, options, aligned=True):
-    """What `kernel` occupies on an sm_<capability>. aligned: pointers are known to be multiples of 16 bytes, as a
-    launch on whole tensors finds them; the other specialisation is what a launch on odd views selects."""
+    """Return the `Usage` of `kernel` on an sm_<capability>.
+
+    aligned: pointers are multiples of 16 bytes, as for whole tensors; a launch on odd views selects the other variant.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -39,7 +41,7 @@ def compiled_usage(kernel, signature, constants, capability, options, aligned=Tr
 
 
 def assert_nothing_spills(kernel, signature, constants, capability, options, aligned=True):
-    """Compiles `kernel` and prints what it occupies, in a line that `pytest -s` shows; its stack must be empty."""
+    """Compile `kernel`, print its usage in a line that `pytest -s` shows, and assert that its stack is empty."""
     usage = compiled_usage(kernel, signature, constants, capability, options, aligned)
     dtypes = " ".join(f"{name}={signature[name]}" for name in ("logits_ptr", "grad_ptr") if name in signature)
     flags = " ".join(f"{name}={value}" for name, value in constants.items())

@@ -1,4 +1,4 @@
-"""Gloo ranks for tests: processes forked from this one, with the environment that torchrun would give them."""
+"""Run a function on several gloo ranks: forked processes with the environment variables of torchrun."""
 
 import faulthandler
 import gc
@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 
 def launch(world, function, *args, seconds=600):
-    """Run `function(*args)` on `world` ranks; any rank's failure fails the test, with every rank's traceback."""
+    """Run `function(*args)` on `world` ranks; fail with the tracebacks of all failed ranks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -37,13 +37,13 @@ def launch(world, function, *args, seconds=600):
 
 def _rank(rank, world, port, failures, seconds, function, args):
     torch.set_num_threads(1)
-    # What the parent still holds stays unfreed here: a process group would wait for threads that no fork takes along.
+    # Objects of the parent are never freed here: a process group would wait for threads that a fork does not copy.
     gc.freeze()
-    faulthandler.dump_traceback_later(0.9 * seconds)  # where a rank is stuck, should it be
+    faulthandler.dump_traceback_later(0.9 * seconds)  # shows where a rank hangs
     env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in env.items()})
     try:
         function(*args)
     except BaseException:
         failures.put(f"rank {rank}:\n{traceback.format_exc()}")
-        os._exit(1)
+        os._exit(1)  # without the exit handlers of the parent, which pytest and torch have registered

@@ -1,4 +1,4 @@
-"""Tiny models, a tiny tokenizer and small experience, made on the spot and the same every time."""
+"""Tiny deterministic models, tokenizer, responses and configurations, and comparisons of tensors by name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PROMPTS = [{"prompt": word} for word in WORDS]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character, a pad token that is not EOS, and a chat template."""
+    """Return a tokenizer with one token per character, a pad token other than EOS, and a chat template."""
     characters = "abcdefghijklmnopqrstuvwxyz0123456789 .,!?'-"
     vocab = {token: index for index, token in enumerate((*SPECIAL, "<unk>", *characters))}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -48,7 +48,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model_config(family: str = "llama", **changes) -> PreTrainedConfig:
-    """Two layers of width 32, grouped-query attention, an odd vocabulary."""
+    """Return a configuration of two layers of width 32, grouped-query attention and an odd vocabulary."""
     settings = {
         "vocab_size": VOCAB,
         "hidden_size": 32,
@@ -68,9 +68,10 @@ def model_config(family: str = "llama", **changes) -> PreTrainedConfig:
 
 
 def random_model(kind, seed: int, family: str, **changes):
+    """Return a random fp32 model of a transformers Auto class."""
     torch.manual_seed(seed)
     model = kind.from_config(model_config(family, **changes)).eval()
-    with torch.no_grad():  # norms of one and biases of zero would hide that they are read from the wrong place
+    with torch.no_grad():  # norms of one and biases of zero would hide that they are read from the wrong tensor
         for name, parameter in model.named_parameters():
             if "norm" in name or "bias" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
@@ -78,17 +79,17 @@ def random_model(kind, seed: int, family: str, **changes):
 
 
 def causal_lm(seed: int = 0, family: str = "llama", **changes) -> PreTrainedModel:
-    """A random language model in fp32."""
+    """Return a random language model in fp32."""
     return random_model(AutoModelForCausalLM, seed, family, **changes)
 
 
 def scorer(seed: int = 1, family: str = "llama", **changes) -> PreTrainedModel:
-    """A random model with a scalar head in fp32."""
+    """Return a random model with a scalar head in fp32."""
     return random_model(AutoModelForSequenceClassification, seed, family, **({"num_labels": 1} | changes))
 
 
 def nudged(model, scale: float, seed: int = 7):
-    """A copy with noise on every parameter."""
+    """Return a copy with noise added to every parameter."""
     generator = torch.Generator().manual_seed(seed)
     model = copy.deepcopy(model)
     with torch.no_grad():
@@ -98,7 +99,7 @@ def nudged(model, scale: float, seed: int = 7):
 
 
 def role(source, head: str = "lm", *, learns: OptimizerConfig | None = None, dtype=torch.float32, **kwargs) -> Role:
-    """A role with the weights of a `transformers` model; it learns if it is given an optimizer."""
+    """Return a role with the weights of a transformers model. learns: the optimizer of a trainable role."""
     new_role = Role("role", build_model(source, head, dtype=dtype, **kwargs))
     if learns is not None:
         new_role.learn(learns, 10)
@@ -106,24 +107,24 @@ def role(source, head: str = "lm", *, learns: OptimizerConfig | None = None, dty
 
 
 def reload(role: Role, source) -> None:
-    """Give a role other weights in place."""
+    """Replace the weights of a role in place."""
     loader.load(role.model, HFCheckpointReader(source))
 
 
 def by_hugging_face_name(role: Role, read) -> dict[str, torch.Tensor]:
-    """What `read` finds on each parameter, copied, under the names of Hugging Face."""
+    """Return copies of `read(parameter)` under Hugging Face names."""
     return {name: x.clone() for name, x in exporter.export_tensors(role.model, torch.float32, read)}
 
 
 def gradients(role: Role, batches, loss) -> dict[str, torch.Tensor]:
-    """The gradients of one accumulation under their Hugging Face names, divided by the counted tokens."""
+    """Return the gradients of one accumulation under Hugging Face names, divided by the counted tokens."""
     role.zero_gradients()
     role.accumulate(batches, loss)
     return by_hugging_face_name(role, lambda p: p.main_grad)
 
 
 def gap(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, float]:
-    """Distance of two sets of tensors over the norm of the second: all together, and of the worst tensor."""
+    """Return the relative distance to `expected`: of all tensors as one vector, and of the worst single tensor."""
     assert tensors.keys() == expected.keys()
     norms = {n: expected[n].double().norm().item() for n in expected}
     distances = {n: (tensors[n].double() - expected[n].double()).norm().item() for n in expected}
@@ -134,17 +135,17 @@ def gap(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 
 
 def parameters(role: Role) -> dict[str, torch.Tensor]:
-    """Copies of a role's weights."""
+    """Return copies of the weights of a role."""
     return {name: p.detach().clone() for name, p in role.model.named_parameters()}
 
 
 def same(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
-    """Whether two sets of tensors agree to the bit."""
+    """Return whether two sets of tensors have equal names and bits."""
     return tensors.keys() == expected.keys() and all(torch.equal(tensors[n], expected[n]) for n in tensors)
 
 
 def responses(count: int = 9, seed: int = 3, longest: int = 9) -> list[Response]:
-    """Made-up answers of many lengths: a third truncated, the others closed by EOS; one is a lone EOS."""
+    """Return random responses of many lengths: a third truncated, the others ended by EOS; one is EOS alone."""
     draw = random.Random(seed)
     generated = []
     for n in range(count):
@@ -158,12 +159,12 @@ def responses(count: int = 9, seed: int = 3, longest: int = 9) -> list[Response]
 
 
 def count_letters(samples) -> list[float]:
-    """A reward function: the share of vowels."""
+    """Return the share of vowels of each sample: a reward function."""
     return [sum(c in "aeiou" for c in s.text) / max(len(s.text), 1) for s in samples]
 
 
 def ppo_config(folder, *, temperature: float = 1.0, max_new_tokens: int = 8, **changes) -> PPOConfig:
-    """A PPO run of a few small iterations."""
+    """Return the configuration of a PPO run of three small iterations."""
     run = {"dir": str(folder), "seed": 5} | changes.pop("run", {})
     settings = {
         "iterations": 3,
@@ -182,12 +183,12 @@ def ppo_config(folder, *, temperature: float = 1.0, max_new_tokens: int = 8, **c
 
 
 def doubles(model) -> dict[str, torch.Tensor]:
-    """A model's weights as float64 leaves that ask for gradients."""
+    """Return the weights of a model as float64 leaves that require gradients."""
     return {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
 
 
 def llama64(weights: dict[str, torch.Tensor], config: PreTrainedConfig, ids: list[int]) -> torch.Tensor:
-    """The hidden states [L, H] of one sequence in float64 throughout (transformers' own norms compute in fp32)."""
+    """Return the hidden states [L, H] of one sequence, in float64 throughout (transformers computes norms in fp32)."""
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     dim = config.head_dim
     length = len(ids)

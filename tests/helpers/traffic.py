@@ -1,7 +1,7 @@
-"""Bytes on the wire: counted by wrapping the collectives, and as docs/scaling.md derives them.
+"""Bytes sent by collectives: counted by wrapping torch.distributed, and derived by the formulas of docs/scaling.md.
 
-Counted are the bytes that all ranks together send: a ring's 2 (R - 1) n for an all-reduce of n bytes over R ranks,
-(R - 1) n for a reduce-scatter, an all-gather (n: the whole), a broadcast or a gather, and n for a message.
+The counts are of all ranks together: 2 (R - 1) n for a ring all-reduce of n bytes over R ranks, (R - 1) n for a
+reduce-scatter, an all-gather (n: the gathered tensor), a broadcast or a gather, and n for a point-to-point message.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ ALIASES = {"dist_all_gather_func": "all_gather_into_tensor", "dist_reduce_scatte
 
 @contextlib.contextmanager
 def counted():
-    """Bytes that this rank sends inside the block, by dimension: tensor, pipeline, data, and all (of every rank)."""
+    """Yield the bytes that this rank sends inside the block, by dimension: tensor, pipeline, data, all."""
     sent_bytes, inside = defaultdict(float), []
     originals = []
 
@@ -91,8 +91,11 @@ def dimension(group):
 
 @dataclass
 class Work:
-    """What an iteration computes, summed over data-parallel ranks: tokens T and actions A of the experience, both with
-    alignment tails; rows that rollout takes through the trunk, its sequences and tokens; micro-batches per pass."""
+    """Amounts of one iteration, summed over data-parallel ranks.
+
+    tokens, actions: T and A of the experience, with alignment tails. sequences: of the rollout. rollout_rows: rows that
+    pass through the trunk while decoding. rollout_draws: sampled tokens.
+    """
 
     tokens: int
     actions: int
@@ -102,7 +105,7 @@ class Work:
 
 
 def derived(layout, work, *, layers, hidden, parameters, epochs, steps, roles=4):
-    """Bytes of one PPO iteration with `roles` models by dimension; fp32, no ptx, one chunk of rows per micro-batch."""
+    """Return the bytes of one PPO iteration by dimension, in fp32, without ptx and with one chunk per micro-batch."""
     tp, pp, dp = layout["tensor"], layout["pipeline"], layout["data"]
     row = hidden * FP32
     forward = (roles + 2 * epochs) * work.tokens  # scoring, and the update of actor and critic

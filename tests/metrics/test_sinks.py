@@ -98,11 +98,6 @@ def mlflow(monkeypatch):
     return FakeMlflow(monkeypatch)
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return cases.make_home(tmp_path_factory.mktemp("home"))
-
-
 def flat(row):
     """A row of metrics.jsonl under the names that sinks use."""
 

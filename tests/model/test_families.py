@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from icegrt.distributed.cluster import Cluster
 from icegrt.model.build import build_model
 from icegrt.model.hf import exporter
 from icegrt.model.hf.writer import save_pretrained
@@ -13,6 +12,8 @@ from icegrt.ppo.scoring import score_logprobs, score_sequences
 from icegrt.rollout.decoder import Decoder
 from icegrt.rollout.types import Sampling
 from tests.helpers import tiny_models as tiny
+
+pytestmark = pytest.mark.usefixtures("cluster")
 
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 LLAMA3 = {
@@ -47,12 +48,6 @@ SHAPES = {
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROWS = [[5, 6, 7], [9], [3, 40, 2, 8, 11, 30], [7, 7, 7], [1] * 12, [(7 * i) % 59 for i in range(26)]]
 LONG_ROW = [(11 * i) % 60 for i in range(150)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    with Cluster.open() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module", params=SHAPES)

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from icegrt.distributed.cluster import Cluster
 from icegrt.errors import CheckpointError, RunError
 from icegrt.model.architecture import Architecture
 from icegrt.model.build import build_model
@@ -18,6 +17,8 @@ from icegrt.model.hf.writer import save_pretrained
 from icegrt.packing import pack
 from icegrt.ppo.scoring import score_sequences, score_values
 from tests.helpers import tiny_models as tiny
+
+pytestmark = pytest.mark.usefixtures("cluster")
 
 SHAPES = {
     "grouped_query": {},
@@ -30,12 +31,6 @@ SHAPES = {
     "other_rope_and_eps": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rms_norm_eps": 1e-3},
 }
 ROWS = [[5, 6, 7], [9], [3, 40, 2, 8, 11, 30], [7, 7], [4, 9, 46], [1] * 12]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    with Cluster.open() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module", params=SHAPES)

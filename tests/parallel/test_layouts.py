@@ -9,7 +9,7 @@ from icegrt.config import ParallelConfig
 from icegrt.errors import ConfigError
 from icegrt.ppo.trainer import PPOTrainer
 from tests.helpers import tiny_models as tiny
-from tests.helpers.layout_cases import KL_TARGET, LAYOUTS, Watch, config, figures, parity, trainer, write_ptx
+from tests.helpers.layout_cases import KL_TARGET, LAYOUTS, RunRecorder, config, parity, step_metrics, trainer, write_ptx
 from tests.helpers.ranks import launch
 
 # Two ranks share two cores; four take a turn longer.
@@ -130,10 +130,10 @@ def at_rest_over(folder, ranks):
     """Four key/value heads, so that four tensor-parallel ranks can share them."""
     sizes = {"num_key_value_heads": 4, "num_hidden_layers": 2}
     settings = config(folder / str(ranks), "one", lr=0.0, ptx_coef=0.0, parallel=ParallelConfig(tensor=ranks))
-    watch = Watch()
+    watch = RunRecorder()
     models = tiny.causal_lm(0, **sizes), tiny.tokenizer(), tiny.scorer(1, **sizes), tiny.PROMPTS
     with PPOTrainer(settings, *models, callbacks=[watch]) as run:
-        step = figures(run.step())
+        step = step_metrics(run.step())
         if run.cluster.is_main:
             torch.save((watch.tokens, step), folder / f"{ranks}.pt")
 

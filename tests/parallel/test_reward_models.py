@@ -5,13 +5,13 @@ import torch
 
 from icegrt.ppo.trainer import PPOTrainer
 from tests.helpers import tiny_models as tiny
-from tests.helpers.layout_cases import LAYERS, LAYOUTS, Watch, config, parameter_sizes
+from tests.helpers.layout_cases import LAYERS, LAYOUTS, RunRecorder, config, parameter_sizes
 from tests.helpers.ranks import launch
 
 NAMES = ["reward_model", "reward_model_2"]
 
 
-class Said(Watch):
+class Said(RunRecorder):
     """What was sampled, and what each model said of every response, in their order."""
 
     def __init__(self):

@@ -8,7 +8,6 @@ import torch
 
 from icegrt.config import CriticConfig, DataSource, OptimizerConfig
 from icegrt.data import Example, Ranking
-from icegrt.distributed.cluster import Cluster
 from icegrt.errors import RunError
 from icegrt.kernels import ShapedGAE
 from icegrt.ppo.batch_plan import plan_batches
@@ -21,15 +20,11 @@ from icegrt.training.ranking_loss import pack_rankings, ranking_loss
 from icegrt.training.sft_loss import pack_examples, response_nll
 from tests.helpers import tiny_models as tiny
 
+pytestmark = pytest.mark.usefixtures("cluster")
+
 AT_REST = OptimizerConfig(lr=0.0)
 UNCLIPPED = OptimizerConfig(lr=1e-2, clip_grad=0.0)
 CHUNK = 16
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    with Cluster.open() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

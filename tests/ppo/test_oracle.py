@@ -12,7 +12,6 @@ import torch
 
 from icegrt.config import CriticConfig, DataSource, OptimizerConfig, SamplingConfig
 from icegrt.data import Example
-from icegrt.distributed.cluster import Cluster
 from icegrt.kernels import whiten
 from icegrt.ppo.batch_plan import plan_batches
 from icegrt.ppo.experience import Experience, shape
@@ -21,6 +20,8 @@ from icegrt.ppo.scoring import score_logprobs, score_sequences, score_values
 from icegrt.ppo.update import Updater
 from tests.helpers import tiny_models as tiny
 from tests.helpers.tiny_models import doubles, gap, llama64
+
+pytestmark = pytest.mark.usefixtures("cluster")
 
 CASES = {
     "defaults": {},
@@ -53,12 +54,6 @@ PTX = [
     Example([5, 6], [7, 8, 9, 1], None, "ptx:1", {}),
     Example([9], [10, 11, 12, 13, 1], [True, True, False, False, True], "ptx:2", {}),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    with Cluster.open() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import torch
 
 import icegrt
 from icegrt.data import encode_prompts, read_rows
-from icegrt.distributed.cluster import Cluster
 from icegrt.errors import RewardError
 from icegrt.metrics import read_metrics
 from icegrt.ppo.batch_plan import plan_batches
@@ -24,11 +23,6 @@ from icegrt.rollout.samples import sample_of
 from tests.helpers import reward_cases
 from tests.helpers import stage_cases as cases
 from tests.helpers import tiny_models as tiny
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return cases.make_home(tmp_path_factory.mktemp("home"))
 
 
 def trained(home, folder, *keys, reward=None):
@@ -111,12 +105,6 @@ def test_token_rewards_go_through_gae(home, tmp_path):
 
 
 # -- dropping -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with Cluster.open() as opened:
-        yield opened
 
 
 def verdict_on(plan, dropped):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from icegrt.distributed.cluster import Cluster
 from icegrt.errors import ConfigError, DataError
 from icegrt.ppo.batch_plan import plan_batches
 from icegrt.ppo.scoring import score_logprobs
@@ -13,15 +12,11 @@ from icegrt.rollout.kv_cache.contiguous import KVCache
 from icegrt.rollout.types import Sampling
 from tests.helpers import tiny_models as tiny
 
+pytestmark = pytest.mark.usefixtures("cluster")
+
 STOPS = [tiny.EOS, *range(40, 46)]  # seven of 61 tokens end an answer: lengths vary
 SAMPLING = Sampling(max_new_tokens=16, seed=3)
 PROMPTS = [[7], [5, 6, 7, 8, 9], [33, 12, 4], [9] * 20, [2, 3], [50, 51, 52]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    with Cluster.open() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

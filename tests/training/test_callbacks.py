@@ -7,11 +7,6 @@ from icegrt.ppo.experience import Experience
 from tests.helpers import stage_cases as cases
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return cases.make_home(tmp_path_factory.mktemp("home"))
-
-
 class Recorder(icegrt.Callback):
     def __init__(self):
         self.calls = []

@@ -17,11 +17,6 @@ from tests.helpers import stage_cases as cases
 from tests.helpers import tiny_models
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return cases.make_home(tmp_path_factory.mktemp("home"))
-
-
 def trainer(kind, config, keys, **options):
     return kind(config.load(None, keys), **options)
 

@@ -1,13 +1,13 @@
 """What is printed where: terminals, logs, other ranks, quiet mode, and text that a model wrote."""
 
 import io
-import os
 import subprocess
 import sys
 
 import pytest
 
 from icegrt.utils import console
+from tests.helpers.terminal import run_on_terminal
 
 
 class Clock:
@@ -162,6 +162,7 @@ def test_rich_is_not_imported_without_a_terminal():
 
 NESTED = """
 from icegrt.utils import console
+from tests.helpers.terminal import run_on_terminal
 class Clock:
     now = 0.0
     def __call__(self):
@@ -179,26 +180,11 @@ console.table(["a"], [["[/x]"]])
 
 
 def on_terminal(code, redirect_stdout=False):
-    """Run `code` on a pseudo-terminal; returns what it showed and what went to a redirected stdout."""
-    pty = pytest.importorskip("pty")
-    pty_fd, child_fd = pty.openpty()
-    env = {**os.environ, "TERM": "xterm", "COLUMNS": "160"}
-    stdout = subprocess.PIPE if redirect_stdout else child_fd
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=child_fd, stdout=stdout, stderr=child_fd, env=env)
-    os.close(child_fd)
-    display = b""
-    while True:
-        try:
-            part = os.read(pty_fd, 65536)
-        except OSError:  # the other end is closed
-            break
-        if not part:
-            break
-        display += part
-    os.close(pty_fd)
-    out = process.stdout.read().decode() if redirect_stdout else ""
-    assert process.wait(30) == 0, display.decode()
-    return display.decode(), out
+    """Run `code` on a pseudo-terminal; return what it displays and what goes to a redirected stdout."""
+    environment = {"TERM": "xterm", "COLUMNS": "160"}
+    command = [sys.executable, "-c", code]
+    display, stdout = run_on_terminal(command, environment=environment, redirect_stdout=redirect_stdout)
+    return display.decode(), stdout.decode()
 
 
 def test_on_a_terminal_nested_bars_share_one_display_and_markup_is_only_text():
