@@ -19,11 +19,14 @@ _NOT_FOR_USERS = (
     r"The \.grad attribute of a Tensor that is not a leaf Tensor",
     r"`torch\.distributed\.\w+` is deprecated",
 )
+# Megatron 0.16: tensor parallelism warns that CUDA_DEVICE_MAX_CONNECTIONS is not 1, on a CPU too -> ignored there.
+_ADVICE_FOR_GPUS = r"When using .* it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 def hide_megatron_warnings() -> None:
     """Silence the warnings above; called before Megatron-core is imported."""
-    for message in _NOT_FOR_USERS:
+    messages = _NOT_FOR_USERS if torch.version.cuda is not None else (*_NOT_FOR_USERS, _ADVICE_FOR_GPUS)
+    for message in messages:
         warnings.filterwarnings("ignore", message=message)
 
 

@@ -30,8 +30,10 @@ def prepared(tmp_path_factory):
     """The default output with seed 0, its manifest and its rows by file."""
     out = tmp_path_factory.mktemp("prepared")
     manifest = preparation.prepare(out, seed=0)
-    read = preparation.json.loads
-    rows = {path.stem: [read(line) for line in path.open(encoding="utf-8")] for path in out.glob("*.jsonl")}
+    rows = {}
+    for path in out.glob("*.jsonl"):
+        with path.open(encoding="utf-8") as file:
+            rows[path.stem] = [preparation.json.loads(line) for line in file]
     return SimpleNamespace(out=out, manifest=manifest, rows=rows)
 
 
