@@ -193,16 +193,18 @@ def test_failures_are_counted_and_kept_out_of_the_means(home, tmp_path, on_error
     ]
     keys += ["ppo.reward.error_score=-3", "ppo.eval_every=0", f"ppo.eval_prompts={home.prompts}"]
     (step,), rows = trained(home, tmp_path / "run", *keys, reward=failing)
-    bad = [row for row in rows if row["sources"]["failing"]["error"]]
-    assert [row["sample"] for row in bad] == [0] and "returned nan for" in bad[0]["sources"]["failing"]["error"]
+    failed_rows = [row for row in rows if row["sources"]["failing"]["error"]]
+    assert [row["sample"] for row in failed_rows] == [0] and "returned nan for" in failed_rows[0]["sources"]["failing"][
+        "error"
+    ]
     assert step.reward_errors == 1 == step.sources["failing"]["errors"]
     if on_error == "drop":
-        assert step.dropped_responses == 1 and bad[0]["dropped"] and bad[0]["function_score"] is None
+        assert step.dropped_responses == 1 and failed_rows[0]["dropped"] and failed_rows[0]["function_score"] is None
         assert step.score_mean == 1.0 and step.score_std == 0.0 and step.function_score_mean == 1.0
-        assert set(bad[0]["advantages"]) == {0.0}
+        assert set(failed_rows[0]["advantages"]) == {0.0}
         assert step.evaluation.score_mean == 1.0
     else:
-        assert step.dropped_responses == 0 and bad[0]["score"] == -3.0
+        assert step.dropped_responses == 0 and failed_rows[0]["score"] == -3.0
         assert step.score_mean == pytest.approx((15 * 1.0 - 3.0) / 16)
     assert step.rollout_logprob_gap_max < 1e-4
 
