@@ -194,9 +194,8 @@ def test_failures_are_counted_and_kept_out_of_the_means(home, tmp_path, on_error
     keys += ["ppo.reward.error_score=-3", "ppo.eval_every=0", f"ppo.eval_prompts={home.prompts}"]
     (step,), rows = trained(home, tmp_path / "run", *keys, reward=failing)
     failed_rows = [row for row in rows if row["sources"]["failing"]["error"]]
-    assert [row["sample"] for row in failed_rows] == [0] and "returned nan for" in failed_rows[0]["sources"]["failing"][
-        "error"
-    ]
+    assert [row["sample"] for row in failed_rows] == [0]
+    assert "returned nan for" in failed_rows[0]["sources"]["failing"]["error"]
     assert step.reward_errors == 1 == step.sources["failing"]["errors"]
     if on_error == "drop":
         assert step.dropped_responses == 1 and failed_rows[0]["dropped"] and failed_rows[0]["function_score"] is None
