@@ -75,7 +75,7 @@ def figures(step) -> dict:
     return {name: x for name, x in row.items() if "seconds" not in name and "per_second" not in name}
 
 
-def everything(trainer) -> dict:
+def complete_state(trainer) -> dict:
     """Weights and the rest of a trainer's state."""
     tensors = {f"{role.name}.{name}": p for role in trainer.roles for name, p in tiny.parameters(role).items()}
     for role in trainer.roles:
@@ -87,7 +87,7 @@ def everything(trainer) -> dict:
 
 def go_on(trainer) -> dict:
     steps = [figures(trainer.step()) for _ in range(AFTER)]
-    return everything(trainer) | {"steps": steps}
+    return complete_state(trainer) | {"steps": steps}
 
 
 def resume(folders: list[str]) -> None:
@@ -99,7 +99,7 @@ def resume(folders: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def stories(tmp_path_factory):
+def resumed_runs(tmp_path_factory):
     """What each run did after its checkpoint: uninterrupted, and resumed in another process from a copy."""
     runs = tmp_path_factory.mktemp("runs")
     (runs / "copy").mkdir()
@@ -129,8 +129,8 @@ def stories(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(name, stories):
-    expected, resumed, _ = stories[name]
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(name, resumed_runs):
+    expected, resumed, _ = resumed_runs[name]
     resumed_tensors, uninterrupted = resumed["tensors"], expected["tensors"]
     assert resumed_tensors.keys() == uninterrupted.keys()
     assert [n for n in uninterrupted if not torch.equal(resumed_tensors[n], uninterrupted[n])] == []
@@ -139,17 +139,17 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(name, stories):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_resumed_run_reports_the_figures_of_an_uninterrupted_one(name, stories):
-    expected, resumed, folder = stories[name]
+def test_a_resumed_run_reports_the_figures_of_an_uninterrupted_one(name, resumed_runs):
+    expected, resumed, folder = resumed_runs[name]
     assert resumed["steps"] == expected["steps"]
     rows = [row for row in read_metrics(folder) if row["kind"] != "evaluation"]
     assert len(rows) == BEFORE + AFTER
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_resumed_run_remembers_what_an_uninterrupted_one_does(name, stories):
+def test_a_resumed_run_remembers_what_an_uninterrupted_one_does(name, resumed_runs):
     # Data position, KL controller, score moments; and alarms, that of the checkpoint's own iteration included.
-    expected, resumed, _ = stories[name]
+    expected, resumed, _ = resumed_runs[name]
     assert resumed["state"] == expected["state"]
 
 

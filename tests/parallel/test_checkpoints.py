@@ -38,7 +38,7 @@ class TermOnTheLastRank:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def story(folder, layout):
+def save_fail_and_resume(folder, layout):
     """Saves in the background while it trains on, a rank that cannot write, SIGTERM, damage, and how it goes on."""
     tied = LAYOUTS[layout][2]
     with trainer(settings(folder, layout), tied) as run:
@@ -104,4 +104,4 @@ def story(folder, layout):
 @pytest.mark.parametrize("layout", ["tp2", pytest.param("tp2_pp2", marks=pytest.mark.long)])
 def test_ranks_save_fail_end_and_go_on_together(layout, tmp_path):
     write_ptx(tmp_path)
-    launch(LAYOUTS[layout][0], story, tmp_path, layout)
+    launch(LAYOUTS[layout][0], save_fail_and_resume, tmp_path, layout)
