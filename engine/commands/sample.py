@@ -39,15 +39,15 @@ def run(config: SampleConfig) -> None:
     score, key = None, "sample.score_function"
     if config.score_function:
         score = adapt(load_reward_function(config.score_function, key), key=key)
-    with Cluster.open(Layout.of(config.parallel)), rows_file(config.out) as writer:
+    with Cluster.open(Layout.of(config.parallel)) as cluster, rows_file(config.out) as writer:
         source = HFCheckpointReader(model_folder(config.model))
-        check_parallelism(source.architecture)
+        check_parallelism(source.architecture, cluster)
         tokenizer = tokenizer_for(None, source.folder, source.architecture)
         sampling = Sampling.of(config.sampling, config.seed)
         rows = open_rows(config.prompts, config.limit, input_key=config.input_key)
         prompts = prompts_for(source.architecture, tokenizer, rows, sampling, config.truncation, name=config.prompts)
         report_lengths([prompts])
-        model = build_model(source, "lm", dtype=DTYPES[config.dtype]).eval()
+        model = build_model(source, "lm", cluster, dtype=DTYPES[config.dtype]).eval()
         engine = RolloutEngine(
             model, tokenizer, max_batch=config.max_batch, stop_token_ids=_stops(config, source, tokenizer)
         )
@@ -142,16 +142,16 @@ def generate(config: GenerateConfig) -> Iterator[tuple[Prompt, list[str], list[R
     sources += [open_rows(config.prompts, input_key=config.input_key)] if config.prompts else []
     if not sources:
         raise ConfigError("nothing to answer: give generate.prompt='[\"...\"]' or generate.prompts=FILE")
-    with Cluster.open(Layout.of(config.parallel)):
+    with Cluster.open(Layout.of(config.parallel)) as cluster:
         source = HFCheckpointReader(model_folder(config.model))
-        check_parallelism(source.architecture)
+        check_parallelism(source.architecture, cluster)
         tokenizer = tokenizer_for(None, source.folder, source.architecture)
         sampling = Sampling.of(config.sampling, config.seed)
         parts = [
             prompts_for(source.architecture, tokenizer, rows, sampling, config.truncation, chat=config.chat)
             for rows in sources
         ]
-        model = build_model(source, "lm", dtype=DTYPES[config.dtype]).eval()
+        model = build_model(source, "lm", cluster, dtype=DTYPES[config.dtype]).eval()
         engine = RolloutEngine(
             model, tokenizer, max_batch=config.max_batch, stop_token_ids=_stops(config, source, tokenizer)
         )

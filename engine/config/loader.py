@@ -7,12 +7,10 @@ defaults, where a stage has its own (`sft: {optimizer: {lr: 2e-5}}` must keep th
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import math
 import operator
-import os
 import types
 import typing
 from collections.abc import Sequence
@@ -24,6 +22,7 @@ from pydantic import ValidationError
 from icegrt.config.introspect import SECTIONS, SIGNS, bounds_of, config_keys, fields_of, type_text, unit_of
 from icegrt.config.strict_yaml import dump, parse
 from icegrt.errors import ConfigError
+from icegrt.utils.files import write_text_atomic
 from icegrt.utils.redaction import REDACTED, is_secret, redact, redact_text
 
 _COMMAND_LINE = "command line"
@@ -299,14 +298,14 @@ def as_yaml(config: Any) -> str:
 
 
 def save(config: Any, path: str | Path) -> None:
-    """Write `as_yaml(config)`, aside and renamed. Hidden values stay hidden: `load` then asks for them again."""
+    """Write `as_yaml(config)` to `path`, atomically. Hidden values stay hidden: `load` then asks for them again.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(as_yaml(config), encoding="utf-8")
-        aside.replace(path)
+        write_text_atomic(path, as_yaml(config))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
         raise ConfigError(f"cannot write the configuration to {path}: {error.strerror}") from error

@@ -18,7 +18,7 @@ from typing import Any
 from icegrt.errors import DataError, RunError
 from icegrt.metrics.records import KINDS, Step
 from icegrt.metrics.sinks import open_sinks
-from icegrt.utils.files import json_line, json_safe, open_text, restore_json, write_text_aside
+from icegrt.utils.files import json_line, json_safe, open_text, restore_json, write_text_atomic
 
 __all__ = ["RunLog", "drop_rollouts", "read_metrics", "rollout_path"]
 
@@ -58,7 +58,7 @@ class RunLog:
                 )
         elif self.path.exists():
             kept = [row for row in read_metrics(self.dir) if _index(row) <= resume_from_step]
-            write_text_aside(self.path, "".join(json_line(row) for row in kept))
+            write_text_atomic(self.path, "".join(json_line(row) for row in kept))
         self._sinks = open_sinks(log_to, self.dir, config or {}, resume_from_step is not None)
         self._file = open_text(self.path, "a")
 

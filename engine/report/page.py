@@ -22,7 +22,7 @@ from icegrt.metrics.alarms import Alarms
 from icegrt.report.plots import ppo_panels, write_curves_png
 from icegrt.report.tables import cards, charts, example_texts, margins, outcomes, phases, settings_tables, training
 from icegrt.report.verdict import verdict
-from icegrt.utils.files import json_safe, write_text_aside
+from icegrt.utils.files import json_safe, write_text_atomic
 
 __all__ = ["validated", "write_ppo_report", "write_run_report"]
 
@@ -57,7 +57,9 @@ def write_ppo_report(
     run_dir.mkdir(parents=True, exist_ok=True)
     if panels:
         write_curves_png(run_dir / "curves.png", panels, title)
-    write_text_aside(run_dir / "report.json", json.dumps(checked, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+    write_text_atomic(
+        run_dir / "report.json", json.dumps(checked, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    )
     page = _page(
         title=title,
         notes=[notes] if isinstance(notes, str) else list(notes),
@@ -72,7 +74,7 @@ def write_ppo_report(
         examples=[example_texts(number, example) for number, example in enumerate(examples, 1)],
         settings=settings_tables(run_dir / CONFIG_FILE, settings),
     )
-    write_text_aside(run_dir / "report.html", page)
+    write_text_atomic(run_dir / "report.html", page)
     return run_dir / "report.html"
 
 

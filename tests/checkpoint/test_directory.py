@@ -8,6 +8,7 @@ import pytest
 
 from icegrt.checkpoint import directory as files
 from icegrt.errors import CheckpointError
+from icegrt.utils import files as atomic
 
 CONTENTS = {"actor/.metadata": b"places", "actor/__0_0.distcp": bytes(range(256)) * 9, "critic/common.pt": b"c" * 300}
 
@@ -165,7 +166,8 @@ def killed_at(monkeypatch):
     class Half(type(shutil)):
         rmtree = staticmethod(counted(shutil.rmtree, half_removed))
 
-    monkeypatch.setattr(files, "shutil", Half("shutil"))
+    for module in (files, atomic):
+        monkeypatch.setattr(module, "shutil", Half("shutil"))
     for name in ("replace", "fsync"):
         monkeypatch.setattr(os, name, counted(getattr(os, name)))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from icegrt.checkpoint import directory as files
-from icegrt.checkpoint import manager as checkpoint
+from icegrt.checkpoint.manager import Checkpoints
 from icegrt.checkpoint.safe_unpickle import load_object, read_metadata
 from icegrt.checkpoint.tensor_reader import CheckpointTensors
 from icegrt.config import OptimizerConfig
@@ -33,10 +33,10 @@ class Canary:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A checkpoint of one role that learns, and what that role is."""
-    with Cluster.open():
+    with Cluster.open() as cluster:
         role = tiny.role(tiny.causal_lm(0), learns=OptimizerConfig())
         run = tmp_path_factory.mktemp("run")
-        yield checkpoint.Checkpoints(run, 1, background=False).save(1, [role], {}), role
+        yield Checkpoints(cluster, run, 1, background=False).save(1, [role], {}), role
 
 
 @pytest.fixture
@@ -95,12 +95,16 @@ def in_common(folder, canary):
     (folder / "role" / "common.pt").write_bytes(torch_saved({"optimizer": canary}))
 
 
+def checkpoints_of(folder, role):
+    return Checkpoints(role.model.cluster, folder.parent.parent, 1, background=False)
+
+
 def resume(folder, role):
-    checkpoint.load(folder, [role])
+    checkpoints_of(folder, role).load(folder, [role])
 
 
 def take_weights(folder, role):
-    checkpoint.load_weights(folder, [role])
+    checkpoints_of(folder, role).load_weights(folder, [role])
 
 
 def export(folder, role):

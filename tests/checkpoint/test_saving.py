@@ -12,7 +12,7 @@ import torch
 
 from icegrt import cli
 from icegrt.checkpoint import directory as files
-from icegrt.checkpoint import manager as checkpoint
+from icegrt.checkpoint.manager import write_bucket
 from icegrt.config import PPOConfig, RewardConfig, SFTConfig
 from icegrt.errors import CheckpointError, RunError
 from icegrt.metrics import read_metrics
@@ -70,7 +70,7 @@ class Gate:
 
     def write_bucket(self, *args):
         assert self.opened.wait(60)
-        return checkpoint.write_bucket(*args)
+        return write_bucket(*args)
 
 
 def gated_trainer(gate, home, stage, folder, *keys):

@@ -46,8 +46,8 @@ def make(folder: str, dtype: str) -> None:
 
 def import_and_export(origin: str, out: str, run: str, dtype: str) -> None:
     """Import and export the model, print the peak, then write the weights as a checkpoint of a run."""
-    with Cluster.open():
-        model = build_model(origin, "lm", dtype=DTYPES[dtype]).requires_grad_(False)
+    with Cluster.open() as cluster:
+        model = build_model(origin, "lm", cluster, dtype=DTYPES[dtype]).requires_grad_(False)
         tensors = exporter.export_tensors(model, DTYPES[dtype])
         save_pretrained(tensors, model.architecture, out, classifier=False, dtype=dtype, shard_bytes=10**9)
         peak()
@@ -55,7 +55,7 @@ def import_and_export(origin: str, out: str, run: str, dtype: str) -> None:
 
         step = Path(run) / "checkpoints" / "step_000001"
         (step / "actor").mkdir(parents=True)
-        dist_checkpointing.save({"model": model.sharded_state_dict()}, str(step / "actor"))
+        dist_checkpointing.save({"model": model.chunks[-1].sharded_state_dict()}, str(step / "actor"))
         roles = {"actor": {"head": "lm", "hf_config": model.architecture.hf_config}}
         (step / "state.json").write_text(json.dumps({"step": 1, "roles": roles}))
         checkpoint_folder.write_manifest(step, {})

@@ -6,11 +6,9 @@ import json
 import torch
 import torch.distributed as dist
 
-from icegrt.checkpoint.megatron import inner_optimizers
 from icegrt.config import CriticConfig, DataSource, OptimizerConfig, ParallelConfig
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
-from icegrt.model.hf import loader
 from icegrt.ppo.trainer import PPOTrainer
 from tests.helpers import tiny_models as tiny
 
@@ -88,23 +86,22 @@ class RunRecorder:
 
     def on_scores(self, run, experience):
         if not self.gradients:
-            members = list(range(len(experience.plan.batches)))
+            members, updater = list(range(len(experience.plan.batches))), run.components.updater
             self.gradients = {
-                "actor": gradients(run.actor, experience, run.updater.policy_loss(experience, members, 0.1)),
-                "critic": gradients(run.critic, experience, run.updater.critic_loss(experience, members)),
+                "actor": gradients(run.actor, updater.policy_work(experience, members, 0.1)),
+                "critic": gradients(run.critic, updater.critic_work(experience, members)),
             }
 
 
-def gradients(role, experience, loss):
+def gradients(role, work):
     """Return the unsharded gradients under Hugging Face names, on rank 0."""
     role.zero_gradients()
-    role.accumulate(experience.plan.batches, loss)
-    for optimizer in inner_optimizers(role.optimizer):
-        group = optimizer.data_parallel_group
+    role.accumulate(work)
+    for bucket in (b for ddp in role.ddps for buffer in ddp.buffers for b in buffer.buckets):
+        group = role.ddps[0].dp_cp_group
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-        for bucket in (bucket for buffer in optimizer.buffers for bucket in buffer.buckets):
-            shards = list(bucket.grad_data.chunk(ranks))
-            dist.all_gather(shards, shards[rank].clone(), group=group)
+        shards = list(bucket.grad_data.chunk(ranks))
+        dist.all_gather(shards, shards[rank].clone(), group=group)
     return tiny.by_hugging_face_name(role, lambda p: p.main_grad)
 
 
@@ -126,7 +123,7 @@ def parity(folder, layout):
                 "weights": {r.name: tiny.by_hugging_face_name(r, lambda p: p) for r in run.roles},
                 "state": run.state(),
                 "chunks": len(run.actor.model.chunks),
-                "parameter_sizes": {r.name: parameter_sizes(r) for r in run.roles_by_name.values()},
+                "parameter_sizes": {r.name: parameter_sizes(r) for r in run.components.roles.values()},
             }
         resting = config(folder / f"{layout}_rest", layout, lr=0.0, ptx_coef=0.0, ppo_epochs=2)
         with trainer(resting, tied) as run:
@@ -137,7 +134,7 @@ def parity(folder, layout):
 
 def parameter_sizes(role):
     """Return [(name, elements)] of the parameters of each rank, in rank order."""
-    local_sizes = [(n, p.numel()) for n, p in loader.local_parameters(role.model).items()]
+    local_sizes = [(n, p.numel()) for n, p in role.model.named_parameters()]
     sizes_by_rank = [None] * dist.get_world_size()
     dist.all_gather_object(sizes_by_rank, local_sizes)
     return sizes_by_rank

@@ -17,10 +17,11 @@ from transformers import (
 )
 
 from icegrt.config import CriticConfig, OptimizerConfig, PPOConfig, RunConfig, SamplingConfig
+from icegrt.distributed.cluster import Cluster
 from icegrt.model.build import build_model
 from icegrt.model.hf import exporter, loader
 from icegrt.model.hf.reader import HFCheckpointReader
-from icegrt.roles.role import Role
+from icegrt.roles.role import Role, TrainableRole
 from icegrt.rollout.types import Response
 
 SPECIAL = ("<pad>", "<eos>", "<user>", "<assistant>")
@@ -100,10 +101,8 @@ def nudged(model, scale: float, seed: int = 7):
 
 def role(source, head: str = "lm", *, learns: OptimizerConfig | None = None, dtype=torch.float32, **kwargs) -> Role:
     """Return a role with the weights of a transformers model. learns: the optimizer of a trainable role."""
-    new_role = Role("role", build_model(source, head, dtype=dtype, **kwargs))
-    if learns is not None:
-        new_role.learn(learns, 10)
-    return new_role
+    model = build_model(source, head, Cluster.current(), dtype=dtype, **kwargs)
+    return Role("role", model) if learns is None else TrainableRole("role", model, learns, 10)
 
 
 def reload(role: Role, source) -> None:
@@ -116,10 +115,10 @@ def by_hugging_face_name(role: Role, read) -> dict[str, torch.Tensor]:
     return {name: x.clone() for name, x in exporter.export_tensors(role.model, torch.float32, read)}
 
 
-def gradients(role: Role, batches, loss) -> dict[str, torch.Tensor]:
+def gradients(role: TrainableRole, work) -> dict[str, torch.Tensor]:
     """Return the gradients of one accumulation under Hugging Face names, divided by the counted tokens."""
     role.zero_gradients()
-    role.accumulate(batches, loss)
+    role.accumulate(work)
     return by_hugging_face_name(role, lambda p: p.main_grad)
 
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from icegrt.distributed.cluster import Cluster
 from icegrt.model.build import build_model
 from icegrt.model.hf import exporter
 from icegrt.model.hf.writer import save_pretrained
 from icegrt.packing import pack
-from icegrt.ppo.scoring import score_logprobs, score_sequences
+from icegrt.ppo.scoring import LogprobScorer, score_sequences
 from icegrt.rollout.decoder import Decoder
 from icegrt.rollout.types import Sampling
 from tests.helpers import tiny_models as tiny
@@ -55,13 +56,13 @@ def pair(request):
     """A language model of transformers, and the same one here."""
     family, changes = SHAPES[request.param]
     hf_model = tiny.causal_lm(0, family=family, **changes)
-    return hf_model, build_model(hf_model, "lm", dtype=torch.float32)
+    return hf_model, build_model(hf_model, "lm", Cluster.current(), dtype=torch.float32)
 
 
 def logits(model, rows):
     batch = pack([row[:1] for row in rows], [row[1:] for row in rows])
     with torch.no_grad():
-        return model.logits_NV(model.hidden(batch).squeeze(1)).split([len(row) for row in rows])
+        return model.logits_NV(model.chunks[-1].hidden(batch).squeeze(1)).split([len(row) for row in rows])
 
 
 def test_logits_of_packed_sequences_are_those_of_transformers(pair):
@@ -78,7 +79,7 @@ def test_import_and_export_change_no_bit(pair, tmp_path):
     hf_model, _ = pair
     hf_model.save_pretrained(tmp_path / "in", max_shard_size="20KB")
     assert (tmp_path / "in" / "model.safetensors.index.json").is_file()
-    model = build_model(tmp_path / "in", "lm", dtype=torch.float32)
+    model = build_model(tmp_path / "in", "lm", Cluster.current(), dtype=torch.float32)
     out = save_pretrained(
         exporter.export_tensors(model, torch.float32), model.architecture, tmp_path / "out", classifier=False
     )
@@ -93,7 +94,7 @@ def test_the_decoder_agrees_with_scoring(pair):
     responses = list(Decoder(model, [tiny.EOS]).stream(prompts, 2, Sampling(max_new_tokens=14, seed=3)))
     assert len({tuple(r.tokens) for r in responses}) > 3
     batch = pack([r.prompt for r in responses], [r.tokens for r in responses])
-    scored, _ = score_logprobs(tiny.Role("actor", model), [batch], 1.0, None)
+    scored, _ = LogprobScorer(1.0, None)(tiny.Role("actor", model), [batch])
     sampled = torch.tensor([logprob for r in responses for logprob in r.logprobs])
     assert (scored - sampled).abs().max() < 1e-4
 
@@ -102,7 +103,7 @@ def test_the_decoder_agrees_with_scoring(pair):
 def test_bf16_comes_back_to_the_bit(family, tmp_path):
     hf_model = tiny.causal_lm(0, family=family).bfloat16()
     hf_model.save_pretrained(tmp_path / "in")
-    model = build_model(tmp_path / "in", "lm", dtype=torch.bfloat16)
+    model = build_model(tmp_path / "in", "lm", Cluster.current(), dtype=torch.bfloat16)
     out = save_pretrained(
         exporter.export_tensors(model, torch.bfloat16), model.architecture, tmp_path / "out", classifier=False,
         dtype="bf16",

@@ -32,7 +32,7 @@ def shard_of(entry, sources, architecture, rank, ranks):
     """A rank's parameter, put together from its pieces; padding is 7."""
     slices = list(weights.shard_slices(entry, architecture, rank, ranks))
     rows = {"vocabulary": architecture.padded_vocab_size(ranks) // ranks}.get(entry.partition)
-    rows = rows or max(p.at + p.stop - p.start if p.dim == 0 else entry.shapes[0][0] for p in slices)
+    rows = rows or max(p.offset + p.stop - p.start if p.dim == 0 else entry.shapes[0][0] for p in slices)
     columns = list(entry.shapes[0][1:])
     if entry.partition == "columns":
         columns[0] //= ranks
@@ -53,8 +53,10 @@ def test_the_shards_of_all_ranks_are_the_checkpoint(shape):
         for entry in weights.parameter_mapping(architecture, "lm"):
             shards = [shard_of(entry, sources, architecture, rank, ranks) for rank in range(ranks)]
             assert len({shard.shape for shard in shards}) == 1
-            for name, part in zip(entry.sources, exporter.separate(entry, shards, architecture), strict=True):
-                assert torch.equal(part, sources[name]), (name, ranks)
+            exported = dict(exporter.exported(entry, shards, architecture, torch.float32))
+            assert list(exported) == list(entry.sources)
+            for name, tensor in exported.items():
+                assert torch.equal(tensor, sources[name]), (name, ranks)
 
 
 def test_heads_lie_beside_the_key_and_value_that_they_share():
@@ -88,8 +90,8 @@ def test_a_rank_reads_only_what_it_holds(family, changes, tmp_path):
     entries = [
         e for e in weights.parameter_mapping(source.architecture, "lm") if e.name.startswith("decoder.layers.1.")
     ]
-    with Cluster.open():
-        parameters = loader.local_parameters(build_model(source, "lm", dtype=torch.float32))
+    with Cluster.open() as cluster:
+        parameters = dict(build_model(source, "lm", cluster, dtype=torch.float32).named_parameters())
     assert source.numbers == sum(p.numel() for p in hf_model.parameters())
     for rank in range(2):
         source.numbers = 0
@@ -125,8 +127,8 @@ def test_what_a_checkpoint_says_of_itself_is_handed_on(tmp_path):
     hf_model.config.auto_map = {"AutoConfig": "code.Thing"}
     hf_model.generation_config.update(temperature=0.6, top_p=0.9, do_sample=True, eos_token_id=[9, 11])
     hf_model.save_pretrained(tmp_path / "in")
-    with Cluster.open():
-        model = build_model(tmp_path / "in", "lm", dtype=torch.float32)
+    with Cluster.open() as cluster:
+        model = build_model(tmp_path / "in", "lm", cluster, dtype=torch.float32)
         tensors = exporter.export_tensors(model, torch.float32)
         out = save_pretrained(
             tensors, model.architecture, tmp_path / "out", classifier=False, tokenizer=tiny.tokenizer()

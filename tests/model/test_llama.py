@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from icegrt.distributed.cluster import Cluster
 from icegrt.errors import CheckpointError, RunError
 from icegrt.model.architecture import Architecture
 from icegrt.model.build import build_model
@@ -37,13 +38,13 @@ ROWS = [[5, 6, 7], [9], [3, 40, 2, 8, 11, 30], [7, 7], [4, 9, 46], [1] * 12]
 def pair(request):
     """A language model of transformers, and the same one here."""
     hf_model = tiny.causal_lm(0, **SHAPES[request.param])
-    return hf_model, build_model(hf_model, "lm", dtype=torch.float32)
+    return hf_model, build_model(hf_model, "lm", Cluster.current(), dtype=torch.float32)
 
 
 def hidden(model, rows):
     batch = pack([row[:1] for row in rows], [row[1:] for row in rows])
     with torch.no_grad():
-        return model.hidden(batch).squeeze(1)
+        return model.chunks[-1].hidden(batch).squeeze(1)
 
 
 def test_logits_of_a_packed_batch_are_those_of_transformers(pair):
@@ -72,7 +73,7 @@ def test_a_language_model_comes_back_to_the_bit(pair, tmp_path):
     assert tiny.same(dict(reloaded.state_dict()), dict(hf_model.state_dict()))
     assert reloaded.config.tie_word_embeddings == hf_model.config.tie_word_embeddings
     assert reloaded.dtype == torch.float32 and reloaded.generation_config.eos_token_id == tiny.EOS
-    imported = build_model(out, "lm", dtype=torch.float32)
+    imported = build_model(out, "lm", Cluster.current(), dtype=torch.float32)
     assert tiny.same(dict(imported.named_parameters()), dict(model.named_parameters()))
 
 
@@ -93,7 +94,7 @@ def test_a_scorer_comes_back_to_the_bit_and_scores_alike(shape, tmp_path):
 
 def test_bf16_is_exported_as_it_is_held(tmp_path):
     hf_model = tiny.causal_lm(0)
-    model = build_model(hf_model, "lm", dtype=torch.bfloat16)
+    model = build_model(hf_model, "lm", Cluster.current(), dtype=torch.bfloat16)
     out = save_pretrained(
         exporter.export_tensors(model, torch.bfloat16), model.architecture, tmp_path / "out", classifier=False,
         dtype="bf16",
@@ -105,7 +106,7 @@ def test_bf16_is_exported_as_it_is_held(tmp_path):
 
 def test_a_large_export_is_cut_into_files_that_transformers_reads(tmp_path):
     hf_model = tiny.causal_lm(0)
-    model = build_model(hf_model, "lm", dtype=torch.float32)
+    model = build_model(hf_model, "lm", Cluster.current(), dtype=torch.float32)
     out = save_pretrained(
         exporter.export_tensors(model, torch.float32), model.architecture, tmp_path / "out", classifier=False,
         shard_bytes=20_000,
@@ -113,7 +114,8 @@ def test_a_large_export_is_cut_into_files_that_transformers_reads(tmp_path):
     assert len(list(out.glob("model-0*-of-0*.safetensors"))) > 2 and not (out / "model.safetensors").exists()
     assert tiny.same(dict(AutoModelForCausalLM.from_pretrained(out).state_dict()), dict(hf_model.state_dict()))
     assert tiny.same(
-        dict(build_model(out, "lm", dtype=torch.float32).named_parameters()), dict(model.named_parameters())
+        dict(build_model(out, "lm", Cluster.current(), dtype=torch.float32).named_parameters()),
+        dict(model.named_parameters()),
     )
     with pytest.raises(RunError, match="not an empty folder"):
         save_pretrained(iter(()), model.architecture, out, classifier=False)
@@ -162,7 +164,7 @@ def change_tensors(folder, change):
 
 def refused(folder, *words, head="lm"):
     with pytest.raises(CheckpointError) as error:
-        build_model(folder, head, dtype=torch.float32)
+        build_model(folder, head, Cluster.current(), dtype=torch.float32)
     for word in (str(folder), *words):
         assert word in str(error.value)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from icegrt.checkpoint import directory as files
-from icegrt.checkpoint import manager as checkpoint
+from icegrt.checkpoint.manager import write_bucket
 from icegrt.errors import RunError
 from tests.helpers import tiny_models as tiny
 from tests.helpers.layout_cases import LAYOUTS, config, trainer, write_ptx
@@ -46,7 +46,7 @@ def save_fail_and_resume(folder, layout):
 
         def write_slowly(*args):
             time.sleep(0.3 * (run.cluster.rank + 1))
-            return checkpoint.write_bucket(*args)
+            return write_bucket(*args)
 
         run.checkpoints.write_bucket = write_slowly
         run.step()
@@ -60,14 +60,14 @@ def save_fail_and_resume(folder, layout):
         def write_to_full_disk(*args):
             if run.cluster.rank == last:
                 raise OSError(28, "No space left on device")
-            return checkpoint.write_bucket(*args)
+            return write_bucket(*args)
 
         run.checkpoints.write_bucket = write_to_full_disk
         with pytest.raises(RunError, match=rf"step_000002: .* \(No space left on device, on rank {last}\)"):
             run.save_checkpoint()
             run.complete_checkpoint()
-        run.checkpoints.write_bucket = checkpoint.write_bucket
-        run.cluster.wait()
+        run.checkpoints.write_bucket = write_bucket
+        run.cluster.barrier()
         assert [p.name for p in files.checkpoints_dir(run.dir).iterdir() if p.is_dir()] == ["step_000001"]
         run.save_checkpoint()
 
@@ -86,7 +86,7 @@ def save_fail_and_resume(folder, layout):
             for step in (2, 3, 4):
                 data = sorted(files.checkpoint_path(run.dir, step).glob("critic/*.distcp"))[-1]
                 data.write_bytes(data.read_bytes()[:-9] + b"otherwise")
-        run.cluster.wait()
+        run.cluster.barrier()
     with trainer(settings(folder, layout, run={"resume": True}), tied) as run:
         # Found by whichever rank read that file, believed by all.
         assert run.done_steps == 1 and names(run) == ["step_000001"]

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from icegrt import cli
-from icegrt.checkpoint.megatron import inner_optimizers
 from icegrt.model.architecture import DTYPES
+from icegrt.roles.optimizer import inner_optimizers
 from icegrt.rollout.types import Sampling
 from tests.helpers import stage_cases as stages
 from tests.helpers import tiny_models as tiny
@@ -85,12 +85,15 @@ def resume(folder, layout):
         save_results(folder, layout, run, {"before": weights, "steps": [(s.policy_loss, s.value_loss) for s in steps]})
 
 
+def adam_steps(role):
+    """The distinct step counts of a role's optimizer states."""
+    inner = inner_optimizers(role.optimizer)
+    return sorted({float(state["step"]) for optimizer in inner for state in optimizer.optimizer.state.values()})
+
+
 def save_results(folder, name, run, extra):
     weights = {r.name: tiny.by_hugging_face_name(r, lambda p: p) for r in run.roles}
-    adam = {
-        r.name: sorted({float(s["step"]) for o in inner_optimizers(r.optimizer) for s in o.optimizer.state.values()})
-        for r in run.roles
-    }
+    adam = {r.name: adam_steps(r) for r in run.roles}
     if run.cluster.is_main:
         torch.save({"weights": weights, "adam": adam, **(extra or {})}, folder / f"{name}.pt")
 
@@ -167,10 +170,10 @@ def nothing_wide(folder):
         # 61 tokens, padded to 62 and cut into 31; no other dimension has these sizes.
         with Widest({tiny.VOCAB, tiny.VOCAB + 1}) as watch:
             run.step()
-            run.engine.generate([[5, 6, 7]], 2, Sampling(temperature=0.0, max_new_tokens=3))
+            run.components.engine.generate([[5, 6, 7]], 2, Sampling(temperature=0.0, max_new_tokens=3))
         assert watch.found == set(), watch.found
         with Widest({31}) as control:
-            run.engine.generate([[5, 6, 7]], 1, Sampling(max_new_tokens=2))
+            run.components.engine.generate([[5, 6, 7]], 1, Sampling(max_new_tokens=2))
         assert control.found
 
 

@@ -75,7 +75,7 @@ def test_a_layout_is_the_same_run_as_one_process(compared):
     assert LAYOUTS[name][2] or abs(last - 1.0) < 0.199, "a clipped step would not show whose KL it was"
     assert layout["state"]["order"] == one["state"]["order"] and layout["state"]["ptx"] == one["state"]["ptx"]
     assert_at_rest(layout["rest"])
-    assert_partitioned(layout["parameter_sizes"], one["held"], LAYOUTS[name][1])
+    assert_partitioned(layout["parameter_sizes"], one["parameter_sizes"], LAYOUTS[name][1])
 
 
 def assert_at_rest(step):

@@ -34,7 +34,7 @@ class Count:
         self.sequences = len(responses)
 
     def on_scores(self, run, experience):
-        self.tokens = run.cluster.total([experience.plan.n_tokens])[0]
+        self.tokens = run.cluster.all_reduce_sum([experience.plan.n_tokens])[0]
 
 
 def measure(folder):

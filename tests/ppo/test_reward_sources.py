@@ -9,13 +9,14 @@ import torch
 
 import icegrt
 from icegrt.data import encode_prompts, read_rows
+from icegrt.distributed.cluster import Cluster
 from icegrt.errors import RewardError
 from icegrt.metrics import read_metrics
 from icegrt.ppo.batch_plan import plan_batches
-from icegrt.ppo.experience import Experience, shape
+from icegrt.ppo.experience import Experience, compute_advantages
 from icegrt.ppo.rewards import RewardOutputs
 from icegrt.ppo.scores import total_scores
-from icegrt.ppo.scoring import score_logprobs, score_values
+from icegrt.ppo.scoring import LogprobScorer, score_values
 from icegrt.ppo.update import Updater
 from icegrt.rewards.sample import RewardResult
 from icegrt.rewards.sources import SourceScores
@@ -23,6 +24,8 @@ from icegrt.rollout.samples import sample_of
 from tests.helpers import reward_cases
 from tests.helpers import stage_cases as cases
 from tests.helpers import tiny_models as tiny
+
+SCORER = LogprobScorer(1.0, 16)
 
 
 def trained(home, folder, *keys, reward=None):
@@ -48,13 +51,12 @@ def test_model_functions_and_scorer_are_one_weighted_sum_and_logged_one_by_one(h
             "ppo.score_scale=false", "ppo.score_clip=0", "ppo.reward.workers=2",
         )  # fmt: skip
     for row in rows:
-        scores_by_source = row["sources"]
-        assert list(scores_by_source) == ["share_of_a", "compute_score", "judge"] and not row["dropped"]
-        assert scores_by_source["share_of_a"]["score"] == row["function_score"] and scores_by_source["judge"][
-            "score"
-        ] == len(row["text"])
-        assert scores_by_source["compute_score"]["metrics"] == {"letters": len(row["text"])}
-        parts = [part["weight"] * part["score"] for part in scores_by_source.values()]
+        by_source = row["sources"]
+        assert list(by_source) == ["share_of_a", "compute_score", "judge"] and not row["dropped"]
+        assert by_source["share_of_a"]["score"] == row["function_score"]
+        assert by_source["judge"]["score"] == len(row["text"])
+        assert by_source["compute_score"]["metrics"] == {"letters": len(row["text"])}
+        parts = [part["weight"] * part["score"] for part in by_source.values()]
         assert row["score"] == pytest.approx(row["reward_model_score"] + sum(parts), abs=1e-5)
     figures = steps[0].sources
     assert list(figures) == ["reward_model", "share_of_a", "compute_score", "judge"]
@@ -130,11 +132,10 @@ def experience_with(config, actor, critic, responses, dropped):
     plan = plan_batches(responses, config.token_budget, config.minibatches)
     rewards = verdict_on(plan, dropped)
     plan = plan.with_masked(rewards.dropped_N)
-    old_A, entropy_A = score_logprobs(actor, plan.batches, 1.0, 16, entropy=True)
+    old_A, entropy_A = SCORER(actor, plan.batches, entropy=True)
     value_A, last_N = score_values(critic, plan.batches)
-    truncated_N = torch.tensor([float(r.truncated) for r in plan.local_responses])
-    scores = total_scores(config, {}, [], rewards.source_total_N, truncated_N, rewards.dropped_N)
-    shaped = shape(config, 0.1, plan, scores, old_A, old_A - 0.1, value_A, last_N)
+    scores = total_scores(config, {}, [], rewards.source_total_N, plan.truncated_N, rewards.dropped_N)
+    shaped = compute_advantages(config, 0.1, plan, scores, old_A, old_A - 0.1, value_A, last_N)
     return Experience(plan, scores, old_A, entropy_A, old_A - 0.1, value_A, shaped, shaped.moments)
 
 
@@ -143,11 +144,11 @@ def gradients(responses, dropped, budget):
     config = tiny.ppo_config("unused", token_budget=budget, kl_coef=0.1, minibatches=1)
     actor, critic = learners(config)
     experience = experience_with(config, actor, critic, responses, dropped)
-    plan, updater = experience.plan, Updater(config, actor, critic, 16, None)
+    plan, updater = experience.plan, Updater(config, actor, critic, SCORER, Cluster.current())
     members = list(range(len(plan.batches)))
-    policy, value = updater.policy_loss(experience, members, 0.1), updater.critic_loss(experience, members)
+    policy, value = updater.policy_work(experience, members, 0.1), updater.critic_work(experience, members)
     counted = sum(b.n_counted_actions for b in plan.batches)
-    role_gradients = tiny.gradients(actor, plan.batches, policy), tiny.gradients(critic, plan.batches, value)
+    role_gradients = tiny.gradients(actor, policy), tiny.gradients(critic, value)
     return role_gradients, counted, experience.moments, len(plan.batches)
 
 
@@ -156,12 +157,11 @@ def test_a_dropped_response_is_trained_on_nowhere(cluster, budget):
     responses = tiny.responses(9)
     dropped = {1, 4, 5}
     actual, counted, moments, batches = gradients(responses, dropped, budget)
-    trained = [r for r in responses if r.sequence_id not in dropped]
-    expected_gradients, expected, expected_moments, _ = gradients(trained, set(), 4096)
-    assert counted == expected == sum(len(r.tokens) for r in trained) and (batches > 1) == (budget < 4096)
-    assert float(moments.count) == counted and float(moments.mean) == pytest.approx(
-        float(expected_moments.mean), abs=1e-6
-    )
+    responses_left = [r for r in responses if r.sequence_id not in dropped]
+    expected_gradients, expected, expected_moments, _ = gradients(responses_left, set(), 4096)
+    assert counted == expected == sum(len(r.tokens) for r in responses_left) and (batches > 1) == (budget < 4096)
+    assert float(moments.count) == counted
+    assert float(moments.mean) == pytest.approx(float(expected_moments.mean), abs=1e-6)
     for role_gradients, expected_of_role in zip(actual, expected_gradients, strict=True):
         assert tiny.gap(role_gradients, expected_of_role)[0] <= 1e-5
 
@@ -170,7 +170,7 @@ def test_a_dropped_response_is_trained_on_nowhere(cluster, budget):
 def test_a_minibatch_of_dropped_responses_is_no_step(cluster, dropped, empty):
     config = tiny.ppo_config("unused", token_budget=64, kl_coef=0.1, minibatches=2, ppo_epochs=1)
     actor, critic = learners(config)
-    updater, responses = Updater(config, actor, critic, 16, None), tiny.responses(2)
+    updater, responses = Updater(config, actor, critic, SCORER, Cluster.current()), tiny.responses(2)
     updater.run(experience_with(config, actor, critic, responses, set()), 0.1, 1)  # gives Adam its momentum
     before = tiny.parameters(actor), tiny.parameters(critic)
     outcome = updater.run(experience_with(config, actor, critic, responses, dropped), 0.1, 2)

@@ -199,6 +199,20 @@ def test_the_library_is_light(module):
     assert heavy.strip() == ""
 
 
+def test_trainers_load_megatron_when_they_open_a_cluster():
+    run_python(
+        "import sys, torch, warnings\n"
+        "compiler, filters = torch.compile, list(warnings.filters)\n"
+        "import icegrt.ppo.trainer, icegrt.training.sft, icegrt.rollout.load\n"
+        "from icegrt.distributed.cluster import Cluster\n"
+        "assert 'megatron' not in sys.modules and torch.compile is compiler\n"
+        "assert not [f for f in warnings.filters if f not in filters and 'Apex' in str(f[1])]\n"
+        "with Cluster.open():\n"
+        "    assert 'megatron.core.models.gpt' in sys.modules and torch.compile is compiler\n"
+        "    assert sys.modules.get('triton', sys) is not None\n"
+    )
+
+
 def test_transformers_survives_the_folder_named_kernels():
     """transformers looks for a package called `kernels`; from the root of the repository it finds our folder."""
     pytest.importorskip("transformers")

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import icegrt
 from icegrt.packing import pack
-from icegrt.ppo.scoring import score_logprobs
+from icegrt.ppo.scoring import LogprobScorer
 from tests.helpers import stage_cases as cases
 from tests.helpers import tiny_models
 
@@ -132,7 +132,7 @@ def test_an_exported_actor_says_in_transformers_what_it_says_here(config, tmp_pa
         for _ in trainer:
             pass
         trainer.save_pretrained(tmp_path / "out")
-        engine_logprobs, _ = score_logprobs(trainer.actor, [pack([[2, 7, 9]], [[20, 21, 22, 23]])], 1.0, None)
+        engine_logprobs, _ = LogprobScorer(1.0, None)(trainer.actor, [pack([[2, 7, 9]], [[20, 21, 22, 23]])])
     hf_model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     logprobs = hf_model(torch.tensor([[2, 7, 9, 20, 21, 22, 23]])).logits.log_softmax(-1)[0, 2:6]
     torch.testing.assert_close(
@@ -248,7 +248,8 @@ def test_rollouts_without_a_trainer():
     assert all(isinstance(r, icegrt.Response) and len(r.tokens) == len(r.logprobs) for r in responses)
     repeated = engine.generate(prompts, 4, sampling)
     assert repeated == sorted(responses, key=lambda r: (r.prompt_index, r.sample))
-    assert not engine.decoder.model.training and not any(p.requires_grad for p in engine.decoder.model.parameters())
+    model = engine.decoder.model
+    assert not any(chunk.training for chunk in model.chunks) and not any(p.requires_grad for p in model.parameters())
 
 
 def test_load_actor_refuses_and_leaves_nothing_open(tmp_path):

@@ -5,10 +5,12 @@ import torch
 
 from icegrt.errors import ConfigError, DataError
 from icegrt.ppo.batch_plan import plan_batches
-from icegrt.ppo.scoring import score_logprobs
+from icegrt.ppo.scoring import LogprobScorer
 from icegrt.rollout.decoder import Decoder
 from icegrt.rollout.engine import RolloutEngine, stop_ids
 from icegrt.rollout.kv_cache.contiguous import KVCache
+from icegrt.rollout.scheduler import Scheduler
+from icegrt.rollout.sequence import Sequence
 from icegrt.rollout.types import Sampling
 from tests.helpers import tiny_models as tiny
 
@@ -43,13 +45,14 @@ def sampled(actor):
 def watch(actor, monkeypatch):
     """Rows of every forward pass."""
     rows = []
-    forward = type(actor.model).forward
+    stage = type(actor.model.chunks[-1])
+    forward = stage.forward
 
     def counted(self, tokens_T, *args):
         rows.append(tokens_T.numel())
         return forward(self, tokens_T, *args)
 
-    monkeypatch.setattr(type(actor.model), "forward", counted)
+    monkeypatch.setattr(stage, "forward", counted)
     return rows
 
 
@@ -96,7 +99,7 @@ def test_greedy_is_that_of_transformers(lm, actor):
 def test_rollout_logprobs_are_those_of_scoring(temperature, actor):
     responses = list(draw(actor, sampling=Sampling(temperature, max_new_tokens=16, seed=3)).values())
     planned = plan_batches(responses, 64, 1)
-    scored_A, _ = score_logprobs(actor, planned.batches, temperature, 16)
+    scored_A, _ = LogprobScorer(temperature, 16)(actor, planned.batches)
     rolled_A = torch.tensor([x for r in planned.local_responses for x in r.logprobs])
     assert (scored_A - rolled_A).abs().max() < 1e-4
     assert len(planned.batches) > 2 and rolled_A.max() < 0
@@ -192,11 +195,27 @@ def test_sampling_out_of_bounds_is_refused(settings):
         Sampling(**settings)
 
 
+def test_the_scheduler_batches_prompts_and_keeps_running_sequences_in_slot_order():
+    prompts = [[7] * 5000, [7] * 3000, [7] * 3000]
+    sequences = [Sequence(p, s, 10 * p + s, prompts[p]) for p in range(3) for s in range(2)]
+    scheduler = Scheduler(sequences, frozenset({1}), max_new_tokens=2)
+    batches = scheduler.schedule_prefill()
+    assert [[[s.id for s in copies] for copies in batch] for batch in batches] == [[[0, 1], [10, 11]], [[20, 21]]]
+    assert scheduler.running == sequences and scheduler.schedule_prefill() == []
+    assert scheduler.record([1, 5, 5, 1, 5, 5], [-0.5] * 6) == [0, 3]
+    assert [s.finish_reason for s in sequences] == ["stop", None, None, "stop", None, None]
+    scheduler.remove([0, 3], [(5, 3), (4, 0)])
+    assert [s.id for s in scheduler.running] == [20, 1, 10, 21]
+    assert scheduler.record([5, 5, 5, 1], [-0.5] * 4) == [0, 1, 2, 3]
+    assert [s.response().finish_reason for s in scheduler.running] == ["length", "length", "length", "stop"]
+    assert scheduler.running[0].response().tokens == [5, 5] and len(scheduler.running[0]) == 3002
+
+
 def test_a_retired_slot_is_taken_over_by_the_last_one():
-    cache = KVCache(1, 4, 3, 1, 2, dtype=torch.float32, device="cpu")
+    cache = KVCache([5], 4, 3, 1, 2, dtype=torch.float32, device="cpu")
     admission = cache.allocate([1, 2, 1, 3], [1, 1, 1, 1])
     k = torch.arange(14.0).reshape(7, 1, 2)
-    admission.write(0, k, -k, [1, 2, 1, 3])
+    admission.write(5, k, -k, [1, 2, 1, 3])
     assert cache.free([0, 2]) == [(3, 2), (2, 0)]
-    assert cache.live == 2 and cache.lengths[:2].tolist() == [3, 2]
+    assert cache.used == 2 and cache.lengths[:2].tolist() == [3, 2]
     assert torch.equal(cache.keys[0, 0, 0], k[4:7, 0]) and torch.equal(cache.values[0, 1, 0, :2], -k[1:3, 0])
