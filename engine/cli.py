@@ -34,7 +34,7 @@ COMMANDS = {
 }
 RESUMABLE = ("sft", "reward", "ppo")
 # The module of each stage's `run(config)`, imported on use.
-_MODULES = {
+STAGE_MODULES = {
     "sft": "icegrt.training.sft",
     "sample": "icegrt.commands.sample",
     "reward": "icegrt.training.reward_model",
@@ -120,7 +120,7 @@ def _run(argv: list[str]) -> int:
         _write(as_yaml(config).rstrip())
         return OK
     with _required_packages(args.command):
-        stage = importlib.import_module(_MODULES[args.command])
+        stage = importlib.import_module(STAGE_MODULES[args.command])
     with failure.exit_on_peer_failure(), _disk_errors_as_run_errors():
         stage.run(config)
     return OK

@@ -24,6 +24,8 @@ from icegrt.errors import CheckpointError, RunError
 from icegrt.roles.role import Role
 from icegrt.utils.console import warn
 
+WriteBucket = Callable[[Any, Any], list[Any]]
+
 
 class Checkpoints:
     """The checkpoints of one run. All methods are collective: all ranks call them in the same order.
@@ -33,6 +35,9 @@ class Checkpoints:
         run_dir: folder of the run.
         keep: number of checkpoints to keep besides the best.
         background: `save` returns as soon as the state is copied to host memory; `complete` waits for the files.
+
+    Attributes:
+        write_bucket: the function that writes one file of Megatron's plan.
     """
 
     def __init__(self, cluster: Cluster, run_dir: str | Path, keep: int, *, background: bool) -> None:
@@ -40,6 +45,7 @@ class Checkpoints:
         self.run_dir = Path(run_dir)
         self.keep = keep
         self.background = background
+        self.write_bucket: WriteBucket = write_bucket
         self._pending: _Pending | None = None
 
     # -- saving ----------------------------------------------------------------------------------------------------
@@ -87,7 +93,7 @@ class Checkpoints:
         # 3. Megatron's plans, and the thread that writes this rank's files.
         staging = files.staging_path(target)
         plans = {role.name: megatron.plan_save(role, staging / role.name) for role in roles}
-        writer = _WriterThread(staging, plans, self.cluster.rank, copy=self.background)
+        writer = _WriterThread(staging, plans, self.cluster.rank, self.write_bucket, copy=self.background)
         self._pending = _Pending(target, text, plans, writer, on_committed)
         if self.background:
             writer.start()
@@ -231,10 +237,13 @@ class _Outcome:
 class _WriterThread(threading.Thread):
     """Writes this rank's files. With `copy` the weights may change as soon as the constructor returns."""
 
-    def __init__(self, staging: Path, plans: dict[str, Any], rank: int, *, copy: bool) -> None:
+    def __init__(
+        self, staging: Path, plans: dict[str, Any], rank: int, write_bucket: WriteBucket, *, copy: bool
+    ) -> None:
         super().__init__(name="icegrt-checkpoint", daemon=True)
         self.staging = staging
         self.rank = rank
+        self.write_bucket = write_bucket
         self.transforms = {name: plan.writer.transforms for name, plan in plans.items()}
         self.buckets = {
             name: [_to_host(bucket, copy=copy) for bucket in plan.writer.write_buckets] for name, plan in plans.items()
@@ -248,7 +257,7 @@ class _WriterThread(threading.Thread):
             for name, buckets in self.buckets.items():
                 results = self.outcome.results[name] = []
                 for bucket in buckets:
-                    results += write_bucket(bucket, self.transforms[name])
+                    results += self.write_bucket(bucket, self.transforms[name])
                     path = Path(bucket[0])
                     self.outcome.digests[path.relative_to(self.staging).as_posix()] = files.fsync_digest(path)
         except Exception as error:  # raised on all ranks by `complete`

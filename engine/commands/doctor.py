@@ -97,17 +97,17 @@ def examine() -> list[Check]:
     """Return all checks, in the order of the report."""
     checks = [python(), system(), processors(), memory()]
     checks += [package(p) for p in PACKAGES]
-    checks += _guarded("devices", devices, "reinstall torch")
-    checks += _guarded("distributed", distributed, "reinstall torch")
+    checks += run_check("devices", devices, "reinstall torch")
+    checks += run_check("distributed", distributed, "reinstall torch")
     checks += [extension()]
-    checks += _guarded("kernels", kernels, "check ICEGRT_BACKEND, which names backends, if it is set")
+    checks += run_check("kernels", kernels, "check ICEGRT_BACKEND, which names backends, if it is set")
     checks += [disk()]
     checks += [forward_pass()]
     return checks
 
 
-def _guarded(name: str, check: Callable[[], Iterable[Check]], advice: str) -> list[Check]:
-    """Return the checks of `check`, or one that reports its exception."""
+def run_check(name: str, check: Callable[[], Iterable[Check]], advice: str) -> list[Check]:
+    """Return the results of `check`, or one result with the reason if it raises."""
     try:
         return list(check())
     except ImportError as error:

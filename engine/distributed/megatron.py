@@ -19,10 +19,11 @@ _ENTRY = "megatron.core.models.gpt.gpt_layer_specs"
 _IGNORED_WARNINGS = (
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",
-    "full scope is deprecated",
     r"The \.grad attribute of a Tensor that is not a leaf Tensor",
     r"`torch\.distributed\.\w+` is deprecated",
 )
+# Megatron 0.16: tensor parallelism warns that CUDA_DEVICE_MAX_CONNECTIONS is not 1, without a GPU too -> ignored there.
+_ADVICE_FOR_GPUS = (r"When using .* it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",)
 
 
 def load_megatron() -> None:
@@ -31,10 +32,11 @@ def load_megatron() -> None:
     Raises:
         ModuleNotFoundError: Megatron-core is not installed.
     """
-    for message in _IGNORED_WARNINGS:
+    cpu_build = torch.version.cuda is None
+    for message in (*_IGNORED_WARNINGS, *(_ADVICE_FOR_GPUS if cpu_build else ())):
         warnings.filterwarnings("ignore", message=message)
     if _ENTRY not in sys.modules:
-        with _without_compiler() if torch.version.cuda is None else contextlib.nullcontext():
+        with _without_compiler() if cpu_build else contextlib.nullcontext():
             importlib.import_module(_ENTRY)
 
 

@@ -183,6 +183,8 @@ class Architecture:
             bias_dropout_fusion=False,
             persist_layer_norm=False,
             deallocate_pipeline_outputs=False,
+            # Megatron 0.16: its own default, "full", is deprecated and warns. The empty list means the same.
+            cuda_graph_scope=[],
         )
 
 

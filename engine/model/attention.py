@@ -101,7 +101,7 @@ def packed_causal_attention(
     """
     varlen = flash_attention() if q_THD.is_cuda and q_THD.dtype in _FLASH_DTYPES else None
     if varlen is not None:
-        return _varlen(varlen, q_THD, k_THD, v_THD, lengths, window)
+        return flash_varlen_attention(varlen, q_THD, k_THD, v_THD, lengths, window)
     if len(set(lengths)) == 1:
         return _equal_lengths(q_THD, k_THD, v_THD, lengths[0], window)
     per_sequence = [tensor.split(lengths) for tensor in (q_THD, k_THD, v_THD)]
@@ -142,9 +142,10 @@ def _window_block(q: Tensor, k: Tensor, v: Tensor, start: int, window: int, grou
     )
 
 
-def _varlen(
+def flash_varlen_attention(
     attend: Callable, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, lengths: list[int], window: int | None = None
 ) -> Tensor:
+    """Return `packed_causal_attention` by one call of `attend`, which is flash-attn's `flash_attn_varlen_func`."""
     ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=q_THD.device)
     longest = max(lengths)
     # flash-attn's window excludes the current token.

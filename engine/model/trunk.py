@@ -57,6 +57,8 @@ def layer_spec(config, architecture: Architecture):
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    # Megatron 0.16: an MLP that reads its width from the configuration warns. The spec passes it.
+    layer.mlp.params = {"ffn_hidden_size": config.ffn_hidden_size}
     attention.core_attention = PackedAttention
     if architecture.projection_bias:
         attention.linear_proj = BiasedProjection

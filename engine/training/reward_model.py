@@ -166,7 +166,7 @@ class RewardTrainer(OneModelTrainer):
             best_of(list_checkpoints(self.dir)) if self._best_loss is not None else None
         )
         if best is not None:
-            self._checkpoints.load_weights(best, self.roles)
+            self.checkpoints.load_weights(best, self.roles)
         after = self.evaluate()
         summary: dict[str, Any] = {"steps": self.done_steps}
         statistics = None

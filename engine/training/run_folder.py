@@ -18,7 +18,7 @@ from icegrt.errors import RunError
 from icegrt.utils.console import is_main
 from icegrt.utils.files import JsonlWriter, make_folders, remove_empty_folders
 
-_LOCK_TIMEOUT_S = 5.0
+LOCK_TIMEOUT_S = 5.0
 
 
 @dataclass
@@ -66,7 +66,7 @@ def lock_run_folder(config: Any) -> RunLock:
 def _lock(folder: Path) -> int | None:
     """Return a descriptor that holds the folder's lock until it is closed; None on a file system without locks."""
     handle = os.open(folder, os.O_RDONLY)
-    deadline = time.monotonic() + _LOCK_TIMEOUT_S
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

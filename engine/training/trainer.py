@@ -120,7 +120,7 @@ class Trainer:
         resources.callback(self._close_log)
         self._is_resume: bool = self.cluster.broadcast_from_main(is_resume)
         background = self.run.checkpoint_in_background
-        self._checkpoints = Checkpoints(
+        self.checkpoints = Checkpoints(
             self.cluster,
             self.dir,
             self.config.keep_checkpoints,
@@ -141,7 +141,7 @@ class Trainer:
     # -- opening and closing ---------------------------------------------------------------------------------------
 
     def _choose_checkpoint(self) -> Path | None:
-        path = self._checkpoints.latest_valid()
+        path = self.checkpoints.latest_valid()
         if path is not None:
             stage = read_state(path).get("stage")
             if stage != self.config.section:
@@ -151,7 +151,7 @@ class Trainer:
     def _restore_and_open_log(self) -> None:
         """Restore the checkpoint into models and data, write the configuration, and open the log."""
         if self._resumed_from is not None:
-            state = self._checkpoints.load(self._resumed_from, self.roles)
+            state = self.checkpoints.load(self._resumed_from, self.roles)
             self.done_steps = self._saved_at = state["step"]
             self.load_state(state["trainer"])
             print_info(f"resumed from {self._resumed_from}: {self.done_steps} of {self.total_steps} {self.unit} done")
@@ -179,7 +179,7 @@ class Trainer:
 
     def _complete_checkpoint_on_exit(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is None or self.cluster.world_size == 1:
-            self._checkpoints.complete()
+            self.checkpoints.complete()
 
     def _close_log(self) -> None:
         log, self._log = self._log, None
@@ -223,7 +223,7 @@ class Trainer:
         document = {"stage": self.config.section, "roles": roles, "trainer": self.state()}
         if self.chunk_rows is not None:
             document["chunk_rows"] = self.chunk_rows
-        path = self._checkpoints.save(
+        path = self.checkpoints.save(
             self.done_steps, self.roles, document, quality, lambda path: self.notify("on_checkpoint", path)
         )
         self._saved_at = self.done_steps
@@ -231,7 +231,7 @@ class Trainer:
 
     def complete_checkpoint(self) -> None:
         """Wait until a pending checkpoint is complete on the disk. Collective."""
-        self._checkpoints.complete()
+        self.checkpoints.complete()
 
     # -- running ---------------------------------------------------------------------------------------------------
 
@@ -260,7 +260,7 @@ class Trainer:
         return summary
 
     def _between_steps(self) -> None:
-        stop, writing = self.cluster.any_rank([self._stop_requested(), not self._checkpoints.ready])
+        stop, writing = self.cluster.any_rank([self._stop_requested(), not self.checkpoints.ready])
         if stop:
             if self._saved_at != self.done_steps:
                 self.save_checkpoint()

@@ -71,11 +71,22 @@ class JsonlWriter:
 
     def close(self) -> None:
         """Sync the file and rename it to its final name. Closing twice does nothing."""
-        if not self._file.closed:
+        if self._file.closed:
+            return
+        try:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            os.replace(self._partial, self.path)
+        except OSError:
+            self._discard()
+            raise
+        os.replace(self._partial, self.path)
+
+    def _discard(self) -> None:
+        # On a full disk `close` fails too, because it writes the rest of the buffer. It closes the descriptor anyway.
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._partial.unlink(missing_ok=True)
 
     def __enter__(self) -> JsonlWriter:
         return self
@@ -84,8 +95,7 @@ class JsonlWriter:
         if kind is None:
             self.close()
         else:
-            self._file.close()
-            self._partial.unlink(missing_ok=True)
+            self._discard()
 
 
 def open_text(path: Path, mode: str) -> TextIO:

@@ -208,17 +208,17 @@ HTTP = ["ppo.reward.http.retries=1", "ppo.reward.http.backoff_seconds=0.01", "pp
 
 @pytest.mark.parametrize("answer, words", ANSWERS.values(), ids=ANSWERS)
 def test_an_http_scorer(home, refused, run_dir, answer, words):
-    with reward_cases.http_scorer(lambda body: answer) as place:
-        source = f"ppo.reward.sources={json.dumps([{'url': place.url, 'name': 'judge'}])}"
-        refused(ppo(home, run_dir, source, *HTTP), "`judge`", place.url, "prompts.jsonl:", *words)
+    with reward_cases.http_scorer(lambda body: answer) as endpoint:
+        source = f"ppo.reward.sources={json.dumps([{'url': endpoint.url, 'name': 'judge'}])}"
+        refused(ppo(home, run_dir, source, *HTTP), "`judge`", endpoint.url, "prompts.jsonl:", *words)
 
 
 def test_an_http_scorer_that_is_not_there_or_says_nothing(home, refused, run_dir):
     source = "ppo.reward.sources=[{url: 'http://127.0.0.1:9/', name: judge}]"
     refused(ppo(home, run_dir, source, *HTTP), "`judge`", "cannot be reached", "is the scorer running?")
     silence = threading.Event()
-    with reward_cases.http_scorer(lambda body: (200, lambda handler: silence.wait(30))) as place:
-        source = f"ppo.reward.sources={json.dumps([{'url': place.url, 'name': 'judge'}])}"
+    with reward_cases.http_scorer(lambda body: (200, lambda handler: silence.wait(30))) as endpoint:
+        source = f"ppo.reward.sources={json.dumps([{'url': endpoint.url, 'name': 'judge'}])}"
         refused(ppo(home, run_dir, source, *HTTP, "ppo.reward.http.timeout_seconds=0.3"), "no answer within 0.3 s")
         silence.set()
 

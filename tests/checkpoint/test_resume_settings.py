@@ -13,11 +13,6 @@ from icegrt.training.sft import SFTTrainer
 from tests.helpers import stage_cases as cases
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return cases.make_home(tmp_path_factory.mktemp("home"))
-
-
 def rows(run):
     return [row for row in read_metrics(run) if row["kind"] != "evaluation"]
 

@@ -1,4 +1,4 @@
-"""Compiles Triton kernels for devices that need not be present, and reads what they would occupy there."""
+"""Compile Triton kernels ahead of time, for devices that need not be present, and read their resource usage."""
 
 import re
 import subprocess

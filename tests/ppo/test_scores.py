@@ -45,14 +45,14 @@ def test_the_adaptive_controller_follows_ziegler():
         controller.update(kl, 64)
         expected *= 1 + error * 64 / 1000
         assert controller.coef == pytest.approx(expected, rel=1e-12)
-    again = kl_controller(config)
-    again.load_state(controller.state())
-    assert again.coef == controller.coef
+    restored = kl_controller(config)
+    restored.load_state(controller.state())
+    assert restored.coef == controller.coef
 
 
 def test_whitening_divides_by_the_population_variance():
     x = torch.tensor([1.0, 2.0, 6.0])
     white = whiten(x, masked_moments(x))
     assert torch.allclose(white, (x - 3.0) / (14.0 / 3.0) ** 0.5, atol=1e-6)
-    one = torch.tensor([4.0])
-    assert torch.equal(whiten(one, masked_moments(one)), torch.zeros(1))
+    single = torch.tensor([4.0])
+    assert torch.equal(whiten(single, masked_moments(single)), torch.zeros(1))

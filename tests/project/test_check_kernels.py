@@ -27,7 +27,7 @@ def missing(tree):
 
 
 @pytest.mark.parametrize(
-    ("gone", "message"),
+    ("removed", "message"),
     [
         ("tests/kernels/test_shaped_gae.py", "shaped_gae: no test: create tests/kernels/test_shaped_gae.py"),
         ("bench/kernels/bench_shaped_gae.py", "shaped_gae: no bench: create bench/kernels/bench_shaped_gae.py"),
@@ -36,9 +36,9 @@ def missing(tree):
         ("tests/kernels/mutants/value_loss.py", "create tests/kernels/mutants/value_loss.py, which lists its mutants"),
     ],
 )
-def test_a_missing_proof_is_named(tree, gone, message):
+def test_a_missing_proof_is_named(tree, removed, message):
     assert missing(tree) == []
-    (tree / gone).unlink()
+    (tree / removed).unlink()
     assert any(message in line for line in missing(tree)), missing(tree)
 
 

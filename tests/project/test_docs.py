@@ -63,14 +63,14 @@ def test_glossary_and_concepts_have_every_phase():
 
 def alarms_in_the_source():
     """Name (with units filled in) and text of every alarm that the code yields."""
-    found = {}
+    alarms = {}
     for node in ast.walk(ast.parse((ROOT / "engine" / "metrics" / "alarms.py").read_text(encoding="utf-8"))):
         if not (isinstance(node, ast.Yield) and isinstance(node.value, ast.Tuple)):
             continue
         name, message = map(ast.unparse, node.value.elts)
         for unit in ("iterations", "evaluations"):
-            found[ast.literal_eval(name.lstrip("f").replace("{unit}", unit))] = message
-    return found
+            alarms[ast.literal_eval(name.lstrip("f").replace("{unit}", unit))] = message
+    return alarms
 
 
 def alarms_on_the_page():

@@ -171,14 +171,14 @@ def test_an_empty_report_says_not_measured(tmp_path):
     ],
 )
 def test_verdicts(changes, level, words):
-    found = verdict({"ppo": PPO | changes})
-    assert found.level == level and words in found.headline
+    result = verdict({"ppo": PPO | changes})
+    assert result.level == level and words in result.headline
 
 
 def test_warnings_of_the_verdict():
     weak = {"heldout_accuracy": 0.6, "baseline_accuracy": 0.61, "baseline_feature": "length (higher)"}
-    alike = {"distinct_fraction_before": 0.9, "distinct_fraction_after": 0.1, "truncated_fraction_after": 0.3}
-    warnings = verdict({"ppo": PPO | alike, "reward": weak}).warnings
+    changes = {"distinct_fraction_before": 0.9, "distinct_fraction_after": 0.1, "truncated_fraction_after": 0.3}
+    warnings = verdict({"ppo": PPO | changes, "reward": weak}).warnings
     assert len(warnings) == 3
     assert "no better than one feature alone, length (higher) (61.0%)" in warnings[2]
     flat = verdict({"ppo": PPO | {"task_score_gain_ci95": [-0.01, 0.05]}}).warnings
