@@ -49,3 +49,20 @@ def _seeds():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Checkpoints, data files and a reward function under one folder: everything that a small run starts from."""
+    from tests.helpers.stage_cases import make_home  # the tests of kernels do not load the engine
+
+    return make_home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """The process groups of one process, open while the tests of a module run."""
+    from icegrt.distributed.cluster import Cluster
+
+    with Cluster.open() as opened:
+        yield opened

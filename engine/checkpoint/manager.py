@@ -1,7 +1,8 @@
-"""Checkpoints of a run: weights, optimizers and schedules through Megatron's dist_checkpointing, the rest as JSON.
+"""Write and read the checkpoints of a run.
 
-Megatron plans which rank writes what; a thread of each rank writes it, while training goes on where that is asked for;
-then rank 0 seals the whole with a manifest and gives it its name (`checkpoint_folder`).
+Weights, optimizers and schedules go through Megatron's dist_checkpointing, everything else into a JSON file. Megatron
+plans which rank writes what. A thread of each rank writes it, in the background on request. Then rank 0 writes the
+manifest and commits the staging directory (`directory.py`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,114 +21,199 @@ from icegrt.checkpoint import rng as checkpoint_rng
 from icegrt.checkpoint.safe_unpickle import restricted_megatron_load
 from icegrt.distributed.cluster import Cluster
 from icegrt.errors import CheckpointError, RunError
-from icegrt.roles.role import Role
+from icegrt.roles.role import Role, TrainableRole
 from icegrt.utils.console import warn
 
-# -- saving ------------------------------------------------------------------------------------------------------------
+WriteBucket = Callable[[Any, Any], list[Any]]
 
 
 class Checkpoints:
-    """Writes the checkpoints of one run. All ranks call every method, in the same order and with the same arguments.
+    """The checkpoints of one run. All methods are collective: all ranks call them in the same order.
 
-    keep: how many are kept, beside the best. background: `save` returns when the state has been copied to host memory;
-    `complete` must be called until nothing is pending.
+    Args:
+        cluster: the process groups.
+        run_dir: folder of the run.
+        keep: number of checkpoints to keep besides the best.
+        background: `save` returns as soon as the state is copied to host memory; `complete` waits for the files.
+
+    Attributes:
+        write_bucket: the function that writes one file of Megatron's plan.
     """
 
-    def __init__(self, run_dir: str | Path, keep: int, *, background: bool) -> None:
+    def __init__(self, cluster: Cluster, run_dir: str | Path, keep: int, *, background: bool) -> None:
+        self.cluster = cluster
         self.run_dir = Path(run_dir)
         self.keep = keep
         self.background = background
+        self.write_bucket: WriteBucket = write_bucket
         self._pending: _Pending | None = None
+
+    # -- saving ----------------------------------------------------------------------------------------------------
 
     def save(
         self,
         step: int,
-        roles: list[Role],
+        roles: Sequence[TrainableRole],
         state: dict[str, Any],
         quality: float | None = None,
-        then: Callable[[Path], None] = lambda path: None,
+        on_committed: Callable[[Path], None] = lambda path: None,
     ) -> Path:
-        """Begin to write `roles` (the ones that learn) and `state` (JSON); one that is pending is finished first.
+        """Start to write a checkpoint, after completing a pending one.
 
-        quality: the higher, the better; the best is kept beyond its time. then: is told the path once it is there.
-        Raises `RunError` on all ranks where it cannot be written; what was there before is as it was.
+        Args:
+            step: number of finished steps.
+            roles: the roles that learn.
+            state: JSON document of the trainer.
+            quality: higher is better; the best checkpoint is never pruned. None takes no part.
+            on_committed: called with the path after the rename.
+
+        Returns:
+            The path of the checkpoint.
+
+        Raises:
+            RunError: on all ranks, if the checkpoint cannot be written. Earlier checkpoints are unchanged.
         """
         self.complete()
-        cluster, target = Cluster.current(), files.checkpoint_path(self.run_dir, step)
+        # 1. The JSON document, as text now: the objects in it change with the next step.
+        target = files.checkpoint_path(self.run_dir, step)
         schedules = {role.name: role.schedule.state_dict() for role in roles}
-        rng = cluster.gather_to_main(checkpoint_rng.capture())
-        # As text, and not when it is written: what it refers to changes with the next step.
-        text = json.dumps({"step": step, "schedules": schedules, "quality": quality, "rng": rng, **state}, indent=1)
+        rng = self.cluster.gather_to_main(checkpoint_rng.capture())
+        document = {"step": step, "schedules": schedules, "quality": quality, "rng": rng, **state}
+        text = json.dumps(document, indent=1)
+        # 2. The staging directory, on rank 0.
         problem = None
         try:
-            if cluster.is_main:
+            if self.cluster.is_main:
                 files.create_staging(target, [role.name for role in roles])
         except OSError as error:
             problem = error.strerror or str(error)
-        problem = cluster.broadcast_from_main(problem)
+        problem = self.cluster.broadcast_from_main(problem)
         if problem is not None:
-            raise self._cannot_write(target, problem)
-        plans = {role.name: megatron.plan_save(role, files.staging_path(target) / role.name) for role in roles}
-        writing = _Writing(files.staging_path(target), plans, copy=self.background)
-        self._pending = _Pending(target, text, plans, writing, then)
+            raise self._write_error(target, problem)
+        # 3. Megatron's plans, and the thread that writes this rank's files.
+        staging = files.staging_path(target)
+        plans = {role.name: megatron.plan_save(role, staging / role.name) for role in roles}
+        writer = _WriterThread(staging, plans, self.cluster.rank, self.write_bucket, copy=self.background)
+        self._pending = _Pending(target, text, plans, writer, on_committed)
         if self.background:
-            writing.start()
+            writer.start()
         else:
-            writing.run()
+            writer.run()
             self.complete()
         return target
 
     @property
     def pending(self) -> bool:
-        """Whether a checkpoint is on its way (on all ranks alike)."""
+        """Whether a checkpoint is being written. All ranks agree."""
         return self._pending is not None
 
     @property
     def ready(self) -> bool:
-        """Whether this rank has written its part, so that `complete` would not make others wait."""
-        return self._pending is None or not self._pending.writing.is_alive()
+        """Whether this rank has written its files, so that `complete` would not delay other ranks."""
+        return self._pending is None or not self._pending.writer.is_alive()
 
     def complete(self) -> None:
-        """Wait for the checkpoint that is pending, if there is one, and give it its name."""
+        """Wait for a pending checkpoint and commit it.
+
+        Raises:
+            RunError: on all ranks, if the checkpoint cannot be written.
+        """
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        pending.writing.finish()
-        cluster = Cluster.current()
-        parts = cluster.gather_to_main(pending.writing.outcome)
+        pending.writer.finish()
+        outcomes = self.cluster.gather_to_main(pending.writer.outcome)
         problem = None
-        if cluster.is_main:
-            problem = next((part.error for part in parts if part.error), None)
+        if self.cluster.is_main:
+            problem = next((outcome.error for outcome in outcomes if outcome.error), None)
             try:
                 if problem is None:
-                    self._publish(pending, parts)
+                    self._commit(pending, outcomes)
             except OSError as error:
                 problem = error.strerror or str(error)
-        problem = cluster.broadcast_from_main(problem)
+        problem = self.cluster.broadcast_from_main(problem)
         if problem is not None:
-            raise self._cannot_write(pending.target, problem)
-        pending.then(pending.target)
+            raise self._write_error(pending.target, problem)
+        pending.on_committed(pending.target)
 
-    def _publish(self, pending: _Pending, parts: list[_Outcome]) -> None:
+    def _commit(self, pending: _Pending, outcomes: list[_Outcome]) -> None:
         from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
         staging = files.staging_path(pending.target)
         for name, plan in pending.plans.items():
             (staging / name / "common.pt").write_bytes(plan.common)
-            plan.writer.finish(plan.metadata, [part.results[name] for part in parts])
+            plan.writer.finish(plan.metadata, [outcome.results[name] for outcome in outcomes])
             save_config(CheckpointingConfig(plan.backend, plan.version), str(staging / name))
         files.write_state(staging, pending.state)
-        files.write_manifest(staging, {name: digest for part in parts for name, digest in part.digests.items()})
+        digests = {name: digest for outcome in outcomes for name, digest in outcome.digests.items()}
+        files.write_manifest(staging, digests)
         files.commit(pending.target)
         files.prune(self.run_dir, self.keep)
 
-    def _cannot_write(self, target: Path, why: Any) -> RunError:
-        if Cluster.current().is_main:
+    def _write_error(self, target: Path, problem: str) -> RunError:
+        if self.cluster.is_main:
             files.discard(target)
         return RunError(
-            f"{target}: the checkpoint cannot be written ({why}); the ones before it are whole, so make room or repair "
-            "the disk, and resume"
+            f"{target}: the checkpoint cannot be written ({problem}); the ones before it are whole, so make room or "
+            "repair the disk, and resume"
         )
+
+    # -- loading ---------------------------------------------------------------------------------------------------
+
+    def latest_valid(self) -> Path | None:
+        """Return the last checkpoint that matches its manifest; None if the run has no checkpoint.
+
+        Later ones are quarantined, with a warning.
+
+        Raises:
+            CheckpointError: all checkpoints are damaged.
+        """
+        checkpoints = self.cluster.broadcast_from_main(files.list_checkpoints(self.run_dir))
+        valid, damaged = files.latest_valid(checkpoints, self._verify)
+        descriptions = [files.describe_faults(checkpoint, faults) for checkpoint, faults in damaged.items()]
+        if damaged and valid is None:
+            raise CheckpointError(
+                "\n".join([*descriptions, f"{self.run_dir}: no checkpoint is whole; start anew in another folder"])
+            )
+        for checkpoint, description in zip(damaged, descriptions, strict=True):
+            warn(f"{description}; going on from the one before it")
+            if self.cluster.is_main:
+                files.quarantine(checkpoint)
+        self.cluster.barrier()
+        return valid
+
+    def load(self, checkpoint: Path, roles: Sequence[Role]) -> dict[str, Any]:
+        """Restore roles and this process's random generators from a valid checkpoint. Returns its JSON document."""
+        document = files.read_state(checkpoint)
+        for role in roles:
+            if role.learns:
+                megatron.allocate_optimizer_states(role)
+            loaded = _read(checkpoint, role, megatron.sharded(role, loading=True))
+            _restore_weights(role, loaded)
+            if role.learns:
+                megatron.load_optimizer(role, loaded["optimizer"])
+                role.schedule.load_state_dict(document["schedules"][role.name])
+        if len(document["rng"]) == self.cluster.world_size:
+            checkpoint_rng.restore(document["rng"][self.cluster.rank])
+        return document
+
+    def load_weights(self, checkpoint: Path, roles: Sequence[Role]) -> None:
+        """Restore weights only; optimizers and schedules are unchanged.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged.
+        """
+        faults = self._verify(checkpoint)
+        if faults:
+            raise CheckpointError(f"{files.describe_faults(checkpoint, faults)}; remove it, and resume")
+        for role in roles:
+            _restore_weights(role, _read(checkpoint, role, {"model": megatron.sharded_model(role)}))
+
+    def _verify(self, checkpoint: Path) -> list[str]:
+        # Every rank reads a part of the files.
+        cluster = self.cluster
+        parts = cluster.gather_to_main(files.verify(checkpoint, rank=cluster.rank, ranks=cluster.world_size))
+        return cluster.broadcast_from_main([fault for part in parts for fault in part] if cluster.is_main else None)
 
 
 @dataclass
@@ -135,31 +221,34 @@ class _Pending:
     target: Path
     state: str
     plans: dict[str, Any]
-    writing: _Writing
-    then: Callable[[Path], None]
+    writer: _WriterThread
+    on_committed: Callable[[Path], None]
 
 
 @dataclass
 class _Outcome:
-    """What a rank has written: by role what Megatron wants to know of it, by file its digest; or why it could not."""
+    """The result of a rank's writes: Megatron's results by role and a digest by file, or an error message."""
 
     results: dict[str, list[Any]]
     digests: dict[str, files.Digest]
     error: str | None = None
 
 
-class _Writing(threading.Thread):
-    """Puts this rank's files on the disk. With `copy` the weights may change as soon as this has been made."""
+class _WriterThread(threading.Thread):
+    """Writes this rank's files. With `copy` the weights may change as soon as the constructor returns."""
 
-    def __init__(self, staging: Path, plans: dict[str, Any], *, copy: bool) -> None:
+    def __init__(
+        self, staging: Path, plans: dict[str, Any], rank: int, write_bucket: WriteBucket, *, copy: bool
+    ) -> None:
         super().__init__(name="icegrt-checkpoint", daemon=True)
         self.staging = staging
+        self.rank = rank
+        self.write_bucket = write_bucket
         self.transforms = {name: plan.writer.transforms for name, plan in plans.items()}
         self.buckets = {
-            name: [_staged(b, copy=copy) for b in plan.writer.write_buckets] for name, plan in plans.items()
+            name: [_to_host(bucket, copy=copy) for bucket in plan.writer.write_buckets] for name, plan in plans.items()
         }
         self.outcome = _Outcome({}, {})
-        self.rank = Cluster.current().rank
         for plan in plans.values():
             plan.writer.write_buckets = []
 
@@ -168,30 +257,35 @@ class _Writing(threading.Thread):
             for name, buckets in self.buckets.items():
                 results = self.outcome.results[name] = []
                 for bucket in buckets:
-                    results += _write(bucket, self.transforms[name])
+                    results += self.write_bucket(bucket, self.transforms[name])
                     path = Path(bucket[0])
                     self.outcome.digests[path.relative_to(self.staging).as_posix()] = files.fsync_digest(path)
-        except Exception as error:  # said by the main thread, on all ranks
+        except Exception as error:  # raised on all ranks by `complete`
             cause = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
             self.outcome.error = f"{cause}, on rank {self.rank}" if self.rank else cause
         self.buckets = {}
 
     def finish(self) -> None:
-        """Wait until it is done, if it was ever started as a thread."""
+        """Wait for the thread if it was started."""
         if self.ident is not None:
             self.join()
 
 
-def _staged(bucket, *, copy: bool):
+def _to_host(bucket, *, copy: bool):
     path, key, (entries, tensors) = bucket
     return path, key, (entries, [(item, tensor.to("cpu", copy=copy)) for item, tensor in tensors])
 
 
-def _write(bucket, transforms) -> list[Any]:
+def write_bucket(bucket, transforms) -> list[Any]:
+    """Write one file of Megatron's plan. Returns Megatron's results.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-    # Megatron calls this in a forked process and hears of it through queues. A fork of a process with CUDA, NCCL or
-    # gloo threads may hang, and numbers can be counted here as well.
+    # Megatron 0.16: calls this in a forked process and collects results from queues -> a fork of a process with CUDA,
+    # NCCL or gloo threads may hang. We call it in this process with queues of our own.
     results, running = queue.Queue(), queue.Queue()
     running.put(0)
     FileSystemWriterAsync.write_preloaded_data([transforms], 0, bucket, results, running, use_fsync=True)
@@ -199,60 +293,6 @@ def _write(bucket, transforms) -> list[Any]:
     if isinstance(written, Exception):
         raise written
     return written
-
-
-# -- loading -----------------------------------------------------------------------------------------------------------
-
-
-def latest_valid(run_dir: str | Path) -> Path | None:
-    """The last checkpoint that agrees with its manifest, which all ranks read together; None if there never was one.
-
-    Those after it are named in a warning and set aside. Raises `CheckpointError` when all are damaged.
-    """
-    cluster = Cluster.current()
-    found, damaged = files.latest_valid(cluster.broadcast_from_main(files.list_checkpoints(run_dir)), _verify_all_ranks)
-    said = [files.describe_faults(checkpoint, faults) for checkpoint, faults in damaged.items()]
-    if damaged and found is None:
-        raise CheckpointError("\n".join([*said, f"{run_dir}: no checkpoint is whole; start anew in another folder"]))
-    for checkpoint, line in zip(damaged, said, strict=True):
-        warn(f"{line}; going on from the one before it")
-        if cluster.is_main:
-            files.quarantine(checkpoint)
-    cluster.wait()
-    return found
-
-
-def _verify_all_ranks(checkpoint: Path) -> list[str]:
-    """As `checkpoint_folder.verify`, read by all ranks together."""
-    cluster = Cluster.current()
-    parts = cluster.gather_to_main(files.verify(checkpoint, rank=cluster.rank, ranks=cluster.world_size))
-    return cluster.broadcast_from_main([fault for part in parts for fault in part] if cluster.is_main else None)
-
-
-def load(checkpoint: Path, roles: list[Role]) -> dict[str, Any]:
-    """Restore `roles` from a checkpoint that is whole; returns the state that was saved with them."""
-    document = files.read_state(checkpoint)
-    for role in roles:
-        if role.learns:
-            megatron.allocate_optimizer_states(role)
-        loaded = _read(checkpoint, role, megatron.sharded(role, loading=True))
-        _take_weights(role, loaded)
-        if role.learns:
-            megatron.load_optimizer(role, loaded["optimizer"])
-            role.schedule.load_state_dict(document["schedules"][role.name])
-    cluster = Cluster.current()
-    if len(document["rng"]) == cluster.world_size:
-        checkpoint_rng.restore(document["rng"][cluster.rank])
-    return document
-
-
-def load_weights(checkpoint: Path, roles: list[Role]) -> None:
-    """The weights alone; optimizers and schedules stay as they are. Raises `CheckpointError` for a damaged one."""
-    found = _verify_all_ranks(checkpoint)
-    if found:
-        raise CheckpointError(f"{files.describe_faults(checkpoint, found)}; remove it, and resume")
-    for role in roles:
-        _take_weights(role, _read(checkpoint, role, {"model": megatron.sharded_model(role)}))
 
 
 def _read(checkpoint: Path, role: Role, sharded: dict[str, Any]) -> dict[str, Any]:
@@ -265,6 +305,6 @@ def _read(checkpoint: Path, role: Role, sharded: dict[str, Any]) -> dict[str, An
         return dist_checkpointing.load(sharded, str(folder), common_strategy=common)
 
 
-def _take_weights(role: Role, loaded: dict[str, Any]) -> None:
+def _restore_weights(role: Role, loaded: dict[str, Any]) -> None:
     for chunk, state in zip(role.model.chunks, loaded["model"], strict=True):
         chunk.load_state_dict(state)

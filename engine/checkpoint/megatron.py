@@ -1,4 +1,4 @@
-"""What Megatron's dist_checkpointing and distributed optimizer need around them, to save and load a role rightly."""
+"""Workarounds for Megatron's dist_checkpointing and distributed optimizer, to save and load a role."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from icegrt.roles.optimizer import inner_optimizers
 from icegrt.roles.role import Role
 
 _OPTIMIZER_FORMAT = {
@@ -20,12 +21,16 @@ _OPTIMIZER_FORMAT = {
     "distrib_optim_fully_reshardable_mem_efficient": False,
 }
 
-_NO_SETTING = ("params", "step")
+_NOT_SETTINGS = ("params", "step")  # keys of a parameter group
 
 
 def plan_save(role: Role, folder: Path) -> Any:
-    """Megatron's strategy after it has planned: its `writer` knows what this rank writes, `metadata` the whole, and
-    `common` is the content of `common.pt`. A collective that writes nothing."""
+    """Plan which rank writes what. Collective; writes nothing.
+
+    Returns:
+        Megatron's save strategy with three more attributes: `writer` (this rank's part of the plan), `metadata` (the
+        plan of all ranks) and `common` (content of `common.pt`).
+    """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
@@ -35,18 +40,18 @@ def plan_save(role: Role, folder: Path) -> Any:
             self.writer = writer
             return super()._get_save_and_finalize_callbacks(writer, outcome)
 
-    planned = SavePlan("torch_dist", 1, thread_count=1)
+    plan = SavePlan("torch_dist", 1, thread_count=1)
     role.model.wait_for_param_gather()
     init_optimizer_states(role)
-    with quiet(), _results_queue_of_this_process(), _common_part_kept_by(planned):
-        dist_checkpointing.save(sharded(role, loading=False), str(folder), planned, async_sharded_save=True)
-    return planned
+    with quiet(), _local_results_queue(), _common_kept_in(plan):
+        dist_checkpointing.save(sharded(role, loading=False), str(folder), plan, async_sharded_save=True)
+    return plan
 
 
 @contextlib.contextmanager
-def _results_queue_of_this_process():
-    # Megatron's default is a queue of a manager process, which it spawns: seconds, and a script without a
-    # `__main__` guard would run again. Nothing is ever put into this one.
+def _local_results_queue():
+    # Megatron 0.16: spawns a manager process for its results queue -> seconds, and a script without a `__main__` guard
+    # runs again. We set a queue of this process, which stays empty.
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     before = filesystem_async._results_queue
@@ -58,19 +63,20 @@ def _results_queue_of_this_process():
 
 
 @contextlib.contextmanager
-def _common_part_kept_by(planned):
-    # Megatron has rank 0 write it between two collectives, where a full disk would leave the other ranks waiting.
+def _common_kept_in(plan):
+    # Megatron 0.16: rank 0 writes `common.pt` between two collectives -> on a full disk the other ranks wait. We keep
+    # the content in memory and write it later.
     from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 
-    class Kept(TorchCommonSaveStrategy):
+    class InMemory(TorchCommonSaveStrategy):
         def save_common(self, state: dict[str, Any], folder: str | Path) -> None:
             content = io.BytesIO()
             torch.save(state, content)
-            planned.common = content.getvalue()
+            plan.common = content.getvalue()
 
     before = serialization.get_default_save_common_strategy
-    serialization.get_default_save_common_strategy = lambda: Kept("torch", 1)
+    serialization.get_default_save_common_strategy = lambda: InMemory("torch", 1)
     try:
         yield
     finally:
@@ -79,20 +85,20 @@ def _common_part_kept_by(planned):
 
 @contextlib.contextmanager
 def quiet():
-    """Without Megatron's and torch's warnings, which nobody can act on."""
+    """Ignore warnings of Megatron and torch, about which users can do nothing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def sharded(role: Role, *, loading: bool) -> dict[str, Any]:
-    """What Megatron saves of a role, or loads into it: the model, and the optimizer if the role learns."""
+    """Return the state dict that Megatron saves or loads: the model, and the optimizer if the role learns."""
     document: dict[str, Any] = {"model": sharded_model(role)}
     if role.learns:
         with contextlib.ExitStack() as stack:
             for optimizer in inner_optimizers(role.optimizer):
                 stack.enter_context(_patched_bucket_offsets(optimizer))
-            stack.enter_context(_garbage_left_to_python())
+            stack.enter_context(_without_garbage_collection())
             document["optimizer"] = role.optimizer.sharded_state_dict(
                 document["model"], is_loading=loading, metadata=_OPTIMIZER_FORMAT
             )
@@ -100,26 +106,26 @@ def sharded(role: Role, *, loading: bool) -> dict[str, Any]:
 
 
 def sharded_model(role: Role) -> list[Any]:
-    """The model's part of `sharded`, stage by stage of those that this rank holds."""
+    """Return the model's part of `sharded`, one entry for each stage of this rank."""
     return [chunk.sharded_state_dict() for chunk in role.model.chunks]
 
 
 @contextlib.contextmanager
 def _patched_bucket_offsets(optimizer):
-    # Megatron joins its buckets' states without the padding between them, and then cuts parameters out by offsets that
-    # count it: with more than one bucket (a tied embedding over a pipeline, overlapped reduction) all parameters behind
-    # the first gap would be saved shifted, with a warning in the log at most.
-    joined = optimizer.get_parameter_state_dp_zero
+    # Megatron 0.16: joins the states of its buckets without their padding, but slices parameters by offsets that count
+    # it -> with several buckets (a tied embedding over a pipeline, overlapped reduction) all states behind the first
+    # gap are saved shifted. We re-insert the padding.
+    get_state = optimizer.get_parameter_state_dp_zero
 
-    def spaced(**kwargs):
-        found = joined(**kwargs)
-        for index, buffer in enumerate(optimizer.buffers if found is not None else ()):
-            for states in found[index].values():
-                for name in [n for n, state in states.items() if isinstance(state, Tensor)]:
-                    states[name] = _spaced(states[name], buffer)
-        return found
+    def get_padded_state(**kwargs):
+        state = get_state(**kwargs)
+        for index, buffer in enumerate(optimizer.buffers if state is not None else ()):
+            for tensors in state[index].values():
+                for name in [n for n, tensor in tensors.items() if isinstance(tensor, Tensor)]:
+                    tensors[name] = _with_padding(tensors[name], buffer)
+        return state
 
-    optimizer.get_parameter_state_dp_zero = spaced
+    optimizer.get_parameter_state_dp_zero = get_padded_state
     try:
         yield
     finally:
@@ -127,8 +133,9 @@ def _patched_bucket_offsets(optimizer):
 
 
 @contextlib.contextmanager
-def _garbage_left_to_python():
-    # Megatron collects garbage each time, for programs that have turned the collector off: 0.3 s for every role.
+def _without_garbage_collection():
+    # Megatron 0.16: collects garbage explicitly, for programs without automatic collection -> 0.3 s for every role. We
+    # replace the collector by a no-op.
     from megatron.core.optimizer import distrib_optimizer
 
     before = distrib_optimizer.gc
@@ -139,18 +146,21 @@ def _garbage_left_to_python():
         distrib_optimizer.gc = before
 
 
-def _spaced(state: Tensor, buffer) -> Tensor:
-    out = state.new_zeros(buffer.numel)
-    parts = state.split([bucket.numel_unpadded for bucket in buffer.buckets])
-    for bucket, part in zip(buffer.buckets, parts, strict=True):
-        out[bucket.offset : bucket.offset + part.numel()] = part
-    return out
+def _with_padding(state: Tensor, buffer) -> Tensor:
+    padded = state.new_zeros(buffer.numel)
+    bucket_states = state.split([bucket.numel_unpadded for bucket in buffer.buckets])
+    for bucket, bucket_state in zip(buffer.buckets, bucket_states, strict=True):
+        padded[bucket.offset : bucket.offset + bucket_state.numel()] = bucket_state
+    return padded
 
 
 def init_optimizer_states(role: Role) -> None:
-    """Give parameters that no step has reached the state that torch would begin with."""
-    # Megatron cannot save a role without (the actor, while the critic warms up). Its own way is a step, and that decays
-    # the weights.
+    """Initialise the Adam states of parameters without a step, as torch's first step would.
+
+    An actor has none while the critic warms up.
+    """
+    # Megatron 0.16: cannot save an optimizer without states, and creates them by a step -> weight decay changes the
+    # weights. We create zeros.
     for optimizer in inner_optimizers(role.optimizer):
         adam = optimizer.optimizer
         for parameter in (p for group in adam.param_groups for p in group["params"]):
@@ -160,44 +170,44 @@ def init_optimizer_states(role: Role) -> None:
 
 
 def allocate_optimizer_states(role: Role) -> None:
-    """Give the optimizer states that a load can write to."""
+    """Allocate the optimizer states into which a load copies."""
     for optimizer in inner_optimizers(role.optimizer):
         optimizer._init_optimizer_states_with_dummy_values()
 
 
 def load_optimizer(role: Role, state: dict[str, Any]) -> None:
-    """Master weights, moments and steps, as `sharded(role, loading=True)` came back; after `allocate_optimizer_states`.
+    """Restore master weights, moments and steps; call it after `allocate_optimizer_states`.
 
-    Settings (betas, decay, learning rates) stay what the configuration says.
+    Settings (betas, weight decay, learning rates) stay those of the configuration.
+
+    Args:
+        role: a role that learns.
+        state: the optimizer's part of a loaded `sharded(role, loading=True)`.
     """
-    settings = [{k: v for k, v in group.items() if k not in _NO_SETTING} for group in role.optimizer.param_groups]
+    settings = [{k: v for k, v in group.items() if k not in _NOT_SETTINGS} for group in role.optimizer.param_groups]
     for optimizer in inner_optimizers(role.optimizer):
-        optimizer._set_main_param_and_optimizer_states = _setter(optimizer)
+        optimizer._set_main_param_and_optimizer_states = _state_setter(optimizer)
     role.optimizer.load_state_dict(state)
     for group, configured in zip(role.optimizer.param_groups, settings, strict=True):
         group.update(configured)
     for optimizer in inner_optimizers(role.optimizer):
         del optimizer._set_main_param_and_optimizer_states
-        # All parameters come back sharing one step tensor, which Adam then advances once per parameter. (Where apex or
-        # Transformer Engine are installed Megatron takes their Adam, which counts steps by group.)
+        # Megatron 0.16: all parameters share one step tensor after a load -> torch's Adam advances it once per
+        # parameter. We clone it. (Adam of apex and Transformer Engine counts steps by group.)
         for entry in optimizer.optimizer.state.values():
             if "step" in entry:
                 entry["step"] = entry["step"].clone()
 
 
-def inner_optimizers(optimizer) -> list[Any]:
-    """The optimizers that Megatron has chained together, or the one that there is."""
-    return getattr(optimizer, "chained_optimizers", [optimizer])
-
-
-def _setter(optimizer):
-    # Megatron's own writes keys that torch's AdamW does not hand it; only those given are copied.
+def _state_setter(optimizer):
+    # Megatron 0.16: its own setter copies every state of the optimizer, but the `step` of torch's AdamW is not among
+    # the loaded tensors -> KeyError. We copy the loaded tensors.
     def set_states(model_param, tensors) -> None:
         group, order = optimizer.model_param_group_index_map[model_param]
         main = optimizer.optimizer.param_groups[group]["params"][order]
-        place = {"param": main, **optimizer.optimizer.state[main]}
+        targets = {"param": main, **optimizer.optimizer.state[main]}
         with torch.no_grad():
             for name, value in tensors.items():
-                place[name].copy_(value)
+                targets[name].copy_(value)
 
     return set_states

@@ -1,7 +1,7 @@
-"""The generators that every Python program shares: random, numpy's, torch's. As plain JSON types.
+"""The global random generators of Python, numpy and torch, as plain JSON types.
 
-The engine draws nothing from them (what it draws is a function of seed and place), but a callback or a reward function
-in this process may.
+The engine does not draw from them: its noise is a function of seed and position. A callback or a reward function in
+this process may.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 
 
 def capture() -> dict[str, Any]:
-    """The state of this process's generators."""
+    """Return the states of this process's generators."""
     version, words, gauss = random.getstate()
-    theirs = np.random.get_state(legacy=False)
+    numpy_state = np.random.get_state(legacy=False)
     state = {
         "python": [version, array.array("I", words).tobytes().hex(), gauss],
         "numpy": {
-            **{name: theirs[name] for name in ("bit_generator", "has_gauss", "gauss")},
-            "key": theirs["state"]["key"].astype("<u4").tobytes().hex(),
-            "pos": int(theirs["state"]["pos"]),
+            **{name: numpy_state[name] for name in ("bit_generator", "has_gauss", "gauss")},
+            "key": numpy_state["state"]["key"].astype("<u4").tobytes().hex(),
+            "pos": int(numpy_state["state"]["pos"]),
         },
         "torch": torch.get_rng_state().numpy().tobytes().hex(),
     }
@@ -33,13 +33,13 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Take `capture()` back."""
+    """Restore the states that `capture()` returned."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(array.array("I", bytes.fromhex(words))), gauss))
-    theirs = state["numpy"]
-    key = np.frombuffer(bytes.fromhex(theirs["key"]), dtype="<u4")
-    plain = {name: theirs[name] for name in ("bit_generator", "has_gauss", "gauss")}
-    np.random.set_state({**plain, "state": {"key": key, "pos": theirs["pos"]}})
+    numpy_state = state["numpy"]
+    key = np.frombuffer(bytes.fromhex(numpy_state["key"]), dtype="<u4")
+    plain = {name: numpy_state[name] for name in ("bit_generator", "has_gauss", "gauss")}
+    np.random.set_state({**plain, "state": {"key": key, "pos": numpy_state["pos"]}})
     torch.set_rng_state(_bytes(state["torch"]))
     if torch.cuda.is_available() and "cuda" in state:
         torch.cuda.set_rng_state(_bytes(state["cuda"]))

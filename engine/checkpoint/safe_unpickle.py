@@ -1,8 +1,8 @@
-"""What of a checkpoint is a pickle, read through allow-lists: a class that no checkpoint has is refused by name.
+"""Read the pickles of a checkpoint through allow-lists. An unexpected class is an error that names it.
 
-PyTorch's distributed checkpoints have pickles in three places, and Megatron adds a fourth: `.metadata` (torch unpickles
-it without any check), the byte entries of the data files (likewise), the tensors in them, and `common.pt`. The last
-three are `torch.save`d, so torch's own restricted unpickler reads them.
+PyTorch's distributed checkpoints hold pickles in three places: `.metadata`, and the byte entries and tensors of the
+data files. Megatron adds `common.pt`. torch unpickles `.metadata` and byte entries without a check. Here `.metadata`
+has an allow-list of its own; the others are `torch.save` files, which torch's restricted unpickler reads.
 """
 
 from __future__ import annotations
@@ -50,14 +50,18 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """The `.metadata` of a distributed checkpoint."""
+    """Return the `.metadata` of a distributed checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read, holds an unexpected class, or names a file outside of the folder.
+    """
     path = folder / ".metadata"
     try:
         with open(path, "rb") as stream:
             metadata = _MetadataUnpickler(stream, path).load()
     except UserError:
         raise
-    except Exception as error:  # absent, cut short, or no pickle at all
+    except Exception as error:  # missing, truncated, or not a pickle
         raise CheckpointError(f"{path}: cannot be read ({error}); use an earlier checkpoint") from None
     if not isinstance(metadata, Metadata) or metadata.storage_data is None:
         raise CheckpointError(f"{path}: is not the metadata of a checkpoint; use an earlier one")
@@ -68,7 +72,15 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def load_object(source: str | Path | IO[bytes], where: str | Path) -> Any:
-    """What `torch.save` wrote: tensors and plain containers, no class beside those that torch knows to be harmless."""
+    """Return the content of a `torch.save` file: tensors, plain containers, and classes that torch allows.
+
+    Args:
+        source: path or stream.
+        where: name of the source in error messages.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds another class.
+    """
     try:
         return torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -78,32 +90,36 @@ def load_object(source: str | Path | IO[bytes], where: str | Path) -> Any:
 
 
 def in_words(error: BaseException) -> str:
-    """What is wrong with an archive, in one line: torch says it in twelve."""
-    named = _REFUSED_BY_TORCH.search(str(error))
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    return f"asks for `{named[1]}`; {_REMEDY}" if named else f"cannot be read ({first})"
+    """Return torch's error about an archive as one line; torch's own message has twelve."""
+    class_name = _REFUSED_BY_TORCH.search(str(error))
+    first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"asks for `{class_name[1]}`; {_REMEDY}" if class_name else f"cannot be read ({first_line})"
 
 
 class Reader(FileSystemReader):
-    """torch's reader of a folder, with its metadata read by `read_metadata`, once."""
+    """torch's reader of a checkpoint folder, with the safe `read_metadata`. The metadata are read once."""
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
-        self._known: Metadata | None = None
+        self._metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._known is None:
-            self._known = read_metadata(Path(self.path))
-            self._known.storage_meta = self._known.storage_meta or StorageMeta()
-            self._known.storage_meta.load_id = self.load_id
-        return self._known
+        if self._metadata is None:
+            self._metadata = read_metadata(Path(self.path))
+            self._metadata.storage_meta = self._metadata.storage_meta or StorageMeta()
+            self._metadata.storage_meta.load_id = self.load_id
+        return self._metadata
 
 
 @contextlib.contextmanager
 def restricted_megatron_load(folder: Path) -> Iterator[Any]:
-    """Inside, Megatron loads the checkpoint at `folder` by the functions above.
+    """Patch Megatron to load the checkpoint at `folder` by the functions of this module.
 
-    Gives the strategy for `dist_checkpointing.load(common_strategy=...)`. Errors come out as `CheckpointError`.
+    Yields:
+        The strategy for `dist_checkpointing.load(common_strategy=...)`.
+
+    Raises:
+        CheckpointError: a file cannot be read, or holds an unexpected class.
     """
     from megatron.core.dist_checkpointing.strategies import torch as strategies
     from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
@@ -122,9 +138,9 @@ def restricted_megatron_load(folder: Path) -> Iterator[Any]:
     strategies.MCoreLoadPlanner = Planner
     try:
         yield Common()
-    except CheckpointException as error:  # what ranks met while they read, by rank
+    except CheckpointException as error:  # the errors of all ranks
         causes = [cause for cause, _ in error.failures.values()]
-        ours = next((cause for cause in causes if isinstance(cause, UserError)), None)
-        raise ours or CheckpointError(f"{folder}: {in_words(causes[0])}") from None
+        user_error = next((cause for cause in causes if isinstance(cause, UserError)), None)
+        raise user_error or CheckpointError(f"{folder}: {in_words(causes[0])}") from None
     finally:
         strategies._get_filesystem_reader, strategies.MCoreLoadPlanner = before

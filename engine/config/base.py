@@ -1,4 +1,4 @@
-"""What a configuration class is made of: keys with their meaning, loading and saving."""
+"""The parts of a configuration class: keys with their meaning, loading and saving."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing_extensions import Self, dataclass_transform
 from icegrt.config import loader
 from icegrt.config.introspect import SECTIONS
 
-_STRICT = ConfigDict(extra="forbid", validate_default=False)
+CONFIG_FILE = "config.yaml"  # the saved configuration in a run's folder
 
 T = TypeVar("T")
 
@@ -44,18 +44,19 @@ else:
     SectionList = list
 
 
-# Type checkers must not learn of `key`: they would take its first argument for something else than a default.
+# `key` is no field specifier here: type checkers know the default of a specifier by keyword only.
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def config_class(cls: type[T]) -> type[T]:
     """Make a frozen, keyword-only dataclass of `cls` that refuses unknown keys."""
-    return cast("type[T]", dataclass(frozen=True, kw_only=True, config=_STRICT)(cls))
+    options = ConfigDict(extra="forbid", validate_default=False)
+    return cast("type[T]", dataclass(frozen=True, kw_only=True, config=options)(cls))
 
 
 def key(default: Any, help: str, *, unit: str = "", **bounds: Any) -> Any:
-    """A configuration key: its default, what it means, the unit of a number, and bounds (`ge`, `gt`, `le`, `lt`)."""
+    """Return the field of a configuration key: default, meaning, unit and bounds (`ge`, `gt`, `le`, `lt`)."""
     extra: dict[str, Any] = {"unit": unit}
     if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
-        # A copy for each instance: a list given out twice would carry one configuration's rows into the next.
+        # Every instance gets a copy: a shared list would carry one configuration's changes into the next.
         return Field(
             default_factory=lambda: copy.deepcopy(default), description=help, json_schema_extra=extra, **bounds
         )
@@ -63,7 +64,7 @@ def key(default: Any, help: str, *, unit: str = "", **bounds: Any) -> Any:
 
 
 class Loadable:
-    """What every stage's configuration can do. `section` is its name in a recipe file."""
+    """A configuration of a command, which can be loaded and saved. `section` is its name in a recipe file."""
 
     section: ClassVar[str] = ""
 
@@ -73,9 +74,21 @@ class Loadable:
 
     @classmethod
     def load(cls, path: str | Path | None = None, overrides: Sequence[str] = ()) -> Self:
-        """Read `path` (YAML, optional) and apply dotted `overrides`. Raises `ConfigError` naming the key at fault."""
+        """Read a configuration and return it.
+
+        Args:
+            path: a YAML file with a section of this command; None: the defaults.
+            overrides: texts `section.key=value`, applied in order.
+
+        Raises:
+            ConfigError: lists every problem with its file and line and its key.
+        """
         return loader.load(cls, path, overrides)
 
     def save(self, path: str | Path) -> None:
-        """Write the resolved configuration as YAML, under its section, ready to be loaded again."""
+        """Write the resolved configuration as YAML, under its section; `load` reads it again.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
         loader.save(self, path)

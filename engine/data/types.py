@@ -1,4 +1,4 @@
-"""What callers of the library pass in, described by the methods that the engine calls."""
+"""Types of the arguments that callers pass, as protocols of the methods that the engine calls."""
 
 from __future__ import annotations
 
@@ -32,6 +32,9 @@ class IndexedRows(Protocol):
 
     def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
 
+
+# A tokenizer, or the path of its folder.
+TokenizerSource = Tokenizer | str | PathLike[str]
 
 # The path of a file, dicts, or a dataset.
 Rows = str | PathLike[str] | Iterable[Mapping[str, Any] | Row] | IndexedRows

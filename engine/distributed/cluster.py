@@ -1,7 +1,7 @@
-"""From the environment to process groups: torchrun's variables (or one process alone) -> Megatron's parallel_state.
+"""Process groups from torchrun's variables, or for one process alone, in Megatron's parallel_state.
 
-`Cluster.open()` may be called by several trainers of one process: they share it, and the last `close()` takes the
-process groups and the CPU supplies down again.
+Several trainers of one process may call `Cluster.open()`: they share the cluster. The last `close()` destroys the
+process groups and removes the CPU backend.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,22 +19,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from icegrt.distributed import cpu_backend as cpu
 from icegrt.distributed import failure
+from icegrt.distributed.cpu_backend import cpu_backend
 from icegrt.distributed.layout import Layout, check_world_size
-from icegrt.distributed.megatron import hide_megatron_warnings
+from icegrt.distributed.megatron import load_megatron
 from icegrt.errors import ConfigError, RunError
 from icegrt.packing import Share
 
-# Rank 0 may write a large model or ask a slow reward function while the others wait.
-_PATIENCE = datetime.timedelta(hours=2)
-_FAREWELL_S = 2.0
-_openings = count()
+# Rank 0 may write a large model, or wait for a slow reward function, while the others wait in a collective.
+COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)
+_CLOSE_TIMEOUT_S = 2.0
+_opening_numbers = count()
 
 
 @dataclass
 class Cluster:
-    """This process's place among all: rank, device, and the data-parallel group."""
+    """The process groups of a run, and this process's rank and device.
+
+    Attributes:
+        layout: tensor, pipeline and virtual pipeline sizes.
+        rank: global rank, from 0.
+        world_size: number of ranks.
+        device: this rank's device.
+    """
 
     layout: Layout
     rank: int
@@ -48,10 +54,14 @@ class Cluster:
 
     @classmethod
     def open(cls, layout: Layout | None = None) -> Cluster:
-        """Join (or start) the process groups.
+        """Load Megatron-core and join the process groups, or share the cluster that is open in this process.
 
-        layout: None takes the one that is open already, or no cut at all. Raises `ConfigError` when the world size
-        does not fit it or nothing says where the ranks meet, `RunError` when another layout is open.
+        Args:
+            layout: None takes the layout that is open, or one rank per model.
+
+        Raises:
+            ConfigError: the layout does not divide the world size, or MASTER_ADDR is not set.
+            RunError: a cluster of another layout is open.
         """
         if cls._current is not None:
             if layout is not None and cls._current.layout != layout:
@@ -63,51 +73,56 @@ class Cluster:
 
     @classmethod
     def current(cls) -> Cluster:
-        """The cluster that is open."""
+        """Return the cluster that is open. For code that no constructor gives a cluster."""
         assert cls._current is not None, "no cluster is open"
         return cls._current
 
-    def close(self) -> None:
-        """Leave; the last user takes the process groups down."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Release the cluster; the last user destroys the process groups.
+
+        Args:
+            error: the exception that ends the run on this rank; None for an orderly end. After an error other ranks
+                may be gone, so the destruction is abandoned after two seconds.
+        """
         self._users -= 1
-        error = sys.exc_info()[1]
-        if isinstance(error, Exception):
-            failure.should_report(error)  # said before the connections close, and with them the other ranks' calls fail
+        failed = isinstance(error, Exception)
+        if failed:
+            failure.should_report(error)  # recorded before connections close and collectives of other ranks fail
         if self._users == 0:
             Cluster._current = None
-            if isinstance(error, Exception) and self.world_size > 1:
-                _for_a_while(self._stack.close)
+            if failed and self.world_size > 1:
+                _run_with_timeout(self._stack.close)
             else:
                 self._stack.close()
 
     def __enter__(self) -> Cluster:
         return self
 
-    def __exit__(self, *exc) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self.close(error)
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0: the one that writes files and speaks to people."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     @property
     def data_group(self) -> dist.ProcessGroup:
-        """Ranks that hold the same parameters and see different sequences (context parallelism included)."""
+        """The ranks with the same parameters and different sequences (context parallelism included)."""
         from megatron.core import parallel_state
 
         return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
     @property
     def model_group(self) -> dist.ProcessGroup:
-        """Ranks that hold one model together and see the same sequences."""
+        """The ranks that hold one model together and receive the same sequences."""
         from megatron.core import parallel_state
 
         return parallel_state.get_model_parallel_group()
 
     @property
     def share(self) -> Share:
-        """What of a plan over all ranks falls to this one, and how its micro-batches must be cut."""
+        """This data-parallel rank's share of a batch plan, and the constraints on its micro-batches."""
         layout = self.layout
         return Share(
             ranks=dist.get_world_size(self.data_group),
@@ -118,8 +133,12 @@ class Cluster:
 
     # -- small collectives over CPU tensors and plain values -------------------------------------------------------
 
-    def gather(self, x: Tensor) -> list[Tensor]:
-        """Every data-parallel rank's `x` ([n, ...] on the CPU; n may differ), in the order of ranks."""
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        """Return `x` of every data-parallel rank, in the order of ranks. Collective.
+
+        Args:
+            x: [n, ...] on the CPU; n may differ between ranks.
+        """
         ranks = dist.get_world_size(self.data_group)
         if ranks == 1:
             return [x]
@@ -132,38 +151,38 @@ class Cluster:
         dist.all_gather(parts, padded, group=self.data_group)
         return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
-    def total(self, values: Sequence[float]) -> list[float]:
-        """The sums of `values` over data-parallel ranks, in fp64."""
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
+        """Return the sums of `values` over data-parallel ranks, in fp64. Collective."""
         sums = torch.tensor([float(v) for v in values], dtype=torch.float64)
         dist.all_reduce(sums, group=self.data_group)
         return sums.tolist()
 
     def any_rank(self, flags: Sequence[bool]) -> list[bool]:
-        """Which of `flags` are set on any rank."""
+        """Return for each flag whether it is set on any rank. Collective over all ranks."""
         if self.world_size == 1:
             return list(flags)
-        found = torch.tensor([int(flag) for flag in flags])
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return [bool(flag) for flag in found]
+        maxima = torch.tensor([int(flag) for flag in flags])
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in maxima]
 
     def gather_to_main(self, value: Any) -> list[Any]:
-        """Every rank's `value` in the order of ranks, on rank 0; nothing elsewhere."""
+        """Return `value` of every rank in the order of ranks, on rank 0; an empty list elsewhere. Collective."""
         if self.world_size == 1:
             return [value]
-        found = [None] * self.world_size if self.is_main else None
-        dist.gather_object(value, found)
-        return found or []
+        values = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, values)
+        return values or []
 
     def broadcast_from_main(self, value: Any) -> Any:
-        """Rank 0's `value` on every rank."""
+        """Return rank 0's `value` on every rank. Collective."""
         if self.world_size == 1:
             return value
-        held = [value]
-        dist.broadcast_object_list(held, src=0)
-        return held[0]
+        message = [value]
+        dist.broadcast_object_list(message, src=0)
+        return message[0]
 
-    def wait(self) -> None:
-        """Until every rank has come here."""
+    def barrier(self) -> None:
+        """Wait until every rank has reached this call."""
         if self.world_size > 1:
             dist.all_reduce(torch.zeros(1))
 
@@ -178,79 +197,85 @@ def _start(layout: Layout) -> Cluster:
             f"torchrun --nproc-per-node {world_size} -m icegrt ..., or unset WORLD_SIZE to run alone"
         )
     with contextlib.ExitStack() as stack:
-        hide_megatron_warnings()
+        load_megatron()
         from megatron.core import parallel_state
 
-        stack.enter_context(cpu.supplies())
-        device = _device()
+        stack.enter_context(cpu_backend())
+        device = local_device()
         if not dist.is_initialized():
-            _join(world_size, rank, device)
+            _init_process_group(world_size, rank, device)
             stack.callback(dist.destroy_process_group)
         parallel_state.initialize_model_parallel(
             layout.tensor,
             layout.pipeline,
             layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
             create_gloo_process_groups=True,
-            distributed_timeout_minutes=int(_PATIENCE.total_seconds() // 60),
+            distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT.total_seconds() // 60),
         )
-        stack.callback(_leave_model_parallel)
+        stack.callback(_destroy_model_parallel)
         _seed_trackers(device)
-        kept = stack.pop_all()
-    return Cluster(layout, rank, world_size, device, kept)
+        cleanup = stack.pop_all()
+    return Cluster(layout, rank, world_size, device, cleanup)
 
 
-def _for_a_while(leave: Callable[[], None]) -> None:
-    # NCCL waits for what it has begun, and others may be gone: what failed must be told before somebody ends us.
-    def quietly() -> None:
+def _run_with_timeout(cleanup: Callable[[], None]) -> None:
+    # NCCL waits for unfinished collectives, and their peers may be gone. The error must be printed before torchrun
+    # terminates this process.
+    def suppressed() -> None:
         with contextlib.suppress(Exception):
-            leave()
+            cleanup()
 
-    thread = threading.Thread(target=quietly, daemon=True)
+    thread = threading.Thread(target=suppressed, daemon=True)
     thread.start()
-    thread.join(_FAREWELL_S)
+    thread.join(_CLOSE_TIMEOUT_S)
 
 
-def _leave_model_parallel() -> None:
+def _destroy_model_parallel() -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    # Some it forgets; and a group that anyone holds keeps its threads, of which gloo's never sleep for long.
+    # Megatron 0.16: some groups stay in its module variables -> their gloo threads run on. We clear the variables.
     for name, value in vars(parallel_state).items():
         if isinstance(value, dist.ProcessGroup):
             setattr(parallel_state, name, None)
 
 
 def _seed_trackers(device: torch.device) -> None:
-    # Nothing here draws from Megatron's generators (dropout is off), but under sequence parallelism its layers ask for
-    # them by name.
+    # Megatron 0.16: under sequence parallelism layers look up a generator by name, even with dropout off -> we seed it.
     if device.type == "cuda":
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
         model_parallel_cuda_manual_seed(0)
 
 
-def _device() -> torch.device:
+def local_device() -> torch.device:
+    """Select and return this rank's device: the GPU of its local rank, or the CPU.
+
+    Raises:
+        ConfigError: the machine has fewer GPUs than ranks.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    place, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if place >= found:
-        ranks = os.environ.get("LOCAL_WORLD_SIZE", f"more than {place}")
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= gpus:
+        ranks = os.environ.get("LOCAL_WORLD_SIZE", f"more than {local_rank}")
         raise ConfigError(
-            f"torchrun started {ranks} ranks on this machine, which shows {found} GPU{'s' * (found > 1)}: give it "
-            f"--nproc-per-node {found}, or make more visible (CUDA_VISIBLE_DEVICES)"
+            f"torchrun started {ranks} ranks on this machine, which shows {gpus} GPU{'s' * (gpus > 1)}: give it "
+            f"--nproc-per-node {gpus}, or make more visible (CUDA_VISIBLE_DEVICES)"
         )
-    device = torch.device("cuda", place)
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
 
 
-def _join(world_size: int, rank: int, device: torch.device) -> None:
+def _init_process_group(world_size: int, rank: int, device: torch.device) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "MASTER_ADDR" in os.environ:
-        # Each opening under a name of its own: ranks of a second one would otherwise meet at the first one's addresses.
-        # torchrun keeps its store when it starts ranks again, and with it what those before them have left there.
-        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"icegrt/{again}/{world_size}/{next(_openings)}", failure.rendezvous_store())
-    else:  # one process that nobody launched: no port is needed
+        # Every opening has a prefix of its own: a second one would read the addresses of the first. torchrun keeps its
+        # store, with the addresses of ended ranks, when it restarts ranks.
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        prefix = f"icegrt/{restarts}/{world_size}/{next(_opening_numbers)}"
+        store = dist.PrefixStore(prefix, failure.rendezvous_store())
+    else:  # one process without a launcher needs no port
         store = dist.HashStore()
-    dist.init_process_group(backend, store=store, world_size=world_size, rank=rank, timeout=_PATIENCE)
+    dist.init_process_group(backend, store=store, world_size=world_size, rank=rank, timeout=COLLECTIVE_TIMEOUT)

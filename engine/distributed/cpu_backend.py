@@ -1,8 +1,8 @@
-"""What Megatron-core assumes of CUDA, supplied where there is none.
+"""Run Megatron-core on the CPU.
 
-Megatron-core 0.16 says `torch.cuda.current_device()`, `tensor.cuda()` and `device="cuda"` by name. `supplies()` is a
-context: inside it those names answer with the CPU, after it torch is as it was. Nothing global is slowed down: no
-TorchFunctionMode; `device="cuda"` is mapped by a stand-in for the name `torch` in the few Megatron modules that say it.
+Megatron 0.16 calls `torch.cuda.current_device()`, `tensor.cuda()` and `device="cuda"` unconditionally. Inside the
+context `cpu_backend()` these names return the CPU; after it torch is unpatched. A TorchFunctionMode would slow down
+every operation, so `device="cuda"` is mapped by a proxy of `torch` in the few Megatron modules that use it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 
 # Modules of megatron.core that pass device="cuda" to a tensor constructor.
-_MODULES_SAYING_CUDA = (
+_MODULES_WITH_CUDA_DEVICE = (
     "pipeline_parallel.schedules",
     "optimizer.optimizer",
     "optimizer.clip_grads",
@@ -47,7 +47,7 @@ _CPU = torch.device("cpu")
 
 
 class _TorchOnCPU(types.ModuleType):
-    """`torch`, except that constructors asked for a CUDA device answer on the CPU."""
+    """A proxy of `torch` whose tensor constructors replace a CUDA device by the CPU."""
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -67,30 +67,27 @@ class _TorchOnCPU(types.ModuleType):
 
 
 class Patches:
-    """Attributes set for a while, and put back in reverse order."""
+    """Attributes that are patched, and restored in reverse order."""
 
     def __init__(self) -> None:
         self._undo: list[tuple[object, str, object]] = []
 
     def set(self, owner: object, name: str, value: object) -> None:
+        """Set an attribute and remember its present value."""
         self._undo.append((owner, name, getattr(owner, name)))
         setattr(owner, name, value)
 
     def undo(self) -> None:
+        """Restore all attributes."""
         while self._undo:
             owner, name, value = self._undo.pop()
             setattr(owner, name, value)
 
 
-def needed() -> bool:
-    """True where torch sees no CUDA device."""
-    return not torch.cuda.is_available()
-
-
 @contextlib.contextmanager
-def supplies() -> Iterator[None]:
-    """Let Megatron-core run on this machine's CPU; a no-op where there is a CUDA device."""
-    if not needed():
+def cpu_backend() -> Iterator[None]:
+    """Patch torch and Megatron-core to run on the CPU while the block runs. A no-op if there is a CUDA device."""
+    if torch.cuda.is_available():
         yield
         return
     patches = Patches()
@@ -102,20 +99,20 @@ def supplies() -> Iterator[None]:
 
 
 def _apply(patches: Patches) -> None:
-    stand_in = _TorchOnCPU()
-    modules = [importlib.import_module(f"megatron.core.{name}") for name in _MODULES_SAYING_CUDA]
+    modules = [importlib.import_module(f"megatron.core.{name}") for name in _MODULES_WITH_CUDA_DEVICE]
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random as megatron_random
 
-    patches.set(parallel_state, "create_group", _one_group_per_set_of_ranks(parallel_state.create_group))
+    patches.set(parallel_state, "create_group", _reuse_groups(parallel_state.create_group))
     patches.set(torch.cuda, "current_device", lambda: _CPU)
     patches.set(torch.cuda, "synchronize", lambda *args, **kwargs: None)
     patches.set(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
-    patches.set(torch.Tensor, "type", _type_as_seen_by_megatron(torch.Tensor.type))
+    patches.set(torch.Tensor, "type", _cuda_type_names(torch.Tensor.type))
+    torch_on_cpu = _TorchOnCPU()
     for module in modules:
-        patches.set(module, "torch", stand_in)
+        patches.set(module, "torch", torch_on_cpu)
 
-    # Dropout is off everywhere, so the tracker has nothing to keep apart; activation recomputation still asks it.
+    # Activation recomputation saves and restores CUDA's generators. Dropout is off, so empty states are enough.
     tracker = megatron_random.CudaRNGStatesTracker
     patches.set(tracker, "fork", lambda self, name=None: contextlib.nullcontext())
     patches.set(tracker, "get_states", lambda self: {})
@@ -125,27 +122,28 @@ def _apply(patches: Patches) -> None:
     patches.set(megatron_random, "_set_cuda_rng_state", lambda *args, **kwargs: None)
 
 
-def _one_group_per_set_of_ranks(create_group):
-    # Megatron makes about 20 groups, most of them of the same ranks, and a gloo group is three threads, one of which
-    # wakes a hundred times a second. Nothing overlaps on a CPU: the same group can serve every purpose.
-    made = {}
+def _reuse_groups(create_group):
+    # Megatron 0.16: creates about 20 groups, most of the same ranks -> three gloo threads each, one of which wakes a
+    # hundred times a second. Nothing overlaps on a CPU, so one group per set of ranks serves every purpose.
+    groups = {}
 
     def create(ranks=None, *args, **kwargs):
         key = tuple(ranks)
-        if key not in made:
-            made[key] = create_group(ranks, *args, **kwargs)
-        return made[key]
+        if key not in groups:
+            groups[key] = create_group(ranks, *args, **kwargs)
+        return groups[key]
 
     return create
 
 
-def _type_as_seen_by_megatron(original):
-    # The optimizers sort parameters by the name of their type: 'torch.cuda.FloatTensor' and its like.
+def _cuda_type_names(original):
+    # Megatron 0.16: its optimizers sort parameters by type name and know 'torch.cuda.FloatTensor' only -> calls from
+    # Megatron get that name.
     def tensor_type(self, *args, **kwargs):
-        answer = original(self, *args, **kwargs)
-        if args or kwargs or not isinstance(answer, str):
-            return answer
+        result = original(self, *args, **kwargs)
+        if args or kwargs or not isinstance(result, str):
+            return result
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        return answer.replace("torch.", "torch.cuda.", 1) if caller.startswith("megatron.core") else answer
+        return result.replace("torch.", "torch.cuda.", 1) if caller.startswith("megatron.core") else result
 
     return tensor_type

@@ -1,7 +1,7 @@
-"""Of several ranks that fail together one speaks: the one whose failure came first. The others leave in silence.
+"""Report only the first of several rank failures.
 
-A rank that fails tears its connections down, and every rank that waited on them fails too, with an error that explains
-nothing. The first therefore leaves its number in the store that torchrun's ranks share, before it closes anything.
+A failing rank closes its connections, so its peers fail with misleading errors. The first failing rank records its
+rank in torchrun's store before it closes anything. The others find the record and exit without output.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from icegrt.errors import ConfigError
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-# What all ranks read alike is left to rank 0 for this long, which may still be starting up.
+# How long other ranks wait for rank 0 to report an error that all ranks raise; rank 0 may still be starting.
 _RANK_0_FIRST = datetime.timedelta(seconds=20)
-_LOOK_EVERY_S, _LEAVE_AFTER_S = 1.0, 4.0
+_POLL_INTERVAL_S, _EXIT_DELAY_S = 1.0, 4.0
 
 
 def several_ranks() -> bool:
-    """Whether torchrun (or its like) started this process together with others."""
+    """Return whether torchrun or a similar launcher started this process with others."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
 
 
 @cache
 def rendezvous_store() -> dist.Store:
-    """The store that torchrun's variables lead to, which all ranks share for as long as this process lives."""
+    """Return the store at torchrun's address. All ranks share it for the life of this process."""
     import torch.distributed as dist
 
     store, _, _ = next(iter(dist.rendezvous("env://")))
@@ -39,25 +39,25 @@ def rendezvous_store() -> dist.Store:
 
 
 def should_report(error: BaseException) -> bool:
-    """Whether this rank is the one that tells people about `error`. The first to ask is; asking again changes nothing.
+    """Return whether this rank reports `error`: the first rank that calls this does. Repeated calls agree.
 
-    A `ConfigError` is every rank's alike, and rank 0's to tell.
+    All ranks raise the same `ConfigError`, so rank 0 reports it.
     """
     if not several_ranks():
         return True
     rank = os.environ["RANK"]
     try:
         if isinstance(error, ConfigError) and rank != "0":
-            with contextlib.suppress(RuntimeError):  # the wait is over
+            with contextlib.suppress(RuntimeError):  # time-out
                 rendezvous_store().wait([_key()], _RANK_0_FIRST)
         return rendezvous_store().compare_set(_key(), "", rank).decode() == rank
-    except RuntimeError:  # nobody is left to agree with: better told twice than never
+    except RuntimeError:  # the store is gone: two reports are better than none
         return True
 
 
 @contextlib.contextmanager
 def exit_on_peer_failure() -> Iterator[None]:
-    """While the block runs, this process ends soon after another rank has failed, wherever it may be waiting."""
+    """Terminate this process soon after another rank has failed, while the block runs."""
     if not several_ranks():
         yield
         return
@@ -70,12 +70,12 @@ def exit_on_peer_failure() -> Iterator[None]:
 
 
 def _watch(done: threading.Event) -> None:
-    with contextlib.suppress(RuntimeError):  # the store is gone, and with it torchrun, who ends us
+    with contextlib.suppress(RuntimeError):  # the store is gone: torchrun has ended and terminates this process
         store = rendezvous_store().clone()
-        while not done.wait(_LOOK_EVERY_S):
+        while not done.wait(_POLL_INTERVAL_S):
             if store.check([_key()]):
-                # An orderly way out comes first: most ranks notice by themselves that one is missing.
-                if not done.wait(_LEAVE_AFTER_S):
+                # Most ranks fail by themselves when a peer is gone; those exit in order within the delay.
+                if not done.wait(_EXIT_DELAY_S):
                     os._exit(1)
                 return
 

@@ -1,4 +1,4 @@
-"""How ranks are divided over a model, and which divisions are possible: refused with the nearest that are."""
+"""How ranks are divided over a model. An impossible layout is an error that names the nearest possible ones."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ _SUGGESTIONS = 3
 
 @dataclass(frozen=True)
 class Layout:
-    """Tensor, pipeline and virtual pipeline sizes; data parallelism takes what is left of the world size.
+    """Tensor, pipeline and virtual pipeline sizes; data parallelism takes the remaining factor of the world size.
 
-    pipeline_split: layers of each stage in the order of the forward pass; empty splits evenly.
+    Attributes:
+        tensor: tensor-parallel size, in ranks.
+        pipeline: pipeline-parallel size, in ranks.
+        virtual_pipeline: stages per pipeline rank.
+        sequence_parallel: whether tensor-parallel ranks share the rows between their layers.
+        pipeline_split: layers of each stage in the order of the forward pass; empty splits evenly.
     """
 
     tensor: int = 1
@@ -27,12 +32,16 @@ class Layout:
 
     @classmethod
     def of(cls, config: ParallelConfig) -> Layout:
-        """The layout that a configuration section describes. Raises `ConfigError` for keys that contradict."""
+        """Return the layout of a configuration section.
+
+        Raises:
+            ConfigError: keys contradict each other.
+        """
         layout = cls(
             config.tensor,
             config.pipeline,
             config.virtual_pipeline,
-            # With one rank there is nothing to share; Megatron would warn and go on.
+            # Megatron 0.16: warns at tensor-parallel size 1 -> we switch the flag off.
             config.sequence_parallel and config.tensor > 1,
             tuple(config.pipeline_split),
         )
@@ -52,12 +61,12 @@ class Layout:
 
     @property
     def model(self) -> int:
-        """Ranks that hold one model."""
+        """Number of ranks that hold one model."""
         return self.tensor * self.pipeline
 
     @property
     def stages(self) -> int:
-        """Pipeline stages, virtual ones counted."""
+        """Number of pipeline stages, virtual stages included."""
         return self.pipeline * self.virtual_pipeline
 
     def __str__(self) -> str:
@@ -65,7 +74,11 @@ class Layout:
 
 
 def check_world_size(layout: Layout, world_size: int) -> None:
-    """Raises `ConfigError` where the layout does not divide the ranks that torchrun started."""
+    """Check that the layout divides the world size.
+
+    Raises:
+        ConfigError: it does not.
+    """
     if world_size % layout.model == 0:
         return
     multiple = math.ceil(world_size / layout.model) * layout.model
@@ -76,44 +89,51 @@ def check_world_size(layout: Layout, world_size: int) -> None:
 
 
 def check_model(layout: Layout, world_size: int, *, layers: int, heads: int, kv_heads: int, ffn: int) -> None:
-    """Raises `ConfigError` where the model cannot be cut this way: heads, MLP width and layers must divide."""
+    """Check that the layout divides a model.
 
-    def problem(candidate: Layout) -> str | None:
-        return _problem(candidate, layers, heads, kv_heads, ffn)
+    Raises:
+        ConfigError: heads, MLP width or layers do not divide.
+    """
 
-    found = problem(layout)
-    if found is not None:
+    def obstacle(candidate: Layout) -> str | None:
+        return _obstacle(candidate, layers, heads, kv_heads, ffn)
+
+    message = obstacle(layout)
+    if message is not None:
         raise ConfigError(
-            f"{found}. With {world_size} ranks set {nearest(layout, world_size, lambda c: not problem(c))}"
+            f"{message}. With {world_size} ranks set {nearest(layout, world_size, lambda c: not obstacle(c))}"
         )
 
 
-def _problem(layout: Layout, layers: int, heads: int, kv_heads: int, ffn: int) -> str | None:
+def _obstacle(layout: Layout, layers: int, heads: int, kv_heads: int, ffn: int) -> str | None:
     tensor = layout.tensor
-    for size, what in ((heads, "attention heads"), (kv_heads, "key/value heads"), (ffn, "columns of the MLP")):
+    for size, unit in ((heads, "attention heads"), (kv_heads, "key/value heads"), (ffn, "columns of the MLP")):
         if size % tensor:
-            return f"parallel.tensor is {tensor}, but the model's {size} {what} cannot be divided by it"
+            return f"parallel.tensor is {tensor}, but the model's {size} {unit} cannot be divided by it"
     if layout.pipeline_split:
         if sum(layout.pipeline_split) != layers:
             split = list(layout.pipeline_split)
             return f"parallel.pipeline_split {split} has {sum(split)} layers, but the model has {layers}"
     elif layers % layout.stages:
-        what = f"parallel.pipeline {layout.pipeline}"
+        split = f"parallel.pipeline {layout.pipeline}"
         if layout.virtual_pipeline > 1:
-            what += f" x parallel.virtual_pipeline {layout.virtual_pipeline}"
-        return f"the model's {layers} layers cannot be divided by {what} (parallel.pipeline_split may divide unevenly)"
+            split += f" x parallel.virtual_pipeline {layout.virtual_pipeline}"
+        return f"the model's {layers} layers cannot be divided by {split} (parallel.pipeline_split may divide unevenly)"
     return None
 
 
 def nearest(layout: Layout, world_size: int, valid: Callable[[Layout], bool]) -> str:
-    """The valid layouts of this world size that differ least, in words; there is always one: no cut at all."""
+    """Return the keys of the valid layouts of this world size that are nearest to `layout`, as text.
 
-    def away(candidate: Layout) -> tuple[float, int]:
+    There is always one: a model per rank.
+    """
+
+    def distance(candidate: Layout) -> tuple[float, int]:
         ratios = (candidate.tensor / layout.tensor, candidate.pipeline / layout.pipeline)
         return sum(abs(math.log2(ratio)) for ratio in ratios), candidate.model
 
-    found = sorted((c for c in _divisions(world_size) if valid(c)), key=away)[:_SUGGESTIONS]
-    return ", or ".join(f"parallel.tensor={c.tensor} parallel.pipeline={c.pipeline}" for c in found)
+    candidates = sorted((c for c in _divisions(world_size) if valid(c)), key=distance)[:_SUGGESTIONS]
+    return ", or ".join(f"parallel.tensor={c.tensor} parallel.pipeline={c.pipeline}" for c in candidates)
 
 
 def _divisions(world_size: int) -> Iterator[Layout]:

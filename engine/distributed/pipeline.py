@@ -1,4 +1,4 @@
-"""What a role owes to the other ranks: gradients to data-parallel ones, results to the other pipeline stages."""
+"""Collectives of a role: agreement of all ranks, and broadcasts of results from the last pipeline stage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def all_ranks_true(value: bool) -> bool:
-    """Whether `value` is true on every rank."""
+    """Return whether `value` is true on every rank. Collective."""
     flag = torch.tensor([int(value)])
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag)
@@ -25,36 +25,41 @@ def _pipeline() -> tuple[Any, int]:
     return group, dist.get_process_group_ranks(group)[-1]
 
 
-def broadcast_from_last_stage(found: list[tuple[Tensor, ...]], count: int) -> list[tuple[Tensor, ...]]:
-    """The last stage's `count` tuples of fp32 vectors on every stage: three messages, however many there are."""
+def broadcast_from_last_stage(results: list[tuple[Tensor, ...]], count: int) -> list[tuple[Tensor, ...]]:
+    """Return the last stage's results on every stage. Collective over the pipeline; three broadcasts in all.
+
+    Args:
+        results: on the last stage `count` tuples of one length, of fp32 vectors on the CPU; empty on other stages.
+        count: number of tuples.
+    """
     group, last = _pipeline()
     if dist.get_world_size(group) == 1:
-        return found
-    width = torch.tensor([len(found[0]) if found else 0])
+        return results
+    width = torch.tensor([len(results[0]) if results else 0])
     dist.broadcast(width, last, group=group)
     sizes = torch.zeros(count, int(width), dtype=torch.int64)
-    if found:
-        sizes = torch.tensor([[x.numel() for x in row] for row in found])
+    if results:
+        sizes = torch.tensor([[x.numel() for x in row] for row in results])
     dist.broadcast(sizes, last, group=group)
-    flat = torch.cat([x for row in found for x in row]) if found else torch.empty(int(sizes.sum()))
+    flat = torch.cat([x for row in results for x in row]) if results else torch.empty(int(sizes.sum()))
     dist.broadcast(flat, last, group=group)
     parts = iter(flat.split(sizes.flatten().tolist()))
     return [tuple(next(parts) for _ in range(int(width))) for _ in range(count)]
 
 
-def broadcast_objects_from_last_stage(found: list[Any]) -> list[Any]:
-    """The last stage's statistics on every stage, on the CPU."""
+def broadcast_objects_from_last_stage(objects: list[Any]) -> list[Any]:
+    """Return the last stage's objects on every stage, with their tensors on the CPU. Collective over the pipeline."""
     group, last = _pipeline()
     if dist.get_world_size(group) == 1:
-        return found
-    held = [_tree_map(found, _to_wire)]
-    dist.broadcast_object_list(held, src=last, group=group)
-    return _tree_map(held[0], _from_wire)
+        return objects
+    message = [_tree_map(objects, _to_wire)]
+    dist.broadcast_object_list(message, src=last, group=group)
+    return _tree_map(message[0], _from_wire)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Scalar:
-    """A tensor of no dimension on its way: pickled as it is, it would weigh 400 bytes."""
+    """A scalar tensor as a message. A pickled tensor would take 400 bytes."""
 
     value: float
     dtype: torch.dtype
@@ -70,9 +75,9 @@ def _from_wire(x: Any) -> Any:
     return torch.tensor(x.value, dtype=x.dtype) if isinstance(x, _Scalar) else x
 
 
-def _tree_map(value: Any, change: Callable[[Any], Any]) -> Any:
+def _tree_map(value: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(value, (list, tuple)):
-        return type(value)(_tree_map(x, change) for x in value)
+        return type(value)(_tree_map(x, function) for x in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, _Scalar):
-        return type(value)(*(_tree_map(getattr(value, f.name), change) for f in dataclasses.fields(value)))
-    return change(value)
+        return type(value)(*(_tree_map(getattr(value, f.name), function) for f in dataclasses.fields(value)))
+    return function(value)

@@ -1,11 +1,11 @@
-"""From a Hugging Face configuration to what Megatron-core builds: one `Architecture` for every family."""
+"""Read a Hugging Face configuration into one `Architecture` for all families, and convert it for Megatron-core."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,19 +15,24 @@ from icegrt.model.families import FAMILIES, Family, family_of, refuse_unsupporte
 from icegrt.model.rope import Rope
 from icegrt.utils.files import read_object
 
-__all__ = ["DTYPES", "FAMILIES", "Architecture"]
+__all__ = ["DTYPES", "FAMILIES", "Architecture", "HeadKind"]
 
-# What is counted out in memory before a tensor has been looked at.
+HeadKind = Literal["lm", "scalar"]
+# Limits of sizes for which memory is allocated before any tensor is checked.
 _LARGEST = {"num_hidden_layers": 10_000}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder-only transformer: sizes, rope, windows and head sharing, as its checkpoint states them.
+    """A decoder-only transformer as its checkpoint describes it: sizes, rope, windows, tied embeddings.
 
-    `window`: the most tokens that a layer of `windowed_layers` sees, the current one included; None where no layer has
-    a window or none is shorter than the context. `generation_config`: the checkpoint's own, to be handed on.
+    Attributes:
+        window: how many tokens a layer of `windowed_layers` attends to, the current one included; None if no layer has
+            a window shorter than the context.
+        windowed_layers: one flag per layer.
+        hf_config: the checkpoint's `config.json`.
+        generation_config: the checkpoint's `generation_config.json`, written to exports.
     """
 
     family: Family
@@ -51,9 +56,10 @@ class Architecture:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Architecture:
-        """Read `config.json` and, where there is one, `generation_config.json` of `folder`.
+        """Read `config.json` and the optional `generation_config.json` of a folder.
 
-        Raises `CheckpointError` for what is missing or not supported.
+        Raises:
+            CheckpointError: a file or key is missing, invalid or not supported.
         """
         path = Path(folder) / "config.json"
         if not path.is_file():
@@ -66,11 +72,22 @@ class Architecture:
     def from_config(
         cls, config: dict[str, Any], where: str = "config", generation_config: dict[str, Any] | None = None
     ) -> Architecture:
-        """Check a Hugging Face configuration (as a dict) and take over what it says."""
+        """Check a Hugging Face configuration and read it.
+
+        Args:
+            config: content of `config.json`.
+            where: its name in error messages.
+            generation_config: content of `generation_config.json`.
+
+        Raises:
+            CheckpointError: a key is missing, invalid or not supported.
+        """
+        # 1. The family, with its defaults.
         family = family_of(config, where)
         refuse_unsupported(family, config, where)
-        given = {**family.defaults, **config}
-        sizes = _Sizes(given, where)
+        with_defaults = {**family.defaults, **config}
+        sizes = _Sizes(with_defaults, where)
+        # 2. Heads and their size.
         heads, hidden = sizes.need("num_attention_heads"), sizes.need("hidden_size")
         kv_heads = sizes.get("num_key_value_heads") or heads
         if heads % kv_heads:
@@ -86,8 +103,9 @@ class Architecture:
         head_dim = head_dim or hidden // heads
         if head_dim % 2:
             raise CheckpointError(f"{where}: heads of {head_dim} dimensions cannot be rotated in pairs; expected even")
+        # 3. Layers, windows, biases, vocabulary.
         layers, context = sizes.need("num_hidden_layers"), sizes.need("max_position_embeddings")
-        window, windowed = _windows(family, given, sizes, layers, context)
+        window, windowed = _windows(family, with_defaults, sizes, layers, context)
         attention_bias = family.optional_bias and _flag(config, "attention_bias", where)
         vocab_size = sizes.need("vocab_size")
         _check_token_ids(config, vocab_size, where)
@@ -113,13 +131,16 @@ class Architecture:
         )
 
     def padded_vocab_size(self, ranks: int) -> int:
-        """Rows of the embedding over all tensor-parallel ranks: the vocabulary, padded to a multiple of `ranks`."""
+        """Return the rows of the embedding over all tensor-parallel ranks: the vocabulary, padded to a multiple."""
         return -(-self.vocab_size // ranks) * ranks
 
     def transformer_config(self, *, dtype: torch.dtype, layout: Layout | None = None, recompute: str = "none"):
-        """Megatron's TransformerConfig of this architecture (local layers, no fused CUDA-only parts).
+        """Return Megatron's TransformerConfig of this architecture, with local layers and no CUDA-only fusions.
 
-        layout: how the model is cut (None: not at all). recompute: 'none', 'selective' or 'full'.
+        Args:
+            dtype: of parameters.
+            layout: the layout; None holds the whole model on one rank.
+            recompute: activation recomputation, 'none', 'selective' or 'full'.
         """
         from megatron.core.transformer import TransformerConfig
 
@@ -149,12 +170,12 @@ class Architecture:
             params_dtype=dtype,
             pipeline_dtype=dtype,
             bf16=dtype is torch.bfloat16,
-            # Every parameter is loaded from a checkpoint, and a missing one is an error.
+            # Every parameter is loaded from a checkpoint.
             perform_initialization=False,
             use_cpu_initialization=not torch.cuda.is_available(),
             calculate_per_token_loss=True,
             variable_seq_lengths=True,
-            # Megatron wants this for variable lengths even where there are no experts.
+            # Megatron 0.16: rejects variable lengths with its default dispatcher, even in a model without experts.
             moe_token_dispatcher_type="alltoall",
             gradient_accumulation_fusion=False,
             masked_softmax_fusion=False,
@@ -162,10 +183,12 @@ class Architecture:
             bias_dropout_fusion=False,
             persist_layer_norm=False,
             deallocate_pipeline_outputs=False,
+            # Megatron 0.16: its own default, "full", is deprecated and warns. The empty list means the same.
+            cuda_graph_scope=[],
         )
 
 
-# Whole layers are formed again one by one: of each only its input is kept.
+# 'full' keeps the input of each layer only.
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
@@ -177,7 +200,7 @@ def _pipeline_settings(layout: Layout) -> dict[str, Any]:
     settings: dict[str, Any] = {"pipeline_model_parallel_size": layout.pipeline}
     if layout.virtual_pipeline > 1:
         settings["virtual_pipeline_model_parallel_size"] = layout.virtual_pipeline
-        # Batched messages reach the wrong micro-batch where two ranks are each other's previous and next.
+        # Megatron 0.16: batched messages of two pipeline ranks reach the wrong micro-batch -> batching is off.
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     if layout.pipeline_split:
         stages = [["decoder"] * layers for layers in layout.pipeline_split]
@@ -189,17 +212,19 @@ def _pipeline_settings(layout: Layout) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Whole numbers above 0 of a configuration."""
+    """Reads positive integers of a configuration."""
 
     config: Mapping[str, Any]
     where: str
 
     def need(self, name: str) -> int:
+        """Return a required key."""
         if self.config.get(name) is None:
             raise CheckpointError(f"{self.where}: `{name}` is missing")
         return self.get(name)
 
     def get(self, name: str) -> int | None:
+        """Return an optional key; None if it is missing or null."""
         value = self.config.get(name)
         if value is None:
             return None
@@ -213,14 +238,11 @@ class _Sizes:
 def _windows(
     family: Family, config: Mapping[str, Any], sizes: _Sizes, layers: int, context: int
 ) -> tuple[int | None, tuple[bool, ...]]:
-    everywhere, nowhere = (True,) * layers, (False,) * layers
+    no_layer = (False,) * layers
     if family.windows == "none":
-        return None, nowhere
-    if family.windows == "all_layers":
-        windowed = everywhere
-    else:
-        windowed = _windowed_layers(config, sizes, layers)
-    # Qwen's configurations name a window even where it is switched off, which its layers then may not ask for.
+        return None, no_layer
+    windowed = (True,) * layers if family.windows == "all_layers" else _windowed_layers(config, sizes, layers)
+    # Qwen's configurations name a window even when `use_sliding_window` is false; then no layer may use it.
     switched_off = family.windows == "by_layer" and not _flag(config, "use_sliding_window", sizes.where)
     window = None if switched_off else sizes.get("sliding_window")
     if family.windows == "by_layer" and window is None and config.get("layer_types") and any(windowed):
@@ -229,7 +251,7 @@ def _windows(
             "switches it off"
         )
     if window is None or window >= context or not any(windowed):
-        return None, nowhere
+        return None, no_layer
     return window, windowed
 
 
@@ -265,7 +287,7 @@ def _flag(config: Mapping[str, Any], name: str, where: str) -> bool:
 
 
 def _check_token_ids(config: Mapping[str, Any], vocab_size: int, where: str) -> None:
-    named = config.get("eos_token_id")
-    for token in named if isinstance(named, list) else [named]:
+    eos = config.get("eos_token_id")
+    for token in eos if isinstance(eos, list) else [eos]:
         if token is not None and (type(token) is not int or not 0 <= token < vocab_size):
             raise CheckpointError(f"{where}: `eos_token_id` {token!r} is not in the vocabulary of {vocab_size} tokens")

@@ -1,4 +1,4 @@
-"""Build what a rank holds of a model, and give it a checkpoint's weights."""
+"""Build the part of a model that this rank holds, and load a checkpoint's weights into it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import torch
 
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import check_model
-from icegrt.model.architecture import Architecture
+from icegrt.model.architecture import Architecture, HeadKind
 from icegrt.model.hf import loader
 from icegrt.model.hf.reader import HFCheckpointReader
-from icegrt.model.language_model import HeadKind, LanguageModel
+from icegrt.model.pipeline_model import PipelineModel
 
 
-def check_parallelism(architecture: Architecture) -> None:
-    """Raises `ConfigError` where the layout of the open cluster cannot cut such a model; costs nothing."""
-    cluster = Cluster.current()
+def check_parallelism(architecture: Architecture, cluster: Cluster) -> None:
+    """Check that the cluster's layout divides the model. Allocates nothing.
+
+    Raises:
+        ConfigError: heads, MLP width or layers do not divide.
+    """
     check_model(
         cluster.layout,
         cluster.world_size,
@@ -28,35 +31,50 @@ def check_parallelism(architecture: Architecture) -> None:
 
 
 def build_parallel_model(
-    architecture: Architecture, head: HeadKind, *, dtype: torch.dtype, recompute: str = "none"
-) -> LanguageModel:
-    """What this rank holds of a model under the layout of the open cluster, with weights that are not set yet.
+    architecture: Architecture, head: HeadKind, cluster: Cluster, *, dtype: torch.dtype, recompute: str = "none"
+) -> PipelineModel:
+    """Build this rank's stages under the cluster's layout. Weights are uninitialised.
 
-    Raises `ConfigError` where the architecture cannot be cut that way.
+    Raises:
+        ConfigError: the layout does not divide the model.
     """
-    check_parallelism(architecture)
-    cluster = Cluster.current()
+    # The stages are Megatron-core modules: this import loads Megatron-core unless `Cluster.open()` has done so.
+    from icegrt.model.language_model import LanguageModel
+
+    check_parallelism(architecture, cluster)
     layout = cluster.layout
     config = architecture.transformer_config(dtype=dtype, layout=layout, recompute=recompute)
     stages = range(layout.virtual_pipeline) if layout.virtual_pipeline > 1 else (None,)
     chunks = [LanguageModel(architecture, config, head, stage).to(cluster.device) for stage in stages]
-    for index, layer in enumerate(layer for chunk in chunks for layer in chunk.decoder.layers):
-        layer.self_attention.core_attention.layer = index
-    for chunk in chunks:
-        chunk.chunks = chunks
-    return chunks[-1]
+    return PipelineModel(chunks, cluster)
 
 
 def build_model(
-    source: Any, head: HeadKind, *, dtype: torch.dtype, new_head: bool = False, recompute: str = "none"
-) -> LanguageModel:
-    """What this rank holds of a model, a `LanguageModel`, with a checkpoint's weights.
+    source: Any,
+    head: HeadKind,
+    cluster: Cluster,
+    *,
+    dtype: torch.dtype,
+    new_head: bool = False,
+    recompute: str = "none",
+) -> PipelineModel:
+    """Build this rank's stages of a model with the weights of a checkpoint.
 
-    `head`: 'lm' or 'scalar'; `new_head`: a missing one is zero; `recompute`: as the key of that name.
+    Args:
+        source: a Hugging Face folder, a `transformers` model, or an `HFCheckpointReader` of either.
+        head: 'lm' or 'scalar'.
+        cluster: the open process groups.
+        dtype: of all parameters but a scalar head, which is float32.
+        new_head: allow a checkpoint without a scalar head; the head is then zero.
+        recompute: activation recomputation, 'none', 'selective' or 'full'.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected, of another shape or dtype, or not finite.
+        ConfigError: the layout does not divide the model.
     """
     reader = source if isinstance(source, HFCheckpointReader) else HFCheckpointReader(source)
-    # Before memory is taken for a model: the sizes in config.json may be anyone's.
+    # Checked before a model is allocated: config.json may name any sizes.
     loader.check(reader, head, new_head=new_head)
-    model = build_parallel_model(reader.architecture, head, dtype=dtype, recompute=recompute)
+    model = build_parallel_model(reader.architecture, head, cluster, dtype=dtype, recompute=recompute)
     loader.load(model, reader)
     return model

@@ -1,7 +1,7 @@
-"""The families of checkpoints, one table row each, and what a configuration may say beside their sizes.
+"""The supported families of checkpoints, and the keys that their `config.json` may have.
 
-A key of `config.json` is read here, or known to change nothing, or bound to the one value that icegrt computes with.
-Any other key is refused: the model would be another one than the checkpoint's author trained.
+A key is read, or has no effect on the model, or must have the one value that icegrt computes with. Any other key is an
+error: icegrt would compute another model than the checkpoint's author trained.
 """
 
 from __future__ import annotations
@@ -16,11 +16,17 @@ from icegrt.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Family:
-    """What distinguishes a family of checkpoints: its names in Hugging Face and the parts its layers have.
+    """The differences between families: names in Hugging Face, and parts of a layer.
 
-    `optional_bias`: `attention_bias` may ask for a bias on query, key, value and the output projection.
-    `windows`: which layers may attend through a sliding window. `defaults`: what `transformers` assumes where
-    `config.json` is silent, as far as it differs between families.
+    Attributes:
+        model_type: the key of that name in `config.json`.
+        causal_lm: class name of the language model in `transformers`.
+        sequence_classifier: class name of the model with a scalar head in `transformers`.
+        qkv_bias: query, key and value have a bias.
+        optional_bias: `attention_bias` may give query, key, value and the output projection a bias.
+        qk_norm: query and key are normalised per head.
+        windows: which layers may have a sliding window.
+        defaults: the defaults of `transformers` that differ between families.
     """
 
     model_type: str
@@ -33,7 +39,7 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
-# One row per family; tensor names are those of `weights.py`, which Llama's descendants share.
+# One row per family; all of them share Llama's tensor names (`hf/mapping.py`).
 FAMILIES = {
     family.model_type: family
     for family in (
@@ -80,7 +86,7 @@ _READ_WITH_WINDOWS = {
     "all_layers": frozenset({"sliding_window"}),
     "by_layer": frozenset({"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}),
 }
-# Computed with this value and no other.
+# The one supported value of a key.
 _BOUND = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -94,8 +100,8 @@ _BOUND = {
     "tie_encoder_decoder": False,
     "pruned_heads": {},
 }
-# Bookkeeping, training-time settings (nothing is dropped out here), and the generation settings that transformers
-# before version 5 kept in every configuration. `auto_map` names code, which is never run.
+# Bookkeeping, training settings (icegrt has no dropout), and the generation settings that transformers before version 5
+# kept in every configuration. `auto_map` names code, which icegrt does not run.
 _WITHOUT_EFFECT = _words(
     "architectures auto_map dtype torch_dtype transformers_version name_or_path tokenizer_class use_cache "
     "initializer_range attention_dropout hidden_dropout resid_pdrop classifier_dropout pretraining_tp "
@@ -113,16 +119,24 @@ _WITHOUT_EFFECT = _words(
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
-    """The table row of a configuration. Raises `CheckpointError` for a `model_type` that has none."""
+    """Return the family of a configuration.
+
+    Raises:
+        CheckpointError: `model_type` is missing or not supported.
+    """
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
-        given = f"model_type {config['model_type']!r} is not supported" if "model_type" in config else "no model_type"
-        raise CheckpointError(f"{where}: {given}; supported: {', '.join(FAMILIES)}")
+        fault = f"model_type {config['model_type']!r} is not supported" if "model_type" in config else "no model_type"
+        raise CheckpointError(f"{where}: {fault}; supported: {', '.join(FAMILIES)}")
     return family
 
 
 def refuse_unsupported(family: Family, config: Mapping[str, Any], where: str) -> None:
-    """Refuse what would make another model of the checkpoint. Raises `CheckpointError` naming the key."""
+    """Check that the configuration has no key or value that changes the model in an unsupported way.
+
+    Raises:
+        CheckpointError: names the key.
+    """
     for name in ("quantization_config", "compression_config"):
         if config.get(name):
             raise CheckpointError(

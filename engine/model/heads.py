@@ -1,4 +1,4 @@
-"""What stands on the trunk: the LM head (a weight that the fused kernels multiply by) and the scalar head."""
+"""The heads on the trunk: the LM head (a weight that fused kernels multiply by) and the scalar head."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class LMHead(nn.Module):
-    """The output projection's weight, [V / TP, H], which calling it gives: logits are formed inside the kernels."""
+    """The output projection's weight, [V / TP, H]. A call returns the weight: kernels form the logits themselves."""
 
     def __init__(self, config, rows: int) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class LMHead(nn.Module):
         return self.weight
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets=(), metadata=None):
-        """For Megatron's dist_checkpointing: sharded along the vocabulary."""
+        """Return the entry for Megatron's dist_checkpointing, sharded along the vocabulary."""
         key = f"{prefix}weight"
         return {key: make_tp_sharded_tensor_for_checkpoint(self.weight, key, allow_shape_mismatch=True)}
 
@@ -30,13 +30,13 @@ class ScalarHead(nn.Module):
 
     def __init__(self, config) -> None:
         super().__init__()
-        # Float32 whatever the trunk's dtype: one row costs nothing, and bf16 would quantise scores to 8 bits.
+        # Float32 for every trunk dtype: one row of weights is cheap, and bf16 would quantise scores to 8 bits.
         self.weight = nn.Parameter(torch.zeros(1, config.hidden_size, dtype=torch.float32))
         self.weight.sequence_parallel = False
 
     @torch.no_grad()
     def scale_by(self, factor: float) -> None:
-        """Multiply every output from now on."""
+        """Multiply all later outputs by `factor`."""
         self.weight.mul_(factor)
 
     def forward(self, hidden_RH: Tensor) -> Tensor:

@@ -1,32 +1,45 @@
-"""A trunk with its head: the module behind every role."""
+"""A trunk with its head: one pipeline stage of a model, as a module that Megatron-core schedules.
+
+Imports Megatron-core, so `build.py` imports this module only after `Cluster.open()` has loaded it.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor, nn
 
 from icegrt.kernels import VocabShard
-from icegrt.model.architecture import Architecture
+from icegrt.model.architecture import Architecture, HeadKind
 from icegrt.model.attention import AttentionMetadata
 from icegrt.model.heads import LMHead, ScalarHead
+from icegrt.model.hf.mapping import EMBEDDING
 from icegrt.model.trunk import Trunk
 from icegrt.packing import PackedBatch
 
-HeadKind = Literal["lm", "scalar"]
-_EMBEDDING = "embedding.word_embeddings.weight"
-
 
 class LanguageModel(Trunk):
-    """Trunk and head in one module (a Trunk by inheritance, so that Megatron finds embedding, decoder and ties).
+    """Trunk and head of one pipeline stage (a Trunk by inheritance, so that Megatron finds embedding and decoder).
 
-    `head` is an `LMHead` (actor, reference; absent where a tied embedding is at hand) or a `ScalarHead` (reward,
-    critic). In a parallel layout (`build_parallel_model`) an instance holds one rank's part. Of several virtual stages
-    the last one stands for them all: `chunks` lists them in the order of the forward pass.
+    `head` is an `LMHead` (actor, reference) or a `ScalarHead` (reward model, critic) on the last stage. A stage that
+    holds a tied embedding has no `LMHead`. `PipelineModel` owns the stages of a rank.
+
+    Args:
+        architecture: sizes and family of the model.
+        config: Megatron's TransformerConfig of the architecture and layout.
+        head: 'lm' or 'scalar'.
+        vp_stage: index of the virtual pipeline stage on this rank; None without virtual stages.
     """
 
     def __init__(self, architecture: Architecture, config, head: HeadKind, vp_stage: int | None = None) -> None:
@@ -44,7 +57,6 @@ class LanguageModel(Trunk):
         self.architecture = architecture
         self.head_kind = head
         self.vocab_rows = rows
-        self.chunks: list[LanguageModel] = [self]
         self.share_embeddings_and_output_weights = architecture.tied_embeddings and head == "lm"
         if self.post_process and head == "scalar":
             self.head = ScalarHead(config)
@@ -55,43 +67,39 @@ class LanguageModel(Trunk):
 
     def _tie_across_stages(self) -> None:
         # The first and the last stage hold a copy each. Megatron adds their gradients up, keeps their optimizer states
-        # alike, and counts the second one (`shared`) in no norm.
+        # equal, and leaves the second copy (`shared`) out of every gradient norm.
         weight = self.shared_embedding_or_output_weight()
         if weight is not None:
             weight.shared_embedding = True
             weight.shared = not self.pre_process
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """The tied weight as this stage has it (Megatron asks by this name)."""
+        """Return this stage's copy of the tied weight; None on a middle stage. Megatron calls it by this name."""
         if self.pre_process:
             return self.embedding.word_embeddings.weight
         return self.head.weight if self.post_process else None
 
     @property
     def holds_tied_copy(self) -> bool:
-        """Whether the head is a second copy of the embedding, which an earlier stage has."""
+        """Whether the head is a second copy of the embedding of an earlier stage."""
         return self.share_embeddings_and_output_weights and self.post_process and not self.pre_process
 
     @property
     def lm_weight_VH(self) -> Tensor:
-        """The weight that makes logits, [V / TP, H]: the LM head's, or the embedding's where they are tied."""
+        """The output projection, [V / TP, H]: the LM head's weight, or the embedding's if they are tied."""
         if self.share_embeddings_and_output_weights and self.pre_process:
             return self.embedding.word_embeddings.weight
-        # Called, not read: where gathering parameters overlaps with the forward pass, the call waits for this one.
+        # A call, not an attribute: DDP's forward hook waits for an overlapped parameter all-gather of this weight.
         return self.head()
 
-    def wait_for_param_gather(self) -> None:
-        """Parameters may still be on their way after an optimizer step (a role that learns says how to wait): to be
-        called before they are read other than by a forward pass."""
-
     def scale_head(self, factor: float) -> None:
-        """Multiply a scalar head's every output from now on; a no-op on the stages that have no head."""
+        """Multiply all later outputs of a scalar head by `factor`. A stage without a head does nothing."""
         if self.post_process:
             self.head.scale_by(factor)
 
     @property
     def vocab_shard(self) -> VocabShard | None:
-        """This rank's slice of the vocabulary; None where there is nothing to combine."""
+        """This rank's slice of the vocabulary; None without tensor parallelism."""
         if parallel_state.get_tensor_model_parallel_world_size() == 1:
             return None
         rank = parallel_state.get_tensor_model_parallel_rank()
@@ -99,28 +107,67 @@ class LanguageModel(Trunk):
         return VocabShard(group, rank * self.vocab_rows, self.vocab_rows, self.architecture.vocab_size)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
-        """Hidden states of a packed batch, [T, 1, H] ([T / TP, 1, H] under sequence parallelism)."""
+        """Return the hidden states of a packed batch, [T, 1, H] ([T / TP, 1, H] under sequence parallelism)."""
         lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()
         return self(batch.tokens_T, batch.positions_T, AttentionMetadata(lengths=lengths))
 
+    def decode(self, tokens_T: Tensor, positions_T: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """Return hidden states of prefill or decode rows, [T, 1, H], without sequence parallelism.
+
+        A decode step has one row per sequence, a number that need not divide by the tensor-parallel size.
+        """
+        with self._sequence_parallel_disabled():
+            return self(tokens_T, positions_T, metadata)
+
+    @contextlib.contextmanager
+    def _sequence_parallel_disabled(self) -> Iterator[None]:
+        # Megatron 0.16: linear and embedding layers copy the configuration's flag when they are built and read the
+        # copy in every forward pass -> no argument can switch it. We clear the copies for the block. Megatron's own
+        # `set_model_to_sequence_parallel` keeps each model alive in a global table and looks it up by `id`.
+        if not self.config.sequence_parallel:
+            yield
+            return
+        linears = [m for m in self.modules() if isinstance(m, (ColumnParallelLinear, RowParallelLinear))]
+        embeddings = [m for m in self.modules() if isinstance(m, (LanguageModelEmbedding, VocabParallelEmbedding))]
+
+        def switch(enabled: bool) -> None:
+            self.config.sequence_parallel = enabled
+            for linear in linears:
+                linear.sequence_parallel = enabled
+            for embedding in embeddings:
+                embedding.reduce_scatter_embeddings = enabled
+
+        switch(False)
+        try:
+            yield
+        finally:
+            switch(True)
+
     def gather_hidden_rows(self, hidden_T1H: Tensor) -> Tensor:
-        """What `hidden` gave on the last stage as whole rows, [T, H]. Heads give the gradient of every row whole."""
+        """Return the last stage's `hidden` output as complete rows, [T, H], on every tensor-parallel rank.
+
+        Under sequence parallelism this is an all-gather. Its backward pass takes this rank's slice of the gradient:
+        heads already give the complete gradient of every row.
+        """
         if self.config.sequence_parallel:
             hidden_T1H = gather_from_sequence_parallel_region(hidden_T1H, tensor_parallel_output_grad=False)
         return hidden_T1H.squeeze(1)
 
     @torch.no_grad()
     def logits_NV(self, hidden_NH: Tensor) -> Tensor:
-        """Float32 logits of a few rows, for sampling. [N, H] -> [N, V / TP]."""
+        """Return float32 logits for sampling. [N, H] -> [N, V / TP]."""
         return nn.functional.linear(hidden_NH.float(), self.lm_weight_VH.float())
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """For Megatron's dist_checkpointing: as the trunk's; a tied copy is saved once, under the embedding's name."""
+        """Return the stage's entries for Megatron's dist_checkpointing.
+
+        A tied copy is saved once, under the embedding's name.
+        """
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.holds_tied_copy:
             state[f"{prefix}head.weight"] = make_tp_sharded_tensor_for_checkpoint(
                 self.head.weight,
-                f"{prefix}{_EMBEDDING}",
+                f"{prefix}{EMBEDDING}",
                 replica_id=(1, 0, parallel_state.get_data_parallel_rank(with_context_parallel=True)),
                 allow_shape_mismatch=True,
             )

@@ -1,4 +1,4 @@
-"""A tiny forward pass, for `icegrt doctor`: does Megatron-core run on this machine at all?"""
+"""A tiny forward pass for `icegrt doctor`: checks that Megatron-core runs on this machine."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _CONFIG = {
 
 
 def run() -> str:
-    """Two layers over two packed sequences; returns a line that says where they ran."""
+    """Run two layers over two packed sequences. Returns a line of text with the device."""
     architecture = Architecture.from_config(_CONFIG)
     with Cluster.open() as cluster:
-        model = build_parallel_model(architecture, "lm", dtype=torch.float32)
+        model = build_parallel_model(architecture, "lm", cluster, dtype=torch.float32)
         for parameter in model.parameters():
             torch.nn.init.constant_(parameter, 0.01)
         with torch.no_grad():
-            hidden = model.hidden(pack([[1, 2, 3], [4]], [[5], [6, 7]]).to(cluster.device))
+            hidden = model.chunks[-1].hidden(pack([[1, 2, 3], [4]], [[5], [6, 7]]).to(cluster.device))
         if not torch.isfinite(hidden).all():
             raise RuntimeError("the hidden states are not finite")
         return f"2 layers over {hidden.shape[0]} packed tokens on {cluster.device}"

@@ -1,7 +1,7 @@
-"""The trunk every role stands on: embedding, Megatron's TransformerBlock, final norm; packed streams in, hidden out.
+"""The trunk of every role: embedding, Megatron's TransformerBlock, final norm; a packed stream in, hidden states out.
 
-Not Megatron's GPTModel, which either drops the final norm or allocates a vocabulary-sized output layer for the critic
-too. Positions come with the stream, so the rope table is gathered by row and no layer has to synchronise.
+Megatron 0.16: GPTModel drops the final norm, or allocates a vocabulary-sized output layer for the critic too -> the
+trunk is assembled here. Positions come with the stream, so rope is computed by row and no layer synchronises.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ from icegrt.model.attention import AttentionMetadata, PackedAttention
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm whose weight knows about sequence parallelism (Megatron's local one refuses it)."""
+    """Root-mean-square norm, y = x / sqrt(mean(x^2) + eps) * weight.
+
+    Megatron 0.16: the local norm rejects sequence parallelism -> this one marks its weight, so that Megatron sums the
+    weight's gradient over tensor-parallel ranks.
+    """
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **kwargs) -> None:
         super().__init__()
@@ -39,17 +43,22 @@ class RMSNorm(nn.Module):
 
 
 class BiasedProjection(RowParallelLinear):
-    """Attention's output projection with a bias, for which Megatron has no switch but the MLP's."""
+    """Attention's output projection with a bias.
+
+    Megatron 0.16: one switch gives attention and MLP a bias -> this layer has a bias of its own.
+    """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **(kwargs | {"bias": True}))
 
 
 def layer_spec(config, architecture: Architecture):
-    """Megatron's local layer with icegrt's norm and packed attention in it."""
+    """Return Megatron's local layer specification with icegrt's norm and packed attention."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    # Megatron 0.16: an MLP that reads its width from the configuration warns. The spec passes it.
+    layer.mlp.params = {"ffn_hidden_size": config.ffn_hidden_size}
     attention.core_attention = PackedAttention
     if architecture.projection_bias:
         attention.linear_proj = BiasedProjection
@@ -58,20 +67,25 @@ def layer_spec(config, architecture: Architecture):
     return spec
 
 
-def _mark_cut_parameters(trunk: nn.Module) -> None:
-    # Megatron marks biases always, but weights only where it initialises them, which it does not do here. The norm of
-    # the gradients counts a parameter without the mark on the first tensor-parallel rank only.
+def _mark_sharded_weights(trunk: nn.Module) -> None:
+    # Megatron 0.16: weights are marked as tensor-parallel only when Megatron initialises them -> the gradient norm
+    # would count ours on the first tensor-parallel rank alone. We mark them.
     for module in trunk.modules():
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
-            rows = not isinstance(module, RowParallelLinear)
-            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=0 if rows else 1, stride=1)
+            dim = 1 if isinstance(module, RowParallelLinear) else 0
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
 
 
 class Trunk(LanguageModule):
-    """Token stream to hidden states: [T] int64 tokens and positions -> [T, H].
+    """One pipeline stage of a decoder: [T] int64 tokens and positions -> [T, 1, H] hidden states.
 
-    A rank of a pipeline holds one such stage, or one per virtual stage (`vp_stage`): the first embeds (`pre_process`),
-    the last applies the final norm (`post_process`). `padded_vocab_size`: rows of the embedding over all ranks.
+    Args:
+        architecture: sizes and family of the model.
+        config: Megatron's TransformerConfig of the architecture and layout.
+        padded_vocab_size: rows of the embedding over all tensor-parallel ranks.
+        pre_process: whether the stage embeds tokens (the first stage).
+        post_process: whether the stage applies the final norm (the last stage).
+        vp_stage: index of the virtual pipeline stage on this rank; None without virtual stages.
     """
 
     def __init__(
@@ -103,26 +117,32 @@ class Trunk(LanguageModule):
             post_process=post_process,
             vp_stage=vp_stage,
         )
-        _mark_cut_parameters(self)
+        _mark_sharded_weights(self)
         frequencies = architecture.rope.inverse_frequencies(architecture.head_dim)
         self.register_buffer("inverse_frequencies", frequencies, persistent=False)
 
     def set_input_tensor(self, input_tensor) -> None:
-        """Megatron's schedules hand over the previous stage's hidden states here."""
+        """Set the previous stage's hidden states as input of the next forward pass. Megatron's schedules call it."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def forward(self, tokens_T: Tensor, positions_T: Tensor, plan: AttentionMetadata) -> Tensor:
-        """Returns [T, 1, H] (Megatron's layout; T / TP under sequence parallelism): final on the last stage only."""
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """Return hidden states, [T, 1, H] in Megatron's layout ([T / TP, 1, H] under sequence parallelism).
+
+        The last stage has applied the final norm.
+        """
         hidden = None
         if self.pre_process:
             hidden = self.embedding(input_ids=tokens_T[None], position_ids=positions_T[None])
-            # The transposed stream has odd strides in its dimension of one, for which matmul chooses another kernel
-            # where the weight is frozen: reference and actor would differ in their last bits.
+            # torch's matmul selects its kernel by strides and by whether the weight needs a gradient: with the strides
+            # of the transposed stream, the frozen reference and the actor differ in their last bits. We normalise them.
             hidden = hidden.flatten(0, 1).unsqueeze(1)
         angles = torch.outer(positions_T.float(), self.inverse_frequencies)
         rope = torch.cat((angles, angles), dim=-1)[:, None, None, :]
-        return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rope, packed_seq_params=plan)
+        return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rope, packed_seq_params=metadata)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """For Megatron's dist_checkpointing. LanguageModule's own expects an `output_layer`, which no trunk has."""
+        """Return the stage's entries for Megatron's dist_checkpointing.
+
+        Megatron 0.16: LanguageModule's own method expects an `output_layer` -> we call its base class.
+        """
         return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)

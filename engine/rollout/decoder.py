@@ -1,11 +1,11 @@
-"""Batched decoding over the actor's own Megatron weights: prefill once per prompt, then one token per live sequence.
+"""Batched decoding with the actor's own Megatron weights: one prefill per prompt, then one token per sequence a step.
 
-A wave of sequences starts together and the finished ones leave the batch. Sampling is layout-invariant: the noise of a
-token depends on (seed, sequence id, position, vocabulary id) alone, never on who shares the batch.
+The sequences of a batch start together, and finished ones leave it. Sampling is invariant to layout and batch: the
+noise of a token depends on (seed, sequence id, position, vocabulary id) alone.
 
-Over a pipeline a wave is as many micro-groups as there are ranks: while one group's hidden states are with the next
-rank, this rank works on another group. Every rank of the pipeline runs the same steps and yields the same responses;
-logits exist on the last stage only, cut over the tensor-parallel ranks.
+Over a pipeline a batch is divided into as many micro-batches as there are ranks: while the next rank works on one, this
+rank works on another. Every pipeline rank runs the same steps and yields the same responses. Logits exist on the last
+stage only, sharded over the tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -17,16 +17,31 @@ from itertools import pairwise
 import torch
 
 from icegrt.errors import DataError
-from icegrt.model.language_model import LanguageModel
-from icegrt.rollout.decode_batch import DecodeBatch, Pair
+from icegrt.model.pipeline_model import PipelineModel
+from icegrt.rollout.kv_cache.contiguous import KVCache
+from icegrt.rollout.model_runner import ModelRunner
 from icegrt.rollout.pipeline import PipelineChannel
-from icegrt.rollout.types import Response, Sampling, Sequence
+from icegrt.rollout.scheduler import Scheduler
+from icegrt.rollout.sequence import Sequence
+from icegrt.rollout.types import Response, Sampling
+
+# (prompt index, sample index)
+Pair = tuple[int, int]
 
 
 class Decoder:
-    """Draws answers from a model. `stop_ids` end an answer; `max_batch` sequences are decoded at once."""
+    """Samples responses from a model.
 
-    def __init__(self, model: LanguageModel, stop_ids: abc.Sequence[int], max_batch: int = 256) -> None:
+    Args:
+        model: this rank's stages of the model.
+        stop_ids: token ids that end a response.
+        max_batch: number of sequences that are decoded together.
+
+    Raises:
+        DataError: there is no stop token.
+    """
+
+    def __init__(self, model: PipelineModel, stop_ids: abc.Sequence[int], max_batch: int = 256) -> None:
         if not stop_ids:
             raise DataError("the tokenizer has no end-of-sequence token, so no answer could ever end; set eos_token")
         self.model = model
@@ -42,40 +57,51 @@ class Decoder:
         first_sequence_id: int = 0,
         pairs: abc.Sequence[Pair] | None = None,
     ) -> Iterator[Response]:
-        """Yield every response as soon as it is finished; sample s of prompt p has id first + p * samples + s.
+        """Yield every response as soon as it is finished. Sample s of prompt p has id first + p * samples + s.
 
-        `pairs`: which (prompt, sample) to draw; None draws all.
+        Args:
+            prompts: token ids of every prompt.
+            samples: number of samples per prompt.
+            sampling: temperature, truncation, length and seed.
+            first_sequence_id: the id of the first sample of the first prompt.
+            pairs: which samples to draw, those of one prompt next to each other; None draws all.
+
+        Raises:
+            DataError: a prompt is empty, or leaves no room for the response.
         """
         self._check(prompts, sampling)
         pending = [(p, s) for p in range(len(prompts)) for s in range(samples)] if pairs is None else list(pairs)
         for start in range(0, len(pending), self.max_batch):
-            batch = [
+            sequences = [
                 Sequence(p, s, first_sequence_id + p * samples + s, prompts[p])
                 for p, s in pending[start : start + self.max_batch]
             ]
-            yield from self._run(batch, sampling)
+            yield from self._decode(sequences, sampling)
 
-    def _run(self, batch: list[Sequence], sampling: Sampling) -> Iterator[Response]:
+    def _decode(self, sequences: list[Sequence], sampling: Sampling) -> Iterator[Response]:
         parameter = next(self.model.parameters())
-        interleaved = len(self.model.chunks) > 1
-        channel = PipelineChannel(self.model.config.hidden_size, parameter.dtype, parameter.device, interleaved)
-        cuts = [len(batch) * i // channel.stages for i in range(channel.stages + 1)]
-        decode_batches = [
-            DecodeBatch(self.model, self.stop_ids, batch[a:b], sampling, channel) for a, b in pairwise(cuts) if b > a
-        ]
         chunks = range(len(self.model.chunks))
+        channel = PipelineChannel(self.model.config.hidden_size, parameter.dtype, parameter.device, len(chunks) > 1)
+        bounds = [len(sequences) * i // channel.stages for i in range(channel.stages + 1)]
+        micro_batches = [
+            _MicroBatch(self.model, sequences[start:stop], self.stop_ids, sampling, channel)
+            for start, stop in pairwise(bounds)
+            if stop > start
+        ]
+        # 1. Prefill: every micro-batch through every stage of this rank.
         for chunk in chunks:
-            for decode_batch in decode_batches:
-                decode_batch.forward(chunk)
-        while decode_batches:
-            for decode_batch in decode_batches:
-                yield from decode_batch.process_sampled_tokens()
-                if decode_batch.live:
-                    decode_batch.forward(0)
-            decode_batches = [decode_batch for decode_batch in decode_batches if decode_batch.live]
+            for micro_batch in micro_batches:
+                micro_batch.runner.forward(chunk)
+        # 2. Decode steps: a micro-batch starts its next step as soon as its tokens are known.
+        while micro_batches:
+            for micro_batch in micro_batches:
+                yield from micro_batch.finish_step()
+                if micro_batch.is_running:
+                    micro_batch.runner.forward(0)
+            micro_batches = [micro_batch for micro_batch in micro_batches if micro_batch.is_running]
             for chunk in chunks[1:]:
-                for decode_batch in decode_batches:
-                    decode_batch.forward(chunk)
+                for micro_batch in micro_batches:
+                    micro_batch.runner.forward(chunk)
         channel.finish()
 
     def _check(self, prompts: abc.Sequence[list[int]], sampling: Sampling) -> None:
@@ -88,3 +114,43 @@ class Decoder:
                     f"prompt {index} has {len(prompt)} tokens; with max_new_tokens {sampling.max_new_tokens} that "
                     f"exceeds the model's context of {context}"
                 )
+
+
+class _MicroBatch:
+    """Sequences that travel through the pipeline together, with their scheduler, KV cache and model runner."""
+
+    def __init__(
+        self,
+        model: PipelineModel,
+        sequences: list[Sequence],
+        stop_ids: frozenset[int],
+        sampling: Sampling,
+        channel: PipelineChannel,
+    ) -> None:
+        config = model.config
+        self.scheduler = Scheduler(sequences, stop_ids, sampling.max_new_tokens)
+        self.cache = KVCache(
+            model.layer_indices,
+            len(sequences),
+            max(len(s.prompt) for s in sequences) + sampling.max_new_tokens,
+            config.num_query_groups // config.tensor_model_parallel_size,
+            config.kv_channels,
+            dtype=channel.dtype,
+            device=channel.device,
+        )
+        self.runner = ModelRunner(model, self.cache, sampling, channel)
+        self.runner.prefill(self.scheduler.schedule_prefill())
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a sequence is unfinished."""
+        return bool(self.scheduler.running)
+
+    def finish_step(self) -> list[Response]:
+        """Record the sampled tokens and prepare the next step. Returns the responses that are finished."""
+        finished = self.scheduler.record(*self.runner.sampled_tokens())
+        responses = [self.scheduler.running[slot].response() for slot in finished]
+        self.scheduler.remove(finished, self.cache.free(finished))
+        if self.is_running:
+            self.runner.decode(self.scheduler.running)
+        return responses

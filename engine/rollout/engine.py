@@ -1,4 +1,4 @@
-"""The rollout engine as a library: prompts in, responses out, from a model's weights in place."""
+"""The rollout engine as a library: prompts in, responses out, with a model's weights in place."""
 
 from __future__ import annotations
 
@@ -6,22 +6,29 @@ from collections.abc import Iterator, Sequence
 
 from icegrt.data import stop_ids
 from icegrt.data.types import Tokenizer
-from icegrt.distributed.cluster import Cluster
-from icegrt.model.language_model import LanguageModel
-from icegrt.rollout.decoder import Decoder
-from icegrt.rollout.gather import everyones, mine
+from icegrt.model.pipeline_model import PipelineModel
+from icegrt.rollout.decoder import Decoder, Pair
+from icegrt.rollout.gather import all_gather_responses, rank_slice
 from icegrt.rollout.types import Response, Sampling
 
 
 class RolloutEngine:
-    """Generates with a `LanguageModel` (see `icegrt.load_actor`) and its tokenizer.
+    """Generates responses with a model and its tokenizer.
 
-    Prompts are token ids, or text, which is tokenised as it stands (apply a chat template beforehand). An answer ends
-    with the tokenizer's EOS, what the model's configuration names, or one of `stop_token_ids`.
+    A response ends with the tokenizer's EOS, an EOS of the model's configuration, or one of `stop_token_ids`.
+
+    Args:
+        model: a model of `icegrt.load_actor`, or of a role.
+        tokenizer: its `transformers` tokenizer.
+        max_batch: number of sequences that a rank decodes together.
+        stop_token_ids: more token ids that end a response.
+
+    Raises:
+        DataError: there is no stop token.
     """
 
     def __init__(
-        self, model: LanguageModel, tokenizer: Tokenizer, *, max_batch: int = 256, stop_token_ids: Sequence[int] = ()
+        self, model: PipelineModel, tokenizer: Tokenizer, *, max_batch: int = 256, stop_token_ids: Sequence[int] = ()
     ) -> None:
         self.tokenizer = tokenizer
         stops = stop_ids(tokenizer, model.architecture.hf_config, extra=stop_token_ids)
@@ -35,20 +42,29 @@ class RolloutEngine:
         *,
         first_sequence_id: int = 0,
     ) -> Iterator[Response]:
-        """Yield `n` responses per prompt, each as soon as it is finished. Raises `DataError` for an empty prompt or
-        one that leaves no room for the answer.
+        """Yield `n` responses per prompt, each as soon as it is finished.
 
-        Under torchrun all ranks iterate; data-parallel ranks draw a block together, and each is given all of it.
+        Under torchrun all ranks must iterate. Data-parallel ranks sample a block of responses together, and every rank
+        yields the whole block.
+
+        Args:
+            prompts: token ids, or text, which is tokenized without a chat template.
+            n: number of responses per prompt.
+            sampling: temperature, truncation, length and seed; None takes the defaults.
+            first_sequence_id: the id of the first response of the first prompt; ids key the sampler's noise.
+
+        Raises:
+            DataError: a prompt is empty, or leaves no room for the response.
         """
         ids, sampling = self._ids(prompts), sampling or Sampling()
-        ranks = Cluster.current().share.ranks
+        ranks = self.decoder.model.cluster.share.ranks
         if ranks == 1:
             yield from self.decoder.stream(ids, n, sampling, first_sequence_id)
             return
         pairs = _pairs(ids, n)
         block = self.decoder.max_batch * ranks
         for start in range(0, len(pairs), block):
-            yield from self._together(ids, n, sampling, first_sequence_id, pairs[start : start + block])
+            yield from self._sample_and_gather(ids, n, sampling, first_sequence_id, pairs[start : start + block])
 
     def generate(
         self,
@@ -58,25 +74,27 @@ class RolloutEngine:
         *,
         first_sequence_id: int = 0,
     ) -> list[Response]:
-        """All responses, ordered by prompt and sample. See `stream`."""
+        """Return all responses, ordered by prompt and sample. Arguments and errors are those of `stream`."""
         ids = self._ids(prompts)
-        return self._together(ids, n, sampling or Sampling(), first_sequence_id, _pairs(ids, n))
+        return self._sample_and_gather(ids, n, sampling or Sampling(), first_sequence_id, _pairs(ids, n))
 
-    def _together(
-        self, ids: list[list[int]], n: int, sampling: Sampling, first_sequence_id: int, pairs: list[tuple[int, int]]
+    def text(self, response: Response) -> str:
+        """Return the response as text, without special tokens."""
+        return self.tokenizer.decode(response.tokens, skip_special_tokens=True)
+
+    def _sample_and_gather(
+        self, prompts: list[list[int]], n: int, sampling: Sampling, first_sequence_id: int, pairs: list[Pair]
     ) -> list[Response]:
-        # A rank without a sequence makes no forward pass, in which others would gather parameters together with it.
+        # A rank without a sequence runs no forward pass, so it would miss the parameter all-gather of the others.
         self.decoder.model.wait_for_param_gather()
-        own = mine(pairs, Cluster.current().share)
-        return everyones(list(self.decoder.stream(ids, n, sampling, first_sequence_id, own)), ids, n, first_sequence_id)
+        cluster = self.decoder.model.cluster
+        local_pairs = rank_slice(pairs, cluster.share)
+        responses = list(self.decoder.stream(prompts, n, sampling, first_sequence_id, local_pairs))
+        return all_gather_responses(cluster, responses, prompts, n, first_sequence_id)
 
     def _ids(self, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
         return [self.tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
 
-    def text(self, response: Response) -> str:
-        """The answer as text, without special tokens."""
-        return self.tokenizer.decode(response.tokens, skip_special_tokens=True)
 
-
-def _pairs(prompts: Sequence[list[int]], samples: int) -> list[tuple[int, int]]:
+def _pairs(prompts: Sequence[list[int]], samples: int) -> list[Pair]:
     return [(p, s) for p in range(len(prompts)) for s in range(samples)]

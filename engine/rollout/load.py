@@ -1,4 +1,4 @@
-"""A checkpoint opened for generation, without a trainer around it."""
+"""Open a checkpoint for generation, without a trainer."""
 
 from __future__ import annotations
 
@@ -12,27 +12,32 @@ from icegrt.errors import ConfigError
 from icegrt.model.architecture import DTYPES
 from icegrt.model.build import build_model
 from icegrt.model.hf.reader import ModelSource
-from icegrt.model.language_model import LanguageModel
+from icegrt.model.pipeline_model import PipelineModel
 
 
 def load_actor(
     source: ModelSource, dtype: Literal["fp32", "bf16"] = "fp32", parallel: ParallelConfig | None = None
-) -> LanguageModel:
-    """A language model for `RolloutEngine`, in eval mode and without gradients.
+) -> PipelineModel:
+    """Load a language model for `RolloutEngine`, in evaluation mode and without gradients.
 
-    source: path of a Hugging Face checkpoint, or a `transformers` model, whose weights are copied. dtype: 'fp32' or
-    'bf16'. parallel: how the model is cut over the ranks that torchrun started (None: not at all). The process groups
-    that it needs stay open for as long as the model is alive. Raises `CheckpointError` for a checkpoint that cannot be
-    used, `ConfigError` for another dtype or a layout that does not fit.
+    The process groups stay open for the life of the model.
+
+    Args:
+        source: a Hugging Face folder, or a `transformers` model, whose weights are copied.
+        dtype: 'fp32' or 'bf16'.
+        parallel: the layout over the ranks that torchrun started; None holds a whole model on every rank.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used.
+        ConfigError: unknown dtype, or a layout that does not divide the model or the ranks.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"load_actor: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     cluster = Cluster.open(Layout.of(parallel) if parallel is not None else None)
     try:
-        model = build_model(source, "lm", dtype=DTYPES[dtype])
-    except BaseException:
-        cluster.close()
+        model = build_model(source, "lm", cluster, dtype=DTYPES[dtype])
+    except BaseException as error:
+        cluster.close(error)
         raise
-    model.requires_grad_(False)
     weakref.finalize(model, cluster.close)
-    return model.eval()
+    return model.requires_grad_(False).eval()

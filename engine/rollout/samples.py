@@ -1,4 +1,4 @@
-"""A response as the sample that reward functions are given."""
+"""Convert a response into the sample that reward functions receive."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from icegrt.rollout.types import Response
 
 
 def sample_of(tokenizer: Tokenizer, response: Response, prompt: Prompt) -> Sample:
-    """A response as a reward function sees it: cut at the stop token first, scored after."""
+    """Return a response as a reward function receives it, decoded up to its stop token."""
     return Sample(
         text=tokenizer.decode(response.tokens, skip_special_tokens=True),
-        tokens=list(response.tokens),  # copies: what a user's function does to them must not reach the update
+        tokens=list(response.tokens),  # a copy: a reward function may change it, and the update must not see that
         prompt=tokenizer.decode(prompt.tokens, skip_special_tokens=False),
         prompt_tokens=list(prompt.tokens),
         finish_reason=response.finish_reason,

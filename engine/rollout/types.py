@@ -1,4 +1,4 @@
-"""What a rollout asks for and what it gives back."""
+"""The settings of a rollout, and its results."""
 
 from __future__ import annotations
 
@@ -11,9 +11,17 @@ from icegrt.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. The same seed gives the same tokens in any layout and batch order.
+    """How tokens are sampled. The same seed gives the same tokens in any layout and batch order.
 
-    temperature: divides the logits in fp32; 0 is greedy. top_k: 0 keeps all. max_new_tokens: longest answer in tokens.
+    Args:
+        temperature: divides the logits in fp32; 0 is greedy.
+        top_k: sample from the k most probable tokens; 0 keeps all.
+        top_p: sample from the most probable tokens that reach this probability; 1 keeps all.
+        max_new_tokens: longest response, in tokens.
+        seed: of the noise.
+
+    Raises:
+        ConfigError: a value is out of bounds.
     """
 
     temperature: float = 1.0
@@ -30,7 +38,7 @@ class Sampling:
 
     @classmethod
     def of(cls, config: SamplingConfig, seed: int) -> Sampling:
-        """The sampling that a configuration section describes."""
+        """Return the sampling of a configuration section."""
         return cls(config.temperature, config.top_k, config.top_p, config.max_new_tokens, seed)
 
 
@@ -40,11 +48,16 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Response:
-    """One sampled answer.
+    """One sampled response.
 
-    prompt_index: which prompt; sample: which of its samples; sequence_id: what the sampler's noise was keyed by.
-    tokens: as sampled, EOS included. logprobs: of each token under the distribution it was drawn from.
-    finish_reason: 'stop' ended with EOS; 'length' was truncated.
+    Args:
+        prompt_index: index of the prompt.
+        sample: index among the samples of the prompt.
+        sequence_id: the key of the sampler's noise.
+        prompt: token ids of the prompt.
+        tokens: sampled token ids, EOS included.
+        logprobs: log-prob of each token under the distribution it was sampled from, in nats.
+        finish_reason: 'stop' after EOS, 'length' when truncated at `max_new_tokens`.
     """
 
     prompt_index: int
@@ -57,15 +70,5 @@ class Response:
 
     @property
     def truncated(self) -> bool:
-        """Whether the answer was cut for length: it ended without EOS."""
+        """Whether the response was truncated: it has no EOS."""
         return self.finish_reason == "length"
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """A sequence to be drawn."""
-
-    prompt: int
-    sample: int
-    id: int
-    tokens: list[int]

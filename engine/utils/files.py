@@ -1,12 +1,26 @@
-"""Files that are there whole or not at all, and JSON that is always valid."""
+"""Atomic writes of files and folders, and JSON that every parser reads.
+
+Atomic: the file or folder is written under a second name beside its target and renamed when it is complete. A reader
+sees the old one or the new one, never a part.
+
+    write_text_atomic(path, text)          a small file
+    JsonlWriter(path)                      rows of JSON, one a line
+    staged_folder(path, replace=False)     a folder, written inside a `with` block
+    create_staging / commit_folder         the two halves of `staged_folder`, for a folder written over several calls
+    make_folders / remove_empty_folders    parents that did not exist, and how to take them back after an error
+    fsync_path                             flush a file or a folder to the disk
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,29 +29,64 @@ from icegrt.errors import CheckpointError
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-class JsonlWriter:
-    """Rows of JSON, one per line, written aside and renamed on close: the file is there whole or not at all.
+# -- files -------------------------------------------------------------------------------------------------------------
 
-    As a context manager it leaves no file behind when the block raises.
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8 to `path`: to a temporary file, synced, then renamed. The parent folder must exist.
+
+    Raises:
+        OSError: the file cannot be written. The temporary file is removed; an older file stays as it was.
+    """
+    path = Path(path)
+    partial = _partial_path(path)
+    try:
+        with open_text(partial, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+    fsync_path(path.parent)
+
+
+class JsonlWriter:
+    """Write rows of JSON, one per line, to a temporary file that `close` renames to `path`.
+
+    Missing parent folders are created. As a context manager it removes the temporary file if the block raises.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._aside = self.path.with_name(f".{self.path.name}.partial")
-        self._file = open_text(self._aside, "w")
+        self._partial = _partial_path(self.path)
+        self._file = open_text(self._partial, "w")
 
     def write(self, row: dict[str, Any]) -> None:
         """Add one row; numbers that are not finite become the strings NaN, Infinity and -Infinity."""
         self._file.write(json_line(row))
 
     def close(self) -> None:
-        """Make the file visible under its name. Closing twice does nothing."""
-        if not self._file.closed:
+        """Sync the file and rename it to its final name. Closing twice does nothing."""
+        if self._file.closed:
+            return
+        try:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            os.replace(self._aside, self.path)
+        except OSError:
+            self._discard()
+            raise
+        os.replace(self._partial, self.path)
+
+    def _discard(self) -> None:
+        # On a full disk `close` fails too, because it writes the rest of the buffer. It closes the descriptor anyway.
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._partial.unlink(missing_ok=True)
 
     def __enter__(self) -> JsonlWriter:
         return self
@@ -46,14 +95,122 @@ class JsonlWriter:
         if kind is None:
             self.close()
         else:
-            self._file.close()
-            self._aside.unlink(missing_ok=True)
+            self._discard()
+
+
+def open_text(path: Path, mode: str) -> TextIO:
+    """Open a UTF-8 text file with `\\n` line ends; a lone surrogate is written as its JSON escape."""
+    return open(path, mode, encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some network file systems cannot sync folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _partial_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+# -- folders -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def staged_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a staging folder that becomes `path` when the block ends; if it raises, nothing is left behind.
+
+    The staging folder is `<path>.writing`; one of an earlier, killed process is cleared first. Missing parents are
+    created, and removed again after an error.
+
+    Args:
+        path: the final folder. It must not exist or be empty, unless `replace`.
+        replace: swap the new folder for the old one, which is removed after the rename.
+
+    Raises:
+        OSError: a folder cannot be created or renamed, or `path` holds files and `replace` is false.
+    """
+    path = Path(path)
+    new_folders = [folder for folder in path.parents if not folder.exists()]
+    try:
+        staging = create_staging(path)
+        yield staging
+        commit_folder(path, replace=replace)
+    except BaseException:
+        shutil.rmtree(staging_path(path), ignore_errors=True)
+        remove_empty_folders(new_folders)
+        raise
+
+
+def staging_path(path: Path) -> Path:
+    """Return the folder in which `path` is written: `<path>.writing`."""
+    return path.with_name(path.name + ".writing")
+
+
+def create_staging(path: Path) -> Path:
+    """Create an empty staging folder for `path`, with missing parents, and return it."""
+    staging = staging_path(path)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def commit_folder(path: Path, *, replace: bool = False) -> None:
+    """Rename the staging folder of `path` to `path` and sync the parent.
+
+    With `replace` an old folder is renamed to `<path>.replaced` first and removed last, so that a complete folder is on
+    the disk at every moment.
+    """
+    replaced = path.with_name(path.name + ".replaced")
+    if replace and path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(path, replaced)
+    os.replace(staging_path(path), path)
+    fsync_path(path.parent)
+    if replace:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def make_folders(folder: Path) -> list[Path]:
+    """Create `folder` and its missing parents; return the created ones, deepest first.
+
+    Raises:
+        OSError: a folder cannot be created. Those created before it are removed.
+    """
+    created: list[Path] = []
+    try:
+        for path in reversed([p for p in (folder, *folder.parents) if not p.exists()]):
+            path.mkdir(exist_ok=True)
+            created.insert(0, path)
+    except OSError:
+        remove_empty_folders(created)
+        raise
+    return created
+
+
+def remove_empty_folders(folders: Iterable[Path]) -> None:
+    """Remove `folders`, deepest first, up to the first that is not empty."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+# -- JSON --------------------------------------------------------------------------------------------------------------
 
 
 def json_safe(value: Any, *, not_finite_as_null: bool = False) -> Any:
-    """`value` as plain JSON types: scalars and arrays of torch and numpy become numbers and lists.
+    """Return `value` as plain JSON types: scalars and arrays of torch and numpy become numbers and lists.
 
-    NaN and infinities become the strings NaN, Infinity and -Infinity, or null. Raises TypeError for anything else.
+    NaN and infinities become the strings NaN, Infinity and -Infinity, or null if `not_finite_as_null`.
+
+    Raises:
+        TypeError: JSON has no type for the value.
     """
     if value is None or isinstance(value, (str, bool, int)):
         return value
@@ -74,28 +231,13 @@ def json_safe(value: Any, *, not_finite_as_null: bool = False) -> Any:
     raise TypeError(f"cannot write a {type(value).__name__} as JSON: give a number, text, list or dict")
 
 
-def write_text_aside(path: str | Path, text: str) -> None:
-    """Write `text` beside `path`, then rename: a reader sees the old file or the new one, never half of it."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.partial")
-    with open_text(aside, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
-def open_text(path: Path, mode: str) -> TextIO:
-    """UTF-8; a lone surrogate becomes its JSON escape, and no platform turns line ends into something else."""
-    return open(path, mode, encoding="utf-8", errors="backslashreplace", newline="\n")
-
-
 def json_line(row: dict[str, Any]) -> str:
+    """Return `row` as one line of JSON with its line end."""
     return json.dumps(json_safe(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def restore_json(value: Any) -> Any:
-    """The inverse of `json_safe` for numbers: the strings NaN, Infinity and -Infinity become floats again."""
+    """Return `value` with the strings NaN, Infinity and -Infinity as floats: the inverse of `json_safe` for numbers."""
     if isinstance(value, dict):
         return {k: restore_json(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -104,7 +246,11 @@ def restore_json(value: Any) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises `CheckpointError` naming it."""
+    """Return the JSON object that a file holds.
+
+    Raises:
+        CheckpointError: the file cannot be read, is not JSON, or holds another type.
+    """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # not readable, not UTF-8, or not JSON

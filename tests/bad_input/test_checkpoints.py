@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from icegrt import cli
 from tests.helpers import stage_cases as cases
 from tests.helpers import tiny_models
-from tests.helpers.corpus import change_json
+from tests.helpers.refusals import change_json
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -205,8 +205,8 @@ def test_ties_that_the_weights_do_not_keep(folder, home, refused):
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
 def test_weights_that_are_cut_short(share, folder, home, refused):
     path = folder / "model.safetensors"
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(share * len(whole))])
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
     refused(sample(home, folder), path, "copy the file again")
 
 
@@ -243,8 +243,8 @@ def indexed(folder, file):
     (folder / "model.safetensors").rename(folder / file)
 
 
-@pytest.mark.parametrize("way", ["up", "absolute", "link", "linked folder", "up and down"])
-def test_an_index_that_names_a_file_outside_its_folder(way, folder, home, refused):
+@pytest.mark.parametrize("path_kind", ["up", "absolute", "link", "linked folder", "up and down"])
+def test_an_index_that_names_a_file_outside_its_folder(path_kind, folder, home, refused):
     outside = folder.parent / "outside"
     outside.mkdir()
     indexed(folder, outside / "part.safetensors")
@@ -254,10 +254,10 @@ def test_an_index_that_names_a_file_outside_its_folder(way, folder, home, refuse
         "link": "part.safetensors",
         "linked folder": "sub/part.safetensors",
         "up and down": f"../{folder.name}/part.safetensors",
-    }[way]
-    if way == "link":
+    }[path_kind]
+    if path_kind == "link":
         (folder / named).symlink_to(outside / "part.safetensors")
-    elif way == "linked folder":
+    elif path_kind == "linked folder":
         (folder / "sub").symlink_to(outside)
     names = json.loads((folder / INDEX).read_text())["weight_map"]
     (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, named)}))
@@ -324,10 +324,10 @@ def test_a_tokenizer_that_is_code(folder, home, refused, trap):
 
 
 def test_a_reward_model_of_two_labels(home, refused, tmp_path):
-    model = tiny_models._made(tiny_models.AutoModelForSequenceClassification, 1, "llama", num_labels=2)
-    two = cases.save_model(tmp_path / "two", model)
-    argv = ["ppo", *cases.ppo_keys(home, tmp_path / "run", f"ppo.reward_model={two}")]
-    refused(argv, two, "`score.weight`", "(2, 32)", "(1, 32)")
+    model = tiny_models.scorer(num_labels=2)
+    model_path = cases.save_model(tmp_path / "two", model)
+    argv = ["ppo", *cases.ppo_keys(home, tmp_path / "run", f"ppo.reward_model={model_path}")]
+    refused(argv, model_path, "`score.weight`", "(2, 32)", "(1, 32)")
 
 
 def test_a_language_model_in_place_of_a_critic(home, refused, tmp_path):

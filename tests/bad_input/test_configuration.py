@@ -125,8 +125,8 @@ def _without_mlflow(name, package=None):
 
 def test_places_that_cannot_be_written_or_hold_something(home, refused, run_dir, tmp_path):
     (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file", tmp_path / "file" / "run", "/proc/icegrt"):
-        refused(["ppo", *cases.ppo_keys(home, place)], place)
+    for path in (tmp_path / "file", tmp_path / "file" / "run", "/proc/icegrt"):
+        refused(["ppo", *cases.ppo_keys(home, path)], path)
     run_dir.mkdir(parents=True)
     (run_dir / "notes.txt").write_text("mine")
     refused(["ppo", *cases.ppo_keys(home, run_dir)], run_dir, "not empty", "--resume")

@@ -5,12 +5,11 @@ import os
 
 import pytest
 
-from tests.helpers import stage_cases as stages
 from tests.helpers.data_cases import (
     GOOD,
     GOOD_RANKING,
     Case,
-    check_refused,
+    check_case_refused,
     checkpoint,
     lines,
     parquet,
@@ -347,42 +346,31 @@ def ids(cases):
     return [case.name for case in cases]
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return stages.make_home(tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ICEGRT_DEBUG", "ICEGRT_QUIET"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.mark.parametrize("case", FILES, ids=ids(FILES))
 def test_files_that_cannot_be_read(case, home, tmp_path, capsys):
-    check_refused(case, home, tmp_path, capsys)
+    check_case_refused(case, home, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("case", ROWS, ids=ids(ROWS))
 def test_rows_that_cannot_be_learned_from(case, home, tmp_path, capsys):
-    check_refused(case, home, tmp_path, capsys)
+    check_case_refused(case, home, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("case", RANKINGS, ids=ids(RANKINGS))
 def test_rankings_that_cannot_be(case, home, tmp_path, capsys):
-    check_refused(Case(case.name, case.make, case.words, "reward", case.keys), home, tmp_path, capsys)
+    check_case_refused(Case(case.name, case.make, case.words, "reward", case.keys), home, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("case", PROMPTS, ids=ids(PROMPTS))
 def test_prompts_that_cannot_be_answered(case, home, tmp_path, capsys):
-    check_refused(case, home, tmp_path, capsys)
+    check_case_refused(case, home, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("case", TOKENIZERS, ids=ids(TOKENIZERS))
 def test_tokenizers_and_templates_that_cannot_be_used(case, home, tmp_path, capsys):
-    check_refused(case, home, tmp_path, capsys)
+    check_case_refused(case, home, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("case", PREVIEWS, ids=ids(PREVIEWS))
 def test_previews_that_cannot_be_shown(case, home, tmp_path, capsys):
-    check_refused(case, home, tmp_path, capsys)
+    check_case_refused(case, home, tmp_path, capsys)

@@ -115,7 +115,7 @@ def test_on_error_does_not_excuse_a_function_that_never_works(home, refused, run
         ({"function": "a.py:f", "url": "http://h/"}, ["ppo.reward.sources[0] names function and url; expected one"]),
         ({"model": "m", "url": "http://h/"}, ["ppo.reward.sources[0] names model and url; expected one of the three"]),
         ({"url": "h:80"}, ["ppo.reward.sources[0]: expected a URL"]),
-        ({"function": "a.py:f", "name": "reward_model"}, ["ppo.reward.sources[0].name", "the reward model is called"]),
+        ({"function": "a.py:f", "name": "reward_model"}, ["ppo.reward.sources[0].name", "name of the reward model"]),
         ({"function": "a.py:f", "name": "a b"}, ["ppo.reward.sources[0].name", "'a b'"]),
         ({"function": "gone.py:f"}, ["ppo.reward.sources[0]: no file gone.py"]),
         ({"function": "a.py:f", "style": "verll"}, ["ppo.reward.sources[0].style", "one of auto, icegrt, trl, verl"]),
@@ -156,7 +156,7 @@ TWICE = {"name": "safety", "model": "m"}
         ([TWICE, {"name": "safety", "url": "http://h/"}], ["ppo.reward.sources[0].name: `safety` is given twice"]),
         (
             [{"name": "reward_model", "model": "m"}],
-            ["ppo.reward.sources[0].name", "is what the reward model is called"],
+            ["ppo.reward.sources[0].name", "is the name of the reward model"],
         ),
         ([{"name": "safety", "model": "gone/model"}], ["gone/model", "config.json"]),
     ],
@@ -208,17 +208,17 @@ HTTP = ["ppo.reward.http.retries=1", "ppo.reward.http.backoff_seconds=0.01", "pp
 
 @pytest.mark.parametrize("answer, words", ANSWERS.values(), ids=ANSWERS)
 def test_an_http_scorer(home, refused, run_dir, answer, words):
-    with reward_cases.http_scorer(lambda body: answer) as place:
-        source = f"ppo.reward.sources={json.dumps([{'url': place.url, 'name': 'judge'}])}"
-        refused(ppo(home, run_dir, source, *HTTP), "`judge`", place.url, "prompts.jsonl:", *words)
+    with reward_cases.http_scorer(lambda body: answer) as endpoint:
+        source = f"ppo.reward.sources={json.dumps([{'url': endpoint.url, 'name': 'judge'}])}"
+        refused(ppo(home, run_dir, source, *HTTP), "`judge`", endpoint.url, "prompts.jsonl:", *words)
 
 
 def test_an_http_scorer_that_is_not_there_or_says_nothing(home, refused, run_dir):
     source = "ppo.reward.sources=[{url: 'http://127.0.0.1:9/', name: judge}]"
     refused(ppo(home, run_dir, source, *HTTP), "`judge`", "cannot be reached", "is the scorer running?")
     silence = threading.Event()
-    with reward_cases.http_scorer(lambda body: (200, lambda handler: silence.wait(30))) as place:
-        source = f"ppo.reward.sources={json.dumps([{'url': place.url, 'name': 'judge'}])}"
+    with reward_cases.http_scorer(lambda body: (200, lambda handler: silence.wait(30))) as endpoint:
+        source = f"ppo.reward.sources={json.dumps([{'url': endpoint.url, 'name': 'judge'}])}"
         refused(ppo(home, run_dir, source, *HTTP, "ppo.reward.http.timeout_seconds=0.3"), "no answer within 0.3 s")
         silence.set()
 

@@ -4,44 +4,14 @@ import json
 
 import pytest
 
-from icegrt import cli
 from tests.helpers import stage_cases as cases
 from tests.helpers import tiny_models
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return cases.make_home(tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ICEGRT_DEBUG"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.fixture
-def refused(capsys, tmp_path):
-    """Runs a command that must be refused in one message with all `words`, leaving no file in tmp_path."""
-
-    def run(command, keys, *words):
-        before = cases.files_under(tmp_path)
-        capsys.readouterr()
-        assert cli.main([command, *keys]) == 2
-        lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning:")]
-        text = "\n".join(lines)
-        assert text.startswith("error: ") and text.count("error: ") == 1 and "Traceback" not in text, text
-        for word in words:
-            assert str(word) in text, f"expected {word!r} in: {text}"
-        assert cases.files_under(tmp_path) == before
-        return text
-
-    return run
-
-
-@pytest.fixture
-def run_dir(tmp_path):
-    return tmp_path / "new" / "run"
+def refused(refused):
+    """`refused(command, keys, *words)`: the command with these keys is refused."""
+    return lambda command, keys, *words: refused([command, *keys], *words)
 
 
 # -- data ---------------------------------------------------------------------------------------------------------
@@ -152,8 +122,8 @@ def test_sampling_from_what_is_no_checkpoint(home, refused, tmp_path, command):
 def test_weights_that_are_cut_short_or_missing(home, refused, run_dir, tmp_path):
     folder = tmp_path / "cut"
     cases.save_model(folder, tiny_models.causal_lm(), tiny_models.tokenizer())
-    whole = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
     refused("ppo", cases.ppo_keys(home, run_dir, f"ppo.actor={folder}"), "model.safetensors", "safetensors")
     (folder / "model.safetensors").unlink()
     refused("sft", cases.sft_keys(home, run_dir, f"sft.model={folder}"), folder, "no model.safetensors")
@@ -165,8 +135,8 @@ def test_a_language_model_in_place_of_a_reward_model(home, refused, run_dir):
 
 
 def test_roles_of_different_vocabularies(home, refused, run_dir, tmp_path):
-    other = cases.save_model(tmp_path / "other", tiny_models.scorer(vocab_size=64))
-    keys = cases.ppo_keys(home, run_dir, f"ppo.reward_model={other}")
+    reward_model = cases.save_model(tmp_path / "other", tiny_models.scorer(vocab_size=64))
+    keys = cases.ppo_keys(home, run_dir, f"ppo.reward_model={reward_model}")
     refused("ppo", keys, "reward model", "64 tokens", "one of 61")
 
 
@@ -226,14 +196,14 @@ def test_a_reward_function_that_is_not_there(home, refused, run_dir, spec, words
 
 def test_places_that_cannot_be_written(home, refused, tmp_path):
     (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file", tmp_path / "file" / "run", "/proc/icegrt/run"):
-        refused("ppo", cases.ppo_keys(home, place), place)
-    for place, named in (
+    for path in (tmp_path / "file", tmp_path / "file" / "run", "/proc/icegrt/run"):
+        refused("ppo", cases.ppo_keys(home, path), path)
+    for path, named in (
         (tmp_path / "file" / "x.jsonl", tmp_path / "file"),
         (tmp_path, "folder"),
         ("/proc/x", "/proc"),
     ):
-        keys = [f"sample.model={home.actor}", f"sample.prompts={home.prompts}", f"sample.out={place}"]
+        keys = [f"sample.model={home.actor}", f"sample.prompts={home.prompts}", f"sample.out={path}"]
         refused("sample", keys, named)
         refused("generate", [key.replace("sample.", "generate.", 1) for key in keys], named)
 

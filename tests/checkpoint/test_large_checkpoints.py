@@ -18,9 +18,9 @@ def step(*arguments) -> int:
     """Run one step in a process of its own; its peak memory in bytes, as it prints it."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "ignore", str(SCRIPT), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0, done.stderr
-    peaks = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak ")]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
+    assert process.returncode == 0, process.stderr
+    peaks = [int(line.split()[1]) for line in process.stdout.splitlines() if line.startswith("peak ")]
     return peaks[-1] if peaks else 0
 
 

@@ -36,7 +36,7 @@ def sft(folder: Path, resume: bool) -> SFTTrainer:
     return SFTTrainer(config, tiny.causal_lm(0), tiny.tokenizer(), str(data), heldout=ROWS[:2])
 
 
-def ppo(folder: Path, resume: bool, dtype="fp32", more=(), **changes) -> PPOTrainer:
+def ppo(folder: Path, resume: bool, dtype="fp32", extra_rewards=(), **changes) -> PPOTrainer:
     config = tiny.ppo_config(
         folder,
         **{
@@ -54,7 +54,7 @@ def ppo(folder: Path, resume: bool, dtype="fp32", more=(), **changes) -> PPOTrai
         }
         | changes,
     )
-    reward = [tiny.scorer(1), tiny.count_letters, *more]
+    reward = [tiny.scorer(1), tiny.count_letters, *extra_rewards]
     return PPOTrainer(config, tiny.causal_lm(0), tiny.tokenizer(), reward, tiny.PROMPTS, eval_prompts=tiny.PROMPTS[:3])
 
 
@@ -62,7 +62,7 @@ RUNS = {
     "sft": sft,
     "ppo": ppo,
     "ppo_bf16": lambda folder, resume: ppo(folder, resume, "bf16"),
-    "ppo_two_reward_models": lambda folder, resume: ppo(folder, resume, more=[(tiny.scorer(2), -0.7)]),
+    "ppo_two_reward_models": lambda folder, resume: ppo(folder, resume, extra_rewards=[(tiny.scorer(2), -0.7)]),
     "ppo_warming_up": lambda folder, resume: ppo(
         folder, resume, critic=CriticConfig(warmup_iterations=BEFORE + 1, optimizer=OPTIMIZER)
     ),
@@ -75,19 +75,19 @@ def figures(step) -> dict:
     return {name: x for name, x in row.items() if "seconds" not in name and "per_second" not in name}
 
 
-def everything(trainer) -> dict:
+def complete_state(trainer) -> dict:
     """Weights and the rest of a trainer's state."""
-    held = {f"{role.name}.{name}": p for role in trainer.roles for name, p in tiny.parameters(role).items()}
+    tensors = {f"{role.name}.{name}": p for role in trainer.roles for name, p in tiny.parameters(role).items()}
     for role in trainer.roles:
         for entry in inner_optimizers(role.optimizer):
             states = entry.optimizer.state.values()
-            held |= {f"{role.name}.{n}.{k}": v.clone() for n, s in enumerate(states) for k, v in s.items()}
-    return {"tensors": held, "state": trainer.state(), "schedules": [r.schedule.state_dict() for r in trainer.roles]}
+            tensors |= {f"{role.name}.{n}.{k}": v.clone() for n, s in enumerate(states) for k, v in s.items()}
+    return {"tensors": tensors, "state": trainer.state(), "schedules": [r.schedule.state_dict() for r in trainer.roles]}
 
 
 def go_on(trainer) -> dict:
     steps = [figures(trainer.step()) for _ in range(AFTER)]
-    return everything(trainer) | {"steps": steps}
+    return complete_state(trainer) | {"steps": steps}
 
 
 def resume(folders: list[str]) -> None:
@@ -99,24 +99,24 @@ def resume(folders: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def stories(tmp_path_factory):
+def resumed_runs(tmp_path_factory):
     """What each run did after its checkpoint: uninterrupted, and resumed in another process from a copy."""
-    place = tmp_path_factory.mktemp("runs")
-    (place / "copy").mkdir()
-    for folder in (place, place / "copy"):
+    runs = tmp_path_factory.mktemp("runs")
+    (runs / "copy").mkdir()
+    for folder in (runs, runs / "copy"):
         (folder / "ptx.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    told = {}
+    uninterrupted = {}
     for name, make in RUNS.items():
-        with make(place / name, resume=False) as trainer:
+        with make(runs / name, resume=False) as trainer:
             for _ in range(BEFORE):
                 trainer.step()
             if name == "sft":
                 trainer.save_checkpoint()
-            shutil.copytree(place / name, place / "copy" / name)
-            told[name] = go_on(trainer)
-    folders = [str(place / "copy" / name) for name in RUNS]
+            shutil.copytree(runs / name, runs / "copy" / name)
+            uninterrupted[name] = go_on(trainer)
+    folders = [str(runs / "copy" / name) for name in RUNS]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "tests.checkpoint.test_resume", *folders],
         cwd=Path(__file__).parents[2],
         env=environment,
@@ -124,31 +124,32 @@ def stories(tmp_path_factory):
         text=True,
         timeout=240,
     )
-    assert done.returncode == 0, done.stderr
-    return {name: (told[name], torch.load(Path(f) / "resumed.pt"), Path(f)) for name, f in zip(RUNS, folders)}
+    assert process.returncode == 0, process.stderr
+    return {name: (uninterrupted[name], torch.load(Path(f) / "resumed.pt"), Path(f)) for name, f in zip(RUNS, folders)}
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(name, stories):
-    expected, resumed, _ = stories[name]
-    ours, theirs = resumed["tensors"], expected["tensors"]
-    assert [n for n in theirs if not torch.equal(ours[n], theirs[n])] == [] and ours.keys() == theirs.keys()
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(name, resumed_runs):
+    expected, resumed, _ = resumed_runs[name]
+    resumed_tensors, uninterrupted = resumed["tensors"], expected["tensors"]
+    assert resumed_tensors.keys() == uninterrupted.keys()
+    assert [n for n in uninterrupted if not torch.equal(resumed_tensors[n], uninterrupted[n])] == []
     assert resumed["schedules"] == expected["schedules"]
-    assert any(n.endswith("exp_avg") and x.any() for n, x in theirs.items())
+    assert any(n.endswith("exp_avg") and x.any() for n, x in uninterrupted.items())
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_resumed_run_reports_the_figures_of_an_uninterrupted_one(name, stories):
-    expected, resumed, folder = stories[name]
+def test_a_resumed_run_reports_the_figures_of_an_uninterrupted_one(name, resumed_runs):
+    expected, resumed, folder = resumed_runs[name]
     assert resumed["steps"] == expected["steps"]
     rows = [row for row in read_metrics(folder) if row["kind"] != "evaluation"]
     assert len(rows) == BEFORE + AFTER
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_resumed_run_remembers_what_an_uninterrupted_one_does(name, stories):
+def test_a_resumed_run_remembers_what_an_uninterrupted_one_does(name, resumed_runs):
     # Data position, KL controller, score moments; and alarms, that of the checkpoint's own iteration included.
-    expected, resumed, _ = stories[name]
+    expected, resumed, _ = resumed_runs[name]
     assert resumed["state"] == expected["state"]
 
 
@@ -162,14 +163,14 @@ def test_only_the_last_checkpoints_are_kept_and_half_written_ones_are_not_seen(t
         left_over.mkdir()
         (left_over / "state.json").write_text("{")
         trainer.step()
-        kept = [p.name for p in files.list_checkpoints(trainer.dir)]
-    assert kept == ["step_000002", "step_000003"]
-    with ppo(tmp_path / "run", True, checkpoint_every=50, ptx_coef=0.0) as again:
-        assert again.done_steps == 3
-    (files.checkpoints_dir(again.dir) / "step_000003" / "state.json").write_text('{"step"')
-    with ppo(tmp_path / "run", True, checkpoint_every=50, ptx_coef=0.0) as again:
-        assert again.done_steps == 2
-    shutil.rmtree(files.checkpoints_dir(again.dir) / "step_000002" / "critic")
+        checkpoint_names = [p.name for p in files.list_checkpoints(trainer.dir)]
+    assert checkpoint_names == ["step_000002", "step_000003"]
+    with ppo(tmp_path / "run", True, checkpoint_every=50, ptx_coef=0.0) as resumed:
+        assert resumed.done_steps == 3
+    (files.checkpoints_dir(resumed.dir) / "step_000003" / "state.json").write_text('{"step"')
+    with ppo(tmp_path / "run", True, checkpoint_every=50, ptx_coef=0.0) as resumed:
+        assert resumed.done_steps == 2
+    shutil.rmtree(files.checkpoints_dir(resumed.dir) / "step_000002" / "critic")
     with pytest.raises(CheckpointError, match=r"step_000002: damaged: critic/.* is missing, and \d+ more"):
         ppo(tmp_path / "run", True, ptx_coef=0.0)
 

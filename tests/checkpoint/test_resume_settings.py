@@ -13,11 +13,6 @@ from icegrt.training.sft import SFTTrainer
 from tests.helpers import stage_cases as cases
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return cases.make_home(tmp_path_factory.mktemp("home"))
-
-
 def rows(run):
     return [row for row in read_metrics(run) if row["kind"] != "evaluation"]
 
@@ -50,7 +45,7 @@ def test_settings_of_the_optimizer_and_of_the_loss_count_from_the_resume_on(home
     # What steers itself goes on from where it was, whatever it began with.
     steered = [*changed[:-1], "ppo.kl_control=adaptive", "ppo.kl_horizon_responses=100", "ppo.kl_coef=0.7"]
     with PPOTrainer(PPOConfig.load(None, [*keys, *steered, "ppo.run.resume=true"])) as run:
-        assert run.kl.coef == 0.3
+        assert run.components.kl_controller.coef == 0.3
 
 
 def test_other_data_or_another_seed_is_refused(home, tmp_path):

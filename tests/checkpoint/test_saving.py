@@ -12,7 +12,7 @@ import torch
 
 from icegrt import cli
 from icegrt.checkpoint import directory as files
-from icegrt.checkpoint import manager as checkpoint
+from icegrt.checkpoint.manager import write_bucket
 from icegrt.config import PPOConfig, RewardConfig, SFTConfig
 from icegrt.errors import CheckpointError, RunError
 from icegrt.metrics import read_metrics
@@ -33,11 +33,6 @@ LONGER = {
     "reward": ("reward.epochs=4", "reward.eval_every=1", "reward.patience=0"),
     "ppo": ("ppo.iterations=4", "ppo.checkpoint_every=3"),
 }
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return cases.make_home(tmp_path_factory.mktemp("home"))
 
 
 def trainer(home, stage, folder, *keys, callbacks=()):
@@ -64,53 +59,59 @@ def rows_without_clocks(run):
 # -- in the background -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def gate(monkeypatch):
-    """Writers wait until it is opened."""
-    opened, write = threading.Event(), checkpoint._write
+class Gate:
+    """Writes buckets of a checkpoint once it is open."""
 
-    def waiting(*args):
-        assert opened.wait(60)
-        return write(*args)
+    def __init__(self):
+        self.opened = threading.Event()
 
-    monkeypatch.setattr(checkpoint, "_write", waiting)
-    return opened
+    def open(self):
+        self.opened.set()
+
+    def write_bucket(self, *args):
+        assert self.opened.wait(60)
+        return write_bucket(*args)
 
 
-def test_what_is_written_in_the_background_is_the_state_of_when_it_was_asked_for(home, tmp_path, gate):
+def gated_trainer(gate, home, stage, folder, *keys):
+    """A trainer that saves in the background, and not before `gate` is open."""
+    run = trainer(home, stage, folder, f"{stage}.run.checkpoint_in_background=true", *keys)
+    run.checkpoints.write_bucket = gate.write_bucket
+    return run
+
+
+def test_what_is_written_in_the_background_is_the_state_of_when_it_was_asked_for(home, tmp_path):
     keys = ("sft.checkpoint_every=0",)
     with trainer(home, "sft", tmp_path / "sync", *keys) as run:
-        gate.set()
         run.step()
         run.save_checkpoint()
-    gate.clear()
-    told = []
-    background = ("sft.run.checkpoint_in_background=true", *keys)
-    with trainer(home, "sft", tmp_path / "async", *background) as run:
-        run.callbacks.append(type("Hook", (), {"on_checkpoint": lambda self, run, path: told.append(path.name)})())
+    gate, committed = Gate(), []
+    with gated_trainer(gate, home, "sft", tmp_path / "async", *keys) as run:
+        run.callbacks.append(type("Hook", (), {"on_checkpoint": lambda self, run, path: committed.append(path.name)})())
         run.step()
         run.save_checkpoint()
         # Training goes on, and nothing can be taken for a checkpoint before it is one.
         run.step()
-        assert names(run.dir) == [] and told == [] and not (files.checkpoints_dir(run.dir) / "latest").exists()
-        gate.set()
+        assert names(run.dir) == [] and committed == [] and not (files.checkpoints_dir(run.dir) / "latest").exists()
+        gate.open()
         run.complete_checkpoint()
-        assert names(run.dir) == told == ["step_000001"]
+        assert names(run.dir) == committed == ["step_000001"]
     for out, run in (("async", tmp_path / "async"), ("sync", tmp_path / "sync")):
         assert files.verify(files.checkpoint_path(run, 1)) == [], out
         assert json.loads((files.checkpoint_path(run, 1) / "state.json").read_text())["step"] == 1
-    held = [weights_of(tmp_path / kind, "latest", home) for kind in ("sync", "async")]
-    assert held[0] == held[1]
+    exported = [weights_of(tmp_path / kind, "latest", home) for kind in ("sync", "async")]
+    assert exported[0] == exported[1]
 
 
-def test_what_the_trainer_remembers_later_is_not_in_the_checkpoint(home, tmp_path, gate):
-    with trainer(home, "ppo", tmp_path / "run", "ppo.run.checkpoint_in_background=true") as run:
+def test_what_the_trainer_remembers_later_is_not_in_the_checkpoint(home, tmp_path):
+    gate = Gate()
+    with gated_trainer(gate, home, "ppo", tmp_path / "run") as run:
         run.step()
         run.save_checkpoint()
         before = json.loads(json.dumps(run.state()))
         run.step()
         run.alarm_messages.append("later")
-        gate.set()
+        gate.open()
     assert files.read_state(files.checkpoint_path(run.dir, 1))["trainer"] == before
 
 
@@ -127,12 +128,13 @@ def test_a_run_that_saves_in_the_background_is_the_run_that_does_not(home, tmp_p
     assert weights_of(tmp_path / "true", "step_000003", home) == weights_of(tmp_path / "false", "step_000003", home)
 
 
-def test_a_pending_checkpoint_survives_an_error_of_the_run(home, tmp_path, gate):
+def test_a_pending_checkpoint_survives_an_error_of_the_run(home, tmp_path):
+    gate = Gate()
     with pytest.raises(ZeroDivisionError):
-        with trainer(home, "sft", tmp_path / "run", "sft.run.checkpoint_in_background=true") as run:
+        with gated_trainer(gate, home, "sft", tmp_path / "run") as run:
             run.step()
             assert names(run.dir) == []
-            gate.set()
+            gate.open()
             raise ZeroDivisionError
     assert names(tmp_path / "run") == ["step_000001"]
 
@@ -167,8 +169,10 @@ def test_sigterm_saves_and_ends_with_status_0_and_the_run_goes_on_as_if_it_had_n
         assert run.done_steps == 2
         run.train()
     assert rows_without_clocks(tmp_path / "run") == rows_without_clocks(tmp_path / "undisturbed")
-    ours, theirs = ((tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("run", "undisturbed"))
-    assert ours == theirs
+    weights, expected = (
+        (tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("run", "undisturbed")
+    )
+    assert weights == expected
 
 
 # -- resume=auto, and torchrun's restarts ------------------------------------------------------------------------------
@@ -179,11 +183,11 @@ def test_auto_starts_and_goes_on_with_one_command(home, tmp_path, monkeypatch):
     with trainer(home, "ppo", tmp_path / "undisturbed", *auto) as run:
         run.train()
     rollouts = tmp_path / "run" / "rollouts"
-    for done in (0, 0, 3):
+    for done_steps in (0, 0, 3):
         # Two attempts end before the first checkpoint, after an iteration each; the third after it.
         with trainer(home, "ppo", tmp_path / "run", *auto) as run:
             assert run.done_steps == 0 and (not rollouts.exists() or not list(rollouts.iterdir()))
-            for _ in range(done or 1):
+            for _ in range(done_steps or 1):
                 run.step()
     shutil.copytree(tmp_path / "run", tmp_path / "restarted")
     with trainer(home, "ppo", tmp_path / "run", *auto) as run:
@@ -211,7 +215,7 @@ def test_auto_does_not_take_a_folder_that_is_something_else(home, tmp_path):
 
 
 def test_two_processes_do_not_run_in_one_folder(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(folders, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(folders, "LOCK_TIMEOUT_S", 0.2)
     with trainer(home, "sft", tmp_path / "run"):
         with pytest.raises(RunError, match="another process is running in it"):
             trainer(home, "sft", tmp_path / "run", "sft.run.resume=auto")
@@ -224,7 +228,7 @@ def test_two_processes_do_not_run_in_one_folder(home, tmp_path, monkeypatch):
 
 def test_a_run_names_a_damaged_checkpoint_and_goes_on_from_the_one_before(home, tmp_path, capsys):
     with trainer(home, "sft", tmp_path / "run", "sft.keep_checkpoints=9") as run:
-        whole = run.train()
+        expected_summary = run.train()
     assert len(names(run.dir)) >= 4
     last, before = files.list_checkpoints(run.dir)[:-3:-1]
     data = last / "actor" / "__0_0.distcp"
@@ -233,7 +237,7 @@ def test_a_run_names_a_damaged_checkpoint_and_goes_on_from_the_one_before(home, 
         assert run.done_steps == int(before.name[5:])
         warned = capsys.readouterr().err
         assert f"{last}: damaged: actor/__0_0.distcp has" in warned and "the one before it" in warned
-        assert run.train() == whole
+        assert run.train() == expected_summary
     assert last.name in names(run.dir) and (last.parent / f"{last.name}.damaged").is_dir()
     for path in files.list_checkpoints(run.dir):
         (path / "manifest.json").unlink()
@@ -254,10 +258,10 @@ def test_best_weights_that_were_damaged_meanwhile_are_refused(home, tmp_path):
 
 
 def test_export_takes_the_last_whole_checkpoint_the_best_or_the_one_that_is_named(home, tmp_path, capsys):
-    held = [row | {"response": row["response"][::-1]} for row in cases.read_jsonl(home.sft)]
+    heldout_rows = [row | {"response": row["response"][::-1]} for row in cases.read_jsonl(home.sft)]
     config = SFTConfig.load(None, [*cases.sft_keys(home, tmp_path / "run"), *LONGER["sft"], "sft.eval_every=1",
                                    "sft.optimizer.lr=0.05", "sft.keep_checkpoints=2"])  # fmt: skip
-    with SFTTrainer(config, heldout=held) as run:
+    with SFTTrainer(config, heldout=heldout_rows) as run:
         run.train()
     losses = [row["heldout_loss"] for row in read_metrics(run.dir)]
     by_step = {name: weights_of(run.dir, name, home) for name in names(run.dir)}
@@ -317,8 +321,8 @@ def test_a_disk_that_is_full_while_anything_else_is_written_is_one_message(home,
         assert cli.main(["ppo", *keys]) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    said = capsys.readouterr().err
-    assert "error: File too large while the command was writing" in said and "Traceback" not in said
+    stderr = capsys.readouterr().err
+    assert "error: File too large while the command was writing" in stderr and "Traceback" not in stderr
     assert names(run) == ["step_000001"] and files.verify(files.checkpoint_path(run, 1)) == []
     assert cli.main(["ppo", *keys]) == 0 and names(run)[-1] == "step_000004"
 

@@ -22,21 +22,21 @@ def alone(monkeypatch):
 @pytest.fixture
 def stages(monkeypatch):
     """Puts in the place of every stage one that notes its configuration, or raises what `stages.error` holds."""
-    noted = types.SimpleNamespace(runs=[], error=None)
+    recorder = types.SimpleNamespace(runs=[], error=None)
 
     def stage(name):
         def run(config):
-            noted.runs.append((name, config))
-            if noted.error is not None:
-                raise noted.error
+            recorder.runs.append((name, config))
+            if recorder.error is not None:
+                raise recorder.error
 
         return run
 
     for name in SECTIONS:
-        module = types.ModuleType(cli._MODULES[name])
+        module = types.ModuleType(cli.STAGE_MODULES[name])
         module.run = stage(name)
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    return noted
+    return recorder
 
 
 def shell(*args, **env):
@@ -119,7 +119,7 @@ def test_interrupting_says_how_to_resume(stages, capsys, monkeypatch):
     stages.error = KeyboardInterrupt()
     assert cli.main(["ppo", "ppo.run.dir=a b"]) == 130
     assert capsys.readouterr().err == (
-        "interrupted; to go on from the last checkpoint, run: icegrt ppo 'ppo.run.dir=a b' --resume\n"
+        "interrupted; to resume from the last checkpoint, run: icegrt ppo 'ppo.run.dir=a b' --resume\n"
     )
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["ppo", "--resume"]) == 130
@@ -184,9 +184,9 @@ def test_commands_are_the_stages_and_doctor():
 def test_exit_codes_of_the_process():
     version = shell("--version")
     assert version.returncode == 0 and version.stdout.startswith("icegrt ")
-    wrong = shell("ppo", "ppo.kl_ceof=1")
-    assert wrong.returncode == 2 and wrong.stdout == ""
-    assert wrong.stderr == "error: command line: ppo.kl_ceof is not a key; did you mean ppo.kl_coef?\n"
+    process = shell("ppo", "ppo.kl_ceof=1")
+    assert process.returncode == 2 and process.stdout == ""
+    assert process.stderr == "error: command line: ppo.kl_ceof is not a key; did you mean ppo.kl_coef?\n"
     debug = shell("ppo", "ppo.kl_ceof=1", ICEGRT_DEBUG="1")
     assert debug.returncode == 1 and "Traceback" in debug.stderr
 

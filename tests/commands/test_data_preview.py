@@ -1,20 +1,18 @@
 """`icegrt data preview`: what is trained on stands out, on a terminal and in a file, and text cannot play tricks."""
 
 import json
-import os
-import pty
-import subprocess
 import sys
 
 import pytest
 
 from icegrt import cli
-from tests.helpers.data_rows import CHAT, PLAIN, make
+from tests.helpers.data_rows import CHAT, PLAIN, make_tokenizer
+from tests.helpers.terminal import run_on_terminal
 
 
 @pytest.fixture
 def files(tmp_path):
-    make(PLAIN).save_pretrained(tmp_path / "model")
+    make_tokenizer(PLAIN).save_pretrained(tmp_path / "model")
     rows = {
         "talk": {"messages": CHAT},
         "pair": {"prompt": "ask", "chosen": "good", "rejected": "bad"},
@@ -47,7 +45,7 @@ def test_pairs_and_prompts(files, capsys):
 
 def test_rows_that_would_be_left_out_say_so(files, capsys):
     out = preview(files, "talk", capsys, "--max-length", "20", "--truncation", "drop")
-    assert out == f"-- {files}/talk.jsonl:1: left out, longer than 20 tokens\n"
+    assert out == f"-- {files}/talk.jsonl:1: dropped, longer than 20 tokens\n"
 
 
 def test_control_characters_and_markup_are_harmless_in_a_file(files, capsys):
@@ -56,23 +54,9 @@ def test_control_characters_and_markup_are_harmless_in_a_file(files, capsys):
     assert not [c for c in out if ord(c) < 32 and c != "\n"] and "\u202e" not in out and "title" not in out
 
 
-def test_colour_on_a_terminal_and_nothing_else_of_an_escape(files):
-    ours, theirs = pty.openpty()
+def test_colour_on_a_terminal_and_nothing_else_of_an_escape(files, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
     command = [sys.executable, "-m", "icegrt", "data", "preview", str(files / "evil.jsonl"), "--model", str(files / "model")]  # fmt: skip # noqa: E501
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"}
-    environment.pop("NO_COLOR", None)
-    with subprocess.Popen(command, stdout=theirs, stderr=subprocess.DEVNULL, env=environment) as process:
-        os.close(theirs)
-        out = b""
-        while True:
-            try:
-                part = os.read(ours, 65536)
-            except OSError:  # the other end is closed
-                break
-            if not part:
-                break
-            out += part
-    os.close(ours)
-    assert process.returncode == 0
+    out, _ = run_on_terminal(command, environment={"TERM": "xterm-256color", "COLUMNS": "100"})
     assert b"\x1b[1;32m[/bold]no<|im_end|>\x1b[0m" in out and b"[red]ask" in out
     assert b"\x1b[31m" not in out and b"\x1b[2J" not in out and b"title" not in out

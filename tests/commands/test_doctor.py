@@ -97,7 +97,7 @@ def test_a_missing_package_fails_only_where_it_is_required(versions):
 
 def test_every_package_that_can_be_missing_comes_with_advice(versions):
     versions()
-    assert all(doctor.package(wanted).advice for wanted in doctor.PACKAGES)
+    assert all(doctor.package(package).advice for package in doctor.PACKAGES)
 
 
 def test_the_forward_pass_is_the_models_own_selftest(selftest):
@@ -125,19 +125,19 @@ def test_a_forward_pass_that_cannot_be_tried_fails_by_its_cause(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "found"),
+    ("error", "finding"),
     [
         (ModuleNotFoundError("No module named 'icegrt._C'"), "not built"),
         (ImportError("undefined symbol: x\nmore"), "does not load: undefined symbol: x"),
     ],
 )
-def test_an_extension_that_is_missing_or_broken_fails_with_how_to_build_it(monkeypatch, error, found):
+def test_an_extension_that_is_missing_or_broken_fails_with_how_to_build_it(monkeypatch, error, finding):
     def broken(name):
         raise error
 
     monkeypatch.setattr(doctor.importlib, "import_module", broken)
     check = doctor.extension()
-    assert (check.status, check.found) == (FAIL, found) and "make install" in check.advice
+    assert (check.status, check.found) == (FAIL, finding) and "make install" in check.advice
 
 
 def test_kernels_are_listed_by_the_backend_that_they_take(monkeypatch):
@@ -154,9 +154,9 @@ def test_a_check_that_raises_is_a_finding():
     def raises(error):
         raise error
 
-    missing = doctor._guarded("devices", lambda: raises(ImportError("no torch")), "reinstall")
+    missing = doctor.run_check("devices", lambda: raises(ImportError("no torch")), "reinstall")
     assert missing == [Check("devices", "not checked: no torch", NOTE, "see the packages above")]
-    broken = doctor._guarded("devices", lambda: raises(OSError("libcuda.so\nmore")), "reinstall")
+    broken = doctor.run_check("devices", lambda: raises(OSError("libcuda.so\nmore")), "reinstall")
     assert broken == [Check("devices", "libcuda.so", FAIL, "reinstall")]
 
 

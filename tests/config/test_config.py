@@ -31,9 +31,9 @@ def recipe(tmp_path, monkeypatch):
 
 
 def refusal(cls, path=None, overrides=()):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as error_info:
         cls.load(path, overrides)
-    message = str(caught.value)
+    message = str(error_info.value)
     assert "pydantic" not in message and "Traceback" not in message
     return message
 
@@ -71,8 +71,8 @@ def test_partly_given_sections_keep_the_defaults_of_their_stage(recipe):
     ],
 )
 def test_plain_scalars_mean_what_they_look_like(text, value):
-    got = parse(text, "test")
-    assert got == value and type(got) is type(value)
+    parsed = parse(text, "test")
+    assert parsed == value and type(parsed) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -285,8 +285,8 @@ def test_secrets_are_hidden_where_a_configuration_is_shown_or_saved(tmp_path):
     save(config, path)
     assert path.read_text() == text
     assert _refused(SecretiveConfig, path).count("give it again") == 2
-    again = load(SecretiveConfig, path, ["secretive.hub_token=x", "secretive.api_passwords=y"])
-    assert again == SecretiveConfig(hub_token="x", api_passwords=["y"], token_budget=5)
+    reloaded = load(SecretiveConfig, path, ["secretive.hub_token=x", "secretive.api_passwords=y"])
+    assert reloaded == SecretiveConfig(hub_token="x", api_passwords=["y"], token_budget=5)
 
 
 def test_secrets_are_hidden_in_error_messages(tmp_path):
@@ -297,9 +297,9 @@ def test_secrets_are_hidden_in_error_messages(tmp_path):
 
 
 def _refused(cls, path, overrides=()):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as error_info:
         load(cls, path, overrides)
-    return str(caught.value)
+    return str(error_info.value)
 
 
 def test_configurations_are_frozen():
@@ -348,5 +348,5 @@ def test_the_documentation_of_the_keys_is_up_to_date():
 
 
 def test_the_documentation_is_written_by_the_command_that_it_names():
-    made = subprocess.run([sys.executable, "-m", "icegrt.config.docs"], capture_output=True, text=True, check=True)
-    assert made.stdout == markdown()
+    process = subprocess.run([sys.executable, "-m", "icegrt.config.docs"], capture_output=True, text=True, check=True)
+    assert process.stdout == markdown()

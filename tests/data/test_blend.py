@@ -40,10 +40,10 @@ def test_weights_are_exact_over_epochs():
 def test_no_item_is_ahead_of_another_by_more_than_one(n, weight, epochs, seed):
     order = BlendedDataset([(range(n), weight)], seed)
     counts = Counter(i for e in range(epochs) for _, i in order.epoch(e))
-    seen = [counts[i] for i in range(n)]
-    assert max(seen) - min(seen) <= 1
-    assert abs(sum(seen) - n * weight * epochs) < 1.001
-    assert sum(seen) == order.count(epochs) == sum(len(order.epoch(e)) for e in range(epochs))
+    item_counts = [counts[i] for i in range(n)]
+    assert max(item_counts) - min(item_counts) <= 1
+    assert abs(sum(item_counts) - n * weight * epochs) < 1.001
+    assert sum(item_counts) == order.count(epochs) == sum(len(order.epoch(e)) for e in range(epochs))
 
 
 def test_epochs_differ_and_repeat():
@@ -63,13 +63,13 @@ def test_batches_are_the_epochs_end_to_end():
 
 @pytest.mark.parametrize("batch_size", [1, 4, 17, 100])
 def test_resume_at_every_position(batch_size):
-    whole = stream(blend(), batch_size, 24)
-    for cut in range(24):
+    all_batches = stream(blend(), batch_size, 24)
+    for position in range(24):
         first = blend()
-        stream(first, batch_size, cut)
+        stream(first, batch_size, position)
         second = blend()
         second.load_state(json.loads(json.dumps(first.state())))
-        assert stream(second, batch_size, 24 - cut) == whole[cut:]
+        assert stream(second, batch_size, 24 - position) == all_batches[position:]
 
 
 def test_a_number_of_epochs_ends_the_batches():
@@ -112,10 +112,10 @@ def test_bad_sources(sources, says):
         BlendedDataset(sources, 0)
 
 
-@pytest.mark.parametrize("other", [blend(seed=1), blend(scale=2), BlendedDataset([([1], 1.0)], 0)])
-def test_other_data_is_refused_on_resume(other):
+@pytest.mark.parametrize("other_blend", [blend(seed=1), blend(scale=2), BlendedDataset([([1], 1.0)], 0)])
+def test_other_data_is_refused_on_resume(other_blend):
     with pytest.raises(DataError, match="changed since the checkpoint"):
-        other.load_state(blend().state())
+        other_blend.load_state(blend().state())
 
 
 def test_batch_size_and_draw_size():
@@ -135,11 +135,11 @@ DRAWS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 def test_prompts_come_once_per_epoch_and_once_per_draw(n, seed, sizes):
     order, flat = PromptSampler(n, seed), []
     for k in sizes:
-        drawn = order.draw(k)
-        assert len(drawn) == k
+        prompts = order.draw(k)
+        assert len(prompts) == k
         if k <= n:
-            assert len(set(drawn)) == k
-        flat += drawn
+            assert len(set(prompts)) == k
+        flat += prompts
     for start in range(0, len(flat) - n + 1, n):
         assert sorted(flat[start : start + n]) == list(range(n))
     assert len(set(flat[len(flat) // n * n :])) == len(flat) % n
@@ -149,14 +149,14 @@ def test_prompts_come_once_per_epoch_and_once_per_draw(n, seed, sizes):
 @given(st.integers(1, 20), st.integers(0, 9), DRAWS)
 def test_prompt_order_resumes_anywhere(n, seed, sizes):
     order = PromptSampler(n, seed)
-    states, whole = [], []
+    states, draws = [], []
     for k in sizes:
         states.append(json.dumps(order.state()))
-        whole.append(order.draw(k))
+        draws.append(order.draw(k))
     for i, state in enumerate(states):
         resumed = PromptSampler(n, seed)
         resumed.load_state(json.loads(state))
-        assert [resumed.draw(k) for k in sizes[i:]] == whole[i:]
+        assert [resumed.draw(k) for k in sizes[i:]] == draws[i:]
 
 
 def test_prompt_order_refuses_other_prompts():

@@ -2,9 +2,9 @@
 
 import pytest
 
-from icegrt.data import encode_example, encode_prompts, encode_ranking
 from icegrt.errors import DataError
-from tests.helpers.data_rows import CHAT, PLAIN, make, row, text, trained
+from tests.helpers.data_rows import CHAT, PLAIN, make_tokenizer, row, text, trained
+from tests.helpers.encoding import encode_example, encode_prompts, encode_ranking
 
 ASK, CALL = CHAT[1], CHAT[2]
 OTHER = {"role": "assistant", "content": "no"}
@@ -12,7 +12,7 @@ OTHER = {"role": "assistant", "content": "no"}
 
 @pytest.fixture(scope="module")
 def chat():
-    return make(PLAIN)
+    return make_tokenizer(PLAIN)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,9 @@ def test_a_preference_whose_prompt_is_another_is_refused(chat):
 
 
 def test_fields_that_a_table_adds_as_nulls_do_not_reach_the_template():
-    tokenizer = make(PLAIN.replace("{{ m.role }}", "{% if m.tool_calls is defined %}CALLS{% endif %}{{ m.role }}"))
+    tokenizer = make_tokenizer(
+        PLAIN.replace("{{ m.role }}", "{% if m.tool_calls is defined %}CALLS{% endif %}{{ m.role }}")
+    )
     messages = [message | {"tool_calls": None, "name": None} for message in (ASK, CALL)]
     example = encode_example(tokenizer, row(messages=messages), 100)
     assert "CALLS" not in text(tokenizer, example.prompt + example.response)

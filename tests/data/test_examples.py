@@ -2,16 +2,7 @@
 
 import pytest
 
-from icegrt.data import (
-    EncodedDataset,
-    ExampleEncoder,
-    encode_example,
-    encode_examples,
-    encode_prompt,
-    encode_prompts,
-    read_rows,
-    report_lengths,
-)
+from icegrt.data import EncodedDataset, ExampleEncoder, report_lengths
 from icegrt.errors import DataError
 from tests.helpers.data_rows import (
     CHAT,
@@ -22,22 +13,12 @@ from tests.helpers.data_rows import (
     PLAIN,
     STRICT,
     WITH_TOOLS,
-    make,
+    make_tokenizer,
     row,
     text,
     trained,
 )
-
-
-@pytest.fixture(scope="module")
-def plain():
-    return make()
-
-
-@pytest.fixture(scope="module")
-def chat():
-    return make(PLAIN)
-
+from tests.helpers.encoding import encode_example, encode_examples, encode_prompt, encode_prompts, read_rows
 
 # Supervised rows.
 
@@ -52,7 +33,7 @@ def test_without_a_template(plain):
 
 
 def test_bos_stays_and_an_eos_after_the_prompt_goes():
-    tokenizer = make(bos=True)
+    tokenizer = make_tokenizer(bos=True)
     example = encode_example(tokenizer, row(prompt="a", response="b"), 100)
     assert text(tokenizer, example.prompt + example.response) == "<bos>ab<|im_end|>"
 
@@ -75,14 +56,14 @@ def test_with_a_template_the_prompt_is_what_sampling_renders(chat):
 
 
 def test_pad_equal_to_eos_keeps_eos():
-    tokenizer = make(PLAIN, pad_token="<|im_end|>")
+    tokenizer = make_tokenizer(PLAIN, pad_token="<|im_end|>")
     example = encode_example(tokenizer, row(prompt="ask", response="yes"), 100)
     assert example.response[-1] == tokenizer.eos_token_id
     assert example.action_mask is None
 
 
 def test_eos_is_appended_where_the_template_writes_none():
-    tokenizer = make(NO_EOS)
+    tokenizer = make_tokenizer(NO_EOS)
     example = encode_example(tokenizer, row(prompt="ask", response="yes"), 100)
     assert text(tokenizer, example.prompt) == "[user]ask\n[assistant]"
     assert text(tokenizer, example.response) == "yes\n<|im_end|>"
@@ -92,7 +73,7 @@ def test_eos_is_appended_where_the_template_writes_none():
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED, MARKED.replace("{% endgeneration %}{% else %}", "<|im_end|>\n{% endgeneration %}{% else %}").replace("{% endif %}<|im_end|>\n", "<|im_end|>\n{% endif %}")])  # fmt: skip # noqa: E501
 def test_every_assistant_turn_is_trained_with_its_eos(template):
-    tokenizer = make(template)
+    tokenizer = make_tokenizer(template)
     example = encode_example(tokenizer, row(messages=CHAT), 200)
     assert text(tokenizer, example.prompt).endswith("ask<|im_end|>\n<|im_start|>assistant\n")
     assert trained(tokenizer, example) == "call<|im_end|>|answer<|im_end|>"
@@ -122,7 +103,7 @@ def test_a_row_of_messages_and_something_else_must_agree(chat):
 
 
 def test_tools_and_calls_without_content_reach_the_template():
-    tokenizer = make(WITH_TOOLS)
+    tokenizer = make_tokenizer(WITH_TOOLS)
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
     example = encode_example(tokenizer, row(messages=[CHAT[1], call, *CHAT[3:]], tools=[{"name": "f"}]), 200)
     assert text(tokenizer, example.prompt).startswith("TOOLSf\n")
@@ -130,7 +111,7 @@ def test_tools_and_calls_without_content_reach_the_template():
 
 
 def test_a_template_that_is_not_prefix_stable_is_refused():
-    tokenizer = make(FORGETFUL)
+    tokenizer = make_tokenizer(FORGETFUL)
     assert trained(tokenizer, encode_example(tokenizer, row(messages=CHAT[1:3]), 100)) == "call<|im_end|>"
     with pytest.raises(
         DataError, match=r"file.jsonl:12: the chat template is not prefix-stable: the prompt alone has 22"
@@ -141,14 +122,14 @@ def test_a_template_that_is_not_prefix_stable_is_refused():
 def test_a_template_that_shortens_earlier_answers_needs_marks():
     shorten = ("{{ m.content }}", "{{ m.content if loop.last or m.role != 'assistant' else m.content[:2] }}")
     with pytest.raises(DataError, match="prefix-stable: the conversation through turn 2 alone"):
-        encode_example(make(PLAIN.replace(*shorten)), row(messages=CHAT), 200)
-    tokenizer = make(MARKED.replace(*shorten))
+        encode_example(make_tokenizer(PLAIN.replace(*shorten)), row(messages=CHAT), 200)
+    tokenizer = make_tokenizer(MARKED.replace(*shorten))
     example = encode_example(tokenizer, row(messages=CHAT), 200)
     assert trained(tokenizer, example) == "ca<|im_end|>|answer<|im_end|>"
 
 
 def test_a_merge_across_the_generation_prompt_is_refused():
-    tokenizer = make(NO_EOS, merges=[("]", "y")])
+    tokenizer = make_tokenizer(NO_EOS, merges=[("]", "y")])
     assert encode_example(tokenizer, row(prompt="ask", response="no"), 100)
     with pytest.raises(DataError, match=r"prefix-stable: the prompt alone .* at token 20 \('\]' becomes '\]yes"):
         encode_example(tokenizer, row(prompt="ask", response="yes"), 100)
@@ -156,26 +137,26 @@ def test_a_merge_across_the_generation_prompt_is_refused():
 
 def test_marks_decide_on_one_answer_too():
     part = MARKED.replace("{% generation %}{{ m.content }}", "{{ m.content[:2] }}{% generation %}{{ m.content[2:] }}")
-    tokenizer = make(part)
+    tokenizer = make_tokenizer(part)
     assert trained(tokenizer, encode_example(tokenizer, row(prompt="ask", response="yes"), 100)) == "s<|im_end|>"
 
 
 def test_a_template_that_renders_no_answer_is_refused():
     silent = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
     with pytest.raises(DataError, match=r"file.jsonl:12: the chat template renders nothing of the answer"):
-        encode_example(make(silent), row(prompt="ask", response="yes"), 100)
+        encode_example(make_tokenizer(silent), row(prompt="ask", response="yes"), 100)
 
 
 def test_an_empty_generation_mask_is_refused():
     with pytest.raises(DataError, match="marks tokens of 0 of 1 assistant turns"):
-        encode_example(make(MARKS_NOTHING), row(prompt="ask", response="yes"), 100)
+        encode_example(make_tokenizer(MARKS_NOTHING), row(prompt="ask", response="yes"), 100)
     with pytest.raises(DataError, match="marks tokens of 0 of 2 assistant turns"):
-        encode_example(make(MARKS_NOTHING), row(messages=CHAT), 200)
+        encode_example(make_tokenizer(MARKS_NOTHING), row(messages=CHAT), 200)
 
 
 def test_a_template_that_refuses_is_quoted():
     with pytest.raises(DataError, match=r"file.jsonl:12: the chat template refuses turns of system, .*no system turn"):
-        encode_example(make(STRICT), row(messages=CHAT), 200)
+        encode_example(make_tokenizer(STRICT), row(messages=CHAT), 200)
 
 
 BAD_EXAMPLES = [
@@ -218,16 +199,16 @@ def test_rows_beyond_the_longest(plain):
     rows = read_rows([{"prompt": "a" * n, "response": "b" * 4} for n in (2, 5, 9, 12)])
     with pytest.raises(DataError, match=r"^row 2: 14 tokens \(prompt 9, response 5\), but max_length is 10: shorten"):
         encode_examples(plain, rows, 10)
-    kept = encode_examples(plain, rows, 10, truncation="drop")
-    assert [example.where for example in kept] == ["row 0", "row 1"]
-    cut = encode_examples(plain, rows, 10, truncation="right")
-    assert [(e.where, text(plain, e.response), e.truncated) for e in cut] == [
+    fitting = encode_examples(plain, rows, 10, truncation="drop")
+    assert [example.where for example in fitting] == ["row 0", "row 1"]
+    cut_right = encode_examples(plain, rows, 10, truncation="right")
+    assert [(e.where, text(plain, e.response), e.truncated) for e in cut_right] == [
         ("row 0", "bbbb<|im_end|>", False),
         ("row 1", "bbbb<|im_end|>", False),
         ("row 2", "b", True),
     ]
-    left = encode_examples(plain, rows, 10, truncation="left")
-    assert [(e.where, text(plain, e.prompt), text(plain, e.response), e.truncated) for e in left] == [
+    cut_left = encode_examples(plain, rows, 10, truncation="left")
+    assert [(e.where, text(plain, e.prompt), text(plain, e.response), e.truncated) for e in cut_left] == [
         ("row 0", "aa", "bbbb<|im_end|>", False),
         ("row 1", "aaaaa", "bbbb<|im_end|>", False),
         ("row 2", "aaaaa", "bbbb<|im_end|>", True),
@@ -243,25 +224,25 @@ def test_left_keeps_a_token_of_the_prompt(plain):
 def test_lengths_and_what_is_left_out_are_reported(plain, capsys):
     rows = read_rows([{"prompt": "a" * n, "response": "b" * 4} for n in (2, 5, 9, 12)])
     report_lengths([EncodedDataset(rows, ExampleEncoder(plain, 10, "right"), "ads.jsonl")])
-    header, figures, why = capsys.readouterr().out.splitlines()
-    assert header.split() == ["data", "rows", "tokens", "mean", "p95", "longest", "cut", "left", "out"]
+    header, figures, reasons = capsys.readouterr().out.splitlines()
+    assert header.split() == ["data", "rows", "tokens", "mean", "p95", "longest", "truncated", "dropped"]
     assert figures.split() == ["ads.jsonl", "3", "27", "9", "10", "10", "1", "1"]
-    assert why == "ads.jsonl: left out 1 longer than 10 tokens"
+    assert reasons == "ads.jsonl: dropped 1 longer than 10 tokens"
 
 
 def test_truncation_keeps_masks_in_step(chat):
-    whole = encode_example(chat, row(messages=CHAT), 200)
-    for limit in range(len(whole.prompt) + 1, len(whole)):
+    untruncated = encode_example(chat, row(messages=CHAT), 200)
+    for limit in range(len(untruncated.prompt) + 1, len(untruncated)):
         (example,) = encode_examples(chat, [row(messages=CHAT)], limit, truncation="right")
         assert len(example) == limit
         mask = example.action_mask or [True] * len(example.response)
-        assert mask == whole.action_mask[: len(example.response)]
+        assert mask == untruncated.action_mask[: len(example.response)]
 
 
 def test_nothing_left_and_wrong_options(plain):
     rows = [row(prompt="abc", response="d")]
     for truncation in ("drop", "right"):
-        with pytest.raises(DataError, match=r"file.jsonl:12: all 1 rows from here on are left out"):
+        with pytest.raises(DataError, match=r"file.jsonl:12: all 1 rows from here on are dropped"):
             encode_examples(plain, rows, 3, truncation=truncation)
     with pytest.raises(ValueError, match="at least 1 token, got 0"):
         encode_examples(plain, rows, 0)
@@ -271,8 +252,8 @@ def test_nothing_left_and_wrong_options(plain):
 
 def test_many_rows_equal_one_by_one(chat):
     rows = read_rows([{"prompt": f"ask {i}", "response": f"yes {i}"} for i in range(1100)])
-    together = encode_examples(chat, rows, 100)
-    assert together[::97] == [encode_example(chat, r, 100) for r in rows[::97]]
+    encoded = encode_examples(chat, rows, 100)
+    assert encoded[::97] == [encode_example(chat, r, 100) for r in rows[::97]]
 
 
 # Prompts.
@@ -281,9 +262,13 @@ def test_many_rows_equal_one_by_one(chat):
 def test_prompts_of_each_shape(plain, chat):
     assert text(plain, encode_prompt(plain, row(prompt="ask"), 9)) == "ask"
     assert text(chat, encode_prompt(chat, row(prompt="ask", other=1), 99, chat=False)) == "ask"
-    whole = encode_prompt(chat, row(messages=CHAT), 200)
-    assert whole == encode_prompt(chat, row(messages=CHAT[:-1]), 200) == encode_prompt(chat, row(prompt=CHAT[:-1]), 200)
-    assert text(chat, whole).endswith("result<|im_end|>\n<|im_start|>assistant\n")
+    chat_prompt = encode_prompt(chat, row(messages=CHAT), 200)
+    assert (
+        chat_prompt
+        == encode_prompt(chat, row(messages=CHAT[:-1]), 200)
+        == encode_prompt(chat, row(prompt=CHAT[:-1]), 200)
+    )
+    assert text(chat, chat_prompt).endswith("result<|im_end|>\n<|im_start|>assistant\n")
     (prompt,) = encode_prompts(chat, [row(prompt="ask", other=1)], 99)
     assert (prompt.where, prompt.row["other"]) == ("file.jsonl:12", 1)
     assert len(prompt) == len(prompt.tokens)
@@ -310,12 +295,14 @@ def test_bad_prompts(chat, data, says):
 
 def test_a_prompt_without_tokens_is_refused():
     with pytest.raises(DataError, match="the prompt has no tokens"):
-        encode_prompt(make("{% for m in messages %}{% endfor %}"), row(prompt="a"), 9)
+        encode_prompt(make_tokenizer("{% for m in messages %}{% endfor %}"), row(prompt="a"), 9)
 
 
 def test_long_prompts(plain):
     rows = read_rows([{"prompt": "a" * 600}, {"prompt": "b"}])
-    why = "context 512 - max_new_tokens 88 leaves 424"
-    with pytest.raises(DataError, match=f"^row 0: prompt of 600 tokens, but {why}: shorten it, lower max_new_tokens"):
-        encode_prompts(plain, rows, 424, why=why)
+    reason = "context 512 - max_new_tokens 88 leaves 424"
+    with pytest.raises(
+        DataError, match=f"^row 0: prompt of 600 tokens, but {reason}: shorten it, lower max_new_tokens"
+    ):
+        encode_prompts(plain, rows, 424, limit_reason=reason)
     assert [p.where for p in encode_prompts(plain, rows, 424, truncation="drop")] == ["row 1"]

@@ -19,7 +19,7 @@ from icegrt.data import (
     open_rows,
 )
 from icegrt.errors import DataError
-from tests.helpers.data_rows import PLAIN, make
+from tests.helpers.data_rows import PLAIN, make_tokenizer
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -70,7 +70,7 @@ def test_parquet_times_become_text_and_bytes_are_left_out(tmp_path, capsys):
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"prompt": ["a"], "at": [datetime(2020, 1, 2)], "image": [b"\xff"]}), path)
     assert open_rows(path)[0].data == {"prompt": "a", "at": "2020-01-02 00:00:00.000000"}
-    assert "binary columns are left out: image" in capsys.readouterr().err
+    assert "binary columns are dropped: image" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_not_blamed_on_the_parquet_file(tmp_path, monkeypatch):
@@ -107,20 +107,31 @@ def test_a_data_set_with_indices_is_not_copied():
 
 
 def test_encoded_again_is_what_was_kept(path, monkeypatch):
-    encoder = ExampleEncoder(make(PLAIN), 45, "drop")
-    kept = EncodedDataset(open_rows(path), encoder)
-    monkeypatch.setattr(dataset, "HELD_BYTES", 0)
-    lazy = EncodedDataset(open_rows(path), encoder)
-    assert kept._held is not None and lazy._held is None
-    assert 0 < len(lazy) < 300 and lazy.dropped == kept.dropped == {"longer than 45 tokens": 300 - len(lazy)}
-    assert list(lazy) == list(kept) and lazy[-1] == kept[-1] and lazy[3:5] == kept[3:5]
-    assert lazy.lengths.tolist() == [len(example) for example in kept] and lazy.longest() == kept.longest()
-    some = lazy.subset([7, 2])
-    assert list(some) == [kept[7], kept[2]] and some.lengths.tolist() == [len(kept[7]), len(kept[2])]
-    joined = ConcatDataset([some, kept])
-    assert len(joined) == 2 + len(kept) and joined[1] == kept[2] and joined[2] == kept[0] and joined[-1] == kept[-1]
-    blend, other = BlendedDataset([(lazy, 1.5)], 3), BlendedDataset([(kept, 1.5)], 3)
-    assert [blend.item(p) for p in next(blend.batches(64))] == [other.item(p) for p in next(other.batches(64))]
+    encoder, encoded_rows = ExampleEncoder(make_tokenizer(PLAIN), 45, "drop"), []
+
+    def counting_encoder(rows):
+        encoded_rows.extend(rows)
+        return encoder(rows)
+
+    stored = EncodedDataset(open_rows(path), counting_encoder)
+    monkeypatch.setattr(dataset, "CACHED_BYTES", 0)
+    lazy = EncodedDataset(open_rows(path), counting_encoder)
+    encoded_rows.clear()
+    assert stored[0] and not encoded_rows and lazy[0] and len(encoded_rows) == 1
+    assert 0 < len(lazy) < 300 and lazy.dropped == stored.dropped == {"longer than 45 tokens": 300 - len(lazy)}
+    assert list(lazy) == list(stored) and lazy[-1] == stored[-1] and lazy[3:5] == stored[3:5]
+    assert lazy.lengths.tolist() == [len(example) for example in stored] and lazy.longest() == stored.longest()
+    subset = lazy.subset([7, 2])
+    assert list(subset) == [stored[7], stored[2]] and subset.lengths.tolist() == [len(stored[7]), len(stored[2])]
+    joined = ConcatDataset([subset, stored])
+    assert (
+        len(joined) == 2 + len(stored)
+        and joined[1] == stored[2]
+        and joined[2] == stored[0]
+        and joined[-1] == stored[-1]
+    )
+    blend, expected = BlendedDataset([(lazy, 1.5)], 3), BlendedDataset([(stored, 1.5)], 3)
+    assert [blend.item(p) for p in next(blend.batches(64))] == [expected.item(p) for p in next(expected.batches(64))]
 
 
 def test_input_and_output_keys_reach_into_objects(tmp_path):
@@ -128,8 +139,8 @@ def test_input_and_output_keys_reach_into_objects(tmp_path):
     row = {"prompt": [{"role": "user", "content": "other"}], "extra_info": {"question": "q", "answer": "a"}, "k": 1}
     pq.write_table(pa.Table.from_pylist([row]), path)
     rows = open_rows(path, input_key="extra_info.question", output_key="extra_info.answer")
-    (example,) = ExampleEncoder(make(), 99)(rows)
-    assert example.prompt == make()("q")["input_ids"] and example.row["k"] == 1
+    (example,) = ExampleEncoder(make_tokenizer(), 99)(rows)
+    assert example.prompt == make_tokenizer()("q")["input_ids"] and example.row["k"] == 1
     with pytest.raises(DataError, match=r"row 0: input_key names `extra_info.nope`, which is not there"):
         open_rows(path, input_key="extra_info.nope")[0]
 
@@ -142,10 +153,10 @@ def anonymous_bytes():
 
 def write_rows(path, size):
     """JSONL of about `size` bytes, 1 KB a row; returns the number of rows."""
-    body, count, written = "lorem ipsum dolor sit amet " * 37, 0, 0
+    body, count, bytes_written = "lorem ipsum dolor sit amet " * 37, 0, 0
     with open(path, "w", encoding="utf-8") as file:
-        while written < size:
-            written += file.write(json.dumps({"prompt": f"row {count} {body}", "id": count}) + "\n")
+        while bytes_written < size:
+            bytes_written += file.write(json.dumps({"prompt": f"row {count} {body}", "id": count}) + "\n")
             count += 1
     return count
 

@@ -2,19 +2,10 @@
 
 import pytest
 
-from icegrt.data import encode_prompt, encode_ranking, encode_rankings, read_rows, untied_pairs
+from icegrt.data import untied_pairs
 from icegrt.errors import DataError
-from tests.helpers.data_rows import PLAIN, make, row, text
-
-
-@pytest.fixture(scope="module")
-def plain():
-    return make()
-
-
-@pytest.fixture(scope="module")
-def chat():
-    return make(PLAIN)
+from tests.helpers.data_rows import make_tokenizer, row, text
+from tests.helpers.encoding import encode_prompt, encode_ranking, encode_rankings, read_rows
 
 
 def test_scores_ranks_and_pairs(plain):
@@ -42,15 +33,15 @@ def test_rankings_use_the_template(chat):
 
 
 def test_sampled_ids_are_used_verbatim():
-    tokenizer = make(merges=[("a", "b")])
+    tokenizer = make_tokenizer(merges=[("a", "b")])
     a, b, eos = *tokenizer.convert_tokens_to_ids(["a", "b"]), tokenizer.eos_token_id
     data = dict(prompt="p", responses=["ab", "ab"], scores=[0, 1])
     merged = encode_ranking(tokenizer, row(**data), 9).responses[0]
     assert merged != [a, b, eos]
-    kept = encode_ranking(
+    ranking = encode_ranking(
         tokenizer, row(**data, response_ids=[[a, b, eos], [a, b]], finish_reasons=["stop", "length"]), 9
     )
-    assert kept.responses == [[a, b, eos], [a, b]]
+    assert ranking.responses == [[a, b, eos], [a, b]]
 
 
 @pytest.mark.parametrize("ids", [[10**6], [-1], [1, 2, 3]])

@@ -51,18 +51,19 @@ def test_a_rank_may_take_as_long_in_every_group():
     # Megatron's own groups would give up after half an hour of rank 0's writing or of a slow reward function.
     with Cluster.open() as opened:
         groups = [opened.data_group, opened.model_group, torch.distributed.group.WORLD]
+        # torch has no public reader of a group's timeout.
         patience = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
-    assert patience == {cluster._PATIENCE}
+    assert patience == {cluster.COLLECTIVE_TIMEOUT}
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    for place in ("0", "1"):
-        monkeypatch.setenv("LOCAL_RANK", place)
-        assert cluster._device() == torch.device("cuda", int(place))
+    for local_rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert cluster.local_device() == torch.device("cuda", int(local_rank))
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match=r"started 4 ranks on this machine, which shows 2 GPUs: .*--nproc-per-node 2"):
-        cluster._device()
+        cluster.local_device()

@@ -30,8 +30,10 @@ def prepared(tmp_path_factory):
     """The default output with seed 0, its manifest and its rows by file."""
     out = tmp_path_factory.mktemp("prepared")
     manifest = preparation.prepare(out, seed=0)
-    read = preparation.json.loads
-    rows = {path.stem: [read(line) for line in path.open(encoding="utf-8")] for path in out.glob("*.jsonl")}
+    rows = {}
+    for path in out.glob("*.jsonl"):
+        with path.open(encoding="utf-8") as file:
+            rows[path.stem] = [preparation.json.loads(line) for line in file]
     return SimpleNamespace(out=out, manifest=manifest, rows=rows)
 
 
@@ -170,8 +172,8 @@ def test_docstrings_are_split_by_sentence(prepared):
     ],
 )
 def test_first_sentence(docstring, expected):
-    found = docstrings.first_sentence(docstring)
-    assert found == expected or (expected is None and found == "Return the mean of e.g.")
+    sentence = docstrings.first_sentence(docstring)
+    assert sentence == expected or (expected is None and sentence == "Return the mean of e.g.")
 
 
 # ---- checker
@@ -251,8 +253,8 @@ def test_the_grade_follows_the_damage():
         for sentence in (row["sentence"], row["sentence"][:-4], row["sentence"][:-12], "Nothing at all.")
     ]
     assert score == sorted(score, reverse=True) and len(set(score)) == 4
-    wrong = row["response"].replace(f"Rule {row['rule']}", f"Rule {row['rule'] % 6 + 1}", 1)
-    assert check(row, wrong).score < 0.4
+    wrong_rule = row["response"].replace(f"Rule {row['rule']}", f"Rule {row['rule'] % 6 + 1}", 1)
+    assert check(row, wrong_rule).score < 0.4
     assert check(row, row["response"] + "\nThat is all.").score < 0.7
 
 
@@ -267,8 +269,10 @@ def test_odd_answers_are_graded_and_never_raise(answer):
 def test_checker_reward_reads_samples():
     row = violating()[0]
     stopped = SimpleNamespace(text=row["response"], finish_reason="stop", row=row, messages=[])
-    cut = SimpleNamespace(text=row["response"], finish_reason="length", row={"prompt": row["prompt"]}, messages=[])
-    assert checker_reward([stopped, cut]) == pytest.approx([1.0, 0.5])
+    truncated = SimpleNamespace(
+        text=row["response"], finish_reason="length", row={"prompt": row["prompt"]}, messages=[]
+    )
+    assert checker_reward([stopped, truncated]) == pytest.approx([1.0, 0.5])
 
 
 # ---- files
@@ -300,10 +304,10 @@ def test_chat_template_marks_the_answer(prepared):
     question = [{"role": "user", "content": row["prompt"]}]
     chat = [*question, {"role": "assistant", "content": row["response"]}]
     prompt = tok.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
-    whole = tok.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
-    assert whole["input_ids"][: len(prompt)] == prompt
-    assert whole["input_ids"][-1] == tok.eos_token_id
-    assert whole["assistant_masks"] == [0] * len(prompt) + [1] * (len(whole["input_ids"]) - len(prompt))
+    encoded = tok.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    assert encoded["input_ids"][: len(prompt)] == prompt
+    assert encoded["input_ids"][-1] == tok.eos_token_id
+    assert encoded["assistant_masks"] == [0] * len(prompt) + [1] * (len(encoded["input_ids"]) - len(prompt))
 
 
 def test_actor_loads_and_copies_better_than_chance(prepared):

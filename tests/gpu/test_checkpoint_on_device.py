@@ -16,14 +16,14 @@ def test_a_checkpoint_in_the_background_is_what_a_resumed_run_starts_from(dtype,
     home = cases.make_home(tmp_path)
     keys = [*cases.sft_keys(home, tmp_path / "run"), "sft.epochs=4", f"sft.run.dtype={dtype}"]
     with SFTTrainer(SFTConfig.load(None, keys)) as run:
-        assert run._checkpoints.background
+        assert run.checkpoints.background
         run.step()
         run.save_checkpoint()
-        then = tiny.parameters(run.role)
+        saved_parameters = tiny.parameters(run.role)
         second, third = run.step(), run.step()
     assert files.verify(files.checkpoint_path(run.dir, 1)) == []
-    with SFTTrainer(SFTConfig.load(None, [*keys, "sft.run.resume=true"])) as again:
-        assert again.done_steps == 1 and tiny.same(tiny.parameters(again.role), then)
+    with SFTTrainer(SFTConfig.load(None, [*keys, "sft.run.resume=true"])) as resumed:
+        assert resumed.done_steps == 1 and tiny.same(tiny.parameters(resumed.role), saved_parameters)
         for expected in (second, third):
-            step = again.step()
+            step = resumed.step()
             assert (step.loss, step.grad_norm) == (expected.loss, expected.grad_norm)

@@ -30,16 +30,16 @@ def test_token_logprobs_forward_and_backward(vocab, dtype):
         (logprob * upstream.to(logprob.dtype)).sum().backward()
         return logprob, entropy, x.grad
 
-    def ours(x):
+    def fused_logprobs(x):
         out = token_logprobs(x, labels, entropy=True)
         return out.logprob_A, out.entropy_A
 
     with use_backend("triton"), record_launches() as launches:
-        mine, again = run(logits, ours), run(logits, ours)
+        results, repeated = run(logits, fused_logprobs), run(logits, fused_logprobs)
     assert ("token_logprobs_forward", "triton") in launches and ("token_logprobs_backward", "triton") in launches
     plain = run(logits.float(), lambda x: plain_logprobs(x, labels))
     truth = run(logits.double(), lambda x: plain_logprobs(x, labels))
-    for part, (a, b) in enumerate(zip(mine, again, strict=True)):
+    for part, (a, b) in enumerate(zip(results, repeated, strict=True)):
         assert torch.equal(a, b)
         atol = 2e-2 if part == 2 and dtype is not torch.float32 else 2e-5
         assert_within_budget(a.float(), plain[part], truth[part], atol=atol)
@@ -79,15 +79,15 @@ def test_linear_ppo_loss_value_gradient_and_bits(dtype, masked):
             out.loss.backward()
         return launches, (out.loss, h.grad, w.grad)
 
-    launches, ours = run("triton", dtype)
+    launches, results = run("triton", dtype)
     assert {name for name, _ in launches} >= {"token_logprobs_forward", "ppo_policy_loss", "token_logprobs_backward"}
-    assert all(torch.equal(a, b) for a, b in zip(ours, run("triton", dtype)[1], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(results, run("triton", dtype)[1], strict=True))
     _, plain = run("reference", dtype)
     _, truth = run("reference", torch.float64)
-    for a, b, right in zip(ours, plain, truth, strict=True):
+    for a, b, truth_value in zip(results, plain, truth, strict=True):
         # Low precision: PyTorch rounds the logits' gradient there too, while the reference keeps it in fp32.
-        atol = (2e-5 if dtype is torch.float32 else 2e-2) * float(right.abs().max())
-        assert_within_budget(a.float(), b.float(), right, atol=atol)
+        atol = (2e-5 if dtype is torch.float32 else 2e-2) * float(truth_value.abs().max())
+        assert_within_budget(a.float(), b.float(), truth_value, atol=atol)
 
 
 @pytest.mark.parametrize("size", [0, 1, 1025, 1 << 20])

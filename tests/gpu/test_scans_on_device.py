@@ -44,27 +44,27 @@ def test_shaped_gae(lengths, masked):
     device_mask = None if mask is None else mask.cuda()
     with use_backend("triton"), record_launches() as launches:
         out = shaped_gae(*on_device(streams), **options, mask_A=device_mask)
-        again = shaped_gae(*on_device(streams), **options, mask_A=device_mask)
+        repeated = shaped_gae(*on_device(streams), **options, mask_A=device_mask)
     assert launches == [("shaped_gae_kernel", "triton")] * 2
     with use_backend("reference"):
         plain = shaped_gae(*streams, **options, mask_A=mask)
         wide = [x.double() if x.is_floating_point() else x for x in streams]
         truth = shaped_gae(*wide, **options, mask_A=mask)
     for name in RESULTS:
-        assert torch.equal(getattr(out, name), getattr(again, name))
+        assert torch.equal(getattr(out, name), getattr(repeated, name))
         assert_within_budget(getattr(out, name).cpu(), getattr(plain, name), getattr(truth, name), 1e-4)
-    assert out.moments.count == truth.moments.count and out.moments.m2 == again.moments.m2
+    assert out.moments.count == truth.moments.count and out.moments.m2 == repeated.moments.m2
     torch.testing.assert_close(out.moments.m2.cpu(), truth.moments.m2, rtol=1e-4, atol=1e-4)
 
 
 def test_shaped_gae_gives_the_same_bits_alone_and_in_a_batch():
     streams = on_device(batch([700, 5000, 33]))
     with use_backend("triton"):
-        whole = shaped_gae(*streams, kl_coef=0.05)
+        batched = shaped_gae(*streams, kl_coef=0.05)
         part = slice(700, 5700)
         cu = torch.tensor([0, 5000], device="cuda")
-        alone = shaped_gae(streams[0][1:2], *(x[part] for x in streams[1:4]), cu, kl_coef=0.05)
-    assert torch.equal(whole.advantage_A[part], alone.advantage_A) and whole.kl_N[1] == alone.kl_N[0]
+        single = shaped_gae(streams[0][1:2], *(x[part] for x in streams[1:4]), cu, kl_coef=0.05)
+    assert torch.equal(batched.advantage_A[part], single.advantage_A) and batched.kl_N[1] == single.kl_N[0]
 
 
 def test_a_score_without_an_action_is_loud_on_a_device():
@@ -80,14 +80,14 @@ def test_a_score_without_an_action_is_loud_on_a_device():
 def test_tokens_are_those_of_the_reference_on_the_cpu(vocab, options, dtype):
     rows = 64
     logits = (3 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0))).to(dtype)
-    where = {"seed": 1, "sequence_ids": torch.arange(rows) * 77, "positions": torch.arange(rows)}
-    expected, logprob = sample_tokens(logits, temperature=0.8, **where, **options)
-    moved = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in where.items()}
+    random_state = {"seed": 1, "sequence_ids": torch.arange(rows) * 77, "positions": torch.arange(rows)}
+    expected, logprob = sample_tokens(logits, temperature=0.8, **random_state, **options)
+    moved = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in random_state.items()}
     with use_backend("triton"), record_launches() as launches:
-        token, ours = sample_tokens(logits.cuda(), temperature=0.8, **moved, **options)
+        token, device_logprob = sample_tokens(logits.cuda(), temperature=0.8, **moved, **options)
     assert launches == [("sample_tokens_kernel", "triton")]
     assert torch.equal(token.cpu(), expected)
-    torch.testing.assert_close(ours.cpu(), logprob, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(device_logprob.cpu(), logprob, rtol=1e-4, atol=1e-4)
 
 
 def test_elementwise():

@@ -1,4 +1,4 @@
-"""What the bad-input tests of data share: a home made once, files written from short descriptions, and the check."""
+"""Cases of bad data: a file written from a short description, the command that reads it, the words of the error."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from icegrt import cli
 from tests.helpers import stage_cases as stages
 from tests.helpers import tiny_models
+from tests.helpers.refusals import check_refused
 
 GOOD = {"prompt": "say a", "response": "ok"}
 GOOD_RANKING = {"prompt": "p", "responses": ["a", "b"], "scores": [1, 0]}
@@ -17,9 +17,9 @@ GOOD_RANKING = {"prompt": "p", "responses": ["a", "b"], "scores": [1, 0]}
 
 @dataclass(frozen=True)
 class Case:
-    """One bad input: how its file comes about, the command that must refuse it, and what the error must say.
+    """One bad input: the file, the command that must refuse it, and the words of the error.
 
-    make(folder) writes what is needed and returns the file; words may hold {path}, the file's path.
+    make(folder) writes the file and returns its path. In `words` and `keys`, {path} stands for this path.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Case:
 
 
 def text(content: str | bytes, name: str = "bad.jsonl") -> Callable[[Path], Path]:
-    """A file of this content."""
+    """Return a `Case.make` that writes a file of this content."""
 
     def make(folder: Path) -> Path:
         path = folder / name
@@ -41,17 +41,17 @@ def text(content: str | bytes, name: str = "bad.jsonl") -> Callable[[Path], Path
 
 
 def lines(*rows: dict | str) -> Callable[[Path], Path]:
-    """A JSONL file of these rows; a string is a line as it stands."""
+    """Return a `Case.make` that writes a JSONL file of these rows; a string is written unchanged."""
     return text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
 
 
 def turns(*pairs: tuple[str, object]) -> dict:
-    """A row of messages."""
+    """Return a row of messages from (role, content) pairs."""
     return {"messages": [{"role": role, "content": content} for role, content in pairs]}
 
 
 def parquet(columns: dict, name: str = "bad.parquet", damage: Callable[[bytes], bytes] | None = None):
-    """A Parquet file of these columns, damaged afterwards."""
+    """Return a `Case.make` that writes a Parquet file of these columns and then damages its bytes."""
 
     def make(folder: Path) -> Path:
         import pyarrow as pa
@@ -59,7 +59,7 @@ def parquet(columns: dict, name: str = "bad.parquet", damage: Callable[[bytes], 
 
         path = folder / name
         names, arrays = list(columns), [pa.array(values) for values in columns.values()]
-        # A trailing space tells two columns of one name apart in Python alone.
+        # Keys of a dict differ by a trailing space where the file gets two columns of one name.
         pq.write_table(pa.Table.from_arrays(arrays, names=[n.strip() for n in names]), path)
         if damage is not None:
             path.write_bytes(damage(path.read_bytes()))
@@ -69,7 +69,7 @@ def parquet(columns: dict, name: str = "bad.parquet", damage: Callable[[bytes], 
 
 
 def checkpoint(rows: tuple[dict, ...] = (GOOD,), **changes):
-    """Good rows beside a checkpoint whose tokenizer has been changed: attributes, or `chat_template`."""
+    """Return a `Case.make` that writes valid rows and a checkpoint with changed tokenizer attributes."""
 
     def make(folder: Path) -> Path:
         tokenizer = tiny_models.tokenizer()
@@ -82,36 +82,26 @@ def checkpoint(rows: tuple[dict, ...] = (GOOD,), **changes):
 
 
 def arguments(case: Case, home: stages.Home, path: Path, folder: Path) -> list[str]:
-    """The command line that uses the case's file in a small run."""
-    own = folder / "model"
-    model = str(own) if own.is_dir() else home.actor
+    """Return the command line of a small run on the case's file."""
+    model_folder = folder / "model"
+    model = str(model_folder) if model_folder.is_dir() else home.actor
     run, out = folder / "out" / "run", folder / "out" / "rows.jsonl"
     source = f"{{path: {path}}}"
     if case.command == "preview":
         return ["data", "preview", str(path), "--model", model, *case.keys]
-    made = {
+    run_arguments = {
         "sft": lambda: stages.sft_keys(home, run, f"sft.model={model}", f"sft.data=[{source}]"),
         "reward": lambda: stages.reward_keys(home, run, f"reward.model={model}", f"reward.data=[{source}]"),
         "ppo": lambda: stages.ppo_keys(home, run, f"ppo.actor={model}", f"ppo.prompts={path}"),
         "sample": lambda: [f"sample.model={model}", f"sample.prompts={path}", f"sample.out={out}"],
         "generate": lambda: [f"generate.model={model}", f"generate.prompts={path}", f"generate.out={out}"],
     }[case.command]()
-    return [case.command, *made, *(key.replace("{path}", str(path)) for key in case.keys)]
+    return [case.command, *run_arguments, *(key.replace("{path}", str(path)) for key in case.keys)]
 
 
-def check_refused(case: Case, home: stages.Home, folder: Path, capsys) -> None:
-    """Run the case: exit status 2, one short error with every word, no traceback, nothing left behind."""
+def check_case_refused(case: Case, home: stages.Home, folder: Path, capsys) -> None:
+    """Run the case: `check_refused`, with at most four lines."""
     path = case.make(folder)
-    before = stages.files_under(folder)
-    capsys.readouterr()
-    status = cli.main(arguments(case, home, path, folder))
-    captured = capsys.readouterr().err
-    said = [line for line in captured.splitlines() if not line.startswith("warning:")]
-    message = "\n".join(said)
-    assert status == 2, captured
-    assert message.startswith("error: ") and message.count("error: ") == 1, message
-    assert "Traceback" not in message and len(said) <= 4 and len(message) < 700, message
-    for word in case.words:
-        expected = word.replace("{path}", str(path))
-        assert expected in message, f"expected {expected!r} in: {message}"
-    assert stages.files_under(folder) == before
+    words = [word.replace("{path}", str(path)) for word in case.words]
+    argv = arguments(case, home, path, folder)
+    check_refused(capsys, folder, argv, *words, max_lines=4, max_characters=700)

@@ -1,4 +1,4 @@
-"""Tiny byte tokenizers, chat templates, and rows as the data tests write them."""
+"""Byte-level tokenizers, chat templates and rows of the data tests."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -26,8 +26,8 @@ CHAT = [
 ]
 
 
-def make(template=None, bos=False, merges=(), **special):
-    """Bytes as tokens, with the ChatML markers (and `merges`, pairs of characters that become one token)."""
+def make_tokenizer(template=None, bos=False, merges=(), **special):
+    """Return a tokenizer of bytes and ChatML markers. merges: pairs of characters that become one token."""
     vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     for a, b in merges:
         vocab[a + b] = len(vocab)
@@ -51,7 +51,7 @@ def text(tokenizer, ids):
 
 
 def trained(tokenizer, example):
-    """The trained tokens as text, a bar where tokens in between are not trained."""
+    """Return the trained tokens as text, with a bar between two that are not adjacent."""
     mask = example.action_mask or [True] * len(example.response)
     pieces, last = [], -1
     for i in (i for i, flag in enumerate(mask) if flag):

@@ -1,4 +1,4 @@
-"""One step on a large checkpoint in a process of its own, whose peak memory is printed in bytes.
+"""A script that imports, exports and saves a large checkpoint, and prints its peak memory in bytes.
 
 `python large_checkpoint.py make FOLDER DTYPE` writes a random model; `pass IN OUT RUN DTYPE` imports it, exports it and
 saves it as the checkpoint of a run; `export RUN OUT DTYPE` is `icegrt export`.
@@ -36,7 +36,7 @@ CONFIG = {
 
 
 def make(folder: str, dtype: str) -> None:
-    """Random weights, made tensor by tensor."""
+    """Write a model with random weights, one tensor in memory at a time."""
     architecture = Architecture.from_config(CONFIG)
     draw = torch.Generator().manual_seed(0)
     shapes = weights.source_shapes(architecture, "lm")
@@ -44,10 +44,10 @@ def make(folder: str, dtype: str) -> None:
     save_pretrained(tensors, architecture, folder, classifier=False, dtype=dtype, shard_bytes=10**9)
 
 
-def through(origin: str, out: str, run: str, dtype: str) -> None:
-    """Import, export, then the weights as a run's checkpoint; the peak is taken before the last."""
-    with Cluster.open():
-        model = build_model(origin, "lm", dtype=DTYPES[dtype]).requires_grad_(False)
+def import_and_export(origin: str, out: str, run: str, dtype: str) -> None:
+    """Import and export the model, print the peak, then write the weights as a checkpoint of a run."""
+    with Cluster.open() as cluster:
+        model = build_model(origin, "lm", cluster, dtype=DTYPES[dtype]).requires_grad_(False)
         tensors = exporter.export_tensors(model, DTYPES[dtype])
         save_pretrained(tensors, model.architecture, out, classifier=False, dtype=dtype, shard_bytes=10**9)
         peak()
@@ -55,23 +55,23 @@ def through(origin: str, out: str, run: str, dtype: str) -> None:
 
         step = Path(run) / "checkpoints" / "step_000001"
         (step / "actor").mkdir(parents=True)
-        dist_checkpointing.save({"model": model.sharded_state_dict()}, str(step / "actor"))
+        dist_checkpointing.save({"model": model.chunks[-1].sharded_state_dict()}, str(step / "actor"))
         roles = {"actor": {"head": "lm", "hf_config": model.architecture.hf_config}}
         (step / "state.json").write_text(json.dumps({"step": 1, "roles": roles}))
         checkpoint_folder.write_manifest(step, {})
 
 
 def export(run: str, out: str, dtype: str) -> None:
-    """The command as a user runs it."""
+    """Run `icegrt export`, then print the peak."""
     keys = [f"export.run={run}", f"export.out={out}", f"export.dtype={dtype}", "export.shard_gigabytes=1"]
     assert cli.main(["export", *keys]) == 0
     peak()
 
 
 def peak() -> None:
-    """Print the most memory that this process has had so far."""
+    """Print the peak resident memory of this process."""
     print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
 
 
 if __name__ == "__main__":
-    {"make": make, "pass": through, "export": export}[sys.argv[1]](*sys.argv[2:])
+    {"make": make, "pass": import_and_export, "export": export}[sys.argv[1]](*sys.argv[2:])

@@ -1,4 +1,4 @@
-"""The layouts under test, and what a PPO run in one of them has to show: run on every rank, told by rank 0."""
+"""Parallel layouts under test, and a PPO run of each whose results rank 0 writes to a file."""
 
 import dataclasses
 import json
@@ -9,11 +9,10 @@ import torch.distributed as dist
 from icegrt.config import CriticConfig, DataSource, OptimizerConfig, ParallelConfig
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
-from icegrt.model.hf import loader
 from icegrt.ppo.trainer import PPOTrainer
 from tests.helpers import tiny_models as tiny
 
-# name: ranks, keys of `parallel`, whether the model is one with an embedding tied to the output and biases to QKV
+# name: number of ranks, keys of `parallel`, whether the model has a tied embedding and QKV biases
 LAYOUTS = {
     "one": (1, {}, False),
     "one_tied": (1, {}, True),
@@ -34,7 +33,7 @@ LAYERS = 4
 
 
 def config(folder, layout, *, lr=1e-4, **changes):
-    """A run in which every statistic that spans ranks matters: adaptive KL, shifted scores, whitening, ptx."""
+    """Configure a run that uses every cross-rank statistic: adaptive KL, score shift, whitening, ptx."""
     optimizer = OptimizerConfig(lr=lr, schedule="constant")
     settings = {
         "iterations": ITERATIONS,
@@ -44,7 +43,7 @@ def config(folder, layout, *, lr=1e-4, **changes):
         "token_budget": 40,
         "ppo_epochs": 1,
         "kl_control": "adaptive",
-        # So that the last step of the controller is not clipped, but says what the KL of all ranks is.
+        # The last step of the controller is then not clipped: it depends on the KL of all ranks.
         "kl_horizon_responses": 10,
         "kl_target_nats_per_response": KL_TARGET,
         "score_shift": True,
@@ -61,11 +60,13 @@ def config(folder, layout, *, lr=1e-4, **changes):
 
 
 def write_ptx(folder):
+    """Write the file of `ptx_data`."""
     rows = [{"prompt": word, "response": tiny.WORDS[-n]} for n, word in enumerate(tiny.WORDS)]
     (folder / "ptx.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def trainer(config, tied, callbacks=(), **changes):
+    """Return a trainer with a reward model and a reward function. tied: Qwen2 with a tied embedding; else Llama."""
     # Qwen2 has biases on queries, keys and values. Llama has one on the output projection too: it is added once, not by
     # every tensor-parallel rank.
     family, bias = ("qwen2", {}) if tied else ("llama", {"attention_bias": True})
@@ -74,8 +75,8 @@ def trainer(config, tied, callbacks=(), **changes):
     return PPOTrainer(config, actor, tiny.tokenizer(), reward, tiny.PROMPTS, callbacks=callbacks, **changes)
 
 
-class Watch:
-    """What was sampled; and, of the first iteration, the gradients at the weights that every layout starts from."""
+class RunRecorder:
+    """A callback that records sampled tokens, and the gradients of the first iteration, at the initial weights."""
 
     def __init__(self):
         self.tokens, self.gradients = [], {}
@@ -85,54 +86,55 @@ class Watch:
 
     def on_scores(self, run, experience):
         if not self.gradients:
-            members = list(range(len(experience.plan.batches)))
+            members, updater = list(range(len(experience.plan.batches))), run.components.updater
             self.gradients = {
-                "actor": gradients(run.actor, experience, run.updater.policy_loss(experience, members, 0.1)),
-                "critic": gradients(run.critic, experience, run.updater.critic_loss(experience, members)),
+                "actor": gradients(run.actor, updater.policy_work(experience, members, 0.1)),
+                "critic": gradients(run.critic, updater.critic_work(experience, members)),
             }
 
 
-def gradients(role, experience, loss):
-    """Whole gradients under Hugging Face's names, on rank 0."""
+def gradients(role, work):
+    """Return the unsharded gradients under Hugging Face names, on rank 0."""
     role.zero_gradients()
-    role.accumulate(experience.plan.batches, loss)
-    for bucket in (b for ddp in role._ddps for buffer in ddp.buffers for b in buffer.buckets):
-        group = role._ddps[0].dp_cp_group
+    role.accumulate(work)
+    for bucket in (b for ddp in role.ddps for buffer in ddp.buffers for b in buffer.buckets):
+        group = role.ddps[0].dp_cp_group
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         shards = list(bucket.grad_data.chunk(ranks))
         dist.all_gather(shards, shards[rank].clone(), group=group)
     return tiny.by_hugging_face_name(role, lambda p: p.main_grad)
 
 
-def figures(step):
+def step_metrics(step):
+    """Return the numbers of a step that are equal in every layout: without times and padding."""
     row = dataclasses.asdict(step)
     return {n: x for n, x in row.items() if "second" not in n and isinstance(x, (int, float)) and "padding" not in n}
 
 
 def parity(folder, layout):
-    """Three iterations from a seed that all layouts share, then one at rest; rank 0 keeps what came of them."""
-    tied, watch = LAYOUTS[layout][2], Watch()
+    """Run three iterations with one seed for all layouts, then one with lr=0; rank 0 writes the results."""
+    tied, watch = LAYOUTS[layout][2], RunRecorder()
     with Cluster.open(Layout.of(ParallelConfig(**LAYOUTS[layout][1]))) as cluster:
         with trainer(config(folder / layout, layout), tied, [watch]) as run:
-            told = {
-                "steps": [figures(run.step()) for _ in range(ITERATIONS)],
+            results = {
+                "steps": [step_metrics(run.step()) for _ in range(ITERATIONS)],
                 "tokens": watch.tokens,
                 "gradients": watch.gradients,
                 "weights": {r.name: tiny.by_hugging_face_name(r, lambda p: p) for r in run.roles},
                 "state": run.state(),
                 "chunks": len(run.actor.model.chunks),
-                "held": {r.name: held(r) for r in run.roles_by_name.values()},
+                "parameter_sizes": {r.name: parameter_sizes(r) for r in run.components.roles.values()},
             }
         resting = config(folder / f"{layout}_rest", layout, lr=0.0, ptx_coef=0.0, ppo_epochs=2)
         with trainer(resting, tied) as run:
-            told["rest"] = figures(run.step())
+            results["rest"] = step_metrics(run.step())
         if cluster.is_main:
-            torch.save(told, folder / f"{layout}.pt")
+            torch.save(results, folder / f"{layout}.pt")
 
 
-def held(role):
-    """Every rank's parameters: [(name, elements)] in the order of ranks."""
-    mine = [(n, p.numel()) for n, p in loader.local_parameters(role.model).items()]
-    everyones = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, mine)
-    return everyones
+def parameter_sizes(role):
+    """Return [(name, elements)] of the parameters of each rank, in rank order."""
+    local_sizes = [(n, p.numel()) for n, p in role.model.named_parameters()]
+    sizes_by_rank = [None] * dist.get_world_size()
+    dist.all_gather_object(sizes_by_rank, local_sizes)
+    return sizes_by_rank

@@ -1,4 +1,4 @@
-"""Gloo ranks for tests: processes forked from this one, with the environment that torchrun would give them."""
+"""Run a function on several gloo ranks: forked processes with the environment variables of torchrun."""
 
 import faulthandler
 import gc
@@ -11,14 +11,16 @@ import torch.multiprocessing as mp
 
 
 def launch(world, function, *args, seconds=600):
-    """Run `function(*args)` on `world` ranks; any rank's failure fails the test, with every rank's traceback."""
+    """Run `function(*args)` on `world` ranks; fail with the tracebacks of all failed ranks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     gc.collect()
     context = mp.get_context("fork")
-    said = context.SimpleQueue()
-    ranks = [context.Process(target=_rank, args=(r, world, port, said, seconds, function, args)) for r in range(world)]
+    failures = context.SimpleQueue()
+    ranks = [
+        context.Process(target=_rank, args=(r, world, port, failures, seconds, function, args)) for r in range(world)
+    ]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -27,21 +29,21 @@ def launch(world, function, *args, seconds=600):
     for process in ranks:
         process.kill()
     errors = []
-    while not said.empty():
-        errors.append(said.get())
+    while not failures.empty():
+        errors.append(failures.get())
     failed = [r for r, process in enumerate(ranks) if process.exitcode != 0 and r not in stuck]
     assert not (errors or stuck or failed), "\n".join([f"stuck: {stuck}, failed: {failed}", *errors])
 
 
-def _rank(rank, world, port, said, seconds, function, args):
+def _rank(rank, world, port, failures, seconds, function, args):
     torch.set_num_threads(1)
-    # What the parent still holds stays unfreed here: a process group would wait for threads that no fork takes along.
+    # Objects of the parent are never freed here: a process group would wait for threads that a fork does not copy.
     gc.freeze()
-    faulthandler.dump_traceback_later(0.9 * seconds)  # where a rank is stuck, should it be
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
+    faulthandler.dump_traceback_later(0.9 * seconds)  # shows where a rank hangs
+    env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in env.items()})
     try:
         function(*args)
     except BaseException:
-        said.put(f"rank {rank}:\n{traceback.format_exc()}")
-        os._exit(1)
+        failures.put(f"rank {rank}:\n{traceback.format_exc()}")
+        os._exit(1)  # without the exit handlers of the parent, which pytest and torch have registered

@@ -1,4 +1,4 @@
-"""What the tests of reward sources share: samples, functions in files, and an HTTP scorer on this machine."""
+"""Samples, reward functions in files, and a local HTTP scorer for the tests of reward sources."""
 
 import contextlib
 import http.server
@@ -12,7 +12,7 @@ from icegrt.rewards.sources import RewardSourceGroup, RewardSpec
 
 
 def sample(text="hello", number=0, group=None, tokens=None, **row):
-    """Sample `number`: its row stands on that line of data.jsonl."""
+    """Return sample `number`, whose row is that line of data.jsonl, counted from 0."""
     return Sample(
         text=text,
         tokens=[5] * len(text) if tokens is None else tokens,
@@ -30,33 +30,33 @@ def samples(*texts, **row):
 
 
 def function_file(folder, body, name="score"):
-    """`FILE:score` of a file that defines it: `body` is the function's, or a whole module if it has a `def`."""
+    """Write a reward function and return its spec. body: of the function, or of the module if it has a `def`."""
     text = body if "def " in body else f"def {name}(samples):\n    " + body.replace("\n", "\n    ")
     path = Path(folder) / f"{name}_file.py"
     path.write_text(f"import os, signal, sys, time\n{text}\n", encoding="utf-8")
     return f"{path}:{name}"
 
 
-def scorers(*functions, **how):
-    """Started scorers for functions (a spec, a callable or an RewardSpec); use it in a `with`."""
+def scorers(*functions, **settings):
+    """Return started reward sources, to be used in a `with`. functions: specs, callables or `RewardSpec`s."""
     entries = [f if isinstance(f, RewardSpec) else RewardSpec(function=f, key="ppo.reward_function") for f in functions]
-    made = RewardSourceGroup.of(entries, RewardCallConfig(**({"timeout_seconds": 20.0} | how)))
+    sources = RewardSourceGroup.of(entries, RewardCallConfig(**({"timeout_seconds": 20.0} | settings)))
     try:
-        made.start()
+        sources.start()
     except BaseException:
-        made.close()
+        sources.close()
         raise
-    return made
+    return sources
 
 
 def echo(request):
-    """A good answer: the length of every response."""
+    """Return a valid answer: the length of each response is its score."""
     return 200, {"scores": [len(s["response"]) for s in request["samples"]]}
 
 
 @contextlib.contextmanager
 def http_scorer(answer=echo):
-    """A scorer on a free port: `answer(request)` gives status and document (or bytes, or a function of the handler).
+    """Serve an HTTP scorer on a free port. answer(request) returns status and document (bytes, or a handler function).
 
     Yields an object with `url` and `requests`, the documents and headers received.
     """
@@ -87,8 +87,8 @@ def http_scorer(answer=echo):
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
-        place = type("Place", (), {"url": f"http://127.0.0.1:{server.server_port}/score", "requests": received})
-        yield place
+        endpoint = type("Endpoint", (), {"url": f"http://127.0.0.1:{server.server_port}/score", "requests": received})
+        yield endpoint
     finally:
         server.shutdown()
         server.server_close()

@@ -1,4 +1,4 @@
-"""What the tests of stages, library and bad input share: checkpoints and files of rows under one folder."""
+"""Small runs: their checkpoints and data files under one folder, and the configuration keys of each command."""
 
 import json
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ def share_of_a(samples):
 
 
 def share_of_a(samples):
-    """A reward that is easy to raise: the share of the letter a among the answer's tokens."""
+    """Return the share of the letter a among the tokens of each response, a score that PPO raises quickly."""
     return [sample.text.count("a") / len(sample.tokens) for sample in samples]
 
 
 def save_model(folder, model, tokenizer=None):
-    """A checkpoint's folder, as transformers writes it."""
+    """Write a checkpoint with transformers and return its folder."""
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -27,7 +27,7 @@ def save_model(folder, model, tokenizer=None):
 
 
 def write_jsonl(path, rows):
-    """One row per line; a string is written as it stands."""
+    """Write one row per line and return the path; a string is written unchanged."""
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return str(path)
@@ -38,7 +38,7 @@ def read_jsonl(path):
 
 
 def files_under(folder):
-    """Every file and folder below, as relative paths."""
+    """Return the relative paths of all files and folders below `folder`."""
     return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))
 
 
@@ -56,7 +56,7 @@ def ranking_rows():
 
 @dataclass(frozen=True)
 class Home:
-    """Checkpoints and files, by path."""
+    """Paths of the checkpoints and files that a run starts from."""
 
     folder: Path
     actor: str
@@ -68,7 +68,7 @@ class Home:
 
 
 def make_home(folder, **model):
-    """Everything a run can be started from, written under `folder`; `model`: family and sizes other than usual."""
+    """Write everything that a run starts from. model: family and sizes that differ from the default."""
     tokenizer = tiny_models.tokenizer()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "score.py").write_text(REWARD_FILE, encoding="utf-8")
@@ -83,7 +83,7 @@ def make_home(folder, **model):
     )
 
 
-# Small and quick: two iterations of eight responses of at most eight tokens.
+# Two iterations of eight responses of at most eight tokens.
 SMALL_PPO = (
     "ppo.iterations=2",
     "ppo.prompts_per_iteration=4",
@@ -96,8 +96,8 @@ SMALL_PPO = (
 )
 
 
-def ppo_keys(home, run, *more):
-    """`icegrt ppo` with a reward model and a reward function, small; `more` comes last and wins."""
+def ppo_keys(home, run, *overrides):
+    """Return the keys of a small PPO run with a reward model and a reward function; `overrides` come last."""
     return [
         f"ppo.actor={home.actor}",
         f"ppo.reward_model={home.reward}",
@@ -105,12 +105,12 @@ def ppo_keys(home, run, *more):
         f"ppo.prompts={home.prompts}",
         f"ppo.run.dir={run}",
         *SMALL_PPO,
-        *more,
+        *overrides,
     ]
 
 
-def sft_keys(home, run, *more):
-    """`icegrt sft` on eight rows, held out on the same."""
+def sft_keys(home, run, *overrides):
+    """Return the keys of a small SFT run on eight rows, which are also its held-out rows."""
     return [
         f"sft.model={home.actor}",
         f"sft.data=[{{path: {home.sft}}}]",
@@ -120,12 +120,12 @@ def sft_keys(home, run, *more):
         "sft.token_budget=64",
         "sft.optimizer.lr=1e-2",
         f"sft.run.dir={run}",
-        *more,
+        *overrides,
     ]
 
 
-def reward_keys(home, run, *more):
-    """`icegrt reward` on eight prompts of four ranked answers, held out on the same."""
+def reward_keys(home, run, *overrides):
+    """Return the keys of a small reward-model run on eight prompts with four ranked answers, also held out."""
     return [
         f"reward.model={home.actor}",
         f"reward.data=[{{path: {home.rankings}}}]",
@@ -134,5 +134,5 @@ def reward_keys(home, run, *more):
         "reward.token_budget=256",
         "reward.optimizer.lr=1e-2",
         f"reward.run.dir={run}",
-        *more,
+        *overrides,
     ]

@@ -1,4 +1,4 @@
-"""Records of a healthy PPO run, to be changed where a test needs another figure."""
+"""Step and evaluation records of a healthy PPO run; keyword arguments replace single fields."""
 
 from icegrt.metrics import Evaluation, PPOStep
 

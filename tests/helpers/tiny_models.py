@@ -1,4 +1,4 @@
-"""Tiny models, a tiny tokenizer and small experience, made on the spot and the same every time."""
+"""Tiny deterministic models, tokenizer, responses and configurations, and comparisons of tensors by name."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from transformers import (
 )
 
 from icegrt.config import CriticConfig, OptimizerConfig, PPOConfig, RunConfig, SamplingConfig
+from icegrt.distributed.cluster import Cluster
 from icegrt.model.build import build_model
 from icegrt.model.hf import exporter, loader
 from icegrt.model.hf.reader import HFCheckpointReader
-from icegrt.roles.role import Role
+from icegrt.roles.role import Role, TrainableRole
 from icegrt.rollout.types import Response
 
 SPECIAL = ("<pad>", "<eos>", "<user>", "<assistant>")
@@ -35,7 +36,7 @@ PROMPTS = [{"prompt": word} for word in WORDS]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character, a pad token that is not EOS, and a chat template."""
+    """Return a tokenizer with one token per character, a pad token other than EOS, and a chat template."""
     characters = "abcdefghijklmnopqrstuvwxyz0123456789 .,!?'-"
     vocab = {token: index for index, token in enumerate((*SPECIAL, "<unk>", *characters))}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -48,7 +49,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model_config(family: str = "llama", **changes) -> PreTrainedConfig:
-    """Two layers of width 32, grouped-query attention, an odd vocabulary."""
+    """Return a configuration of two layers of width 32, grouped-query attention and an odd vocabulary."""
     settings = {
         "vocab_size": VOCAB,
         "hidden_size": 32,
@@ -67,10 +68,11 @@ def model_config(family: str = "llama", **changes) -> PreTrainedConfig:
     return AutoConfig.for_model(family, **(settings | changes))
 
 
-def _made(kind, seed: int, family: str, **changes):
+def random_model(kind, seed: int, family: str, **changes):
+    """Return a random fp32 model of a transformers Auto class."""
     torch.manual_seed(seed)
     model = kind.from_config(model_config(family, **changes)).eval()
-    with torch.no_grad():  # norms of one and biases of zero would hide that they are read from the wrong place
+    with torch.no_grad():  # norms of one and biases of zero would hide that they are read from the wrong tensor
         for name, parameter in model.named_parameters():
             if "norm" in name or "bias" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
@@ -78,17 +80,17 @@ def _made(kind, seed: int, family: str, **changes):
 
 
 def causal_lm(seed: int = 0, family: str = "llama", **changes) -> PreTrainedModel:
-    """A random language model in fp32."""
-    return _made(AutoModelForCausalLM, seed, family, **changes)
+    """Return a random language model in fp32."""
+    return random_model(AutoModelForCausalLM, seed, family, **changes)
 
 
 def scorer(seed: int = 1, family: str = "llama", **changes) -> PreTrainedModel:
-    """A random model with a scalar head in fp32."""
-    return _made(AutoModelForSequenceClassification, seed, family, num_labels=1, **changes)
+    """Return a random model with a scalar head in fp32."""
+    return random_model(AutoModelForSequenceClassification, seed, family, **({"num_labels": 1} | changes))
 
 
 def nudged(model, scale: float, seed: int = 7):
-    """A copy with noise on every parameter."""
+    """Return a copy with noise added to every parameter."""
     generator = torch.Generator().manual_seed(seed)
     model = copy.deepcopy(model)
     with torch.no_grad():
@@ -98,72 +100,70 @@ def nudged(model, scale: float, seed: int = 7):
 
 
 def role(source, head: str = "lm", *, learns: OptimizerConfig | None = None, dtype=torch.float32, **kwargs) -> Role:
-    """A role with the weights of a `transformers` model; it learns if it is given an optimizer."""
-    made = Role("role", build_model(source, head, dtype=dtype, **kwargs))
-    if learns is not None:
-        made.learn(learns, 10)
-    return made
+    """Return a role with the weights of a transformers model. learns: the optimizer of a trainable role."""
+    model = build_model(source, head, Cluster.current(), dtype=dtype, **kwargs)
+    return Role("role", model) if learns is None else TrainableRole("role", model, learns, 10)
 
 
 def reload(role: Role, source) -> None:
-    """Give a role other weights in place."""
+    """Replace the weights of a role in place."""
     loader.load(role.model, HFCheckpointReader(source))
 
 
 def by_hugging_face_name(role: Role, read) -> dict[str, torch.Tensor]:
-    """What `read` finds on each parameter, copied, under the names of Hugging Face."""
+    """Return copies of `read(parameter)` under Hugging Face names."""
     return {name: x.clone() for name, x in exporter.export_tensors(role.model, torch.float32, read)}
 
 
-def gradients(role: Role, batches, loss) -> dict[str, torch.Tensor]:
-    """The gradients of one accumulation under their Hugging Face names, divided by the counted tokens."""
+def gradients(role: TrainableRole, work) -> dict[str, torch.Tensor]:
+    """Return the gradients of one accumulation under Hugging Face names, divided by the counted tokens."""
     role.zero_gradients()
-    role.accumulate(batches, loss)
+    role.accumulate(work)
     return by_hugging_face_name(role, lambda p: p.main_grad)
 
 
-def gap(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> tuple[float, float]:
-    """Distance of two sets of tensors over the norm of the second: all together, and of the worst tensor."""
-    assert ours.keys() == theirs.keys()
-    norms = {n: theirs[n].double().norm().item() for n in theirs}
-    away = {n: (ours[n].double() - theirs[n].double()).norm().item() for n in theirs}
+def gap(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """Return the relative distance to `expected`: of all tensors as one vector, and of the worst single tensor."""
+    assert tensors.keys() == expected.keys()
+    norms = {n: expected[n].double().norm().item() for n in expected}
+    distances = {n: (tensors[n].double() - expected[n].double()).norm().item() for n in expected}
     total = sum(x * x for x in norms.values()) ** 0.5
-    distance = sum(x * x for x in away.values()) ** 0.5
+    distance = sum(x * x for x in distances.values()) ** 0.5
     assert total > 0
-    return distance / total, max(away[n] / norms[n] for n in theirs if norms[n] > 1e-4 * total)
+    return distance / total, max(distances[n] / norms[n] for n in expected if norms[n] > 1e-4 * total)
 
 
 def parameters(role: Role) -> dict[str, torch.Tensor]:
-    """Copies of a role's weights."""
+    """Return copies of the weights of a role."""
     return {name: p.detach().clone() for name, p in role.model.named_parameters()}
 
 
-def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    """Whether two sets of tensors agree to the bit."""
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+def same(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    """Return whether two sets of tensors have equal names and bits."""
+    return tensors.keys() == expected.keys() and all(torch.equal(tensors[n], expected[n]) for n in tensors)
 
 
 def responses(count: int = 9, seed: int = 3, longest: int = 9) -> list[Response]:
-    """Made-up answers of many lengths: a third truncated, the others closed by EOS; one is a lone EOS."""
+    """Return random responses of many lengths: a third truncated, the others ended by EOS; one is EOS alone."""
     draw = random.Random(seed)
-    made = []
+    generated = []
     for n in range(count):
         prompt = [draw.randrange(2, VOCAB) for _ in range(draw.randint(1, 8))]
         truncated = n % 3 == 2
         body = [draw.randrange(2, VOCAB) for _ in range(0 if n == 1 else draw.randint(1, longest))]
         tokens = body if truncated else [*body, EOS]
         reason = "length" if truncated else "stop"
-        made.append(Response(n, 0, n, prompt, tokens, [-1.0] * len(tokens), reason))
-    return made
+        generated.append(Response(n, 0, n, prompt, tokens, [-1.0] * len(tokens), reason))
+    return generated
 
 
 def count_letters(samples) -> list[float]:
-    """A reward function: the share of vowels."""
+    """Return the share of vowels of each sample: a reward function."""
     return [sum(c in "aeiou" for c in s.text) / max(len(s.text), 1) for s in samples]
 
 
 def ppo_config(folder, *, temperature: float = 1.0, max_new_tokens: int = 8, **changes) -> PPOConfig:
-    """A PPO run of a few small iterations."""
+    """Return the configuration of a PPO run of three small iterations."""
     run = {"dir": str(folder), "seed": 5} | changes.pop("run", {})
     settings = {
         "iterations": 3,
@@ -182,19 +182,19 @@ def ppo_config(folder, *, temperature: float = 1.0, max_new_tokens: int = 8, **c
 
 
 def doubles(model) -> dict[str, torch.Tensor]:
-    """A model's weights as float64 leaves that ask for gradients."""
+    """Return the weights of a model as float64 leaves that require gradients."""
     return {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
 
 
 def llama64(weights: dict[str, torch.Tensor], config: PreTrainedConfig, ids: list[int]) -> torch.Tensor:
-    """The hidden states [L, H] of one sequence in float64 throughout (transformers' own norms compute in fp32)."""
+    """Return the hidden states [L, H] of one sequence, in float64 throughout (transformers computes norms in fp32)."""
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     dim = config.head_dim
     length = len(ids)
     position = torch.arange(length, dtype=torch.float64)
     frequency = config.rope_parameters["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     angle = position[:, None] * frequency
-    ahead = torch.ones(length, length, dtype=torch.bool).triu(1)
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
 
     def norm(x, name):
         return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + config.rms_norm_eps) * weights[name]
@@ -213,7 +213,7 @@ def llama64(weights: dict[str, torch.Tensor], config: PreTrainedConfig, ids: lis
             group = head // (heads // groups)
             own, shared = slice(head * dim, (head + 1) * dim), slice(group * dim, (group + 1) * dim)
             score = turn(q[:, own]) @ turn(k[:, shared]).t() / dim**0.5
-            mixed.append(score.masked_fill(ahead, -torch.inf).softmax(-1) @ v[:, shared])
+            mixed.append(score.masked_fill(future, -torch.inf).softmax(-1) @ v[:, shared])
         x = x + torch.cat(mixed, dim=-1) @ weights[f"{at}.self_attn.o_proj.weight"].t()
         h = norm(x, f"{at}.post_attention_layernorm.weight")
         gate, up = (h @ weights[f"{at}.mlp.{part}_proj.weight"].t() for part in ("gate", "up"))

@@ -1,7 +1,7 @@
-"""Bytes on the wire: counted by wrapping the collectives, and as docs/scaling.md derives them.
+"""Bytes sent by collectives: counted by wrapping torch.distributed, and derived by the formulas of docs/scaling.md.
 
-Counted are the bytes that all ranks together send: a ring's 2 (R - 1) n for an all-reduce of n bytes over R ranks,
-(R - 1) n for a reduce-scatter, an all-gather (n: the whole), a broadcast or a gather, and n for a message.
+The counts are of all ranks together: 2 (R - 1) n for a ring all-reduce of n bytes over R ranks, (R - 1) n for a
+reduce-scatter, an all-gather (n: the gathered tensor), a broadcast or a gather, and n for a point-to-point message.
 """
 
 import contextlib
@@ -37,9 +37,9 @@ ALIASES = {"dist_all_gather_func": "all_gather_into_tensor", "dist_reduce_scatte
 
 @contextlib.contextmanager
 def counted():
-    """Bytes that this rank sends inside the block, by dimension: tensor, pipeline, data, and all (of every rank)."""
-    sent, inside = defaultdict(float), []
-    kept = []
+    """Yield the bytes that this rank sends inside the block, by dimension: tensor, pipeline, data, all."""
+    sent_bytes, inside = defaultdict(float), []
+    originals = []
 
     def wrap(name, original):
         amount, share = COUNTED[name]
@@ -50,9 +50,9 @@ def counted():
                 if group is None:
                     group = next((a for a in args if isinstance(a, dist.ProcessGroup)), dist.group.WORLD)
                 ranks = dist.get_world_size(group)
-                where = "pipeline" if name in ("isend", "send") else dimension(group)
+                dimension_name = "pipeline" if name in ("isend", "send") else dimension(group)
                 if ranks > 1:
-                    sent[where] += amount(*args, **kwargs) * share(ranks)
+                    sent_bytes[dimension_name] += amount(*args, **kwargs) * share(ranks)
             inside.append(name)
             try:
                 return original(*args, **kwargs)
@@ -62,20 +62,20 @@ def counted():
         return call
 
     wrapped = {name: wrap(name, getattr(c10d, name)) for name in COUNTED}
-    places = [(module, name, wrapped[name]) for name in COUNTED for module in (dist, c10d)]
-    places += [
+    patches = [(module, name, wrapped[name]) for name in COUNTED for module in (dist, c10d)]
+    patches += [
         (module, alias, wrapped[name])
         for module in (layers, mappings, param_and_grad_buffer)
         for alias, name in ALIASES.items()
         if hasattr(module, alias)
     ]
-    for module, name, function in places:
-        kept.append((module, name, getattr(module, name)))
+    for module, name, function in patches:
+        originals.append((module, name, getattr(module, name)))
         setattr(module, name, function)
     try:
-        yield sent
+        yield sent_bytes
     finally:
-        for module, name, function in reversed(kept):
+        for module, name, function in reversed(originals):
             setattr(module, name, function)
 
 
@@ -91,8 +91,11 @@ def dimension(group):
 
 @dataclass
 class Work:
-    """What an iteration computes, summed over data-parallel ranks: tokens T and actions A of the experience, both with
-    alignment tails; rows that rollout takes through the trunk, its sequences and tokens; micro-batches per pass."""
+    """Amounts of one iteration, summed over data-parallel ranks.
+
+    tokens, actions: T and A of the experience, with alignment tails. sequences: of the rollout. rollout_rows: rows that
+    pass through the trunk while decoding. rollout_draws: sampled tokens.
+    """
 
     tokens: int
     actions: int
@@ -102,25 +105,25 @@ class Work:
 
 
 def derived(layout, work, *, layers, hidden, parameters, epochs, steps, roles=4):
-    """Bytes of one PPO iteration with `roles` models by dimension; fp32, no ptx, one chunk of rows per micro-batch."""
+    """Return the bytes of one PPO iteration by dimension, in fp32, without ptx and with one chunk per micro-batch."""
     tp, pp, dp = layout["tensor"], layout["pipeline"], layout["data"]
     row = hidden * FP32
     forward = (roles + 2 * epochs) * work.tokens  # scoring, and the update of actor and critic
-    moved, back = forward + work.rollout_rows, 2 * epochs * work.tokens
-    found = {}
+    forwarded, backward = forward + work.rollout_rows, 2 * epochs * work.tokens
+    sent = {}
     if tp > 1:
-        rows = 2 * (2 * layers + 1) * moved + 4 * layers * back
+        rows = 2 * (2 * layers + 1) * forwarded + 4 * layers * backward
         if layout["sequence_parallel"]:
-            rows += 2 * layers * back + back
+            rows += 2 * layers * backward + backward
         head = 2 * epochs * work.actions * row
         statistics = 4 * tp * FP32 * ((2 + epochs) * work.actions + work.rollout_draws)
         draws = (FP32 + INT64) * tp * work.rollout_draws
-        found["tensor"] = (tp - 1) * (rows * row + head + statistics + draws)
+        sent["tensor"] = (tp - 1) * (rows * row + head + statistics + draws)
     if pp > 1:
         boundaries = pp * layout["virtual_pipeline"] - 1
-        told = FP32 * (4 * work.actions + 2 * work.sequences)
-        found["pipeline"] = boundaries * (moved + back) * row + (pp - 1) * (8 * work.rollout_draws + told)
+        values = FP32 * (4 * work.actions + 2 * work.sequences)
+        sent["pipeline"] = boundaries * (forwarded + backward) * row + (pp - 1) * (8 * work.rollout_draws + values)
     if dp > 1:
         exchanged = 8 * work.rollout_draws + 16 * work.sequences
-        found["data"] = (dp - 1) * (2 * steps * parameters * (FP32 + FP32) + exchanged)
-    return found
+        sent["data"] = (dp - 1) * (2 * steps * parameters * (FP32 + FP32) + exchanged)
+    return sent

@@ -40,9 +40,13 @@ def scores(slope_model, slope_true, sigma=0.01):
 
 
 def test_gaming_the_reward_model():
-    raised = messages(scores(0.05, -0.02))
-    assert len(raised) == 1
-    assert "gamed" in raised[0] and "function score" in raised[0] and "ppo.reward_model_weight" in raised[0]
+    alarm_messages = messages(scores(0.05, -0.02))
+    assert len(alarm_messages) == 1
+    assert (
+        "gamed" in alarm_messages[0]
+        and "task score" in alarm_messages[0]
+        and "ppo.reward_model_weight" in alarm_messages[0]
+    )
 
 
 def test_the_reward_model_disagreeing():
@@ -52,7 +56,7 @@ def test_the_reward_model_disagreeing():
 def test_noise_alone_is_rarely_called_gaming():
     noise = np.random.default_rng(2)
     runs = 100
-    raised = sum(
+    alarm_count = sum(
         bool(
             messages(
                 step(i, reward_model_score_mean=0.1 * i, function_score_mean=0.7 + 0.03 * noise.normal())
@@ -61,7 +65,7 @@ def test_noise_alone_is_rarely_called_gaming():
         )
         for _ in range(runs)
     )
-    assert raised <= 4
+    assert alarm_count <= 4
 
 
 @pytest.mark.parametrize("slopes", [(0.05, 0.02), (0.05, 0.0), (0.0, -0.02), (-0.05, -0.02)])
@@ -79,8 +83,8 @@ def test_gaming_on_held_out_prompts():
         )
         for i in range(1, 6)
     ]
-    raised = messages(steps)
-    assert len(raised) == 1 and "held-out" in raised[0] and "5 evaluations" in raised[0]
+    alarm_messages = messages(steps)
+    assert len(alarm_messages) == 1 and "held-out" in alarm_messages[0] and "5 evaluations" in alarm_messages[0]
 
 
 @pytest.mark.parametrize(
@@ -95,9 +99,9 @@ def test_gaming_on_held_out_prompts():
     ],
 )
 def test_one_figure_out_of_bounds(changes, words):
-    raised = messages([step(2, **changes)])
-    assert len(raised) == 1
-    assert all(word in raised[0] for word in words)
+    alarm_messages = messages([step(2, **changes)])
+    assert len(alarm_messages) == 1
+    assert all(word in alarm_messages[0] for word in words)
 
 
 def test_bf16_may_differ_more_between_rollout_and_scoring():
@@ -107,8 +111,13 @@ def test_bf16_may_differ_more_between_rollout_and_scoring():
 
 
 def test_entropy_collapse_is_measured_against_the_first_iterations():
-    raised = messages([step(i, entropy_nats_per_token=e) for i, e in enumerate((1.0, 1.2, 0.8, 0.31, 0.29), 1)])
-    assert len(raised) == 1 and "0.29 nats" in raised[0] and "30%" in raised[0] and "ppo.entropy_coef" in raised[0]
+    alarm_messages = messages([step(i, entropy_nats_per_token=e) for i, e in enumerate((1.0, 1.2, 0.8, 0.31, 0.29), 1)])
+    assert (
+        len(alarm_messages) == 1
+        and "0.29 nats" in alarm_messages[0]
+        and "30%" in alarm_messages[0]
+        and "ppo.entropy_coef" in alarm_messages[0]
+    )
 
 
 def test_ratio_must_be_one_when_the_actor_stands_still():
@@ -127,19 +136,19 @@ def test_first_iteration_starts_at_the_reference():
 
 def test_critic_negative_for_long():
     assert messages([step(i, value_explained_variance=-0.1) for i in range(1, 8)]) == []
-    raised = messages([step(i, value_explained_variance=-0.1) for i in range(1, 10)])
-    assert len(raised) == 1 and "ppo.critic.warmup_iterations" in raised[0]
+    alarm_messages = messages([step(i, value_explained_variance=-0.1) for i in range(1, 10)])
+    assert len(alarm_messages) == 1 and "ppo.critic.warmup_iterations" in alarm_messages[0]
 
 
 def test_answers_becoming_alike():
     steps = [step(i, evaluation=evaluation(i, distinct_fraction=d)) for i, d in ((1, 0.9), (2, 0.5), (3, 0.2))]
-    raised = messages(steps)
-    assert len(raised) == 1 and "20%" in raised[0] and "90%" in raised[0]
+    alarm_messages = messages(steps)
+    assert len(alarm_messages) == 1 and "20%" in alarm_messages[0] and "90%" in alarm_messages[0]
 
 
 def test_a_lasting_alarm_is_repeated_now_and_then():
-    raised = messages([step(i, truncated_fraction=0.5) for i in range(1, 2 * REPEAT_ITERATIONS + 2)])
-    assert len(raised) == 3
+    alarm_messages = messages([step(i, truncated_fraction=0.5) for i in range(1, 2 * REPEAT_ITERATIONS + 2)])
+    assert len(alarm_messages) == 3
 
 
 def test_resumed_alarms_are_those_of_an_uninterrupted_run():
@@ -149,14 +158,14 @@ def test_resumed_alarms_are_those_of_an_uninterrupted_run():
         )
         for s in scores(0.05, -0.02)
     ]
-    whole = Alarms(PPOConfig())
-    expected = [whole.check(s) for s in steps]
-    for cut in (0, 3, 7, 11):
+    uninterrupted = Alarms(PPOConfig())
+    expected = [uninterrupted.check(s) for s in steps]
+    for position in (0, 3, 7, 11):
         first, second = Alarms(PPOConfig()), Alarms(PPOConfig())
-        raised = [first.check(s) for s in steps[:cut]]
+        first_alarms = [first.check(s) for s in steps[:position]]
         second.load_state(json.loads(json.dumps(first.state())))
-        assert raised + [second.check(s) for s in steps[cut:]] == expected
-        assert second.state() == whole.state()
+        assert first_alarms + [second.check(s) for s in steps[position:]] == expected
+        assert second.state() == uninterrupted.state()
 
 
 def test_trend():

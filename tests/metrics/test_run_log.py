@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -117,6 +118,16 @@ def test_rollouts_are_whole_or_absent(tmp_path):
         writer.write({})
         raise KeyError
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_rows_that_cannot_be_written_leave_no_file(tmp_path, monkeypatch):
+    def fsync(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space left"), JsonlWriter(tmp_path / "rows.jsonl") as writer:
+        writer.write({})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_json_safe_takes_arrays_and_refuses_the_rest():

@@ -98,11 +98,6 @@ def mlflow(monkeypatch):
     return FakeMlflow(monkeypatch)
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return cases.make_home(tmp_path_factory.mktemp("home"))
-
-
 def flat(row):
     """A row of metrics.jsonl under the names that sinks use."""
 
@@ -169,8 +164,8 @@ def test_a_resumed_run_goes_on_in_the_loggers_run(tmp_path, wandb, mlflow):
     assert json.loads((tmp_path / "loggers.json").read_text()) == {"wandb": "made-up-id", "mlflow": "run-1"}
     with RunLog(tmp_path, 1, tensorboard=False, log_to=["wandb", "mlflow"], config={"a": 1}) as log:
         log.log(SFTStep(step=2, epoch=0.2, loss=1.0, tokens=7, tokens_per_second=1.0, lr=0.0, grad_norm=1.0))
-    again = [call[1] for call in wandb.calls if call[0] == "init"][1]
-    assert again["id"] == "made-up-id" and again["resume"] == "allow"
+    init_options = [call[1] for call in wandb.calls if call[0] == "init"][1]
+    assert init_options["id"] == "made-up-id" and init_options["resume"] == "allow"
     assert len(mlflow.of("run")) == 1 and mlflow.of("param") == []  # an mlflow run's parameters cannot change
 
 
@@ -180,17 +175,19 @@ def test_a_logger_that_fails_costs_its_own_rows_only(tmp_path, wandb, capsys):
         log.log(STEP)
         log.log(SFTStep(step=2, epoch=0.2, loss=1.0, tokens=7, tokens_per_second=1.0, lr=0.0, grad_norm=1.0))
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
-    said = capsys.readouterr().err
-    assert said.count("wandb takes no more metrics (ConnectionError: no route") == 1 and "hunter2" not in said
+    stderr = capsys.readouterr().err
+    assert stderr.count("wandb gets no more metrics (ConnectionError: no route") == 1 and "hunter2" not in stderr
 
 
 def test_a_logger_that_cannot_start_is_refused_and_leaves_nothing(home, tmp_path, wandb, mlflow, capsys):
     wandb.refuses = True
     keys = cases.sft_keys(home, tmp_path / "new" / "run", "sft.run.log_to=[mlflow, wandb]")
     assert cli.main(["sft", *keys]) == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning:")]
-    assert len(said) == 1 and said[0].startswith("error: run.log_to: wandb cannot be started (RuntimeError: no API key")
-    assert "hunter2" not in said[0] and "leave it out" in said[0]
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning:")]
+    assert len(lines) == 1 and lines[0].startswith(
+        "error: run.log_to: wandb cannot be started (RuntimeError: no API key"
+    )
+    assert "hunter2" not in lines[0] and "or remove it" in lines[0]
     assert mlflow.of("end") and not (tmp_path / "new").exists()
 
 
@@ -201,9 +198,9 @@ def test_loggers_are_checked_before_anything_is_done(monkeypatch):
         (["x"], "expected any of wandb, mlflow"),
         (["mlflow"], "sft.run.log_to names mlflow, which is not installed: pip install mlflow"),
     ):
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(ConfigError) as error_info:
             check_sinks(names, "sft.run.log_to")
-        assert words in str(caught.value)
+        assert words in str(error_info.value)
     check_sinks([], "sft.run.log_to")
 
 
@@ -229,5 +226,5 @@ def test_wandb_itself_takes_what_it_is_given_and_not_the_command_line(tmp_path, 
         with RunLog(tmp_path, step - 1 or None, tensorboard=False, log_to=["wandb"], config={"a": {"b": 17}}) as log:
             log.log(SFTStep(step=step, epoch=0.1, loss=2.0, tokens=7, tokens_per_second=1.0, lr=0.0, grad_norm=1.0))
     run = json.loads((tmp_path / "loggers.json").read_text())["wandb"]
-    written = b"".join(path.read_bytes() for path in tmp_path.rglob(f"run-{run}.wandb"))
-    assert written.count(b"sft/loss") >= 2 and b"hunter2" not in written
+    log_bytes = b"".join(path.read_bytes() for path in tmp_path.rglob(f"run-{run}.wandb"))
+    assert log_bytes.count(b"sft/loss") >= 2 and b"hunter2" not in log_bytes

@@ -41,11 +41,11 @@ def test_bootstrap_is_paired_and_deterministic():
     before = np.linspace(-100, 100, 50)
     assert paired_bootstrap_ci95(before, before + 1) == pytest.approx((1.0, 1.0))
     noise = np.random.default_rng(0).normal(size=50)
-    same = [paired_bootstrap_ci95(before, before + noise, seed=5) for _ in range(2)]
-    assert same[0] == same[1] != paired_bootstrap_ci95(before, before + noise, seed=6)
+    intervals = [paired_bootstrap_ci95(before, before + noise, seed=5) for _ in range(2)]
+    assert intervals[0] == intervals[1] != paired_bootstrap_ci95(before, before + noise, seed=6)
     low, high = paired_bootstrap_ci95(before, before + noise)
-    back = paired_bootstrap_ci95(before + noise, before)
-    assert back == pytest.approx((-high, -low))
+    reversed_interval = paired_bootstrap_ci95(before + noise, before)
+    assert reversed_interval == pytest.approx((-high, -low))
 
 
 @pytest.mark.parametrize(

@@ -34,15 +34,15 @@ def test_packed_attention_is_each_sequence_alone(lengths):
 
 
 def test_flash_attention_is_called_with_the_boundaries_of_the_stream():
-    seen = {}
+    arguments = {}
 
     def varlen(q, k, v, cu_q, cu_k, longest_q, longest_k, causal):
-        seen.update(cu=cu_q.tolist(), same=torch.equal(cu_q, cu_k), longest=(longest_q, longest_k), causal=causal)
+        arguments.update(cu=cu_q.tolist(), same=torch.equal(cu_q, cu_k), longest=(longest_q, longest_k), causal=causal)
         return one_by_one(q, k, v)
 
     q, k, v = streams()
-    out = attention._varlen(varlen, q, k, v, LENGTHS)
-    assert seen == {"cu": [0, 3, 4, 11, 14], "same": True, "longest": (7, 7), "causal": True}
+    out = attention.flash_varlen_attention(varlen, q, k, v, LENGTHS)
+    assert arguments == {"cu": [0, 3, 4, 11, 14], "same": True, "longest": (7, 7), "causal": True}
     torch.testing.assert_close(out, attention.packed_causal_attention(q, k, v, LENGTHS))
 
 
@@ -50,24 +50,24 @@ def test_flash_attention_is_called_with_the_boundaries_of_the_stream():
 @pytest.mark.parametrize("lengths", [LENGTHS, [6, 6], [11, 1]])
 def test_a_window_shows_the_last_tokens_and_the_current_one(window, lengths):
     q, k, v = streams(lengths=lengths)
-    place = torch.cat([torch.arange(n) for n in lengths])
+    position = torch.cat([torch.arange(n) for n in lengths])
     sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    back = place[:, None] - place
-    visible = (sequence[:, None] == sequence) & (back >= 0) & (back < window)
-    whole = [x.transpose(0, 1)[None] for x in (q, k, v)]
-    expected = scaled_dot_product_attention(*whole, attn_mask=visible, enable_gqa=True)[0].transpose(0, 1)
+    distance = position[:, None] - position
+    visible = (sequence[:, None] == sequence) & (distance >= 0) & (distance < window)
+    batched = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    expected = scaled_dot_product_attention(*batched, attn_mask=visible, enable_gqa=True)[0].transpose(0, 1)
     torch.testing.assert_close(attention.packed_causal_attention(q, k, v, lengths, window), expected)
 
 
 def test_flash_attention_is_told_how_many_tokens_lie_before_the_current_one():
-    seen = {}
+    arguments = {}
 
     def varlen(q, *args, window_size, **kwargs):
-        seen["window"] = window_size
+        arguments["window"] = window_size
         return q
 
-    attention._varlen(varlen, *streams(), LENGTHS, window=3)
-    assert seen["window"] == (2, 0)
+    attention.flash_varlen_attention(varlen, *streams(), LENGTHS, window=3)
+    assert arguments["window"] == (2, 0)
 
 
 def test_flash_attention_is_found_when_installed_and_missed_quietly_when_not(monkeypatch):

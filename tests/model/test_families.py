@@ -9,10 +9,12 @@ from icegrt.model.build import build_model
 from icegrt.model.hf import exporter
 from icegrt.model.hf.writer import save_pretrained
 from icegrt.packing import pack
-from icegrt.ppo.scoring import score_logprobs, score_sequences
+from icegrt.ppo.scoring import LogprobScorer, score_sequences
 from icegrt.rollout.decoder import Decoder
 from icegrt.rollout.types import Sampling
 from tests.helpers import tiny_models as tiny
+
+pytestmark = pytest.mark.usefixtures("cluster")
 
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 LLAMA3 = {
@@ -49,86 +51,80 @@ ROWS = [[5, 6, 7], [9], [3, 40, 2, 8, 11, 30], [7, 7, 7], [1] * 12, [(7 * i) % 5
 LONG_ROW = [(11 * i) % 60 for i in range(150)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    with Cluster.open() as opened:
-        yield opened
-
-
 @pytest.fixture(scope="module", params=SHAPES)
 def pair(request):
     """A language model of transformers, and the same one here."""
     family, changes = SHAPES[request.param]
-    theirs = tiny.causal_lm(0, family=family, **changes)
-    return theirs, build_model(theirs, "lm", dtype=torch.float32)
+    hf_model = tiny.causal_lm(0, family=family, **changes)
+    return hf_model, build_model(hf_model, "lm", Cluster.current(), dtype=torch.float32)
 
 
 def logits(model, rows):
     batch = pack([row[:1] for row in rows], [row[1:] for row in rows])
     with torch.no_grad():
-        return model.logits_NV(model.hidden(batch).squeeze(1)).split([len(row) for row in rows])
+        return model.logits_NV(model.chunks[-1].hidden(batch).squeeze(1)).split([len(row) for row in rows])
 
 
 def test_logits_of_packed_sequences_are_those_of_transformers(pair):
-    theirs, ours = pair
-    rows = [*ROWS, LONG_ROW] if theirs.config.max_position_embeddings > len(LONG_ROW) else ROWS
-    for row, found in zip(rows, logits(ours, rows), strict=True):
+    hf_model, model = pair
+    rows = [*ROWS, LONG_ROW] if hf_model.config.max_position_embeddings > len(LONG_ROW) else ROWS
+    for row, row_logits in zip(rows, logits(model, rows), strict=True):
         with torch.no_grad():
-            expected = theirs(torch.tensor([row])).logits[0]
-        assert found.shape == expected.shape and expected.abs().max() > 1
-        assert (found - expected).abs().max() < 1e-4
+            expected = hf_model(torch.tensor([row])).logits[0]
+        assert row_logits.shape == expected.shape and expected.abs().max() > 1
+        assert (row_logits - expected).abs().max() < 1e-4
 
 
 def test_import_and_export_change_no_bit(pair, tmp_path):
-    theirs, _ = pair
-    theirs.save_pretrained(tmp_path / "in", max_shard_size="20KB")
+    hf_model, _ = pair
+    hf_model.save_pretrained(tmp_path / "in", max_shard_size="20KB")
     assert (tmp_path / "in" / "model.safetensors.index.json").is_file()
-    ours = build_model(tmp_path / "in", "lm", dtype=torch.float32)
+    model = build_model(tmp_path / "in", "lm", Cluster.current(), dtype=torch.float32)
     out = save_pretrained(
-        exporter.export_tensors(ours, torch.float32), ours.architecture, tmp_path / "out", classifier=False
+        exporter.export_tensors(model, torch.float32), model.architecture, tmp_path / "out", classifier=False
     )
-    again, found = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert type(again) is type(theirs) and tiny.same(dict(again.state_dict()), dict(theirs.state_dict()))
+    reloaded, loading_info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(loading_info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(reloaded) is type(hf_model) and tiny.same(dict(reloaded.state_dict()), dict(hf_model.state_dict()))
 
 
 def test_the_decoder_agrees_with_scoring(pair):
     _, model = pair
     prompts = [[5, 6, 7], [9], [2] * 12]
-    found = list(Decoder(model, [tiny.EOS]).stream(prompts, 2, Sampling(max_new_tokens=14, seed=3)))
-    assert len({tuple(r.tokens) for r in found}) > 3
-    batch = pack([r.prompt for r in found], [r.tokens for r in found])
-    scored, _ = score_logprobs(tiny.Role("actor", model), [batch], 1.0, None)
-    sampled = torch.tensor([logprob for r in found for logprob in r.logprobs])
+    responses = list(Decoder(model, [tiny.EOS]).stream(prompts, 2, Sampling(max_new_tokens=14, seed=3)))
+    assert len({tuple(r.tokens) for r in responses}) > 3
+    batch = pack([r.prompt for r in responses], [r.tokens for r in responses])
+    scored, _ = LogprobScorer(1.0, None)(tiny.Role("actor", model), [batch])
+    sampled = torch.tensor([logprob for r in responses for logprob in r.logprobs])
     assert (scored - sampled).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_comes_back_to_the_bit(family, tmp_path):
-    theirs = tiny.causal_lm(0, family=family).bfloat16()
-    theirs.save_pretrained(tmp_path / "in")
-    ours = build_model(tmp_path / "in", "lm", dtype=torch.bfloat16)
+    hf_model = tiny.causal_lm(0, family=family).bfloat16()
+    hf_model.save_pretrained(tmp_path / "in")
+    model = build_model(tmp_path / "in", "lm", Cluster.current(), dtype=torch.bfloat16)
     out = save_pretrained(
-        exporter.export_tensors(ours, torch.bfloat16), ours.architecture, tmp_path / "out", classifier=False,
+        exporter.export_tensors(model, torch.bfloat16), model.architecture, tmp_path / "out", classifier=False,
         dtype="bf16",
     )  # fmt: skip
-    again = AutoModelForCausalLM.from_pretrained(out)
-    assert again.dtype == torch.bfloat16 and tiny.same(dict(again.state_dict()), dict(theirs.state_dict()))
+    reloaded = AutoModelForCausalLM.from_pretrained(out)
+    assert reloaded.dtype == torch.bfloat16 and tiny.same(dict(reloaded.state_dict()), dict(hf_model.state_dict()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_reward_model_scores_as_in_transformers_and_comes_back_to_the_bit(family, tied, tmp_path):
-    theirs = tiny.scorer(1, family=family, tie_word_embeddings=tied)
-    theirs.save_pretrained(tmp_path / "in")
+    hf_model = tiny.scorer(1, family=family, tie_word_embeddings=tied)
+    hf_model.save_pretrained(tmp_path / "in")
     role = tiny.role(tmp_path / "in", "scalar")
     score_N = score_sequences(role, [pack([row[:1] for row in ROWS], [row[1:] for row in ROWS])])
     with torch.no_grad():
-        expected = torch.cat([theirs(torch.tensor([row])).logits[0] for row in ROWS])
+        expected = torch.cat([hf_model(torch.tensor([row])).logits[0] for row in ROWS])
     assert (score_N - expected).abs().max() < 1e-4 and expected.abs().max() > 0.1
     out = save_pretrained(
         exporter.export_tensors(role.model, torch.float32), role.model.architecture, tmp_path / "out", classifier=True
     )
-    again, found = AutoModelForSequenceClassification.from_pretrained(out, output_loading_info=True)
-    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert type(again) is type(theirs) and tiny.same(dict(again.state_dict()), dict(theirs.state_dict()))
+    reloaded, loading_info = AutoModelForSequenceClassification.from_pretrained(out, output_loading_info=True)
+    assert not any(loading_info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(reloaded) is type(hf_model) and tiny.same(dict(reloaded.state_dict()), dict(hf_model.state_dict()))

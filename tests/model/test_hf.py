@@ -30,14 +30,14 @@ def random_sources(architecture, head="lm"):
 
 def shard_of(entry, sources, architecture, rank, ranks):
     """A rank's parameter, put together from its pieces; padding is 7."""
-    held = list(weights.shard_slices(entry, architecture, rank, ranks))
+    slices = list(weights.shard_slices(entry, architecture, rank, ranks))
     rows = {"vocabulary": architecture.padded_vocab_size(ranks) // ranks}.get(entry.partition)
-    rows = rows or max(p.at + p.stop - p.start if p.dim == 0 else entry.shapes[0][0] for p in held)
+    rows = rows or max(p.offset + p.stop - p.start if p.dim == 0 else entry.shapes[0][0] for p in slices)
     columns = list(entry.shapes[0][1:])
     if entry.partition == "columns":
         columns[0] //= ranks
     parameter = torch.full((rows, *columns), 7.0)
-    for piece in held:
+    for piece in slices:
         piece.of(parameter).copy_(
             sources[entry.sources[piece.source]].narrow(piece.dim, piece.start, piece.stop - piece.start)
         )
@@ -53,8 +53,10 @@ def test_the_shards_of_all_ranks_are_the_checkpoint(shape):
         for entry in weights.parameter_mapping(architecture, "lm"):
             shards = [shard_of(entry, sources, architecture, rank, ranks) for rank in range(ranks)]
             assert len({shard.shape for shard in shards}) == 1
-            for name, part in zip(entry.sources, exporter.separate(entry, shards, architecture), strict=True):
-                assert torch.equal(part, sources[name]), (name, ranks)
+            exported = dict(exporter.exported(entry, shards, architecture, torch.float32))
+            assert list(exported) == list(entry.sources)
+            for name, tensor in exported.items():
+                assert torch.equal(tensor, sources[name]), (name, ranks)
 
 
 def test_heads_lie_beside_the_key_and_value_that_they_share():
@@ -82,55 +84,57 @@ class Watched(HFCheckpointReader):
 
 @pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("qwen2", {"num_key_value_heads": 4})])
 def test_a_rank_reads_only_what_it_holds(family, changes, tmp_path):
-    theirs = tiny.causal_lm(0, family=family, vocab_size=61, **changes)
-    theirs.save_pretrained(tmp_path / "in")
+    hf_model = tiny.causal_lm(0, family=family, vocab_size=61, **changes)
+    hf_model.save_pretrained(tmp_path / "in")
     source = Watched(tmp_path / "in")
     entries = [
         e for e in weights.parameter_mapping(source.architecture, "lm") if e.name.startswith("decoder.layers.1.")
     ]
-    with Cluster.open():
-        whole = loader.local_parameters(build_model(source, "lm", dtype=torch.float32))
-    assert source.numbers == sum(p.numel() for p in theirs.parameters())
+    with Cluster.open() as cluster:
+        parameters = dict(build_model(source, "lm", cluster, dtype=torch.float32).named_parameters())
+    assert source.numbers == sum(p.numel() for p in hf_model.parameters())
     for rank in range(2):
         source.numbers = 0
         for entry in entries:
-            wanted = list(weights.shard_slices(entry, source.architecture, rank, 2))
-            parameter = shard_of(entry, dict(theirs.state_dict()), source.architecture, rank, 2)
-            found = torch.empty_like(parameter)
-            loader._read_into(found, entry, source, wanted)
-            assert torch.equal(found, parameter)
-        held = sum(p.numel() for n, p in whole.items() if n.startswith("decoder.layers.1.") and "norm" not in n) // 2
-        norms = sum(p.numel() for n, p in whole.items() if n.startswith("decoder.layers.1.") and "norm" in n)
-        assert source.numbers == held + norms
+            slices = list(weights.shard_slices(entry, source.architecture, rank, 2))
+            parameter = shard_of(entry, dict(hf_model.state_dict()), source.architecture, rank, 2)
+            loaded = torch.empty_like(parameter)
+            loader.read_into(loaded, entry, source, slices)
+            assert torch.equal(loaded, parameter)
+        matrices = (
+            sum(p.numel() for n, p in parameters.items() if n.startswith("decoder.layers.1.") and "norm" not in n) // 2
+        )
+        norms = sum(p.numel() for n, p in parameters.items() if n.startswith("decoder.layers.1.") and "norm" in n)
+        assert source.numbers == matrices + norms
 
 
 def test_padding_of_the_vocabulary_is_zero_and_is_not_exported(tmp_path):
-    theirs = tiny.causal_lm(0, vocab_size=61)
-    theirs.save_pretrained(tmp_path / "in")
+    hf_model = tiny.causal_lm(0, vocab_size=61)
+    hf_model.save_pretrained(tmp_path / "in")
     source = HFCheckpointReader(tmp_path / "in")
     entry = next(weights.parameter_mapping(source.architecture, "lm"))
     shards = [torch.full((16, 32), torch.nan) for _ in range(4)]
     for rank, shard in enumerate(shards):
-        loader._read_into(shard, entry, source, list(weights.shard_slices(entry, source.architecture, rank, 4)))
+        loader.read_into(shard, entry, source, list(weights.shard_slices(entry, source.architecture, rank, 4)))
     assert source.architecture.padded_vocab_size(4) == 64 and not shards[3][13:].any()
-    ((name, whole),) = exporter.exported(entry, shards, source.architecture, torch.float32)
-    assert torch.equal(whole, theirs.state_dict()[name])
+    ((name, embedding),) = exporter.exported(entry, shards, source.architecture, torch.float32)
+    assert torch.equal(embedding, hf_model.state_dict()[name])
 
 
 def test_what_a_checkpoint_says_of_itself_is_handed_on(tmp_path):
-    theirs = tiny.causal_lm(0, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0})
-    theirs.config.eos_token_id = [tiny.EOS, 9]
-    theirs.config.auto_map = {"AutoConfig": "code.Thing"}
-    theirs.generation_config.update(temperature=0.6, top_p=0.9, do_sample=True, eos_token_id=[9, 11])
-    theirs.save_pretrained(tmp_path / "in")
-    with Cluster.open():
-        model = build_model(tmp_path / "in", "lm", dtype=torch.float32)
+    hf_model = tiny.causal_lm(0, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0})
+    hf_model.config.eos_token_id = [tiny.EOS, 9]
+    hf_model.config.auto_map = {"AutoConfig": "code.Thing"}
+    hf_model.generation_config.update(temperature=0.6, top_p=0.9, do_sample=True, eos_token_id=[9, 11])
+    hf_model.save_pretrained(tmp_path / "in")
+    with Cluster.open() as cluster:
+        model = build_model(tmp_path / "in", "lm", cluster, dtype=torch.float32)
         tensors = exporter.export_tensors(model, torch.float32)
         out = save_pretrained(
             tensors, model.architecture, tmp_path / "out", classifier=False, tokenizer=tiny.tokenizer()
         )
     config = json.loads((out / "config.json").read_text())
-    assert config["rope_parameters"] == theirs.config.rope_parameters and "auto_map" not in config
+    assert config["rope_parameters"] == hf_model.config.rope_parameters and "auto_map" not in config
     assert config["eos_token_id"] == [tiny.EOS, 9] and config["dtype"] == "float32"
     settings = json.loads((out / "generation_config.json").read_text())
     assert (settings["temperature"], settings["top_p"], settings["do_sample"]) == (0.6, 0.9, True)
@@ -142,13 +146,13 @@ def test_a_scorer_whose_padding_is_eos_is_exported_without_padding(tmp_path):
     tokenizer = tiny.tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     architecture = Architecture.from_config(tiny.model_config().to_dict())
-    for classifier, kept in ((True, None), (False, tiny.EOS)):
+    for classifier, pad_token_id in ((True, None), (False, tiny.EOS)):
         head = "scalar" if classifier else "lm"
         out = save_pretrained(
             iter(random_sources(architecture, head).items()), architecture, tmp_path / head, classifier=classifier,
             tokenizer=tokenizer,
         )  # fmt: skip
-        assert json.loads((out / "config.json").read_text())["pad_token_id"] == kept
+        assert json.loads((out / "config.json").read_text())["pad_token_id"] == pad_token_id
 
 
 def test_an_export_that_fails_leaves_nothing(tmp_path):

@@ -19,6 +19,8 @@ from icegrt.packing import pack
 from icegrt.ppo.scoring import score_sequences, score_values
 from tests.helpers import tiny_models as tiny
 
+pytestmark = pytest.mark.usefixtures("cluster")
+
 SHAPES = {
     "grouped_query": {},
     "multi_head": {"num_key_value_heads": 4},
@@ -32,96 +34,91 @@ SHAPES = {
 ROWS = [[5, 6, 7], [9], [3, 40, 2, 8, 11, 30], [7, 7], [4, 9, 46], [1] * 12]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    with Cluster.open() as opened:
-        yield opened
-
-
 @pytest.fixture(scope="module", params=SHAPES)
 def pair(request):
     """A language model of transformers, and the same one here."""
-    theirs = tiny.causal_lm(0, **SHAPES[request.param])
-    return theirs, build_model(theirs, "lm", dtype=torch.float32)
+    hf_model = tiny.causal_lm(0, **SHAPES[request.param])
+    return hf_model, build_model(hf_model, "lm", Cluster.current(), dtype=torch.float32)
 
 
 def hidden(model, rows):
     batch = pack([row[:1] for row in rows], [row[1:] for row in rows])
     with torch.no_grad():
-        return model.hidden(batch).squeeze(1)
+        return model.chunks[-1].hidden(batch).squeeze(1)
 
 
 def test_logits_of_a_packed_batch_are_those_of_transformers(pair):
-    theirs, ours = pair
+    hf_model, model = pair
     with torch.no_grad():
-        expected = torch.cat([theirs(torch.tensor([row])).logits[0] for row in ROWS])
-    away = (ours.logits_NV(hidden(ours, ROWS)) - expected).abs().max()
-    assert away < 1e-4 and expected.abs().max() > 1
+        expected = torch.cat([hf_model(torch.tensor([row])).logits[0] for row in ROWS])
+    max_error = (model.logits_NV(hidden(model, ROWS)) - expected).abs().max()
+    assert max_error < 1e-4 and expected.abs().max() > 1
 
 
 def test_the_float64_model_of_the_tests_is_that_of_transformers(pair):
-    theirs, _ = pair
-    exact = tiny.llama64(tiny.doubles(theirs), theirs.config, ROWS[2])
+    hf_model, _ = pair
+    exact = tiny.llama64(tiny.doubles(hf_model), hf_model.config, ROWS[2])
     with torch.no_grad():
-        assert (theirs.model(torch.tensor([ROWS[2]])).last_hidden_state[0] - exact).abs().max() < 1e-5
+        assert (hf_model.model(torch.tensor([ROWS[2]])).last_hidden_state[0] - exact).abs().max() < 1e-5
 
 
 def test_a_language_model_comes_back_to_the_bit(pair, tmp_path):
-    theirs, ours = pair
+    hf_model, model = pair
     out = save_pretrained(
-        exporter.export_tensors(ours, torch.float32), ours.architecture, tmp_path / "out", classifier=False,
+        exporter.export_tensors(model, torch.float32), model.architecture, tmp_path / "out", classifier=False,
         tokenizer=tiny.tokenizer(),
     )  # fmt: skip
-    again = AutoModelForCausalLM.from_pretrained(out)
-    assert type(again) is type(theirs)
-    assert tiny.same(dict(again.state_dict()), dict(theirs.state_dict()))
-    assert again.config.tie_word_embeddings == theirs.config.tie_word_embeddings
-    assert again.dtype == torch.float32 and again.generation_config.eos_token_id == tiny.EOS
-    once_more = build_model(out, "lm", dtype=torch.float32)
-    assert tiny.same(dict(once_more.named_parameters()), dict(ours.named_parameters()))
+    reloaded = AutoModelForCausalLM.from_pretrained(out)
+    assert type(reloaded) is type(hf_model)
+    assert tiny.same(dict(reloaded.state_dict()), dict(hf_model.state_dict()))
+    assert reloaded.config.tie_word_embeddings == hf_model.config.tie_word_embeddings
+    assert reloaded.dtype == torch.float32 and reloaded.generation_config.eos_token_id == tiny.EOS
+    imported = build_model(out, "lm", Cluster.current(), dtype=torch.float32)
+    assert tiny.same(dict(imported.named_parameters()), dict(model.named_parameters()))
 
 
 @pytest.mark.parametrize("shape", ["grouped_query", "multi_query", "tied"])
 def test_a_scorer_comes_back_to_the_bit_and_scores_alike(shape, tmp_path):
-    theirs = tiny.scorer(1, **SHAPES[shape])
-    role = tiny.role(theirs, "scalar")
+    hf_model = tiny.scorer(1, **SHAPES[shape])
+    role = tiny.role(hf_model, "scalar")
     out = save_pretrained(
         exporter.export_tensors(role.model, torch.float32), role.model.architecture, tmp_path / "out", classifier=True
     )
-    again = AutoModelForSequenceClassification.from_pretrained(out)
-    assert again.config.num_labels == 1 and tiny.same(dict(again.state_dict()), dict(theirs.state_dict()))
+    reloaded = AutoModelForSequenceClassification.from_pretrained(out)
+    assert reloaded.config.num_labels == 1 and tiny.same(dict(reloaded.state_dict()), dict(hf_model.state_dict()))
     score_N = score_sequences(role, [pack([row[:1] for row in ROWS], [row[1:] for row in ROWS])])
     with torch.no_grad():
-        expected = torch.cat([again(torch.tensor([row])).logits[0] for row in ROWS])
+        expected = torch.cat([reloaded(torch.tensor([row])).logits[0] for row in ROWS])
     assert (score_N - expected).abs().max() < 1e-4 and expected.abs().max() > 0.1
 
 
 def test_bf16_is_exported_as_it_is_held(tmp_path):
-    theirs = tiny.causal_lm(0)
-    ours = build_model(theirs, "lm", dtype=torch.bfloat16)
+    hf_model = tiny.causal_lm(0)
+    model = build_model(hf_model, "lm", Cluster.current(), dtype=torch.bfloat16)
     out = save_pretrained(
-        exporter.export_tensors(ours, torch.bfloat16), ours.architecture, tmp_path / "out", classifier=False,
+        exporter.export_tensors(model, torch.bfloat16), model.architecture, tmp_path / "out", classifier=False,
         dtype="bf16",
     )  # fmt: skip
-    again = AutoModelForCausalLM.from_pretrained(out)
-    assert again.dtype == torch.bfloat16
-    assert tiny.same(dict(again.state_dict()), dict(theirs.bfloat16().state_dict()))
+    reloaded = AutoModelForCausalLM.from_pretrained(out)
+    assert reloaded.dtype == torch.bfloat16
+    assert tiny.same(dict(reloaded.state_dict()), dict(hf_model.bfloat16().state_dict()))
 
 
 def test_a_large_export_is_cut_into_files_that_transformers_reads(tmp_path):
-    theirs = tiny.causal_lm(0)
-    ours = build_model(theirs, "lm", dtype=torch.float32)
+    hf_model = tiny.causal_lm(0)
+    model = build_model(hf_model, "lm", Cluster.current(), dtype=torch.float32)
     out = save_pretrained(
-        exporter.export_tensors(ours, torch.float32), ours.architecture, tmp_path / "out", classifier=False,
+        exporter.export_tensors(model, torch.float32), model.architecture, tmp_path / "out", classifier=False,
         shard_bytes=20_000,
     )  # fmt: skip
     assert len(list(out.glob("model-0*-of-0*.safetensors"))) > 2 and not (out / "model.safetensors").exists()
-    assert tiny.same(dict(AutoModelForCausalLM.from_pretrained(out).state_dict()), dict(theirs.state_dict()))
+    assert tiny.same(dict(AutoModelForCausalLM.from_pretrained(out).state_dict()), dict(hf_model.state_dict()))
     assert tiny.same(
-        dict(build_model(out, "lm", dtype=torch.float32).named_parameters()), dict(ours.named_parameters())
+        dict(build_model(out, "lm", Cluster.current(), dtype=torch.float32).named_parameters()),
+        dict(model.named_parameters()),
     )
     with pytest.raises(RunError, match="not an empty folder"):
-        save_pretrained(iter(()), ours.architecture, out, classifier=False)
+        save_pretrained(iter(()), model.architecture, out, classifier=False)
 
 
 @pytest.mark.parametrize("rows", [ROWS, [[5, 6, 7], [8, 9, 10], [11, 12, 13]]], ids=["many_lengths", "one_length"])
@@ -129,11 +126,11 @@ def test_a_sequence_does_not_change_a_bit_of_another(rows, pair):
     _, model = pair
     lengths = [len(row) for row in rows]
     before = hidden(model, rows).split(lengths)
-    for changed in range(len(rows)):
-        other = [[(t + 17) % 40 for t in row] if n == changed else row for n, row in enumerate(rows)]
-        after = hidden(model, other).split(lengths)
+    for changed_index in range(len(rows)):
+        changed_rows = [[(t + 17) % 40 for t in row] if n == changed_index else row for n, row in enumerate(rows)]
+        after = hidden(model, changed_rows).split(lengths)
         moved = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
-        assert moved == [n == changed for n in range(len(rows))]
+        assert moved == [n == changed_index for n in range(len(rows))]
 
 
 def test_a_token_does_not_change_a_bit_of_those_before_it(pair):
@@ -167,7 +164,7 @@ def change_tensors(folder, change):
 
 def refused(folder, *words, head="lm"):
     with pytest.raises(CheckpointError) as error:
-        build_model(folder, head, dtype=torch.float32)
+        build_model(folder, head, Cluster.current(), dtype=torch.float32)
     for word in (str(folder), *words):
         assert word in str(error.value)
 
@@ -226,8 +223,8 @@ def test_pickled_weights_are_refused_with_the_way_out(saved):
 
 
 def test_a_damaged_or_absent_file_is_refused_by_name(saved):
-    whole = saved / "model.safetensors"
-    names = list(load_file(whole))
+    weights_file = saved / "model.safetensors"
+    names = list(load_file(weights_file))
     index, part = saved / "model.safetensors.index.json", "model-00001-of-00002.safetensors"
     index.write_text(json.dumps({"weight_map": dict.fromkeys(names, part)}))
     refused(saved, part, "cannot be read as safetensors")
@@ -237,8 +234,8 @@ def test_a_damaged_or_absent_file_is_refused_by_name(saved):
         index.write_text(text)
         refused(saved, index.name)
     index.unlink()
-    whole.write_bytes(b"\0" * 64)
-    refused(saved, whole.name, "cannot be read as safetensors")
+    weights_file.write_bytes(b"\0" * 64)
+    refused(saved, weights_file.name, "cannot be read as safetensors")
     shutil.rmtree(saved)
     refused(saved, "no config.json")
 

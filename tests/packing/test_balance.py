@@ -48,11 +48,11 @@ def fits(lengths, n_bins, budget):
     def place(k, room):
         if k == len(lengths):
             return True
-        seen = set()
-        for b, left in enumerate(room):
-            if left >= lengths[k] and left not in seen:
-                seen.add(left)
-                if place(k + 1, [*room[:b], left - lengths[k], *room[b + 1 :]]):
+        tried = set()
+        for b, free in enumerate(room):
+            if free >= lengths[k] and free not in tried:
+                tried.add(free)
+                if place(k + 1, [*room[:b], free - lengths[k], *room[b + 1 :]]):
                     return True
         return False
 

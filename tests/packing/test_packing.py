@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+# The extension has no public name. Here its own argument checks and its threading are under test, not `pack`'s.
 from icegrt import _C
 from icegrt.packing import PackedBatch, pack, unpack
 
@@ -46,13 +47,13 @@ DTYPES = {"cu_seqlens": torch.int32, "cu_actions": torch.int32, "action_mask_A":
 
 def check(batch: PackedBatch, expected: dict):
     for name, want in expected.items():
-        got = getattr(batch, name)
-        if isinstance(got, torch.Tensor):
-            assert got.dtype == DTYPES.get(name, torch.int64), name
-            assert got.is_contiguous() and got.ndim == 1, name
-            assert got.tolist() == want, name
+        value = getattr(batch, name)
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == DTYPES.get(name, torch.int64), name
+            assert value.is_contiguous() and value.ndim == 1, name
+            assert value.tolist() == want, name
         else:
-            assert got == want, name
+            assert value == want, name
 
 
 tokens = st.integers(0, 2**40)
@@ -66,7 +67,7 @@ sequences = st.lists(
 def test_matches_oracle(rows, tail_multiple, tail_token, kind):
     prompts = [prompt for prompt, _ in rows]
     responses = [[token for token, _ in actions] for _, actions in rows]
-    masks = [[kept for _, kept in actions] for _, actions in rows]
+    masks = [[flag for _, flag in actions] for _, actions in rows]
     makers = {"list": list, "numpy": lambda x: np.array(x, np.int64), "tensor": lambda x: torch.tensor(x).long()}
 
     def convert(values):

@@ -84,12 +84,12 @@ class Process:
 
 
 def children(parent):
-    found = []
-    for place in Path("/proc").iterdir():
+    pids = []
+    for process_folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
-            if int((place / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
-                found.append(int(place.name))
-    return found
+            if int((process_folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                pids.append(int(process_folder.name))
+    return pids
 
 
 def command_line(pid):
@@ -126,11 +126,11 @@ def killed_again_and_again(command, run, log, draw):
     for kill in range(KILLS):
         if process.ended():
             process = Process(command, log)
-        known = steps_logged(run)
+        logged = steps_logged(run)
         if kill % 7 == 3:  # while it starts
             time.sleep(draw.uniform(0.5, 8))
         else:
-            assert wait_until(lambda known=known: steps_logged(run) > known, process, 240), Path(log).read_text()[
+            assert wait_until(lambda logged=logged: steps_logged(run) > logged, process, 240), Path(log).read_text()[
                 -3000:
             ]
             if kill % 2:
@@ -168,21 +168,21 @@ def outcome(run):
 
 @pytest.mark.long
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize("how", LAUNCHED)
-def test_a_run_killed_twenty_times_ends_as_if_nothing_had_happened(how, home, tmp_path):
-    launcher, keys = LAUNCHED[how]
+@pytest.mark.parametrize("launched", LAUNCHED)
+def test_a_run_killed_twenty_times_ends_as_if_nothing_had_happened(launched, home, tmp_path):
+    launcher, keys = LAUNCHED[launched]
 
     def command(run):
-        given = cases.ppo_keys(home, run, f"ppo.eval_prompts={home.prompts}", *RUN, *keys)
-        return [*launcher, "-m", "icegrt", "ppo", *given]
+        run_keys = cases.ppo_keys(home, run, f"ppo.eval_prompts={home.prompts}", *RUN, *keys)
+        return [*launcher, "-m", "icegrt", "ppo", *run_keys]
 
     undisturbed = Process(command(tmp_path / "undisturbed"), tmp_path / "undisturbed.log")
     assert undisturbed.process.wait(900) == 0, (tmp_path / "undisturbed.log").read_text()[-3000:]
     killed = tmp_path / "killed"
-    partial = killed_again_and_again(command(killed), killed, tmp_path / "killed.log", random.Random(how))
-    ours, theirs = outcome(killed), outcome(tmp_path / "undisturbed")
-    for what, expected in theirs.items():
-        assert ours[what] == expected, what
-    assert len(ours["rows"]) == ITERATIONS + 1 and len(ours["rollouts"]) == ITERATIONS
+    partial = killed_again_and_again(command(killed), killed, tmp_path / "killed.log", random.Random(launched))
+    killed_outcome, expected_outcome = outcome(killed), outcome(tmp_path / "undisturbed")
+    for part, expected in expected_outcome.items():
+        assert killed_outcome[part] == expected, part
+    assert len(killed_outcome["rows"]) == ITERATIONS + 1 and len(killed_outcome["rollouts"]) == ITERATIONS
     assert partial >= PARTIAL, f"only {partial} of {KILLS} kills met a half-written checkpoint"
     assert not list(files.checkpoints_dir(killed).glob("*.*")), "something was left over"

@@ -34,8 +34,8 @@ def torchrun(*args, ranks=2, seconds=600):
     return subprocess.run([sys.executable, *run], env=environment, capture_output=True, text=True, timeout=seconds)
 
 
-def said(done, start):
-    return [line for line in done.stderr.splitlines() if line.startswith(start)]
+def stderr_lines(process, start):
+    return [line for line in process.stderr.splitlines() if line.startswith(start)]
 
 
 @pytest.mark.timeout(700)
@@ -48,28 +48,29 @@ def said(done, start):
 )
 def test_a_layout_that_cannot_be_is_refused_by_rank_0_alone(keys, says, tmp_path):
     home = stages.make_home(tmp_path)
-    done = torchrun("ppo", *stages.ppo_keys(home, tmp_path / "run", *keys))
-    assert done.returncode != 0
-    (line,) = said(done, "error: ")
+    process = torchrun("ppo", *stages.ppo_keys(home, tmp_path / "run", *keys))
+    assert process.returncode != 0
+    (line,) = stderr_lines(process, "error: ")
     assert says in line and "parallel.tensor=" in line
-    assert not said(done, "[rank 1]") and "Traceback (most recent call last)" not in done.stderr.split("error: ")[0]
+    assert not stderr_lines(process, "[rank 1]")
+    assert "Traceback (most recent call last)" not in process.stderr.split("error: ")[0]
 
 
 @pytest.mark.timeout(700)
 @pytest.mark.parametrize(
-    ("how", "workers"),
+    ("function", "workers"),
     [
         ("fails_on_rank_1", 1),
         pytest.param("fails_on_rank_1_whose_connections_do_not_close", 0, marks=pytest.mark.long),
     ],
 )
-def test_a_failing_rank_speaks_once_and_the_others_leave(how, workers, tmp_path):
+def test_a_failing_rank_speaks_once_and_the_others_leave(function, workers, tmp_path):
     home = stages.make_home(tmp_path)
     (tmp_path / "score.py").write_text(FAILING)
-    keys = stages.ppo_keys(home, tmp_path / "run", f"ppo.reward_function={tmp_path / 'score.py'}:{how}")
-    done = torchrun("ppo", *keys, f"ppo.reward.workers={workers}")  # 0: in the rank itself
-    assert done.returncode != 0
-    (line,) = said(done, "[rank ") + said(done, "error: ")
+    keys = stages.ppo_keys(home, tmp_path / "run", f"ppo.reward_function={tmp_path / 'score.py'}:{function}")
+    process = torchrun("ppo", *keys, f"ppo.reward.workers={workers}")  # 0: in the rank itself
+    assert process.returncode != 0
+    (line,) = stderr_lines(process, "[rank ") + stderr_lines(process, "error: ")
     assert line.startswith("[rank 1] error: ") and "the judge is out" in line
     # Rank 0 waited for rank 1's scores, and has nothing to say about how that ended.
-    assert "Connection" not in done.stderr and "gloo" not in done.stderr.lower()
+    assert "Connection" not in process.stderr and "gloo" not in process.stderr.lower()

@@ -50,8 +50,8 @@ def test_a_model_that_cannot_be_cut_is_refused_with_layouts_that_can(layout, say
         check_model(layout, world, **MODEL)
     named = str(refused.value).rsplit(" set ", 1)[1].split(", or ")
     assert named
-    for one in named:
-        keys = dict(part.removeprefix("parallel.").split("=") for part in one.split())
+    for layout_keys in named:
+        keys = dict(part.removeprefix("parallel.").split("=") for part in layout_keys.split())
         proposed = Layout(int(keys["tensor"]), int(keys["pipeline"]))
         check_world_size(proposed, world)
         check_model(proposed, world, **MODEL)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from icegrt import cli
 from icegrt.model.architecture import DTYPES
+from icegrt.roles.optimizer import inner_optimizers
 from icegrt.rollout.types import Sampling
 from tests.helpers import stage_cases as stages
 from tests.helpers import tiny_models as tiny
@@ -33,11 +34,11 @@ def everything(home, out, layout):
     command("reward", *stages.reward_keys(home, out / "reward"), *keys("reward", layout))
     command("ppo", *stages.ppo_keys(home, out / "ppo", "ppo.iterations=1"), *keys("ppo", layout))
     for name in ("sample", "generate"):
-        given = [f"{name}.model={home.actor}", f"{name}.prompts={home.prompts}", f"{name}.out={out / name}.jsonl"]
-        command(name, *given, *(f"{name}.sampling.{key}" for key in sampling), *keys(name, layout))
+        arguments = [f"{name}.model={home.actor}", f"{name}.prompts={home.prompts}", f"{name}.out={out / name}.jsonl"]
+        command(name, *arguments, *(f"{name}.sampling.{key}" for key in sampling), *keys(name, layout))
     for role in ("actor", "critic"):
-        given = [f"export.run={out / 'ppo'}", f"export.role={role}", f"export.out={out / role}"]
-        command("export", *given)
+        arguments = [f"export.run={out / 'ppo'}", f"export.role={role}", f"export.out={out / role}"]
+        command("export", *arguments)
 
 
 @pytest.mark.timeout(600)
@@ -47,20 +48,20 @@ def test_every_command_writes_in_a_layout_what_one_process_writes(world, tmp_pat
     for ranks, layout, out in ((1, (), "one"), (world, FOUR if world == 4 else FOUR[:1], "cut")):
         (tmp_path / out).mkdir()
         launch(ranks, everything, home, tmp_path / out, layout)
-    one, cut = stages.files_under(tmp_path / "one"), stages.files_under(tmp_path / "cut")
+    expected_files, layout_files = stages.files_under(tmp_path / "one"), stages.files_under(tmp_path / "cut")
 
     def plain(names):  # dist_checkpointing writes a file per rank
         return [n for n in names if ".distcp" not in n and "events.out" not in n]
 
-    assert plain(cut) == plain(one)
+    assert plain(layout_files) == plain(expected_files)
     for name in ("sample.jsonl", "generate.jsonl"):
         assert stages.read_jsonl(tmp_path / "cut" / name) == stages.read_jsonl(tmp_path / "one" / name)
     assert len(stages.read_jsonl(tmp_path / "cut" / "ppo" / "metrics.jsonl")) == 1
     rows = [stages.read_jsonl(tmp_path / o / "ppo" / "rollouts" / "iteration_00001.jsonl") for o in ("cut", "one")]
     assert [r["response_ids"] for r in rows[0]] == [r["response_ids"] for r in rows[1]]
     # What `ppo` wrote at its end and what `export` makes of the checkpoint are one and the same.
-    ours, exported = (load_file(tmp_path / "cut" / f / "model.safetensors") for f in ("ppo/model", "actor"))
-    assert tiny.same(ours, exported)
+    final_weights, exported = (load_file(tmp_path / "cut" / f / "model.safetensors") for f in ("ppo/model", "actor"))
+    assert tiny.same(final_weights, exported)
 
 
 # -- save in one layout, resume in others -----------------------------------------------------------------------------
@@ -72,33 +73,39 @@ def save(folder):
     with trainer(config(folder / "run", SAVED_IN, iterations=2, checkpoint_every=1), True) as run:
         run.step()
         run.step()
-        tell(folder, SAVED_IN, run, None)
+        save_results(folder, SAVED_IN, run, None)
 
 
 def resume(folder, layout):
     settings = config(folder / "run", layout, iterations=4, checkpoint_every=4, run={"resume": True})
     with trainer(settings, True) as run:
-        before = tiny.by_hugging_face_name(run.actor, lambda p: p)
+        weights = tiny.by_hugging_face_name(run.actor, lambda p: p)
         run.save_checkpoint()  # what came out of one layout, written by another
-        told = [run.step() for _ in range(2)]
-        tell(folder, layout, run, {"before": before, "steps": [(s.policy_loss, s.value_loss) for s in told]})
+        steps = [run.step() for _ in range(2)]
+        save_results(folder, layout, run, {"before": weights, "steps": [(s.policy_loss, s.value_loss) for s in steps]})
 
 
-def tell(folder, name, run, more):
-    held = {r.name: tiny.by_hugging_face_name(r, lambda p: p) for r in run.roles}
-    adam = {r.name: sorted({float(s["step"]) for o in inner(r) for s in o.optimizer.state.values()}) for r in run.roles}
+def adam_steps(role):
+    """The distinct step counts of a role's optimizer states."""
+    inner = inner_optimizers(role.optimizer)
+    return sorted({float(state["step"]) for optimizer in inner for state in optimizer.optimizer.state.values()})
+
+
+def save_results(folder, name, run, extra):
+    weights = {r.name: tiny.by_hugging_face_name(r, lambda p: p) for r in run.roles}
+    adam = {r.name: adam_steps(r) for r in run.roles}
     if run.cluster.is_main:
-        torch.save({"weights": held, "adam": adam, **(more or {})}, folder / f"{name}.pt")
-
-
-def inner(role):
-    return getattr(role.optimizer, "chained_optimizers", [role.optimizer])
+        torch.save({"weights": weights, "adam": adam, **(extra or {})}, folder / f"{name}.pt")
 
 
 def export(folder, ranks):
     for role in ("actor", "critic"):
-        given = [f"export.run={folder / 'saved'}", f"export.role={role}", f"export.out={folder / f'{role}_{ranks}'}"]
-        command("export", *given)
+        arguments = [
+            f"export.run={folder / 'saved'}",
+            f"export.role={role}",
+            f"export.out={folder / f'{role}_{ranks}'}",
+        ]
+        command("export", *arguments)
 
 
 @pytest.mark.long
@@ -110,26 +117,26 @@ def test_a_run_goes_on_in_another_layout_and_is_exported_alike_from_each(tmp_pat
     launch(LAYOUTS[SAVED_IN][0], save, tmp_path)
     saved = torch.load(tmp_path / f"{SAVED_IN}.pt")
     shutil.copytree(tmp_path / "run", tmp_path / "saved")
-    told = {}
+    results = {}
     for layout in RESUMED_IN:
         shutil.rmtree(tmp_path / "run")
         shutil.copytree(tmp_path / "saved", tmp_path / "run")
         launch(LAYOUTS[layout][0], resume, tmp_path, layout)
-        told[layout] = torch.load(tmp_path / f"{layout}.pt")
-        assert tiny.same(told[layout]["before"], saved["weights"]["actor"])
+        results[layout] = torch.load(tmp_path / f"{layout}.pt")
+        assert tiny.same(results[layout]["before"], saved["weights"]["actor"])
         for role in ("actor", "critic"):
             out = tmp_path / f"{role}_{layout}"
-            given = [f"export.run={tmp_path / 'run'}", f"export.role={role}", f"export.out={out}"]
-            command("export", *given, "export.checkpoint=step_000002")
+            arguments = [f"export.run={tmp_path / 'run'}", f"export.role={role}", f"export.out={out}"]
+            command("export", *arguments, "export.checkpoint=step_000002")
             assert tiny.same(load_file(out / "model.safetensors"), saved["weights"][role])
-    one = told["one_tied"]
+    expected = results["one_tied"]
     # Two steps later the optimizers' states have been used: a lost moment or step count would show by now.
-    for cut in (told[layout] for layout in RESUMED_IN):
-        for ours, theirs in zip(cut["steps"], one["steps"], strict=True):
-            assert ours == pytest.approx(theirs, abs=1e-4)
+    for result in (results[layout] for layout in RESUMED_IN):
+        for losses, expected_losses in zip(result["steps"], expected["steps"], strict=True):
+            assert losses == pytest.approx(expected_losses, abs=1e-4)
         for role in saved["weights"]:
-            assert tiny.gap(cut["weights"][role], one["weights"][role])[0] <= 1e-5
-        assert cut["adam"] == one["adam"] and all(len(steps) == 1 for steps in cut["adam"].values())
+            assert tiny.gap(result["weights"][role], expected["weights"][role])[0] <= 1e-5
+        assert result["adam"] == expected["adam"] and all(len(steps) == 1 for steps in result["adam"].values())
     for ranks in (1, 2, 4):
         launch(ranks, export, tmp_path, ranks)
     for role in ("actor", "critic"):
@@ -141,6 +148,7 @@ def test_a_run_goes_on_in_another_layout_and_is_exported_alike_from_each(tmp_pat
 # -- nothing as wide as the vocabulary --------------------------------------------------------------------------------
 
 
+# torch documents its dispatch modes under this name alone.
 class Widest(torch.utils._python_dispatch.TorchDispatchMode):
     """Every tensor that is made inside: those with a dimension of the vocabulary."""
 
@@ -162,10 +170,10 @@ def nothing_wide(folder):
         # 61 tokens, padded to 62 and cut into 31; no other dimension has these sizes.
         with Widest({tiny.VOCAB, tiny.VOCAB + 1}) as watch:
             run.step()
-            run.engine.generate([[5, 6, 7]], 2, Sampling(temperature=0.0, max_new_tokens=3))
+            run.components.engine.generate([[5, 6, 7]], 2, Sampling(temperature=0.0, max_new_tokens=3))
         assert watch.found == set(), watch.found
         with Widest({31}) as control:
-            run.engine.generate([[5, 6, 7]], 1, Sampling(max_new_tokens=2))
+            run.components.engine.generate([[5, 6, 7]], 1, Sampling(max_new_tokens=2))
         assert control.found
 
 
@@ -179,25 +187,27 @@ def test_neither_training_nor_rollout_makes_a_tensor_as_wide_as_the_vocabulary(t
 
 
 def recomputed(folder, layout, dtype):
-    found = []
-    for how in ("none", "selective", "full"):
-        settings = config(folder / how, layout, ptx_coef=0.0, minibatches=1, run={"recompute": how, "dtype": dtype})
+    results = []
+    for recompute in ("none", "selective", "full"):
+        settings = config(
+            folder / recompute, layout, ptx_coef=0.0, minibatches=1, run={"recompute": recompute, "dtype": dtype}
+        )
         with trainer(settings, LAYOUTS[layout][2]) as run:
             step = run.step()
-            found.append((step, tiny.by_hugging_face_name(run.actor, lambda p: p)))
+            results.append((step, tiny.by_hugging_face_name(run.actor, lambda p: p)))
             assert (step.ratio_min, step.ratio_max) == (1.0, 1.0)
             for p in run.actor.model.parameters():
                 assert p.dtype == DTYPES[dtype] and p.main_grad.dtype == torch.float32
             masters = [
                 master
-                for optimizer in inner(run.actor)
+                for optimizer in inner_optimizers(run.actor.optimizer)
                 for group in optimizer.optimizer.param_groups
                 for master in group["params"]
             ]
             assert {master.dtype for master in masters} <= {torch.float32}
-    for step, after in found[1:]:
-        assert step.policy_loss == found[0][0].policy_loss and step.value_loss == found[0][0].value_loss
-        assert tiny.same(after, found[0][1])
+    for step, after in results[1:]:
+        assert step.policy_loss == results[0][0].policy_loss and step.value_loss == results[0][0].value_loss
+        assert tiny.same(after, results[0][1])
 
 
 @pytest.mark.timeout(600)

@@ -30,12 +30,12 @@ def test_overlapped_collectives_change_nothing(layout, tmp_path):
     plain = "one_tied" if LAYOUTS[layout][2] else "one"
     launch(1, parity, tmp_path, plain)
     launch(LAYOUTS[layout][0], overlapped_parity, tmp_path, layout)
-    ours, theirs = (torch.load(tmp_path / f"{name}.pt", weights_only=False) for name in (layout, plain))
-    assert ours["tokens"] == theirs["tokens"]
-    for role_name, expected in theirs["weights"].items():
-        assert tiny.gap(ours["gradients"][role_name], theirs["gradients"][role_name])[1] <= 1e-5
-        assert tiny.gap(ours["weights"][role_name], expected)[0] <= 1e-5
-    assert (ours["rest"]["ratio_min"], ours["rest"]["ratio_max"]) == (1.0, 1.0)
+    result, reference = (torch.load(tmp_path / f"{name}.pt", weights_only=False) for name in (layout, plain))
+    assert result["tokens"] == reference["tokens"]
+    for role_name, expected in reference["weights"].items():
+        assert tiny.gap(result["gradients"][role_name], reference["gradients"][role_name])[1] <= 1e-5
+        assert tiny.gap(result["weights"][role_name], expected)[0] <= 1e-5
+    assert (result["rest"]["ratio_min"], result["rest"]["ratio_max"]) == (1.0, 1.0)
 
 
 def saved_and_few(folder, layout):
@@ -46,18 +46,18 @@ def saved_and_few(folder, layout):
     settings = {"iterations": 9, "checkpoint_every": 2}
     with trainer(config(folder / layout, layout, **settings), False) as run:
         run.step()
-        assert any(len(ddp.bucket_groups) > 1 for ddp in run.actor._ddps) == (layout == "dp2")
-        drawn = run.engine.generate([[5, 6, 7]], 1, Sampling(max_new_tokens=6, seed=1))
+        assert any(len(ddp.bucket_groups) > 1 for ddp in run.actor.ddps) == (layout == "dp2")
+        responses = run.components.engine.generate([[5, 6, 7]], 1, Sampling(max_new_tokens=6, seed=1))
         run.step()
         last = run.step()
         after = {r.name: tiny.by_hugging_face_name(r, lambda p: p) for r in run.roles}
     with trainer(config(folder / layout, layout, **settings, run={"resume": True}), False) as run:
         assert run.done_steps == 2
         run.step()
-        again = {r.name: tiny.by_hugging_face_name(r, lambda p: p) for r in run.roles}
+        resumed_weights = {r.name: tiny.by_hugging_face_name(r, lambda p: p) for r in run.roles}
         if run.cluster.is_main:
-            assert all(tiny.same(again[name], weights) for name, weights in after.items())
-            torch.save(([r.tokens for r in drawn], last.policy_loss, last.value_loss), folder / f"{layout}.pt")
+            assert all(tiny.same(resumed_weights[name], weights) for name, weights in after.items())
+            torch.save(([r.tokens for r in responses], last.policy_loss, last.value_loss), folder / f"{layout}.pt")
 
 
 def at_rest_in_bf16(folder):
@@ -80,6 +80,6 @@ def test_parameters_on_their_way_are_waited_for(tmp_path):
     write_ptx(tmp_path)
     for layout in ("one", "dp2"):
         launch(LAYOUTS[layout][0], saved_and_few, tmp_path, layout)
-    one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "dp2"))
-    assert two[0] == one[0]
-    assert two[1:] == pytest.approx(one[1:], abs=1e-4)
+    expected, result = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "dp2"))
+    assert result[0] == expected[0]
+    assert result[1:] == pytest.approx(expected[1:], abs=1e-4)

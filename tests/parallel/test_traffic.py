@@ -34,12 +34,12 @@ class Count:
         self.sequences = len(responses)
 
     def on_scores(self, run, experience):
-        self.tokens = run.cluster.total([experience.plan.n_tokens])[0]
+        self.tokens = run.cluster.all_reduce_sum([experience.plan.n_tokens])[0]
 
 
 def measure(folder):
     watch = Count()
-    told = {}
+    results = {}
     for name, keys in LAYOUTS.items():
         settings = config(folder / name, "one", ptx_coef=0.0, minibatches=1, prompts_per_iteration=8,
                           max_new_tokens=12, token_budget=96, checkpoint_every=50, iterations=50,
@@ -47,7 +47,7 @@ def measure(folder):
         reward = [tiny.scorer(1, **SHAPE), tiny.count_letters]
         with PPOTrainer(settings, tiny.causal_lm(0, **SHAPE), tiny.tokenizer(), reward, tiny.PROMPTS,
                         callbacks=[watch]) as run:  # fmt: skip
-            with counted() as sent:
+            with counted() as sent_bytes:
                 run.step()
             work = Work(watch.tokens, watch.draws, watch.sequences, watch.rows, watch.draws)
             layout = Layout.of(ParallelConfig(**keys))
@@ -58,22 +58,26 @@ def measure(folder):
                 "virtual_pipeline": layout.virtual_pipeline,
                 "sequence_parallel": layout.sequence_parallel,
             }
-            held = sum(p.numel() for role in run.roles for p in role.model.parameters()) / 2
-            said = derived(sizes, work, layers=4, hidden=128, parameters=held, epochs=1, steps=1)
-            names = sorted({"tensor", "pipeline", "data", "all", *sent})
-            totals = torch.tensor([sent[n] for n in names], dtype=torch.float64)
+            parameters = sum(p.numel() for role in run.roles for p in role.model.parameters()) / 2
+            derived_bytes = derived(sizes, work, layers=4, hidden=128, parameters=parameters, epochs=1, steps=1)
+            names = sorted({"tensor", "pipeline", "data", "all", *sent_bytes})
+            totals = torch.tensor([sent_bytes[n] for n in names], dtype=torch.float64)
             dist.all_reduce(totals)
-            told[name] = (dict(zip(names, totals.tolist())), said)
+            results[name] = (dict(zip(names, totals.tolist())), derived_bytes)
             main = Cluster.current().is_main
     if main:
-        torch.save(told, folder / "traffic.pt")
+        torch.save(results, folder / "traffic.pt")
 
 
 @pytest.mark.timeout(600)
 def test_what_travels_is_what_was_derived(tmp_path):
     launch(2, measure, tmp_path)
-    told = torch.load(tmp_path / "traffic.pt")
-    shown = [f"{name}: sent {sent}, derived {said}" for name, (sent, said) in told.items()]
-    for name, (sent, said) in told.items():
-        ((dimension, expected),) = said.items()
-        assert sum(sent.values()) == pytest.approx(expected, rel=0.02), "\n".join([f"{name} ({dimension})", *shown])
+    results = torch.load(tmp_path / "traffic.pt")
+    lines = [
+        f"{name}: sent {sent_bytes}, derived {derived_bytes}" for name, (sent_bytes, derived_bytes) in results.items()
+    ]
+    for name, (sent_bytes, derived_bytes) in results.items():
+        ((dimension, expected),) = derived_bytes.items()
+        assert sum(sent_bytes.values()) == pytest.approx(expected, rel=0.02), "\n".join(
+            [f"{name} ({dimension})", *lines]
+        )

@@ -48,9 +48,9 @@ def _ip(*args):
     subprocess.run(["ip", *args], check=True, capture_output=True)
 
 
-def agent(node, place, endpoint, command):
+def agent(node, host, endpoint, command):
     """One node's torchrun, with two ranks."""
-    before, address, interface = place
+    before, address, interface = host
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": interface}
     run = ["--nnodes", str(NODES), "--nproc-per-node", "2", "--local-addr", address]
     meet = ["--rdzv-backend", "c10d", "--rdzv-id", "7", "--rdzv-endpoint", endpoint]
@@ -75,20 +75,20 @@ def test_two_nodes_run_what_one_process_runs(tmp_path):
     keys = stages.ppo_keys(home, tmp_path / "cut", *shared, "ppo.parallel.tensor=2")
     with hosts() as hosts_of_nodes:
         agents = [
-            agent(n, place, f"{hosts_of_nodes[0][1]}:{port}", ["ppo", *keys]) for n, place in enumerate(hosts_of_nodes)
+            agent(n, host, f"{hosts_of_nodes[0][1]}:{port}", ["ppo", *keys]) for n, host in enumerate(hosts_of_nodes)
         ]
         try:
-            said = [each.communicate(timeout=500) for each in agents]
+            outputs = [agent_process.communicate(timeout=500) for agent_process in agents]
         finally:
-            for each in agents:
-                each.kill()
-    assert [each.returncode for each in agents] == [0, 0], said
+            for agent_process in agents:
+                agent_process.kill()
+    assert [agent_process.returncode for agent_process in agents] == [0, 0], outputs
     for n in (1, 2):
-        one, cut = (
+        expected_ids, ids = (
             [row["response_ids"] for row in stages.read_jsonl(tmp_path / o / "rollouts" / f"iteration_0000{n}.jsonl")]
             for o in ("one", "cut")
         )
-        assert cut == one
-    ours, theirs = (load_file(tmp_path / o / "model" / "model.safetensors") for o in ("cut", "one"))
-    assert tiny.gap(ours, theirs)[0] <= 1e-5
-    assert "iteration" not in said[1][0], "only rank 0 speaks, and it lives on the first node"
+        assert ids == expected_ids
+    weights, expected_weights = (load_file(tmp_path / o / "model" / "model.safetensors") for o in ("cut", "one"))
+    assert tiny.gap(weights, expected_weights)[0] <= 1e-5
+    assert "iteration" not in outputs[1][0], "only rank 0 speaks, and it lives on the first node"

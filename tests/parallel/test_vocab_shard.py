@@ -60,28 +60,31 @@ def worker(rank, world, path):
     dist.destroy_process_group()
 
 
-def check_token_logprobs(hidden, weight, labels, shard, mine):
+def check_token_logprobs(hidden, weight, labels, shard, columns):
     logits = hidden @ weight.t()
     logits[2, :16] = -torch.inf  # a rank without a finite logit in this row
     labels = labels.clone()
     labels[2] = 30
-    one, local = logits[:, :VOCAB].clone().requires_grad_(), logits[:, mine].clone().requires_grad_()
+    full_logits, local = logits[:, :VOCAB].clone().requires_grad_(), logits[:, columns].clone().requires_grad_()
     options = {"temperature": 0.7, "entropy": True}
-    expected, out = token_logprobs(one, labels, **options), token_logprobs(local, labels, shard=shard, **options)
+    expected, out = (
+        token_logprobs(full_logits, labels, **options),
+        token_logprobs(local, labels, shard=shard, **options),
+    )
     upstream = torch.linspace(-1, 1, ROWS, dtype=torch.float64)
     for a, b in ((out.logprob_A, expected.logprob_A), (out.entropy_A, expected.entropy_A)):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
         equal_on_all_ranks(a)
     for o in (expected, out):
         (o.logprob_A * upstream).sum().add((o.entropy_A * upstream.flip(0)).sum()).backward()
-    whole = torch.zeros_like(logits)
-    whole[:, :VOCAB] = one.grad
-    torch.testing.assert_close(local.grad, whole[:, mine], rtol=1e-9, atol=1e-11)
+    full_grad = torch.zeros_like(logits)
+    full_grad[:, :VOCAB] = full_logits.grad
+    torch.testing.assert_close(local.grad, full_grad[:, columns], rtol=1e-9, atol=1e-11)
 
 
-def check_linear(hidden, weight, labels, advantage, shard, mine):
+def check_linear(hidden, weight, labels, advantage, shard, columns):
     h1, w1 = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    h2, w2 = hidden.clone().requires_grad_(), weight[mine].clone().requires_grad_()
+    h2, w2 = hidden.clone().requires_grad_(), weight[columns].clone().requires_grad_()
     padded = VocabShard(None, 0, PADDED, VOCAB)
     mask = torch.arange(ROWS) % 5 != 1
     options = {"mask_A": mask, "temperature": 0.8, "chunk_rows": 7}
@@ -108,97 +111,102 @@ def check_linear(hidden, weight, labels, advantage, shard, mine):
         equal_on_all_ranks(b)
         (gh1, gw1), (gh2, gw2) = torch.autograd.grad(a, (h1, w1)), torch.autograd.grad(b, (h2, w2))
         torch.testing.assert_close(gh2, gh1, rtol=1e-9, atol=1e-11)
-        torch.testing.assert_close(gw2, gw1[mine], rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(gw2, gw1[columns], rtol=1e-9, atol=1e-11)
 
 
-def check_linear_exchange(hidden, weight, labels, advantage, shard, mine):
+def check_linear_exchange(hidden, weight, labels, advantage, shard, columns):
     """What travels in the loss, forward and backward: four numbers a row, once a chunk, and dX once."""
-    hidden, weight = hidden.clone().requires_grad_(), weight[mine].clone().requires_grad_()
-    gather, reduce, sent, reduced = dist.all_gather, dist.all_reduce, [], []
-    dist.all_gather = lambda parts, x, group: sent.append(x.numel()) or gather(parts, x, group=group)
+    hidden, weight = hidden.clone().requires_grad_(), weight[columns].clone().requires_grad_()
+    gather, reduce, gathered_sizes, reduced = dist.all_gather, dist.all_reduce, [], []
+    dist.all_gather = lambda parts, x, group: gathered_sizes.append(x.numel()) or gather(parts, x, group=group)
     dist.all_reduce = lambda x, group: reduced.append(tuple(x.shape)) or reduce(x, group=group)
     try:
         options = {"normalizer": 9.0, "chunk_rows": 7, "entropy_coef": 0.1}
         linear_ppo_loss(hidden, weight, labels, None, advantage, shard=shard, **options).loss.backward()
     finally:
         dist.all_gather, dist.all_reduce = gather, reduce
-    assert sent == [4 * 7, 4 * 7, 4 * 7, 4 * 2] and reduced == [(ROWS, WIDTH)], (sent, reduced)
+    assert gathered_sizes == [4 * 7, 4 * 7, 4 * 7, 4 * 2] and reduced == [(ROWS, WIDTH)], (gathered_sizes, reduced)
 
 
-def check_fp32_bits(hidden, weight, labels, shard, mine):
-    old = linear_logprobs(hidden, weight[mine], labels, shard=shard).logprob_A
+def check_fp32_bits(hidden, weight, labels, shard, columns):
+    old = linear_logprobs(hidden, weight[columns], labels, shard=shard).logprob_A
     equal_on_all_ranks(old)
     truth = token_logprobs((hidden.double() @ weight.double().t())[:, :VOCAB], labels).logprob_A
     assert (old.double() - truth).abs().max() < 1e-5
-    stats = linear_ppo_loss(hidden, weight[mine], labels, old, torch.ones(ROWS), normalizer=1.0, shard=shard).stats
+    stats = linear_ppo_loss(hidden, weight[columns], labels, old, torch.ones(ROWS), normalizer=1.0, shard=shard).stats
     assert stats.ratio_min == 1 and stats.ratio_max == 1
 
 
-def check_sampling(hidden, weight, shard, mine):
+def check_sampling(hidden, weight, shard, columns):
     logits = (hidden @ weight.t()).float()
     logits[:, VOCAB:] = 1e3  # padding must never be drawn
     logits[0] = 0.0
     logits[0, [3, 20]] = 50.0  # a tie across ranks goes to the lowest id
-    where = {"seed": 11, "sequence_ids": torch.arange(ROWS), "positions": torch.arange(ROWS) * 3}
+    random_state = {"seed": 11, "sequence_ids": torch.arange(ROWS), "positions": torch.arange(ROWS) * 3}
     for options in ({"temperature": 1.0}, {"temperature": 0.0}, {"temperature": 0.8, "top_k": 6, "top_p": 0.8}):
-        expected = sample_tokens(logits[:, :VOCAB], **where, **options)
-        token, logprob = sample_tokens(logits[:, mine], shard=shard, **where, **options)
+        expected = sample_tokens(logits[:, :VOCAB], **random_state, **options)
+        token, logprob = sample_tokens(logits[:, columns], shard=shard, **random_state, **options)
         assert torch.equal(token, expected[0]), options
         torch.testing.assert_close(logprob, expected[1], rtol=1e-5, atol=1e-5)
         equal_on_all_ranks(token)
         equal_on_all_ranks(logprob)
 
 
-def check_sampling_exchange(shard, mine):
+def check_sampling_exchange(shard, columns):
     """Many rows, and what travels: numbers per row, never a slice of logits."""
     rows = 3000
     generator = torch.Generator().manual_seed(9)
     logits = torch.randn(rows, PADDED, generator=generator) * 2
     logits[:, 20] = logits[:, 3]  # equals on different ranks
-    where = {"seed": 3, "sequence_ids": torch.arange(rows), "positions": torch.zeros(rows, dtype=torch.long)}
+    random_state = {"seed": 3, "sequence_ids": torch.arange(rows), "positions": torch.zeros(rows, dtype=torch.long)}
     plain, gather = [], dist.all_gather
     for options in ({}, {"top_k": 3}, {"top_p": 0.6}, {"top_k": 7, "top_p": 0.9}):
-        expected, logprob = sample_tokens(logits[:, :VOCAB], temperature=0.9, **where, **options)
-        sent = []
+        expected, logprob = sample_tokens(logits[:, :VOCAB], temperature=0.9, **random_state, **options)
+        gathered_sizes = []
 
-        def counted(parts, x, group, sent=sent):
-            sent.append(x.numel())
+        def counted(parts, x, group, gathered_sizes=gathered_sizes):
+            gathered_sizes.append(x.numel())
             return gather(parts, x, group=group)
 
         dist.all_gather = counted
         try:
-            token, mine_logprob = sample_tokens(logits[:, mine], temperature=0.9, shard=shard, **where, **options)
+            token, local_logprob = sample_tokens(
+                logits[:, columns], temperature=0.9, shard=shard, **random_state, **options
+            )
         finally:
             dist.all_gather = gather
         assert torch.equal(token, expected), options
-        torch.testing.assert_close(mine_logprob, logprob, rtol=1e-5, atol=1e-5)
-        assert max(sent) <= 4 * rows and sum(sent) <= (4 + 80 * len(options)) * rows, (options, sent)
-        plain.append(len(sent))
+        torch.testing.assert_close(local_logprob, logprob, rtol=1e-5, atol=1e-5)
+        assert max(gathered_sizes) <= 4 * rows and sum(gathered_sizes) <= (4 + 80 * len(options)) * rows, (
+            options,
+            gathered_sizes,
+        )
+        plain.append(len(gathered_sizes))
     assert plain[0] == 1
 
 
-def check_triton_draws(shard, mine):
+def check_triton_draws(shard, columns):
     """The same tokens from the kernel, under the interpreter."""
     logits = torch.randn(6, PADDED, generator=torch.Generator().manual_seed(4)) * 2
     logits[:, VOCAB:] = 1e3
-    where = {"seed": 3, "sequence_ids": torch.arange(6), "positions": torch.arange(6)}
+    random_state = {"seed": 3, "sequence_ids": torch.arange(6), "positions": torch.arange(6)}
     for options in ({"temperature": 0.7}, {"temperature": 0.0}, {"temperature": 0.7, "top_k": 5, "top_p": 0.8}):
-        expected, logprob = sample_tokens(logits[:, :VOCAB], **where, **options)
+        expected, logprob = sample_tokens(logits[:, :VOCAB], **random_state, **options)
         with use_backend(sample_tokens="triton"), record_launches() as launches:
-            token, mine_logprob = sample_tokens(logits[:, mine], shard=shard, **where, **options)
+            token, local_logprob = sample_tokens(logits[:, columns], shard=shard, **random_state, **options)
         assert launches == [("sample_tokens_kernel", "triton")]
         assert torch.equal(token, expected), options
-        torch.testing.assert_close(mine_logprob, logprob, rtol=1e-5, atol=1e-5)
-        equal_on_all_ranks(mine_logprob)
+        torch.testing.assert_close(local_logprob, logprob, rtol=1e-5, atol=1e-5)
+        equal_on_all_ranks(local_logprob)
 
 
 def check_reductions(rank, world):
     x = torch.randn(40, generator=torch.Generator().manual_seed(1)) + 100
-    mine = x[: 40 - world + 1] if rank == 0 else x[:0] if rank == 1 else x[40 - world + 1 :]
-    rest = x[40 - world + 1 :] if world == 2 else x[:0]
+    local = x[: 40 - world + 1] if rank == 0 else x[:0] if rank == 1 else x[40 - world + 1 :]
+    remainder = x[40 - world + 1 :] if world == 2 else x[:0]
     if rank == 0:
-        mine = torch.cat([mine, rest])
-    moments = masked_moments(mine, group=dist.group.WORLD)  # rank 1 has nothing and joins all the same
+        local = torch.cat([local, remainder])
+    moments = masked_moments(local, group=dist.group.WORLD)  # rank 1 has nothing and joins all the same
     torch.testing.assert_close(moments.variance, x.double().var(correction=0))
     for part in (moments.count, moments.mean, moments.m2):
         equal_on_all_ranks(part)

@@ -8,28 +8,25 @@ import torch
 
 from icegrt.config import CriticConfig, DataSource, OptimizerConfig
 from icegrt.data import Example, Ranking
-from icegrt.distributed.cluster import Cluster
 from icegrt.errors import RunError
-from icegrt.kernels import ShapedGAE
+from icegrt.kernels import PolicyStats, ShapedGAE
 from icegrt.ppo.batch_plan import plan_batches
-from icegrt.ppo.experience import Experience, shape
+from icegrt.ppo.experience import Experience, compute_advantages
 from icegrt.ppo.scores import total_scores
-from icegrt.ppo.scoring import score_logprobs, score_values
+from icegrt.ppo.scoring import LogprobScorer, score_values
 from icegrt.ppo.trainer import PPOTrainer
 from icegrt.ppo.update import Updater
-from icegrt.training.ranking_loss import pack_rankings, ranking_loss
-from icegrt.training.sft_loss import pack_examples, response_nll
+from icegrt.roles.micro_batch import LossOutput, MicroBatch, merge_by_type
+from icegrt.training.ranking_loss import RewardModelLoss, pack_rankings
+from icegrt.training.sft_loss import SFTLoss, pack_examples
 from tests.helpers import tiny_models as tiny
+
+pytestmark = pytest.mark.usefixtures("cluster")
 
 AT_REST = OptimizerConfig(lr=0.0)
 UNCLIPPED = OptimizerConfig(lr=1e-2, clip_grad=0.0)
 CHUNK = 16
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    with Cluster.open() as opened:
-        yield opened
+SCORER = LogprobScorer(1.0, CHUNK)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +48,8 @@ def trainer(models, tmp_path):
         return opened[-1]
 
     yield make
-    for one in opened:
-        one.close()
+    for run in opened:
+        run.close()
 
 
 class OnScores:
@@ -84,7 +81,7 @@ def test_one_weight_moved_by_a_thousandth_between_the_passes_moves_the_ratio(tra
     # Were the old log-probs taken from the update itself, the ratio would stay 1 whatever happens in between.
     def move(run, experience):
         with torch.no_grad():
-            run.actor.model.decoder.final_layernorm.weight[0] += 1e-3
+            run.actor.model.chunks[-1].decoder.final_layernorm.weight[0] += 1e-3
 
     step = trainer(optimizer=AT_REST, callbacks=[OnScores(move)]).step()
     assert step.ratio_min < 1.0 - 1e-6 and step.ratio_max > 1.0 + 1e-6
@@ -93,13 +90,13 @@ def test_one_weight_moved_by_a_thousandth_between_the_passes_moves_the_ratio(tra
 
 def test_the_first_minibatch_of_a_learning_run_has_ratio_1(trainer):
     run = trainer()
-    seen = []
-    original = run.updater.run
-    run.updater.run = lambda *args: seen.append(original(*args)) or seen[-1]
+    outcomes = []
+    original = run.components.updater.run
+    run.components.updater.run = lambda *args: outcomes.append(original(*args)) or outcomes[-1]
     step = run.step()
-    first = seen[0].first_policy_stats
+    first = merge_by_type(outcomes[0].actor[0].stats)[PolicyStats]
     assert float(first.ratio_min) == 1.0 == float(first.ratio_max)
-    assert step.ratio_max > 1.0 and len(seen[0].actor) == len(seen[0].critic) == 4
+    assert step.ratio_max > 1.0 and len(outcomes[0].actor) == len(outcomes[0].critic) == 4
 
 
 # -- K micro-batches --------------------------------------------------------------------------------------------------
@@ -110,22 +107,22 @@ def assembled(models, cluster):
     """Experience under any token budget, the figures of each response always the same."""
     config = tiny.ppo_config("unused", kl_in="loss", kl_coef=0.1)
     answers = tiny.responses(12, seed=8)
-    whole = plan_batches(answers, 4096, 1)
+    batch_plan = plan_batches(answers, 4096, 1)
     actor, critic = tiny.role(models.actor), tiny.role(models.reward, "scalar")
-    old, entropy = score_logprobs(actor, whole.batches, 1.0, CHUNK, entropy=True)
-    value, last = score_values(critic, whole.batches)
+    old, entropy = SCORER(actor, batch_plan.batches, entropy=True)
+    value, last = score_values(critic, batch_plan.batches)
     noise = torch.Generator().manual_seed(1)
     old = old + 0.2 * torch.randn(old.shape, generator=noise)
     ref = old + 0.2 * torch.randn(old.shape, generator=noise)
     scores = total_scores(config, {}, [], torch.arange(12.0), torch.zeros(12))
-    shaped = shape(config, 0.1, whole, scores, old, ref, value, last)
-    lengths = whole.cu_actions.diff().tolist()
+    shaped = compute_advantages(config, 0.1, batch_plan, scores, old, ref, value, last)
+    lengths = batch_plan.cu_actions.diff().tolist()
 
     def under(budget, minibatches=1):
         plan = plan_batches(answers, budget, minibatches)
 
         def moved(x_A):
-            parts = dict(zip((r.sequence_id for r in whole.responses), x_A.split(lengths), strict=True))
+            parts = dict(zip((r.sequence_id for r in batch_plan.responses), x_A.split(lengths), strict=True))
             return torch.cat([parts[r.sequence_id] for r in plan.local_responses])
 
         gae = ShapedGAE(*(moved(x) for x in (shaped.advantage_A, shaped.return_A, shaped.reward_A)), shaped.kl_N,
@@ -135,58 +132,50 @@ def assembled(models, cluster):
     return config, under
 
 
-def assert_equal_gradients(many, one, at_most=1e-6):
-    assert tiny.gap(many, one)[0] <= at_most
+def assert_equal_gradients(gradients, expected, at_most=1e-6):
+    assert tiny.gap(gradients, expected)[0] <= at_most
 
 
 def test_the_policy_gradient_is_that_of_one_micro_batch(assembled, models, cluster):
     config, under = assembled
     actor = tiny.role(models.actor, learns=UNCLIPPED)
-    found = []
+    gradients = []
     for budget in (4096, 17):
         experience = under(budget)
-        batches = experience.plan.batches
-        loss = Updater(config, actor, actor, CHUNK, cluster.data_group).policy_loss(
-            experience, list(range(len(batches))), 0.1
-        )
-        found.append(tiny.gradients(actor, batches, loss))
-    assert len(batches) > 5
-    assert_equal_gradients(found[1], found[0])
+        updater = Updater(config, actor, actor, SCORER, cluster)
+        work = updater.policy_work(experience, range(len(experience.plan.batches)), 0.1)
+        gradients.append(tiny.gradients(actor, work))
+    assert len(work) > 5
+    assert_equal_gradients(gradients[1], gradients[0])
 
 
 def test_the_value_gradient_is_that_of_one_micro_batch(assembled, models, cluster):
     config, under = assembled
     critic = tiny.role(tiny.nudged(models.reward, 0.03), "scalar", learns=UNCLIPPED)
-    found = []
+    gradients = []
     for budget in (4096, 17):
         experience = under(budget)
-        batches = experience.plan.batches
-        loss = Updater(config, critic, critic, CHUNK, cluster.data_group).critic_loss(
-            experience, list(range(len(batches)))
-        )
-        found.append(tiny.gradients(critic, batches, loss))
-    assert_equal_gradients(found[1], found[0])
+        updater = Updater(config, critic, critic, SCORER, cluster)
+        work = updater.critic_work(experience, range(len(experience.plan.batches)))
+        gradients.append(tiny.gradients(critic, work))
+    assert_equal_gradients(gradients[1], gradients[0])
 
 
 def examples(count=6):
-    made = [Example(r.prompt, r.tokens, None, "row", {}) for r in tiny.responses(count, seed=21)]
-    masked = [n % 3 != 1 for n in range(len(made[0].response))]
-    return [Example(made[0].prompt, made[0].response, masked, "row", {}), *made[1:]]
+    unmasked = [Example(r.prompt, r.tokens, None, "row", {}) for r in tiny.responses(count, seed=21)]
+    masked = [n % 3 != 1 for n in range(len(unmasked[0].response))]
+    return [Example(unmasked[0].prompt, unmasked[0].response, masked, "row", {}), *unmasked[1:]]
 
 
 def supervised_gradient(actor, rows, budget):
-    batches = pack_examples(rows, budget)
-
-    def loss(hidden_TH, i):
-        return response_nll(actor, hidden_TH, batches[i], CHUNK), batches[i].n_counted_actions, None
-
-    return tiny.gradients(actor, batches, loss)
+    loss = SFTLoss(actor, CHUNK)
+    return tiny.gradients(actor, [MicroBatch(batch, loss) for batch in pack_examples(rows, budget)])
 
 
 def test_the_sft_gradient_is_that_of_one_micro_batch(models):
     actor = tiny.role(models.actor, learns=UNCLIPPED)
-    one, many = (supervised_gradient(actor, examples(), budget) for budget in (4096, 17))
-    assert_equal_gradients(many, one)
+    one_batch, many_batches = (supervised_gradient(actor, examples(), budget) for budget in (4096, 17))
+    assert_equal_gradients(many_batches, one_batch)
 
 
 def test_the_ranking_gradient_is_that_of_one_micro_batch(models):
@@ -194,16 +183,13 @@ def test_the_ranking_gradient_is_that_of_one_micro_batch(models):
     answers = [r.tokens for r in tiny.responses(12, seed=5)]
     scores = ([2.0, 1.0, 1.0], [0.0, 3.0, 1.0], [1.0, 1.0, 1.0], [0.5, -1.0, 2.0])  # the third has no pair
     rankings = [Ranking([4 + n, 5], answers[3 * n : 3 * n + 3], list(scores[n]), "row") for n in range(4)]
-    found = []
+    gradients = []
     for budget in (4096, max(map(len, rankings))):
         ranked = pack_rankings(rankings, budget, 0.0)
-
-        def loss(hidden_TH, i, ranked=ranked):
-            return ranking_loss(critic.model.head(hidden_TH[ranked[i].batch.last_rows_N]), ranked[i])
-
-        found.append(tiny.gradients(critic, [r.batch for r in ranked], loss))
+        loss = RewardModelLoss(critic)
+        gradients.append(tiny.gradients(critic, [MicroBatch(batch, loss) for batch in ranked]))
     assert len(ranked) > 2
-    assert_equal_gradients(found[1], found[0])
+    assert_equal_gradients(gradients[1], gradients[0])
 
 
 @pytest.mark.parametrize("budget", [4096, 17])
@@ -214,16 +200,13 @@ def test_ptx_adds_its_mean_gradient_times_the_coefficient(budget, assembled, mod
         "unused", kl_in="loss", kl_coef=0.1, ptx_coef=0.4, ptx_data=[DataSource(path="text")], token_budget=budget,
         ppo_epochs=1, minibatches=1,
     )  # fmt: skip
-    mixed, alone = (tiny.role(models.actor, learns=UNCLIPPED) for _ in range(2))
+    mixed, unmixed = (tiny.role(models.actor, learns=UNCLIPPED) for _ in range(2))
     critic = tiny.role(models.reward, "scalar", learns=UNCLIPPED)
-    outcome = Updater(config, mixed, critic, CHUNK, cluster.data_group).run(experience, 0.1, 1, [examples()])
-    assert outcome.ptx_tokens == sum(sum(e.action_mask or [1] * len(e.response)) for e in examples())
-    batches = experience.plan.batches
-    loss = Updater(plain, alone, critic, CHUNK, cluster.data_group).policy_loss(
-        experience, list(range(len(batches))), 0.1
-    )
-    policy = tiny.gradients(alone, batches, loss)
-    likelihood = supervised_gradient(alone, examples(), 4096)
+    outcome = Updater(config, mixed, critic, SCORER, cluster).run(experience, 0.1, 1, [examples()])
+    assert outcome.ptx_stats.tokens == sum(sum(e.action_mask or [1] * len(e.response)) for e in examples())
+    updater = Updater(plain, unmixed, critic, SCORER, cluster)
+    policy = tiny.gradients(unmixed, updater.policy_work(experience, range(len(experience.plan.batches)), 0.1))
+    likelihood = supervised_gradient(unmixed, examples(), 4096)
     by_hand = {name: policy[name] + 0.4 * likelihood[name] for name in policy}
     assert_equal_gradients(tiny.by_hugging_face_name(mixed, lambda p: p.main_grad), by_hand)
 
@@ -234,7 +217,7 @@ def test_a_minibatch_is_one_step_whatever_the_micro_batches(assembled, models, c
         config = tiny.ppo_config("unused", token_budget=budget, ppo_epochs=3, minibatches=2)
         actor = tiny.role(models.actor, learns=UNCLIPPED)
         critic = tiny.role(models.reward, "scalar", learns=UNCLIPPED)
-        outcome = Updater(config, actor, critic, CHUNK, cluster.data_group).run(under(budget, 2), 0.0, 1)
+        outcome = Updater(config, actor, critic, SCORER, cluster).run(under(budget, 2), 0.0, 1)
         assert len(outcome.actor) == len(outcome.critic) == 6
         assert float(outcome.policy_stats.count) == 3 * sum(len(r.tokens) for r in under(budget).plan.local_responses)
 
@@ -262,7 +245,7 @@ def test_the_critic_takes_its_own_number_of_passes(assembled, models, cluster):
         config = tiny.ppo_config("unused", token_budget=4096, critic=CriticConfig(epochs=critic_epochs))
         actor = tiny.role(models.actor, learns=UNCLIPPED)
         critic = tiny.role(models.reward, "scalar", learns=UNCLIPPED)
-        outcome = Updater(config, actor, critic, CHUNK, cluster.data_group).run(experience, 0.0, 1)
+        outcome = Updater(config, actor, critic, SCORER, cluster).run(experience, 0.0, 1)
         assert (len(outcome.actor), len(outcome.critic)) == (4, steps)
 
 
@@ -272,7 +255,7 @@ def test_a_critic_from_the_reward_model_starts_on_the_scale_of_the_reward(models
     (folder / "score_statistics.json").write_text('{"after": {"count": 10, "mean": 3.0, "std": 4.0}}')
     config = tiny.ppo_config(tmp_path / "run", reward_model_weight=0.5)
     with PPOTrainer(config, models.actor, tiny.tokenizer(), str(folder), tiny.PROMPTS) as run:
-        raw, critic = run.roles_by_name["reward"].model.head.weight, run.critic.model.head.weight
+        raw, critic = run.components.roles["reward"].model.head.weight, run.critic.model.head.weight
         assert raw.abs().max() > 0
         assert torch.equal(critic, raw * (0.5 / 4.0))
 
@@ -295,7 +278,9 @@ def test_a_loss_that_overflows_under_a_finite_gradient_skips_the_step(models):
     critic = tiny.role(models.reward, "scalar", learns=UNCLIPPED)
     batch = plan_batches(tiny.responses(), 4096, 1).batches[0]
     before = tiny.parameters(critic)
-    outcome = critic.step([batch], lambda hidden, i: (hidden.sum() * 0.0 + math.inf, 1, None))
+    outcome = critic.train_step(
+        [MicroBatch(batch, lambda hidden_TH, batch: LossOutput(hidden_TH.sum() * 0.0 + math.inf, 1))]
+    )
     assert outcome.skipped and tiny.same(tiny.parameters(critic), before)
 
 
@@ -315,26 +300,26 @@ def test_three_spoilt_actor_steps_in_a_row_end_the_run(trainer):
 
 
 def test_a_score_of_zero_is_a_score(trainer):
-    seen = []
-    run = trainer(lambda samples: [0.0] * len(samples), [OnScores(lambda _, e: seen.append(e))],
+    experiences = []
+    run = trainer(lambda samples: [0.0] * len(samples), [OnScores(lambda _, e: experiences.append(e))],
                   critic=CriticConfig(init="actor"))  # fmt: skip
     step = run.step()
     assert step.score_mean == 0.0 and step.function_score_mean == 0.0 and step.reward_model_score_mean is None
-    assert torch.equal(seen[0].scores.total_N, torch.zeros(8))
+    assert torch.equal(experiences[0].scores.total_N, torch.zeros(8))
 
 
 def test_the_kl_penalty_does_not_reach_the_scores_that_are_reported(trainer, models):
-    seen = []
-    run = trainer(callbacks=[OnScores(lambda _, e: seen.append(e))], kl_coef=5.0)
+    experiences = []
+    run = trainer(callbacks=[OnScores(lambda _, e: experiences.append(e))], kl_coef=5.0)
     run.step()
     step = run.step()
-    experience = seen[1]
-    again = total_scores(
-        run.config, run.normalizers, experience.scores.models, experience.scores.source_total_N,
-        torch.tensor([float(r.truncated) for r in experience.plan.local_responses]),
+    experience = experiences[1]
+    recomputed = total_scores(
+        run.config, run.components.normalizers, experience.scores.models, experience.scores.source_total_N,
+        experience.plan.truncated_N,
     )  # fmt: skip
     assert step.kl_nats_per_response != 0.0
-    assert torch.equal(again.total_N, experience.scores.total_N)
+    assert torch.equal(recomputed.total_N, experience.scores.total_N)
     assert step.score_mean == pytest.approx(experience.scores.total_N.double().mean().item(), abs=1e-12)
     paid = step.score_mean - 5.0 * step.kl_nats_per_response
     assert step.reward_mean == pytest.approx(paid, abs=1e-5)

@@ -12,15 +12,16 @@ import torch
 
 from icegrt.config import CriticConfig, DataSource, OptimizerConfig, SamplingConfig
 from icegrt.data import Example
-from icegrt.distributed.cluster import Cluster
 from icegrt.kernels import whiten
 from icegrt.ppo.batch_plan import plan_batches
-from icegrt.ppo.experience import Experience, shape
+from icegrt.ppo.experience import Experience, compute_advantages
 from icegrt.ppo.scores import ModelScores, RunningScoreNormalizer, total_scores
-from icegrt.ppo.scoring import score_logprobs, score_sequences, score_values
+from icegrt.ppo.scoring import LogprobScorer, score_sequences, score_values
 from icegrt.ppo.update import Updater
 from tests.helpers import tiny_models as tiny
 from tests.helpers.tiny_models import doubles, gap, llama64
+
+pytestmark = pytest.mark.usefixtures("cluster")
 
 CASES = {
     "defaults": {},
@@ -55,12 +56,6 @@ PTX = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    with Cluster.open() as opened:
-        yield opened
-
-
 @pytest.fixture(scope="module")
 def models():
     """What scores, and what is updated: the same two moved a little."""
@@ -86,30 +81,29 @@ def function_score(response) -> float:
     return [0.0, 1.0, -0.5, 0.25][response.sequence_id % 4]
 
 
-def update_with_the_engine(config, models, group):
+def update_with_the_engine(config, models, cluster):
     """Score with one set of weights, update another: everything the oracle has to say something about."""
     actor = tiny.role(models.actor, learns=config.optimizer)
     critic = tiny.role(models.critic, "scalar", learns=config.critic.optimizer)
     reference, reward = tiny.role(models.reference), tiny.role(models.reward, "scalar")
     plan = plan_batches(tiny.responses(), config.token_budget, 1)
-    temperature = config.sampling.temperature
-    old, entropy = score_logprobs(actor, plan.batches, temperature, 16, entropy=True)
-    ref, _ = score_logprobs(reference, plan.batches, temperature, 16)
+    scorer = LogprobScorer(config.sampling.temperature, 16)
+    old, entropy = scorer(actor, plan.batches, entropy=True)
+    ref, _ = scorer(reference, plan.batches)
     value, last_value = score_values(critic, plan.batches)
-    said = score_sequences(reward, plan.batches)
+    raw_scores = score_sequences(reward, plan.batches)
     scaling = RunningScoreNormalizer(config, STATISTICS)
-    scaling.update(said, group)
-    truncated = torch.tensor([float(r.truncated) for r in plan.local_responses])
-    given = torch.tensor([function_score(r) for r in plan.local_responses])
-    said_N = [ModelScores("reward_model", config.reward_model_weight, said)]
-    scores = total_scores(config, {"reward_model": scaling}, said_N, given, truncated)
-    shaped = shape(config, config.kl_coef, plan, scores, old, ref, value, last_value)
-    experience = Experience(plan, scores, old, entropy, ref, value, shaped, shaped.moments.reduce(group))
+    scaling.update(raw_scores, cluster.data_group)
+    function_scores = torch.tensor([function_score(r) for r in plan.local_responses])
+    model_scores = [ModelScores("reward_model", config.reward_model_weight, raw_scores)]
+    scores = total_scores(config, {"reward_model": scaling}, model_scores, function_scores, plan.truncated_N)
+    shaped = compute_advantages(config, config.kl_coef, plan, scores, old, ref, value, last_value)
+    experience = Experience(plan, scores, old, entropy, ref, value, shaped, shaped.moments.reduce(cluster.data_group))
     tiny.reload(actor, models.moved_actor)
     tiny.reload(critic, models.moved_critic)
     for role in (actor, critic):  # the optimizer's own copies of the weights
         role.optimizer.reload_model_params()
-    updater = Updater(config, actor, critic, 16, group)
+    updater = Updater(config, actor, critic, scorer, cluster)
     outcome = updater.run(experience, config.kl_coef, 1, [PTX] if config.ptx_coef else ())
     return SimpleNamespace(actor=actor, critic=critic, experience=experience, outcome=outcome)
 
@@ -140,14 +134,14 @@ def estimate(kind, d):
     return {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d, "abs": abs(d)}[kind]
 
 
-def oracle_scores(config, said, responses):
+def oracle_scores(config, raw_scores, responses):
     """clip((score - m * shift) / s, -c, c) with the moments of everything seen so far, this batch included."""
-    count = STATISTICS["count"] + len(said)
-    mean = (STATISTICS["count"] * STATISTICS["mean"] + sum(said)) / count
-    squares = STATISTICS["count"] * (STATISTICS["std"] ** 2 + STATISTICS["mean"] ** 2) + sum(x * x for x in said)
+    count = STATISTICS["count"] + len(raw_scores)
+    mean = (STATISTICS["count"] * STATISTICS["mean"] + sum(raw_scores)) / count
+    squares = STATISTICS["count"] * (STATISTICS["std"] ** 2 + STATISTICS["mean"] ** 2) + sum(x * x for x in raw_scores)
     std = math.sqrt(squares / count - mean * mean)
     totals = []
-    for x, response in zip(said, responses, strict=True):
+    for x, response in zip(raw_scores, responses, strict=True):
         x = (x - mean * config.score_shift) / (std if config.score_scale else 1.0)
         if config.score_clip:
             x = max(-config.score_clip, min(config.score_clip, x))
@@ -194,9 +188,9 @@ def oracle_update(config, models, responses):
         ref = [[x.item() for x, _ in token_terms(weights["reference"], settings["reference"], r, temperature)]
                for r in responses]  # fmt: skip
         valued = [head_outputs(weights["critic"], settings["critic"], r) for r in responses]
-        said = [head_outputs(weights["reward"], settings["reward"], r)[1].item() for r in responses]
+        raw_scores = [head_outputs(weights["reward"], settings["reward"], r)[1].item() for r in responses]
     values = [[v.item() for v in before] for before, _ in valued]
-    scores = oracle_scores(config, said, responses)
+    scores = oracle_scores(config, raw_scores, responses)
     shaped = [
         oracle_gae(config, scores[n], values[n], valued[n][1].item(), old[n], ref[n], r.finish_reason)
         for n, r in enumerate(responses)
@@ -210,14 +204,14 @@ def oracle_update(config, models, responses):
     for n, response in enumerate(responses):
         advantages, returns = shaped[n]
         terms = token_terms(actor, settings["actor"], response, temperature)
-        now, _ = head_outputs(critic, settings["critic"], response)
+        new_values, _ = head_outputs(critic, settings["critic"], response)
         for t, (logp, entropy) in enumerate(terms):
             a = (advantages[t] - mean) / math.sqrt(variance + 1e-8) if config.whiten_advantages else advantages[t]
             policy = policy + oracle_policy_term(config, logp, entropy, old[n][t], ref[n][t], a) / len(flat)
-            error = (now[t] - returns[t]) ** 2
+            error = (new_values[t] - returns[t]) ** 2
             if config.value_clip:
                 low, high = values[n][t] - config.value_clip, values[n][t] + config.value_clip
-                error = torch.maximum(error, (torch.clamp(now[t], low, high) - returns[t]) ** 2)
+                error = torch.maximum(error, (torch.clamp(new_values[t], low, high) - returns[t]) ** 2)
             value = value + 0.5 * error / len(flat)
     if config.ptx_coef:
         taught = []
@@ -246,9 +240,9 @@ def oracle_update(config, models, responses):
 # -- the comparison ---------------------------------------------------------------------------------------------------
 
 
-def distance(ours: torch.Tensor, theirs: list[float]) -> float:
-    theirs = torch.tensor(theirs, dtype=torch.float64)
-    return ((ours.double() - theirs).norm() / theirs.norm()).item()
+def distance(tensor: torch.Tensor, expected: list[float]) -> float:
+    expected = torch.tensor(expected, dtype=torch.float64)
+    return ((tensor.double() - expected).norm() / expected.norm()).item()
 
 
 def held_gradients(role):
@@ -258,12 +252,12 @@ def held_gradients(role):
 @pytest.mark.parametrize("case", CASES)
 def test_one_update_agrees_with_the_recipe_in_float64(case, models, cluster):
     config = configured(case)
-    engine = update_with_the_engine(config, models, cluster.data_group)
+    engine = update_with_the_engine(config, models, cluster)
     experience, outcome = engine.experience, engine.outcome
     truth = oracle_update(config, models, experience.plan.local_responses)
     shaped = experience.shaped
     count = len(truth.advantages)
-    away = {
+    errors = {
         "scores": distance(experience.scores.total_N, truth.scores),
         "kl": distance(shaped.kl_N, truth.kl),
         "advantages": distance(shaped.advantage_A, truth.advantages),
@@ -273,20 +267,20 @@ def test_one_update_agrees_with_the_recipe_in_float64(case, models, cluster):
         "value loss": abs(float(outcome.value_stats.loss_sum) / count - truth.value),
     }
     if config.ptx_coef:
-        away["ptx loss"] = abs(outcome.ptx_loss_sum / outcome.ptx_tokens - truth.ptx)
+        errors["ptx loss"] = abs(outcome.ptx_stats.loss_sum / outcome.ptx_stats.tokens - truth.ptx)
     for name, role, weights in (("actor", engine.actor, truth.actor), ("critic", engine.critic, truth.critic)):
         exact = {n: w.grad for n, w in weights.items()}
-        away[f"{name} gradients"], away[f"worst of the {name}'s gradients"] = gap(held_gradients(role), exact)
+        errors[f"{name} gradients"], errors[f"worst of the {name}'s gradients"] = gap(held_gradients(role), exact)
         # The first step of AdamW, whose moments are g and g^2 once their bias is taken out.
         after = {n: w.detach() - LR * w.grad / (w.grad.abs() + ADAM_EPS) for n, w in weights.items()}
-        away[f"{name} weights"], _ = gap(tiny.by_hugging_face_name(role, lambda p: p), after)
-    assert {name: x for name, x in away.items() if not x <= 1e-5} == {}
+        errors[f"{name} weights"], _ = gap(tiny.by_hugging_face_name(role, lambda p: p), after)
+    assert {name: x for name, x in errors.items() if not x <= 1e-5} == {}
 
 
 def test_the_cases_clip_what_they_are_about(models, cluster):
     # An update that clips nothing would agree with any clipping rule.
     def stats(case):
-        outcome = update_with_the_engine(configured(case), models, cluster.data_group).outcome
+        outcome = update_with_the_engine(configured(case), models, cluster).outcome
         return outcome.policy_stats, outcome.value_stats
 
     policy, value = stats("defaults")

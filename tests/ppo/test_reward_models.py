@@ -26,18 +26,18 @@ def scorers():
 
 
 @pytest.fixture(scope="module")
-def ran(scorers, tmp_path_factory):
+def finished_run(scorers, tmp_path_factory):
     """A run of two iterations with three models and a function, from the configuration: folder and steps."""
-    place = tmp_path_factory.mktemp("models")
-    home = cases.make_home(place / "home")
-    paths = {name: cases.save_model(place / name, model, tiny.tokenizer()) for name, model in scorers.items()}
-    (place / "safety" / "score_statistics.json").write_text(json.dumps({"after": SAVED}))
+    runs = tmp_path_factory.mktemp("models")
+    home = cases.make_home(runs / "home")
+    paths = {name: cases.save_model(runs / name, model, tiny.tokenizer()) for name, model in scorers.items()}
+    (runs / "safety" / "score_statistics.json").write_text(json.dumps({"after": SAVED}))
     sources = [
         {"model": paths["safety"], "name": "safety", "weight": WEIGHTS["safety"]},
         {"model": paths["reward_model_2"], "weight": WEIGHTS["reward_model_2"]},
     ]
     keys = cases.ppo_keys(
-        home, place / "run", f"ppo.reward_model={paths['reward_model']}", f"ppo.reward.sources={json.dumps(sources)}",
+        home, runs / "run", f"ppo.reward_model={paths['reward_model']}", f"ppo.reward.sources={json.dumps(sources)}",
         f"ppo.reward_model_weight={WEIGHTS['reward_model']}", f"ppo.reward_function_weight={FUNCTION_WEIGHT}",
         f"ppo.score_clip={CLIP}", "ppo.score_shift=true", f"ppo.missing_eos_penalty={PENALTY}",
     )  # fmt: skip
@@ -56,9 +56,9 @@ def raw_scores(model, row):
         return float(model.score(hidden[0, -1]))
 
 
-def test_the_total_is_the_weighted_sum_of_scores_that_are_normalised_apart(ran, scorers):
-    folder, steps = ran
-    known = {name: [] for name in scorers}
+def test_the_total_is_the_weighted_sum_of_scores_that_are_normalised_apart(finished_run, scorers):
+    folder, steps = finished_run
+    scores_so_far = {name: [] for name in scorers}
     for step in steps:
         rows = rollouts(folder, step.iteration)
         expected = np.array([
@@ -67,10 +67,10 @@ def test_the_total_is_the_weighted_sum_of_scores_that_are_normalised_apart(ran, 
         clipped = 0
         for name, model in scorers.items():
             raw = np.array([raw_scores(model, row) for row in rows])
-            known[name] += list(raw)
-            mean, std = np.mean(known[name]), np.std(known[name])
+            scores_so_far[name] += list(raw)
+            mean, std = np.mean(scores_so_far[name]), np.std(scores_so_far[name])
             if name == "safety":
-                n, k = len(known[name]), SAVED["count"]
+                n, k = len(scores_so_far[name]), SAVED["count"]
                 pooled = (n * mean + k * SAVED["mean"]) / (n + k)
                 squares = n * (std**2 + (mean - pooled) ** 2) + k * (SAVED["std"] ** 2 + (SAVED["mean"] - pooled) ** 2)
                 mean, std = pooled, (squares / (n + k)) ** 0.5
@@ -81,8 +81,8 @@ def test_the_total_is_the_weighted_sum_of_scores_that_are_normalised_apart(ran, 
         assert step.score_mean == pytest.approx(expected.mean(), abs=1e-4)
 
 
-def test_each_model_is_logged_by_its_name(ran, scorers):
-    folder, steps = ran
+def test_each_model_is_logged_by_its_name(finished_run, scorers):
+    folder, steps = finished_run
     for step in steps:
         rows = rollouts(folder, step.iteration)
         assert list(step.sources) == ["reward_model", "safety", "reward_model_2", "share_of_a"]
@@ -97,9 +97,9 @@ def test_each_model_is_logged_by_its_name(ran, scorers):
                 assert [row["reward_model_score"] for row in rows] == pytest.approx(raw, abs=1e-4)
             else:
                 assert figures["weight"] == WEIGHTS[name]
-                said = [row["sources"][name] for row in rows]
-                assert [part["score"] for part in said] == pytest.approx(raw, abs=1e-4)
-                assert all((part["weight"], part["error"]) == (WEIGHTS[name], None) for part in said)
+                source_rows = [row["sources"][name] for row in rows]
+                assert [part["score"] for part in source_rows] == pytest.approx(raw, abs=1e-4)
+                assert all((part["weight"], part["error"]) == (WEIGHTS[name], None) for part in source_rows)
         assert all(list(row["sources"]) == ["safety", "reward_model_2", "share_of_a"] for row in rows)
     logged = [row["sources"] for row in read_metrics(folder) if row["kind"] == "ppo"]
     assert logged == [json.loads(json.dumps(step.sources)) for step in steps]
@@ -122,7 +122,7 @@ def test_weights_and_names_of_what_python_gives(scorers):
         "reward:reward_model_2": ("reward_model_2", 0.5, b),
         "reward:reward_model_3": ("reward_model_3", 1.0, c),
     }
-    called = [(source.name, source.weight) for source in sources.sources.sources]
+    called = [(source.name, source.weight) for source in sources.sources.scorers]
     assert called == [("one", 5.0), ("one_2", 0.2), ("h:1", 1.0)]
 
 
@@ -138,9 +138,9 @@ def test_a_critic_starts_from_the_first_model_on_the_scale_of_what_that_pays(sco
     reward = [(first, 0.6), (second, 7.0)]
     with icegrt.PPOTrainer(tiny.ppo_config(tmp_path / "run"), tiny.causal_lm(), tiny.tokenizer(), reward,
                            tiny.PROMPTS) as run:  # fmt: skip
-        assert list(run.roles_by_name) == ["actor", "reference", "reward", "reward:reward_model_2", "critic"]
-        raw, critic = run.roles_by_name["reward"].model.head.weight, run.critic.model.head.weight
-        assert not any(role.learns for name, role in run.roles_by_name.items() if name.startswith("reward"))
+        assert list(run.components.roles) == ["actor", "reference", "reward", "reward:reward_model_2", "critic"]
+        raw, critic = run.components.roles["reward"].model.head.weight, run.critic.model.head.weight
+        assert not any(role.learns for name, role in run.components.roles.items() if name.startswith("reward"))
         assert torch.equal(critic, raw * (0.6 / SAVED["std"]))
 
 
@@ -148,22 +148,22 @@ def test_a_critic_starts_from_the_first_model_on_the_scale_of_what_that_pays(sco
 
 
 def test_moments_in_a_checkpoint_are_by_name_and_those_of_one_model_may_have_none(scorers, tmp_path):
-    def made(name, reward):
-        given = tiny.causal_lm(), tiny.tokenizer(), reward, tiny.PROMPTS
-        return icegrt.PPOTrainer(tiny.ppo_config(tmp_path / name), *given)
+    def make_trainer(name, reward):
+        components = tiny.causal_lm(), tiny.tokenizer(), reward, tiny.PROMPTS
+        return icegrt.PPOTrainer(tiny.ppo_config(tmp_path / name), *components)
 
-    with made("one", scorers["safety"]) as run:
+    with make_trainer("one", scorers["safety"]) as run:
         run.step()
         state = json.loads(json.dumps(run.state()))
-    with made("same", [(scorers["safety"], 0.1), one]) as run:
+    with make_trainer("same", [(scorers["safety"], 0.1), one]) as run:
         run.load_state(state)
         assert run.state()["scalings"] == state["scalings"] and state["scalings"]["reward_model"]["count"] == 8
     nameless = {name: part for name, part in state.items() if name != "scalings"}
     nameless["scaling"] = state["scalings"]["reward_model"]
-    with made("nameless", scorers["safety"]) as run:
+    with make_trainer("nameless", scorers["safety"]) as run:
         run.load_state(nameless)
         assert run.state()["scalings"] == state["scalings"]
-    with made("more", [scorers["safety"], scorers["reward_model"]]) as run:
+    with make_trainer("more", [scorers["safety"], scorers["reward_model"]]) as run:
         for older in (state, nameless):
             with pytest.raises(ConfigError, match="of the reward models reward_model; this run has reward_model, rew"):
                 run.load_state(older)

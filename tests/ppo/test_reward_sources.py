@@ -8,15 +8,14 @@ import pytest
 import torch
 
 import icegrt
-from icegrt.data import encode_prompts, read_rows
 from icegrt.distributed.cluster import Cluster
 from icegrt.errors import RewardError
 from icegrt.metrics import read_metrics
 from icegrt.ppo.batch_plan import plan_batches
-from icegrt.ppo.experience import Experience, shape
+from icegrt.ppo.experience import Experience, compute_advantages
 from icegrt.ppo.rewards import RewardOutputs
 from icegrt.ppo.scores import total_scores
-from icegrt.ppo.scoring import score_logprobs, score_values
+from icegrt.ppo.scoring import LogprobScorer, score_values
 from icegrt.ppo.update import Updater
 from icegrt.rewards.sample import RewardResult
 from icegrt.rewards.sources import SourceScores
@@ -24,11 +23,9 @@ from icegrt.rollout.samples import sample_of
 from tests.helpers import reward_cases
 from tests.helpers import stage_cases as cases
 from tests.helpers import tiny_models as tiny
+from tests.helpers.encoding import encode_prompts, read_rows
 
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return cases.make_home(tmp_path_factory.mktemp("home"))
+SCORER = LogprobScorer(1.0, 16)
 
 
 def trained(home, folder, *keys, reward=None):
@@ -44,21 +41,22 @@ def test_model_functions_and_scorer_are_one_weighted_sum_and_logged_one_by_one(h
         "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
         "    return {'score': 0.5, 'letters': len(solution_str)}\n"
     )
-    with reward_cases.http_scorer() as place:
+    with reward_cases.http_scorer() as endpoint:
         sources = [
             {"function": f"{tmp_path}/more.py:compute_score", "weight": 2.0, "label_key": "topic"},
-            {"url": place.url, "name": "judge", "weight": -0.25},
+            {"url": endpoint.url, "name": "judge", "weight": -0.25},
         ]
         steps, rows = trained(
             home, tmp_path / "run", f"ppo.reward.sources={json.dumps(sources)}", "ppo.reward_function_weight=3",
             "ppo.score_scale=false", "ppo.score_clip=0", "ppo.reward.workers=2",
         )  # fmt: skip
     for row in rows:
-        said = row["sources"]
-        assert list(said) == ["share_of_a", "compute_score", "judge"] and not row["dropped"]
-        assert said["share_of_a"]["score"] == row["function_score"] and said["judge"]["score"] == len(row["text"])
-        assert said["compute_score"]["metrics"] == {"letters": len(row["text"])}
-        parts = [part["weight"] * part["score"] for part in said.values()]
+        by_source = row["sources"]
+        assert list(by_source) == ["share_of_a", "compute_score", "judge"] and not row["dropped"]
+        assert by_source["share_of_a"]["score"] == row["function_score"]
+        assert by_source["judge"]["score"] == len(row["text"])
+        assert by_source["compute_score"]["metrics"] == {"letters": len(row["text"])}
+        parts = [part["weight"] * part["score"] for part in by_source.values()]
         assert row["score"] == pytest.approx(row["reward_model_score"] + sum(parts), abs=1e-5)
     figures = steps[0].sources
     assert list(figures) == ["reward_model", "share_of_a", "compute_score", "judge"]
@@ -91,17 +89,17 @@ def test_token_rewards_go_through_gae(home, tmp_path):
     def first_token(samples):
         return [RewardResult(0.0, {}, [1.0] + [0.0] * (len(s.tokens) - 1)) for s in samples]
 
-    seen = []
+    experiences = []
 
     class Watch(icegrt.Callback):
         def on_scores(self, trainer, experience):
-            seen.append(experience)
+            experiences.append(experience)
 
     keys = ["ppo.critic.init=actor", "ppo.iterations=1", "ppo.kl_coef=0", "ppo.reward_function_weight=2"]
     config = icegrt.PPOConfig.load(None, cases.ppo_keys(home, tmp_path / "run", *keys))
     with icegrt.PPOTrainer(config, reward=first_token, callbacks=[Watch()]) as trainer:
         (step,) = list(trainer)
-    (experience,) = seen
+    (experience,) = experiences
     starts = experience.plan.cu_actions[:-1].long()
     expected = torch.zeros_like(experience.shaped.reward_A).index_fill(0, starts, 2.0)
     assert torch.equal(experience.shaped.reward_A, expected)
@@ -109,12 +107,6 @@ def test_token_rewards_go_through_gae(home, tmp_path):
 
 
 # -- dropping -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with Cluster.open() as opened:
-        yield opened
 
 
 def verdict_on(plan, dropped):
@@ -140,11 +132,10 @@ def experience_with(config, actor, critic, responses, dropped):
     plan = plan_batches(responses, config.token_budget, config.minibatches)
     rewards = verdict_on(plan, dropped)
     plan = plan.with_masked(rewards.dropped_N)
-    old_A, entropy_A = score_logprobs(actor, plan.batches, 1.0, 16, entropy=True)
+    old_A, entropy_A = SCORER(actor, plan.batches, entropy=True)
     value_A, last_N = score_values(critic, plan.batches)
-    truncated_N = torch.tensor([float(r.truncated) for r in plan.local_responses])
-    scores = total_scores(config, {}, [], rewards.source_total_N, truncated_N, rewards.dropped_N)
-    shaped = shape(config, 0.1, plan, scores, old_A, old_A - 0.1, value_A, last_N)
+    scores = total_scores(config, {}, [], rewards.source_total_N, plan.truncated_N, rewards.dropped_N)
+    shaped = compute_advantages(config, 0.1, plan, scores, old_A, old_A - 0.1, value_A, last_N)
     return Experience(plan, scores, old_A, entropy_A, old_A - 0.1, value_A, shaped, shaped.moments)
 
 
@@ -153,32 +144,33 @@ def gradients(responses, dropped, budget):
     config = tiny.ppo_config("unused", token_budget=budget, kl_coef=0.1, minibatches=1)
     actor, critic = learners(config)
     experience = experience_with(config, actor, critic, responses, dropped)
-    plan, updater = experience.plan, Updater(config, actor, critic, 16, None)
+    plan, updater = experience.plan, Updater(config, actor, critic, SCORER, Cluster.current())
     members = list(range(len(plan.batches)))
-    policy, value = updater.policy_loss(experience, members, 0.1), updater.critic_loss(experience, members)
+    policy, value = updater.policy_work(experience, members, 0.1), updater.critic_work(experience, members)
     counted = sum(b.n_counted_actions for b in plan.batches)
-    found = tiny.gradients(actor, plan.batches, policy), tiny.gradients(critic, plan.batches, value)
-    return found, counted, experience.moments, len(plan.batches)
+    role_gradients = tiny.gradients(actor, policy), tiny.gradients(critic, value)
+    return role_gradients, counted, experience.moments, len(plan.batches)
 
 
 @pytest.mark.parametrize("budget", [4096, 40])
 def test_a_dropped_response_is_trained_on_nowhere(cluster, budget):
     responses = tiny.responses(9)
     dropped = {1, 4, 5}
-    ours, counted, moments, batches = gradients(responses, dropped, budget)
-    kept = [r for r in responses if r.sequence_id not in dropped]
-    theirs, expected, their_moments, _ = gradients(kept, set(), 4096)
-    assert counted == expected == sum(len(r.tokens) for r in kept) and (batches > 1) == (budget < 4096)
-    assert float(moments.count) == counted and float(moments.mean) == pytest.approx(float(their_moments.mean), abs=1e-6)
-    for ours_of, theirs_of in zip(ours, theirs, strict=True):
-        assert tiny.gap(ours_of, theirs_of)[0] <= 1e-5
+    actual, counted, moments, batches = gradients(responses, dropped, budget)
+    responses_left = [r for r in responses if r.sequence_id not in dropped]
+    expected_gradients, expected, expected_moments, _ = gradients(responses_left, set(), 4096)
+    assert counted == expected == sum(len(r.tokens) for r in responses_left) and (batches > 1) == (budget < 4096)
+    assert float(moments.count) == counted
+    assert float(moments.mean) == pytest.approx(float(expected_moments.mean), abs=1e-6)
+    for role_gradients, expected_of_role in zip(actual, expected_gradients, strict=True):
+        assert tiny.gap(role_gradients, expected_of_role)[0] <= 1e-5
 
 
 @pytest.mark.parametrize(("dropped", "empty"), [(set(), 0), ({1}, 2), ({0, 1}, 4)])
 def test_a_minibatch_of_dropped_responses_is_no_step(cluster, dropped, empty):
     config = tiny.ppo_config("unused", token_budget=64, kl_coef=0.1, minibatches=2, ppo_epochs=1)
     actor, critic = learners(config)
-    updater, responses = Updater(config, actor, critic, 16, None), tiny.responses(2)
+    updater, responses = Updater(config, actor, critic, SCORER, Cluster.current()), tiny.responses(2)
     updater.run(experience_with(config, actor, critic, responses, set()), 0.1, 1)  # gives Adam its momentum
     before = tiny.parameters(actor), tiny.parameters(critic)
     outcome = updater.run(experience_with(config, actor, critic, responses, dropped), 0.1, 2)
@@ -201,16 +193,17 @@ def test_failures_are_counted_and_kept_out_of_the_means(home, tmp_path, on_error
     ]
     keys += ["ppo.reward.error_score=-3", "ppo.eval_every=0", f"ppo.eval_prompts={home.prompts}"]
     (step,), rows = trained(home, tmp_path / "run", *keys, reward=failing)
-    bad = [row for row in rows if row["sources"]["failing"]["error"]]
-    assert [row["sample"] for row in bad] == [0] and "returned nan for" in bad[0]["sources"]["failing"]["error"]
+    failed_rows = [row for row in rows if row["sources"]["failing"]["error"]]
+    assert [row["sample"] for row in failed_rows] == [0]
+    assert "returned nan for" in failed_rows[0]["sources"]["failing"]["error"]
     assert step.reward_errors == 1 == step.sources["failing"]["errors"]
     if on_error == "drop":
-        assert step.dropped_responses == 1 and bad[0]["dropped"] and bad[0]["function_score"] is None
+        assert step.dropped_responses == 1 and failed_rows[0]["dropped"] and failed_rows[0]["function_score"] is None
         assert step.score_mean == 1.0 and step.score_std == 0.0 and step.function_score_mean == 1.0
-        assert set(bad[0]["advantages"]) == {0.0}
+        assert set(failed_rows[0]["advantages"]) == {0.0}
         assert step.evaluation.score_mean == 1.0
     else:
-        assert step.dropped_responses == 0 and bad[0]["score"] == -3.0
+        assert step.dropped_responses == 0 and failed_rows[0]["score"] == -3.0
         assert step.score_mean == pytest.approx((15 * 1.0 - 3.0) / 16)
     assert step.rollout_logprob_gap_max < 1e-4
 
@@ -248,7 +241,7 @@ def test_a_source_that_has_nothing_to_say_is_left_out_of_its_own_mean(home, tmp_
 
 
 def test_samples_are_frozen_and_public():
-    given = reward_cases.sample("x")
+    frozen = reward_cases.sample("x")
     with pytest.raises(dataclasses.FrozenInstanceError):
-        given.text = "y"
-    assert icegrt.Sample is type(given) and icegrt.RewardResult is RewardResult
+        frozen.text = "y"
+    assert icegrt.Sample is type(frozen) and icegrt.RewardResult is RewardResult

@@ -41,7 +41,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 def imported_modules(path: Path, module: str) -> set[tuple[int, str]]:
     """(line, absolute dotted name) of every import that runs; those under TYPE_CHECKING do not."""
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
-    found = set()
+    imports = set()
 
     def visit(node):
         if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
@@ -49,16 +49,16 @@ def imported_modules(path: Path, module: str) -> set[tuple[int, str]]:
                 visit(child)
             return
         if isinstance(node, ast.Import):
-            found.update((node.lineno, alias.name) for alias in node.names)
+            imports.update((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             origin = ".".join([*base, *filter(None, [node.module])])
-            found.update((node.lineno, f"{origin}.{alias.name}") for alias in node.names)
+            imports.update((node.lineno, f"{origin}.{alias.name}") for alias in node.names)
         for child in ast.iter_child_nodes(node):
             visit(child)
 
     visit(ast.parse(path.read_text(encoding="utf-8")))
-    return found
+    return imports
 
 
 def sources(folder: str, package: str):
@@ -71,19 +71,19 @@ def violations(module: str, imports: set[tuple[int, str]]) -> list[str]:
     owner = module.split(".")[1]
     if owner not in LEVEL:
         return [f"{module}: {owner} is in no layer; give it a place in LAYERS"]
-    found = set()
+    problems = set()
     for line, name in imports:
         parts = name.split(".")
         if parts[0] in ("tests", "bench", "engine"):
-            found.add(f"line {line}: {module} imports {name}, which is not part of the package")
+            problems.add(f"line {line}: {module} imports {name}, which is not part of the package")
         if parts[0] != "icegrt" or len(parts) == 1 or parts[1] in (owner, "__version__"):
             continue
         target = parts[1]
         if LEVEL.get(target, len(LAYERS)) >= LEVEL[owner]:
-            found.add(f"line {line}: {module} imports {target}, which is not below {owner}")
+            problems.add(f"line {line}: {module} imports {target}, which is not below {owner}")
         if owner not in ONLY_FROM.get(target, {owner}):
-            found.add(f"line {line}: {module} imports {target}, which is for {sorted(ONLY_FROM[target])}")
-    return sorted(found)
+            problems.add(f"line {line}: {module} imports {target}, which is for {sorted(ONLY_FROM[target])}")
+    return sorted(problems)
 
 
 def import_graph() -> dict[str, set[str]]:
@@ -123,19 +123,21 @@ def test_no_modules_import_each_other():
 
 def test_every_layer_exists():
     """A layer without a package would let a misspelt name through."""
-    there = {path.stem for path in (ROOT / "engine").iterdir() if path.suffix == ".py" or path.is_dir()} | {"kernels"}
-    assert set(LEVEL) - there <= {"_C"}
+    packages = {path.stem for path in (ROOT / "engine").iterdir() if path.suffix == ".py" or path.is_dir()} | {
+        "kernels"
+    }
+    assert set(LEVEL) - packages <= {"_C"}
 
 
 def test_engine_imports_run_one_way():
     modules = [(path, module) for path, module in sources("engine", "icegrt") if module != "icegrt"]
     assert modules
-    found = [line for path, module in modules for line in violations(module, imported_modules(path, module))]
-    assert not found, "\n".join(["the order is at the top of tests/test_imports.py:", *found])
+    problems = [line for path, module in modules for line in violations(module, imported_modules(path, module))]
+    assert not problems, "\n".join(["the order is at the top of tests/test_imports.py:", *problems])
 
 
 def test_kernels_import_nothing_of_the_engine():
-    found = []
+    problems = []
     for path, module in sources("kernels", "icegrt.kernels"):
         for line, name in sorted(imported_modules(path, module)):
             inside = (
@@ -143,8 +145,8 @@ def test_kernels_import_nothing_of_the_engine():
             )  # the extension is beside, not above
             outside = name.split(".")[0] == "icegrt" and not inside
             if outside or name.split(".")[0] in ("engine", "bench", "tests", *HEAVY):
-                found.append(f"{path.relative_to(ROOT)}:{line}: imports {name}")
-    assert not found, "\n".join(found)
+                problems.append(f"{path.relative_to(ROOT)}:{line}: imports {name}")
+    assert not problems, "\n".join(problems)
 
 
 @pytest.mark.parametrize(
@@ -170,8 +172,8 @@ def test_kernels_import_nothing_of_the_engine():
 def test_the_rule_finds_offenders(tmp_path, module, text, refused):
     path = tmp_path / "offender.py"
     path.write_text(text)
-    found = violations(module, imported_modules(path, module))
-    assert [refused in line for line in found] == ([True] if refused else []), found
+    problems = violations(module, imported_modules(path, module))
+    assert [refused in line for line in problems] == ([True] if refused else []), problems
 
 
 def run_python(code: str) -> str:
@@ -195,6 +197,20 @@ def test_the_library_is_light(module):
         "assert torch is None or not torch.cuda.is_initialized(), 'CUDA was initialised by an import'"
     )
     assert heavy.strip() == ""
+
+
+def test_trainers_load_megatron_when_they_open_a_cluster():
+    run_python(
+        "import sys, torch, warnings\n"
+        "compiler, filters = torch.compile, list(warnings.filters)\n"
+        "import icegrt.ppo.trainer, icegrt.training.sft, icegrt.rollout.load\n"
+        "from icegrt.distributed.cluster import Cluster\n"
+        "assert 'megatron' not in sys.modules and torch.compile is compiler\n"
+        "assert not [f for f in warnings.filters if f not in filters and 'Apex' in str(f[1])]\n"
+        "with Cluster.open():\n"
+        "    assert 'megatron.core.models.gpt' in sys.modules and torch.compile is compiler\n"
+        "    assert sys.modules.get('triton', sys) is not None\n"
+    )
 
 
 def test_transformers_survives_the_folder_named_kernels():

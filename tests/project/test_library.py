@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import icegrt
 from icegrt.packing import pack
-from icegrt.ppo.scoring import score_logprobs
+from icegrt.ppo.scoring import LogprobScorer
 from tests.helpers import stage_cases as cases
 from tests.helpers import tiny_models
 
@@ -111,44 +111,46 @@ def as_dataset(rows):
 
 @pytest.mark.parametrize("kind", [list, iter, as_dataset], ids=["list", "generator", "dataset"])
 def test_rows_may_come_as_any_iterable(config, kind):
-    seen = []
+    topics = []
 
     def score(samples):
-        seen.extend(sample.row["topic"] for sample in samples)
+        topics.extend(sample.row["topic"] for sample in samples)
         return [0.0] * len(samples)
 
-    given = {"actor": tiny_models.causal_lm(), "tokenizer": tiny_models.tokenizer(), "reward": score}
+    components = {"actor": tiny_models.causal_lm(), "tokenizer": tiny_models.tokenizer(), "reward": score}
     keys = ["ppo.critic.init=actor", "ppo.iterations=1", "ppo.prompts_per_iteration=8"]
-    with icegrt.PPOTrainer(config("run", *keys), prompts=kind(cases.prompt_rows()), **given) as trainer:
+    with icegrt.PPOTrainer(config("run", *keys), prompts=kind(cases.prompt_rows()), **components) as trainer:
         trainer.step()
-    assert set(seen) == set(range(8))
+    assert set(topics) == set(range(8))
 
 
 def test_an_exported_actor_says_in_transformers_what_it_says_here(config, tmp_path):
-    given = {"actor": tiny_models.causal_lm(), "tokenizer": tiny_models.tokenizer(), "reward": cases.share_of_a}
-    with icegrt.PPOTrainer(config("run", "ppo.critic.init=actor"), prompts=cases.prompt_rows(), **given) as trainer:
+    components = {"actor": tiny_models.causal_lm(), "tokenizer": tiny_models.tokenizer(), "reward": cases.share_of_a}
+    with icegrt.PPOTrainer(
+        config("run", "ppo.critic.init=actor"), prompts=cases.prompt_rows(), **components
+    ) as trainer:
         for _ in trainer:
             pass
         trainer.save_pretrained(tmp_path / "out")
-        ours, _ = score_logprobs(trainer.actor, [pack([[2, 7, 9]], [[20, 21, 22, 23]])], 1.0, None)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    logprobs = theirs(torch.tensor([[2, 7, 9, 20, 21, 22, 23]])).logits.log_softmax(-1)[0, 2:6]
+        engine_logprobs, _ = LogprobScorer(1.0, None)(trainer.actor, [pack([[2, 7, 9]], [[20, 21, 22, 23]])])
+    hf_model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    logprobs = hf_model(torch.tensor([[2, 7, 9, 20, 21, 22, 23]])).logits.log_softmax(-1)[0, 2:6]
     torch.testing.assert_close(
-        ours, logprobs.gather(1, torch.tensor([[20], [21], [22], [23]]))[:, 0], atol=2e-5, rtol=0
+        engine_logprobs, logprobs.gather(1, torch.tensor([[20], [21], [22], [23]]))[:, 0], atol=2e-5, rtol=0
     )
-    assert not torch.equal(theirs.lm_head.weight, given["actor"].lm_head.weight)
+    assert not torch.equal(hf_model.lm_head.weight, components["actor"].lm_head.weight)
 
 
 def test_weights_that_do_not_move_come_out_to_the_bit(config, tmp_path):
     actor = tiny_models.causal_lm()
     keys = ["ppo.critic.init=actor", "ppo.optimizer.lr=0", "ppo.iterations=1"]
-    given = {"actor": actor, "tokenizer": tiny_models.tokenizer(), "reward": cases.share_of_a}
-    with icegrt.PPOTrainer(config("run", *keys), prompts=cases.prompt_rows(), **given) as trainer:
+    components = {"actor": actor, "tokenizer": tiny_models.tokenizer(), "reward": cases.share_of_a}
+    with icegrt.PPOTrainer(config("run", *keys), prompts=cases.prompt_rows(), **components) as trainer:
         trainer.step()
         trainer.save_pretrained(tmp_path / "out")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    hf_model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     ids = torch.tensor([[2, 7, 9, 20]])
-    assert torch.equal(theirs(ids).logits, actor(ids).logits)
+    assert torch.equal(hf_model(ids).logits, actor(ids).logits)
 
 
 def test_sft_then_reward_then_ppo_in_one_process(config, tmp_path):
@@ -170,12 +172,16 @@ def test_sft_then_reward_then_ppo_in_one_process(config, tmp_path):
 
 
 def test_a_second_trainer_in_the_same_process_repeats_the_first(config):
-    seen = []
+    runs = []
     for name in ("first", "second"):
-        given = {"actor": tiny_models.causal_lm(), "tokenizer": tiny_models.tokenizer(), "reward": tiny_models.scorer()}
-        with icegrt.PPOTrainer(config(name), prompts=cases.prompt_rows(), **given) as trainer:
-            seen.append([(s.score_mean, s.kl_nats_per_response, s.policy_loss, s.grad_norm_critic) for s in trainer])
-    assert seen[0] == seen[1]
+        components = {
+            "actor": tiny_models.causal_lm(),
+            "tokenizer": tiny_models.tokenizer(),
+            "reward": tiny_models.scorer(),
+        }
+        with icegrt.PPOTrainer(config(name), prompts=cases.prompt_rows(), **components) as trainer:
+            runs.append([(s.score_mean, s.kl_nats_per_response, s.policy_loss, s.grad_norm_critic) for s in trainer])
+    assert runs[0] == runs[1]
 
 
 def test_a_model_in_memory_needs_a_tokenizer_and_a_score_needs_a_critic(config, tmp_path):
@@ -193,18 +199,22 @@ def test_a_model_in_memory_needs_a_tokenizer_and_a_score_needs_a_critic(config, 
 
 
 def test_training_in_a_thread_as_notebooks_do(config):
-    found = []
+    has_report = []
 
     def work():
-        given = {"actor": tiny_models.causal_lm(), "tokenizer": tiny_models.tokenizer(), "reward": tiny_models.scorer()}
-        with icegrt.PPOTrainer(config(), prompts=cases.prompt_rows(), **given) as trainer:
+        components = {
+            "actor": tiny_models.causal_lm(),
+            "tokenizer": tiny_models.tokenizer(),
+            "reward": tiny_models.scorer(),
+        }
+        with icegrt.PPOTrainer(config(), prompts=cases.prompt_rows(), **components) as trainer:
             trainer.train()
-            found.append((trainer.dir / "report.html").is_file())
+            has_report.append((trainer.dir / "report.html").is_file())
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert found == [True]
+    assert has_report == [True]
 
 
 def test_a_script_without_a_main_guard_runs_once(tmp_path):
@@ -221,8 +231,8 @@ def test_a_script_without_a_main_guard_runs_once(tmp_path):
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stdout.splitlines() if line == "started" or line.startswith("[")]
     assert lines == ["started", "[1, 2]"]
-    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept == ["latest", "step_000001", "step_000002"]
+    checkpoint_names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert checkpoint_names == ["latest", "step_000001", "step_000002"]
 
 
 # -- rollouts -----------------------------------------------------------------------------------------------------
@@ -236,9 +246,10 @@ def test_rollouts_without_a_trainer():
     responses = list(engine.stream(prompts, n=4, sampling=sampling))
     assert sorted((r.prompt_index, r.sample) for r in responses) == [(p, s) for p in range(2) for s in range(4)]
     assert all(isinstance(r, icegrt.Response) and len(r.tokens) == len(r.logprobs) for r in responses)
-    again = engine.generate(prompts, 4, sampling)
-    assert again == sorted(responses, key=lambda r: (r.prompt_index, r.sample))
-    assert not engine.decoder.model.training and not any(p.requires_grad for p in engine.decoder.model.parameters())
+    repeated = engine.generate(prompts, 4, sampling)
+    assert repeated == sorted(responses, key=lambda r: (r.prompt_index, r.sample))
+    model = engine.decoder.model
+    assert not any(chunk.training for chunk in model.chunks) and not any(p.requires_grad for p in model.parameters())
 
 
 def test_load_actor_refuses_and_leaves_nothing_open(tmp_path):
@@ -282,9 +293,9 @@ def test_the_readmes_commands_and_links_exist():
     from icegrt.config import SECTIONS
 
     lines = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
-    ours = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("icegrt ")]
-    assert {words[0] for words in ours} == set(COMMANDS)
-    for words in ours:
+    commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("icegrt ")]
+    assert {words[0] for words in commands} == set(COMMANDS)
+    for words in commands:
         if words[0] == "data":  # its own words, not keys of a configuration: tests/test_data_preview.py runs it
             assert words[1] == "preview"
             continue
@@ -305,6 +316,6 @@ def test_the_hooks_and_fields_that_the_pages_name_are_the_real_ones():
     table = data.split("| field of a sample")[1].split("\n\n")[0]
     fields = {field.name for field in dataclasses.fields(icegrt.Sample)}
     assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == fields | {"messages"}
-    for kind, given in re.findall(r"`(\w+Trainer)\(config, ([^)]*)\)`", library):
-        names = [name for name in given.split(", ") if name != "*"]
+    for kind, signature in re.findall(r"`(\w+Trainer)\(config, ([^)]*)\)`", library):
+        names = [name for name in signature.split(", ") if name != "*"]
         assert list(inspect.signature(getattr(icegrt, kind)).parameters) == ["config", *names]

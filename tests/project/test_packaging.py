@@ -105,9 +105,9 @@ def test_no_compiler_is_said_plainly(tmp_path):
 
 
 def test_no_pybind11_is_said_plainly(tmp_path):
-    broken = tmp_path / "site" / "pybind11"
-    broken.mkdir(parents=True)
-    (broken / "__init__.py").write_text("raise ImportError('hidden')")
+    package = tmp_path / "site" / "pybind11"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('hidden')")
     assert "icegrt._C needs pybind11" in build_error(tmp_path, PYTHONPATH=str(tmp_path / "site"))
 
 

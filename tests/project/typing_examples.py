@@ -26,7 +26,7 @@ from icegrt.kernels import (
     shaped_gae,
     whiten,
 )
-from icegrt.model.language_model import LanguageModel
+from icegrt.model.pipeline_model import PipelineModel
 
 
 def configurations() -> None:
@@ -111,7 +111,7 @@ def stages(sft_config: icegrt.SFTConfig, reward_config: icegrt.RewardConfig, row
 
 def rollouts(tokenizer: Any, prompts: list[str]) -> None:
     model = icegrt.load_actor("path/to/hf", dtype="bf16")
-    assert_type(model, LanguageModel)
+    assert_type(model, PipelineModel)
     engine = icegrt.RolloutEngine(model, tokenizer, max_batch=64, stop_token_ids=[2])
     for response in engine.stream(prompts, n=4, sampling=icegrt.Sampling(temperature=0.7, seed=1)):
         assert_type(response, icegrt.Response)

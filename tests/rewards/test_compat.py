@@ -118,22 +118,22 @@ def test_a_function_of_no_known_form_is_refused(function):
         style_of(function, "ppo.reward_function")
 
 
-def said(function, given, **entry):
-    with cases.scorers(cases.RewardSpec(function=function, **entry)) as made:
-        (found,) = made.score(given)
-    assert found.name == getattr(function, "__name__", "")
-    return found
+def score_with(function, samples, **entry):
+    with cases.scorers(cases.RewardSpec(function=function, **entry)) as sources:
+        (source_scores,) = sources.score(samples)
+    assert source_scores.name == getattr(function, "__name__", "")
+    return source_scores
 
 
 def test_trl_gets_text_for_plain_prompts_and_messages_for_conversations():
     plain = [cases.sample("<answer>4</answer>", prompt="2+2?", ground_truth="<answer>4</answer>", tokens=[7, 8])]
     chat = [cases.sample("<answer>4</answer>", prompt=[{"role": "user", "content": "2+2?"}])]
     for function in (trl_by_tokens, trl_as_the_page_spells_it):
-        assert said(function, plain).scores == [2.0]
-    assert said(trl_by_reference, plain).scores == [1.0]
-    assert said(trl_async, plain).scores == [1.0]
-    assert said(trl_format, chat).scores == [1.0]
-    assert said(trl_format, [cases.sample("4", messages=[{"role": "user", "content": "2+2?"}])]).scores == [0.0]
+        assert score_with(function, plain).scores == [2.0]
+    assert score_with(trl_by_reference, plain).scores == [1.0]
+    assert score_with(trl_async, plain).scores == [1.0]
+    assert score_with(trl_format, chat).scores == [1.0]
+    assert score_with(trl_format, [cases.sample("4", messages=[{"role": "user", "content": "2+2?"}])]).scores == [0.0]
 
 
 def test_trl_sees_every_column_but_the_prompt():
@@ -142,55 +142,55 @@ def test_trl_sees_every_column_but_the_prompt():
         assert set(columns) == {"completion_ids", "task", "level"} and columns["level"] == [3]
         return [1.0]
 
-    assert said(reward, [cases.sample("4", prompt="2+2?", task="math", level=3)]).scores == [1.0]
+    assert score_with(reward, [cases.sample("4", prompt="2+2?", task="math", level=3)]).scores == [1.0]
 
 
 def test_none_of_trl_is_a_task_of_another_function():
-    given = [cases.sample("abc", 0, prompt="x", task="math"), cases.sample("abc", 1, prompt="x", task="code")]
-    found = said(trl_of_one_task, given)
-    assert found.results == [RewardResult(3.0), RewardResult(None)] and found.errors == [None, None]
+    samples = [cases.sample("abc", 0, prompt="x", task="math"), cases.sample("abc", 1, prompt="x", task="code")]
+    source_scores = score_with(trl_of_one_task, samples)
+    assert source_scores.results == [RewardResult(3.0), RewardResult(None)] and source_scores.errors == [None, None]
 
 
 @pytest.mark.parametrize("row", [{"reward_model": {"style": "rule", "ground_truth": "4"}}, {"ground_truth": "4"}])
 def test_verl_gets_its_columns_and_may_return_a_dict(row):
-    given = [cases.sample("4", 0, **row, data_source="gsm8k", extra_info={"turns": 2}), cases.sample("5", 1, **row)]
-    assert said(verl_length, given).scores == [0.01, 0.01]
-    assert said(verl_async, given).scores == [0.25, 0.25]
-    assert said(verl_batch, given).scores == [1.0, 0.0]
-    assert said(verl_turns, given).scores == [1.0, 1.0]
-    found = said(compute_score, given)
-    assert found.results == [RewardResult(1.0, {"acc": 1.0, "turns": 2.0}), RewardResult(0.0, {"acc": 0.0})]
+    samples = [cases.sample("4", 0, **row, data_source="gsm8k", extra_info={"turns": 2}), cases.sample("5", 1, **row)]
+    assert score_with(verl_length, samples).scores == [0.01, 0.01]
+    assert score_with(verl_async, samples).scores == [0.25, 0.25]
+    assert score_with(verl_batch, samples).scores == [1.0, 0.0]
+    assert score_with(verl_turns, samples).scores == [1.0, 1.0]
+    source_scores = score_with(compute_score, samples)
+    assert source_scores.results == [RewardResult(1.0, {"acc": 1.0, "turns": 2.0}), RewardResult(0.0, {"acc": 0.0})]
 
 
 def test_openrlhf_gets_whole_texts_and_may_return_a_tensor_or_a_dict():
-    given = [cases.sample("4", 0, label="4"), cases.sample("5", 1, label="4")]
-    assert said(openrlhf_tensor, given).scores == [float(len(s.prompt) + 1) for s in given]
-    found = said(openrlhf_dict, given)
-    assert found.results == [
+    samples = [cases.sample("4", 0, label="4"), cases.sample("5", 1, label="4")]
+    assert score_with(openrlhf_tensor, samples).scores == [float(len(s.prompt) + 1) for s in samples]
+    source_scores = score_with(openrlhf_dict, samples)
+    assert source_scores.results == [
         RewardResult(1.0, {"right": 1.0, "share": 0.5}),
         RewardResult(0.0, {"right": 0.0, "share": 0.5}),
     ]
 
 
 def test_a_label_may_stand_in_any_column():
-    given = [cases.sample("4", solution="4")]
-    assert said(openrlhf_dict, given, label_key="solution").scores == [1.0]
-    assert said(compute_score, given, label_key="solution").scores == [1.0]
+    samples = [cases.sample("4", solution="4")]
+    assert score_with(openrlhf_dict, samples, label_key="solution").scores == [1.0]
+    assert score_with(compute_score, samples, label_key="solution").scores == [1.0]
     for function in (openrlhf_dict, compute_score):
         with pytest.raises(RewardError, match=r"data\.jsonl:1: no column `gold`.*found solution"):
-            said(function, given, label_key="gold")
+            score_with(function, samples, label_key="gold")
     with pytest.raises(RewardError, match=r"data\.jsonl:1: .*reward_model\.ground_truth.*found solution"):
-        said(compute_score, given)
+        score_with(compute_score, samples)
 
 
 def test_the_style_may_be_said():
     def odd(solution_str, ground_truth="", **kwargs):
         return 0.5
 
-    given = [cases.sample("4", ground_truth="4")]
-    assert said(odd, given, style="verl").scores == [0.5]
+    samples = [cases.sample("4", ground_truth="4")]
+    assert score_with(odd, samples, style="verl").scores == [0.5]
     with pytest.raises(RewardError, match="TypeError"):
-        said(ours, given, style="trl")
+        score_with(ours, samples, style="trl")
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_the_style_may_be_said():
 )
 def test_what_they_return_is_held_to_the_same_word(function, words):
     with pytest.raises(RewardError, match=words):
-        said(function, [cases.sample("4", prompt="x", ground_truth="4")])
+        score_with(function, [cases.sample("4", prompt="x", ground_truth="4")])
 
 
 def test_they_run_in_workers_too(tmp_path):
@@ -216,6 +216,8 @@ def test_they_run_in_workers_too(tmp_path):
         "    return {'score': float(solution_str == ground_truth), 'length': len(solution_str)}"
     )
     spec = cases.function_file(tmp_path, body, name="compute_score")
-    with cases.scorers(spec, workers=2) as made:
-        (found,) = made.score([cases.sample("4", 0, ground_truth="4"), cases.sample("55", 1, ground_truth="4")])
-    assert found.results == [RewardResult(1.0, {"length": 1.0}), RewardResult(0.0, {"length": 2.0})]
+    with cases.scorers(spec, workers=2) as sources:
+        (source_scores,) = sources.score(
+            [cases.sample("4", 0, ground_truth="4"), cases.sample("55", 1, ground_truth="4")]
+        )
+    assert source_scores.results == [RewardResult(1.0, {"length": 1.0}), RewardResult(0.0, {"length": 2.0})]

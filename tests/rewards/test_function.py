@@ -77,9 +77,11 @@ def test_an_exception_names_the_row_that_caused_it():
             yield 1.0 / (s.text != "two")
 
     for function in (parse, lazily):
-        with pytest.raises(RewardError, match=r"raised ZeroDivisionError.*at data\.jsonl:2, answer 'two'") as caught:
+        with pytest.raises(
+            RewardError, match=r"raised ZeroDivisionError.*at data\.jsonl:2, answer 'two'"
+        ) as error_info:
             call_reward_function(function, SAMPLES)
-        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+        assert isinstance(error_info.value.__cause__, ZeroDivisionError)
 
     def on_many(samples):
         raise RuntimeError("service down") if len(samples) > 1 else ValueError
@@ -112,8 +114,8 @@ def test_an_interrupt_is_not_swallowed():
     ],
 )
 def test_messages_are_the_prompt_and_the_answer(row, before):
-    given = dataclasses.replace(sample("answer"), row=row)
-    assert [(m["role"], m["content"]) for m in given.messages] == [*before, ("assistant", "answer")]
+    answered = dataclasses.replace(sample("answer"), row=row)
+    assert [(m["role"], m["content"]) for m in answered.messages] == [*before, ("assistant", "answer")]
 
 
 def test_a_function_of_a_file_may_import_its_neighbours_and_use_dataclasses(tmp_path):
@@ -146,6 +148,6 @@ def test_a_function_of_a_module():
 )
 def test_a_function_that_cannot_be_found_names_the_key(tmp_path, spec, words):
     (tmp_path / "broken.py").write_text("def f(:\n")
-    with pytest.raises(ConfigError, match=words) as caught:
+    with pytest.raises(ConfigError, match=words) as error_info:
         load_reward_function(spec.format(tmp=tmp_path), "sample.score_function")
-    assert str(caught.value).startswith("sample.score_function: ")
+    assert str(error_info.value).startswith("sample.score_function: ")

@@ -45,26 +45,26 @@ def wait_until_gone(pid, seconds=20.0):
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_scores_do_not_depend_on_the_number_of_workers(tmp_path, workers):
-    given = cases.samples(*("x" * n for n in (3, 1, 4, 1, 5, 9, 2)))
-    with cases.scorers(cases.function_file(tmp_path, LENGTHS), workers=workers) as made:
-        (found,) = made.score(given)
-        assert found.scores == [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0] and found.errors == [None] * 7
-        assert (found.name, found.weight) == ("score", 1.0)
-        assert made.score([])[0].scores == []
+    samples = cases.samples(*("x" * n for n in (3, 1, 4, 1, 5, 9, 2)))
+    with cases.scorers(cases.function_file(tmp_path, LENGTHS), workers=workers) as sources:
+        (source_scores,) = sources.score(samples)
+        assert source_scores.scores == [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0] and source_scores.errors == [None] * 7
+        assert (source_scores.name, source_scores.weight) == ("score", 1.0)
+        assert sources.score([])[0].scores == []
 
 
 def test_answers_to_one_prompt_reach_one_worker_together_and_in_order(tmp_path):
     body = "return [1000.0 * len(samples) + 10 * i + s.index for i, s in enumerate(samples)]"
     mixed = [(0, 1), (2, 0), (1, 0), (0, 0), (1, 1), (2, 1)]
-    given = [dataclasses.replace(cases.sample("x", g, group=g), index=i) for g, i in mixed]
-    with cases.scorers(cases.function_file(tmp_path, body), workers=3) as made:
-        assert made.score(given)[0].scores == [2011.0, 2000.0, 2000.0, 2000.0, 2011.0, 2011.0]
+    samples = [dataclasses.replace(cases.sample("x", g, group=g), index=i) for g, i in mixed]
+    with cases.scorers(cases.function_file(tmp_path, body), workers=3) as sources:
+        assert sources.score(samples)[0].scores == [2011.0, 2000.0, 2000.0, 2000.0, 2011.0, 2011.0]
 
 
 def test_a_worker_is_a_fresh_interpreter_without_torch(tmp_path):
     body = "return [float('torch' in sys.modules or 'numpy' in sys.modules or os.getppid() == 1) for s in samples]"
-    with cases.scorers(cases.function_file(tmp_path, body)) as made:
-        assert made.score(cases.samples("a"))[0].scores == [0.0]
+    with cases.scorers(cases.function_file(tmp_path, body)) as sources:
+        assert sources.score(cases.samples("a"))[0].scores == [0.0]
 
 
 def test_signals_and_event_loops_work_in_a_worker(tmp_path):
@@ -73,26 +73,30 @@ def test_signals_and_event_loops_work_in_a_worker(tmp_path):
         "import asyncio\nasync def score(samples):\n    signal.signal(signal.SIGALRM, lambda *a: None)\n"
         "    signal.alarm(0)\n    await asyncio.sleep(0)\n    return [2.0 for s in samples]"
     )
-    with cases.scorers(cases.function_file(tmp_path, body)) as made:
-        assert made.score(cases.samples("a", "b"))[0].scores == [2.0, 2.0]
+    with cases.scorers(cases.function_file(tmp_path, body)) as sources:
+        assert sources.score(cases.samples("a", "b"))[0].scores == [2.0, 2.0]
 
 
-@pytest.mark.parametrize("how", FAILURES)
-def test_only_the_response_at_fault_has_no_score(tmp_path, how):
-    given = cases.samples("a", "bb", "bad", "dddd", "eeeee")
-    spec = cases.function_file(tmp_path, FAILURES[how] + LENGTHS)
-    seconds = 1.0 if how == "hangs" else 20.0
-    with cases.scorers(spec, on_error="score", error_score=-1.0, timeout_seconds=seconds) as made:
-        (found,) = made.score(given)
-        assert found.scores[2] == -1.0 and found.errors[2] is not None and "data.jsonl:3" in found.errors[2]
-        assert found.errors[:2] + found.errors[3:] == [None] * 4
-        good = [1.0] * 4 if how == "too large" else [1.0, 2.0, 4.0, 5.0]
-        assert found.scores[:2] + found.scores[3:] == good
-        assert made.score(cases.samples("xyz"))[0].scores == [3.0]  # the next call finds a worker
+@pytest.mark.parametrize("failure", FAILURES)
+def test_only_the_response_at_fault_has_no_score(tmp_path, failure):
+    samples = cases.samples("a", "bb", "bad", "dddd", "eeeee")
+    spec = cases.function_file(tmp_path, FAILURES[failure] + LENGTHS)
+    seconds = 1.0 if failure == "hangs" else 20.0
+    with cases.scorers(spec, on_error="score", error_score=-1.0, timeout_seconds=seconds) as sources:
+        (source_scores,) = sources.score(samples)
+        assert (
+            source_scores.scores[2] == -1.0
+            and source_scores.errors[2] is not None
+            and "data.jsonl:3" in source_scores.errors[2]
+        )
+        assert source_scores.errors[:2] + source_scores.errors[3:] == [None] * 4
+        good = [1.0] * 4 if failure == "too large" else [1.0, 2.0, 4.0, 5.0]
+        assert source_scores.scores[:2] + source_scores.scores[3:] == good
+        assert sources.score(cases.samples("xyz"))[0].scores == [3.0]  # the next call finds a worker
 
 
 @pytest.mark.parametrize(
-    ("how", "words"),
+    ("failure", "words"),
     [
         ("raises", r"raised KeyError: 'truth' in score_file\.py:3 \(at data\.jsonl:3, answer 'bad'\)"),
         ("exits", r"raised SystemExit: 3 in score_file\.py:3 \(at data\.jsonl:3"),
@@ -102,12 +106,12 @@ def test_only_the_response_at_fault_has_no_score(tmp_path, how):
         ("too large", r"returned 10+\.\.\. for data\.jsonl:3; expected a finite number"),
     ],
 )
-def test_a_run_that_stops_says_why_and_where(tmp_path, how, words):
-    given = cases.samples("a", "bb", "bad", "dddd", "eeeee")
-    seconds = 1.0 if how == "hangs" else 20.0
-    with cases.scorers(cases.function_file(tmp_path, FAILURES[how] + LENGTHS), timeout_seconds=seconds) as made:
+def test_a_run_that_stops_says_why_and_where(tmp_path, failure, words):
+    samples = cases.samples("a", "bb", "bad", "dddd", "eeeee")
+    seconds = 1.0 if failure == "hangs" else 20.0
+    with cases.scorers(cases.function_file(tmp_path, FAILURES[failure] + LENGTHS), timeout_seconds=seconds) as sources:
         with pytest.raises(RewardError, match=words):
-            made.score(given)
+            sources.score(samples)
 
 
 def test_a_time_out_kills_the_worker_and_what_it_started(tmp_path):
@@ -115,30 +119,32 @@ def test_a_time_out_kills_the_worker_and_what_it_started(tmp_path):
         "import subprocess\nchild = subprocess.Popen(['sleep', '600'])\n"
         f"open({str(tmp_path / 'pids')!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}')\ntime.sleep(600)"
     )
-    with cases.scorers(cases.function_file(tmp_path, body), timeout_seconds=2.0) as made:
+    with cases.scorers(cases.function_file(tmp_path, body), timeout_seconds=2.0) as sources:
         with pytest.raises(RewardError, match="took longer than 2 s"):
-            made.score(cases.samples("a"))
+            sources.score(cases.samples("a"))
         assert all(wait_until_gone(int(pid)) for pid in (tmp_path / "pids").read_text().split())
 
 
 def test_time_outs_end_once_one_culprit_could_have_been_found(tmp_path):
     # Every call hangs: 1 + log2(8) of them are waited for, not one for each of 8 responses.
-    with cases.scorers(cases.function_file(tmp_path, "time.sleep(600)"), on_error="drop", timeout_seconds=0.5) as made:
-        (found,) = made.score(cases.samples(*"abcdefgh"))
-    assert all(found.errors) and all(r.score is None for r in found.results)
+    with cases.scorers(
+        cases.function_file(tmp_path, "time.sleep(600)"), on_error="drop", timeout_seconds=0.5
+    ) as sources:
+        (source_scores,) = sources.score(cases.samples(*"abcdefgh"))
+    assert all(source_scores.errors) and all(r.score is None for r in source_scores.results)
 
 
 def test_a_failing_share_cancels_the_others(tmp_path):
     body = "if samples[0].text == 'a': raise ValueError('no')\nwhile True: time.sleep(0.01)"
-    with cases.scorers(cases.function_file(tmp_path, body), workers=2, timeout_seconds=600.0) as made:
+    with cases.scorers(cases.function_file(tmp_path, body), workers=2, timeout_seconds=600.0) as sources:
         with pytest.raises(RewardError, match="ValueError: no"):
-            made.score(cases.samples("a", "b"))
+            sources.score(cases.samples("a", "b"))
 
 
 def test_closing_ends_every_process(tmp_path):
     body = "time.sleep(0.05)\nreturn [float(os.getpid()) for s in samples]"
-    with cases.scorers(cases.function_file(tmp_path, body), workers=2) as made:
-        pids = {int(pid) for pid in made.score(cases.samples("a", "b"))[0].scores}
+    with cases.scorers(cases.function_file(tmp_path, body), workers=2) as sources:
+        pids = {int(pid) for pid in sources.score(cases.samples("a", "b"))[0].scores}
         assert len(pids) == 2 and not any(map(gone, pids))
     assert all(map(wait_until_gone, pids))
 
@@ -176,14 +182,14 @@ def test_a_worker_in_a_loop_ends_with_a_parent_that_is_killed(tmp_path):
     ],
 )
 def test_what_cannot_be_pickled_is_refused_in_words(tmp_path, body, words):
-    with cases.scorers(cases.function_file(tmp_path, body)) as made, pytest.raises(RewardError, match=words):
-        made.score(cases.samples("a"))
+    with cases.scorers(cases.function_file(tmp_path, body)) as sources, pytest.raises(RewardError, match=words):
+        sources.score(cases.samples("a"))
 
 
 def test_a_row_that_cannot_be_sent_says_so(tmp_path):
-    with cases.scorers(cases.function_file(tmp_path, LENGTHS)) as made:
+    with cases.scorers(cases.function_file(tmp_path, LENGTHS)) as sources:
         with pytest.raises(RewardError, match=r"data\.jsonl:1 cannot be sent.*ppo\.reward\.workers=0"):
-            made.score(cases.samples("a", prompt="x", odd=lambda: 1))
+            sources.score(cases.samples("a", prompt="x", odd=lambda: 1))
 
 
 @pytest.mark.parametrize(
@@ -201,25 +207,25 @@ def test_a_row_that_cannot_be_sent_says_so(tmp_path):
     ],
 )
 def test_what_cannot_be_loaded_is_refused_before_anything_is_scored(tmp_path, monkeypatch, body, words):
-    monkeypatch.setattr(pool, "SHORTEST_LOAD_LIMIT_S", 1.0)
-    with pytest.raises(ConfigError, match=words) as caught:
+    monkeypatch.setattr(pool, "MIN_LOAD_TIMEOUT_S", 1.0)
+    with pytest.raises(ConfigError, match=words) as error_info:
         cases.scorers(cases.function_file(tmp_path, body), timeout_seconds=1.0 if "600" in body else 20.0)
-    assert str(caught.value).startswith("ppo.reward_function: ")
+    assert str(error_info.value).startswith("ppo.reward_function: ")
 
 
 # -- functions that only this process has -------------------------------------------------------------------------
 
 
 def test_a_function_in_memory_is_called_here_and_keeps_its_state():
-    seen = []
+    pids = []
 
     def score(samples):
-        seen.append(os.getpid())
+        pids.append(os.getpid())
         return [1.0] * len(samples)
 
-    with cases.scorers(score, workers=4) as made:
-        made.score(cases.samples("a", "b"))
-    assert seen == [os.getpid()]
+    with cases.scorers(score, workers=4) as sources:
+        sources.score(cases.samples("a", "b"))
+    assert pids == [os.getpid()]
 
 
 def test_a_function_in_memory_has_a_time_limit_too():
@@ -227,18 +233,18 @@ def test_a_function_in_memory_has_a_time_limit_too():
         time.sleep(0.0 if samples[0].text == "fast" else 3.0)
         return [1.0] * len(samples)
 
-    with cases.scorers(score, timeout_seconds=0.2) as made:
-        assert made.score(cases.samples("fast"))[0].scores == [1.0]
+    with cases.scorers(score, timeout_seconds=0.2) as sources:
+        assert sources.score(cases.samples("fast"))[0].scores == [1.0]
         with pytest.raises(RewardError, match=r"took longer than 0\.2 s"):
-            made.score(cases.samples("slow"))
+            sources.score(cases.samples("slow"))
 
 
 def test_an_interrupt_in_memory_is_not_swallowed():
     def score(samples):
         raise KeyboardInterrupt
 
-    with cases.scorers(score) as made, pytest.raises(KeyboardInterrupt):
-        made.score(cases.samples("a"))
+    with cases.scorers(score) as sources, pytest.raises(KeyboardInterrupt):
+        sources.score(cases.samples("a"))
 
 
 @pytest.mark.parametrize("seconds", [0.0, 20.0])
@@ -248,8 +254,8 @@ def test_an_async_function_works_where_a_loop_is_running(seconds):
         return [float(len(s.text)) for s in samples]
 
     async def notebook():
-        with cases.scorers(score, timeout_seconds=seconds) as made:
-            return made.score(cases.samples("a", "bb"))[0].scores
+        with cases.scorers(score, timeout_seconds=seconds) as sources:
+            return sources.score(cases.samples("a", "bb"))[0].scores
 
     assert asyncio.run(notebook()) == [1.0, 2.0]
 
@@ -259,8 +265,8 @@ def test_an_async_function_that_raises_names_its_row():
         await asyncio.sleep(0)
         return [1.0 / (s.text != "bad") for s in samples]
 
-    with cases.scorers(score) as made, pytest.raises(RewardError, match=r"ZeroDivisionError.*at data\.jsonl:2"):
-        made.score(cases.samples("a", "bad"))
+    with cases.scorers(score) as sources, pytest.raises(RewardError, match=r"ZeroDivisionError.*at data\.jsonl:2"):
+        sources.score(cases.samples("a", "bad"))
 
 
 # -- results --------------------------------------------------------------------------------------------------------
@@ -271,9 +277,12 @@ def test_results_carry_metrics_and_token_rewards(tmp_path):
         "from icegrt import RewardResult\ndef score(samples):\n"
         "    return [RewardResult(len(s.text), {'long': len(s.text) > 1}, [0.5] * len(s.tokens)) for s in samples]"
     )
-    with cases.scorers(cases.function_file(tmp_path, body)) as made:
-        (found,) = made.score(cases.samples("a", "bb"))
-    assert found.results == [RewardResult(1.0, {"long": 0.0}, [0.5]), RewardResult(2.0, {"long": 1.0}, [0.5, 0.5])]
+    with cases.scorers(cases.function_file(tmp_path, body)) as sources:
+        (source_scores,) = sources.score(cases.samples("a", "bb"))
+    assert source_scores.results == [
+        RewardResult(1.0, {"long": 0.0}, [0.5]),
+        RewardResult(2.0, {"long": 1.0}, [0.5, 0.5]),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -293,17 +302,21 @@ def test_results_carry_metrics_and_token_rewards(tmp_path):
     ids=["short", "NaN token", "inf", "beyond float32", "NaN metric", "unnamed metric", "no mapping"],
 )
 def test_results_that_cannot_be_used(result, words):
-    with cases.scorers(lambda samples: [result]) as made, pytest.raises(RewardError, match=words):
-        made.score(cases.samples("ab"))
+    with cases.scorers(lambda samples: [result]) as sources, pytest.raises(RewardError, match=words):
+        sources.score(cases.samples("ab"))
 
 
 def test_no_opinion_is_no_error_and_is_paid_nothing():
     def score(samples):
         return [RewardResult(None) if s.text == "b" else 2.0 for s in samples]
 
-    with cases.scorers(score) as made:
-        (found,) = made.score(cases.samples("a", "b"))
-    assert found.errors == [None, None] and found.scores[0] == 2.0 and found.results[1].score is None
+    with cases.scorers(score) as sources:
+        (source_scores,) = sources.score(cases.samples("a", "b"))
+    assert (
+        source_scores.errors == [None, None]
+        and source_scores.scores[0] == 2.0
+        and source_scores.results[1].score is None
+    )
 
 
 # -- several --------------------------------------------------------------------------------------------------------
@@ -314,7 +327,7 @@ def test_every_source_has_a_name_of_its_own(tmp_path):
         return [0.0] * len(samples)
 
     named = cases.RewardSpec(function=score, name="score")
-    made = cases.RewardSourceGroup.of(
+    sources = cases.RewardSourceGroup.of(
         [
             cases.RewardSpec(function=score),
             named,
@@ -323,8 +336,8 @@ def test_every_source_has_a_name_of_its_own(tmp_path):
         ],
         cases.RewardCallConfig(),
     )
-    assert [source.name for source in made.sources] == ["score_2", "score", "score_3", "h:1"]
-    for bad, words in (("reward_model", "is what the reward model is called"), ("a b", "expected letters")):
+    assert [source.name for source in sources.scorers] == ["score_2", "score", "score_3", "h:1"]
+    for bad, words in (("reward_model", "is the name of the reward model"), ("a b", "expected letters")):
         with pytest.raises(ConfigError, match=words):
             cases.RewardSourceGroup.of([cases.RewardSpec(function=score, name=bad)], cases.RewardCallConfig())
     with pytest.raises(ConfigError, match="`score` is given twice"):
@@ -335,6 +348,6 @@ def test_a_probe_refuses_a_source_that_scores_nothing_whatever_on_error_says():
     def score(samples):
         raise ValueError("always")
 
-    with cases.scorers(score, on_error="drop") as made:
+    with cases.scorers(score, on_error="drop") as sources:
         with pytest.raises(RewardError, match=r"`score` could score none of 2 answers: .*ValueError: always"):
-            made.probe(cases.samples("a", "b"))
+            sources.probe(cases.samples("a", "b"))

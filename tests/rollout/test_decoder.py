@@ -3,25 +3,22 @@
 import pytest
 import torch
 
-from icegrt.distributed.cluster import Cluster
 from icegrt.errors import ConfigError, DataError
 from icegrt.ppo.batch_plan import plan_batches
-from icegrt.ppo.scoring import score_logprobs
+from icegrt.ppo.scoring import LogprobScorer
 from icegrt.rollout.decoder import Decoder
 from icegrt.rollout.engine import RolloutEngine, stop_ids
 from icegrt.rollout.kv_cache.contiguous import KVCache
+from icegrt.rollout.scheduler import Scheduler
+from icegrt.rollout.sequence import Sequence
 from icegrt.rollout.types import Sampling
 from tests.helpers import tiny_models as tiny
+
+pytestmark = pytest.mark.usefixtures("cluster")
 
 STOPS = [tiny.EOS, *range(40, 46)]  # seven of 61 tokens end an answer: lengths vary
 SAMPLING = Sampling(max_new_tokens=16, seed=3)
 PROMPTS = [[7], [5, 6, 7, 8, 9], [33, 12, 4], [9] * 20, [2, 3], [50, 51, 52]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    with Cluster.open() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -41,35 +38,36 @@ def draw(actor, prompts=PROMPTS, samples=3, sampling=SAMPLING, max_batch=256, fi
 
 
 @pytest.fixture(scope="module")
-def drawn(actor):
+def sampled(actor):
     return draw(actor)
 
 
 def watch(actor, monkeypatch):
     """Rows of every forward pass."""
     rows = []
-    forward = type(actor.model).forward
+    stage = type(actor.model.chunks[-1])
+    forward = stage.forward
 
     def counted(self, tokens_T, *args):
         rows.append(tokens_T.numel())
         return forward(self, tokens_T, *args)
 
-    monkeypatch.setattr(type(actor.model), "forward", counted)
+    monkeypatch.setattr(stage, "forward", counted)
     return rows
 
 
 @pytest.mark.parametrize("max_batch", [1, 2, 4, 7, 17])
-def test_the_tokens_do_not_depend_on_the_size_of_the_batch(max_batch, actor, drawn):
+def test_the_tokens_do_not_depend_on_the_size_of_the_batch(max_batch, actor, sampled):
     # Batches of 2 and 4 also cut the three copies of a prompt apart, and 1 and 2 are fewer than the copies.
-    again = draw(actor, max_batch=max_batch)
-    assert {n: r.tokens for n, r in again.items()} == {n: r.tokens for n, r in drawn.items()}
-    assert {n: (r.prompt_index, r.sample) for n, r in again.items()} == {n: divmod(n, 3) for n in range(18)}
+    repeated = draw(actor, max_batch=max_batch)
+    assert {n: r.tokens for n, r in repeated.items()} == {n: r.tokens for n, r in sampled.items()}
+    assert {n: (r.prompt_index, r.sample) for n, r in repeated.items()} == {n: divmod(n, 3) for n in range(18)}
 
 
-def test_the_tokens_do_not_depend_on_who_shares_the_batch(actor, drawn):
+def test_the_tokens_do_not_depend_on_who_shares_the_batch(actor, sampled):
     for prompt, tokens in enumerate(PROMPTS):
-        alone = draw(actor, [tokens], first=3 * prompt)
-        assert {n: r.tokens for n, r in alone.items()} == {n: drawn[n].tokens for n in alone}
+        subset = draw(actor, [tokens], first=3 * prompt)
+        assert {n: r.tokens for n, r in subset.items()} == {n: sampled[n].tokens for n in subset}
 
 
 def test_the_tokens_do_not_depend_on_the_order_of_the_prompts(actor):
@@ -80,50 +78,50 @@ def test_the_tokens_do_not_depend_on_the_order_of_the_prompts(actor):
     assert {n: r.tokens for n, r in backwards.items()} == {n: r.tokens for n, r in one_each.items()}
 
 
-def test_samples_and_seeds_differ(actor, drawn):
-    assert len({tuple(drawn[n].tokens) for n in (3, 4, 5)}) > 1
-    other = draw(actor, sampling=Sampling(max_new_tokens=16, seed=4))
-    assert {n: r.tokens for n, r in other.items()} != {n: r.tokens for n, r in drawn.items()}
+def test_samples_and_seeds_differ(actor, sampled):
+    assert len({tuple(sampled[n].tokens) for n in (3, 4, 5)}) > 1
+    reseeded = draw(actor, sampling=Sampling(max_new_tokens=16, seed=4))
+    assert {n: r.tokens for n, r in reseeded.items()} != {n: r.tokens for n, r in sampled.items()}
 
 
 def test_greedy_is_that_of_transformers(lm, actor):
     greedy = draw(actor, samples=1, sampling=Sampling(temperature=0.0, max_new_tokens=16))
     for n, prompt in enumerate(PROMPTS):
         ids = torch.tensor([prompt])
-        theirs = lm.generate(
+        hf_tokens = lm.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=16, eos_token_id=STOPS,
             pad_token_id=tiny.PAD,
         )  # fmt: skip
-        assert greedy[n].tokens == theirs[0, len(prompt) :].tolist()
+        assert greedy[n].tokens == hf_tokens[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_rollout_logprobs_are_those_of_scoring(temperature, actor):
     responses = list(draw(actor, sampling=Sampling(temperature, max_new_tokens=16, seed=3)).values())
     planned = plan_batches(responses, 64, 1)
-    scored_A, _ = score_logprobs(actor, planned.batches, temperature, 16)
+    scored_A, _ = LogprobScorer(temperature, 16)(actor, planned.batches)
     rolled_A = torch.tensor([x for r in planned.local_responses for x in r.logprobs])
     assert (scored_A - rolled_A).abs().max() < 1e-4
     assert len(planned.batches) > 2 and rolled_A.max() < 0
 
 
-def test_what_the_cache_never_held_does_not_count(actor, monkeypatch, drawn):
+def test_what_the_cache_never_held_does_not_count(actor, monkeypatch, sampled):
     # Fresh memory holds anything; the longest answer makes the others' slots attend over places they never filled.
     original = torch.empty
 
     def poisoned(*size, **options):
-        made = original(*size, **options)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
+        tensor = original(*size, **options)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    again = draw(actor)
-    assert {n: r.tokens for n, r in again.items()} == {n: r.tokens for n, r in drawn.items()}
-    assert all(x == x for r in again.values() for x in r.logprobs)
+    repeated = draw(actor)
+    assert {n: r.tokens for n, r in repeated.items()} == {n: r.tokens for n, r in sampled.items()}
+    assert all(x == x for r in repeated.values() for x in r.logprobs)
 
 
-def test_an_answer_ends_with_its_stop_token_or_is_truncated(drawn):
+def test_an_answer_ends_with_its_stop_token_or_is_truncated(sampled):
     reasons = set()
-    for response in drawn.values():
+    for response in sampled.values():
         stopped = response.tokens[-1] in STOPS
         assert not set(response.tokens[:-1]) & set(STOPS)
         assert response.finish_reason == ("stop" if stopped else "length")
@@ -134,27 +132,27 @@ def test_an_answer_ends_with_its_stop_token_or_is_truncated(drawn):
     assert reasons == {"stop", "length"}
 
 
-def test_a_stop_token_in_the_last_place_is_not_a_truncation(actor, drawn):
-    response = next(r for r in drawn.values() if r.finish_reason == "stop" and 1 < len(r.tokens) < 16)
+def test_a_stop_token_in_the_last_place_is_not_a_truncation(actor, sampled):
+    response = next(r for r in sampled.values() if r.finish_reason == "stop" and 1 < len(r.tokens) < 16)
     sampling = Sampling(max_new_tokens=len(response.tokens), seed=3)
-    again = draw(actor, sampling=sampling)[response.sequence_id]
-    assert again.tokens == response.tokens and again.finish_reason == "stop"
+    repeated = draw(actor, sampling=sampling)[response.sequence_id]
+    assert repeated.tokens == response.tokens and repeated.finish_reason == "stop"
 
 
-def test_finished_sequences_leave_the_batch_and_prompts_are_read_once(actor, drawn, monkeypatch):
+def test_finished_sequences_leave_the_batch_and_prompts_are_read_once(actor, sampled, monkeypatch):
     rows = watch(actor, monkeypatch)
     draw(actor)
     assert rows[0] == sum(map(len, PROMPTS))
-    longest = max(len(r.tokens) for r in drawn.values())
-    alive = [sum(len(r.tokens) > step for r in drawn.values()) for step in range(1, longest)]
+    longest = max(len(r.tokens) for r in sampled.values())
+    alive = [sum(len(r.tokens) > step for r in sampled.values()) for step in range(1, longest)]
     assert rows[1:] == alive and alive[-1] < alive[0]
 
 
 def test_more_copies_than_the_batch_holds(actor, monkeypatch):
     rows = watch(actor, monkeypatch)
-    many = draw(actor, [[5, 6, 7]], samples=11, max_batch=4)
-    assert max(rows) <= 4 and sorted(many) == list(range(11))
-    assert {n: r.tokens for n, r in many.items()} == {n: r.tokens for n, r in draw(actor, [[5, 6, 7]], 11).items()}
+    copies = draw(actor, [[5, 6, 7]], samples=11, max_batch=4)
+    assert max(rows) <= 4 and sorted(copies) == list(range(11))
+    assert {n: r.tokens for n, r in copies.items()} == {n: r.tokens for n, r in draw(actor, [[5, 6, 7]], 11).items()}
 
 
 def test_responses_come_as_they_are_finished_and_in_order_from_generate(lm, actor):
@@ -190,18 +188,34 @@ def test_prompts_that_cannot_be_answered_are_refused_before_anything_runs(actor,
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"max_new_tokens": 0}]
+    "settings", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"max_new_tokens": 0}]
 )
-def test_sampling_out_of_bounds_is_refused(wrong):
+def test_sampling_out_of_bounds_is_refused(settings):
     with pytest.raises(ConfigError, match="expected temperature >= 0"):
-        Sampling(**wrong)
+        Sampling(**settings)
+
+
+def test_the_scheduler_batches_prompts_and_keeps_running_sequences_in_slot_order():
+    prompts = [[7] * 5000, [7] * 3000, [7] * 3000]
+    sequences = [Sequence(p, s, 10 * p + s, prompts[p]) for p in range(3) for s in range(2)]
+    scheduler = Scheduler(sequences, frozenset({1}), max_new_tokens=2)
+    batches = scheduler.schedule_prefill()
+    assert [[[s.id for s in copies] for copies in batch] for batch in batches] == [[[0, 1], [10, 11]], [[20, 21]]]
+    assert scheduler.running == sequences and scheduler.schedule_prefill() == []
+    assert scheduler.record([1, 5, 5, 1, 5, 5], [-0.5] * 6) == [0, 3]
+    assert [s.finish_reason for s in sequences] == ["stop", None, None, "stop", None, None]
+    scheduler.remove([0, 3], [(5, 3), (4, 0)])
+    assert [s.id for s in scheduler.running] == [20, 1, 10, 21]
+    assert scheduler.record([5, 5, 5, 1], [-0.5] * 4) == [0, 1, 2, 3]
+    assert [s.response().finish_reason for s in scheduler.running] == ["length", "length", "length", "stop"]
+    assert scheduler.running[0].response().tokens == [5, 5] and len(scheduler.running[0]) == 3002
 
 
 def test_a_retired_slot_is_taken_over_by_the_last_one():
-    cache = KVCache(1, 4, 3, 1, 2, dtype=torch.float32, device="cpu")
+    cache = KVCache([5], 4, 3, 1, 2, dtype=torch.float32, device="cpu")
     admission = cache.allocate([1, 2, 1, 3], [1, 1, 1, 1])
     k = torch.arange(14.0).reshape(7, 1, 2)
-    admission.write(0, k, -k, [1, 2, 1, 3])
+    admission.write(5, k, -k, [1, 2, 1, 3])
     assert cache.free([0, 2]) == [(3, 2), (2, 0)]
-    assert cache.live == 2 and cache.lengths[:2].tolist() == [3, 2]
+    assert cache.used == 2 and cache.lengths[:2].tolist() == [3, 2]
     assert torch.equal(cache.keys[0, 0, 0], k[4:7, 0]) and torch.equal(cache.values[0, 1, 0, :2], -k[1:3, 0])

@@ -7,11 +7,6 @@ from icegrt.ppo.experience import Experience
 from tests.helpers import stage_cases as cases
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return cases.make_home(tmp_path_factory.mktemp("home"))
-
-
 class Recorder(icegrt.Callback):
     def __init__(self):
         self.calls = []
@@ -34,19 +29,19 @@ def test_ppo_calls_every_hook_in_the_order_of_the_loop(home, tmp_path):
     config = icegrt.PPOConfig.load(None, cases.ppo_keys(home, tmp_path / "run", "ppo.checkpoint_every=2"))
     with icegrt.PPOTrainer(config, callbacks=[icegrt.Callback(), recorder]) as trainer:
         steps = list(trainer)
-    once = [("rollout", 0), ("scores", 0), ("update", 1)]
+    rollout_hooks = [("rollout", 0), ("scores", 0), ("update", 1)]
     assert [call[:2] for call in recorder.calls] == [
-        *once,
+        *rollout_hooks,
         ("rollout", 1),
         ("scores", 1),
         ("checkpoint", 2),
         ("update", 2),
     ]
-    given = {name: what for name, _, what in recorder.calls}
-    assert len(given["rollout"]) == 8 and isinstance(given["rollout"][0], icegrt.Response)
-    assert isinstance(given["scores"], Experience) and given["scores"].scores.total_N.shape == (8,)
-    assert given["update"] is steps[-1]
-    assert given["checkpoint"] == tmp_path / "run" / "checkpoints" / "step_000002"
+    arguments = {name: argument for name, _, argument in recorder.calls}
+    assert len(arguments["rollout"]) == 8 and isinstance(arguments["rollout"][0], icegrt.Response)
+    assert isinstance(arguments["scores"], Experience) and arguments["scores"].scores.total_N.shape == (8,)
+    assert arguments["update"] is steps[-1]
+    assert arguments["checkpoint"] == tmp_path / "run" / "checkpoints" / "step_000002"
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])

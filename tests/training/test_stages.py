@@ -17,23 +17,18 @@ from tests.helpers import stage_cases as cases
 from tests.helpers import tiny_models
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return cases.make_home(tmp_path_factory.mktemp("home"))
-
-
-def trainer(kind, config, keys, **given):
-    return kind(config.load(None, keys), **given)
+def trainer(kind, config, keys, **options):
+    return kind(config.load(None, keys), **options)
 
 
 def summary(folder):
     return json.loads((folder / "summary.json").read_text())
 
 
-def same_files(one, other):
-    names = cases.files_under(one)
-    assert names == cases.files_under(other)
-    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+def same_files(folder, expected_folder):
+    names = cases.files_under(folder)
+    assert names == cases.files_under(expected_folder)
+    return all((folder / name).read_bytes() == (expected_folder / name).read_bytes() for name in names)
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +104,8 @@ def test_ppo_starts_from_the_statistics_of_the_reward_model(recipe, home, tmp_pa
     saved = json.loads((recipe / "reward" / "model" / "score_statistics.json").read_text())["after"]
     keys = cases.ppo_keys(home, tmp_path / "run", f"ppo.reward_model={recipe}/reward/model")
     with trainer(PPOTrainer, PPOConfig, keys) as ppo:
-        assert ppo.normalizers["reward_model"].moments.mean.item() == pytest.approx(saved["mean"])
-        assert ppo.normalizers["reward_model"].moments.variance.sqrt().item() == pytest.approx(saved["std"])
+        assert ppo.components.normalizers["reward_model"].moments.mean.item() == pytest.approx(saved["mean"])
+        assert ppo.components.normalizers["reward_model"].moments.variance.sqrt().item() == pytest.approx(saved["std"])
 
 
 def test_generate_is_what_transformers_generates(recipe, tmp_path, capsys):
@@ -126,8 +121,8 @@ def test_generate_is_what_transformers_generates(recipe, tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(recipe / "ppo" / "model")
     chat = [{"role": "user", "content": "name a cat"}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    theirs = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
-    assert row["responses"] == [tokenizer.decode(theirs, skip_special_tokens=True)]
+    hf_tokens = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert row["responses"] == [tokenizer.decode(hf_tokens, skip_special_tokens=True)]
 
 
 def test_export_of_a_run_is_its_model_to_the_bit(recipe, tmp_path):
@@ -139,10 +134,10 @@ def test_export_of_a_run_is_its_model_to_the_bit(recipe, tmp_path):
 
 
 def test_resuming_a_finished_run_changes_nothing(recipe, home):
-    ours = cases.ppo_keys(home, recipe / "ppo", f"ppo.actor={recipe}/sft/model", f"ppo.eval_prompts={home.prompts}")
-    ours += [f"ppo.reward_model={recipe}/reward/model", "ppo.eval_limit=3"]
+    keys = cases.ppo_keys(home, recipe / "ppo", f"ppo.actor={recipe}/sft/model", f"ppo.eval_prompts={home.prompts}")
+    keys += [f"ppo.reward_model={recipe}/reward/model", "ppo.eval_limit=3"]
     before = {name: (recipe / name).read_bytes() for name in ("ppo/model/model.safetensors", "ppo/metrics.jsonl")}
-    assert cli.main(["ppo", *ours, "--resume"]) == 0
+    assert cli.main(["ppo", *keys, "--resume"]) == 0
     assert {name: (recipe / name).read_bytes() for name in before} == before
     assert cli.main(["sft", *cases.sft_keys(home, recipe / "sft"), "--resume"]) == 0
     assert len(read_metrics(recipe / "sft")) == 2
@@ -150,7 +145,7 @@ def test_resuming_a_finished_run_changes_nothing(recipe, home):
 
 
 @pytest.mark.parametrize(
-    ("kind", "config", "keys", "more"),
+    ("kind", "config", "keys", "overrides"),
     [
         (PPOTrainer, PPOConfig, cases.ppo_keys, ("ppo.iterations=3", "ppo.kl_control=adaptive")),
         (SFTTrainer, SFTConfig, cases.sft_keys, ("sft.epochs=2", "sft.checkpoint_every=1")),
@@ -158,34 +153,38 @@ def test_resuming_a_finished_run_changes_nothing(recipe, home):
     ],
     ids=["ppo", "sft", "reward"],
 )
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(home, tmp_path, kind, config, keys, more):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    with trainer(kind, config, keys(home, whole, *more)) as run:
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(home, tmp_path, kind, config, keys, overrides):
+    uninterrupted, parts = tmp_path / "whole", tmp_path / "parts"
+    with trainer(kind, config, keys(home, uninterrupted, *overrides)) as run:
         run.train()
-    with trainer(kind, config, keys(home, parts, *more)) as run:
+    with trainer(kind, config, keys(home, parts, *overrides)) as run:
         run.step()
-    with trainer(kind, config, keys(home, parts, *more, f"{config.section}.run.resume=true")) as run:
+    with trainer(kind, config, keys(home, parts, *overrides, f"{config.section}.run.resume=true")) as run:
         assert run.done_steps == 1
         run.train()
-    assert same_files(whole / "model", parts / "model")
-    assert summary(whole) == summary(parts)
+    assert same_files(uninterrupted / "model", parts / "model")
+    assert summary(uninterrupted) == summary(parts)
     clock = ("tokens_per_second", "response_tokens_per_second", "seconds_by_phase")
-    rows = [[{k: v for k, v in r.items() if k not in clock} for r in read_metrics(run)] for run in (whole, parts)]
+    rows = [
+        [{k: v for k, v in r.items() if k not in clock} for r in read_metrics(run)] for run in (uninterrupted, parts)
+    ]
     assert rows[0] == rows[1]
 
 
 def test_sft_on_messages_learns_from_every_answer_and_nothing_else(home, tmp_path):
     turns = [("user", "hi"), ("assistant", "ab"), ("user", "zz"), ("assistant", "cd")]
-    seen = {}
+    token_counts = {}
     for name, third in (("one", "zz"), ("other", "qq")):
         rows = [{"messages": [{"role": r, "content": third if t == "zz" else t} for r, t in turns]}] * 4
         keys = cases.sft_keys(home, tmp_path / name, "sft.optimizer.lr=0")
         with trainer(SFTTrainer, SFTConfig, keys, data=rows, heldout=rows) as sft:
             (example, *_) = sft.heldout
-            seen[name] = (sft.step().tokens, sum(example.action_mask), len(example.response))
-    assert seen["one"] == seen["other"]
-    tokens, counted, whole = seen["one"]
-    assert counted == 6 and whole > counted and tokens == 4 * (whole + 5)  # ab, cd and an EOS each; <user>hi<eos><a>
+            token_counts[name] = (sft.step().tokens, sum(example.action_mask), len(example.response))
+    assert token_counts["one"] == token_counts["other"]
+    tokens, counted, response_tokens = token_counts["one"]
+    assert (
+        counted == 6 and response_tokens > counted and tokens == 4 * (response_tokens + 5)
+    )  # ab, cd and an EOS each; <user>hi<eos><a>
     words = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ab"}]}
     with trainer(
         SFTTrainer, SFTConfig, cases.sft_keys(home, tmp_path / "single"), data=[words], heldout=[words]
@@ -196,8 +195,8 @@ def test_sft_on_messages_learns_from_every_answer_and_nothing_else(home, tmp_pat
 def test_what_a_checkpoint_took_is_shown_once_with_the_iteration_after_it(home, tmp_path):
     keys = cases.ppo_keys(home, tmp_path / "run", "ppo.iterations=4", "ppo.checkpoint_every=2")
     with trainer(PPOTrainer, PPOConfig, keys) as run:
-        shown = ["checkpoint" in step.seconds_by_phase for step in run]
-    assert shown == [False, False, True, False]
+        has_checkpoint_time = ["checkpoint" in step.seconds_by_phase for step in run]
+    assert has_checkpoint_time == [False, False, True, False]
 
 
 def test_greedy_answers_have_scores_and_no_kl(home, tmp_path):
@@ -274,5 +273,5 @@ def test_an_accuracy_on_no_pair_is_not_reported(home, tmp_path, capsys):
     heldout = cases.write_jsonl(tmp_path / "tied.jsonl", tied)
     keys = cases.reward_keys(home, tmp_path / "run", f"reward.heldout=[{{path: {heldout}}}]", "reward.epochs=1")
     assert cli.main(["reward", *keys]) == 0
-    said = capsys.readouterr().out
-    assert "held-out accuracy is not known" in said and "0.500" not in said
+    stdout = capsys.readouterr().out
+    assert "held-out accuracy is not known" in stdout and "0.500" not in stdout

@@ -34,8 +34,10 @@ def test_all_stages_of_a_family(family, tmp_path):
         assert cli.main([command, *keys]) == 0
 
     run("sft", *cases.sft_keys(home, out / "sft", "sft.batch_sequences=8"))
-    given = [f"sample.model={out}/sft", f"sample.prompts={home.prompts}", f"sample.out={out}/answers.jsonl"]
-    run("sample", *given, f"sample.score_function={home.function}", f"sample.{SHORT}", "sample.samples_per_prompt=2")
+    arguments = [f"sample.model={out}/sft", f"sample.prompts={home.prompts}", f"sample.out={out}/answers.jsonl"]
+    run(
+        "sample", *arguments, f"sample.score_function={home.function}", f"sample.{SHORT}", "sample.samples_per_prompt=2"
+    )
     run("reward", *cases.reward_keys(home, out / "reward", f"reward.model={out}/sft/model", "reward.batch_prompts=8"))
     models = [f"ppo.actor={out}/sft/model", f"ppo.reward_model={out}/reward/model"]
     run("ppo", *cases.ppo_keys(home, out / "ppo", *models, "ppo.iterations=1", f"ppo.{SHORT}"))
@@ -44,8 +46,8 @@ def test_all_stages_of_a_family(family, tmp_path):
     run("export", f"export.run={out}/ppo", f"export.out={out}/critic", "export.role=critic", "export.dtype=bf16")
     assert len(list((out / "actor").glob("*.safetensors"))) > 2
     for kind, name in ((AutoModelForCausalLM, "actor"), (AutoModelForSequenceClassification, "critic")):
-        model, found = kind.from_pretrained(out / name, output_loading_info=True)
+        model, loading_info = kind.from_pretrained(out / name, output_loading_info=True)
         assert model.config.model_type == family
-        assert not any(found[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert not any(loading_info[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     (row,) = [r for r in cases.read_jsonl(out / "ppo" / "metrics.jsonl") if r["kind"] == "ppo"]
     assert row["rollout_logprob_gap_max"] < 1e-4

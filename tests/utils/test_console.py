@@ -1,13 +1,13 @@
 """What is printed where: terminals, logs, other ranks, quiet mode, and text that a model wrote."""
 
 import io
-import os
 import subprocess
 import sys
 
 import pytest
 
 from icegrt.utils import console
+from tests.helpers.terminal import run_on_terminal
 
 
 class Clock:
@@ -132,7 +132,7 @@ def test_no_total_no_unit_and_no_time_divide_by_nothing(capsys):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.04, "0.0 s"), (59.94, "59.9 s"), (59.96, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")],
+    [(0.04, "40.0 ms"), (59.94, "59.9 s"), (59.96, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")],
 )
 def test_durations_are_short(seconds, text):
     assert console.duration(seconds) == text
@@ -162,6 +162,7 @@ def test_rich_is_not_imported_without_a_terminal():
 
 NESTED = """
 from icegrt.utils import console
+from tests.helpers.terminal import run_on_terminal
 class Clock:
     now = 0.0
     def __call__(self):
@@ -179,41 +180,26 @@ console.table(["a"], [["[/x]"]])
 
 
 def on_terminal(code, redirect_stdout=False):
-    """Run `code` on a pseudo-terminal; returns what it showed and what went to a redirected stdout."""
-    pty = pytest.importorskip("pty")
-    ours, theirs = pty.openpty()
-    env = {**os.environ, "TERM": "xterm", "COLUMNS": "160"}
-    stdout = subprocess.PIPE if redirect_stdout else theirs
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=theirs, stdout=stdout, stderr=theirs, env=env)
-    os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            part = os.read(ours, 65536)
-        except OSError:  # the other end is closed
-            break
-        if not part:
-            break
-        shown += part
-    os.close(ours)
-    out = process.stdout.read().decode() if redirect_stdout else ""
-    assert process.wait(30) == 0, shown.decode()
-    return shown.decode(), out
+    """Run `code` on a pseudo-terminal; return what it displays and what goes to a redirected stdout."""
+    environment = {"TERM": "xterm", "COLUMNS": "160"}
+    command = [sys.executable, "-c", code]
+    display, stdout = run_on_terminal(command, environment=environment, redirect_stdout=redirect_stdout)
+    return display.decode(), stdout.decode()
 
 
 def test_on_a_terminal_nested_bars_share_one_display_and_markup_is_only_text():
-    shown, _ = on_terminal(NESTED)
-    assert "outer[/b]" in shown and "inner" in shown and "━" in shown
-    assert "[red]hi" in shown and "\x1b[31mhi" not in shown
-    assert "said [/x]" in shown
-    assert "outer[/b]: 2 steps in" in shown
-    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1  # the cursor is hidden once and comes back
+    display, _ = on_terminal(NESTED)
+    assert "outer[/b]" in display and "inner" in display and "━" in display
+    assert "[red]hi" in display and "\x1b[31mhi" not in display
+    assert "said [/x]" in display
+    assert "outer[/b]: 2 steps in" in display
+    assert display.count("\x1b[?25l") == display.count("\x1b[?25h") == 1  # the cursor is hidden once and comes back
 
 
 def test_a_redirected_stdout_keeps_its_lines_while_bars_are_shown():
-    shown, out = on_terminal(NESTED, redirect_stdout=True)
+    display, out = on_terminal(NESTED, redirect_stdout=True)
     assert out == "said [/x]\nsaid [/x]\na\n[/x]\n"
-    assert "said" not in shown and "━" in shown
+    assert "said" not in display and "━" in display
 
 
 def test_styled_pieces_show_markup_and_lose_escapes(capsys, monkeypatch):

@@ -34,7 +34,7 @@ def test_names_that_only_look_like_it(name):
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "expected"),
     [
         ("http://me:hunter2@host:80/x", f"http://{REDACTED}@host:80/x"),
         ("postgres://hunter2@host/x", f"postgres://{REDACTED}@host/x"),
@@ -49,8 +49,8 @@ def test_names_that_only_look_like_it(name):
         ("the bearer of bad news", None),
     ],
 )
-def test_texts(text, shown):
-    assert redact_text(text) == (text if shown is None else shown)
+def test_texts(text, expected):
+    assert redact_text(text) == (text if expected is None else expected)
     assert "hunter" not in redact_text(text)
 
 

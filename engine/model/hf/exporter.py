@@ -1,4 +1,4 @@
-"""A model's parameters under their Hugging Face names, gathered from all ranks."""
+"""Gather a model's parameters from all ranks, under their Hugging Face names."""
 
 from __future__ import annotations
 
@@ -10,91 +10,78 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from icegrt.model.architecture import Architecture
-from icegrt.model.hf.loader import local_parameters
-
-if TYPE_CHECKING:
-    from icegrt.model.language_model import LanguageModel
 from icegrt.model.hf.mapping import ParameterSpec, parameter_mapping, shard_slices
 
-
-def separate(spec: ParameterSpec, shards: Tensor | Sequence[Tensor], architecture: Architecture) -> list[Tensor]:
-    """A Megatron tensor, whole or as all ranks' shards in order -> the tensors of Hugging Face that it is made of."""
-    shards = [shards] if isinstance(shards, Tensor) else shards
-    return [_source(spec, index, shards, architecture) for index in range(len(spec.sources))]
-
-
-def _source(spec: ParameterSpec, index: int, shards: Sequence[Tensor], architecture: Architecture) -> Tensor:
-    parts = [
-        (shard_slice, shard)
-        for rank, shard in enumerate(shards)
-        for shard_slice in shard_slices(spec, architecture, rank, len(shards))
-        if shard_slice.source == index
-    ]
-    if len(parts) == 1:  # it lies in one place
-        shard_slice, shard = parts[0]
-        return shard_slice.of(shard)
-    whole = torch.empty(spec.shapes[index], dtype=shards[0].dtype, device=shards[0].device)
-    for shard_slice, shard in parts:
-        whole.narrow(shard_slice.dim, shard_slice.start, shard_slice.stop - shard_slice.start).copy_(
-            shard_slice.of(shard)
-        )
-    return whole
+if TYPE_CHECKING:
+    from icegrt.model.pipeline_model import PipelineModel
 
 
 @torch.no_grad()
 def export_tensors(
-    model: LanguageModel, dtype: torch.dtype, read: Callable[[nn.Parameter], Tensor] = lambda p: p
+    model: PipelineModel, dtype: torch.dtype, read: Callable[[nn.Parameter], Tensor] = lambda p: p
 ) -> Iterator[tuple[str, Tensor]]:
-    """The model's parameters (or what `read` finds on them) under their Hugging Face names, on the CPU, in `dtype`.
+    """Yield the model's parameters under their Hugging Face names, one at a time. Collective.
 
-    One at a time. A collective: every rank iterates to the end, and rank 0 alone is given the tensors.
+    Every rank must iterate to the end. Rank 0 alone receives tensors.
+
+    Args:
+        model: the stages of this rank.
+        dtype: of the tensors.
+        read: returns the tensor to export for a parameter, for example its gradient; default: the parameter.
+
+    Yields:
+        Name and tensor on the CPU, in the order of `parameter_mapping()`.
     """
     for spec, shards in _gathered(model, read):
         yield from exported(spec, shards, model.architecture, dtype)
 
 
 def _gathered(
-    model: LanguageModel, read: Callable[[nn.Parameter], Tensor]
+    model: PipelineModel, read: Callable[[nn.Parameter], Tensor]
 ) -> Iterator[tuple[ParameterSpec, list[Tensor]]]:
-    """On rank 0, every entry of the layout with all ranks' shards; the others of its model hand theirs over."""
+    """Yield every parameter with the shards of all ranks, on rank 0; the other ranks of its model send shards."""
     from megatron.core import parallel_state
 
+    # 1. One copy of the model is enough: that of the first data-parallel rank.
     model.wait_for_param_gather()
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
         return
-    held = {name: read(parameter).detach() for name, parameter in local_parameters(model).items()}
+    local_tensors = {name: read(parameter).detach() for name, parameter in model.named_parameters()}
     tensor_group = parallel_state.get_tensor_model_parallel_group()
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
     stages = dist.get_process_group_ranks(pipeline_group)
     if len(stages) == 1 and dist.get_world_size(tensor_group) == 1:
         for spec in parameter_mapping(model.architecture, model.head_kind):
-            yield spec, [held[spec.name]]
+            yield spec, [local_tensors[spec.name]]
         return
+    # 2. The rank that holds a parameter sends it to the first rank of its pipeline.
     shapes: list[Any] = [None] * len(stages)
-    dist.all_gather_object(shapes, {n: (tuple(x.shape), x.dtype) for n, x in held.items()}, group=pipeline_group)
-    receives = parallel_state.is_pipeline_first_stage()
+    local_shapes = {name: (tuple(x.shape), x.dtype) for name, x in local_tensors.items()}
+    dist.all_gather_object(shapes, local_shapes, group=pipeline_group)
+    is_first = parallel_state.is_pipeline_first_stage()
     for spec in parameter_mapping(model.architecture, model.head_kind):
         stage = next(s for s in range(len(stages)) if spec.name in shapes[s])
         if dist.get_rank(pipeline_group) == stage:
-            shard = held[spec.name].cpu().contiguous()
+            shard = local_tensors[spec.name].cpu().contiguous()
             if stage > 0:
                 dist.send(shard, stages[0], group=pipeline_group)
-        elif receives:
+        elif is_first:
             shape, dtype = shapes[stage][spec.name]
             shard = torch.empty(shape, dtype=dtype)
             dist.recv(shard, stages[stage], group=pipeline_group)
-        if receives:
-            shards = _shards_on_rank_0(spec, shard, tensor_group)
+        # 3. Rank 0 gathers the shards of the first stage.
+        if is_first:
+            shards = _gather_on_rank_0(spec, shard, tensor_group)
             if shards is not None:
                 yield spec, shards
 
 
-def _shards_on_rank_0(spec: ParameterSpec, shard: Tensor, group: dist.ProcessGroup) -> list[Tensor] | None:
+def _gather_on_rank_0(spec: ParameterSpec, shard: Tensor, group: dist.ProcessGroup) -> list[Tensor] | None:
     ranks = dist.get_process_group_ranks(group)
-    first = dist.get_rank() == ranks[0]
-    if spec.partition == "whole" or len(ranks) == 1:
-        return [shard] if first else None
-    shards = [torch.empty_like(shard) for _ in ranks] if first else None
+    is_first = dist.get_rank() == ranks[0]
+    if spec.partition == "replicated" or len(ranks) == 1:
+        return [shard] if is_first else None
+    shards = [torch.empty_like(shard) for _ in ranks] if is_first else None
     dist.gather(shard, shards, dst=ranks[0], group=group)
     return shards
 
@@ -102,9 +89,32 @@ def _shards_on_rank_0(spec: ParameterSpec, shard: Tensor, group: dist.ProcessGro
 def exported(
     spec: ParameterSpec, shards: Sequence[Tensor], architecture: Architecture, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """One parameter, as the shards of all ranks in order, under its names in Hugging Face, on the CPU, in `dtype`.
+    """Yield the Hugging Face tensors of one parameter, on the CPU.
 
-    Rows that pad the vocabulary are left behind. A single tensor may be a view of its parameter.
+    Rows that pad the vocabulary are dropped. A tensor may be a view of its parameter.
+
+    Args:
+        spec: the parameter's entry in `parameter_mapping()`.
+        shards: the shards of all tensor-parallel ranks, in order.
+        architecture: sizes of the model.
+        dtype: of the tensors.
     """
     for index, name in enumerate(spec.sources):
-        yield name, _source(spec, index, shards, architecture).to("cpu", dtype)
+        yield name, _hf_tensor(spec, index, shards, architecture).to("cpu", dtype)
+
+
+def _hf_tensor(spec: ParameterSpec, index: int, shards: Sequence[Tensor], architecture: Architecture) -> Tensor:
+    slices = [
+        (shard_slice, shard)
+        for rank, shard in enumerate(shards)
+        for shard_slice in shard_slices(spec, architecture, rank, len(shards))
+        if shard_slice.source == index
+    ]
+    if len(slices) == 1:  # contiguous in one shard: a view
+        shard_slice, shard = slices[0]
+        return shard_slice.of(shard)
+    tensor = torch.empty(spec.shapes[index], dtype=shards[0].dtype, device=shards[0].device)
+    for shard_slice, shard in slices:
+        length = shard_slice.stop - shard_slice.start
+        tensor.narrow(shard_slice.dim, shard_slice.start, length).copy_(shard_slice.of(shard))
+    return tensor

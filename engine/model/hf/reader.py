@@ -1,4 +1,4 @@
-"""Where a model comes from and where it goes: a Hugging Face folder, or a `transformers` model in memory."""
+"""Read a Hugging Face checkpoint tensor by tensor, from a folder or from a `transformers` model in memory."""
 
 from __future__ import annotations
 
@@ -32,11 +32,21 @@ ModelSource = str | Path | TransformersModel
 
 
 class HFCheckpointReader:
-    """A checkpoint that can be read tensor by tensor, and of a tensor only the part that is asked for.
+    """Reads tensors, or slices of tensors, of a checkpoint.
 
-    `source`: path of a folder with `config.json` and safetensors, or a `transformers` model. Names, shapes and dtypes
-    are read at once, from the headers; a file that is cut short is found then. No pickle is read and no code of the
-    checkpoint runs. Raises `CheckpointError` naming the file or key.
+    The constructor reads names, shapes and dtypes from the headers, and so finds truncated files. It reads no pickle
+    and runs no code of the checkpoint.
+
+    Args:
+        source: path of a folder with `config.json` and safetensors, or a `transformers` model.
+
+    Attributes:
+        architecture: sizes and family of the model.
+        folder: the folder; None for a model in memory.
+        where: name of the source in error messages.
+
+    Raises:
+        CheckpointError: names the file or key.
     """
 
     def __init__(self, source: ModelSource) -> None:
@@ -63,25 +73,32 @@ class HFCheckpointReader:
             )
 
     def names(self) -> Iterable[str]:
-        """Names of all tensors."""
+        """Return the names of all tensors."""
         return self._described.keys()
 
     def describe(self, name: str) -> tuple[tuple[int, ...], str]:
-        """Shape and dtype ('F32', 'BF16', ...) of a tensor."""
+        """Return shape and dtype ('F32', 'BF16', ...) of a tensor."""
         return self._described[name]
 
-    def get(self, name: str, *part: slice) -> Tensor:
-        """One tensor, or a part of it (a slice for each dimension), read now; nothing else of it is."""
-        part = part or (slice(None),)
+    def get(self, name: str, *slices: slice) -> Tensor:
+        """Read a tensor, or a slice of it.
+
+        Args:
+            name: of the tensor.
+            slices: one for each leading dimension; none reads the whole tensor.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+        index = slices or (slice(None),)
         if name in self._tensors:
-            return self._tensors[name].detach()[part]
-        # Opened for this one part: what a mapped file has handed out counts as this process's memory until it is
-        # closed.
+            return self._tensors[name].detach()[index]
+        # Opened for every slice: pages of a mapped file count as this process's memory until the file is closed.
         path = self._files[name]
         with _open_safetensors(path) as file:
             try:
-                return file.get_slice(name)[part]
-            except Exception as error:  # safetensors' own, or the system's where the file was cut short meanwhile
+                return file.get_slice(name)[index]
+            except Exception as error:  # of safetensors, or of the system if the file was truncated meanwhile
                 raise CheckpointError(f"{path}: tensor `{name}` cannot be read ({error})") from None
 
     def _find_tensors(self, folder: Path) -> None:
@@ -94,8 +111,8 @@ class HFCheckpointReader:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
                     if index.get(name, path) == path:
                         self._files[name] = path
-                        part = file.get_slice(name)
-                        self._described[name] = tuple(part.get_shape()), str(part.get_dtype())
+                        header = file.get_slice(name)
+                        self._described[name] = tuple(header.get_shape()), str(header.get_dtype())
         for name, path in index.items():
             if name not in self._files:
                 raise CheckpointError(f"{path}: holds no tensor `{name}`, which {_INDEX} says it does; copy it again")
@@ -129,26 +146,27 @@ def _read_index(folder: Path) -> dict[str, Path]:
 def _is_inside(folder: Path, file: str) -> bool:
     if not file.endswith(".safetensors") or ".." in Path(file).parts:
         return False
-    home, path = folder.resolve(), (folder / file).resolve()
-    # The cache of the Hugging Face hub holds `snapshots/<revision>/` of links into the `blobs/` beside it.
-    blobs = [home.parent.parent / "blobs"] if home.parent.name == "snapshots" else []
-    return any(path.is_relative_to(place) for place in (home, *blobs))
+    resolved_folder, path = folder.resolve(), (folder / file).resolve()
+    # In the cache of the Hugging Face hub `snapshots/<revision>/` holds links into `blobs/`.
+    is_snapshot = resolved_folder.parent.name == "snapshots"
+    blobs = [resolved_folder.parent.parent / "blobs"] if is_snapshot else []
+    return any(path.is_relative_to(allowed) for allowed in (resolved_folder, *blobs))
 
 
 def _no_safetensors(folder: Path) -> str:
     text = f"{folder}: no model.safetensors or {_INDEX}"
-    pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
-    if not pickled:
+    pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+    if not pickles:
         return text
     names = read_object(folder / "config.json").get("architectures")
-    scores = bool(isinstance(names, list) and names and str(names[0]).endswith("ForSequenceClassification"))
-    kind = "AutoModelForSequenceClassification" if scores else "AutoModelForCausalLM"
+    is_classifier = isinstance(names, list) and names and str(names[0]).endswith("ForSequenceClassification")
+    auto_class = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
     origin, target = json.dumps(str(folder)), json.dumps(f"{folder}-safetensors")
     code = (
-        f'import transformers as t; t.{kind}.from_pretrained({origin}, dtype="auto").save_pretrained({target}); '
+        f'import transformers as t; t.{auto_class}.from_pretrained({origin}, dtype="auto").save_pretrained({target}); '
         f"t.AutoTokenizer.from_pretrained({origin}).save_pretrained({target})"
     )
     return (
-        f"{text}; {pickled[0].name} is a pickle, which could run code and is not read. If you trust it, convert it:\n"
+        f"{text}; {pickles[0].name} is a pickle, which could run code and is not read. If you trust it, convert it:\n"
         f"  python -c {shlex.quote(code)}"
     )

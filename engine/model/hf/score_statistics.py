@@ -1,4 +1,4 @@
-"""The statistics of a reward model's scores, saved beside its weights."""
+"""Statistics of a reward model's scores, saved beside its weights."""
 
 from __future__ import annotations
 
@@ -14,19 +14,27 @@ SCORE_STATISTICS = "score_statistics.json"
 
 
 def saved_statistics(reward_model: Any) -> dict[str, float] | None:
-    """Count, mean and std of the scores that a reward model's checkpoint says it gives; None where it does not say."""
+    """Return count, mean and std of a reward model's scores from its folder; None if they are not saved.
+
+    Args:
+        reward_model: path of a Hugging Face folder; a model in memory has no statistics.
+
+    Raises:
+        CheckpointError: the file is not valid.
+    """
     path = Path(reward_model) / SCORE_STATISTICS if isinstance(reward_model, (str, Path)) else None
     if path is None or not path.is_file():
         return None
-    found = read_object(path).get("after")
-    if not isinstance(found, dict) or not all(isinstance(found.get(k), (int, float)) for k in ("count", "mean", "std")):
+    statistics = read_object(path).get("after")
+    keys = ("count", "mean", "std")
+    if not isinstance(statistics, dict) or not all(isinstance(statistics.get(k), (int, float)) for k in keys):
         raise CheckpointError(
             f"{path}: expected `after` with count, mean and std; remove the file to start without them"
         )
-    return found
+    return statistics
 
 
 def score_statistics(score_N: torch.Tensor) -> dict[str, float]:
-    """Count, mean and (population) standard deviation of raw scores, by which PPO normalises them."""
+    """Return count, mean and population standard deviation of raw scores, [N]. PPO normalises scores by them."""
     score_N = score_N.double()
     return {"count": score_N.numel(), "mean": float(score_N.mean()), "std": float(score_N.std(correction=0))}

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +14,9 @@ from icegrt.model.architecture import DTYPES, Architecture
 from icegrt.model.hf import mapping
 from icegrt.model.hf.safetensors_writer import write_safetensors
 from icegrt.utils.console import is_main
+from icegrt.utils.files import staged_folder
 
-_SHARD_BYTES = 5_000_000_000  # of files on export; what transformers writes
+_SHARD_BYTES = 5_000_000_000  # largest file of an export, as transformers writes it
 
 
 def save_pretrained(
@@ -31,40 +29,42 @@ def save_pretrained(
     tokenizer: Any = None,
     extra_files: dict[str, Any] | None = None,
     shard_bytes: int = _SHARD_BYTES,
+    replace: bool = False,
 ) -> Path:
-    """Write a Hugging Face folder: safetensors, config, generation config, tokenizer. Aside first, then renamed.
+    """Write a Hugging Face folder to a staging directory, then rename it. All ranks must call it; rank 0 writes.
 
-    `tensors`: all of `parameter_mapping()`, in its order, on the CPU, in `dtype`; one is held at a time. `classifier`:
-    `AutoModelForSequenceClassification` with one label instead of a causal LM. `extra_files`: JSON documents to lay
-    beside them. `shard_bytes`: the most that a file holds. Raises `RunError` if `out` holds files or cannot be written.
-    All ranks call it, with the `tensors` of `export_tensors`; rank 0 writes.
+    Args:
+        tensors: all tensors of `parameter_mapping()` in its order, on the CPU, in `dtype`, as `export_tensors` yields
+            them. One is in memory at a time.
+        architecture: sizes and configuration of the model.
+        out: the folder to write.
+        classifier: write `AutoModelForSequenceClassification` with one label instead of a causal LM.
+        dtype: 'fp32' or 'bf16'.
+        tokenizer: a `transformers` tokenizer to save in the folder.
+        extra_files: JSON documents by file name.
+        shard_bytes: largest size of a safetensors file.
+        replace: replace a folder that exists.
+
+    Returns:
+        `out` as a path.
+
+    Raises:
+        RunError: `out` holds files and `replace` is false, or it cannot be written.
     """
     out = Path(out)
     if not is_main():
         for _ in tensors:
             pass
         return out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not replace and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out}: not an empty folder; choose another folder for the exported model")
-    aside = out.with_name(out.name + ".writing")
-    new_folders = [folder for folder in aside.parents if not folder.exists()]
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        shapes = mapping.source_shapes(architecture, "scalar" if classifier else "lm")
-        write_safetensors(aside, tensors, shapes, DTYPES[dtype], shard_bytes)
-        _write_documents(aside, architecture, classifier, dtype, tokenizer, extra_files or {})
-        if out.exists():
-            out.rmdir()
-        os.replace(aside, out)
-    except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            for folder in new_folders:
-                folder.rmdir()
-        if isinstance(error, OSError):
-            raise RunError(f"{out}: cannot be written ({error.strerror or error})") from None
-        raise
+        with staged_folder(out, replace=replace) as staging:
+            shapes = mapping.source_shapes(architecture, "scalar" if classifier else "lm")
+            write_safetensors(staging, tensors, shapes, DTYPES[dtype], shard_bytes)
+            _write_documents(staging, architecture, classifier, dtype, tokenizer, extra_files or {})
+    except OSError as error:
+        raise RunError(f"{out}: cannot be written ({error.strerror or error})") from None
     return out
 
 
@@ -91,7 +91,7 @@ def _hf_config(architecture: Architecture, classifier: bool, dtype: str, tokeniz
     family = architecture.family
     config["architectures"] = [family.sequence_classifier if classifier else family.causal_lm]
     config["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
-    for name in ("torch_dtype", "_name_or_path", "auto_map"):  # `auto_map`: the code that it names is not handed on
+    for name in ("torch_dtype", "_name_or_path", "auto_map"):  # `auto_map` names code that the export does not contain
         config.pop(name, None)
     if classifier:
         config.update(num_labels=1, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0}, tie_word_embeddings=False)
@@ -101,8 +101,8 @@ def _hf_config(architecture: Architecture, classifier: bool, dtype: str, tokeniz
                 config[name] = getattr(tokenizer, name)
         config["eos_token_id"] = _union(tokenizer.eos_token_id, config.get("eos_token_id"))
     if classifier and config.get("pad_token_id") in token_ids(config.get("eos_token_id")):
-        # transformers scores the last token that is not padding, which would not be the EOS that is scored here.
-        # Without a pad token it scores the last one, and refuses a padded batch.
+        # transformers 5: scores the last token that is not padding -> with EOS as pad token it would skip the EOS that
+        # icegrt scores. Without a pad token it scores the last token, and rejects a padded batch.
         config["pad_token_id"] = None
     return config
 
@@ -117,7 +117,7 @@ def _generation_config(architecture: Architecture, config: dict[str, Any]) -> di
 
 
 def token_ids(named: int | list[int] | None) -> list[int]:
-    """What a configuration names as its EOS, as a list: nothing, one token or several."""
+    """Return the EOS entry of a configuration (None, one token or several) as a list."""
     return named if isinstance(named, list) else [] if named is None else [named]
 
 

@@ -1,7 +1,8 @@
-"""Keys and values of the sequences being decoded: a slot per sequence, the live slots always a prefix."""
+"""A KV cache with one contiguous slot per sequence. Used slots are always a prefix."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,15 +11,28 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 class KVCache:
-    """[slots, kv_heads, capacity, d] keys and values per layer: of this rank's layers and heads.
+    """Keys and values of the running sequences, [layers, slots, kv_heads, capacity, d] each.
 
-    Live slots stay a prefix, so that a decode step attends over a view: a finished sequence's slot is overwritten by
-    the last live one. `lengths` counts the tokens held per slot; during a decode step it includes the new one.
+    Used slots stay a prefix, so that a decode step attends over a view: the last used slot is copied into a freed one.
+
+    Args:
+        layers: indices in the whole model of the layers that this rank holds.
+        slots: number of sequences.
+        capacity: tokens per slot.
+        kv_heads: key/value heads on this rank.
+        head_dim: elements per head.
+        dtype: of keys and values.
+        device: of keys and values.
+
+    Attributes:
+        used: number of used slots.
+        lengths: [slots] int64, tokens per slot; during a decode step the new token is included.
+        row_of_layer: rows of `keys` and `values` by layer index.
     """
 
     def __init__(
         self,
-        layers: int,
+        layers: Sequence[int],
         slots: int,
         capacity: int,
         kv_heads: int,
@@ -27,85 +41,103 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (layers, slots, kv_heads, capacity, head_dim)
-        # What is masked takes part all the same (a score plus -inf, a value times 0), so it must at least be finite.
+        shape = (len(layers), slots, kv_heads, capacity, head_dim)
+        # Masked entries still enter the arithmetic (score - inf, 0 * value), so they must be finite.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.live = 0
-        self._places = torch.arange(capacity, device=device)
+        self.used = 0
+        self.row_of_layer = {layer: row for row, layer in enumerate(layers)}
+        self._offsets = torch.arange(capacity, device=device)
         self._slots = torch.arange(slots, device=device)
-        self._visible: dict[int | None, Tensor] = {}
-        self._span = 0
+        self._mask_of_window: dict[int | None, Tensor] = {}
+        self._longest = 0
 
     def allocate(self, lengths: list[int], copies: list[int]) -> PrefillSlots:
-        """Make room behind the live slots: prompt i of `lengths[i]` tokens takes `copies[i]` neighbouring slots."""
-        held = torch.tensor(lengths).repeat_interleave(torch.tensor(copies)).to(self.lengths.device)
-        first = self.live
-        self.lengths[first : first + held.numel()] = held
-        self.live += held.numel()
+        """Allocate slots after the used ones: prompt i of `lengths[i]` tokens gets `copies[i]` neighbouring slots."""
+        new_lengths = torch.tensor(lengths).repeat_interleave(torch.tensor(copies)).to(self.lengths.device)
+        first = self.used
+        self.lengths[first : first + new_lengths.numel()] = new_lengths
+        self.used += new_lengths.numel()
         return PrefillSlots(self, first, copies)
 
+    def free(self, slots: list[int]) -> list[tuple[int, int]]:
+        """Free slots. Returns the moves (from, to) that kept the used slots a prefix, in order."""
+        moves = []
+        for slot in sorted(slots, reverse=True):
+            self.used -= 1
+            last = self.used
+            if slot != last:
+                length = int(self.lengths[last])
+                self.keys[:, slot, :, :length] = self.keys[:, last, :, :length]
+                self.values[:, slot, :, :length] = self.values[:, last, :, :length]
+                self.lengths[slot] = length
+                moves.append((last, slot))
+        return moves
+
     def begin_step(self) -> None:
-        """One more token per live sequence; its place is `lengths - 1` from now on."""
-        self.lengths[: self.live] += 1
-        held = self.lengths[: self.live]
-        self._span = int(held.max())
-        self._visible.clear()
+        """Add one token to every used slot; `attend` writes its key and value at offset `lengths - 1`."""
+        self.lengths[: self.used] += 1
+        self._longest = int(self.lengths[: self.used].max())
+        self._mask_of_window.clear()
 
     def attend(self, layer: int, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, window: int | None = None) -> Tensor:
-        """Append this step's key and value ([live, kv_heads, d]), attend over the last `window` of those held (None:
-        over all); returns [live, heads, d]."""
-        slots, place = self._slots[: self.live], self.lengths[: self.live] - 1
-        keys, values = self.keys[layer], self.values[layer]
-        keys[slots, :, place] = k_NHD
-        values[slots, :, place] = v_NHD
+        """Write a decode step's keys and values, and attend over the sequences so far.
+
+        Args:
+            layer: index of the layer in the whole model.
+            q_NHD: queries, [used, heads, d].
+            k_NHD: keys, [used, kv_heads, d].
+            v_NHD: values, [used, kv_heads, d].
+            window: how many tokens a token attends to, itself included; None attends to all.
+
+        Returns:
+            [used, heads, d].
+        """
+        row = self.row_of_layer[layer]
+        keys, values = self.keys[row], self.values[row]
+        slots, offsets = self._slots[: self.used], self.lengths[: self.used] - 1
+        keys[slots, :, offsets] = k_NHD
+        values[slots, :, offsets] = v_NHD
         out = scaled_dot_product_attention(
             q_NHD.unsqueeze(2),
-            keys[: self.live, :, : self._span],
-            values[: self.live, :, : self._span],
+            keys[: self.used, :, : self._longest],
+            values[: self.used, :, : self._longest],
             attn_mask=self._mask(window),
             enable_gqa=q_NHD.shape[1] != k_NHD.shape[1],
         )
         return out.squeeze(2)
 
     def _mask(self, window: int | None) -> Tensor:
-        # One for all layers of a step that look as far back.
-        if window not in self._visible:
-            held, places = self.lengths[: self.live, None], self._places[: self._span]
-            visible = places < held
+        # All layers of a step with the same window share a mask.
+        if window not in self._mask_of_window:
+            lengths, offsets = self.lengths[: self.used, None], self._offsets[: self._longest]
+            visible = offsets < lengths
             if window is not None:
-                visible &= places >= held - window
-            self._visible[window] = visible[:, None, None]
-        return self._visible[window]
-
-    def free(self, finished: list[int]) -> list[tuple[int, int]]:
-        """Drop these slots. Returns the moves (from, to) that kept the live slots a prefix, in order."""
-        moves = []
-        for slot in sorted(finished, reverse=True):
-            self.live -= 1
-            last = self.live
-            if slot != last:
-                held = int(self.lengths[last])
-                self.keys[:, slot, :, :held] = self.keys[:, last, :, :held]
-                self.values[:, slot, :, :held] = self.values[:, last, :, :held]
-                self.lengths[slot] = held
-                moves.append((last, slot))
-        return moves
+                visible &= offsets >= lengths - window
+            self._mask_of_window[window] = visible[:, None, None]
+        return self._mask_of_window[window]
 
 
 @dataclass(frozen=True)
 class PrefillSlots:
-    """Slots for the prompts of a prefill, from `first` on, to be filled layer by layer."""
+    """Slots of a prefill, written layer by layer.
+
+    Attributes:
+        cache: the cache.
+        first: the first slot.
+        copies: number of neighbouring slots of each prompt.
+    """
 
     cache: KVCache
     first: int
     copies: list[int]
 
     def write(self, layer: int, k_THD: Tensor, v_THD: Tensor, lengths: list[int]) -> None:
-        """Take over a prefill's keys and values ([T, kv_heads, d])."""
-        for held, new in ((self.cache.keys[layer], k_THD), (self.cache.values[layer], v_THD)):
+        """Write a layer's keys and values of all prompts, [T, kv_heads, d] each, into the slots of their sequences."""
+        row = self.cache.row_of_layer[layer]
+        for slots, new_THD in ((self.cache.keys[row], k_THD), (self.cache.values[row], v_THD)):
             first = self.first
-            for part, copies in zip(new.split(lengths), self.copies, strict=True):
-                held[first : first + copies, :, : part.shape[0]] = part.transpose(0, 1)
+            for prompt_THD, copies in zip(new_THD.split(lengths), self.copies, strict=True):
+                slots[first : first + copies, :, : prompt_THD.shape[0]] = prompt_THD.transpose(0, 1)
                 first += copies

@@ -1,0 +1,128 @@
+"""The part of a model that one rank holds: one pipeline stage, or several virtual stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from icegrt.distributed.cluster import Cluster
+from icegrt.kernels import VocabShard
+from icegrt.model.architecture import Architecture, HeadKind
+
+if TYPE_CHECKING:
+    from icegrt.model.language_model import LanguageModel
+
+
+class PipelineModel:
+    """The pipeline stages of one model that this rank holds. Roles and rollouts work with this class.
+
+    Heads and logits belong to the last stage of the pipeline; use them on the last pipeline rank only.
+
+    Args:
+        chunks: the stages in the order of the forward pass. There is one unless stages are interleaved.
+        cluster: the process groups that the stages were built for.
+
+    Attributes:
+        architecture: sizes and family of the whole model.
+        head_kind: 'lm' or 'scalar'.
+        config: Megatron's TransformerConfig, shared by all chunks.
+    """
+
+    def __init__(self, chunks: Sequence[LanguageModel], cluster: Cluster) -> None:
+        self.chunks = list(chunks)
+        self.cluster = cluster
+        self.architecture: Architecture = self.chunks[-1].architecture
+        self.head_kind: HeadKind = self.chunks[-1].head_kind
+        self.config: Any = self.chunks[-1].config
+        self._param_gathers: list[Callable[[], None]] = []
+
+    # -- parameters ------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return next(self.parameters()).device
+
+    @property
+    def layer_indices(self) -> list[int]:
+        """Indices in the whole model of the layers that this rank holds, in the order of the forward pass."""
+        return [layer.layer_number - 1 for chunk in self.chunks for layer in chunk.decoder.layers]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Iterate over this rank's parameters."""
+        for chunk in self.chunks:
+            yield from chunk.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Iterate over this rank's parameters under the names of `parameter_mapping()`: layers count from the first
+        stage on."""
+        for chunk in self.chunks:
+            for name, parameter in chunk.named_parameters():
+                parts = name.split(".")
+                if parts[:2] == ["decoder", "layers"]:
+                    parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
+                yield ".".join(parts), parameter
+
+    @property
+    def holds_tied_copy(self) -> bool:
+        """Whether this rank's head is a second copy of the embedding of an earlier stage."""
+        return self.chunks[-1].holds_tied_copy
+
+    def register_param_gather(self, gather: Callable[[], None]) -> None:
+        """Register what `wait_for_param_gather` calls: the pending parameter all-gather of an optimizer."""
+        self._param_gathers.append(gather)
+
+    def wait_for_param_gather(self) -> None:
+        """Wait for the overlapped parameter all-gather. Call before reading parameters outside a forward pass."""
+        for gather in self._param_gathers:
+            gather()
+
+    # -- modes -----------------------------------------------------------------------------------------------------
+
+    def requires_grad_(self, requires_grad: bool = True) -> PipelineModel:
+        """Switch gradients of all parameters on or off. Returns the model."""
+        for chunk in self.chunks:
+            chunk.requires_grad_(requires_grad)
+        return self
+
+    def train(self, mode: bool = True) -> PipelineModel:
+        """Put all chunks into training mode. Returns the model."""
+        for chunk in self.chunks:
+            chunk.train(mode)
+        return self
+
+    def eval(self) -> PipelineModel:
+        """Put all chunks into evaluation mode. Returns the model."""
+        return self.train(False)
+
+    # -- the last stage --------------------------------------------------------------------------------------------
+
+    @property
+    def head(self) -> nn.Module:
+        """The `ScalarHead` or `LMHead` of the last stage."""
+        return self.chunks[-1].head
+
+    @property
+    def lm_weight_VH(self) -> Tensor:
+        """The output projection, [V / TP, H]."""
+        return self.chunks[-1].lm_weight_VH
+
+    @property
+    def vocab_shard(self) -> VocabShard | None:
+        """This rank's slice of the vocabulary; None without tensor parallelism."""
+        return self.chunks[-1].vocab_shard
+
+    def gather_hidden_rows(self, hidden_T1H: Tensor) -> Tensor:
+        """Return the last stage's hidden states as complete rows, [T, H], on every tensor-parallel rank."""
+        return self.chunks[-1].gather_hidden_rows(hidden_T1H)
+
+    def logits_NV(self, hidden_NH: Tensor) -> Tensor:
+        """Return float32 logits for sampling. [N, H] -> [N, V / TP]."""
+        return self.chunks[-1].logits_NV(hidden_NH)
+
+    def scale_head(self, factor: float) -> None:
+        """Multiply all later outputs of a scalar head by `factor`. A rank without a head does nothing."""
+        self.chunks[-1].scale_head(factor)
