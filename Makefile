@@ -12,7 +12,7 @@ TEST_OPTIONS ?= -q -n 2 --dist loadfile
 # Ahead-of-time compilation has a process of its own: Triton interprets kernels in the others.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: help install ppo test test-long check format bench gpu clean
+.PHONY: help install ppo test test-long check docs format bench gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/'
@@ -40,6 +40,10 @@ check: install  ## lint, format, import direction, and that every kernel has its
 	$(PY) tools/check_kernels.py
 	$(PYTEST) -q tests/project/test_imports.py
 
+docs: install  ## build the documentation into site/; a broken link or a missing docstring is an error
+	$(PY) tools/check_docs.py
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
+
 format: install  ## rewrite to the house format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
@@ -52,6 +56,6 @@ gpu: install  ## GPU tests and benchmarks in one go; writes bench/results/<devic
 	@status=0; OMP_NUM_THREADS=$${OMP_NUM_THREADS:-8} $(PY) -m pytest -q tests/gpu || status=1; $(RUN_BENCHES); exit $$status
 
 clean:  ## remove build products and caches; the environment and runs/ stay
-	rm -rf build dist *.egg-info engine/_C*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info engine/_C*.so .pytest_cache .ruff_cache .hypothesis
 	find engine kernels bench tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f $(STAMP)

@@ -83,8 +83,8 @@ line = next(line for line in open("pyproject.toml") if line.startswith("requires
 print(*ast.literal_eval(line.split("=", 1)[1].strip()))
 PY
 )
-say "building and installing icegrt[engine,dev]"
-if ! { pip "${build_requirements[@]}" && pip --no-build-isolation -e '.[engine,dev]'; }; then
+say "building and installing icegrt[engine,dev,docs]"
+if ! { pip "${build_requirements[@]}" && pip --no-build-isolation -e '.[engine,dev,docs]'; }; then
   if [ "$gpu" = yes ]; then  # GPU machines are often cut off from every index
     say "pip could not fetch everything; installing icegrt onto the packages that are here" >&2
     pip --no-build-isolation --no-deps -e .

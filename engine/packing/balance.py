@@ -27,6 +27,7 @@ class Plan:
 
     @property
     def ranks(self) -> int:
+        """Ranks that share the sequences."""
         return len(self.assignments)
 
     @property

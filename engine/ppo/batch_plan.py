@@ -13,13 +13,37 @@ from icegrt.packing import PackedBatch, Share, pack
 from icegrt.rollout.types import Response
 
 
+@dataclass(frozen=True, eq=False)
+class ActionBatch(PackedBatch):
+    """A micro-batch and the per-action tensors that its loss reads, [A] float32 each; None: not read.
+
+    `to(device)` moves all of them together.
+    """
+
+    old_logprob_A: Tensor | None = None
+    ref_logprob_A: Tensor | None = None
+    advantage_A: Tensor | None = None
+    old_value_A: Tensor | None = None
+    return_A: Tensor | None = None
+
+
+def truncated_mask(responses: Sequence[Response]) -> Tensor:
+    """Return [N] bool: which responses reached the length limit without EOS."""
+    return torch.tensor([r.truncated for r in responses], dtype=torch.bool)
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """All responses of an iteration, and the micro-batches of this data-parallel rank.
 
-    responses: of all ranks, in the order of sampling. rank_assignment: for each rank, the indices of its responses in
-    plan order (the concatenation of its micro-batches). batches: this rank's micro-batches. minibatches: for each
-    optimizer step, the indices of its micro-batches; every rank has as many.
+    Attributes:
+        responses: of all ranks, in the order of sampling.
+        rank_assignment: for each rank, the indices of its responses in plan order (the concatenation of its
+            micro-batches).
+        rank: this data-parallel rank.
+        batches: this rank's micro-batches, on the CPU.
+        minibatches: for each optimizer step, the indices of its micro-batches; every rank has as many.
+        cluster: for the collectives; None in one process.
     """
 
     responses: list[Response]
@@ -27,11 +51,17 @@ class BatchPlan:
     rank: int
     batches: list[PackedBatch]
     minibatches: list[list[int]]
+    cluster: Cluster | None = None
 
     @property
     def local_responses(self) -> list[Response]:
         """This rank's responses in plan order."""
         return [self.responses[n] for n in self.rank_assignment[self.rank]]
+
+    @property
+    def truncated_N(self) -> Tensor:
+        """Which of this rank's responses reached the length limit, [N] bool in plan order."""
+        return truncated_mask(self.local_responses)
 
     @property
     def n_tokens(self) -> int:
@@ -43,9 +73,20 @@ class BatchPlan:
         """Alignment tails of this rank's micro-batches."""
         return sum(b.tail_tokens for b in self.batches)
 
-    def split_A(self, x_A: Tensor) -> list[Tensor]:
-        """A tensor over this rank's actions, cut into micro-batches."""
-        return list(x_A.split([b.n_actions for b in self.batches]))
+    def action_batches(self, members: Sequence[int], **streams_A: Tensor) -> list[ActionBatch]:
+        """Return the micro-batches `members`, each with its part of tensors over this rank's whole action stream.
+
+        Args:
+            members: indices into `batches`.
+            streams_A: fields of `ActionBatch` by name, [A] over all of `batches`.
+        """
+        parts = {name: self._split_A(x_A) for name, x_A in streams_A.items()}
+        return [
+            ActionBatch(**vars(self.batches[i]), **{name: part[i] for name, part in parts.items()}) for i in members
+        ]
+
+    def _split_A(self, x_A: Tensor) -> tuple[Tensor, ...]:
+        return x_A.split([b.n_actions for b in self.batches])
 
     def local_sequences(self, x_N: Tensor) -> Tensor:
         """Return this rank's entries of a tensor over all responses, in plan order."""
@@ -54,18 +95,21 @@ class BatchPlan:
     def all_gather_sequences(self, x_N: Tensor) -> Tensor:
         """Invert `local_sequences`: [N] in the order of `responses`, on every rank. Collective."""
         out_N = x_N.new_empty(len(self.responses), *x_N.shape[1:])
-        for part, indices in zip(Cluster.current().all_gather(x_N), self.rank_assignment, strict=True):
+        for part, indices in zip(self._gather(x_N), self.rank_assignment, strict=True):
             out_N[indices] = part
         return out_N
 
     def all_gather_actions(self, x_A: Tensor) -> list[Tensor]:
         """Gather a tensor over actions from all ranks: one tensor per response. Collective."""
         out: list[Tensor] = [x_A] * len(self.responses)
-        for part, indices in zip(Cluster.current().all_gather(x_A), self.rank_assignment, strict=True):
+        for part, indices in zip(self._gather(x_A), self.rank_assignment, strict=True):
             pieces = part.split([len(self.responses[n].tokens) for n in indices])
             for n, piece in zip(indices, pieces, strict=True):
                 out[n] = piece
         return out
+
+    def _gather(self, x: Tensor) -> list[Tensor]:
+        return [x] if self.cluster is None else self.cluster.all_gather(x)
 
     @property
     def cu_actions(self) -> Tensor:
@@ -75,7 +119,7 @@ class BatchPlan:
 
     @property
     def mask_A(self) -> Tensor | None:
-        """Which actions count, over the concatenated action stream; None where all do."""
+        """Which actions count, over the concatenated action stream; None if all do."""
         masks = [b.action_mask_A for b in self.batches]
         if all(mask is None for mask in masks):
             return None
@@ -83,10 +127,10 @@ class BatchPlan:
                           for b, m in zip(self.batches, masks, strict=True)])  # fmt: skip
 
     def with_masked(self, dropped_N: Tensor) -> BatchPlan:
-        """The same sequences in the same shapes, but no action of a dropped response counts anywhere."""
+        """Return the same sequences in the same shapes, with the actions of dropped responses masked."""
         if not bool(dropped_N.any()):
             return self
-        kept = self.split_A((~dropped_N).repeat_interleave(self.cu_actions.diff().long()))
+        kept = self._split_A((~dropped_N).repeat_interleave(self.cu_actions.diff().long()))
         masks = [m if b.action_mask_A is None else m & b.action_mask_A for m, b in zip(kept, self.batches, strict=True)]
         return replace(self, batches=[replace(b, action_mask_A=m) for b, m in zip(self.batches, masks, strict=True)])
 
@@ -96,21 +140,28 @@ def plan_batches(
     token_budget: int,
     minibatches: int = 1,
     *,
-    share: Share | None = None,
+    cluster: Cluster | None = None,
     seed: int = 0,
 ) -> BatchPlan:
-    """Responses to minibatches by lot, and each minibatch to ranks and micro-batches of at most `token_budget` tokens.
+    """Assign responses to minibatches at random, and each minibatch to ranks and micro-batches.
 
-    The lot knows the seed and the responses' order alone, so that an optimizer step sees the same sequences in every
-    layout. `share`: what falls to this rank (None: everything).
+    The random order depends on the seed and the number of responses alone, so an optimizer step sees the same sequences
+    in every layout.
+
+    Args:
+        responses: of all ranks, in the order of sampling.
+        token_budget: most tokens in a micro-batch, alignment tails aside.
+        minibatches: number of optimizer steps.
+        cluster: the ranks to share them. None: this process takes all.
+        seed: of the random order.
     """
-    share = share or Share()
-    lot = torch.randperm(len(responses), generator=torch.Generator().manual_seed(seed)).tolist()
+    share = cluster.share if cluster is not None else Share()
+    order = torch.randperm(len(responses), generator=torch.Generator().manual_seed(seed)).tolist()
     rank_assignment: list[list[int]] = [[] for _ in range(share.ranks)]
     batches: list[PackedBatch] = []
     steps: list[list[int]] = []
     for number in range(minibatches):
-        members = sorted(lot[number::minibatches])
+        members = sorted(order[number::minibatches])
         lengths = [len(responses[n].prompt) + len(responses[n].tokens) for n in members]
         assigned = share.assign(lengths, token_budget)
         for rank, micro_batches in enumerate(assigned):
@@ -121,4 +172,4 @@ def plan_batches(
             pack([r.prompt for r in group], [r.tokens for r in group], tail_multiple=share.tail_multiple)
             for group in groups
         ]
-    return BatchPlan(list(responses), rank_assignment, share.rank, batches, steps)
+    return BatchPlan(list(responses), rank_assignment, share.rank, batches, steps, cluster)

@@ -1,8 +1,12 @@
-"""Held-out answers, scored: sampled with a fixed seed (before and after share the noise), or greedy."""
+"""Held-out answers and their scores: sampled with a fixed seed, or greedy.
+
+The seed is the same in every evaluation, so that two of them differ by the weights alone.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,25 +17,28 @@ from icegrt.data import Prompt
 from icegrt.distributed.cluster import Cluster
 from icegrt.metrics import Evaluation
 from icegrt.metrics.statistics import distinct_fraction
-from icegrt.ppo.batch_plan import BatchPlan, plan_batches
+from icegrt.ppo.batch_plan import BatchPlan, plan_batches, truncated_mask
 from icegrt.ppo.rewards import RewardComputer, RewardOutputs
 from icegrt.ppo.scores import RunningScoreNormalizers, total_scores
-from icegrt.ppo.scoring import score_logprobs
+from icegrt.ppo.scoring import LogprobScorer
 from icegrt.rewards.sample import Sample
 from icegrt.roles.role import Role
 from icegrt.rollout.engine import RolloutEngine
 from icegrt.rollout.types import Response, Sampling
 
-# Keeps evaluation's noise apart from training's, whatever the seed of the run.
+# Combined with the run's seed, so that evaluation and training never share their sampling noise.
 _EVALUATION_SEED = 0x1CE
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Responses ordered by prompt and sample, with everything known of them; `_N` tensors are float32, raw scores.
+    """Responses of all ranks, ordered by prompt and sample, with their scores. `_N` tensors are float32.
 
-    The total of a response is NaN where a source failed on it and it is dropped. kl_N estimates the KL against the
-    reference from samples, so greedy answers have none (None).
+    Attributes:
+        responses: the answers.
+        rewards: raw scores by source.
+        total_N: total score; NaN for a dropped response.
+        kl_N: nats per response against the reference, estimated from samples; None for greedy answers.
     """
 
     responses: list[Response]
@@ -41,26 +48,31 @@ class EvaluationResult:
 
     @property
     def samples(self) -> list[Sample]:
+        """The responses as reward functions receive them."""
         return self.rewards.samples
 
     @property
     def reward_model_N(self) -> Tensor | None:
+        """The first reward model's raw score."""
         return self.rewards.reward_model_N
 
     @property
     def function_N(self) -> Tensor | None:
+        """The first function's or scorer's score, NaN without one."""
         return self.rewards.function_N
 
     @property
     def tokens_N(self) -> Tensor:
+        """Response lengths in tokens."""
         return torch.tensor([float(len(r.tokens)) for r in self.responses])
 
     @property
     def truncated_N(self) -> Tensor:
-        return torch.tensor([float(r.truncated) for r in self.responses])
+        """1 for responses that reached the length limit, else 0."""
+        return truncated_mask(self.responses).float()
 
     def evaluation(self, iteration: int) -> Evaluation:
-        """The means that go into the metrics. Only of sampled answers."""
+        """Return the means as a metrics record. Requires sampled answers."""
         assert self.kl_N is not None
         return Evaluation(
             iteration=iteration,
@@ -76,45 +88,42 @@ class EvaluationResult:
 
 
 class Evaluator:
-    """Answers prompts with the actor and has every role judge the answers."""
+    """Answers prompts with the actor and scores the answers with all sources. All ranks call it together."""
 
     def __init__(
         self,
         config: PPOConfig,
         engine: RolloutEngine,
         reward_computer: RewardComputer,
+        normalizers: RunningScoreNormalizers,
+        scorer: LogprobScorer,
         actor: Role,
         reference: Role,
-        chunk_rows: int,
+        cluster: Cluster,
     ) -> None:
-        self.config, self.engine, self.reward_computer = config, engine, reward_computer
-        self.actor, self.reference, self.chunk_rows = actor, reference, chunk_rows
+        self.config, self.engine, self.cluster = config, engine, cluster
+        self.reward_computer, self.normalizers = reward_computer, normalizers
+        self.scorer, self.actor, self.reference = scorer, actor, reference
 
-    def __call__(
-        self, prompts: list[Prompt], normalizers: RunningScoreNormalizers, samples: int = 1, *, greedy: bool = False
-    ) -> EvaluationResult:
+    def __call__(self, prompts: Sequence[Prompt], samples: int = 1, *, greedy: bool = False) -> EvaluationResult:
+        """Return `samples` scored answers per prompt, with KL unless `greedy`."""
         sampling = Sampling.of(self.config.sampling, self.config.run.seed ^ _EVALUATION_SEED)
         if greedy:
             sampling = dataclasses.replace(sampling, temperature=0.0)
         responses = self.engine.generate([p.tokens for p in prompts], samples, sampling)
-        plan = plan_batches(responses, self.config.token_budget, share=Cluster.current().share)
+        plan = plan_batches(responses, self.config.token_budget, cluster=self.cluster)
         rewards = self.reward_computer(plan, prompts)
-        truncated_N = torch.tensor([float(r.truncated) for r in responses])
-        # Responses come ordered by prompt and sample, and so does all that is said of them.
-        scores = total_scores(self.config, normalizers, rewards.models, rewards.source_total_N, truncated_N)
+        scores = total_scores(
+            self.config, self.normalizers, rewards.models, rewards.source_total_N, truncated_mask(responses)
+        )
         total_N = scores.total_N.masked_fill(rewards.dropped_N, torch.nan)
         return EvaluationResult(responses, rewards, total_N, None if greedy else self._kl(plan))
 
     def _kl(self, plan: BatchPlan) -> Tensor:
-        """Nats by which each response is likelier under the actor than under the reference, [N] in their own order."""
-        ours_A, theirs_A = (
-            score_logprobs(role, plan.batches, self.config.sampling.temperature, self.chunk_rows)[0]
-            for role in (self.actor, self.reference)
-        )
-        kl_N = torch.zeros(len(plan.local_responses)).index_add(0, _owner_A(plan.cu_actions), ours_A - theirs_A)
+        """Return log p_actor - log p_reference of each response, [N] nats in global order. Collective."""
+        actor_A, _ = self.scorer(self.actor, plan.batches)
+        reference_A, _ = self.scorer(self.reference, plan.batches)
+        lengths_N = plan.cu_actions.diff().long()
+        response_A = torch.arange(lengths_N.numel()).repeat_interleave(lengths_N)
+        kl_N = torch.zeros(lengths_N.numel()).index_add(0, response_A, actor_A - reference_A)
         return plan.all_gather_sequences(kl_N)
-
-
-def _owner_A(cu_actions: Tensor) -> Tensor:
-    lengths = cu_actions.diff().long()
-    return torch.arange(lengths.numel()).repeat_interleave(lengths)

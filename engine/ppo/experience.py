@@ -1,7 +1,7 @@
-"""The experience of one iteration: planned into micro-batches, scored by the roles, shaped into advantages.
+"""The experience of one iteration: a batch plan, what the roles computed on it, and the advantages.
 
-The plan made here serves scoring and update alike, so old and new log-probs come from identical shapes; scoring and
-update read them with one routine (`linear_logprobs` and `linear_ppo_loss` share their forward), same rows, same chunks.
+Scoring and update use the same plan. Both read log-probs with one routine, over the same rows in the same chunks
+(`linear_logprobs` and `linear_ppo_loss` share their forward). Before the first step the ratio is exactly 1.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ from icegrt.ppo.scores import Scores
 
 @dataclass(frozen=True)
 class Experience:
-    """An iteration's scored and shaped responses: this rank's, all `_A` tensors over its whole action stream."""
+    """This rank's responses of an iteration with everything that the update reads.
+
+    Attributes:
+        plan: micro-batches, with the actions of dropped responses masked.
+        scores: per response.
+        old_logprob_A, entropy_A, ref_logprob_A, value_A: [A] float32 over this rank's whole action stream, on the CPU.
+        shaped: advantages, returns and rewards per token, KL per response.
+        moments: whitening moments of the advantages over all ranks.
+    """
 
     plan: BatchPlan
     scores: Scores
@@ -29,10 +37,9 @@ class Experience:
     value_A: Tensor
     shaped: ShapedGAE
     moments: Moments
-    """Whitening moments of the advantages over all ranks."""
 
 
-def shape(
+def compute_advantages(
     config: PPOConfig,
     kl_coef: float,
     plan: BatchPlan,
@@ -43,9 +50,20 @@ def shape(
     last_value_N: Tensor,
     token_reward_A: Tensor | None = None,
 ) -> ShapedGAE:
-    """KL penalty, GAE, returns and this rank's moments in one pass over the action stream."""
-    truncated_N = torch.tensor([r.truncated for r in plan.local_responses], dtype=torch.bool)
-    bootstrap_N = torch.where(truncated_N, last_value_N, 0.0) if config.bootstrap_truncated else None
+    """Return KL penalty, GAE advantages, returns and this rank's moments, in one pass over the action stream.
+
+    Args:
+        config: kl_in, kl_estimator, gamma, lam and bootstrap_truncated are read.
+        kl_coef: of the KL penalty if `kl_in` is "reward".
+        plan: [N] responses with [A] actions.
+        scores: the total is paid at a response's last token.
+        old_logprob_A: [A], of the policy that sampled.
+        ref_logprob_A: [A], of the reference.
+        value_A: [A], before every action.
+        last_value_N: [N], after every response's last token.
+        token_reward_A: [A], added to the rewards; None: nothing.
+    """
+    bootstrap_N = torch.where(plan.truncated_N, last_value_N, 0.0) if config.bootstrap_truncated else None
     return shaped_gae(
         scores.total_N,
         value_A,

@@ -1,4 +1,4 @@
-"""Where a PPO run's scores come from: what the configuration or Python names, sorted into models and what is called."""
+"""The reward composition of a PPO run: reward models, functions and HTTP scorers, each with a weight."""
 
 from __future__ import annotations
 
@@ -15,64 +15,71 @@ from icegrt.rewards.sources import RewardSourceGroup, RewardSpec, named
 
 @dataclass(frozen=True)
 class RewardComposition:
-    """The reward models by the name of their role, and all other sources: functions and HTTP scorers."""
+    """The reward models by the name of their role, and the other sources: functions and HTTP scorers."""
 
     models: dict[str, RewardSpec]
     sources: RewardSourceGroup
 
     @classmethod
-    def of(cls, config: PPOConfig, given: Any) -> RewardComposition:
-        """`given` (a path, model, callable or URL, each alone or with a weight, or a list of them), or else what the
-        configuration names. Nothing is loaded yet."""
-        if given is None:
-            entries = _configured(config)
+    def of(cls, config: PPOConfig, reward: Any) -> RewardComposition:
+        """Return the composition of a run; nothing is loaded.
+
+        Args:
+            config: names the sources if `reward` is None.
+            reward: a path, model, callable or URL, alone or as (source, weight), or a list of these.
+
+        Raises:
+            ConfigError: there is no source, or a weight is not a finite number.
+        """
+        if reward is None:
+            specs = _specs_of_config(config)
         else:
-            entries = _given(config, list(given) if isinstance(given, list) else [given])
-        if not entries:
+            specs = _specs_of(config, reward if isinstance(reward, list) else [reward])
+        if not specs:
             raise ConfigError(
                 "no reward: set ppo.reward_model, ppo.reward_function, or both (or name others in ppo.reward.sources)"
             )
-        entries = named(entries)
-        models = [entry for entry in entries if entry.model is not None]
-        called = [entry for entry in entries if entry.model is None]
-        roles = [f"reward:{entry.name}" if i else "reward" for i, entry in enumerate(models)]
-        return cls(dict(zip(roles, models, strict=True)), RewardSourceGroup.of(called, config.reward, config.run.seed))
+        specs = named(specs)
+        models = [spec for spec in specs if spec.model is not None]
+        sources = [spec for spec in specs if spec.model is None]
+        roles = [f"reward:{spec.name}" if i else "reward" for i, spec in enumerate(models)]
+        return cls(dict(zip(roles, models, strict=True)), RewardSourceGroup.of(sources, config.reward, config.run.seed))
 
 
-def _configured(config: PPOConfig) -> list[RewardSpec]:
-    entries = []
+def _specs_of_config(config: PPOConfig) -> list[RewardSpec]:
+    specs = []
     if config.reward_model:
         key, weight = "ppo.reward_model", config.reward_model_weight
-        entries.append(RewardSpec(model=config.reward_model, weight=weight, key=key))
+        specs.append(RewardSpec(model=config.reward_model, weight=weight, key=key))
     if config.reward_function:
         key, weight = "ppo.reward_function", config.reward_function_weight
-        entries.append(RewardSpec(function=config.reward_function, weight=weight, key=key))
+        specs.append(RewardSpec(function=config.reward_function, weight=weight, key=key))
     sources = enumerate(config.reward.sources)
-    return entries + [RewardSpec.of(source, f"ppo.reward.sources[{i}]") for i, source in sources]
+    return specs + [RewardSpec.of(source, f"ppo.reward.sources[{i}]") for i, source in sources]
 
 
-def _given(config: PPOConfig, parts: list[Any]) -> list[RewardSpec]:
-    entries = []
-    # What the first of its kind weighs that is given without a weight.
-    plain = {"model": config.reward_model_weight, "function": config.reward_function_weight}
-    for part in parts:
-        part, weight = part if isinstance(part, tuple) and len(part) == 2 else (part, None)
+def _specs_of(config: PPOConfig, rewards: list[Any]) -> list[RewardSpec]:
+    specs = []
+    # The first model and the first function without a weight get the configured one.
+    default_weights = {"model": config.reward_model_weight, "function": config.reward_function_weight}
+    for reward in rewards:
+        source, weight = reward if isinstance(reward, tuple) and len(reward) == 2 else (reward, None)
         if weight is not None and not _is_finite(weight):
             what = type(weight).__name__ if not isinstance(weight, (int, float)) else weight
             raise ConfigError(
                 f"reward: expected a source, or (source, weight) with a finite number; got {what} as weight"
             )
-        is_url = isinstance(part, str) and part.startswith(("http://", "https://"))
-        kind = "url" if is_url else "function" if _is_function(part) else "model"
-        entries.append(RewardSpec(**{kind: part}, weight=plain.pop(kind, 1.0) if weight is None else weight))
-    return entries
+        is_url = isinstance(source, str) and source.startswith(("http://", "https://"))
+        kind = "url" if is_url else "function" if _is_function(source) else "model"
+        specs.append(RewardSpec(**{kind: source}, weight=default_weights.pop(kind, 1.0) if weight is None else weight))
+    return specs
 
 
 def _is_finite(weight: Any) -> bool:
     return isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight)
 
 
-def _is_function(part: Any) -> bool:
-    if isinstance(part, str):
-        return ".py:" in part or (":" in part and not Path(part).exists())
-    return isinstance(part, Callable) and not hasattr(part, "state_dict")
+def _is_function(source: Any) -> bool:
+    if isinstance(source, str):
+        return ".py:" in source or (":" in source and not Path(source).exists())
+    return isinstance(source, Callable) and not hasattr(source, "state_dict")

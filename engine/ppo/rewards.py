@@ -1,4 +1,4 @@
-"""Asks every source of reward what responses are worth: reward models, functions and HTTP scorers."""
+"""Score responses with every source of reward: reward models, functions and HTTP scorers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from icegrt.rollout.samples import sample_of
 
 @dataclass(frozen=True)
 class RewardModel:
-    """A reward model at work: what its scores are logged under, and their weight once they are normalised."""
+    """A loaded reward model: the name its scores are logged under, and the weight of its normalised scores."""
 
     name: str
     weight: float
@@ -33,7 +33,13 @@ class RewardModel:
 
 @dataclass(frozen=True)
 class RewardOutputs:
-    """What was said of N responses, in their order. models: reward models; sources: functions and HTTP scorers."""
+    """Scores of N responses, in their order.
+
+    Attributes:
+        samples: the responses as reward functions receive them.
+        models: raw scores of each reward model.
+        sources: results and errors of each function and HTTP scorer.
+    """
 
     samples: list[Sample]
     models: list[ModelScores]
@@ -46,29 +52,29 @@ class RewardOutputs:
 
     @property
     def function_N(self) -> Tensor | None:
-        """The first function's or scorer's score, NaN where it has none: the metric that the run is watched by."""
+        """The first function's or scorer's score, [N] float32, NaN without one: the metric that alarms watch."""
         return torch.tensor(self.sources[0].scores, dtype=torch.float32) if self.sources else None
 
     @property
     def source_total_N(self) -> Tensor | None:
-        """The weighted sum over functions and scorers; one that has no score for a response pays it nothing."""
+        """The weighted sum over functions and scorers, [N] float32; a missing score counts as 0."""
         if not self.sources:
             return None
-        said = [s.weight * torch.tensor(s.scores, dtype=torch.float32).nan_to_num(nan=0.0) for s in self.sources]
-        return torch.stack(said).sum(0)
+        weighted = [s.weight * torch.tensor(s.scores, dtype=torch.float32).nan_to_num(nan=0.0) for s in self.sources]
+        return torch.stack(weighted).sum(0)
 
     @property
     def dropped_N(self) -> Tensor:
-        """[N] bool: a source failed on the response, and `on_error` is to drop it."""
+        """[N] bool: a source failed on the response, and `on_error` is `drop`."""
         dropped = torch.zeros(len(self.samples), dtype=torch.bool)
         for source in self.sources:
-            left_out = [e is not None and r.score is None for e, r in zip(source.errors, source.results, strict=True)]
-            dropped |= torch.tensor(left_out, dtype=torch.bool)
+            failed = [e is not None and r.score is None for e, r in zip(source.errors, source.results, strict=True)]
+            dropped |= torch.tensor(failed, dtype=torch.bool)
         return dropped
 
     @property
     def token_reward_A(self) -> Tensor | None:
-        """[A] float32, the weighted sum of token rewards over the responses' tokens; None where no source gave any."""
+        """The weighted sum of token rewards, [A] float32 over all tokens; None if no source returned any."""
         if all(r.token_rewards_A is None for source in self.sources for r in source.results):
             return None
         parts = [torch.zeros(len(sample.tokens)) for sample in self.samples]
@@ -79,7 +85,7 @@ class RewardOutputs:
         return torch.cat(parts)
 
     def select(self, index: Sequence[int]) -> RewardOutputs:
-        """The verdict on some responses, in the order of `index`."""
+        """Return the scores of the responses `index`, in that order."""
         sources = [
             replace(s, results=[s.results[i] for i in index], errors=[s.errors[i] for i in index]) for s in self.sources
         ]
@@ -87,63 +93,74 @@ class RewardOutputs:
         return RewardOutputs([self.samples[i] for i in index], models, sources)
 
     def values(self) -> dict[str, dict[str, list[float]]]:
-        """By source, then by name: `score` and the source's own metrics, of the responses that have them."""
-        found: dict[str, dict[str, list[float]]] = {m.name: {"score": m.score_N.tolist()} for m in self.models}
+        """Return by source, then by metric, the values of the responses that have one: `score`, `metrics/NAME`."""
+        values: dict[str, dict[str, list[float]]] = {m.name: {"score": m.score_N.tolist()} for m in self.models}
         for source in self.sources:
-            own = found[source.name] = {"score": [x for x in source.scores if not math.isnan(x)]}
+            metrics = values[source.name] = {"score": [x for x in source.scores if not math.isnan(x)]}
             for result in source.results:
                 for name, value in result.metrics.items():
-                    own.setdefault(f"metrics/{name}", []).append(value)
-        return found
+                    metrics.setdefault(f"metrics/{name}", []).append(value)
+        return values
 
     def errors(self) -> dict[str, int]:
-        """By source: how many responses it failed on."""
+        """Return by source the number of responses that it failed on."""
         return {s.name: sum(error is not None for error in s.errors) for s in self.sources}
 
 
 class RewardComputer:
-    """`models`: any number of reward models; `reward_sources`: functions and HTTP scorers."""
+    """Scores the responses of all ranks.
 
-    def __init__(self, models: Sequence[RewardModel], reward_sources: RewardSourceGroup, tokenizer: Any) -> None:
-        self.models, self.reward_sources, self.tokenizer = models, reward_sources, tokenizer
+    models: any number of reward models. reward_sources: functions and HTTP scorers.
+    """
+
+    def __init__(
+        self, models: Sequence[RewardModel], reward_sources: RewardSourceGroup, tokenizer: Any, cluster: Cluster
+    ) -> None:
+        self.models, self.reward_sources = models, reward_sources
+        self.tokenizer, self.cluster = tokenizer, cluster
 
     def __call__(self, plan: BatchPlan, prompts: Sequence[Prompt]) -> RewardOutputs:
-        """What is said of everyone's responses, in their order; `prompts[r.prompt_index]` is what response r answers.
+        """Score all responses of all ranks, in global order. Collective.
 
-        A collective. Raises `RewardError`.
+        Args:
+            plan: the responses; reward models read its micro-batches.
+            prompts: response r answers `prompts[r.prompt_index]`.
+
+        Raises:
+            RewardError: a source failed, and `on_error` is `stop`.
         """
         samples = [sample_of(self.tokenizer, r, prompts[r.prompt_index]) for r in plan.responses]
         models = [
             ModelScores(m.name, m.weight, plan.all_gather_sequences(score_sequences(m.role, plan.batches)))
             for m in self.models
         ]
-        return RewardOutputs(samples, models, self._grade(plan, samples))
+        return RewardOutputs(samples, models, self._score_with_sources(plan, samples))
 
-    def _grade(self, plan: BatchPlan, samples: list[Sample]) -> list[SourceScores]:
-        """Data-parallel ranks ask about a part of the prompts each, all responses to a prompt together; of the ranks
-        that hold one model only the first asks, and tells the others."""
-        cluster = Cluster.current()
+    def _score_with_sources(self, plan: BatchPlan, samples: list[Sample]) -> list[SourceScores]:
+        """Share the prompts among data-parallel ranks, all responses to a prompt together, and gather the scores."""
+        cluster = self.cluster
         if cluster.world_size == 1:
             return self.reward_sources.score(samples)
         ranks, rank = cluster.share.ranks, cluster.share.rank
         assignment = [[n for n, r in enumerate(plan.responses) if r.prompt_index % ranks == k] for k in range(ranks)]
+        # Of the ranks that hold one model together the first calls the sources and broadcasts the scores.
         first = dist.get_process_group_ranks(cluster.model_group)[0]
-        held: list[Any] = [None]
+        message: list[list[SourceScores] | None] = [None]
         if cluster.rank == first and assignment[rank]:
-            held = [self.reward_sources.score([samples[n] for n in assignment[rank]])]
-        dist.broadcast_object_list(held, first, group=cluster.model_group)
-        parts: list[Any] = [None] * ranks
-        dist.all_gather_object(parts, held[0], group=cluster.data_group)
-        asked = [(part, where) for part, where in zip(parts, assignment, strict=True) if part]
-        sources = range(len(asked[0][0])) if asked else ()
-        return [_joined([(part[i], where) for part, where in asked], len(samples)) for i in sources]
+            message = [self.reward_sources.score([samples[n] for n in assignment[rank]])]
+        dist.broadcast_object_list(message, first, group=cluster.model_group)
+        scores_by_rank: list[Any] = [None] * ranks
+        dist.all_gather_object(scores_by_rank, message[0], group=cluster.data_group)
+        parts = [(scores, indices) for scores, indices in zip(scores_by_rank, assignment, strict=True) if scores]
+        sources = range(len(parts[0][0])) if parts else ()
+        return [_merge([(scores[i], indices) for scores, indices in parts], len(samples)) for i in sources]
 
 
-def _joined(parts: list[tuple[SourceScores, list[int]]], count: int) -> SourceScores:
-    """One source's answers from several ranks, each response's at its place."""
+def _merge(parts: list[tuple[SourceScores, list[int]]], count: int) -> SourceScores:
+    """Merge one source's scores from several ranks, each with the indices of its responses among all `count`."""
     results: list[Any] = [None] * count
     errors: list[str | None] = [None] * count
-    for said, where in parts:
-        for n, result, error in zip(where, said.results, said.errors, strict=True):
+    for scores, indices in parts:
+        for n, result, error in zip(indices, scores.results, scores.errors, strict=True):
             results[n], errors[n] = result, error
     return replace(parts[0][0], results=results, errors=errors)

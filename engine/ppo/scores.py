@@ -1,4 +1,4 @@
-"""What a response is worth: reward models' scores normalised, what functions pay, the penalty for no EOS."""
+"""The total score of a response: normalised reward-model scores, function scores, the penalty for a missing EOS."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from icegrt.config import PPOConfig
 from icegrt.errors import ConfigError
 from icegrt.kernels import Moments, masked_moments
 
-# Scores that all agree have no spread to divide by.
+# Lower bound of the divisor: equal scores have a standard deviation of 0.
 _LEAST_STD = 1e-6
 
 
 class RunningScoreNormalizer:
     """Running moments of one reward model's scores over all ranks and iterations (Chan's rule, fp64).
 
-    score' = clip((score - shift * mean) / std, -c, c). The moments take in an iteration's scores before they are
-    applied to them. `start` gives statistics that were saved with the reward model; without them, and before the first
-    iteration, scores are taken as they are.
+        score' = clip((score - shift * mean) / std, -c, c)
+
+    The moments are updated with an iteration's scores before these are normalised. `start`: statistics saved with the
+    reward model. Without them, and before the first iteration, scores pass unchanged.
     """
 
     def __init__(self, config: PPOConfig, start: dict[str, float] | None = None) -> None:
@@ -35,17 +36,17 @@ class RunningScoreNormalizer:
 
     @property
     def factor(self) -> float:
-        """What scores are multiplied by; 1 where nothing is known of them yet."""
+        """The factor 1 / std; 1 while there are no moments, or if scores are not scaled."""
         if not (self.scale and self.moments.count > 0):
             return 1.0
         return 1.0 / max(self.moments.variance.sqrt().item(), _LEAST_STD)
 
     def update(self, score_N: Tensor, group: dist.ProcessGroup | None) -> None:
-        """Take in an iteration's scores, reduced over `group`."""
+        """Merge an iteration's scores into the moments, reduced over `group`. Collective."""
         self.moments = self.moments.merge(masked_moments(score_N.double().cpu(), group=group))
 
     def apply(self, score_N: Tensor) -> Tensor:
-        """Normalised and clipped scores, [N] float32; the given tensor stays as it is."""
+        """Return normalised and clipped scores, [N] float32."""
         score_N = score_N.double()
         if self.shift:
             score_N = score_N - self.moments.mean.item()
@@ -55,10 +56,12 @@ class RunningScoreNormalizer:
         return score_N.float()
 
     def state(self) -> dict[str, Any]:
+        """Return the moments for a checkpoint, as JSON."""
         m = self.moments
         return {"count": m.count.item(), "mean": m.mean.item(), "m2": m.m2.item()}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Restore `state()`."""
         self.moments = Moments(*(torch.tensor(state[k], dtype=torch.float64) for k in ("count", "mean", "m2")))
 
 
@@ -67,28 +70,27 @@ def _moments(count: float, mean: float, std: float) -> Moments:
 
 
 class RunningScoreNormalizers(dict[str, RunningScoreNormalizer]):
-    """A scaling for each reward model, by its name."""
+    """One normalizer per reward model, by name."""
 
     def state(self) -> dict[str, Any]:
-        """By name, as JSON."""
-        return {name: scaling.state() for name, scaling in self.items()}
+        """Return the moments of all models for a checkpoint, as JSON."""
+        return {name: normalizer.state() for name, normalizer in self.items()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take `state()` back. Raises `ConfigError` where it is of other reward models: nobody knows whose
-        moments are whose."""
+        """Restore `state()`. Raises `ConfigError` if it belongs to other reward models."""
         if set(state) != set(self):
-            saved, ours = (", ".join(names) or "none" for names in (state, self))
+            saved, configured = (", ".join(names) or "none" for names in (state, self))
             raise ConfigError(
-                f"the checkpoint has score statistics of the reward models {saved}; this run has {ours}. Name the "
-                "same models (ppo.reward_model, ppo.reward.sources), or start a new run from the checkpoint's actor"
+                f"the checkpoint has score statistics of the reward models {saved}; this run has {configured}. Name "
+                "the same models (ppo.reward_model, ppo.reward.sources), or start a new run from the checkpoint's actor"
             )
-        for name, scaling in self.items():
-            scaling.load_state(state[name])
+        for name, normalizer in self.items():
+            normalizer.load_state(state[name])
 
 
 @dataclass(frozen=True)
 class ModelScores:
-    """What one reward model said of N responses, in their order: raw scores, [N] float32."""
+    """Raw scores of one reward model, [N] float32, in the order of the responses."""
 
     name: str
     weight: float
@@ -97,9 +99,12 @@ class ModelScores:
 
 @dataclass(frozen=True)
 class Scores:
-    """Per response, [N] float32 each: the parts as they were given, and the total that PPO is paid.
+    """Scores of N responses, [N] float32 each.
 
-    paid_N: the weighted sum of what functions and HTTP scorers said. The total of a dropped response is 0.
+    Attributes:
+        total_N: the total score, from which PPO's rewards come; 0 for a dropped response.
+        models: raw scores of each reward model.
+        source_total_N: weighted sum over functions and HTTP scorers; None without any.
     """
 
     total_N: Tensor
@@ -115,7 +120,18 @@ def total_scores(
     truncated_N: Tensor,
     dropped_N: Tensor | None = None,
 ) -> Scores:
-    """Sum of weight * normalised score over reward models + what functions and scorers pay - penalty if truncated."""
+    """Return the total score of every response.
+
+        total = sum over reward models of weight * normalised score + source total - missing_eos_penalty * truncated
+
+    Args:
+        config: `missing_eos_penalty` is read.
+        normalizers: by reward model.
+        models: raw scores, [N] each.
+        source_total_N: weighted sum over functions and HTTP scorers, or None.
+        truncated_N: [N], bool or 0/1.
+        dropped_N: [N] bool, the responses whose total is 0.
+    """
     total_N = torch.zeros(truncated_N.shape[0])
     for model in models:
         total_N = total_N + model.weight * normalizers[model.name].apply(model.score_N)

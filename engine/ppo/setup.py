@@ -1,24 +1,209 @@
-"""What a PPO run is made of, checked before any time is spent: its keys, its roles, the lengths of its prompts."""
+"""Check a PPO run's configuration and inputs, and build its components, before any time is spent on training."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from icegrt.config import PPOConfig
-from icegrt.data import EncodedDataset, Prompt
+from icegrt.data import (
+    BlendedDataset,
+    EncodedDataset,
+    ExampleEncoder,
+    Prompt,
+    PromptEncoder,
+    PromptSampler,
+    open_rows,
+    report_lengths,
+    stop_ids,
+)
+from icegrt.data.training_data import encode_sources
 from icegrt.distributed.cluster import Cluster
 from icegrt.errors import CheckpointError, ConfigError
 from icegrt.model.architecture import DTYPES
-from icegrt.model.build import build_model
+from icegrt.model.build import build_model, check_parallelism
 from icegrt.model.hf.reader import HFCheckpointReader
+from icegrt.model.hf.score_statistics import saved_statistics
+from icegrt.model.pipeline_model import PipelineModel
+from icegrt.ppo.evaluator import Evaluator
+from icegrt.ppo.kl_controller import FixedKL, kl_controller
 from icegrt.ppo.reward_sources import RewardComposition
+from icegrt.ppo.rewards import RewardComputer, RewardModel
+from icegrt.ppo.scores import RunningScoreNormalizer, RunningScoreNormalizers
+from icegrt.ppo.scoring import LogprobScorer
+from icegrt.ppo.update import Updater
 from icegrt.rewards.sources import MODEL_NAME
-from icegrt.roles.role import Role
+from icegrt.roles.role import Role, TrainableRole
+from icegrt.rollout.engine import RolloutEngine
+from icegrt.rollout.samples import sample_of
+from icegrt.rollout.types import Sampling
+from icegrt.training.trainer import resolve_chunk_rows, tokenizer_for
 from icegrt.utils.files import read_object
 
 
+@dataclass(frozen=True)
+class PPOInputs:
+    """Models and data of a run, from Python or from the configuration; nothing is loaded yet.
+
+    Attributes:
+        actor, reference, critic: path or `transformers` model; reference and critic may be None.
+        tokenizer: None: the actor's.
+        rewards: reward models, functions and HTTP scorers.
+        prompts, eval_prompts: path, rows or `datasets.Dataset`; eval_prompts may be None.
+    """
+
+    actor: Any
+    tokenizer: Any
+    rewards: RewardComposition
+    prompts: Any
+    reference: Any
+    critic: Any
+    eval_prompts: Any
+
+
+@dataclass(frozen=True)
+class PPOComponents:
+    """The objects that a PPO run consists of.
+
+    Attributes:
+        tokenizer: shared by all roles.
+        sampling: how rollouts are drawn.
+        prompts, eval_prompts: encoded; no eval prompts: an empty list.
+        prompt_sampler: the order of the prompts.
+        ptx: pretraining text to mix in; None without.
+        roles: actor, reference, one per reward model, critic.
+        engine: the actor's rollout engine.
+        reward_computer: scores responses with all sources of reward.
+        normalizers: one per reward model.
+        scorer: reads log-probs under actor and reference.
+        evaluator: answers and scores held-out prompts.
+        updater: takes the optimizer steps.
+        kl_controller: holds the KL coefficient.
+    """
+
+    tokenizer: Any
+    sampling: Sampling
+    prompts: EncodedDataset[Prompt]
+    eval_prompts: Sequence[Prompt]
+    prompt_sampler: PromptSampler
+    ptx: BlendedDataset | None
+    roles: dict[str, Role]
+    engine: RolloutEngine
+    reward_computer: RewardComputer
+    normalizers: RunningScoreNormalizers
+    scorer: LogprobScorer
+    evaluator: Evaluator
+    updater: Updater
+    kl_controller: FixedKL
+
+    @property
+    def actor(self) -> TrainableRole:
+        """The policy that is trained."""
+        return self.roles["actor"]
+
+    @property
+    def reference(self) -> Role:
+        """The frozen policy that the KL is measured against."""
+        return self.roles["reference"]
+
+    @property
+    def critic(self) -> TrainableRole:
+        """The value model."""
+        return self.roles["critic"]
+
+
+def build_ppo(
+    config: PPOConfig, inputs: PPOInputs, cluster: Cluster, resumed_chunk_rows: int | None = None
+) -> PPOComponents:
+    """Build all components of a run.
+
+    Args:
+        config: checked by `check_config`.
+        inputs: models and data.
+        cluster: the open cluster.
+        resumed_chunk_rows: logit chunk size of the checkpoint to resume from.
+
+    Raises:
+        UserError: an input cannot be used. The cheapest checks come first.
+    """
+    # 1. The layout must divide the model, before workers start and data is encoded.
+    pretrained = HFCheckpointReader(inputs.actor)
+    architecture = pretrained.architecture
+    check_parallelism(architecture, cluster)
+    inputs.rewards.sources.start()
+
+    # 2. Tokenizer and data.
+    tokenizer = tokenizer_for(inputs.tokenizer, inputs.actor, architecture)
+    stops = stop_ids(tokenizer, architecture.hf_config, pretrained.folder, config.sampling.stop_token_ids)
+    context = architecture.context_length
+    prompts = _encode_prompts(config, "prompts", inputs.prompts, tokenizer, context)
+    eval_prompts: Sequence[Prompt] = []
+    if inputs.eval_prompts is not None:
+        eval_prompts = _encode_prompts(
+            config, "eval_prompts", inputs.eval_prompts, tokenizer, context, config.eval_limit
+        )
+    ptx = None
+    if config.ptx_coef:
+        encoder = ExampleEncoder(tokenizer, min(context, config.token_budget), stop_ids=stops)
+        ptx = BlendedDataset(encode_sources("ppo.ptx_data", config.ptx_data, None, encoder), config.run.seed)
+
+    # 3. Models, reward normalizers and roles.
+    models = build_models(config, pretrained, inputs, cluster)
+    check_lengths(config, [dataset for dataset in (prompts, eval_prompts) if dataset], models)
+    specs = inputs.rewards.models
+    normalizers = RunningScoreNormalizers(
+        {spec.name: RunningScoreNormalizer(config, saved_statistics(spec.model)) for spec in specs.values()}
+    )
+    if inputs.critic is None and config.critic.init == "reward":
+        # The reward model's head returns raw scores; returns are on the scale of weighted, normalised scores.
+        first = next(iter(specs.values()))
+        models["critic"].scale_head(first.weight * normalizers[first.name].factor)
+    roles = _build_roles(config, models)
+
+    # 4. What works on the roles. Chunks depend on free memory, so they are chosen after the optimizers are allocated.
+    chunk_rows = resolve_chunk_rows(config.chunk_rows, architecture, resumed_chunk_rows)
+    scorer = LogprobScorer(config.sampling.temperature, chunk_rows)
+    actor, reference, critic = roles["actor"], roles["reference"], roles["critic"]
+    engine = RolloutEngine(actor.model, tokenizer, max_batch=config.max_batch, stop_token_ids=stops)
+    reward_models = [RewardModel(spec.name, spec.weight, roles[role]) for role, spec in specs.items()]
+    reward_computer = RewardComputer(reward_models, inputs.rewards.sources, tokenizer, cluster)
+    return PPOComponents(
+        tokenizer=tokenizer,
+        sampling=Sampling.of(config.sampling, config.run.seed),
+        prompts=prompts,
+        eval_prompts=eval_prompts,
+        prompt_sampler=PromptSampler(len(prompts), config.run.seed),
+        ptx=ptx,
+        roles=roles,
+        engine=engine,
+        reward_computer=reward_computer,
+        normalizers=normalizers,
+        scorer=scorer,
+        evaluator=Evaluator(config, engine, reward_computer, normalizers, scorer, actor, reference, cluster),
+        updater=Updater(config, actor, critic, scorer, cluster),
+        kl_controller=kl_controller(config),
+    )
+
+
+def probe_reward_sources(components: PPOComponents) -> None:
+    """Score a few short responses: a reward function that fails must fail before the first rollout. Collective."""
+    sources = components.reward_computer.reward_sources
+    if not sources:
+        return
+    prompts, sampling = components.prompts[:2], components.sampling
+    sampling = dataclasses.replace(sampling, max_new_tokens=min(4, sampling.max_new_tokens))
+    responses = components.engine.generate([p.tokens for p in prompts], 1, sampling)
+    sources.probe([sample_of(components.tokenizer, r, prompts[r.prompt_index]) for r in responses])
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------
+
+
 def check_config(config: PPOConfig) -> None:
-    """Refuse keys that contradict each other. Raises `ConfigError` naming them."""
+    """Raise `ConfigError` for keys that contradict each other; it names them."""
     sampling = config.sampling
     if sampling.top_k or sampling.top_p < 1.0:
         raise ConfigError(
@@ -42,7 +227,7 @@ def check_config(config: PPOConfig) -> None:
 
 
 def check_critic(config: PPOConfig, composition: RewardComposition, critic: Any) -> None:
-    """Refuse a critic that has nothing to start from. Raises `ConfigError`."""
+    """Raise `ConfigError` if the critic has no weights to start from."""
     if critic is None and config.critic.init == "reward" and not composition.models:
         raise ConfigError(
             "ppo.critic.init is 'reward', but there is no reward model to start from; set ppo.critic.init=actor "
@@ -50,54 +235,23 @@ def check_critic(config: PPOConfig, composition: RewardComposition, critic: Any)
         )
 
 
-def build_roles(
-    cluster: Cluster,
-    config: PPOConfig,
-    actor: HFCheckpointReader,
-    reference: Any,
-    composition: RewardComposition,
-    critic: Any,
-) -> dict[str, Role]:
-    """Return the roles by name: actor, reference, one per reward model, critic. Actor and critic do not learn yet.
-
-    All checkpoints are compared with the actor's before the first model is built.
-    """
-    frozen = HFCheckpointReader(reference) if reference is not None else actor
-    _same_vocabulary(actor, frozen, "reference")
-    rewards = {role: HFCheckpointReader(entry.model) for role, entry in composition.models.items()}
-    for role, reward in rewards.items():
-        name = composition.models[role].name
-        _same_vocabulary(actor, reward, "reward model" if name == MODEL_NAME else f"reward model `{name}`")
-    if critic is not None:
-        start, new_head = HFCheckpointReader(critic), False
-    elif config.critic.init == "reward":
-        start, new_head = next(iter(rewards.values())), False
-    else:
-        start, new_head = actor, True
-    _same_vocabulary(actor, start, "critic")
-    dtype, recompute = DTYPES[config.run.dtype], config.run.recompute
-    models = {"actor": build_model(actor, "lm", cluster, dtype=dtype, recompute=recompute)}
-    models["reference"] = build_model(frozen, "lm", cluster, dtype=dtype)
-    models |= {role: build_model(reward, "scalar", cluster, dtype=dtype) for role, reward in rewards.items()}
-    models["critic"] = build_model(start, "scalar", cluster, dtype=dtype, new_head=new_head, recompute=recompute)
-    return {name: Role(name, model) for name, model in models.items()}
-
-
-def _same_vocabulary(actor: HFCheckpointReader, other: HFCheckpointReader, name: str) -> None:
+def _check_same_vocabulary(actor: HFCheckpointReader, other: HFCheckpointReader, name: str) -> None:
+    """Raise `ConfigError` if two checkpoints read other tokens."""
     if other.architecture.vocab_size != actor.architecture.vocab_size:
         raise ConfigError(
             f"the {name} ({other.where}) has a vocabulary of {other.architecture.vocab_size} tokens, the actor "
             f"({actor.where}) one of {actor.architecture.vocab_size}: all roles must read the same tokens"
         )
-    ours, theirs = _tokenizer_file(actor), _tokenizer_file(other)
-    if ours is not None and theirs is not None and ours != theirs:
+    actor_tokens, other_tokens = _tokenizer_tables(actor), _tokenizer_tables(other)
+    if actor_tokens is not None and other_tokens is not None and actor_tokens != other_tokens:
         raise ConfigError(
             f"the {name} ({other.where}) and the actor ({actor.where}) map text to different token ids: "
             "all roles must share one tokenizer"
         )
 
 
-def _tokenizer_file(source: HFCheckpointReader) -> Any:
+def _tokenizer_tables(source: HFCheckpointReader) -> Any:
+    """Return the vocabulary and the added tokens of `tokenizer.json`; None without such a file."""
     path = source.folder / "tokenizer.json" if source.folder is not None else None
     if path is None or not path.is_file():
         return None
@@ -108,19 +262,81 @@ def _tokenizer_file(source: HFCheckpointReader) -> Any:
         raise CheckpointError(f"{path}: not a tokenizer's file; copy it again") from None
 
 
-def check_lengths(config: PPOConfig, prompts: list[EncodedDataset[Prompt]], roles: dict[str, Role]) -> None:
-    """Every sequence must fit every role's context and the token budget. Raises `ConfigError`."""
-    longest = max((part.longest() for part in prompts), key=len)
+def check_lengths(
+    config: PPOConfig, prompts: Sequence[EncodedDataset[Prompt]], models: dict[str, PipelineModel]
+) -> None:
+    """Raise `ConfigError` if a sequence may exceed the token budget or the context of a role."""
+    longest = max((dataset.longest() for dataset in prompts), key=len)
     total = len(longest) + config.sampling.max_new_tokens
     if total > config.token_budget:
         raise ConfigError(
             f"ppo.token_budget is {config.token_budget}, but {longest.where} may grow to {total} tokens "
             f"({len(longest)} + max_new_tokens {config.sampling.max_new_tokens}); raise it"
         )
-    for role in roles.values():
-        context = role.model.architecture.context_length
+    for name, model in models.items():
+        context = model.architecture.context_length
         if total > context:
             raise ConfigError(
-                f"{longest.where} may grow to {total} tokens, beyond the {role.name}'s context of {context}; "
+                f"{longest.where} may grow to {total} tokens, beyond the {name}'s context of {context}; "
                 "lower ppo.sampling.max_new_tokens or shorten the prompt"
             )
+
+
+# -- data, models and roles --------------------------------------------------------------------------------------------
+
+
+def _encode_prompts(
+    config: PPOConfig, key: str, source: Any, tokenizer: Any, context: int, limit: int = 0
+) -> EncodedDataset[Prompt]:
+    answer = config.sampling.max_new_tokens
+    if answer >= context:
+        raise ConfigError(f"ppo.sampling.max_new_tokens {answer} leaves no room for a prompt: context {context}")
+    why = f"context {context} - max_new_tokens {answer} leaves {context - answer}"
+    encoder = PromptEncoder(tokenizer, context - answer, config.truncation, why=why)
+    rows = open_rows(source, limit, input_key=config.input_key)
+    prompts = EncodedDataset(rows, encoder, str(source) if isinstance(source, (str, Path)) else key)
+    report_lengths([prompts])
+    return prompts
+
+
+def build_models(
+    config: PPOConfig, actor: HFCheckpointReader, inputs: PPOInputs, cluster: Cluster
+) -> dict[str, PipelineModel]:
+    """Return the models by the name of their role: actor, reference, one per reward model, critic.
+
+    All checkpoints are compared with the actor's before the first model is allocated.
+    """
+    # 1. Open and compare the checkpoints.
+    reference = HFCheckpointReader(inputs.reference) if inputs.reference is not None else actor
+    _check_same_vocabulary(actor, reference, "reference")
+    rewards = {role: HFCheckpointReader(spec.model) for role, spec in inputs.rewards.models.items()}
+    for role, reader in rewards.items():
+        name = inputs.rewards.models[role].name
+        _check_same_vocabulary(actor, reader, "reward model" if name == MODEL_NAME else f"reward model `{name}`")
+    if inputs.critic is not None:
+        critic, new_head = HFCheckpointReader(inputs.critic), False
+    elif config.critic.init == "reward":
+        critic, new_head = next(iter(rewards.values())), False
+    else:
+        critic, new_head = actor, True
+    _check_same_vocabulary(actor, critic, "critic")
+
+    # 2. Build the models. Activations are recomputed in those that train.
+    dtype, recompute = DTYPES[config.run.dtype], config.run.recompute
+    models = {"actor": build_model(actor, "lm", cluster, dtype=dtype, recompute=recompute)}
+    models["reference"] = build_model(reference, "lm", cluster, dtype=dtype)
+    models |= {role: build_model(reader, "scalar", cluster, dtype=dtype) for role, reader in rewards.items()}
+    models["critic"] = build_model(critic, "scalar", cluster, dtype=dtype, new_head=new_head, recompute=recompute)
+    return models
+
+
+def _build_roles(config: PPOConfig, models: dict[str, PipelineModel]) -> dict[str, Role]:
+    """Return a role for each model; actor and critic train."""
+    critic, iterations = config.critic, config.iterations
+    actor_steps = (iterations - critic.warmup_iterations) * config.ppo_epochs * config.minibatches
+    critic_steps = iterations * config.critic_epochs * config.minibatches
+    trainable = {"actor": (config.optimizer, max(1, actor_steps)), "critic": (critic.optimizer, critic_steps)}
+    return {
+        name: TrainableRole(name, model, *trainable[name]) if name in trainable else Role(name, model)
+        for name, model in models.items()
+    }

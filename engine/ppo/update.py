@@ -1,78 +1,103 @@
 """The update: clipped policy loss for the actor, clipped value loss for the critic, one optimizer step per minibatch.
 
-The plan says which micro-batches make a minibatch, so that neither shapes nor members change between scoring, update
-and layouts; the order of the minibatches is drawn anew in every epoch.
+The batch plan fixes the micro-batches of each minibatch, so scoring and update see the same shapes and members in every
+layout. The order of the minibatches is drawn anew in every epoch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from icegrt.config import PPOConfig
 from icegrt.data import Example
 from icegrt.distributed.cluster import Cluster
-from icegrt.kernels import linear_ppo_loss, value_loss
-from icegrt.packing import PackedBatch
+from icegrt.errors import RunError
+from icegrt.kernels import PolicyStats, ValueStats
 from icegrt.ppo.experience import Experience
-from icegrt.roles.role import Loss, Role, StepOutcome
-from icegrt.training.sft_loss import pack_examples, response_nll
+from icegrt.ppo.losses import CriticLoss, PolicyLoss, PtxLoss
+from icegrt.ppo.scoring import LogprobScorer
+from icegrt.roles.micro_batch import MicroBatch, merge_by_type
+from icegrt.roles.role import StepOutcome, TrainableRole
+from icegrt.training.sft_loss import NLLStats, pack_examples
+
+# Consecutive steps of one role that may be skipped for a loss or gradient that is not finite.
+_MOST_SKIPPED = 3
 
 
 @dataclass
 class UpdateOutcome:
-    """What the optimizer steps of an iteration did, in order; statistics merged over all of them."""
+    """The optimizer steps of an iteration, in order, and their statistics merged by type.
+
+    empty: steps not taken, because no action of their minibatch counts on any rank.
+    """
 
     actor: list[StepOutcome] = field(default_factory=list)
     critic: list[StepOutcome] = field(default_factory=list)
-    policy_stats: Any = None
-    first_policy_stats: Any = None
-    """Statistics of the very first minibatch, before any weight moved: its ratio is exactly 1."""
-    value_stats: Any = None
-    ptx_loss_sum: float = 0.0
-    ptx_tokens: int = 0
+    stats: dict[type, Any] = field(default_factory=dict)
     empty: int = 0
-    """Steps that were not taken, because no action of their minibatch counts on any rank."""
+
+    def add(self, stats: Iterable[Any]) -> None:
+        """Merge further statistics into `stats`."""
+        self.stats = merge_by_type([*self.stats.values(), *stats])
+
+    @property
+    def policy_stats(self) -> PolicyStats | None:
+        """Statistics of the policy loss; None if the actor took no step."""
+        return self.stats.get(PolicyStats)
+
+    @property
+    def value_stats(self) -> ValueStats:
+        """Statistics of the value loss."""
+        return self.stats[ValueStats]
+
+    @property
+    def ptx_stats(self) -> NLLStats:
+        """Likelihood of the pretraining text; no tokens without ptx mixing."""
+        return self.stats.get(NLLStats, NLLStats())
 
     @property
     def skipped(self) -> int:
+        """Steps without effect, because a loss or gradient was not finite."""
         return sum(outcome.skipped for outcome in (*self.actor, *self.critic))
 
 
 class Updater:
-    """Runs an iteration's optimizer steps on actor and critic."""
+    """Run an iteration's optimizer steps on actor and critic. All ranks call it together."""
 
     def __init__(
         self,
         config: PPOConfig,
-        actor: Role,
-        critic: Role,
-        chunk_rows: int | None,
-        group: dist.ProcessGroup | None,
+        actor: TrainableRole,
+        critic: TrainableRole,
+        scorer: LogprobScorer,
+        cluster: Cluster,
     ) -> None:
         self.config, self.actor, self.critic = config, actor, critic
-        self.chunk_rows, self.group = chunk_rows, group
+        self.scorer, self.cluster = scorer, cluster
 
     def run(
         self, experience: Experience, kl_coef: float, iteration: int, ptx: Sequence[Sequence[Example]] = ()
     ) -> UpdateOutcome:
-        """Passes of `minibatches` steps: `ppo_epochs` for the actor, `critic.epochs` for the critic.
+        """Take `minibatches` steps in each of `ppo_epochs` passes of the actor and `critic.epochs` of the critic.
 
-        `ptx`: one batch of examples per actor step, or none.
+        Args:
+            experience: this rank's scored responses.
+            kl_coef: the KL coefficient if `kl_in` is "loss".
+            iteration: from 1; it seeds the order of the minibatches and decides about the critic's warm-up.
+            ptx: one batch of examples per actor step, or none.
         """
         outcome = UpdateOutcome()
         warming_up = iteration <= self.config.critic.warmup_iterations
         actor_epochs = 0 if warming_up else self.config.ppo_epochs
         for epoch in range(max(actor_epochs, self.config.critic_epochs)):
             for number, members in enumerate(self._minibatches(experience, iteration, epoch)):
-                if not self._counted(experience, members):
-                    # Every response of it was dropped. Adam would move the weights all the same, by its momentum.
+                if not self._counted_actions(experience, members):
+                    # All its responses were dropped. A step would still change the weights, by Adam's momentum.
                     outcome.empty += (epoch < actor_epochs) + (epoch < self.config.critic_epochs)
                     continue
                 if epoch < actor_epochs:
@@ -82,6 +107,26 @@ class Updater:
                     self._critic_step(experience, members, outcome)
         return outcome
 
+    def policy_work(self, experience: Experience, members: Sequence[int], kl_coef: float) -> list[MicroBatch]:
+        """Return the micro-batches `members` with the actor's loss."""
+        moments = experience.moments.to(self.actor.device) if self.config.whiten_advantages else None
+        loss = PolicyLoss(self.config, self.actor, kl_coef, moments, self.scorer)
+        batches = experience.plan.action_batches(
+            members,
+            old_logprob_A=experience.old_logprob_A,
+            ref_logprob_A=experience.ref_logprob_A,
+            advantage_A=experience.shaped.advantage_A,
+        )
+        return [MicroBatch(batch, loss) for batch in batches]
+
+    def critic_work(self, experience: Experience, members: Sequence[int]) -> list[MicroBatch]:
+        """Return the micro-batches `members` with the critic's loss."""
+        loss = CriticLoss(self.critic, self.config.value_clip or None)
+        batches = experience.plan.action_batches(
+            members, old_value_A=experience.value_A, return_A=experience.shaped.return_A
+        )
+        return [MicroBatch(batch, loss) for batch in batches]
+
     def _minibatches(self, experience: Experience, iteration: int, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed((self.config.run.seed << 32) ^ (iteration << 8) ^ epoch)
         order = torch.randperm(self.config.minibatches, generator=generator).tolist()
@@ -90,115 +135,50 @@ class Updater:
     def _actor_step(
         self, experience: Experience, members: list[int], kl_coef: float, ptx: Sequence[Example], outcome: UpdateOutcome
     ) -> None:
-        batches = [experience.plan.batches[i] for i in members]
-        loss = self.policy_loss(experience, members, kl_coef)
-        losses = [lambda hidden, i: loss(hidden, i)] * len(batches)
+        work = self.policy_work(experience, members, kl_coef)
         if ptx:
-            ptx_batches = pack_examples(ptx, self.config.token_budget, Cluster.current().share)
-            ptx_loss = self._ptx_loss(ptx_batches, self._counted(experience, members), len(batches))
-            batches, losses = batches + ptx_batches, losses + [ptx_loss] * len(ptx_batches)
-        step = self.actor.step(batches, lambda hidden, i: losses[i](hidden, i))
+            work += self._ptx_work(ptx, self._counted_actions(experience, members))
+        step = self.actor.train_step(work)
         outcome.actor.append(step)
-        policy = [stats for stats in step.stats if not isinstance(stats, tuple)]
-        for total, tokens in (stats for stats in step.stats if isinstance(stats, tuple)):
-            outcome.ptx_loss_sum += total
-            outcome.ptx_tokens += tokens
-        merged = _merge(policy)
-        outcome.policy_stats = _merge([outcome.policy_stats, merged])
-        outcome.first_policy_stats = outcome.first_policy_stats or merged
+        outcome.add(merge_by_type(step.stats).values())
 
-    def policy_loss(self, experience: Experience, members: list[int], kl_coef: float):
-        """The actor's loss of the i-th of `members`: sum, count and `PolicyStats`."""
-        config, plan, model = self.config, experience.plan, self.actor.model
-        old, advantage, reference = (
-            plan.split_A(x) for x in (experience.old_logprob_A, experience.shaped.advantage_A, experience.ref_logprob_A)
-        )
-        moments = experience.moments.to(self.actor.device) if config.whiten_advantages else None
-
-        def loss(hidden_TH: Tensor, i: int) -> Loss:
-            index = members[i]
-            batch = plan.batches[index].to(hidden_TH.device)
-            in_loss = config.kl_in == "loss" and kl_coef > 0
-            out = linear_ppo_loss(
-                hidden_TH[batch.action_rows_A],
-                model.lm_weight_VH,
-                batch.action_tokens_A,
-                None if config.reuse_update_logprob else old[index].to(hidden_TH.device),
-                advantage[index].to(hidden_TH.device),
-                ref_logprob_A=reference[index].to(hidden_TH.device) if in_loss else None,
-                mask_A=batch.action_mask_A,
-                normalizer=1.0,  # Megatron divides by the global count
-                clip_low=config.clip_low,
-                clip_high=config.clip_high,
-                dual_clip=config.dual_clip,
-                kl_coef=kl_coef if in_loss else 0.0,
-                kl_estimator=config.kl_estimator,
-                entropy_coef=config.entropy_coef,
-                temperature=config.sampling.temperature,
-                moments=moments,
-                shard=model.vocab_shard,
-                chunk_rows=self.chunk_rows,
-            )
-            return out.loss, batch.n_counted_actions, out.stats
-
-        return loss
-
-    def _ptx_loss(self, batches: list[PackedBatch], actions: float, offset: int):
-        # Megatron divides everything by the number of actions; a mean over ptx tokens is put on that footing here.
-        tokens = self._global(sum(batch.n_counted_actions for batch in batches))
-        scale = self.config.ptx_coef * actions / max(tokens, 1)
-
-        def loss(hidden_TH: Tensor, i: int) -> Loss:
-            batch = batches[i - offset].to(hidden_TH.device)
-            total = response_nll(self.actor, hidden_TH, batch, self.chunk_rows)
-            return total * scale, 0, (float(total.detach()), batch.n_counted_actions)
-
-        return loss
+    def _ptx_work(self, examples: Sequence[Example], actions: float) -> list[MicroBatch]:
+        batches = pack_examples(examples, self.config.token_budget, self.cluster.share)
+        # Megatron divides the whole step by the number of actions; `scale` turns that into a mean over ptx tokens.
+        (tokens,) = self.cluster.all_reduce_sum([sum(batch.n_counted_actions for batch in batches)])
+        loss = PtxLoss(self.actor, self.config.ptx_coef * actions / max(tokens, 1), self.scorer.chunk_rows)
+        return [MicroBatch(batch, loss) for batch in batches]
 
     def _critic_step(self, experience: Experience, members: list[int], outcome: UpdateOutcome) -> None:
-        batches = [experience.plan.batches[i] for i in members]
-        step = self.critic.step(batches, self.critic_loss(experience, members))
+        step = self.critic.train_step(self.critic_work(experience, members))
         outcome.critic.append(step)
-        outcome.value_stats = _merge([outcome.value_stats, *step.stats])
+        outcome.add(step.stats)
 
-    def critic_loss(self, experience: Experience, members: list[int]):
-        """The critic's loss of the i-th of `members`: sum, count and `ValueStats`."""
-        plan, clip = experience.plan, self.config.value_clip or None
-        old, returns = (plan.split_A(x) for x in (experience.value_A, experience.shaped.return_A))
-
-        def loss(hidden_TH: Tensor, i: int) -> Loss:
-            index = members[i]
-            batch = plan.batches[index].to(hidden_TH.device)
-            out = value_loss(
-                self.critic.model.head(hidden_TH[batch.action_rows_A]),
-                old[index].to(hidden_TH.device),
-                returns[index].to(hidden_TH.device),
-                clip=clip,
-                normalizer=1.0,
-                mask_A=batch.action_mask_A,
-            )
-            return out.loss, batch.n_counted_actions, out.stats
-
-        return loss
-
-    def _counted(self, experience: Experience, members: list[int]) -> float:
-        """Actions of a minibatch that count, over all ranks."""
-        return self._global(sum(experience.plan.batches[i].n_counted_actions for i in members))
-
-    def _global(self, count: int) -> float:
-        total = torch.tensor(float(count), dtype=torch.float64)
-        dist.all_reduce(total, group=self.group)
-        return total.item()
+    def _counted_actions(self, experience: Experience, members: list[int]) -> float:
+        """Return the number of actions of a minibatch that count, over all ranks."""
+        (total,) = self.cluster.all_reduce_sum([sum(experience.plan.batches[i].n_counted_actions for i in members)])
+        return total
 
 
-def _merge(parts: list[Any]) -> Any:
-    merged = None
-    for part in parts:
-        merged = part if merged is None else merged.merge(part) if part is not None else merged
-    return merged
+class SkipGuard:
+    """Count the consecutive skipped steps of actor and critic, over iterations."""
+
+    def __init__(self) -> None:
+        self.skipped_in_a_row = {"actor": 0, "critic": 0}
+
+    def check(self, outcome: UpdateOutcome) -> None:
+        """Take in an iteration's steps. Raises `RunError` at the third skipped step of a role in a row."""
+        for name, steps in (("actor", outcome.actor), ("critic", outcome.critic)):
+            for step in steps:
+                self.skipped_in_a_row[name] = self.skipped_in_a_row[name] + 1 if step.skipped else 0
+                if self.skipped_in_a_row[name] >= _MOST_SKIPPED:
+                    raise RunError(
+                        f"{_MOST_SKIPPED} optimizer steps in a row of the {name} had a loss or gradient that is not "
+                        "finite; lower its learning rate, and resume from the last checkpoint"
+                    )
 
 
 def mean_grad_norm(outcomes: Sequence[StepOutcome]) -> float:
-    """Mean gradient norm of the steps that were taken; NaN where none was."""
+    """Return the mean gradient norm of the steps that took effect; NaN if none did."""
     norms = [o.grad_norm for o in outcomes if not o.skipped]
     return sum(norms) / len(norms) if norms else math.nan

@@ -9,11 +9,14 @@ from icegrt.config import OptimizerConfig
 from icegrt.model.pipeline_model import PipelineModel
 
 
-def wrap(model: PipelineModel, *, overlap: bool | None = None, bucket_size: int | None = None) -> list:
-    """Megatron's DDP around every chunk: fp32 gradients, reduce-scattered into the distributed optimizer's shares.
+def wrap(model: PipelineModel, *, overlap: bool | None = None, bucket_size: int | None = None) -> list[Any]:
+    """Wrap every chunk in Megatron's DDP: fp32 gradients, reduce-scattered into the distributed optimizer's shards.
 
-    overlap: the reduction with the backward pass, and gathering parameters with the next forward pass (None: on a GPU).
-    bucket_size: parameters that travel together where they overlap (None: as many as Megatron thinks best).
+    Args:
+        model: the chunks of this rank.
+        overlap: reduce gradients during the backward pass and gather parameters during the next forward pass. None:
+            on a GPU.
+        bucket_size: parameters per bucket when they overlap. None: Megatron's default.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
@@ -25,7 +28,7 @@ def wrap(model: PipelineModel, *, overlap: bool | None = None, bucket_size: int 
         overlap_param_gather=overlap,
         bucket_size=bucket_size,
     )
-    # Only the first chunk is cut into buckets: the later ones' reductions hide behind the earlier ones' backward.
+    # Only the first chunk has buckets: the reductions of later chunks overlap with the backward pass of earlier ones.
     ddps = [
         DistributedDataParallel(model.config, dataclasses.replace(config), chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(model.chunks)
@@ -36,14 +39,15 @@ def wrap(model: PipelineModel, *, overlap: bool | None = None, bucket_size: int 
     return ddps
 
 
-def wait_for_param_gather(ddps: list) -> None:
-    """Gather the parameters that the last optimizer step changed, where the next forward pass was to do so."""
+def wait_for_param_gather(ddps: list[Any]) -> None:
+    """Wait for the overlapped parameter all-gather. Call before reading parameters outside a forward pass."""
     for ddp in ddps:
         if ddp.ddp_config.overlap_param_gather:
             ddp.start_param_sync(force_sync=True)
 
 
-def make_optimizer(config: OptimizerConfig, ddps, model_config):
+def make_optimizer(config: OptimizerConfig, ddps: list[Any], model_config: Any) -> Any:
+    """Return Megatron's distributed AdamW over the parameters of all `ddps`."""
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core.optimizer import get_megatron_optimizer
 
@@ -66,27 +70,29 @@ def make_optimizer(config: OptimizerConfig, ddps, model_config):
     return optimizer
 
 
-def inner_optimizers(optimizer) -> list[Any]:
+def inner_optimizers(optimizer: Any) -> list[Any]:
     """Return the optimizers that Megatron has chained together; a list of one if there is no chain."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
-def _index_as_ordered(optimizer) -> None:
-    # Checkpoints look a parameter's state up by its place in the group. Megatron numbers the places in buffer order and
-    # then puts fp32 parameters first: beside bf16 ones the scalar head would be given another parameter's state.
+def _index_as_ordered(optimizer: Any) -> None:
+    # Megatron 0.16: checkpoints find a parameter's state by its index in the group; indices count buffer order, but
+    # the group lists fp32 parameters first -> beside bf16 ones the scalar head gets another parameter's state.
+    # Number the parameters in the order of the group.
     groups = zip(optimizer.model_fp32_groups, optimizer.model_float16_groups, strict=True)
     for group, (fp32, float16) in enumerate(groups):
         for order, parameter in enumerate((*fp32, *float16)):
             optimizer.model_param_group_index_map[parameter] = (group, order)
 
 
-def make_scheduler(config: OptimizerConfig, optimizer, total_steps: int):
+def make_scheduler(config: OptimizerConfig, optimizer: Any, total_steps: int) -> Any:
+    """Return Megatron's learning-rate schedule over `total_steps` optimizer steps."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     warmup = min(int(config.warmup_fraction * total_steps), total_steps - 1)
     return OptimizerParamScheduler(
         optimizer,
-        # The first step of a warm-up moves already, by the first rung of the ladder.
+        # The first warm-up step has a rate of lr / (warmup + 1) already, not 0.
         init_lr=config.lr / (warmup + 1) if warmup else 0.0,
         max_lr=config.lr,
         min_lr=config.lr * config.min_lr_fraction,
@@ -97,7 +103,7 @@ def make_scheduler(config: OptimizerConfig, optimizer, total_steps: int):
         end_wd=config.weight_decay,
         wd_incr_steps=total_steps,
         wd_incr_style="constant",
-        # A checkpoint says how many steps were taken; over how many the rate falls, and from where, the configuration.
+        # A checkpoint restores the number of steps taken. The shape of the schedule comes from the configuration.
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )

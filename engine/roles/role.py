@@ -1,15 +1,18 @@
-"""A role: a model and, if it learns, its gradients, optimizer and learning-rate schedule. All of them Megatron's.
+"""A role: a model in one of PPO's four parts, or the one that SFT and reward training train.
 
-Every pass over micro-batches, with or without gradients, goes through Megatron's `get_forward_backward_func`; the
-loss is (sum, count, stats) with `calculate_per_token_loss`, so K micro-batches give the gradient of one.
+Every pass over micro-batches goes through Megatron's `get_forward_backward_func`. It moves a micro-batch to the device
+once and hands it to the callback: `fn(hidden_TH, batch)`. With `calculate_per_token_loss` the loss is (sum, count,
+stats), so K micro-batches give the gradient of one.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import tee
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,17 +20,25 @@ from torch import Tensor
 
 from icegrt.config import OptimizerConfig
 from icegrt.distributed.pipeline import all_ranks_true, broadcast_from_last_stage, broadcast_objects_from_last_stage
+from icegrt.model.architecture import DTYPES
+from icegrt.model.hf import exporter
+from icegrt.model.hf.writer import save_pretrained
 from icegrt.model.pipeline_model import PipelineModel
 from icegrt.packing import PackedBatch
+from icegrt.roles.micro_batch import LossOutput, MicroBatch
 from icegrt.roles.optimizer import make_optimizer, make_scheduler, wait_for_param_gather, wrap
-
-# What a loss returns for a micro-batch: (sum over its tokens, how many tokens it counts, statistics).
-Loss = tuple[Tensor, int, Any]
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What an optimizer step did. `skipped`: a loss or gradient was not finite, and nothing was changed."""
+    """The result of an optimizer step.
+
+    Attributes:
+        stats: statistics of this pipeline's micro-batches, in order.
+        grad_norm: before clipping; NaN if the step was skipped.
+        lr: the learning rate of the step.
+        skipped: a loss or gradient was not finite, and no weight changed.
+    """
 
     stats: list[Any]
     grad_norm: float
@@ -36,71 +47,122 @@ class StepOutcome:
 
 
 class Role:
-    """actor, reference, reward or critic: `model` holds the weights, `learns` says whether they change.
+    """A frozen model: reference, reward model, or any model that is only read.
 
-    Every rank of a layout calls the same methods with the batches of its data-parallel rank. What `read` and `loss`
-    say is formed on the last pipeline stage alone (where heads are), and handed to the others.
+    All ranks call the same methods, each with the batches of its data-parallel rank. Callbacks run on the last pipeline
+    stage alone, which has the head; their results are broadcast to the other stages.
     """
+
+    learns = False
 
     def __init__(self, name: str, model: PipelineModel) -> None:
         self.name = name
         self.model = model
-        self.learns = False
-        self.device = next(model.parameters()).device
-        for chunk in model.chunks:
-            chunk.requires_grad_(False)
-            chunk.eval()
-
-    def learn(self, config: OptimizerConfig, total_steps: int) -> None:
-        """Give the role gradients, a distributed optimizer, and a schedule over `total_steps` optimizer steps."""
-        from megatron.core.distributed import finalize_model_grads
-
-        self.learns = True
-        for chunk in self.model.chunks:
-            chunk.requires_grad_(True)
-            chunk.train()
-        self._ddps = ddps = wrap(self.model)
-        for ddp in ddps:
-            # Autograd's nodes hold hooks that hold the DDP that holds the nodes: a circle through C++, which Python's
-            # collector does not see. Models, gradients and process groups would stay for as long as the process.
-            weakref.finalize(self, ddp.grad_accs.clear)
-        self.model.register_param_gather(lambda: wait_for_param_gather(ddps))
-        self.model.config.finalize_model_grads_func = finalize_model_grads
-        self.optimizer = make_optimizer(config, self._ddps, self.model.config)
-        self.schedule = make_scheduler(config, self.optimizer, total_steps)
+        self.device = model.device
+        model.requires_grad_(self.learns).train(self.learns)
 
     @torch.no_grad()
     def score(
-        self, batches: Sequence[PackedBatch], read: Callable[[Tensor, int], tuple[Tensor, ...]]
+        self, batches: Sequence[PackedBatch], read: Callable[[Tensor, Any], tuple[Tensor, ...]]
     ) -> list[tuple[Tensor, ...]]:
-        """Forward passes without gradients: `read(hidden_TH, i)` for the i-th batch, as many vectors for each.
+        """Run forward passes without gradients.
 
-        Returns what was read, in order, as fp32 on the CPU of every rank of the pipeline.
+        Args:
+            batches: micro-batches on the CPU.
+            read: `read(hidden_TH, batch)` returns as many vectors for each batch.
+
+        Returns:
+            What `read` returned, in order, as fp32 on the CPU of every rank of the pipeline.
         """
 
-        def collect(index: int):
-            def read_rows(hidden_T1H: Tensor, non_loss_data: bool) -> tuple[Tensor, ...]:
-                return tuple(x.float().cpu() for x in read(self.model.gather_hidden_rows(hidden_T1H), index))
+        def collect(vectors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(x.float().cpu() for x in vectors)
 
-            return read_rows
+        work = [(batch, read) for batch in batches]
+        rows = self._run(self.model.chunks, work, collect, forward_only=True, collect_non_loss_data=True)
+        return broadcast_from_last_stage(rows, len(batches))
 
-        found = self._pass(self.model.chunks, batches, collect, forward_only=True, collect_non_loss_data=True)
-        return broadcast_from_last_stage(found, len(batches))
+    def save_pretrained(
+        self,
+        out: str | Path,
+        dtype: str,
+        tokenizer: Any = None,
+        extra_files: dict[str, Any] | None = None,
+        *,
+        replace: bool = False,
+    ) -> Path:
+        """Write the model as a Hugging Face checkpoint in `dtype`; arguments as in `model.hf.writer`. Collective."""
+        return save_pretrained(
+            exporter.export_tensors(self.model, DTYPES[dtype]),
+            self.model.architecture,
+            out,
+            classifier=self.model.head_kind == "scalar",
+            dtype=dtype,
+            tokenizer=tokenizer,
+            extra_files=extra_files,
+            replace=replace,
+        )
 
-    def step(self, batches: Sequence[PackedBatch], loss: Callable[[Tensor, int], Loss]) -> StepOutcome:
-        """One optimizer step: `loss(hidden_TH, i)` for the i-th micro-batch; gradients are of sum over count."""
+    def _run(
+        self,
+        chunks: Sequence[Any],
+        work: Sequence[tuple[PackedBatch, Callable[[Tensor, Any], Any]]],
+        collect: Callable[[Any], tuple],
+        **options: bool,
+    ) -> list[Any]:
+        """Run all (batch, callback) pairs through `chunks`; returns `collect(callback(...))` of the last stage."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        def forward(iterator: Iterator, chunk: Any):
+            batch, callback = next(iterator)
+
+            def on_output(hidden_T1H: Tensor, non_loss_data: bool = False) -> tuple:
+                return collect(callback(self.model.gather_hidden_rows(hidden_T1H), batch))
+
+            return getattr(chunk, "module", chunk).hidden(batch), on_output
+
+        # Virtual stages read the same micro-batches, each at its own pace: `tee` keeps those that one has yet to read.
+        on_device = ((batch.to(self.device), callback) for batch, callback in work)
+        iterators = list(tee(on_device, len(chunks)))
+        return get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=list(chunks),
+            num_microbatches=len(work),
+            seq_length=max(batch.tokens_T.numel() for batch, _ in work),
+            micro_batch_size=1,
+            **options,
+        )
+
+
+class TrainableRole(Role):
+    """A model with gradients, a distributed optimizer and a learning-rate schedule, all of them Megatron's."""
+
+    learns = True
+
+    def __init__(self, name: str, model: PipelineModel, config: OptimizerConfig, total_steps: int) -> None:
+        """Wrap `model` for training; the schedule runs over `total_steps` optimizer steps."""
+        from megatron.core.distributed import finalize_model_grads
+
+        super().__init__(name, model)
+        self.ddps = ddps = wrap(model)
+        for ddp in ddps:
+            # Megatron 0.16: autograd's nodes hold hooks that hold the DDP that holds the nodes, a cycle through C++
+            # that Python's collector does not see -> models, gradients and process groups are never freed.
+            # Clear the nodes when the role goes.
+            weakref.finalize(self, ddp.grad_accs.clear)
+        model.register_param_gather(lambda: wait_for_param_gather(ddps))
+        model.config.finalize_model_grads_func = finalize_model_grads
+        self.optimizer = make_optimizer(config, ddps, model.config)
+        self.schedule = make_scheduler(config, self.optimizer, total_steps)
+
+    def train_step(self, work: Sequence[MicroBatch]) -> StepOutcome:
+        """Take one optimizer step along the gradient of (sum of all losses) / (sum of all counts)."""
         self.zero_gradients()
-        totals: list[Tensor] = []
-
-        def watched(hidden_TH: Tensor, index: int) -> Loss:
-            result = loss(hidden_TH, index)
-            totals.append(result[0].detach())
-            return result
-
-        stats = self.accumulate(batches, watched)
+        stats, losses = self.accumulate(work)
         lr = self.optimizer.param_groups[0]["lr"]
-        # A loss may overflow where its gradient does not, and the other way round.
-        finite = all(bool(torch.isfinite(total)) for total in totals) and self._gradients_are_finite()
+        # A loss may overflow while its gradient does not, and the reverse.
+        finite = all(bool(torch.isfinite(loss)) for loss in losses) and self._gradients_are_finite()
         if not all_ranks_true(finite):
             return StepOutcome(stats, math.nan, lr, skipped=True)
         _, grad_norm, _ = self.optimizer.step()
@@ -108,44 +170,28 @@ class Role:
         return StepOutcome(stats, float(grad_norm or 0.0), lr, skipped=False)
 
     def zero_gradients(self) -> None:
-        """Forget all gradients."""
-        for ddp in self._ddps:
+        """Set all gradients to zero."""
+        for ddp in self.ddps:
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def accumulate(self, batches: Sequence[PackedBatch], loss: Callable[[Tensor, int], Loss]) -> list[Any]:
-        """Forward and backward over all micro-batches, gradients left in the parameters' `main_grad`.
+    def accumulate(self, work: Sequence[MicroBatch]) -> tuple[list[Any], list[Tensor]]:
+        """Run forward and backward over all micro-batches; gradients stay in the parameters' `main_grad`.
 
-        With several data-parallel ranks `main_grad` is whole only where this rank's share of the optimizer needs it.
+        With several data-parallel ranks `main_grad` is complete only in this rank's shard of the optimizer.
+
+        Returns:
+            The losses' statistics on every rank of the pipeline, and the detached losses on its last stage.
         """
+        losses: list[Tensor] = []
 
-        def collect(index: int):
-            def loss_of(hidden_T1H: Tensor):
-                total, count, stats = loss(self.model.gather_hidden_rows(hidden_T1H), index)
-                return total, torch.tensor(count, dtype=torch.int, device=self.device), stats
+        def collect(output: LossOutput) -> tuple[Tensor, Tensor, Any]:
+            losses.append(output.sum.detach())
+            return output.sum, torch.tensor(output.count, dtype=torch.int, device=self.device), output.stats
 
-            return loss_of
-
-        return broadcast_objects_from_last_stage(self._pass(self._ddps, batches, collect, forward_only=False))
-
-    def _pass(self, chunks, batches: Sequence[PackedBatch], collect, **how) -> list[Any]:
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-
-        def forward(iterator, chunk):
-            index, batch = next(iterator)
-            model = getattr(chunk, "module", chunk)
-            return model.hidden(batch.to(self.device)), collect(index)
-
-        iterators = [iter(enumerate(batches)) for _ in chunks]
-        return get_forward_backward_func()(
-            forward_step_func=forward,
-            data_iterator=iterators if len(chunks) > 1 else iterators[0],
-            model=list(chunks),
-            num_microbatches=len(batches),
-            seq_length=max(batch.tokens_T.numel() for batch in batches),
-            micro_batch_size=1,
-            **how,
-        )
+        pairs = [(item.batch, item.loss) for item in work]
+        stats = self._run(self.ddps, pairs, collect, forward_only=False)
+        return broadcast_objects_from_last_stage(stats), losses
 
     def _gradients_are_finite(self) -> bool:
-        return all(bool(torch.isfinite(buffer.grad_data.sum())) for ddp in self._ddps for buffer in ddp.buffers)
+        return all(bool(torch.isfinite(buffer.grad_data.sum())) for ddp in self.ddps for buffer in ddp.buffers)

@@ -1,7 +1,9 @@
 """The pairwise loss of a reward model over the ranking of all responses to a prompt.
 
-L = -1/P * sum over untied pairs of log sigmoid(r_winner - r_loser), P the number of untied pairs of the prompt; the
-batch's loss is the mean over prompts that have a pair (Ouyang et al., 2022, equation 1, with ties left out).
+    L = -1/P * sum over untied pairs of log sigmoid(score_winner - score_loser)
+
+P is the number of untied pairs of the prompt. The batch's loss is the mean over prompts that have a pair
+(Ouyang et al., 2022, equation 1, without ties).
 """
 
 from __future__ import annotations
@@ -16,20 +18,25 @@ from torch.nn.functional import logsigmoid
 from icegrt.data import Ranking, untied_pairs
 from icegrt.distributed.cluster import Cluster
 from icegrt.packing import PackedBatch, Share, pack
-from icegrt.roles.role import Loss, Role
+from icegrt.roles.micro_batch import LossOutput
+from icegrt.roles.role import Role
 
-_AT_ONCE = 256
+# Micro-batches per scoring pass: held-out data may be packed on access, and must not be in memory as a whole.
+_EVALUATION_BATCHES = 256
 
 
-@dataclass(frozen=True)
-class RankedBatch:
-    """A micro-batch of whole rankings: all responses of a prompt are in it.
+@dataclass(frozen=True, eq=False)
+class RankedBatch(PackedBatch):
+    """A micro-batch of complete rankings: all responses to a prompt are in it.
 
-    winners_P, losers_P: indices into the batch's sequences; weight_P: 1 / untied pairs of the prompt; margin_P: by how
-    much the truth prefers the winner. prompts: how many have a pair.
+    Attributes:
+        winners_P, losers_P: int64, indices into the batch's sequences, one pair per entry.
+        weight_P: 1 / untied pairs of the prompt.
+        margin_P: true score of the winner - true score of the loser.
+        prompts: number of prompts that have a pair.
+        all_pairs: number of pairs, ties included.
     """
 
-    batch: PackedBatch
     winners_P: Tensor
     losers_P: Tensor
     weight_P: Tensor
@@ -39,57 +46,91 @@ class RankedBatch:
 
     @property
     def untied_pairs(self) -> int:
+        """Number of untied pairs."""
         return self.winners_P.numel()
+
+
+@dataclass(frozen=True)
+class RankingStats:
+    """loss_sum: over prompts; difference_P: score of the winner - score of the loser, on the CPU."""
+
+    loss_sum: float
+    difference_P: Tensor
+
+    def merge(self, other: RankingStats) -> RankingStats:
+        """Return the sum of the losses, and the pairs of both."""
+        return RankingStats(self.loss_sum + other.loss_sum, torch.cat([self.difference_P, other.difference_P]))
+
+
+@dataclass(frozen=True)
+class RewardModelLoss:
+    """The pairwise loss of a role with a scalar head, which is read at every response's last token."""
+
+    role: Role
+
+    def __call__(self, hidden_TH: Tensor, batch: RankedBatch) -> LossOutput:
+        return ranking_loss(self.role.model.head(hidden_TH[batch.last_rows_N]), batch)
 
 
 def pack_rankings(
     rankings: Sequence[Ranking], token_budget: int, tie_margin: float, share: Share | None = None
 ) -> list[RankedBatch]:
-    """This rank's share of the rankings (None: all) in micro-batches under a token budget; none is torn apart."""
+    """Pack this rank's share of the rankings (None: all) into micro-batches under a token budget."""
     share = share or Share()
     micro_batches = share.assign([len(r) for r in rankings], token_budget)[share.rank]
     return [pack_group([rankings[i] for i in members], tie_margin, share.tail_multiple) for members in micro_batches]
 
 
 def pack_group(rankings: list[Ranking], tie_margin: float, tail_multiple: int = 1) -> RankedBatch:
-    """Rankings as one micro-batch."""
+    """Pack rankings into one micro-batch."""
     prompts, responses, pairs, weights, margins = [], [], [], [], []
-    with_pairs = all_pairs = 0
+    prompts_with_pairs = all_pairs = 0
     for ranking in rankings:
         first = len(responses)
         prompts += [ranking.prompt] * len(ranking.responses)
         responses += ranking.responses
-        mine = untied_pairs(ranking.scores, tie_margin)
+        ranking_pairs = untied_pairs(ranking.scores, tie_margin)
         all_pairs += len(ranking.scores) * (len(ranking.scores) - 1) // 2
-        with_pairs += bool(mine)
-        for winner, loser in mine:
+        prompts_with_pairs += bool(ranking_pairs)
+        for winner, loser in ranking_pairs:
             pairs.append((first + winner, first + loser))
-            weights.append(1.0 / len(mine))
+            weights.append(1.0 / len(ranking_pairs))
             margins.append(ranking.scores[winner] - ranking.scores[loser])
     index = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
     return RankedBatch(
-        pack(prompts, responses, tail_multiple=tail_multiple),
-        index[:, 0],
-        index[:, 1],
-        torch.tensor(weights),
-        torch.tensor(margins),
-        with_pairs,
-        all_pairs,
+        **vars(pack(prompts, responses, tail_multiple=tail_multiple)),
+        winners_P=index[:, 0],
+        losers_P=index[:, 1],
+        weight_P=torch.tensor(weights),
+        margin_P=torch.tensor(margins),
+        prompts=prompts_with_pairs,
+        all_pairs=all_pairs,
     )
 
 
-def ranking_loss(score_N: Tensor, ranked: RankedBatch) -> Loss:
-    """Sum over prompts of their mean pair loss, the number of prompts with a pair, and the margins of the scores."""
-    device = score_N.device
-    difference_P = score_N[ranked.winners_P.to(device)] - score_N[ranked.losers_P.to(device)]
-    # A sum over no pairs is still attached to the scores: a micro-batch of ties has a backward pass like any other.
-    total = -(logsigmoid(difference_P) * ranked.weight_P.to(device)).sum() + 0.0 * score_N.sum()
-    return total, ranked.prompts, (float(total.detach()), difference_P.detach().cpu())
+def ranking_loss(score_N: Tensor, batch: RankedBatch) -> LossOutput:
+    """Return the sum over prompts of their mean pair loss, counted per prompt with a pair.
+
+    Args:
+        score_N: [N] scores of the batch's sequences, on the batch's device.
+        batch: the pairs.
+    """
+    difference_P = score_N[batch.winners_P] - score_N[batch.losers_P]
+    # 0 * score keeps a micro-batch without pairs attached to the scores, so that it has a backward pass.
+    loss = -(logsigmoid(difference_P) * batch.weight_P).sum() + 0.0 * score_N.sum()
+    return LossOutput(loss, batch.prompts, RankingStats(float(loss.detach()), difference_P.detach().cpu()))
 
 
 @dataclass(frozen=True)
 class RankingQuality:
-    """How a reward model ranks held-out answers. accuracy counts equal scores as half right."""
+    """How a reward model ranks held-out answers.
+
+    Attributes:
+        loss: per prompt with a pair.
+        accuracy: fraction of untied pairs in the right order; equal scores count as half.
+        difference_P, margin_P: differences of scores and of true scores, over untied pairs.
+        score_N: raw scores of all responses.
+    """
 
     loss: float
     accuracy: float
@@ -98,31 +139,29 @@ class RankingQuality:
     score_N: Tensor
 
 
-def evaluate_ranking(role: Role, ranked: Sequence[RankedBatch]) -> RankingQuality:
-    """Loss per prompt, pair accuracy and scores over the rankings of all data-parallel ranks."""
+def evaluate_ranking(role: Role, batches: Sequence[RankedBatch], cluster: Cluster) -> RankingQuality:
+    """Return loss, pair accuracy and scores over the rankings of all data-parallel ranks. Collective."""
 
-    cluster = Cluster.current()
-    scores, losses, margins = [], [], []
-    for start in range(0, len(ranked), _AT_ONCE):  # held-out data may be packed when read: never all of it at once
-        part = ranked[start : start + _AT_ONCE]
+    def read(hidden_TH: Tensor, batch: RankedBatch) -> tuple[Tensor]:
+        return (role.model.head(hidden_TH[batch.last_rows_N]),)
 
-        def read(hidden_TH: Tensor, index: int, part=part) -> tuple[Tensor]:
-            return (role.model.head(hidden_TH[part[index].batch.last_rows_N.to(hidden_TH.device)]),)
-
-        some = [score_N for (score_N,) in role.score([r.batch for r in part], read)]
-        losses += [ranking_loss(score_N, r) for score_N, r in zip(some, part, strict=True)]
-        scores += some
-        margins += [r.margin_P for r in part]
-    loss, prompts = cluster.all_reduce_sum(
-        [sum(stats[0] for _, _, stats in losses), sum(count for _, count, _ in losses)]
-    )
+    scores: list[Tensor] = []
+    losses: list[LossOutput] = []
+    margins: list[Tensor] = []
+    for start in range(0, len(batches), _EVALUATION_BATCHES):
+        part = batches[start : start + _EVALUATION_BATCHES]
+        part_scores = [score_N for (score_N,) in role.score(part, read)]
+        losses += [ranking_loss(score_N, batch) for score_N, batch in zip(part_scores, part, strict=True)]
+        scores += part_scores
+        margins += [batch.margin_P for batch in part]
+    loss_sum, prompts = cluster.all_reduce_sum([sum(x.stats.loss_sum for x in losses), sum(x.count for x in losses)])
     difference_P, margin_P, score_N = (
         torch.cat(cluster.all_gather(torch.cat(parts)))
-        for parts in ([stats[1] for _, _, stats in losses], margins, scores)
+        for parts in ([x.stats.difference_P for x in losses], margins, scores)
     )
     right_P = (difference_P > 0).double() + 0.5 * (difference_P == 0).double()
     return RankingQuality(
-        loss=loss / max(prompts, 1),
+        loss=loss_sum / max(prompts, 1),
         accuracy=float(right_P.mean()) if right_P.numel() else 0.5,
         difference_P=difference_P,
         margin_P=margin_P,

@@ -1,4 +1,4 @@
-"""Places that a stage writes to: claimed before work begins, and left as they were found where it never does."""
+"""The folder of a run and the output file of a command: locked and checked before work begins, removed if unused."""
 
 from __future__ import annotations
 
@@ -15,57 +15,64 @@ from typing import Any
 from icegrt.checkpoint.directory import list_checkpoints, recover
 from icegrt.errors import RunError
 from icegrt.utils.console import is_main
-from icegrt.utils.files import JsonlWriter
+from icegrt.utils.files import JsonlWriter, make_folders, remove_empty_folders
 
 CONFIG_FILE = "config.yaml"
-_PATIENCE_S = 5.0
+_LOCK_TIMEOUT_S = 5.0
 
 
 @dataclass
 class RunLock:
-    """A run's folder, for as long as this process holds it. `is_resume`: a run has used it already."""
+    """This process's lock on a run's folder.
+
+    Attributes:
+        is_resume: whether a run has used the folder before.
+        new_folders: folders created for this run, deepest first.
+        handle: file descriptor that holds the lock; None on a file system without locks.
+    """
 
     is_resume: bool
-    made: list[Path]
-    lock: int | None
+    new_folders: list[Path]
+    handle: int | None
 
     def release(self) -> None:
-        """Let others have it; what was made for a run that never began is removed."""
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
-        remove_empty(self.made)
-        self.made = []
+        """Release the lock, and remove new folders that are still empty."""
+        if self.handle is not None:
+            os.close(self.handle)
+            self.handle = None
+        remove_empty_folders(self.new_folders)
+        self.new_folders = []
 
 
 def lock_run_folder(config: Any) -> RunLock:
-    """Make the folder of a run, or take it up again as `run.resume` says.
+    """Create and lock the folder of a run, or lock an existing one as `run.resume` allows.
 
-    Raises `RunError` where the folder is not this run's to use, or where another process is using it.
+    Raises:
+        RunError: the folder belongs to something else, cannot be written, or is locked by another process.
     """
     folder = Path(config.run.dir)
     if folder.is_file():
         raise RunError(f"{folder}: not a folder; set {config.section}.run.dir to another place")
-    claim = RunLock(False, claim_folder(folder), None)
+    run_lock = RunLock(False, create_writable_folder(folder), None)
     try:
-        claim.lock = _lock(folder)
-        claim.is_resume = _may_use(config, folder)
+        run_lock.handle = _lock(folder)
+        run_lock.is_resume = _check_contents(config, folder)
     except BaseException:
-        claim.release()
+        run_lock.release()
         raise
-    return claim
+    return run_lock
 
 
 def _lock(folder: Path) -> int | None:
-    """A handle that holds the folder's lock until it is closed; None on a disk without locks."""
+    """Return a descriptor that holds the folder's lock until it is closed; None on a file system without locks."""
     handle = os.open(folder, os.O_RDONLY)
-    end = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + _LOCK_TIMEOUT_S
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return handle
-        except BlockingIOError:  # by a process that is about to die, maybe
-            if time.monotonic() > end:
+        except BlockingIOError:  # the other process may be about to exit
+            if time.monotonic() > deadline:
                 os.close(handle)
                 raise RunError(
                     f"{folder}: another process is running in it; end that one, or a rank that was left over"
@@ -76,62 +83,53 @@ def _lock(folder: Path) -> int | None:
             return None
 
 
-def _may_use(config: Any, folder: Path) -> bool:
-    """Whether there is a run to go on with. Raises `RunError` where the folder must be left as it is."""
+def _check_contents(config: Any, folder: Path) -> bool:
+    """Return whether there is a run to resume. Raises `RunError` if this run must not use the folder."""
     key = f"{config.section}.run.dir"
     try:
-        # Launched once more after a failure: the command is as it was, but the folder is in use now, by this run.
-        is_resume = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        resume = config.run.resume or ("auto" if is_resume else False)
+        # torchrun restarts a failed run with the same command, without --resume; the folder then holds this run.
+        is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        resume = config.run.resume or ("auto" if is_restart else False)
         if resume:
             recover(folder)
-        found = list_checkpoints(folder)
+        checkpoints = list_checkpoints(folder)
         names = [p.name for p in folder.iterdir()]
     except OSError as error:
         raise RunError(f"{folder}: cannot be read ({error.strerror or error})") from None
-    if resume is True and not found:
+    if resume is True and not checkpoints:
         raise RunError(f"{folder}: no checkpoint to resume from; start without --resume")
     if not resume and names:
         raise RunError(f"{folder}: not empty; continue that run with --resume, or set {key} to another folder")
-    # Killed before its first checkpoint, a run has written its configuration, or was about to.
-    if resume and not found and CONFIG_FILE not in names and any(not name.startswith(".") for name in names):
+    # A run that was killed before its first checkpoint has left its configuration, or nothing but hidden files.
+    if resume and not checkpoints and CONFIG_FILE not in names and any(not name.startswith(".") for name in names):
         raise RunError(f"{folder}: not empty, and not the folder of a run; set {key} to another folder")
     return bool(resume and names)
 
 
-def claim_folder(folder: Path) -> list[Path]:
-    """Make `folder` with its parents and try it. Returns what had to be made, deepest first.
+def create_writable_folder(folder: Path) -> list[Path]:
+    """Create `folder` with its parents, and write a byte to test it. Returns the new folders, deepest first.
 
-    Raises `RunError` where it cannot be written; what was made until then is gone again.
+    Raises:
+        RunError: it cannot be written. New folders are removed.
     """
-    made: list[Path] = []
+    new_folders: list[Path] = []
     try:
-        missing = [p for p in (folder, *folder.parents) if not p.exists()]
-        for path in reversed(missing):
-            path.mkdir(exist_ok=True)
-            made.insert(0, path)
-        # Root may write where the mode says no, and a full or read-only disk says nothing until asked.
+        new_folders = make_folders(folder)
+        # Root may write against the mode bits, and a full or read-only disk fails at the first write only.
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"x")
             probe.flush()
     except OSError as error:
-        remove_empty(made)
+        remove_empty_folders(new_folders)
         raise RunError(f"{folder}: cannot be written ({error.strerror or error})") from None
-    return made
-
-
-def remove_empty(folders: list[Path]) -> None:
-    """Remove these folders, deepest first, as far as they are empty."""
-    with contextlib.suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
+    return new_folders
 
 
 @contextlib.contextmanager
 def rows_file(out: str) -> Iterator[JsonlWriter | None]:
-    """A JSONL file that is there whole or, where the block raises, not at all, its new folders neither.
+    """Yield a writer for a JSONL file on rank 0, and None on other ranks.
 
-    Rank 0 writes it; the others are given None.
+    If the block raises, neither the file nor its new folders remain.
     """
     if not is_main():
         yield None
@@ -139,10 +137,10 @@ def rows_file(out: str) -> Iterator[JsonlWriter | None]:
     path = Path(out)
     if path.is_dir():
         raise RunError(f"{path}: is a folder; name a JSONL file to write")
-    made = claim_folder(path.parent)
+    new_folders = create_writable_folder(path.parent)
     try:
         with JsonlWriter(path) as writer:
             yield writer
     except BaseException:
-        remove_empty(made)
+        remove_empty_folders(new_folders)
         raise

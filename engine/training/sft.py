@@ -1,9 +1,10 @@
-"""Supervised fine-tuning: from a base model to ICE-Instruct. Loss on responses only, files blended by weight."""
+"""Supervised fine-tuning: from a base model to ICE-Instruct. Loss on responses only, files mixed by weight."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,10 @@ from icegrt.data import BlendedDataset, ConcatDataset, Example, ExampleEncoder
 from icegrt.data.training_data import packed
 from icegrt.metrics import SFTStep
 from icegrt.model.build import build_model
-from icegrt.model.hf import exporter
 from icegrt.model.hf.reader import HFCheckpointReader
-from icegrt.model.hf.writer import save_pretrained
-from icegrt.roles.role import Role
-from icegrt.training.sft_loss import heldout_loss, pack_examples, pack_group, response_nll
+from icegrt.roles.micro_batch import MicroBatch, merge_by_type
+from icegrt.roles.role import TrainableRole
+from icegrt.training.sft_loss import NLLStats, SFTLoss, heldout_loss, pack_examples, pack_group
 from icegrt.training.single_model import OneModelTrainer
 from icegrt.training.trainer import resolve_chunk_rows, write_json
 from icegrt.utils.console import print_info
@@ -25,22 +25,21 @@ from icegrt.utils.console import print_info
 class SFTTrainer(OneModelTrainer):
     """Fine-tunes a causal language model; iterating yields `SFTStep`. Arguments: see `OneModelTrainer`."""
 
-    def _set_up(self, pretrained: HFCheckpointReader, data: Any, heldout: Any) -> None:
+    def _build(self, pretrained: HFCheckpointReader, data: Any, heldout: Any) -> TrainableRole:
         config = self.config
         sources = self._training_data(data)
         self.heldout = ConcatDataset(self._heldout_data(heldout))
         self.blend = BlendedDataset(sources, self.run.seed)
         self.total_steps = math.ceil(self.blend.count(config.epochs) / config.batch_sequences)
-        self.role = Role(
-            "actor", build_model(pretrained, "lm", self.cluster, dtype=self.dtype, recompute=self.run.recompute)
-        )
-        self.role.learn(config.optimizer, self.total_steps)
-        self.chunk_rows = resolve_chunk_rows(config.chunk_rows, pretrained.architecture)
-        self.roles = [self.role]
-        self._batches = None
+        model = build_model(pretrained, "lm", self.cluster, dtype=self.dtype, recompute=self.run.recompute)
+        role = TrainableRole("actor", model, config.optimizer, self.total_steps)
+        self.chunk_rows = resolve_chunk_rows(config.chunk_rows, pretrained.architecture, self._resumed_chunk_rows)
+        self._batches: Iterator[Any] | None = None
         self._heldout_batches = packed(self.heldout, config.token_budget, pack_group, self.cluster.share)
         self._heldout_before: float | None = None
-        self._restore_and_open_log(self.tokenizer, chunk_rows=self.chunk_rows)
+        return role
+
+    def _evaluate_at_start(self) -> None:
         if self._heldout_before is None:
             self._heldout_before = self.evaluate()
 
@@ -51,29 +50,27 @@ class SFTTrainer(OneModelTrainer):
         return f"{len(item)} tokens, more than sft.token_budget {self.config.token_budget}; raise it"
 
     def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs beside weights and optimizers, as JSON."""
         return {"blend": self.blend.state(), "heldout_before": self._heldout_before}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Restore `state()`."""
         self.blend.load_state(state["blend"])
         self._heldout_before = state["heldout_before"]
 
     def step(self) -> SFTStep:
-        """One optimizer step over the next batch of the blend."""
+        """Take one optimizer step over the next batch. Returns its metrics, which are logged."""
         if self._batches is None:
             self._batches = self.blend.batches(self.config.batch_sequences, self.config.epochs)
         started = time.perf_counter()
         examples = [self.blend.item(pair) for pair in next(self._batches)]
         batches = pack_examples(examples, self.config.token_budget, self.cluster.share)
-
-        def loss(hidden_TH, i):
-            batch = batches[i].to(hidden_TH.device)
-            total = response_nll(self.role, hidden_TH, batch, self.chunk_rows)
-            return total, batch.n_counted_actions, float(total.detach())
-
-        outcome = self.role.step(batches, loss)
+        loss = SFTLoss(self.role, self.chunk_rows)
+        outcome = self.role.train_step([MicroBatch(batch, loss) for batch in batches])
         self.done_steps += 1
+        stats = merge_by_type(outcome.stats)[NLLStats]
         loss_sum, counted, tokens = self.cluster.all_reduce_sum(
-            [sum(outcome.stats), sum(b.n_counted_actions for b in batches), sum(b.n_tokens for b in batches)]
+            [stats.loss_sum, stats.tokens, sum(batch.n_tokens for batch in batches)]
         )
         row = SFTStep(
             step=self.done_steps,
@@ -95,25 +92,17 @@ class SFTTrainer(OneModelTrainer):
         return bool(every) and self.done_steps % every == 0 and self.done_steps < self.total_steps
 
     def evaluate(self) -> float | None:
-        """Held-out loss in nats per response token; None without held-out data."""
+        """Return the held-out loss in nats per response token; None without held-out data."""
         if not self._heldout_batches:
             return None
-        return heldout_loss(self.role, self._heldout_batches, self.chunk_rows)
+        return heldout_loss(self.role, self._heldout_batches, self.chunk_rows, self.cluster)
 
     def save_pretrained(self, out: str | Path) -> Path:
         """Write the model as a Hugging Face checkpoint."""
-        tensors = exporter.export_tensors(self.role.model, self.dtype)
-        return save_pretrained(
-            tensors,
-            self.role.model.architecture,
-            out,
-            classifier=False,
-            dtype=self.run.dtype,
-            tokenizer=self.tokenizer,
-        )
+        return self.role.save_pretrained(out, self.run.dtype, self.tokenizer)
 
     def finish(self) -> dict[str, float | None]:
-        """Held-out loss before and after, the last checkpoint, and the model under `<run.dir>/model`."""
+        """Write the last checkpoint and `<run.dir>/model`. Returns the held-out loss before and after."""
         summary = {"heldout_loss_before": self._heldout_before, "heldout_loss_after": self.evaluate()}
         self.save_checkpoint(_quality(summary["heldout_loss_after"]))
         self.write_model()
@@ -126,7 +115,7 @@ def _quality(heldout_loss: float | None) -> float | None:
 
 
 def run(config: SFTConfig) -> None:
-    """The command: train to the end and say where the model is."""
+    """Run the command: train to the end and print where the model is."""
     with SFTTrainer(config) as trainer:
         summary = trainer.train()
         if summary["heldout_loss_after"] is not None:

@@ -1,4 +1,4 @@
-"""SIGTERM as a wish: it is noted, and the trainer looks for it between steps."""
+"""SIGTERM as a request: it is recorded, and the trainer checks for it between steps."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def capture_sigterm() -> Iterator[Callable[[], bool]]:
-    """While the block runs SIGTERM ends nothing; gives the function that says whether one has come.
+    """Record SIGTERM while the block runs. Yields a function that returns whether the signal has arrived.
 
-    Outside of the main thread signals stay as they are.
+    Outside of the main thread signal handlers stay unchanged.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    came: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    received: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     try:
-        yield lambda: bool(came)
+        yield lambda: bool(received)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)

@@ -1,4 +1,4 @@
-"""What the trainers of one model on examples share: what they start from, and encoded data that fits a micro-batch."""
+"""The base of the trainers of one model on examples: its inputs, and encoded data that fits a micro-batch."""
 
 from __future__ import annotations
 
@@ -12,21 +12,26 @@ from icegrt.data.training_data import encode_sources
 from icegrt.errors import ConfigError, DataError
 from icegrt.model.build import check_parallelism
 from icegrt.model.hf.reader import HFCheckpointReader
-from icegrt.roles.role import Role
+from icegrt.roles.role import TrainableRole
 from icegrt.training.trainer import Trainer, tokenizer_for
 
-# Encoded files or rows, each with its weight in the blend.
+# Encoded files or rows, each with its weight in the mix.
 EncodedSources = list[tuple[EncodedDataset, float]]
 
 
 class OneModelTrainer(Trainer):
     """Trains one role on data that is known before training.
 
-    model: path of a Hugging Face checkpoint, or a `transformers` model (default: `config.model`).
-    data, heldout: an iterable of dicts or a `datasets.Dataset` (default: the files of the configuration).
+    Args:
+        config: keys of the stage.
+        model: path of a Hugging Face checkpoint, or a `transformers` model. Default: `config.model`.
+        tokenizer: default: the one in the model's folder.
+        data: an iterable of dicts or a `datasets.Dataset`. Default: the files of the configuration.
+        heldout: held-out rows, in the form of `data`.
+        callbacks: objects with any of the hooks of `Callback`.
     """
 
-    role: Role
+    role: TrainableRole
 
     def __init__(
         self,
@@ -37,47 +42,46 @@ class OneModelTrainer(Trainer):
         heldout: Any = None,
         callbacks: Sequence[Any] = (),
     ) -> None:
-        source = model if model is not None else config.model
-        if not source:
+        model = model if model is not None else config.model
+        if not model:
             raise ConfigError(f"{config.section}.model is empty; name the checkpoint to start from")
-        super().__init__(config, callbacks)
-        try:
-            pretrained = HFCheckpointReader(source)
-            architecture = pretrained.architecture
-            check_parallelism(architecture, self.cluster)  # before data is encoded, which may take long
-            self.tokenizer = tokenizer_for(tokenizer, source, architecture)
-            self.stop_ids = stop_ids(self.tokenizer, architecture.hf_config, pretrained.folder)
-            self.max_length = min(config.max_length or architecture.context_length, architecture.context_length)
-            self._set_up(pretrained, data, heldout)
-        except BaseException:
-            self.close()
-            raise
+        super().__init__(config, callbacks, model=model, tokenizer=tokenizer, data=data, heldout=heldout)
 
-    def _set_up(self, pretrained: HFCheckpointReader, data: Any, heldout: Any) -> None:
-        """Encode the data, build the role, and begin."""
+    def _set_up(self, model: Any, tokenizer: Any, data: Any, heldout: Any) -> None:
+        pretrained = HFCheckpointReader(model)
+        architecture = pretrained.architecture
+        check_parallelism(architecture, self.cluster)  # before data is encoded, which may take long
+        self.tokenizer = tokenizer_for(tokenizer, model, architecture)
+        self.stop_ids = stop_ids(self.tokenizer, architecture.hf_config, pretrained.folder)
+        self.max_length = min(self.config.max_length or architecture.context_length, architecture.context_length)
+        self.role = self._build(pretrained, data, heldout)
+        self.roles = [self.role]
+
+    def _build(self, pretrained: HFCheckpointReader, data: Any, heldout: Any) -> TrainableRole:
+        """Encode the data, set `total_steps`, and build the role."""
         raise NotImplementedError
 
     def _encoder(self) -> Encoder:
-        """What makes items of this stage out of rows."""
+        """Return the encoder that turns rows into items of this stage."""
         raise NotImplementedError
 
     def _too_long(self, item: Any) -> str:
-        """What to say of an item that is longer than a micro-batch may be."""
+        """Return the message for an item that exceeds the token budget."""
         raise NotImplementedError
 
-    def _training_data(self, given: Any) -> EncodedSources:
-        encoded = self._encode("data", self.config.data, given)
-        if not encoded:
+    def _training_data(self, rows: Any) -> EncodedSources:
+        sources = self._encode("data", self.config.data, rows)
+        if not sources:
             raise ConfigError(f"{self.config.section}.data names no file; give at least one source")
-        return encoded
+        return sources
 
-    def _heldout_data(self, given: Any) -> list[EncodedDataset]:
-        return [items for items, _ in self._encode("heldout", self.config.heldout, given)]
+    def _heldout_data(self, rows: Any) -> list[EncodedDataset]:
+        return [items for items, _ in self._encode("heldout", self.config.heldout, rows)]
 
-    def _encode(self, key: str, files: list[DataSource], given: Any) -> EncodedSources:
-        encoded = encode_sources(f"{self.config.section}.{key}", files, given, self._encoder())
-        for items, _ in encoded:
+    def _encode(self, key: str, files: list[DataSource], rows: Any) -> EncodedSources:
+        sources = encode_sources(f"{self.config.section}.{key}", files, rows, self._encoder())
+        for items, _ in sources:
             longest = items.longest()
             if len(longest) > self.config.token_budget:
                 raise DataError(f"{longest.where}: {self._too_long(longest)}")
-        return encoded
+        return sources

@@ -1,10 +1,9 @@
-"""What the three trainers share: the run's folder, the process groups, the log, callbacks and iteration."""
+"""The base of the three trainers: run folder, process groups, log, callbacks, checkpoints and iteration."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,124 +23,192 @@ from icegrt.kernels import default_chunk_rows
 from icegrt.metrics import RunLog, drop_rollouts
 from icegrt.metrics.sinks import check_sinks
 from icegrt.model.architecture import DTYPES, Architecture
-from icegrt.roles.role import Role
-from icegrt.training.run_folder import CONFIG_FILE, RunLock, lock_run_folder
+from icegrt.roles.role import TrainableRole
+from icegrt.training.run_folder import CONFIG_FILE, lock_run_folder
 from icegrt.training.sigterm import capture_sigterm
 from icegrt.utils.console import is_main, print_info, progress
 from icegrt.utils.files import write_text_atomic
 
 
 class Callback:
-    """Hooks into a run; override what is needed. Each is called on every rank, after the fact."""
+    """Hooks into a run; override any of them. Every rank calls them, after the event."""
 
     def on_rollout(self, trainer: Any, responses: list) -> None:
-        """Responses of an iteration have been sampled."""
+        """PPO: called when the responses of an iteration are sampled.
+
+        Args:
+            trainer: the trainer.
+            responses: list of `Response`, of all ranks.
+        """
 
     def on_scores(self, trainer: Any, experience: Any) -> None:
-        """Log-probs, values, scores and advantages of an iteration are known."""
+        """PPO: called before the update.
+
+        Args:
+            trainer: the trainer.
+            experience: log-probs, values, scores and advantages of this rank's responses.
+        """
 
     def on_update(self, trainer: Any, step: Any) -> None:
-        """An iteration (or an optimizer step of SFT and reward training) is done; `step` is what it yields."""
+        """All trainers: called at the end of an iteration (SFT and reward training: of an optimizer step).
+
+        Args:
+            trainer: the trainer. Set `trainer.total_steps` to stop early.
+            step: the metrics, as the trainer yields them.
+        """
 
     def on_checkpoint(self, trainer: Any, path: Path) -> None:
-        """A checkpoint has been written to `path`."""
+        """All trainers: called when a checkpoint is complete.
+
+        Args:
+            trainer: the trainer.
+            path: the folder of the checkpoint.
+        """
 
 
 class Trainer:
-    """Iterate it for typed metrics, or `train()` to the end. Close it (or use `with`) to leave torch as it was."""
+    """Iterate it for typed metrics, or `train()` to the end. Close it, or use `with`, to release the process groups.
+
+    A subclass builds its models and data in `_set_up`, which receives the inputs of its constructor.
+
+    Attributes:
+        config: the section of the stage.
+        dir: the run's folder.
+        cluster: process groups, rank and device.
+        tokenizer: of the model that is trained.
+        roles: those that train, in the order of the checkpoint; `write_model` writes the first.
+        done_steps, total_steps: steps taken, and steps of the run. A callback may lower `total_steps`.
+        chunk_rows: logit chunk size, the same in a whole run; None without a language model.
+    """
 
     unit = "steps"
     total_steps: int
-    roles: list[Role]  # those that learn, for checkpoints
+    tokenizer: Any
+    roles: list[TrainableRole]
 
-    def __init__(self, config: Any, callbacks: Sequence[Any] = ()) -> None:
+    def __init__(self, config: Any, callbacks: Sequence[Any] = (), **inputs: Any) -> None:
         self.config = config
         self.run: RunConfig = config.run
         self.callbacks = list(callbacks)
         self.dtype = DTYPES[self.run.dtype]
         self.done_steps = 0
+        self.chunk_rows: int | None = None
         self._log: RunLog | None = None
-        self._is_resume = False  # whether the folder is one that a run has used already
-        self._resumed_from: Path | None = None
         self._saved_at: int | None = None
-        self._run_lock: RunLock | None = None
         self._stop_requested: Callable[[], bool] = lambda: False
-        self._checkpoints: Checkpoints | None = None
-        self.cluster: Cluster | None = None
         check_sinks(self.run.log_to, f"{config.section}.run.log_to")
         if not self.run.dir:
             raise ConfigError(f"{self.config.section}.run.dir is empty; name a folder for the run")
         self.dir = Path(self.run.dir)
-        layout = Layout.of(config.parallel)
-        if is_main():
-            self._run_lock = lock_run_folder(config)
-        try:
-            self.cluster = Cluster.open(layout)
-            self._is_resume = self.cluster.broadcast_from_main(self._run_lock is not None and self._run_lock.is_resume)
-            background = self.run.checkpoint_in_background
-            self._checkpoints = Checkpoints(
-                self.cluster,
-                self.dir,
-                config.keep_checkpoints,
-                background=torch.cuda.is_available() if background == "auto" else background,
-            )
-            if self._is_resume:
-                self._resumed_from = self._choose_checkpoint()
-        except BaseException:
-            self.close()
-            raise
+        with contextlib.ExitStack() as resources:
+            self._resources = resources
+            self._open_run(resources)
+            self._set_up(**inputs)
+            self._restore_and_open_log()
+            self._evaluate_at_start()
+            self._resources = resources.pop_all()
 
-    # -- the run's folder ------------------------------------------------------------------------------------------
+    def _open_run(self, resources: contextlib.ExitStack) -> None:
+        """Lock the run's folder, open the cluster, and choose the checkpoint to resume from."""
+        layout = Layout.of(self.config.parallel)
+        is_resume = False
+        if is_main():
+            run_lock = lock_run_folder(self.config)
+            resources.callback(run_lock.release)
+            is_resume = run_lock.is_resume
+        self.cluster = resources.enter_context(Cluster.open(layout))
+        resources.callback(self._close_log)
+        self._is_resume: bool = self.cluster.broadcast_from_main(is_resume)
+        background = self.run.checkpoint_in_background
+        self._checkpoints = Checkpoints(
+            self.cluster,
+            self.dir,
+            self.config.keep_checkpoints,
+            background=torch.cuda.is_available() if background == "auto" else background,
+        )
+        self._resumed_from = self._choose_checkpoint() if self._is_resume else None
+        resumed = read_state(self._resumed_from) if self._resumed_from is not None else {}
+        self._resumed_chunk_rows: int | None = resumed.get("chunk_rows")
+        resources.push(self._complete_checkpoint_on_exit)
+
+    def _set_up(self, **inputs: Any) -> None:
+        """Build models and data; set `total_steps`, `tokenizer` and `roles`."""
+        raise NotImplementedError
+
+    def _evaluate_at_start(self) -> None:
+        """Evaluate before the first step, unless a resumed run has done so."""
+
+    # -- opening and closing ---------------------------------------------------------------------------------------
 
     def _choose_checkpoint(self) -> Path | None:
-        found = self._checkpoints.latest_valid()
-        if found is not None:
-            stage = read_state(found).get("stage")
+        path = self._checkpoints.latest_valid()
+        if path is not None:
+            stage = read_state(path).get("stage")
             if stage != self.config.section:
                 raise RunError(f"{self.dir}: holds a run of `icegrt {stage}`; resume it with that command")
-        return found
+        return path
 
-    def _restore_and_open_log(self, tokenizer: Any, **saved: Any) -> None:
-        """Once models and data stand: restore the checkpoint, write the configuration, open the log."""
+    def _restore_and_open_log(self) -> None:
+        """Restore the checkpoint into models and data, write the configuration, and open the log."""
         if self._resumed_from is not None:
             state = self._checkpoints.load(self._resumed_from, self.roles)
             self.done_steps = self._saved_at = state["step"]
-            if saved.get("chunk_rows") and not self.config.chunk_rows:
-                self.use_chunk_rows(state["chunk_rows"])
-                saved["chunk_rows"] = self.chunk_rows
             self.load_state(state["trainer"])
             print_info(f"resumed from {self._resumed_from}: {self.done_steps} of {self.total_steps} {self.unit} done")
         if self.cluster.is_main:
-            # Before the first step there is at most an evaluation, and that is made again.
-            resumed = (self.done_steps or -1) if self._is_resume else None
-            # First of all files: a logger that cannot start ends a run of which nothing is written yet.
-            self._log = RunLog(self.dir, resumed, log_to=self.run.log_to, config=as_dict(self.config))
+            # Before the first step there is at most an evaluation, which is repeated.
+            resume_from_step = (self.done_steps or -1) if self._is_resume else None
+            # The log comes first: if a logger cannot start, no file of the run is written yet.
+            self._log = RunLog(self.dir, resume_from_step, log_to=self.run.log_to, config=as_dict(self.config))
             self.config.save(self.dir / CONFIG_FILE)
-            tokenizer.save_pretrained(self.dir / "tokenizer")
+            self.tokenizer.save_pretrained(self.dir / "tokenizer")
             drop_rollouts(self.dir, after=self.done_steps)
-        self._saved = saved
-        if saved.get("chunk_rows"):
-            print_info(
-                f"logits are formed {saved['chunk_rows']} rows at a time (chunk_rows), here and in every resumed run"
-            )
+        if self.chunk_rows:
+            print_info(f"logit chunk size: {self.chunk_rows} rows (chunk_rows; fixed for this run)")
 
-    def use_chunk_rows(self, chunk_rows: int) -> None:
-        """Takes a checkpoint's choice: other chunks would round differently from the run that is continued."""
-        self.chunk_rows = chunk_rows
+    def close(self, error: BaseException | None = None) -> None:
+        """Complete a pending checkpoint, close the log, and release the process groups and the run's folder.
+
+        Closing twice does nothing. A folder created for a run that never began is removed.
+
+        Args:
+            error: the exception that ends the run on this rank. Other ranks may be gone then, so a pending checkpoint
+                is not completed. `with` passes it.
+        """
+        self._resources.__exit__(type(error) if error is not None else None, error, None)
+
+    def _complete_checkpoint_on_exit(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None or self.cluster.world_size == 1:
+            self._checkpoints.complete()
+
+    def _close_log(self) -> None:
+        log, self._log = self._log, None
+        if log is not None:
+            log.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self.close(error)
 
     # -- state that subclasses add ---------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """Everything beside weights and optimizers that a resumed run needs, as JSON."""
+        """Return what a resumed run needs beside weights and optimizers, as JSON."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take `state()` back."""
+        """Restore `state()`."""
 
     def save_checkpoint(self, quality: float | None = None) -> Path:
-        """Write a checkpoint of everything now; `complete_checkpoint` waits for it where that is in the background.
+        """Write a checkpoint now; `complete_checkpoint` waits for one in the background. Collective.
 
-        quality: how good the model is on held-out data, the higher the better; the best checkpoint is kept.
+        Args:
+            quality: of the model on held-out data; higher is better. The best checkpoint is never pruned.
+
+        Returns:
+            The folder of the checkpoint.
         """
         roles = {
             r.name: {
@@ -153,7 +220,9 @@ class Trainer:
         }
         if self._log is not None:
             self._log.sync()
-        document = {"stage": self.config.section, "roles": roles, "trainer": self.state(), **self._saved}
+        document = {"stage": self.config.section, "roles": roles, "trainer": self.state()}
+        if self.chunk_rows is not None:
+            document["chunk_rows"] = self.chunk_rows
         path = self._checkpoints.save(
             self.done_steps, self.roles, document, quality, lambda path: self.notify("on_checkpoint", path)
         )
@@ -161,13 +230,13 @@ class Trainer:
         return path
 
     def complete_checkpoint(self) -> None:
-        """Wait until the checkpoint that is being written is on the disk under its name."""
+        """Wait until a pending checkpoint is complete on the disk. Collective."""
         self._checkpoints.complete()
 
     # -- running ---------------------------------------------------------------------------------------------------
 
     def step(self) -> Any:
-        """One step; returns its metrics, which are logged already."""
+        """Take one step. Returns its metrics, which are logged."""
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[Any]:
@@ -176,10 +245,10 @@ class Trainer:
             self._between_steps()
 
     def train(self) -> Any:
-        """Run to the end with a progress bar; returns what `finish()` says.
+        """Run to the end with a progress bar. Returns the result of `finish()`.
 
-        SIGTERM to any rank ends the run on all of them after the step that it meets: saved, and with exit status 0
-        (`SystemExit`).
+        SIGTERM to any rank ends the run on all ranks after the current step: a checkpoint is saved, and `SystemExit`
+        with status 0 is raised.
         """
         with capture_sigterm() as self._stop_requested:
             with progress(self.total_steps, self.config.section, self.unit) as bar:
@@ -191,31 +260,25 @@ class Trainer:
         return summary
 
     def _between_steps(self) -> None:
-        end, writing = self.cluster.any_rank([self._stop_requested(), not self._checkpoints.ready])
-        if end:
+        stop, writing = self.cluster.any_rank([self._stop_requested(), not self._checkpoints.ready])
+        if stop:
             if self._saved_at != self.done_steps:
                 self.save_checkpoint()
             self.complete_checkpoint()
             print_info(
-                f"SIGTERM: saved after {self.done_steps} of {self.total_steps} {self.unit}; --resume goes on from there"
+                f"SIGTERM: saved after {self.done_steps} of {self.total_steps} {self.unit}; continue with --resume"
             )
             raise SystemExit(0)
         if not writing:
             self.complete_checkpoint()
 
     def describe(self, step: Any) -> dict[str, float]:
-        """The figures of a step that its progress line shows."""
+        """Return the figures of a step for the progress line."""
         return {"loss": step.loss}
 
-    def write_model(self, *args: Any) -> None:
-        """The model under `<run.dir>/model`, in place of one that was written before a resume."""
-        model, aside = self.dir / "model", self.dir / "model.new"
-        if self.cluster.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-        self.save_pretrained(aside, *args)
-        if self.cluster.is_main:
-            shutil.rmtree(model, ignore_errors=True)
-            aside.rename(model)
+    def write_model(self, extra_files: dict[str, Any] | None = None) -> None:
+        """Write the trained model to `<run.dir>/model`, in place of one from before a resume. Collective."""
+        self.roles[0].save_pretrained(self.dir / "model", self.run.dtype, self.tokenizer, extra_files, replace=True)
         self.cluster.barrier()
 
     def save_pretrained(self, out: str | Path) -> Path:
@@ -223,58 +286,38 @@ class Trainer:
         raise NotImplementedError
 
     def finish(self) -> Any:
-        """After the last step: final evaluation, checkpoint, exported model."""
+        """Evaluate, save and export after the last step. Returns the summary."""
 
     def notify(self, hook: str, *args: Any) -> None:
-        """Call `hook` of every callback that has it."""
+        """Call `hook` of every callback that defines it."""
         for callback in self.callbacks:
             method = getattr(callback, hook, None)
             if method is not None:
                 method(self, *args)
 
     def log(self, row: Any) -> None:
-        """Write a row of metrics; what every rank knows, rank 0 writes."""
+        """Write a row of metrics; it is the same on all ranks, and rank 0 writes."""
         if self._log is not None:
             self._log.log(row)
 
-    def close(self) -> None:
-        """Close the log and leave the process groups; a folder made for a run that never began is removed."""
-        checkpoints, self._checkpoints = self._checkpoints, None
-        # After an error other ranks may be gone, and must not be waited for.
-        orderly = sys.exc_info()[0] is None or (self.cluster is not None and self.cluster.world_size == 1)
-        try:
-            if checkpoints is not None and orderly:
-                checkpoints.complete()
-        finally:
-            self._leave()
 
-    def _leave(self) -> None:
-        if self._log is not None:
-            self._log.close()
-            self._log = None
-        if self.cluster is not None:
-            self.cluster.close(sys.exc_info()[1])
-            self.cluster = None
-        if self._run_lock is not None:
-            self._run_lock.release()
-            self._run_lock = None
+def tokenizer_for(tokenizer: Any, model: Any, architecture: Architecture) -> Any:
+    """Return `tokenizer`, or the one in the model's folder, checked against the model's vocabulary.
 
-    def __enter__(self):
-        return self
+    Args:
+        tokenizer: a tokenizer, the path of its folder, or None.
+        model: path or `transformers` model.
+        architecture: of the model.
 
-    def __exit__(self, *exc) -> None:
-        self.close()
-
-
-def tokenizer_for(given: Any, model: Any, architecture: Architecture) -> Any:
-    """The tokenizer: the given one, or the one beside the model; checked against the model's vocabulary."""
-    if given is None or isinstance(given, (str, Path)):
-        folder = given or (model if isinstance(model, (str, Path)) else None)
+    Raises:
+        ConfigError: there is no tokenizer, or it has more tokens than the model.
+    """
+    if tokenizer is None or isinstance(tokenizer, (str, Path)):
+        folder = tokenizer or (model if isinstance(model, (str, Path)) else None)
         if folder is None:
             raise ConfigError("a model in memory comes without a tokenizer; pass tokenizer=")
         tokenizer = load_tokenizer(str(folder), print_info=print_info)
     else:
-        tokenizer = given
         check_tokenizer(tokenizer, print_info=print_info)
     if len(tokenizer) > architecture.vocab_size:
         raise ConfigError(
@@ -284,13 +327,18 @@ def tokenizer_for(given: Any, model: Any, architecture: Architecture) -> Any:
     return tokenizer
 
 
-def resolve_chunk_rows(configured: int, architecture: Architecture) -> int:
-    """Rows of logits formed at once: the key, or what the vocabulary and free device memory allow, alike on all ranks.
+def resolve_chunk_rows(configured: int, architecture: Architecture, resumed: int | None = None) -> int:
+    """Return the logit chunk size of a run, in rows: the same on all ranks. Collective.
 
-    Asked once per run, when models and optimizers stand; a resumed run takes its checkpoint's (`use_chunk_rows`).
+    Call it once per run, after models and optimizers are allocated.
+
+    Args:
+        configured: the key; 0: choose by vocabulary and free device memory.
+        architecture: of the language model.
+        resumed: that of the checkpoint to resume from, which replaces a choice: other chunks round differently.
     """
-    if configured:
-        return configured
+    if configured or resumed:
+        return configured or resumed
     if not torch.cuda.is_available():
         return default_chunk_rows(architecture.vocab_size)
     free = torch.tensor(torch.cuda.mem_get_info()[0], device="cuda")
@@ -299,6 +347,6 @@ def resolve_chunk_rows(configured: int, architecture: Architecture) -> int:
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """A small JSON file, readable by people; written by rank 0."""
+    """Write an indented JSON file on rank 0."""
     if is_main():
         write_text_atomic(path, json.dumps(document, indent=2) + "\n")

@@ -13,7 +13,6 @@ import numpy as np
 from ad_moderation.checker import check
 from icegrt import PPOConfig, RewardConfig, SFTConfig
 from icegrt.data import encode_examples, encode_prompts, read_rows
-from icegrt.distributed.cluster import Cluster
 from icegrt.metrics import read_metrics
 from icegrt.metrics.statistics import distinct_fraction, paired_bootstrap_ci95
 from icegrt.report.page import write_ppo_report
@@ -29,11 +28,11 @@ def assess_both(trainer: Any, data: Path) -> dict[str, Any]:
     tokenizer, context = trainer.tokenizer, trainer.actor.model.architecture.context_length
     prompts = encode_prompts(tokenizer, read_rows(data / "prompts_test.jsonl", TEST_ADS), context)
     general = encode_examples(tokenizer, read_rows(data / "general_test.jsonl"), context)
-    batches = pack_examples(general, trainer.config.token_budget, Cluster.current().share)
+    batches = pack_examples(general, trainer.config.token_budget, trainer.cluster.share)
     return {
         "sampled": _columns(trainer.assess(prompts, SAMPLES)),
         "greedy": _columns(trainer.assess(prompts, 1, greedy=True)),
-        "general_loss": heldout_loss(trainer.actor, batches, trainer.chunk_rows),
+        "general_loss": heldout_loss(trainer.actor, batches, trainer.chunk_rows, trainer.cluster),
     }
 
 

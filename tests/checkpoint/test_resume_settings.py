@@ -50,7 +50,7 @@ def test_settings_of_the_optimizer_and_of_the_loss_count_from_the_resume_on(home
     # What steers itself goes on from where it was, whatever it began with.
     steered = [*changed[:-1], "ppo.kl_control=adaptive", "ppo.kl_horizon_responses=100", "ppo.kl_coef=0.7"]
     with PPOTrainer(PPOConfig.load(None, [*keys, *steered, "ppo.run.resume=true"])) as run:
-        assert run.kl.coef == 0.3
+        assert run.components.kl_controller.coef == 0.3
 
 
 def test_other_data_or_another_seed_is_refused(home, tmp_path):

@@ -211,7 +211,7 @@ def test_auto_does_not_take_a_folder_that_is_something_else(home, tmp_path):
 
 
 def test_two_processes_do_not_run_in_one_folder(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(folders, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(folders, "_LOCK_TIMEOUT_S", 0.2)
     with trainer(home, "sft", tmp_path / "run"):
         with pytest.raises(RunError, match="another process is running in it"):
             trainer(home, "sft", tmp_path / "run", "sft.run.resume=auto")

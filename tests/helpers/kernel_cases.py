@@ -1,24 +1,48 @@
-"""What the kernel tests share: error budgets and fp64 truths."""
+"""What the kernel tests share: error budgets, fp64 truths, packed action streams."""
 
+import contextlib
 import mmap
+import sys
 
 import torch
 
+from icegrt.kernels import dispatch, use_backend
+
+
+def widen(value):
+    """Return a floating-point tensor in fp64, a sequence with its members widened, any other value as it is."""
+    if isinstance(value, (list, tuple)):
+        return [widen(member) for member in value]
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
 
 def worst(x, truth):
-    """Largest absolute error against fp64, with equal infinities counting as equal."""
+    """Return the largest absolute error against fp64, with equal infinities counting as equal."""
     x, truth = x.detach().double(), truth.detach().double()
     return torch.where(x == truth, 0.0, (x - truth).abs()).max().item() if x.numel() else 0.0
 
 
-def assert_within_budget(ours, plain, truth, atol):
-    """Our error against fp64 truth is at most twice that of same-dtype PyTorch, plus a small atol."""
-    assert torch.isfinite(ours[torch.isfinite(truth)]).all()
-    assert worst(ours, truth) <= 2 * worst(plain, truth) + atol, (worst(ours, truth), worst(plain, truth))
+def assert_within_budget(fused, plain, truth, atol):
+    """Assert that the error of `fused` is at most twice that of same-dtype PyTorch (`plain`), plus a small atol."""
+    assert torch.isfinite(fused[torch.isfinite(truth)]).all()
+    assert worst(fused, truth) <= 2 * worst(plain, truth) + atol, (worst(fused, truth), worst(plain, truth))
+
+
+@contextlib.contextmanager
+def module_constants(op, **constants):
+    """Set constants of the module that implements `op` in Triton, a mutated one included, inside the `with`."""
+    with use_backend("triton"):
+        module = vars(sys.modules[dispatch.select(op).__module__])
+    originals = {name: module[name] for name in constants}
+    module.update(constants)
+    try:
+        yield
+    finally:
+        module.update(originals)
 
 
 def plain_logprobs(logits, labels, temperature=1.0):
-    """Log-prob and entropy by torch's own log_softmax, in the dtype that is passed in."""
+    """Return log-prob and entropy by torch's own log_softmax, in the dtype that is passed in."""
     logp = torch.log_softmax(logits / temperature, dim=-1)
     ignored = labels == -100
     picked = logp.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
@@ -27,9 +51,9 @@ def plain_logprobs(logits, labels, temperature=1.0):
 
 
 def virtual_rows(columns, dtype=torch.bfloat16):
-    """[3, columns] of zeros, rows 2^30 + 8 elements apart, with as much memory before them as an offset wraps back.
+    """Return [3, columns] of zeros, rows 2^30 + 8 elements apart, behind as much memory as an offset wraps back.
 
-    Pages that nobody touches cost nothing; an int32 offset to row 2 lands on one of them instead of on row 2.
+    Pages that are never touched cost nothing. An int32 offset to row 2 lands on one of them instead of on row 2.
     """
     elements = (1 << 32) + (1 << 20)
     no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python names since 3.13 only
@@ -37,8 +61,29 @@ def virtual_rows(columns, dtype=torch.bfloat16):
     return torch.frombuffer(pages, dtype=dtype).as_strided((3, columns), ((1 << 30) + 8, 1), 1 << 31)
 
 
+def gae_streams(lengths, slack=0, dtype=torch.float32, seed=0):
+    """Return score [N], value, log-prob and reference log-prob [A] each, and cu_actions [N + 1] of drawn sequences.
+
+    Args:
+        lengths: Actions of each sequence; an empty one has score 0.
+        slack: Entries behind the last sequence.
+    """
+    torch.manual_seed(seed)
+    cu_actions = torch.tensor([0, *torch.tensor(lengths, dtype=torch.long).cumsum(0).tolist()], dtype=torch.int32)
+    size = int(cu_actions[-1]) + slack
+    score = torch.where(cu_actions.diff() > 0, torch.randn(len(lengths)), 0.0)
+    return [score.to(dtype), *(torch.randn(size, dtype=dtype) for _ in range(3)), cu_actions]
+
+
+def drawn_mask(cu_actions, size):
+    """Return a random mask [size] that keeps the first action of every sequence."""
+    mask = torch.rand(size) > 0.4
+    mask[cu_actions[:-1][cu_actions.diff() > 0].long()] = True
+    return mask
+
+
 def naive_gae(score, value, logprob, ref, cu, *, kl_coef, gamma, lam, bootstrap=None, mask=None, token_reward=None):
-    """GAE token by token in Python floats (fp64), with the k1 penalty: the oracle of shaped_gae."""
+    """Compute GAE token by token in Python floats (fp64), with the k1 penalty: the oracle of shaped_gae."""
     size = len(value)
     advantage, returns, reward = [0.0] * size, [0.0] * size, [0.0] * size
     kl = []

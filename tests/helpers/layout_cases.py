@@ -84,19 +84,19 @@ class Watch:
 
     def on_scores(self, run, experience):
         if not self.gradients:
-            members = list(range(len(experience.plan.batches)))
+            members, updater = list(range(len(experience.plan.batches))), run.components.updater
             self.gradients = {
-                "actor": gradients(run.actor, experience, run.updater.policy_loss(experience, members, 0.1)),
-                "critic": gradients(run.critic, experience, run.updater.critic_loss(experience, members)),
+                "actor": gradients(run.actor, updater.policy_work(experience, members, 0.1)),
+                "critic": gradients(run.critic, updater.critic_work(experience, members)),
             }
 
 
-def gradients(role, experience, loss):
+def gradients(role, work):
     """Whole gradients under Hugging Face's names, on rank 0."""
     role.zero_gradients()
-    role.accumulate(experience.plan.batches, loss)
-    for bucket in (b for ddp in role._ddps for buffer in ddp.buffers for b in buffer.buckets):
-        group = role._ddps[0].dp_cp_group
+    role.accumulate(work)
+    for bucket in (b for ddp in role.ddps for buffer in ddp.buffers for b in buffer.buckets):
+        group = role.ddps[0].dp_cp_group
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         shards = list(bucket.grad_data.chunk(ranks))
         dist.all_gather(shards, shards[rank].clone(), group=group)
@@ -120,7 +120,7 @@ def parity(folder, layout):
                 "weights": {r.name: tiny.by_hugging_face_name(r, lambda p: p) for r in run.roles},
                 "state": run.state(),
                 "chunks": len(run.actor.model.chunks),
-                "held": {r.name: held(r) for r in run.roles_by_name.values()},
+                "held": {r.name: held(r) for r in run.components.roles.values()},
             }
         resting = config(folder / f"{layout}_rest", layout, lr=0.0, ptx_coef=0.0, ppo_epochs=2)
         with trainer(resting, tied) as run:

@@ -21,7 +21,7 @@ from icegrt.distributed.cluster import Cluster
 from icegrt.model.build import build_model
 from icegrt.model.hf import exporter, loader
 from icegrt.model.hf.reader import HFCheckpointReader
-from icegrt.roles.role import Role
+from icegrt.roles.role import Role, TrainableRole
 from icegrt.rollout.types import Response
 
 SPECIAL = ("<pad>", "<eos>", "<user>", "<assistant>")
@@ -98,12 +98,16 @@ def nudged(model, scale: float, seed: int = 7):
     return model
 
 
+def current_cluster() -> Cluster:
+    """The cluster that the test has open."""
+    with Cluster.open() as cluster:
+        return cluster
+
+
 def role(source, head: str = "lm", *, learns: OptimizerConfig | None = None, dtype=torch.float32, **kwargs) -> Role:
     """A role with the weights of a `transformers` model; it learns if it is given an optimizer."""
-    made = Role("role", build_model(source, head, Cluster.current(), dtype=dtype, **kwargs))
-    if learns is not None:
-        made.learn(learns, 10)
-    return made
+    model = build_model(source, head, current_cluster(), dtype=dtype, **kwargs)
+    return Role("role", model) if learns is None else TrainableRole("role", model, learns, 10)
 
 
 def reload(role: Role, source) -> None:
@@ -116,10 +120,10 @@ def by_hugging_face_name(role: Role, read) -> dict[str, torch.Tensor]:
     return {name: x.clone() for name, x in exporter.export_tensors(role.model, torch.float32, read)}
 
 
-def gradients(role: Role, batches, loss) -> dict[str, torch.Tensor]:
+def gradients(role: TrainableRole, work) -> dict[str, torch.Tensor]:
     """The gradients of one accumulation under their Hugging Face names, divided by the counted tokens."""
     role.zero_gradients()
-    role.accumulate(batches, loss)
+    role.accumulate(work)
     return by_hugging_face_name(role, lambda p: p.main_grad)
 
 

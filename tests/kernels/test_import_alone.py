@@ -20,8 +20,8 @@ sys.meta_path.insert(0, Block())
 USE = """
 import torch
 from icegrt.kernels import token_logprobs, linear_ppo_loss, sample_tokens
-h, w, labels = torch.randn(3, 2), torch.randn(5, 2), torch.tensor([0, 4, 2])
-out = linear_ppo_loss(h.requires_grad_(), w, labels, None, torch.randn(3), normalizer=3.0)
+hidden, weight, labels = torch.randn(3, 2), torch.randn(5, 2), torch.tensor([0, 4, 2])
+out = linear_ppo_loss(hidden.requires_grad_(), weight, labels, None, torch.randn(3), normalizer=3.0)
 out.loss.backward()
 engine = [m for m in sys.modules if m.startswith("icegrt.") and not m.startswith("icegrt.kernels")]
 assert not engine, engine
@@ -42,27 +42,27 @@ print(describe("cpu")["shaped_gae"])
 """
 
 
-def run(code):
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+def run_python(code):
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout
 
 
 def test_without_megatron_transformers_and_triton():
-    run(BLOCK.format(blocked={"megatron", "transformers", "triton", "numpy_financial"}) + USE)
+    run_python(BLOCK.format(blocked={"megatron", "transformers", "triton", "numpy_financial"}) + USE)
 
 
 def test_scans_and_sampling_with_the_base_install_with_and_without_the_extension():
     blocked = {"megatron", "transformers", "triton", "datasets", "pydantic", "yaml", "rich"}
-    assert run(BLOCK.format(blocked=blocked) + SCANS).strip() == "cpp"
+    assert run_python(BLOCK.format(blocked=blocked) + SCANS).strip() == "cpp"
     without = BLOCK.format(blocked=blocked).replace(
         'name.split(".")[0] in', 'name == "icegrt._C" or name.split(".")[0] in'
     )
-    assert run(without + SCANS).strip() == "reference"
+    assert run_python(without + SCANS).strip() == "reference"
 
 
 def test_import_loads_neither_triton_kernels_nor_the_engines_dependencies():
-    run(
+    run_python(
         "import sys, torch\nbefore = set(sys.modules)\nimport icegrt.kernels\n"
         "new = {m.split('.')[0] for m in set(sys.modules) - before}\n"
         "assert not new & {'triton', 'megatron', 'transformers', 'datasets'}, new\n"
@@ -72,7 +72,7 @@ def test_import_loads_neither_triton_kernels_nor_the_engines_dependencies():
 
 def test_transformers_imports_from_the_repository_root():
     pytest.importorskip("transformers")
-    run(
+    run_python(
         "import sys\nsys.path.insert(0, '')\nimport transformers\n"
         "from transformers import LlamaConfig, LlamaForCausalLM\nimport icegrt.kernels\n"
     )

@@ -42,7 +42,7 @@ def llama():
 
 
 class Policy(nn.Module):
-    """A transformers model and its loss in one module: what DDP and FSDP2 wrap, so that the head is whole in the loss.
+    """A transformers model and its loss in one module: what DDP and FSDP2 wrap, so that the loss gets the full head.
 
     The old log-probs are a constant, so that ratios differ from 1.
     """
@@ -53,15 +53,15 @@ class Policy(nn.Module):
         self.model = llama()
 
     def forward(self, ids, attended, response, advantage, normalizer, fused=True):
-        s = pack_padded(ids, attended, response)
+        packed = pack_padded(ids, attended, response)
         hidden = self.model.model(input_ids=ids, attention_mask=attended).last_hidden_state.flatten(0, 1)
-        hidden, weight = hidden[s.action_rows_A], self.model.lm_head.weight
-        old_A, advantage_A = torch.full((s.action_rows_A.numel(),), OLD_LOGPROB), s.select(advantage)
+        hidden, weight = hidden[packed.action_rows_A], self.model.lm_head.weight
+        old_A, advantage_A = torch.full((packed.action_rows_A.numel(),), OLD_LOGPROB), packed.select(advantage)
         if fused:
-            out = linear_ppo_loss(hidden, weight, s.action_tokens_A, old_A, advantage_A, normalizer=normalizer)
+            out = linear_ppo_loss(hidden, weight, packed.action_tokens_A, old_A, advantage_A, normalizer=normalizer)
         else:
             with torch.autocast("cpu", enabled=False):
-                scored = token_logprobs(hidden.to(weight.dtype) @ weight.t(), s.action_tokens_A)
+                scored = token_logprobs(hidden.to(weight.dtype) @ weight.t(), packed.action_tokens_A)
             out = ppo_policy_loss(scored.logprob_A, old_A, advantage_A, normalizer=normalizer)
         return out.loss
 
@@ -70,13 +70,15 @@ def trained_alone(fused=False, steps=3):
     model = Policy()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(steps):
-        parts = batch(seed=step)
+        micro_batch = batch(seed=step)
         optimizer.zero_grad()
-        model(*parts, normalizer=float(parts[2].sum()), fused=fused).backward()
+        model(*micro_batch, normalizer=float(micro_batch[2].sum()), fused=fused).backward()
         optimizer.step()
     return [p.detach().clone() for p in model.parameters()]
 
 
+# transformers 5 deprecates the method for one that its first releases do not have.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_plain_transformers_loop_with_adamw(checkpointing):
     def train(fused):
@@ -87,30 +89,31 @@ def test_a_plain_transformers_loop_with_adamw(checkpointing):
             model.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         ids, attended, response, advantage = batch()
-        s = pack_padded(ids, attended, response)
+        packed = pack_padded(ids, attended, response)
         losses, old_A = [], None
         for _ in range(3):
             hidden = model.model(input_ids=ids, attention_mask=attended).last_hidden_state.flatten(0, 1)
-            rows, weight = hidden[s.action_rows_A], model.lm_head.weight
+            rows, weight = hidden[packed.action_rows_A], model.lm_head.weight
             if old_A is None:
                 with torch.no_grad():
-                    old_A = linear_logprobs(rows, weight, s.action_tokens_A).logprob_A
+                    old_A = linear_logprobs(rows, weight, packed.action_tokens_A).logprob_A
             options = {"normalizer": float(old_A.numel())}
             if fused:
-                out = linear_ppo_loss(rows, weight, s.action_tokens_A, old_A, s.select(advantage), **options)
+                out = linear_ppo_loss(rows, weight, packed.action_tokens_A, old_A, packed.select(advantage), **options)
             else:
-                scored = token_logprobs(rows @ weight.t(), s.action_tokens_A)
-                out = ppo_policy_loss(scored.logprob_A, old_A, s.select(advantage), **options)
+                scored = token_logprobs(rows @ weight.t(), packed.action_tokens_A)
+                out = ppo_policy_loss(scored.logprob_A, old_A, packed.select(advantage), **options)
             optimizer.zero_grad()
             out.loss.backward()
             optimizer.step()
             losses.append(out.loss.item())
         return losses, [p.detach() for p in model.parameters()]
 
-    ours, plain = train(True), train(False)
-    assert ours[0] == pytest.approx(plain[0], abs=1e-5) and ours[0][-1] < ours[0][0]
-    for a, b in zip(ours[1], plain[1], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    fused_losses, fused_parameters = train(True)
+    plain_losses, plain_parameters = train(False)
+    assert fused_losses == pytest.approx(plain_losses, abs=1e-5) and fused_losses[-1] < fused_losses[0]
+    for fused, plain in zip(fused_parameters, plain_parameters, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-4)
 
 
 def test_inside_a_reentrant_or_plain_checkpoint():
@@ -119,31 +122,34 @@ def test_inside_a_reentrant_or_plain_checkpoint():
         Policy()(*batch(), normalizer=7.0), (model := Policy()).model.lm_head.weight, allow_unused=True
     )
     assert expected == (None,)
-    parts = batch()
-    plain = torch.autograd.grad(model(*parts, normalizer=7.0), list(model.parameters()))
+    micro_batch = batch()
+    expected_grads = torch.autograd.grad(model(*micro_batch, normalizer=7.0), list(model.parameters()))
+
+    def forward(anchor):
+        return model(*micro_batch, normalizer=7.0) + anchor
+
     for reentrant in (True, False):
         anchor = torch.zeros((), requires_grad=True)
-        run = lambda anchor: model(*parts, normalizer=7.0) + anchor  # noqa: E731
-        loss = torch.utils.checkpoint.checkpoint(run, anchor, use_reentrant=reentrant)
+        loss = torch.utils.checkpoint.checkpoint(forward, anchor, use_reentrant=reentrant)
         model.zero_grad()
         loss.backward()
-        for parameter, grad in zip(model.parameters(), plain, strict=True):
+        for parameter, grad in zip(model.parameters(), expected_grads, strict=True):
             torch.testing.assert_close(parameter.grad, grad)
 
 
 def test_a_transformers_model_under_autocast():
     """Its layers compute in bfloat16; from the hidden states on, loss and gradients are those of fp32."""
-    parts, grads = batch(), []
+    micro_batch, grads = batch(), []
     for fused in (True, False):
         model = Policy()
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(*parts, normalizer=7.0, fused=fused)
+            loss = model(*micro_batch, normalizer=7.0, fused=fused)
         loss.backward()
         assert loss.dtype == torch.float32
         grads.append([loss.detach(), *(p.grad for p in model.parameters())])
-    for ours, plain in zip(*grads, strict=True):
-        assert ours.dtype == plain.dtype == torch.float32
-        assert (ours - plain).norm() <= 1e-4 * plain.norm()
+    for fused, plain in zip(*grads, strict=True):
+        assert fused.dtype == plain.dtype == torch.float32
+        assert (fused - plain).norm() <= 1e-4 * plain.norm()
 
 
 def test_autocast_never_rounds_the_logits():
@@ -153,7 +159,7 @@ def test_autocast_never_rounds_the_logits():
     with torch.autocast("cpu", torch.bfloat16):
         out = linear_logprobs(hidden, weight, labels)
         loss = linear_ppo_loss(hidden, weight, labels, out.logprob_A.detach(), torch.ones(24), normalizer=24.0)
-        mixed = linear_logprobs(hidden.bfloat16(), weight, labels)  # what autocast's layers hand over
+        mixed = linear_logprobs(hidden.bfloat16(), weight, labels)  # as autocast's layers return them
     assert (out.logprob_A.double() - truth).abs().max() < 1e-5 and loss.stats.ratio_max == 1
     loss.loss.backward()
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32
@@ -163,20 +169,20 @@ def test_autocast_never_rounds_the_logits():
         linear_logprobs(hidden.bfloat16(), weight, labels)
 
 
-def worker(rank, world, path, kind):
-    gc.freeze()  # what the parent holds stays unfreed here: its process groups' threads did not come along
+def worker(rank, world, path, wrapper):
+    gc.freeze()  # the parent's process groups must not be freed here: their threads did not come along
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
-    train_as_one_of_several(rank, world, kind)
+    train_as_one_of_several(rank, world, wrapper)
     # DDP must be gone before the group is: as its last owner it would join gloo's threads while it holds the
     # interpreter's lock, which one of them may be waiting for.
     gc.collect()
     dist.destroy_process_group()
 
 
-def train_as_one_of_several(rank, world, kind):
+def train_as_one_of_several(rank, world, wrapper):
     expected, model = trained_alone(), Policy()
-    if kind == "ddp":
+    if wrapper == "ddp":
         model = nn.parallel.DistributedDataParallel(model)
     else:
         from torch.distributed.device_mesh import init_device_mesh
@@ -187,21 +193,21 @@ def train_as_one_of_several(rank, world, kind):
         with pytest.raises(TypeError, match=r"linear_logprobs: weight_VH must be a plain tensor, got a DTensor"):
             linear_logprobs(torch.zeros(1, WIDTH), head, torch.zeros(1, dtype=torch.long))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    mine = slice(0, 1) if rank == 0 else slice(1, 4)  # uneven: a mean of means would be wrong
+    local_rows = slice(0, 1) if rank == 0 else slice(1, 4)  # uneven: a mean of means would be wrong
     for step in range(3):
-        parts = batch(seed=step)
+        micro_batch = batch(seed=step)
         optimizer.zero_grad()
-        loss = model(*(x[mine] for x in parts), normalizer=float(parts[2].sum()))
-        (loss * world).backward()  # both average over ranks, and the loss wants a sum
+        loss = model(*(x[local_rows] for x in micro_batch), normalizer=float(micro_batch[2].sum()))
+        (loss * world).backward()  # both average over ranks, and the loss is a sum
         optimizer.step()
-    for parameter, right in zip(model.parameters(), expected, strict=True):
-        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-        torch.testing.assert_close(whole.detach(), right, rtol=1e-4, atol=1e-5)
+    for parameter, expected_parameter in zip(model.parameters(), expected, strict=True):
+        gathered = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        torch.testing.assert_close(gathered.detach(), expected_parameter, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_ranks_train_what_one_does(kind, tmp_path):
-    mp.start_processes(worker, args=(2, tmp_path / "store", kind), nprocs=2, start_method="fork")
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_two_ranks_train_what_one_does(wrapper, tmp_path):
+    mp.start_processes(worker, args=(2, tmp_path / "store", wrapper), nprocs=2, start_method="fork")
 
 
 def test_double_backward_is_refused_by_name():

@@ -19,9 +19,9 @@ def problem(A=13, H=5, V=11, dtype=torch.float64):
 def test_error_against_fp64_is_below_1e_5(dtype, temperature):
     hidden, weight, labels = torch.randn(40, 64).to(dtype), (torch.randn(1003, 64) * 0.3).to(dtype), torch.arange(40)
     out = linear_logprobs(hidden, weight, labels, temperature=temperature, entropy=True, chunk_rows=16)
-    logp, entropy = plain_logprobs(hidden.double() @ weight.double().t(), labels, temperature)
+    logprob, entropy = plain_logprobs(hidden.double() @ weight.double().t(), labels, temperature)
     assert out.logprob_A.dtype == torch.float32
-    assert (out.logprob_A.double() - logp).abs().max() < 1e-5
+    assert (out.logprob_A.double() - logprob).abs().max() < 1e-5
     assert (out.entropy_A.double() - entropy).abs().max() < 1e-5
 
 
@@ -32,10 +32,10 @@ def test_gradient_under_random_upstream_gradients(chunk_rows):
     mask = torch.ones(13)
     mask[5] = 0
 
-    def both(h, w):
+    def logprob_and_entropy(hidden_leaf, weight_leaf):
         out = linear_logprobs(
-            h,
-            w,
+            hidden_leaf,
+            weight_leaf,
             labels,
             mask_A=mask,
             temperature=0.7,
@@ -45,7 +45,7 @@ def test_gradient_under_random_upstream_gradients(chunk_rows):
         )
         return out.logprob_A, out.entropy_A
 
-    assert torch.autograd.gradcheck(both, (hidden, weight))
+    assert torch.autograd.gradcheck(logprob_and_entropy, (hidden, weight))
 
 
 def test_masked_and_ignored_rows_never_count_whatever_they_hold():
@@ -67,12 +67,17 @@ def test_masked_and_ignored_rows_never_count_whatever_they_hold():
 
 
 def test_mask_drops_rows_before_the_head(monkeypatch):
-    seen = []
+    product_rows = []
     product = linear_products.product
-    monkeypatch.setattr(linear_products, "product", lambda a, b, out: seen.append(a.shape[0]) or product(a, b, out))
+
+    def recorded_product(a, b, out):
+        product_rows.append(a.shape[0])
+        return product(a, b, out)
+
+    monkeypatch.setattr(linear_products, "product", recorded_product)
     hidden, weight, labels = problem()
     linear_logprobs(hidden.detach(), weight.detach(), labels, mask_A=torch.arange(13) < 6, chunk_rows=4)
-    assert seen == [4, 2]
+    assert product_rows == [4, 2]
 
 
 def test_weight_gradient_accumulates_in_fp32_into_the_callers_buffer():
@@ -80,18 +85,19 @@ def test_weight_gradient_accumulates_in_fp32_into_the_callers_buffer():
     buffer = torch.full((6, 8), 2.0)
     linear_logprobs(hidden, weight, labels, chunk_rows=4, weight_grad_out=buffer).logprob_A.sum().backward()
     assert weight.grad is None and weight.grad_added_to_main_grad
-    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
-    linear_logprobs(h, w, labels).logprob_A.sum().backward()
+    wide_hidden, wide_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    linear_logprobs(wide_hidden, wide_weight, labels).logprob_A.sum().backward()
     # 128 chunks added in bf16 would be off by 1%.
-    assert (buffer.double() - 2 - w.grad).norm() / w.grad.norm() < 1e-5
+    assert (buffer.double() - 2 - wide_weight.grad).norm() / wide_weight.grad.norm() < 1e-5
 
 
 def test_frozen_inputs_and_no_grad_form_no_gradient(monkeypatch):
     hidden, weight, labels = problem()
     for frozen_hidden in (True, False):
-        h, w = hidden.detach().requires_grad_(not frozen_hidden), weight.detach().requires_grad_(frozen_hidden)
-        linear_logprobs(h, w, labels).logprob_A.sum().backward()
-        assert (h.grad is None) == frozen_hidden and (w.grad is None) != frozen_hidden
+        hidden_leaf = hidden.detach().requires_grad_(not frozen_hidden)
+        weight_leaf = weight.detach().requires_grad_(frozen_hidden)
+        linear_logprobs(hidden_leaf, weight_leaf, labels).logprob_A.sum().backward()
+        assert (hidden_leaf.grad is None) == frozen_hidden and (weight_leaf.grad is None) != frozen_hidden
     with torch.no_grad():
         assert not linear_logprobs(hidden, weight, labels).logprob_A.requires_grad
 
@@ -108,10 +114,10 @@ def test_padding_rows_of_the_weight_never_count():
 
 def test_views_empty_streams_and_default_chunks():
     hidden, weight, labels = problem(A=12, H=6)
-    wide = torch.randn(6, 24, dtype=torch.float64)
-    view = wide.t()[::2]
-    a, b = linear_logprobs(view, weight, labels), linear_logprobs(view.contiguous(), weight, labels)
-    torch.testing.assert_close(a.logprob_A, b.logprob_A, rtol=0, atol=1e-12)
+    base = torch.randn(6, 24, dtype=torch.float64)
+    view = base.t()[::2]
+    strided, dense = (linear_logprobs(x, weight, labels).logprob_A for x in (view, view.contiguous()))
+    torch.testing.assert_close(strided, dense, rtol=0, atol=1e-12)
     empty = linear_logprobs(hidden[:0], weight, labels[:0], entropy=True)
     empty.logprob_A.sum().backward()
     assert empty.entropy_A.shape == (0,) and (weight.grad == 0).all()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from icegrt.kernels import Moments, linear_logprobs, linear_ppo_loss, ppo_policy_loss, token_logprobs, use_backend
 from icegrt.kernels.linear import chunked as linear_chunked
 from icegrt.kernels.linear import products as linear_products
-from icegrt.kernels.linear import torch_ops as linear_rows
+from icegrt.kernels.linear import torch_ops
 from tests.helpers.kernel_cases import assert_within_budget
 
 
@@ -51,9 +51,9 @@ def test_value_and_gradient_are_those_of_the_composition(objective, masked):
         hidden, weight, labels, old, advantage, mask_A=mask, temperature=0.7, chunk_rows=4, **options
     )
     torch.testing.assert_close(fused.loss, plain.loss)
-    got = torch.autograd.grad(fused.loss * 1.7, (hidden, weight))
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    fused_grads = torch.autograd.grad(fused.loss * 1.7, (hidden, weight))
+    for fused_grad, plain_grad in zip(fused_grads, expected, strict=True):
+        torch.testing.assert_close(fused_grad, plain_grad, rtol=1e-9, atol=1e-11)
     for name in ("count", "clipped_sum", "dual_clipped_sum", "ratio_max", "loss_sum", "ref_kl_sum"):
         torch.testing.assert_close(getattr(fused.stats, name), getattr(plain.stats, name))
 
@@ -89,27 +89,27 @@ def test_on_policy_is_the_detached_own_logprob():
     hidden, weight, labels, _, advantage, _ = problem()
     out = linear_ppo_loss(hidden, weight, labels, None, advantage, normalizer=2.0)
     out.loss.backward()
-    h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-    (-(linear_logprobs(h, w, labels).logprob_A * advantage).sum() / 2).backward()
-    torch.testing.assert_close(hidden.grad, h.grad)
-    torch.testing.assert_close(weight.grad, w.grad)
+    hidden_leaf, weight_leaf = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    (-(linear_logprobs(hidden_leaf, weight_leaf, labels).logprob_A * advantage).sum() / 2).backward()
+    torch.testing.assert_close(hidden.grad, hidden_leaf.grad)
+    torch.testing.assert_close(weight.grad, weight_leaf.grad)
     assert out.stats.ratio_max == 1
 
 
 def test_micro_batches_give_the_gradient_of_the_whole():
     hidden, weight, labels, old, advantage, _ = problem()
-    whole = linear_ppo_loss(hidden, weight, labels, old, advantage, normalizer=17.0)
-    expected = torch.autograd.grad(whole.loss, (hidden, weight))
-    parts = [
-        linear_ppo_loss(hidden[r], weight, labels[r], old[r], advantage[r], normalizer=torch.tensor(17.0))
-        for r in (slice(0, 5), slice(5, 5), slice(5, 17))
+    full_batch = linear_ppo_loss(hidden, weight, labels, old, advantage, normalizer=17.0)
+    expected = torch.autograd.grad(full_batch.loss, (hidden, weight))
+    micro_batches = [
+        linear_ppo_loss(hidden[rows], weight, labels[rows], old[rows], advantage[rows], normalizer=torch.tensor(17.0))
+        for rows in (slice(0, 5), slice(5, 5), slice(5, 17))
     ]
-    got = torch.autograd.grad(sum(p.loss for p in parts), (hidden, weight))
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b)
-    stats = parts[0].stats.merge(parts[1].stats).merge(parts[2].stats)
+    summed_grads = torch.autograd.grad(sum(micro_batch.loss for micro_batch in micro_batches), (hidden, weight))
+    for summed_grad, full_grad in zip(summed_grads, expected, strict=True):
+        torch.testing.assert_close(summed_grad, full_grad)
+    stats = micro_batches[0].stats.merge(micro_batches[1].stats).merge(micro_batches[2].stats)
     for name in ("count", "loss_sum", "clipped_sum", "ratio_min", "ratio_max"):
-        torch.testing.assert_close(getattr(stats, name), getattr(whole.stats, name))
+        torch.testing.assert_close(getattr(stats, name), getattr(full_batch.stats, name))
 
 
 def test_backward_adds_to_the_callers_buffer_and_twice_is_twice():
@@ -130,24 +130,24 @@ def test_weight_gradient_is_summed_in_fp32_over_chunks():
     linear_ppo_loss(
         hidden, weight, labels, None, advantage, normalizer=1.0, chunk_rows=4, weight_grad_out=buffer
     ).loss.backward()
-    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
-    linear_ppo_loss(h, w, labels, None, advantage, normalizer=1.0).loss.backward()
-    assert (buffer.double() - w.grad).norm() / w.grad.norm() < 1e-5
+    wide_hidden, wide_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    linear_ppo_loss(wide_hidden, wide_weight, labels, None, advantage, normalizer=1.0).loss.backward()
+    assert (buffer.double() - wide_weight.grad).norm() / wide_weight.grad.norm() < 1e-5
 
 
 def test_no_gradient_is_formed_under_no_grad_or_for_frozen_inputs(monkeypatch):
     hidden, weight, labels, old, advantage, _ = problem()
-    formed = []
+    gradients = []
     add = linear_products.Gradients.add
-    monkeypatch.setattr(linear_products.Gradients, "add", lambda self, *a: formed.append(self) or add(self, *a))
+    monkeypatch.setattr(linear_products.Gradients, "add", lambda self, *a: gradients.append(self) or add(self, *a))
     with torch.no_grad():
         assert not linear_ppo_loss(hidden, weight, labels, old, advantage, normalizer=1.0).loss.requires_grad
     linear_ppo_loss(hidden.detach(), weight.detach(), labels, old, advantage, normalizer=1.0)
-    assert formed == []
+    assert gradients == []
     linear_ppo_loss(hidden, weight.detach(), labels, old, advantage, normalizer=1.0).loss.backward()
-    assert formed[0].weight_VH is None and hidden.grad is not None
+    assert gradients[0].weight_VH is None and hidden.grad is not None
     linear_ppo_loss(hidden.detach(), weight, labels, old, advantage, normalizer=1.0).loss.backward()
-    assert formed[-1].hidden_AH is None and weight.grad is not None
+    assert gradients[-1].hidden_AH is None and weight.grad is not None
 
 
 def test_a_non_scalar_upstream_gradient_is_refused():
@@ -184,21 +184,24 @@ def test_rows_without_gradient_leave_before_the_backward_products(monkeypatch, m
     hidden, weight, labels, old, advantage, _ = problem()
     advantage[::2] = 0
     mask = torch.arange(17) % 5 != 1 if masked else None
-    seen = []
+    product_shapes = []
     product = linear_products.product
-    monkeypatch.setattr(
-        linear_products, "product", lambda a, b, out, add=False: seen.append(a.shape) or product(a, b, out, add)
-    )
+
+    def recorded_product(a, b, out, add=False):
+        product_shapes.append(a.shape)
+        return product(a, b, out, add)
+
+    monkeypatch.setattr(linear_products, "product", recorded_product)
     out = linear_ppo_loss(hidden, weight, labels, old, advantage, normalizer=2.0, mask_A=mask, chunk_rows=64)
     counted = (labels != -100) & (mask if masked else torch.ones(17, dtype=torch.bool))
-    live = int((counted & (advantage != 0)).sum() - out.stats.clipped_sum)
+    active = int((counted & (advantage != 0)).sum() - out.stats.clipped_sum)
     rows = int(counted.sum()) if masked else 17  # the mask decides about the product of the logits, nothing else
-    assert seen == [(rows, 5), (live, 11), (11, live)]
+    assert product_shapes == [(rows, 5), (active, 11), (11, active)]
     with use_backend("reference"):
         plain = linear_ppo_loss(hidden, weight, labels, old, advantage, normalizer=2.0, mask_A=mask)
-    got, expected = (torch.autograd.grad(x.loss, (hidden, weight)) for x in (out, plain))
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b)
+    fused_grads, expected = (torch.autograd.grad(x.loss, (hidden, weight)) for x in (out, plain))
+    for fused_grad, plain_grad in zip(fused_grads, expected, strict=True):
+        torch.testing.assert_close(fused_grad, plain_grad)
 
 
 @given(
@@ -207,42 +210,45 @@ def test_rows_without_gradient_leave_before_the_backward_products(monkeypatch, m
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     masked=st.booleans(),
     strided=st.booleans(),
-    scale=st.sampled_from([0.0, 1.0, 30.0]),
+    weight_scale=st.sampled_from([0.0, 1.0, 30.0]),
     entropy_coef=st.sampled_from([0.0, 0.05]),
     chunk_rows=st.sampled_from([1, 5, 64, None]),
     seed=st.integers(0, 99),
 )
-def test_drawn_problems_stay_within_the_budget(A, V, dtype, masked, strided, scale, entropy_coef, chunk_rows, seed):
+def test_drawn_problems_stay_within_the_budget(
+    A, V, dtype, masked, strided, weight_scale, entropy_coef, chunk_rows, seed
+):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(A, 16, generator=generator).to(dtype)[:, :: 2 if strided else 1]
-    weight = (torch.randn(hidden.shape[1], V, generator=generator) * scale).to(dtype).t()
+    weight = (torch.randn(hidden.shape[1], V, generator=generator) * weight_scale).to(dtype).t()
     weight = weight if strided else weight.contiguous()
     labels = torch.randint(0, V, (A,), generator=generator)
     old, advantage = torch.randn(2, A, generator=generator)
     options = {"normalizer": 7.0, "entropy_coef": entropy_coef, "temperature": 0.7}
     options["mask_A"] = torch.arange(A) % 3 != 1 if masked else None
 
-    def answer(backend, kind, **more):
-        h, w = (x.detach().to(kind).requires_grad_() for x in (hidden, weight))
-        streams = (x.double() if kind == torch.float64 else x for x in (old - 1, advantage))
+    def loss_and_gradients(backend, leaf_dtype, chunk_rows=None):
+        leaves = [x.detach().to(leaf_dtype).requires_grad_() for x in (hidden, weight)]
+        streams = (x.double() if leaf_dtype == torch.float64 else x for x in (old - 1, advantage))
         with use_backend(linear_ppo_loss=backend):
-            loss = linear_ppo_loss(h, w, labels, *streams, **options, **more).loss
-        return loss, *torch.autograd.grad(loss, (h, w))
+            loss = linear_ppo_loss(*leaves, labels, *streams, chunk_rows=chunk_rows, **options).loss
+        return loss, *torch.autograd.grad(loss, leaves)
 
-    ours, plain = answer("chunked", dtype, chunk_rows=chunk_rows), answer("reference", dtype)
-    for mine, same, truth in zip(ours, plain, answer("reference", torch.float64), strict=True):
-        top = max(1.0, truth.detach().abs().max().item()) if truth.numel() else 1.0
-        assert_within_budget(mine, same, truth, atol=2e-5 * top)
+    chunked_results = loss_and_gradients("chunked", dtype, chunk_rows)
+    plain_results, truths = (loss_and_gradients("reference", x) for x in (dtype, torch.float64))
+    for chunked, plain, truth in zip(chunked_results, plain_results, truths, strict=True):
+        scale = max(1.0, truth.detach().abs().max().item()) if truth.numel() else 1.0
+        assert_within_budget(chunked, plain, truth, atol=2e-5 * scale)
 
 
 def test_loss_and_gradients_repeat_to_the_bit():
     hidden, weight, labels, old, advantage, _ = problem(torch.float32, A=50, H=16, V=300)
     options = {"normalizer": 9.0, "chunk_rows": 16, "clip_low": 0.05, "entropy_coef": 0.01}
-    found = []
+    results = []
     for _ in range(2):
-        out = linear_ppo_loss(hidden, weight, labels, old, advantage, **options)
-        found.append((out.loss, *torch.autograd.grad(out.loss, (hidden, weight))))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        loss = linear_ppo_loss(hidden, weight, labels, old, advantage, **options).loss
+        results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("op", ["linear_logprobs", "linear_ppo_loss"])
@@ -253,18 +259,19 @@ def test_no_chunk_of_logits_is_held_until_backward(op):
         out = linear_logprobs(hidden, weight, labels, chunk_rows=4).logprob_A.sum()
     else:
         out = linear_ppo_loss(hidden, weight, labels, None, torch.ones(9), normalizer=1.0, chunk_rows=4).loss
-    assert not [x.shape for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.shape[-1:] == (1013,)]
+    # torch 2.11: isinstance reads __class__, and torch.distributed.reduce_op warns at any read. So types are compared.
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    assert not [x.shape for x in tensors if x.shape[-1:] == (1013,)]
     out.backward()
 
 
 def test_rows_that_stay_keep_their_places_where_they_can():
-    gradient = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
-    live = linear_chunked._active_rows(gradient, None)
-    assert live.tolist() == [0, 5, 2, 7, 4] and gradient[live].all()
-    z = torch.arange(8.0)[:, None].repeat(1, 3)
-    assert torch.equal(linear_rows._compact_rows(z, live)[:, 0], live.float())
-    assert (
-        linear_chunked._active_rows(torch.ones(3), None) is None
-        and not linear_chunked._active_rows(torch.zeros(3), None).numel()
-    )
-    assert linear_chunked._active_rows(torch.zeros(3), torch.tensor([0.0, 0.0, 2.0])).tolist() == [2]
+    # Private: the order of rows shows in the memory traffic alone, not in any result.
+    active_rows, compact_rows = linear_chunked._active_rows, torch_ops._compact_rows
+    grad_logprob = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    active = active_rows(grad_logprob, None)
+    assert active.tolist() == [0, 5, 2, 7, 4] and grad_logprob[active].all()
+    logits = torch.arange(8.0)[:, None].repeat(1, 3)
+    assert torch.equal(compact_rows(logits, active)[:, 0], active.float())
+    assert active_rows(torch.ones(3), None) is None and not active_rows(torch.zeros(3), None).numel()
+    assert active_rows(torch.zeros(3), torch.tensor([0.0, 0.0, 2.0])).tolist() == [2]

@@ -23,8 +23,8 @@ def test_select_and_unpack_are_inverse():
     x = torch.randn(2, 4)
     packed = s.select(x)
     assert torch.equal(packed, x.flatten()[s.token_rows_A])
-    back = s.unpack(packed, fill=-1.0)
-    assert back[0, 0] == -1 and torch.equal(s.select(back), packed)
+    unpacked = s.unpack(packed, fill=-1.0)
+    assert unpacked[0, 0] == -1 and torch.equal(s.select(unpacked), packed)
     hidden = torch.randn(2, 4, 3)
     assert torch.equal(s.select(hidden), hidden.flatten(0, 1)[s.token_rows_A])
 

@@ -8,9 +8,9 @@ import torch
 from icegrt.kernels import Moments, PolicyStats, linear_ppo_loss, ppo_policy_loss
 
 
-def by_hand(logprob, old, advantage, low, high, dual):
-    rho = math.exp(logprob - old)
-    loss = max(-advantage * rho, -advantage * min(max(rho, 1 - low), 1 + high))
+def loss_by_hand(logprob, old, advantage, low, high, dual):
+    ratio = math.exp(logprob - old)
+    loss = max(-advantage * ratio, -advantage * min(max(ratio, 1 - low), 1 + high))
     return min(loss, -advantage * dual) if dual and advantage < 0 else loss
 
 
@@ -18,10 +18,12 @@ def by_hand(logprob, old, advantage, low, high, dual):
 def test_surrogate_is_the_recipes(dual):
     logprob, old, advantage = torch.randn(3, 50, dtype=torch.float64)
     out = ppo_policy_loss(logprob, old, advantage, normalizer=50, clip_low=0.1, clip_high=0.3, dual_clip=dual)
-    expected = [by_hand(*x, 0.1, 0.3, dual) for x in zip(*(v.tolist() for v in (logprob, old, advantage)), strict=True)]
+    expected = [
+        loss_by_hand(*x, 0.1, 0.3, dual) for x in zip(*(v.tolist() for v in (logprob, old, advantage)), strict=True)
+    ]
     assert out.loss.item() == pytest.approx(sum(expected) / 50, rel=1e-12)
-    rho = (logprob - old).exp()
-    low, high = (rho < 0.9) & (advantage < 0), (rho > 1.3) & (advantage > 0)
+    ratio = (logprob - old).exp()
+    low, high = (ratio < 0.9) & (advantage < 0), (ratio > 1.3) & (advantage > 0)
     assert out.stats.clipped_low == low.sum() and out.stats.clipped_high == high.sum()
     assert out.stats.clipped_sum == (low | high).sum()
 
@@ -55,7 +57,7 @@ def test_kl_and_ratio_extremes_stay_finite(estimator, d):
 @pytest.mark.parametrize("estimator", ["k1", "k3", "abs"])
 def test_kl_has_the_value_of_its_estimator_and_the_gradient_of_k2(estimator):
     ref = torch.randn(6, dtype=torch.float64)
-    losses = []
+    results = []
     for gradient in ("k2", "raw"):
         logprob = torch.zeros(6, dtype=torch.float64, requires_grad=True)
         out = ppo_policy_loss(
@@ -69,12 +71,13 @@ def test_kl_has_the_value_of_its_estimator_and_the_gradient_of_k2(estimator):
             kl_gradient=gradient,
         )
         out.loss.backward()
-        losses.append((out.loss.item(), logprob.grad))
-    assert losses[0][0] == losses[1][0]
-    torch.testing.assert_close(losses[0][1], -ref)
+        results.append((out.loss.item(), logprob.grad))
+    (loss, grad), (raw_loss, raw_grad) = results
+    assert loss == raw_loss
+    torch.testing.assert_close(grad, -ref)
     d = -ref
-    raw = {"k1": torch.ones_like(d), "k3": 1 - (-d).exp(), "abs": d.sign()}[estimator]
-    torch.testing.assert_close(losses[1][1], raw)
+    expected = {"k1": torch.ones_like(d), "k3": 1 - (-d).exp(), "abs": d.sign()}[estimator]
+    torch.testing.assert_close(raw_grad, expected)
 
 
 def test_moments_whiten_the_advantage_on_the_fly():
@@ -82,10 +85,10 @@ def test_moments_whiten_the_advantage_on_the_fly():
     moments = Moments(*(torch.tensor(x, dtype=torch.float64) for x in (10.0, advantage.mean().item(), 40.0)))
     for shift in (True, False):
         white = (advantage - advantage.mean()) / math.sqrt(4.0) + (0 if shift else advantage.mean())
-        a = ppo_policy_loss(torch.zeros(10), None, advantage, normalizer=10, moments=moments, shift_mean=shift)
-        b = ppo_policy_loss(torch.zeros(10), None, white, normalizer=10)
-        torch.testing.assert_close(a.loss, b.loss)
-        assert a.loss.dtype == torch.float32
+        fused = ppo_policy_loss(torch.zeros(10), None, advantage, normalizer=10, moments=moments, shift_mean=shift)
+        plain = ppo_policy_loss(torch.zeros(10), None, white, normalizer=10)
+        torch.testing.assert_close(fused.loss, plain.loss)
+        assert fused.loss.dtype == torch.float32
 
 
 def test_masked_entries_have_no_effect_whatever_they_hold():
@@ -109,21 +112,21 @@ def test_masked_entries_have_no_effect_whatever_they_hold():
         out.loss.backward()
         return out, leaf.grad
 
-    clean = run(*streams)
-    dirty = run(*(torch.where(mask != 0, x, torch.nan) for x in streams))
-    assert clean[0].loss == dirty[0].loss and clean[0].stats == dirty[0].stats
-    assert torch.equal(clean[1], dirty[1]) and (clean[1][mask == 0] == 0).all()
-    assert clean[0].stats.count == 4
+    clean, clean_grad = run(*streams)
+    dirty, dirty_grad = run(*(torch.where(mask != 0, x, torch.nan) for x in streams))
+    assert clean.loss == dirty.loss and clean.stats == dirty.stats
+    assert torch.equal(clean_grad, dirty_grad) and (clean_grad[mask == 0] == 0).all()
+    assert clean.stats.count == 4
 
 
 def test_empty_stream_has_neutral_statistics():
-    none = torch.zeros(0, requires_grad=True)
-    out = ppo_policy_loss(none, None, torch.zeros(0), normalizer=torch.tensor(7.0))
+    empty = torch.zeros(0, requires_grad=True)
+    out = ppo_policy_loss(empty, None, torch.zeros(0), normalizer=torch.tensor(7.0))
     out.loss.backward()
     assert out.loss == 0 and out.stats.count == 0 and out.stats.ratio_min == math.inf
-    some = ppo_policy_loss(torch.zeros(3), None, torch.ones(3), normalizer=1.0).stats
-    assert some.merge(out.stats) == some
-    assert isinstance(some, PolicyStats) and all(getattr(some, f).dim() == 0 for f in some.__dataclass_fields__)
+    stats = ppo_policy_loss(torch.zeros(3), None, torch.ones(3), normalizer=1.0).stats
+    assert stats.merge(out.stats) == stats
+    assert isinstance(stats, PolicyStats) and all(getattr(stats, f).dim() == 0 for f in stats.__dataclass_fields__)
 
 
 ELSEWHERE = torch.ones((), device="meta")
@@ -141,11 +144,11 @@ ELSEWHERE = torch.ones((), device="meta")
 )
 def test_numbers_on_another_device_are_refused_by_name(op, name, change):
     """A kernel would read them through a pointer of another device."""
-    none, options = torch.zeros(3), {"normalizer": 1.0} | change
-    streams = (none,) if op is ppo_policy_loss else (torch.zeros(3, 2), torch.zeros(4, 2), torch.arange(3))
-    options |= {"entropy_A": none} if op is ppo_policy_loss else {}
+    zeros, options = torch.zeros(3), {"normalizer": 1.0} | change
+    streams = (zeros,) if op is ppo_policy_loss else (torch.zeros(3, 2), torch.zeros(4, 2), torch.arange(3))
+    options |= {"entropy_A": zeros} if op is ppo_policy_loss else {}
     with pytest.raises(ValueError, match=rf"{op.__name__}: {name} must be .*on cpu .* got meta"):
-        op(*streams, None, none, **options)
+        op(*streams, None, zeros, **options)
 
 
 @pytest.mark.parametrize(

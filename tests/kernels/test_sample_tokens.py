@@ -8,9 +8,9 @@ from icegrt.kernels.sample_tokens.reference import exponential_noise, row_keys
 
 
 def draw(logits, temperature=1.0, seed=0, ids=None, positions=None, **options):
-    n = logits.shape[0]
-    ids = torch.arange(n) if ids is None else ids
-    positions = torch.zeros(n, dtype=torch.long) if positions is None else positions
+    rows = logits.shape[0]
+    ids = torch.arange(rows) if ids is None else ids
+    positions = torch.zeros(rows, dtype=torch.long) if positions is None else positions
     return sample_tokens(logits, temperature=temperature, seed=seed, sequence_ids=ids, positions=positions, **options)
 
 
@@ -20,25 +20,25 @@ def test_frequencies_follow_the_distribution(temperature, options, axis):
     n, V = 40_000, 9
     row = torch.randn(V, generator=torch.Generator().manual_seed(3))
     logits = row.expand(n, V)
-    where = torch.arange(n)
+    indices = torch.arange(n)
     if axis == "seed":
-        parts = [draw(logits[:400], temperature, seed=s, **options) for s in range(100)]
-        token, logprob = (torch.cat(x) for x in zip(*parts, strict=True))
+        draws = [draw(logits[:400], temperature, seed=s, **options) for s in range(100)]
+        token, logprob = (torch.cat(x) for x in zip(*draws, strict=True))
     else:
         zeros = torch.zeros(n, dtype=torch.long)
-        ids, positions = (where, zeros) if axis == "ids" else (zeros, where)
+        ids, positions = (indices, zeros) if axis == "ids" else (zeros, indices)
         token, logprob = draw(logits, temperature, ids=ids, positions=positions, **options)
     p = torch.softmax(row / temperature, -1)
     order = p.argsort(descending=True)
-    kept = torch.zeros(V, dtype=torch.bool)
+    survives = torch.zeros(V, dtype=torch.bool)
     count = options.get("top_k", V)
     if "top_p" in options:
         count = int((p[order].cumsum(0) < 0.7).sum()) + 1
-    kept[order[:count]] = True
-    p = torch.where(kept, p, 0) / p[kept].sum()
-    seen = torch.bincount(token, minlength=V)
-    assert (seen[~kept] == 0).all()
-    chi_square = ((seen - token.numel() * p)[kept] ** 2 / (token.numel() * p[kept])).sum()
+    survives[order[:count]] = True
+    p = torch.where(survives, p, 0) / p[survives].sum()
+    frequencies = torch.bincount(token, minlength=V)
+    assert (frequencies[~survives] == 0).all()
+    chi_square = ((frequencies - token.numel() * p)[survives] ** 2 / (token.numel() * p[survives])).sum()
     assert chi_square < 30  # 8 degrees of freedom or fewer: p-value above 2e-4
     torch.testing.assert_close(logprob, p.log()[token], rtol=1e-5, atol=1e-5)
 
@@ -93,9 +93,9 @@ def test_seed_sequence_and_position_each_change_the_draw():
 
 def test_noise_of_a_slice_is_a_slice_of_the_noise():
     keys = row_keys(3, torch.arange(5), torch.arange(5))
-    whole = exponential_noise(keys, 0, 1000)
-    parts = [exponential_noise(keys, a, b - a) for a, b in ((0, 1), (1, 334), (334, 1000))]
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-6, atol=0)
+    noise = exponential_noise(keys, 0, 1000)
+    slices = [exponential_noise(keys, a, b - a) for a, b in ((0, 1), (1, 334), (334, 1000))]
+    torch.testing.assert_close(torch.cat(slices, 1), noise, rtol=1e-6, atol=0)
 
 
 def test_logprob_is_that_of_token_logprobs():

@@ -6,23 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icegrt.kernels import available_backends, masked_moments, record_launches, shaped_gae, use_backend
-from tests.helpers.kernel_cases import assert_within_budget, naive_gae, worst
+from tests.helpers.kernel_cases import assert_within_budget, drawn_mask, gae_streams, naive_gae, widen, worst
 
-BACKENDS = [b for b in available_backends("shaped_gae") if b != "triton"]  # Triton: test_shaped_gae_triton.py
+# Triton has its own tests: tests/kernels/triton/test_shaped_gae.py.
+BACKENDS = [backend for backend in available_backends("shaped_gae") if backend != "triton"]
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     with use_backend(shaped_gae=request.param):
         yield request.param
-
-
-def batch(lengths, slack=0, dtype=torch.float64, seed=0):
-    torch.manual_seed(seed)
-    cu = torch.tensor([0, *torch.tensor(lengths, dtype=torch.long).cumsum(0).tolist()], dtype=torch.int32)
-    size = int(cu[-1]) + slack
-    score = torch.where(cu.diff() > 0, torch.randn(len(lengths)), 0.0)
-    return [score.to(dtype), *(torch.randn(size, dtype=dtype) for _ in range(3)), cu]
 
 
 @given(
@@ -33,23 +26,28 @@ def batch(lengths, slack=0, dtype=torch.float64, seed=0):
     lam=st.sampled_from([0.0, 0.95, 1.0]),
 )
 def test_against_the_loop_over_tokens(lengths, slack, masked, gamma, lam):
-    streams = batch(lengths, slack)
-    size, cu = streams[1].shape[0], streams[4]
-    mask = None
-    if masked:
-        mask = torch.rand(size) > 0.4
-        mask[cu[:-1][cu.diff() > 0].long()] = True
-    bootstrap, extra = torch.randn(len(lengths)).double(), torch.randn(size).double()
-    truth = naive_gae(*streams, kl_coef=0.1, gamma=gamma, lam=lam, bootstrap=bootstrap, mask=mask, token_reward=extra)
-    counted = torch.arange(size) < int(cu[-1])
+    streams = gae_streams(lengths, slack, torch.float64)
+    size, cu_actions = streams[1].shape[0], streams[4]
+    mask = drawn_mask(cu_actions, size) if masked else None
+    bootstrap, token_reward = torch.randn(len(lengths)).double(), torch.randn(size).double()
+    truths = naive_gae(
+        *streams, kl_coef=0.1, gamma=gamma, lam=lam, bootstrap=bootstrap, mask=mask, token_reward=token_reward
+    )
+    counted = torch.arange(size) < int(cu_actions[-1])
     counted = counted if mask is None else counted & mask
     for backend in BACKENDS:
         with use_backend(shaped_gae=backend):
             out = shaped_gae(
-                *streams, kl_coef=0.1, gamma=gamma, lam=lam, bootstrap_N=bootstrap, mask_A=mask, token_reward_A=extra
+                *streams,
+                kl_coef=0.1,
+                gamma=gamma,
+                lam=lam,
+                bootstrap_N=bootstrap,
+                mask_A=mask,
+                token_reward_A=token_reward,
             )
-        for name, exact in zip(("advantage_A", "return_A", "reward_A", "kl_N"), truth, strict=True):
-            assert worst(getattr(out, name), exact) < 1e-10, backend
+        for name, truth in zip(("advantage_A", "return_A", "reward_A", "kl_N"), truths, strict=True):
+            assert worst(getattr(out, name), truth) < 1e-10, backend
         moments = masked_moments(out.advantage_A[counted])
         assert out.moments.count == moments.count
         torch.testing.assert_close(out.moments.mean, moments.mean, rtol=1e-12, atol=1e-12)
@@ -57,24 +55,26 @@ def test_against_the_loop_over_tokens(lengths, slack, masked, gamma, lam):
 
 
 def test_score_lands_on_the_last_unmasked_action(backend):
-    none = torch.zeros(6)
+    zeros = torch.zeros(6)
     mask = torch.tensor([1, 1, 0, 1, 0, 0])
-    out = shaped_gae(torch.tensor([2.0, 3.0]), none, none, none, torch.tensor([0, 3, 6]), kl_coef=0.5, mask_A=mask)
+    out = shaped_gae(torch.tensor([2.0, 3.0]), zeros, zeros, zeros, torch.tensor([0, 3, 6]), kl_coef=0.5, mask_A=mask)
     assert out.reward_A.tolist() == [0, 2, 0, 3, 0, 0]
 
 
 def test_truncated_responses_bootstrap_and_finished_ones_do_not(backend):
-    none = torch.zeros(4)
-    cu = torch.tensor([0, 2, 4])
-    out = shaped_gae(torch.zeros(2), none, none, none, cu, kl_coef=0.0, lam=1.0, bootstrap_N=torch.tensor([5.0, 0.0]))
+    zeros = torch.zeros(4)
+    cu_actions = torch.tensor([0, 2, 4])
+    out = shaped_gae(
+        torch.zeros(2), zeros, zeros, zeros, cu_actions, kl_coef=0.0, lam=1.0, bootstrap_N=torch.tensor([5.0, 0.0])
+    )
     assert out.return_A.tolist() == [5, 5, 0, 0]
 
 
 def test_masked_entries_carry_the_recursion_through_unchanged(backend):
-    full = batch([6, 5])
+    streams = gae_streams([6, 5], dtype=torch.float64)
     mask = torch.tensor([1, 0, 1, 1, 0, 1, 1, 0, 0, 1, 1], dtype=torch.bool)
-    score, value, logprob, ref, _ = full
-    out = shaped_gae(*full, kl_coef=0.1, gamma=0.9, mask_A=mask)
+    score, value, logprob, ref, _ = streams
+    out = shaped_gae(*streams, kl_coef=0.1, gamma=0.9, mask_A=mask)
     dropped = shaped_gae(score, value[mask], logprob[mask], ref[mask], torch.tensor([0, 4, 7]), kl_coef=0.1, gamma=0.9)
     if backend == "reference":
         assert torch.equal(out.advantage_A[mask], dropped.advantage_A) and torch.equal(out.kl_N, dropped.kl_N)
@@ -85,11 +85,11 @@ def test_masked_entries_carry_the_recursion_through_unchanged(backend):
 
 
 def test_nan_and_infinity_where_masked_or_slack_do_not_leak(backend):
-    streams = batch([6, 5], slack=3)
+    streams = gae_streams([6, 5], slack=3, dtype=torch.float64)
     mask = torch.tensor([1, 0, 1, 1, 0, 0, 1, 0, 0, 1, 0, 1, 1, 1], dtype=torch.bool)
     clean = shaped_gae(*streams, kl_coef=0.1, mask_A=mask)
-    mask_and_live = mask & (torch.arange(14) < 11)
-    dirty_streams = [torch.where(mask_and_live, x, torch.nan) for x in streams[1:4]]
+    counted = mask & (torch.arange(14) < 11)
+    dirty_streams = [torch.where(counted, x, torch.nan) for x in streams[1:4]]
     dirty = shaped_gae(streams[0], *dirty_streams, streams[4], kl_coef=0.1, mask_A=mask)
     for name in ("advantage_A", "return_A", "reward_A", "kl_N"):
         assert torch.equal(getattr(clean, name), getattr(dirty, name))
@@ -97,44 +97,44 @@ def test_nan_and_infinity_where_masked_or_slack_do_not_leak(backend):
 
 
 def test_a_score_without_an_action_is_refused_and_a_zero_score_is_not(backend):
-    none, cu = torch.zeros(2), torch.tensor([0, 2, 2])
+    zeros, cu_actions = torch.zeros(2), torch.tensor([0, 2, 2])
     with pytest.raises(ValueError, match=r"score_N must be 0 .* got 0.5 at sequence 1"):
-        shaped_gae(torch.tensor([1.0, 0.5]), none, none, none, cu, kl_coef=0.0)
+        shaped_gae(torch.tensor([1.0, 0.5]), zeros, zeros, zeros, cu_actions, kl_coef=0.0)
     with pytest.raises(ValueError, match="sequence 0"):
-        shaped_gae(torch.tensor([1.0, 0.0]), none, none, none, cu, kl_coef=0.0, mask_A=torch.zeros(2))
-    assert shaped_gae(torch.tensor([1.0, 0.0]), none, none, none, cu, kl_coef=0.0).kl_N.tolist() == [0, 0]
+        shaped_gae(torch.tensor([1.0, 0.0]), zeros, zeros, zeros, cu_actions, kl_coef=0.0, mask_A=torch.zeros(2))
+    assert shaped_gae(torch.tensor([1.0, 0.0]), zeros, zeros, zeros, cu_actions, kl_coef=0.0).kl_N.tolist() == [0, 0]
 
 
 def test_kl_is_reported_unscaled_and_inputs_are_left_alone(backend):
-    streams = batch([4, 3], dtype=torch.float32)
-    before = [x.clone() for x in streams]
+    streams = gae_streams([4, 3])
+    originals = [stream.clone() for stream in streams]
     out = shaped_gae(*streams, kl_coef=torch.tensor(0.3), kl_estimator="k3")
-    for x, y in zip(streams, before, strict=True):
-        assert torch.equal(x, y)
-    free = shaped_gae(*streams, kl_coef=0.0, kl_estimator="k3")
-    assert torch.equal(out.kl_N, free.kl_N) and (out.kl_N > 0).all()
+    for stream, original in zip(streams, originals, strict=True):
+        assert torch.equal(stream, original)
+    unpenalized = shaped_gae(*streams, kl_coef=0.0, kl_estimator="k3")
+    assert torch.equal(out.kl_N, unpenalized.kl_N) and (out.kl_N > 0).all()
     assert out.advantage_A.dtype == out.reward_A.dtype == torch.float32 and not out.advantage_A.requires_grad
 
 
 def test_a_coefficient_of_zero_takes_the_penalty_out_even_where_it_is_infinite(backend):
-    none = torch.zeros(2)
-    out = shaped_gae(none[:1], none, none, none - torch.inf, torch.tensor([0, 2]), kl_coef=0.0)
+    zeros = torch.zeros(2)
+    out = shaped_gae(zeros[:1], zeros, zeros, zeros - torch.inf, torch.tensor([0, 2]), kl_coef=0.0)
     assert (out.reward_A == 0).all() and out.kl_N.isinf().all()
 
 
 def test_critic_returns_include_the_kl_like_the_advantages(backend):
-    streams = batch([5], dtype=torch.float64)
+    streams = gae_streams([5], dtype=torch.float64)
     out = shaped_gae(*streams, kl_coef=0.2)
     torch.testing.assert_close(out.return_A, out.advantage_A + streams[1])
 
 
 def test_views_empty_and_very_many_sequences(backend):
-    wide = torch.randn(20, 2)
-    streams = [torch.zeros(1), wide[:, 0], wide[:, 1], wide[:, 0], torch.tensor([0, 20])]
-    dense = [x.contiguous() for x in streams]
-    assert torch.equal(shaped_gae(*streams, kl_coef=0.1).advantage_A, shaped_gae(*dense, kl_coef=0.1).advantage_A)
-    none = torch.zeros(0)
-    out = shaped_gae(none, none, none, none, torch.zeros(1, dtype=torch.int32), kl_coef=0.1)
+    columns = torch.randn(20, 2)
+    strided = [torch.zeros(1), columns[:, 0], columns[:, 1], columns[:, 0], torch.tensor([0, 20])]
+    dense = [x.contiguous() for x in strided]
+    assert torch.equal(shaped_gae(*strided, kl_coef=0.1).advantage_A, shaped_gae(*dense, kl_coef=0.1).advantage_A)
+    zeros = torch.zeros(0)
+    out = shaped_gae(zeros, zeros, zeros, zeros, torch.zeros(1, dtype=torch.int32), kl_coef=0.1)
     assert out.kl_N.shape == (0,) and out.moments.count == 0
     many = torch.ones(100_000)
     out = shaped_gae(many, many, many, many, torch.arange(100_001), kl_coef=0.1)
@@ -142,12 +142,11 @@ def test_views_empty_and_very_many_sequences(backend):
 
 
 def test_one_sequence_of_100k_tokens(backend):
-    streams = batch([100_000], dtype=torch.float32)
+    streams = gae_streams([100_000])
     out = shaped_gae(*streams, kl_coef=0.1, kl_estimator="k2", gamma=0.999, lam=0.97)
     with use_backend(shaped_gae="reference"):
         plain = shaped_gae(*streams, kl_coef=0.1, kl_estimator="k2", gamma=0.999, lam=0.97)
-        wide = [x.double() if x.is_floating_point() else x for x in streams]
-        truth = shaped_gae(*wide, kl_coef=0.1, kl_estimator="k2", gamma=0.999, lam=0.97)
+        truth = shaped_gae(*widen(streams), kl_coef=0.1, kl_estimator="k2", gamma=0.999, lam=0.97)
     for name in ("advantage_A", "return_A", "reward_A", "kl_N"):
         assert_within_budget(getattr(out, name), getattr(plain, name), getattr(truth, name), 1e-5)
     torch.testing.assert_close(out.moments.m2, truth.moments.m2, rtol=1e-5, atol=0)
@@ -155,11 +154,11 @@ def test_one_sequence_of_100k_tokens(backend):
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
 def test_estimators_of_extreme_differences(backend, estimator):
-    d = torch.tensor([-100.0, 0.0, 100.0, 1e-3, -1e-3, 0.49, -0.51, 3.0])
-    none = torch.zeros(8)
+    logprob = torch.tensor([-100.0, 0.0, 100.0, 1e-3, -1e-3, 0.49, -0.51, 3.0])
+    zeros = torch.zeros(8)
     options = {"kl_coef": 1.0, "kl_estimator": estimator, "gamma": 0.0}
-    out = shaped_gae(none[:1], none, d, none, torch.tensor([0, 8]), **options)
-    truth = shaped_gae(none[:1], none, d.double(), none, torch.tensor([0, 8]), **options)
+    out = shaped_gae(zeros[:1], zeros, logprob, zeros, torch.tensor([0, 8]), **options)
+    truth = shaped_gae(zeros[:1], zeros, logprob.double(), zeros, torch.tensor([0, 8]), **options)
     assert torch.isfinite(out.reward_A).all()
     torch.testing.assert_close(out.reward_A.double(), truth.reward_A, rtol=3e-5, atol=1e-9)
 
@@ -168,33 +167,32 @@ def test_bits_repeat_and_depend_on_neither_neighbours_nor_threads():
     if "cpp" not in BACKENDS:
         pytest.skip("icegrt._C is not installed")
     lengths = [40, 20_000, 1, 0, 33_333, 7]
-    streams = batch(lengths, dtype=torch.float32)
+    streams = gae_streams(lengths)
     threads = torch.get_num_threads()
     try:
         with use_backend(shaped_gae="cpp"), record_launches() as launches:
-            whole = shaped_gae(*streams, kl_coef=0.1)
+            batched = shaped_gae(*streams, kl_coef=0.1)
             torch.set_num_threads(3)
-            again = shaped_gae(*streams, kl_coef=0.1)
-            part = slice(40, 20_040)
+            threaded = shaped_gae(*streams, kl_coef=0.1)
+            actions = slice(40, 20_040)
             alone = shaped_gae(
-                streams[0][1:2], *(x[part] for x in streams[1:4]), torch.tensor([0, 20_000]), kl_coef=0.1
+                streams[0][1:2], *(x[actions] for x in streams[1:4]), torch.tensor([0, 20_000]), kl_coef=0.1
             )
     finally:
         torch.set_num_threads(threads)
     assert launches == [("shaped_gae", "cpp")] * 3
-    assert torch.equal(whole.advantage_A, again.advantage_A) and whole.moments == again.moments
-    assert torch.equal(whole.advantage_A[part], alone.advantage_A) and whole.kl_N[1] == alone.kl_N[0]
+    assert torch.equal(batched.advantage_A, threaded.advantage_A) and batched.moments == threaded.moments
+    assert torch.equal(batched.advantage_A[actions], alone.advantage_A) and batched.kl_N[1] == alone.kl_N[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_and_masks_that_are_numbers(backend, dtype):
-    streams = [x.to(dtype) if x.is_floating_point() else x for x in batch([5, 3])]
+    streams = [x.to(dtype) if x.is_floating_point() else x for x in gae_streams([5, 3], dtype=torch.float64)]
     mask = torch.tensor([2.0, 0.0, 1.0, 1.0, -1.0, 1.0, 1.0, 0.0])
     out = shaped_gae(*streams, kl_coef=torch.tensor(0.1), mask_A=mask)
-    wide = [x.double() if x.is_floating_point() else x for x in streams]
-    truth = naive_gae(*wide, kl_coef=torch.tensor(0.1).item(), gamma=1.0, lam=0.95, mask=mask)
+    advantage, *_ = naive_gae(*widen(streams), kl_coef=torch.tensor(0.1).item(), gamma=1.0, lam=0.95, mask=mask)
     assert out.advantage_A.dtype == torch.float32
-    assert worst(out.advantage_A, truth[0]) < 1e-5
+    assert worst(out.advantage_A, advantage) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -209,21 +207,33 @@ def test_half_precision_and_masks_that_are_numbers(backend, dtype):
     ],
 )
 def test_errors_name_the_argument(match, change):
-    none = torch.zeros(3)
-    arguments = {"score_N": torch.zeros(2), "value_A": none, "logprob_A": none, "ref_logprob_A": none, "kl_coef": 0.1}
+    zeros = torch.zeros(3)
+    arguments = {
+        "score_N": torch.zeros(2),
+        "value_A": zeros,
+        "logprob_A": zeros,
+        "ref_logprob_A": zeros,
+        "kl_coef": 0.1,
+    }
     with pytest.raises(ValueError, match=match):
         shaped_gae(**({"cu_actions": torch.tensor([0, 1, 3])} | arguments | change))
 
 
 def test_wrong_dtypes_and_devices_are_refused_by_name():
-    none, cu = torch.zeros(3), torch.tensor([0, 3])
-    good = {"score_N": none[:1], "value_A": none, "logprob_A": none, "ref_logprob_A": none, "cu_actions": cu}
-    for name, wrong in (("value_A", none.long()), ("cu_actions", cu.float()), ("ref_logprob_A", none.int())):
+    zeros, cu_actions = torch.zeros(3), torch.tensor([0, 3])
+    arguments = {
+        "score_N": zeros[:1],
+        "value_A": zeros,
+        "logprob_A": zeros,
+        "ref_logprob_A": zeros,
+        "cu_actions": cu_actions,
+    }
+    for name, wrong in (("value_A", zeros.long()), ("cu_actions", cu_actions.float()), ("ref_logprob_A", zeros.int())):
         with pytest.raises(TypeError, match=f"{name} must be"):
-            shaped_gae(**(good | {name: wrong}), kl_coef=0.1)
-    elsewhere = torch.zeros(3, device="meta")
+            shaped_gae(**(arguments | {name: wrong}), kl_coef=0.1)
+    meta = torch.zeros(3, device="meta")
     for name in ("value_A", "logprob_A", "ref_logprob_A"):
         with pytest.raises(ValueError, match=f"{name} must be on cpu .* got meta"):
-            shaped_gae(**(good | {name: elsewhere}), kl_coef=0.1)
+            shaped_gae(**(arguments | {name: meta}), kl_coef=0.1)
     with pytest.raises(ValueError, match="kl_coef must be a number or on cpu"):
-        shaped_gae(**good, kl_coef=elsewhere.sum())
+        shaped_gae(**arguments, kl_coef=meta.sum())

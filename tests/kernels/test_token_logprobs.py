@@ -74,11 +74,11 @@ def test_gradient_under_random_upstream_gradients():
     logits = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, 5, -100, 2, 3], dtype=torch.int32)
 
-    def both(x):
-        out = token_logprobs(x, labels, temperature=0.7, entropy=True)
+    def logprob_and_entropy(logits):
+        out = token_logprobs(logits, labels, temperature=0.7, entropy=True)
         return out.logprob_A, out.entropy_A
 
-    assert torch.autograd.gradcheck(both, logits)
+    assert torch.autograd.gradcheck(logprob_and_entropy, logits)
 
 
 def test_strided_views_and_stride_zero_gradients():
@@ -86,12 +86,12 @@ def test_strided_views_and_stride_zero_gradients():
     base = torch.randn(12, 8)
     labels = torch.randint(0, 6, (8,))
     for view in (base.t()[:, :6], base[:8, 1:7], base[::1].t()[:, ::2]):
-        dense, loose = view.clone().contiguous().requires_grad_(), view.detach().requires_grad_()
-        a, b = (token_logprobs(x, labels.clamp(max=view.shape[1] - 1)) for x in (dense, loose))
-        assert torch.equal(a.logprob_A, b.logprob_A)
-        for out in (a, b):
+        dense, strided = view.clone().contiguous().requires_grad_(), view.detach().requires_grad_()
+        outs = [token_logprobs(leaf, labels.clamp(max=view.shape[1] - 1)) for leaf in (dense, strided)]
+        assert torch.equal(outs[0].logprob_A, outs[1].logprob_A)
+        for out in outs:
             out.logprob_A.backward(torch.ones(()).expand(8))
-        assert torch.equal(dense.grad, loose.grad)
+        assert torch.equal(dense.grad, strided.grad)
 
 
 def test_padding_columns_never_count():
@@ -116,10 +116,10 @@ def test_empty_stream_and_dtypes():
 def test_same_bits_twice_and_alone_or_in_a_batch():
     logits = torch.randn(64, 777)
     labels = torch.randint(0, 777, (64,))
-    whole = token_logprobs(logits, labels).logprob_A
-    assert torch.equal(whole, token_logprobs(logits, labels).logprob_A)
+    logprob = token_logprobs(logits, labels).logprob_A
+    assert torch.equal(logprob, token_logprobs(logits, labels).logprob_A)
     alone = torch.cat([token_logprobs(logits[i : i + 1], labels[i : i + 1]).logprob_A for i in range(64)])
-    assert torch.equal(whole, alone)
+    assert torch.equal(logprob, alone)
 
 
 @pytest.mark.parametrize(

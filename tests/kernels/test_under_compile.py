@@ -22,7 +22,7 @@ A, V = 5, 11
 def calls(x, hidden, weight):
     labels, cu = torch.arange(A), torch.tensor([0, 2, A])
     score, ref = torch.ones(2), torch.zeros(A)
-    where = {"seed": 0, "sequence_ids": labels, "positions": labels}
+    keys = {"seed": 0, "sequence_ids": labels, "positions": labels}
     policy = {"normalizer": 5.0, "kl_coef": 0.1, "ref_logprob_A": ref}
     return {
         "token_logprobs": lambda t: token_logprobs(hidden @ weight.t(), labels, temperature=t).logprob_A,
@@ -33,7 +33,7 @@ def calls(x, hidden, weight):
         "kl_divergence": lambda t: kl_divergence(x, x * t, "k3"),
         "shaped_gae": lambda t: shaped_gae(score, x, x, ref, cu, kl_coef=t, lam=t).advantage_A,
         "whiten": lambda t: whiten(x, masked_moments(x), eps=t),
-        "sample_tokens": lambda t: sample_tokens(hidden @ weight.t(), temperature=t, **where)[1],
+        "sample_tokens": lambda t: sample_tokens(hidden @ weight.t(), temperature=t, **keys)[1],
     }
 
 
@@ -42,7 +42,7 @@ def test_python_floats_change_neither_dtype_nor_bits():
     generator = torch.Generator().manual_seed(0)
     x, hidden, weight = (torch.randn(*shape, generator=generator) for shape in ((A,), (A, 4), (V, 4)))
     for name, call in calls(x, hidden.requires_grad_(), weight.requires_grad_()).items():
-        torch._dynamo.reset()
+        torch.compiler.reset()
         compiled = torch.compile(call, backend="eager", dynamic=True)
         for number in (0.7, 0.9):  # the second time the float is no constant any more
             plain, out = call(number), compiled(number)

@@ -13,8 +13,8 @@ def test_formula_and_gradient():
     bounded = torch.minimum(torch.maximum(value, old - 0.2), old + 0.2)
     plain = 0.5 * torch.maximum((value - target) ** 2, (bounded - target) ** 2).mean()
     torch.testing.assert_close(out.loss, plain)
-    got, expected = (torch.autograd.grad(x, value)[0] for x in (out.loss, plain))
-    torch.testing.assert_close(got, expected)
+    fused_grad, plain_grad = (torch.autograd.grad(x, value)[0] for x in (out.loss, plain))
+    torch.testing.assert_close(fused_grad, plain_grad)
     assert out.stats.clipped_sum == ((bounded - target).abs() > (value - target).abs()).sum()
 
 
@@ -32,8 +32,8 @@ def test_mask_weights_and_statistics():
     out = value_loss(value, old, target, clip=None, normalizer=2.0, mask_A=mask, weight_A=torch.full((30,), 3.0))
     torch.testing.assert_close(out.loss, 0.75 * (value - target)[mask].square().sum())
     dirty = [torch.where(mask, x, torch.nan) for x in (value, old, target)]
-    again = value_loss(*dirty, clip=None, normalizer=2.0, mask_A=mask, weight_A=torch.full((30,), 3.0))
-    assert again.loss == out.loss and again.stats == out.stats
+    dirty_out = value_loss(*dirty, clip=None, normalizer=2.0, mask_A=mask, weight_A=torch.full((30,), 3.0))
+    assert dirty_out.loss == out.loss and dirty_out.stats == out.stats
     explained = 1 - (target - value)[mask].var(correction=0) / target[mask].var(correction=0)
     assert out.stats.explained_variance.item() == pytest.approx(explained.item(), rel=1e-5)
     halves = [
@@ -46,8 +46,8 @@ def test_mask_weights_and_statistics():
 
 
 def test_empty_and_dtypes():
-    none = torch.zeros(0, requires_grad=True)
-    out = value_loss(none, none, none, normalizer=5.0)
+    empty = torch.zeros(0, requires_grad=True)
+    out = value_loss(empty, empty, empty, normalizer=5.0)
     out.loss.backward()
     assert out.loss == 0 and out.stats.count == 0 and out.stats.explained_variance == 0
     half = value_loss(torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2), torch.ones(2), normalizer=2)

@@ -8,15 +8,15 @@ from icegrt.kernels import Moments, masked_moments, whiten
 
 def test_moments_of_parts_merge_to_those_of_the_whole():
     x = torch.randn(1000) * 3 + 1e4  # a mean far from 0: sums of squares would lose every digit
-    whole = masked_moments(x)
-    parts = [masked_moments(p) for p in (x[:1], x[1:1], x[1:400], x[400:])]
-    merged = parts[0]
-    for part in parts[1:]:
+    moments = masked_moments(x)
+    part_moments = [masked_moments(p) for p in (x[:1], x[1:1], x[1:400], x[400:])]
+    merged = part_moments[0]
+    for part in part_moments[1:]:
         merged = merged.merge(part)
     assert merged.count == 1000
-    for m in (whole, merged):
-        torch.testing.assert_close(m.mean, x.double().mean())
-        torch.testing.assert_close(m.variance, x.double().var(correction=0))
+    for measured in (moments, merged):
+        torch.testing.assert_close(measured.mean, x.double().mean())
+        torch.testing.assert_close(measured.variance, x.double().var(correction=0))
 
 
 def test_masked_nan_has_no_effect():
@@ -29,10 +29,10 @@ def test_masked_nan_has_no_effect():
 
 
 def test_one_element_and_none():
-    one = masked_moments(torch.tensor([3.0]))
-    assert one.variance == 0 and (whiten(torch.tensor([3.0]), one) == 0).all()
-    none = masked_moments(torch.zeros(0))
-    assert none.count == 0 and none.variance == 0 and whiten(torch.zeros(0), none).shape == (0,)
+    single = masked_moments(torch.tensor([3.0]))
+    assert single.variance == 0 and (whiten(torch.tensor([3.0]), single) == 0).all()
+    empty = masked_moments(torch.zeros(0))
+    assert empty.count == 0 and empty.variance == 0 and whiten(torch.zeros(0), empty).shape == (0,)
 
 
 def test_whiten_with_and_without_the_mean():
@@ -41,8 +41,8 @@ def test_whiten_with_and_without_the_mean():
     white = whiten(x, moments)
     assert white.dtype == torch.float32
     assert abs(white.mean()) < 1e-5 and white.var(correction=0).item() == pytest.approx(1, abs=1e-5)
-    kept = whiten(x, moments, shift_mean=False)
-    assert kept.mean().item() == pytest.approx(x.mean().item(), abs=1e-4)
+    unshifted = whiten(x, moments, shift_mean=False)
+    assert unshifted.mean().item() == pytest.approx(x.mean().item(), abs=1e-4)
 
 
 def test_errors_name_the_argument():
@@ -53,8 +53,8 @@ def test_errors_name_the_argument():
     with pytest.raises(TypeError, match="x must be floating"):
         masked_moments(torch.zeros(3, dtype=torch.long))
     assert isinstance(masked_moments(torch.zeros(2, 2)), Moments)
-    elsewhere = Moments(*torch.ones(3).unbind()).to("meta")
+    meta_moments = Moments(*torch.ones(3).unbind()).to("meta")
     with pytest.raises(ValueError, match=r"whiten: moments must be on cpu .* got meta"):
-        whiten(torch.zeros(3), elsewhere)
+        whiten(torch.zeros(3), meta_moments)
     with pytest.raises(ValueError, match="mask must be on cpu"):
         masked_moments(torch.zeros(3), torch.ones(3, device="meta"))

@@ -9,7 +9,7 @@ from icegrt.model.build import build_model
 from icegrt.model.hf import exporter
 from icegrt.model.hf.writer import save_pretrained
 from icegrt.packing import pack
-from icegrt.ppo.scoring import score_logprobs, score_sequences
+from icegrt.ppo.scoring import LogprobScorer, score_sequences
 from icegrt.rollout.decoder import Decoder
 from icegrt.rollout.types import Sampling
 from tests.helpers import tiny_models as tiny
@@ -60,7 +60,7 @@ def pair(request):
     """A language model of transformers, and the same one here."""
     family, changes = SHAPES[request.param]
     theirs = tiny.causal_lm(0, family=family, **changes)
-    return theirs, build_model(theirs, "lm", Cluster.current(), dtype=torch.float32)
+    return theirs, build_model(theirs, "lm", tiny.current_cluster(), dtype=torch.float32)
 
 
 def logits(model, rows):
@@ -83,7 +83,7 @@ def test_import_and_export_change_no_bit(pair, tmp_path):
     theirs, _ = pair
     theirs.save_pretrained(tmp_path / "in", max_shard_size="20KB")
     assert (tmp_path / "in" / "model.safetensors.index.json").is_file()
-    ours = build_model(tmp_path / "in", "lm", Cluster.current(), dtype=torch.float32)
+    ours = build_model(tmp_path / "in", "lm", tiny.current_cluster(), dtype=torch.float32)
     out = save_pretrained(
         exporter.export_tensors(ours, torch.float32), ours.architecture, tmp_path / "out", classifier=False
     )
@@ -98,7 +98,7 @@ def test_the_decoder_agrees_with_scoring(pair):
     found = list(Decoder(model, [tiny.EOS]).stream(prompts, 2, Sampling(max_new_tokens=14, seed=3)))
     assert len({tuple(r.tokens) for r in found}) > 3
     batch = pack([r.prompt for r in found], [r.tokens for r in found])
-    scored, _ = score_logprobs(tiny.Role("actor", model), [batch], 1.0, None)
+    scored, _ = LogprobScorer(1.0, None)(tiny.Role("actor", model), [batch])
     sampled = torch.tensor([logprob for r in found for logprob in r.logprobs])
     assert (scored - sampled).abs().max() < 1e-4
 
@@ -107,7 +107,7 @@ def test_the_decoder_agrees_with_scoring(pair):
 def test_bf16_comes_back_to_the_bit(family, tmp_path):
     theirs = tiny.causal_lm(0, family=family).bfloat16()
     theirs.save_pretrained(tmp_path / "in")
-    ours = build_model(tmp_path / "in", "lm", Cluster.current(), dtype=torch.bfloat16)
+    ours = build_model(tmp_path / "in", "lm", tiny.current_cluster(), dtype=torch.bfloat16)
     out = save_pretrained(
         exporter.export_tensors(ours, torch.bfloat16), ours.architecture, tmp_path / "out", classifier=False,
         dtype="bf16",

@@ -42,7 +42,7 @@ def cluster():
 def pair(request):
     """A language model of transformers, and the same one here."""
     theirs = tiny.causal_lm(0, **SHAPES[request.param])
-    return theirs, build_model(theirs, "lm", Cluster.current(), dtype=torch.float32)
+    return theirs, build_model(theirs, "lm", tiny.current_cluster(), dtype=torch.float32)
 
 
 def hidden(model, rows):
@@ -77,7 +77,7 @@ def test_a_language_model_comes_back_to_the_bit(pair, tmp_path):
     assert tiny.same(dict(again.state_dict()), dict(theirs.state_dict()))
     assert again.config.tie_word_embeddings == theirs.config.tie_word_embeddings
     assert again.dtype == torch.float32 and again.generation_config.eos_token_id == tiny.EOS
-    once_more = build_model(out, "lm", Cluster.current(), dtype=torch.float32)
+    once_more = build_model(out, "lm", tiny.current_cluster(), dtype=torch.float32)
     assert tiny.same(dict(once_more.named_parameters()), dict(ours.named_parameters()))
 
 
@@ -98,7 +98,7 @@ def test_a_scorer_comes_back_to_the_bit_and_scores_alike(shape, tmp_path):
 
 def test_bf16_is_exported_as_it_is_held(tmp_path):
     theirs = tiny.causal_lm(0)
-    ours = build_model(theirs, "lm", Cluster.current(), dtype=torch.bfloat16)
+    ours = build_model(theirs, "lm", tiny.current_cluster(), dtype=torch.bfloat16)
     out = save_pretrained(
         exporter.export_tensors(ours, torch.bfloat16), ours.architecture, tmp_path / "out", classifier=False,
         dtype="bf16",
@@ -110,7 +110,7 @@ def test_bf16_is_exported_as_it_is_held(tmp_path):
 
 def test_a_large_export_is_cut_into_files_that_transformers_reads(tmp_path):
     theirs = tiny.causal_lm(0)
-    ours = build_model(theirs, "lm", Cluster.current(), dtype=torch.float32)
+    ours = build_model(theirs, "lm", tiny.current_cluster(), dtype=torch.float32)
     out = save_pretrained(
         exporter.export_tensors(ours, torch.float32), ours.architecture, tmp_path / "out", classifier=False,
         shard_bytes=20_000,
@@ -118,7 +118,7 @@ def test_a_large_export_is_cut_into_files_that_transformers_reads(tmp_path):
     assert len(list(out.glob("model-0*-of-0*.safetensors"))) > 2 and not (out / "model.safetensors").exists()
     assert tiny.same(dict(AutoModelForCausalLM.from_pretrained(out).state_dict()), dict(theirs.state_dict()))
     assert tiny.same(
-        dict(build_model(out, "lm", Cluster.current(), dtype=torch.float32).named_parameters()),
+        dict(build_model(out, "lm", tiny.current_cluster(), dtype=torch.float32).named_parameters()),
         dict(ours.named_parameters()),
     )
     with pytest.raises(RunError, match="not an empty folder"):
@@ -168,7 +168,7 @@ def change_tensors(folder, change):
 
 def refused(folder, *words, head="lm"):
     with pytest.raises(CheckpointError) as error:
-        build_model(folder, head, Cluster.current(), dtype=torch.float32)
+        build_model(folder, head, tiny.current_cluster(), dtype=torch.float32)
     for word in (str(folder), *words):
         assert word in str(error.value)
 

@@ -165,10 +165,10 @@ def nothing_wide(folder):
         # 61 tokens, padded to 62 and cut into 31; no other dimension has these sizes.
         with Widest({tiny.VOCAB, tiny.VOCAB + 1}) as watch:
             run.step()
-            run.engine.generate([[5, 6, 7]], 2, Sampling(temperature=0.0, max_new_tokens=3))
+            run.components.engine.generate([[5, 6, 7]], 2, Sampling(temperature=0.0, max_new_tokens=3))
         assert watch.found == set(), watch.found
         with Widest({31}) as control:
-            run.engine.generate([[5, 6, 7]], 1, Sampling(max_new_tokens=2))
+            run.components.engine.generate([[5, 6, 7]], 1, Sampling(max_new_tokens=2))
         assert control.found
 
 

@@ -46,8 +46,8 @@ def saved_and_few(folder, layout):
     settings = {"iterations": 9, "checkpoint_every": 2}
     with trainer(config(folder / layout, layout, **settings), False) as run:
         run.step()
-        assert any(len(ddp.bucket_groups) > 1 for ddp in run.actor._ddps) == (layout == "dp2")
-        drawn = run.engine.generate([[5, 6, 7]], 1, Sampling(max_new_tokens=6, seed=1))
+        assert any(len(ddp.bucket_groups) > 1 for ddp in run.actor.ddps) == (layout == "dp2")
+        drawn = run.components.engine.generate([[5, 6, 7]], 1, Sampling(max_new_tokens=6, seed=1))
         run.step()
         last = run.step()
         after = {r.name: tiny.by_hugging_face_name(r, lambda p: p) for r in run.roles}

@@ -32,7 +32,7 @@ def scored(folder, layout):
     actor = tiny.causal_lm(0, **shape)
     with PPOTrainer(settings, actor, tiny.tokenizer(), reward, tiny.PROMPTS, callbacks=[watch]) as run:
         sources = [step.sources for step in run]
-        sizes = {n: [sum(x for _, x in rank) for rank in held(r)] for n, r in run.roles_by_name.items()}
+        sizes = {n: [sum(x for _, x in rank) for rank in held(r)] for n, r in run.components.roles.items()}
         if run.cluster.is_main:
             told = {"tokens": watch.tokens, "scores": watch.scores, "sources": sources, "sizes": sizes}
             torch.save(told | {"state": run.state()["scalings"]}, folder / f"{layout}.pt")

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from icegrt.ppo.metrics import source_figures
+from icegrt.ppo.metrics import source_metrics
 from icegrt.ppo.rewards import RewardOutputs
 from icegrt.ppo.scores import ModelScores
 from icegrt.rewards.sample import RewardResult, Sample
@@ -28,7 +28,7 @@ def rewards(rank):
 
 def worker(rank, world, path):
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
-    figures = source_figures(rewards(rank), None)
+    figures = source_metrics(rewards(rank), None)
     assert figures["reward_errors"] == 1 and figures["dropped_responses"] == 1
     f = figures["sources"]["f"]
     assert (f["score_mean"], f["errors"]) == (3.0, 1) and math.isclose(f["score_std"], math.sqrt(14 / 3))

@@ -10,20 +10,22 @@ from icegrt.config import CriticConfig, DataSource, OptimizerConfig
 from icegrt.data import Example, Ranking
 from icegrt.distributed.cluster import Cluster
 from icegrt.errors import RunError
-from icegrt.kernels import ShapedGAE
+from icegrt.kernels import PolicyStats, ShapedGAE
 from icegrt.ppo.batch_plan import plan_batches
-from icegrt.ppo.experience import Experience, shape
+from icegrt.ppo.experience import Experience, compute_advantages
 from icegrt.ppo.scores import total_scores
-from icegrt.ppo.scoring import score_logprobs, score_values
+from icegrt.ppo.scoring import LogprobScorer, score_values
 from icegrt.ppo.trainer import PPOTrainer
 from icegrt.ppo.update import Updater
-from icegrt.training.ranking_loss import pack_rankings, ranking_loss
-from icegrt.training.sft_loss import pack_examples, response_nll
+from icegrt.roles.micro_batch import LossOutput, MicroBatch, merge_by_type
+from icegrt.training.ranking_loss import RewardModelLoss, pack_rankings
+from icegrt.training.sft_loss import SFTLoss, pack_examples
 from tests.helpers import tiny_models as tiny
 
 AT_REST = OptimizerConfig(lr=0.0)
 UNCLIPPED = OptimizerConfig(lr=1e-2, clip_grad=0.0)
 CHUNK = 16
+SCORER = LogprobScorer(1.0, CHUNK)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,10 +96,10 @@ def test_one_weight_moved_by_a_thousandth_between_the_passes_moves_the_ratio(tra
 def test_the_first_minibatch_of_a_learning_run_has_ratio_1(trainer):
     run = trainer()
     seen = []
-    original = run.updater.run
-    run.updater.run = lambda *args: seen.append(original(*args)) or seen[-1]
+    original = run.components.updater.run
+    run.components.updater.run = lambda *args: seen.append(original(*args)) or seen[-1]
     step = run.step()
-    first = seen[0].first_policy_stats
+    first = merge_by_type(seen[0].actor[0].stats)[PolicyStats]
     assert float(first.ratio_min) == 1.0 == float(first.ratio_max)
     assert step.ratio_max > 1.0 and len(seen[0].actor) == len(seen[0].critic) == 4
 
@@ -112,13 +114,13 @@ def assembled(models, cluster):
     answers = tiny.responses(12, seed=8)
     whole = plan_batches(answers, 4096, 1)
     actor, critic = tiny.role(models.actor), tiny.role(models.reward, "scalar")
-    old, entropy = score_logprobs(actor, whole.batches, 1.0, CHUNK, entropy=True)
+    old, entropy = SCORER(actor, whole.batches, entropy=True)
     value, last = score_values(critic, whole.batches)
     noise = torch.Generator().manual_seed(1)
     old = old + 0.2 * torch.randn(old.shape, generator=noise)
     ref = old + 0.2 * torch.randn(old.shape, generator=noise)
     scores = total_scores(config, {}, [], torch.arange(12.0), torch.zeros(12))
-    shaped = shape(config, 0.1, whole, scores, old, ref, value, last)
+    shaped = compute_advantages(config, 0.1, whole, scores, old, ref, value, last)
     lengths = whole.cu_actions.diff().tolist()
 
     def under(budget, minibatches=1):
@@ -145,12 +147,10 @@ def test_the_policy_gradient_is_that_of_one_micro_batch(assembled, models, clust
     found = []
     for budget in (4096, 17):
         experience = under(budget)
-        batches = experience.plan.batches
-        loss = Updater(config, actor, actor, CHUNK, cluster.data_group).policy_loss(
-            experience, list(range(len(batches))), 0.1
-        )
-        found.append(tiny.gradients(actor, batches, loss))
-    assert len(batches) > 5
+        updater = Updater(config, actor, actor, SCORER, cluster)
+        work = updater.policy_work(experience, range(len(experience.plan.batches)), 0.1)
+        found.append(tiny.gradients(actor, work))
+    assert len(work) > 5
     assert_equal_gradients(found[1], found[0])
 
 
@@ -160,11 +160,9 @@ def test_the_value_gradient_is_that_of_one_micro_batch(assembled, models, cluste
     found = []
     for budget in (4096, 17):
         experience = under(budget)
-        batches = experience.plan.batches
-        loss = Updater(config, critic, critic, CHUNK, cluster.data_group).critic_loss(
-            experience, list(range(len(batches)))
-        )
-        found.append(tiny.gradients(critic, batches, loss))
+        updater = Updater(config, critic, critic, SCORER, cluster)
+        work = updater.critic_work(experience, range(len(experience.plan.batches)))
+        found.append(tiny.gradients(critic, work))
     assert_equal_gradients(found[1], found[0])
 
 
@@ -175,12 +173,8 @@ def examples(count=6):
 
 
 def supervised_gradient(actor, rows, budget):
-    batches = pack_examples(rows, budget)
-
-    def loss(hidden_TH, i):
-        return response_nll(actor, hidden_TH, batches[i], CHUNK), batches[i].n_counted_actions, None
-
-    return tiny.gradients(actor, batches, loss)
+    loss = SFTLoss(actor, CHUNK)
+    return tiny.gradients(actor, [MicroBatch(batch, loss) for batch in pack_examples(rows, budget)])
 
 
 def test_the_sft_gradient_is_that_of_one_micro_batch(models):
@@ -197,11 +191,8 @@ def test_the_ranking_gradient_is_that_of_one_micro_batch(models):
     found = []
     for budget in (4096, max(map(len, rankings))):
         ranked = pack_rankings(rankings, budget, 0.0)
-
-        def loss(hidden_TH, i, ranked=ranked):
-            return ranking_loss(critic.model.head(hidden_TH[ranked[i].batch.last_rows_N]), ranked[i])
-
-        found.append(tiny.gradients(critic, [r.batch for r in ranked], loss))
+        loss = RewardModelLoss(critic)
+        found.append(tiny.gradients(critic, [MicroBatch(batch, loss) for batch in ranked]))
     assert len(ranked) > 2
     assert_equal_gradients(found[1], found[0])
 
@@ -216,13 +207,10 @@ def test_ptx_adds_its_mean_gradient_times_the_coefficient(budget, assembled, mod
     )  # fmt: skip
     mixed, alone = (tiny.role(models.actor, learns=UNCLIPPED) for _ in range(2))
     critic = tiny.role(models.reward, "scalar", learns=UNCLIPPED)
-    outcome = Updater(config, mixed, critic, CHUNK, cluster.data_group).run(experience, 0.1, 1, [examples()])
-    assert outcome.ptx_tokens == sum(sum(e.action_mask or [1] * len(e.response)) for e in examples())
-    batches = experience.plan.batches
-    loss = Updater(plain, alone, critic, CHUNK, cluster.data_group).policy_loss(
-        experience, list(range(len(batches))), 0.1
-    )
-    policy = tiny.gradients(alone, batches, loss)
+    outcome = Updater(config, mixed, critic, SCORER, cluster).run(experience, 0.1, 1, [examples()])
+    assert outcome.ptx_stats.tokens == sum(sum(e.action_mask or [1] * len(e.response)) for e in examples())
+    updater = Updater(plain, alone, critic, SCORER, cluster)
+    policy = tiny.gradients(alone, updater.policy_work(experience, range(len(experience.plan.batches)), 0.1))
     likelihood = supervised_gradient(alone, examples(), 4096)
     by_hand = {name: policy[name] + 0.4 * likelihood[name] for name in policy}
     assert_equal_gradients(tiny.by_hugging_face_name(mixed, lambda p: p.main_grad), by_hand)
@@ -234,7 +222,7 @@ def test_a_minibatch_is_one_step_whatever_the_micro_batches(assembled, models, c
         config = tiny.ppo_config("unused", token_budget=budget, ppo_epochs=3, minibatches=2)
         actor = tiny.role(models.actor, learns=UNCLIPPED)
         critic = tiny.role(models.reward, "scalar", learns=UNCLIPPED)
-        outcome = Updater(config, actor, critic, CHUNK, cluster.data_group).run(under(budget, 2), 0.0, 1)
+        outcome = Updater(config, actor, critic, SCORER, cluster).run(under(budget, 2), 0.0, 1)
         assert len(outcome.actor) == len(outcome.critic) == 6
         assert float(outcome.policy_stats.count) == 3 * sum(len(r.tokens) for r in under(budget).plan.local_responses)
 
@@ -262,7 +250,7 @@ def test_the_critic_takes_its_own_number_of_passes(assembled, models, cluster):
         config = tiny.ppo_config("unused", token_budget=4096, critic=CriticConfig(epochs=critic_epochs))
         actor = tiny.role(models.actor, learns=UNCLIPPED)
         critic = tiny.role(models.reward, "scalar", learns=UNCLIPPED)
-        outcome = Updater(config, actor, critic, CHUNK, cluster.data_group).run(experience, 0.0, 1)
+        outcome = Updater(config, actor, critic, SCORER, cluster).run(experience, 0.0, 1)
         assert (len(outcome.actor), len(outcome.critic)) == (4, steps)
 
 
@@ -272,7 +260,7 @@ def test_a_critic_from_the_reward_model_starts_on_the_scale_of_the_reward(models
     (folder / "score_statistics.json").write_text('{"after": {"count": 10, "mean": 3.0, "std": 4.0}}')
     config = tiny.ppo_config(tmp_path / "run", reward_model_weight=0.5)
     with PPOTrainer(config, models.actor, tiny.tokenizer(), str(folder), tiny.PROMPTS) as run:
-        raw, critic = run.roles_by_name["reward"].model.head.weight, run.critic.model.head.weight
+        raw, critic = run.components.roles["reward"].model.head.weight, run.critic.model.head.weight
         assert raw.abs().max() > 0
         assert torch.equal(critic, raw * (0.5 / 4.0))
 
@@ -295,7 +283,9 @@ def test_a_loss_that_overflows_under_a_finite_gradient_skips_the_step(models):
     critic = tiny.role(models.reward, "scalar", learns=UNCLIPPED)
     batch = plan_batches(tiny.responses(), 4096, 1).batches[0]
     before = tiny.parameters(critic)
-    outcome = critic.step([batch], lambda hidden, i: (hidden.sum() * 0.0 + math.inf, 1, None))
+    outcome = critic.train_step(
+        [MicroBatch(batch, lambda hidden_TH, batch: LossOutput(hidden_TH.sum() * 0.0 + math.inf, 1))]
+    )
     assert outcome.skipped and tiny.same(tiny.parameters(critic), before)
 
 
@@ -330,8 +320,8 @@ def test_the_kl_penalty_does_not_reach_the_scores_that_are_reported(trainer, mod
     step = run.step()
     experience = seen[1]
     again = total_scores(
-        run.config, run.normalizers, experience.scores.models, experience.scores.source_total_N,
-        torch.tensor([float(r.truncated) for r in experience.plan.local_responses]),
+        run.config, run.components.normalizers, experience.scores.models, experience.scores.source_total_N,
+        experience.plan.truncated_N,
     )  # fmt: skip
     assert step.kl_nats_per_response != 0.0
     assert torch.equal(again.total_N, experience.scores.total_N)

@@ -15,9 +15,9 @@ from icegrt.data import Example
 from icegrt.distributed.cluster import Cluster
 from icegrt.kernels import whiten
 from icegrt.ppo.batch_plan import plan_batches
-from icegrt.ppo.experience import Experience, shape
+from icegrt.ppo.experience import Experience, compute_advantages
 from icegrt.ppo.scores import ModelScores, RunningScoreNormalizer, total_scores
-from icegrt.ppo.scoring import score_logprobs, score_sequences, score_values
+from icegrt.ppo.scoring import LogprobScorer, score_sequences, score_values
 from icegrt.ppo.update import Updater
 from tests.helpers import tiny_models as tiny
 from tests.helpers.tiny_models import doubles, gap, llama64
@@ -86,30 +86,29 @@ def function_score(response) -> float:
     return [0.0, 1.0, -0.5, 0.25][response.sequence_id % 4]
 
 
-def update_with_the_engine(config, models, group):
+def update_with_the_engine(config, models, cluster):
     """Score with one set of weights, update another: everything the oracle has to say something about."""
     actor = tiny.role(models.actor, learns=config.optimizer)
     critic = tiny.role(models.critic, "scalar", learns=config.critic.optimizer)
     reference, reward = tiny.role(models.reference), tiny.role(models.reward, "scalar")
     plan = plan_batches(tiny.responses(), config.token_budget, 1)
-    temperature = config.sampling.temperature
-    old, entropy = score_logprobs(actor, plan.batches, temperature, 16, entropy=True)
-    ref, _ = score_logprobs(reference, plan.batches, temperature, 16)
+    scorer = LogprobScorer(config.sampling.temperature, 16)
+    old, entropy = scorer(actor, plan.batches, entropy=True)
+    ref, _ = scorer(reference, plan.batches)
     value, last_value = score_values(critic, plan.batches)
     said = score_sequences(reward, plan.batches)
     scaling = RunningScoreNormalizer(config, STATISTICS)
-    scaling.update(said, group)
-    truncated = torch.tensor([float(r.truncated) for r in plan.local_responses])
+    scaling.update(said, cluster.data_group)
     given = torch.tensor([function_score(r) for r in plan.local_responses])
     said_N = [ModelScores("reward_model", config.reward_model_weight, said)]
-    scores = total_scores(config, {"reward_model": scaling}, said_N, given, truncated)
-    shaped = shape(config, config.kl_coef, plan, scores, old, ref, value, last_value)
-    experience = Experience(plan, scores, old, entropy, ref, value, shaped, shaped.moments.reduce(group))
+    scores = total_scores(config, {"reward_model": scaling}, said_N, given, plan.truncated_N)
+    shaped = compute_advantages(config, config.kl_coef, plan, scores, old, ref, value, last_value)
+    experience = Experience(plan, scores, old, entropy, ref, value, shaped, shaped.moments.reduce(cluster.data_group))
     tiny.reload(actor, models.moved_actor)
     tiny.reload(critic, models.moved_critic)
     for role in (actor, critic):  # the optimizer's own copies of the weights
         role.optimizer.reload_model_params()
-    updater = Updater(config, actor, critic, 16, group)
+    updater = Updater(config, actor, critic, scorer, cluster)
     outcome = updater.run(experience, config.kl_coef, 1, [PTX] if config.ptx_coef else ())
     return SimpleNamespace(actor=actor, critic=critic, experience=experience, outcome=outcome)
 
@@ -258,7 +257,7 @@ def held_gradients(role):
 @pytest.mark.parametrize("case", CASES)
 def test_one_update_agrees_with_the_recipe_in_float64(case, models, cluster):
     config = configured(case)
-    engine = update_with_the_engine(config, models, cluster.data_group)
+    engine = update_with_the_engine(config, models, cluster)
     experience, outcome = engine.experience, engine.outcome
     truth = oracle_update(config, models, experience.plan.local_responses)
     shaped = experience.shaped
@@ -273,7 +272,7 @@ def test_one_update_agrees_with_the_recipe_in_float64(case, models, cluster):
         "value loss": abs(float(outcome.value_stats.loss_sum) / count - truth.value),
     }
     if config.ptx_coef:
-        away["ptx loss"] = abs(outcome.ptx_loss_sum / outcome.ptx_tokens - truth.ptx)
+        away["ptx loss"] = abs(outcome.ptx_stats.loss_sum / outcome.ptx_stats.tokens - truth.ptx)
     for name, role, weights in (("actor", engine.actor, truth.actor), ("critic", engine.critic, truth.critic)):
         exact = {n: w.grad for n, w in weights.items()}
         away[f"{name} gradients"], away[f"worst of the {name}'s gradients"] = gap(held_gradients(role), exact)
@@ -286,7 +285,7 @@ def test_one_update_agrees_with_the_recipe_in_float64(case, models, cluster):
 def test_the_cases_clip_what_they_are_about(models, cluster):
     # An update that clips nothing would agree with any clipping rule.
     def stats(case):
-        outcome = update_with_the_engine(configured(case), models, cluster.data_group).outcome
+        outcome = update_with_the_engine(configured(case), models, cluster).outcome
         return outcome.policy_stats, outcome.value_stats
 
     policy, value = stats("defaults")

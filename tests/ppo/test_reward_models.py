@@ -138,9 +138,9 @@ def test_a_critic_starts_from_the_first_model_on_the_scale_of_what_that_pays(sco
     reward = [(first, 0.6), (second, 7.0)]
     with icegrt.PPOTrainer(tiny.ppo_config(tmp_path / "run"), tiny.causal_lm(), tiny.tokenizer(), reward,
                            tiny.PROMPTS) as run:  # fmt: skip
-        assert list(run.roles_by_name) == ["actor", "reference", "reward", "reward:reward_model_2", "critic"]
-        raw, critic = run.roles_by_name["reward"].model.head.weight, run.critic.model.head.weight
-        assert not any(role.learns for name, role in run.roles_by_name.items() if name.startswith("reward"))
+        assert list(run.components.roles) == ["actor", "reference", "reward", "reward:reward_model_2", "critic"]
+        raw, critic = run.components.roles["reward"].model.head.weight, run.critic.model.head.weight
+        assert not any(role.learns for name, role in run.components.roles.items() if name.startswith("reward"))
         assert torch.equal(critic, raw * (0.6 / SAVED["std"]))
 
 

@@ -13,10 +13,10 @@ from icegrt.distributed.cluster import Cluster
 from icegrt.errors import RewardError
 from icegrt.metrics import read_metrics
 from icegrt.ppo.batch_plan import plan_batches
-from icegrt.ppo.experience import Experience, shape
+from icegrt.ppo.experience import Experience, compute_advantages
 from icegrt.ppo.rewards import RewardOutputs
 from icegrt.ppo.scores import total_scores
-from icegrt.ppo.scoring import score_logprobs, score_values
+from icegrt.ppo.scoring import LogprobScorer, score_values
 from icegrt.ppo.update import Updater
 from icegrt.rewards.sample import RewardResult
 from icegrt.rewards.sources import SourceScores
@@ -24,6 +24,8 @@ from icegrt.rollout.samples import sample_of
 from tests.helpers import reward_cases
 from tests.helpers import stage_cases as cases
 from tests.helpers import tiny_models as tiny
+
+SCORER = LogprobScorer(1.0, 16)
 
 
 @pytest.fixture(scope="module")
@@ -140,11 +142,10 @@ def experience_with(config, actor, critic, responses, dropped):
     plan = plan_batches(responses, config.token_budget, config.minibatches)
     rewards = verdict_on(plan, dropped)
     plan = plan.with_masked(rewards.dropped_N)
-    old_A, entropy_A = score_logprobs(actor, plan.batches, 1.0, 16, entropy=True)
+    old_A, entropy_A = SCORER(actor, plan.batches, entropy=True)
     value_A, last_N = score_values(critic, plan.batches)
-    truncated_N = torch.tensor([float(r.truncated) for r in plan.local_responses])
-    scores = total_scores(config, {}, [], rewards.source_total_N, truncated_N, rewards.dropped_N)
-    shaped = shape(config, 0.1, plan, scores, old_A, old_A - 0.1, value_A, last_N)
+    scores = total_scores(config, {}, [], rewards.source_total_N, plan.truncated_N, rewards.dropped_N)
+    shaped = compute_advantages(config, 0.1, plan, scores, old_A, old_A - 0.1, value_A, last_N)
     return Experience(plan, scores, old_A, entropy_A, old_A - 0.1, value_A, shaped, shaped.moments)
 
 
@@ -153,11 +154,11 @@ def gradients(responses, dropped, budget):
     config = tiny.ppo_config("unused", token_budget=budget, kl_coef=0.1, minibatches=1)
     actor, critic = learners(config)
     experience = experience_with(config, actor, critic, responses, dropped)
-    plan, updater = experience.plan, Updater(config, actor, critic, 16, None)
+    plan, updater = experience.plan, Updater(config, actor, critic, SCORER, tiny.current_cluster())
     members = list(range(len(plan.batches)))
-    policy, value = updater.policy_loss(experience, members, 0.1), updater.critic_loss(experience, members)
+    policy, value = updater.policy_work(experience, members, 0.1), updater.critic_work(experience, members)
     counted = sum(b.n_counted_actions for b in plan.batches)
-    found = tiny.gradients(actor, plan.batches, policy), tiny.gradients(critic, plan.batches, value)
+    found = tiny.gradients(actor, policy), tiny.gradients(critic, value)
     return found, counted, experience.moments, len(plan.batches)
 
 
@@ -178,7 +179,7 @@ def test_a_dropped_response_is_trained_on_nowhere(cluster, budget):
 def test_a_minibatch_of_dropped_responses_is_no_step(cluster, dropped, empty):
     config = tiny.ppo_config("unused", token_budget=64, kl_coef=0.1, minibatches=2, ppo_epochs=1)
     actor, critic = learners(config)
-    updater, responses = Updater(config, actor, critic, 16, None), tiny.responses(2)
+    updater, responses = Updater(config, actor, critic, SCORER, tiny.current_cluster()), tiny.responses(2)
     updater.run(experience_with(config, actor, critic, responses, set()), 0.1, 1)  # gives Adam its momentum
     before = tiny.parameters(actor), tiny.parameters(critic)
     outcome = updater.run(experience_with(config, actor, critic, responses, dropped), 0.1, 2)

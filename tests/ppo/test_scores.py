@@ -5,7 +5,7 @@ import torch
 
 from icegrt.kernels import masked_moments, whiten
 from icegrt.ppo.batch_plan import plan_batches
-from icegrt.ppo.experience import shape
+from icegrt.ppo.experience import compute_advantages
 from icegrt.ppo.kl_controller import kl_controller
 from icegrt.ppo.scores import RunningScoreNormalizer, total_scores
 from tests.helpers import tiny_models as tiny
@@ -17,12 +17,12 @@ def test_the_penalty_follows_the_finish_reason_and_not_the_length():
     longest = max(len(r.tokens) for r in answers if not r.truncated)
     assert longest >= max(len(r.tokens) for r in answers if r.truncated)  # the longest answer ends with EOS
     plan = plan_batches(answers, 4096, 1)
-    truncated_N = torch.tensor([float(r.truncated) for r in plan.local_responses])
+    truncated_N = plan.truncated_N
     scores = total_scores(config, {}, [], torch.ones(9), truncated_N)
     assert torch.equal(scores.total_N, 1.0 - 2.0 * truncated_N)
     actions = sum(len(r.tokens) for r in answers)
     zero = torch.zeros(actions)
-    shaped = shape(config, 0.0, plan, scores, zero, zero, zero, torch.full((9,), 10.0))
+    shaped = compute_advantages(config, 0.0, plan, scores, zero, zero, zero, torch.full((9,), 10.0))
     last = shaped.return_A[plan.cu_actions[1:].long() - 1]
     assert torch.equal(last, scores.total_N + 10.0 * truncated_N)
 

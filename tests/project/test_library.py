@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import icegrt
 from icegrt.packing import pack
-from icegrt.ppo.scoring import score_logprobs
+from icegrt.ppo.scoring import LogprobScorer
 from tests.helpers import stage_cases as cases
 from tests.helpers import tiny_models
 
@@ -130,7 +130,7 @@ def test_an_exported_actor_says_in_transformers_what_it_says_here(config, tmp_pa
         for _ in trainer:
             pass
         trainer.save_pretrained(tmp_path / "out")
-        ours, _ = score_logprobs(trainer.actor, [pack([[2, 7, 9]], [[20, 21, 22, 23]])], 1.0, None)
+        ours, _ = LogprobScorer(1.0, None)(trainer.actor, [pack([[2, 7, 9]], [[20, 21, 22, 23]])])
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     logprobs = theirs(torch.tensor([[2, 7, 9, 20, 21, 22, 23]])).logits.log_softmax(-1)[0, 2:6]
     torch.testing.assert_close(

@@ -6,7 +6,7 @@ import torch
 from icegrt.distributed.cluster import Cluster
 from icegrt.errors import ConfigError, DataError
 from icegrt.ppo.batch_plan import plan_batches
-from icegrt.ppo.scoring import score_logprobs
+from icegrt.ppo.scoring import LogprobScorer
 from icegrt.rollout.decoder import Decoder
 from icegrt.rollout.engine import RolloutEngine, stop_ids
 from icegrt.rollout.kv_cache.contiguous import KVCache
@@ -104,7 +104,7 @@ def test_greedy_is_that_of_transformers(lm, actor):
 def test_rollout_logprobs_are_those_of_scoring(temperature, actor):
     responses = list(draw(actor, sampling=Sampling(temperature, max_new_tokens=16, seed=3)).values())
     planned = plan_batches(responses, 64, 1)
-    scored_A, _ = score_logprobs(actor, planned.batches, temperature, 16)
+    scored_A, _ = LogprobScorer(temperature, 16)(actor, planned.batches)
     rolled_A = torch.tensor([x for r in planned.local_responses for x in r.logprobs])
     assert (scored_A - rolled_A).abs().max() < 1e-4
     assert len(planned.batches) > 2 and rolled_A.max() < 0

@@ -109,8 +109,8 @@ def test_ppo_starts_from_the_statistics_of_the_reward_model(recipe, home, tmp_pa
     saved = json.loads((recipe / "reward" / "model" / "score_statistics.json").read_text())["after"]
     keys = cases.ppo_keys(home, tmp_path / "run", f"ppo.reward_model={recipe}/reward/model")
     with trainer(PPOTrainer, PPOConfig, keys) as ppo:
-        assert ppo.normalizers["reward_model"].moments.mean.item() == pytest.approx(saved["mean"])
-        assert ppo.normalizers["reward_model"].moments.variance.sqrt().item() == pytest.approx(saved["std"])
+        assert ppo.components.normalizers["reward_model"].moments.mean.item() == pytest.approx(saved["mean"])
+        assert ppo.components.normalizers["reward_model"].moments.variance.sqrt().item() == pytest.approx(saved["std"])
 
 
 def test_generate_is_what_transformers_generates(recipe, tmp_path, capsys):

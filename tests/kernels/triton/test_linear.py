@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icegrt.kernels import Moments, VocabShard, linear_logprobs, linear_ppo_loss, record_launches, use_backend
-from tests.helpers.kernel_cases import assert_within_budget
+from tests.helpers.kernel_cases import assert_within_budget, widen
 
 OBJECTIVE = {"clip_low": 0.1, "dual_clip": 1.5, "kl_coef": 0.3, "kl_estimator": "k3", "entropy_coef": 0.1}
 
@@ -19,7 +19,7 @@ def problem(A=11, H=6, V=37, seed=0):
     return hidden, weight, labels, old - 4, ref - 4, advantage
 
 
-def loss_of(backend, hidden, weight, labels, old, ref, advantage, **options):
+def loss_and_gradients(backend, hidden, weight, labels, old, ref, advantage, **options):
     hidden, weight = (x.clone().requires_grad_() for x in (hidden, weight))
     with use_backend(backend), record_launches() as launches:
         out = linear_ppo_loss(hidden, weight, labels, old, advantage, ref_logprob_A=ref, **options)
@@ -28,7 +28,7 @@ def loss_of(backend, hidden, weight, labels, old, ref, advantage, **options):
     return out.loss, hidden.grad, weight.grad, out.stats
 
 
-def logprobs_of(backend, hidden, weight, labels, upstream, **options):
+def logprobs_and_gradients(backend, hidden, weight, labels, upstream, **options):
     hidden, weight = (x.clone().requires_grad_() for x in (hidden, weight))
     with use_backend(backend), record_launches() as launches:
         out = linear_logprobs(hidden, weight, labels, entropy=True, **options)
@@ -45,23 +45,25 @@ def check_loss(A=11, V=37, masked=True, chunk_rows=4, temperature=0.7, seed=0, *
     moments = Moments(*(torch.tensor(x, dtype=torch.float64) for x in (4.0, 0.5, 8.0)))
     options = {"normalizer": 3.0, "moments": moments, "chunk_rows": chunk_rows, "temperature": temperature}
     options |= {"mask_A": torch.arange(A) % 3 != 1 if masked else None, **(objective or OBJECTIVE)}
-    found = [loss_of(b, *streams, **options) for b in ("triton", "reference")]
-    wide = [x.double() if x.is_floating_point() else x for x in streams]
-    truth = loss_of("reference", *wide, **options)
-    for ours, plain, right in zip(*(x[:3] for x in found), truth[:3], strict=True):
-        assert_within_budget(ours, plain, right, 2e-5 * max(1.0, float(right.abs().max()) if right.numel() else 1.0))
+    *fused_results, stats = loss_and_gradients("triton", *streams, **options)
+    *plain_results, _ = loss_and_gradients("reference", *streams, **options)
+    *truths, true_stats = loss_and_gradients("reference", *widen(streams), **options)
+    for fused, plain, truth in zip(fused_results, plain_results, truths, strict=True):
+        scale = max(1.0, float(truth.detach().abs().max())) if truth.numel() else 1.0
+        assert_within_budget(fused, plain, truth, 2e-5 * scale)
     for name in ("count", "clipped_sum", "dual_clipped_sum"):
-        assert getattr(found[0][3], name) == getattr(truth[3], name), name
+        assert getattr(stats, name) == getattr(true_stats, name), name
 
 
 def check_logprobs(A=11, V=37, masked=True, chunk_rows=4):
     hidden, weight, labels, upstream, *_ = problem(A, 6, V)
     options = {"chunk_rows": chunk_rows, "temperature": 0.7, "mask_A": torch.arange(A) % 3 != 1 if masked else None}
     upstream = torch.where(torch.arange(A) % 4 == 0, 0.0, upstream)  # rows without a gradient
-    found = [logprobs_of(b, hidden, weight, labels, upstream, **options) for b in ("triton", "reference")]
-    truth = logprobs_of("reference", hidden.double(), weight.double(), labels, upstream, **options)
-    for ours, plain, right in zip(*found, truth, strict=True):
-        assert_within_budget(ours, plain, right, 2e-5)
+    fused_results = logprobs_and_gradients("triton", hidden, weight, labels, upstream, **options)
+    plain_results = logprobs_and_gradients("reference", hidden, weight, labels, upstream, **options)
+    truths = logprobs_and_gradients("reference", hidden.double(), weight.double(), labels, upstream, **options)
+    for fused, plain, truth in zip(fused_results, plain_results, truths, strict=True):
+        assert_within_budget(fused, plain, truth, 2e-5)
 
 
 @pytest.mark.parametrize("V", [7, 37, 5000])
@@ -101,8 +103,8 @@ def test_padding_rows_of_the_weight_and_an_empty_stream():
     hidden, weight, labels, *_ = problem(V=40)
     labels = labels.clamp(max=32)
     shard = VocabShard(None, 0, 40, 33)
-    padded = logprobs_of("triton", hidden, weight, labels, torch.ones(11), shard=shard)
-    plain = logprobs_of("triton", hidden, weight[:33], labels, torch.ones(11))
+    padded = logprobs_and_gradients("triton", hidden, weight, labels, torch.ones(11), shard=shard)
+    plain = logprobs_and_gradients("triton", hidden, weight[:33], labels, torch.ones(11))
     for a, b in zip(padded[:3], plain[:3], strict=True):
         assert torch.equal(a, b)
     assert (padded[3][33:] == 0).all()

@@ -1,7 +1,5 @@
 """sample_tokens in Triton under the interpreter."""
 
-import sys
-
 import pytest
 import torch
 import triton
@@ -9,35 +7,30 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icegrt.kernels import VocabShard, dispatch, record_launches, sample_tokens, use_backend
+from icegrt.kernels import VocabShard, record_launches, sample_tokens, use_backend
 from icegrt.kernels.sample_tokens.reference import candidate_bits, row_keys
 from icegrt.kernels.sample_tokens.triton import candidate_hash, row_key
-from tests.helpers.kernel_cases import virtual_rows
+from tests.helpers.kernel_cases import module_constants, virtual_rows
 
 
 def draw(logits, backend="triton", seed=0, ids=None, positions=None, block=64, temperature=1.0, **options):
-    n = logits.shape[0]
-    ids = torch.arange(n) * 1_000_003 if ids is None else ids
-    positions = torch.arange(n) if positions is None else positions
-    module = vars(sys.modules[dispatch._load("sample_tokens", "triton").__module__])
-    saved, module["BLOCK"] = module["BLOCK"], block
-    try:
-        with use_backend(backend), record_launches() as launches:
-            out = sample_tokens(
-                logits, temperature=temperature, seed=seed, sequence_ids=ids, positions=positions, **options
-            )
-    finally:
-        module["BLOCK"] = saved
+    rows = logits.shape[0]
+    ids = torch.arange(rows) * 1_000_003 if ids is None else ids
+    positions = torch.arange(rows) if positions is None else positions
+    options |= {"temperature": temperature, "seed": seed, "sequence_ids": ids, "positions": positions}
+    with use_backend(backend), record_launches() as launches, module_constants("sample_tokens", BLOCK=block):
+        draws = sample_tokens(logits, **options)
     if backend == "triton":
-        assert launches == [("sample_tokens_kernel", "triton")] * (1 if n else 0)
-    return out
+        assert launches == [("sample_tokens_kernel", "triton")] * (1 if rows else 0)
+    return draws
 
 
-def agree(logits, **options):
-    """Triton draws the reference's tokens; returns them."""
-    (token, logprob), (wanted, exact) = draw(logits, **options), draw(logits, "reference", **options)
-    assert torch.equal(token, wanted), options
-    torch.testing.assert_close(logprob, exact, rtol=1e-5, atol=1e-5)
+def draw_as_reference(logits, **options):
+    """Assert that Triton draws the reference's tokens; return them."""
+    token, logprob = draw(logits, **options)
+    plain_token, plain_logprob = draw(logits, "reference", **options)
+    assert torch.equal(token, plain_token), options
+    torch.testing.assert_close(logprob, plain_logprob, rtol=1e-5, atol=1e-5)
     return token
 
 
@@ -62,7 +55,7 @@ def test_the_hash_is_the_references_bit_for_bit(seed, start):
 
 def check_tokens(V=300, rows=24, **options):
     torch.manual_seed(0)
-    agree(torch.randn(rows, V) * 2, **options)
+    draw_as_reference(torch.randn(rows, V) * 2, **options)
 
 
 @pytest.mark.parametrize("V", [7, 64, 300, 1000])
@@ -73,7 +66,7 @@ def test_tokens_and_logprobs_are_the_references(V, temperature):
 
 def test_a_large_draw():
     torch.manual_seed(1)
-    agree(torch.randn(1500, 128) * 3, block=128, seed=5)
+    draw_as_reference(torch.randn(1500, 128) * 3, block=128, seed=5)
 
 
 @pytest.mark.parametrize("options", [{"top_k": 6}, {"top_k": 1}, {"top_p": 0.8}, {"top_k": 40, "top_p": 0.9}], ids=str)
@@ -83,11 +76,11 @@ def test_truncation(options):
 
 def check_truncation_among_equals():
     logits = torch.zeros(12, 6)
-    for options, kept in (({"top_k": 2}, 2), ({"top_p": 0.4}, 3), ({"top_k": 4, "top_p": 0.5}, 2)):
-        token = agree(logits, block=4, **options)
-        assert token.max() < kept
+    for options, survivors in (({"top_k": 2}, 2), ({"top_p": 0.4}, 3), ({"top_k": 4, "top_p": 0.5}, 2)):
+        token = draw_as_reference(logits, block=4, **options)
+        assert token.max() < survivors
         _, logprob = draw(logits, block=4, **options)
-        torch.testing.assert_close(logprob, torch.full((12,), 1 / kept).log())
+        torch.testing.assert_close(logprob, torch.full((12,), 1 / survivors).log())
 
 
 def test_truncation_keeps_the_lowest_ids_of_equals():
@@ -100,12 +93,12 @@ def check_negative_infinite_and_tied_logits():
     logits[1] = -torch.inf
     logits[1, 130] = 3.0
     logits[2, :100] = -torch.inf
-    agree(logits)
+    draw_as_reference(logits)
     greedy = torch.zeros(3, 150)
     greedy[0, [70, 149]] = 5.0
     greedy[1, [3, 4, 100]] = 5.0
     greedy[2] = -torch.inf
-    assert agree(greedy[:2], temperature=0.0).tolist() == [70, 3]
+    assert draw_as_reference(greedy[:2], temperature=0.0).tolist() == [70, 3]
     token, logprob = draw(greedy[2:])
     assert token.item() == 0 and logprob.item() == -torch.inf
 
@@ -140,14 +133,14 @@ def test_row_offsets_beyond_int32():
 def test_views_batch_order_dtypes_and_empty_batches():
     torch.manual_seed(0)
     logits, ids, positions = torch.randn(8, 90), torch.randint(0, 1 << 40, (8,)), torch.randint(0, 999, (8,))
-    whole = draw(logits, ids=ids, positions=positions, temperature=0.8)
+    token, logprob = draw(logits, ids=ids, positions=positions, temperature=0.8)
     order = torch.randperm(8)
     shuffled = draw(logits[order], ids=ids[order], positions=positions[order].int(), temperature=0.8)
-    assert torch.equal(shuffled[0], whole[0][order]) and torch.equal(shuffled[1], whole[1][order])
+    assert torch.equal(shuffled[0], token[order]) and torch.equal(shuffled[1], logprob[order])
     strided = torch.cat([logits, logits], 1).t().contiguous().t()[:, :90]
-    assert torch.equal(draw(strided, ids=ids, positions=positions, temperature=0.8)[0], whole[0])
+    assert torch.equal(draw(strided, ids=ids, positions=positions, temperature=0.8)[0], token)
     for dtype in (torch.bfloat16, torch.float16):
-        agree(logits.to(dtype), temperature=0.7)
+        draw_as_reference(logits.to(dtype), temperature=0.7)
     token, logprob = draw(torch.zeros(0, 4))
     assert token.shape == logprob.shape == (0,) and token.dtype == torch.int64
 
@@ -165,4 +158,4 @@ def test_views_batch_order_dtypes_and_empty_batches():
 def test_drawn_shapes_and_settings(rows, V, temperature, top_k, top_p, seed, spread):
     generator = torch.Generator().manual_seed(seed % 1000)
     logits = torch.randn(rows, V, generator=generator) * spread
-    agree(logits, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    draw_as_reference(logits, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)

@@ -4,69 +4,51 @@ The interpreter runs a scan element by element, so tiles are small here: carries
 groups of chunks. The sizes that are launched on a device are in tests/gpu and compiled ahead of time.
 """
 
-import contextlib
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icegrt.kernels import dispatch, record_launches, shaped_gae, use_backend
-from tests.helpers.kernel_cases import assert_within_budget, naive_gae, worst
+from icegrt.kernels import record_launches, shaped_gae, use_backend
+from tests.helpers.kernel_cases import (
+    assert_within_budget,
+    drawn_mask,
+    gae_streams,
+    module_constants,
+    naive_gae,
+    widen,
+    worst,
+)
 
 RESULTS = ("advantage_A", "return_A", "reward_A", "kl_N")
 SMALL = {"ROWS": 2, "CHUNK": 4, "LOOKBACK": 4, "FANOUT": 4}
 
 
-def batch(lengths, slack=0, seed=0):
-    torch.manual_seed(seed)
-    cu = torch.tensor([0, *torch.tensor(lengths, dtype=torch.long).cumsum(0).tolist()], dtype=torch.int32)
-    size = int(cu[-1]) + slack
-    score = torch.where(cu.diff() > 0, torch.randn(len(lengths)), 0.0)
-    return score, torch.randn(size), torch.randn(size), torch.randn(size), cu
-
-
-@contextlib.contextmanager
-def tile(sizes):
-    """Other tile sizes than the module's, in whichever module dispatch would load now."""
-    module = vars(sys.modules[dispatch._load("shaped_gae", "triton").__module__])
-    saved = {name: module[name] for name in sizes}
-    module.update(sizes)
-    try:
-        yield
-    finally:
-        module.update(saved)
-
-
 def triton_gae(*streams, sizes=SMALL, **options):
-    with use_backend("triton"), record_launches() as launches, tile(sizes):
+    with use_backend("triton"), record_launches() as launches, module_constants("shaped_gae", **sizes):
         out = shaped_gae(*streams, **options)
     assert launches == [("shaped_gae_kernel", "triton")]
     return out
 
 
 def check_error_budget(lengths, masked=False, slack=3, seed=0, sizes=SMALL):
-    streams = batch(lengths, slack, seed)
-    size, cu = streams[1].shape[0], streams[4]
-    mask = None
-    if masked:
-        mask = torch.rand(size) > 0.4
-        mask[cu[:-1][cu.diff() > 0].long()] = True
-    extra, bootstrap = torch.randn(size), torch.randn(len(lengths))
+    streams = gae_streams(lengths, slack, seed=seed)
+    size, cu_actions = streams[1].shape[0], streams[4]
+    mask = drawn_mask(cu_actions, size) if masked else None
+    token_reward, bootstrap = torch.randn(size), torch.randn(len(lengths))
     options = {"kl_coef": 0.1, "gamma": 0.99, "lam": 0.9}
-    wide = [x.double() if x.is_floating_point() else x for x in streams]
-    truth = naive_gae(*wide, **options, bootstrap=bootstrap, mask=mask, token_reward=extra)
-    options |= {"bootstrap_N": bootstrap, "mask_A": mask, "token_reward_A": extra}
-    ours = triton_gae(*streams, sizes=sizes, **options)
+    truths = naive_gae(*widen(streams), **options, bootstrap=bootstrap, mask=mask, token_reward=token_reward)
+    options |= {"bootstrap_N": bootstrap, "mask_A": mask, "token_reward_A": token_reward}
+    fused = triton_gae(*streams, sizes=sizes, **options)
     with use_backend("reference"):
         plain = shaped_gae(*streams, **options)
-    for name, exact in zip(RESULTS, truth, strict=True):
-        assert_within_budget(getattr(ours, name), getattr(plain, name), exact, 1e-5)
-    assert ours.moments.count == plain.moments.count
-    assert worst(ours.moments.mean, plain.moments.mean) < 1e-5
-    torch.testing.assert_close(ours.moments.m2, plain.moments.m2, rtol=1e-5, atol=1e-5)
-    assert (ours.advantage_A[int(cu[-1]) :] == 0).all() and (ours.return_A[int(cu[-1]) :] == 0).all()
+    for name, truth in zip(RESULTS, truths, strict=True):
+        assert_within_budget(getattr(fused, name), getattr(plain, name), truth, 1e-5)
+    assert fused.moments.count == plain.moments.count
+    assert worst(fused.moments.mean, plain.moments.mean) < 1e-5
+    torch.testing.assert_close(fused.moments.m2, plain.moments.m2, rtol=1e-5, atol=1e-5)
+    end = int(cu_actions[-1])
+    assert (fused.advantage_A[end:] == 0).all() and (fused.return_A[end:] == 0).all()
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -95,22 +77,21 @@ def test_many_sequences_of_one_token():
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
 def test_estimators_extreme_and_tiny_differences(estimator):
-    score, value, _, _, cu = batch([8])
-    value, score = torch.zeros(8), torch.zeros(1)
-    d = torch.tensor([-100.0, 0.0, 100.0, 1e-3, -1e-3, 0.49, -0.51, 3.0])
+    score, zeros, cu_actions = torch.zeros(1), torch.zeros(8), torch.tensor([0, 8], dtype=torch.int32)
+    logprob = torch.tensor([-100.0, 0.0, 100.0, 1e-3, -1e-3, 0.49, -0.51, 3.0])
     options = {"kl_coef": 1.0, "kl_estimator": estimator, "lam": 0.0, "gamma": 0.0}
-    ours = triton_gae(score, value, d, torch.zeros(8), cu, **options)
-    truth = shaped_gae(score, value, d.double(), torch.zeros(8), cu, **options)
-    assert torch.isfinite(ours.reward_A).all()
-    torch.testing.assert_close(ours.reward_A.double(), truth.reward_A, rtol=3e-5, atol=0)
+    fused = triton_gae(score, zeros, logprob, zeros, cu_actions, **options)
+    truth = shaped_gae(score, zeros, logprob.double(), zeros, cu_actions, **options)
+    assert torch.isfinite(fused.reward_A).all()
+    torch.testing.assert_close(fused.reward_A.double(), truth.reward_A, rtol=3e-5, atol=0)
 
 
 def check_masked_nan_does_not_leak():
-    streams = batch([6, 6])
+    streams = gae_streams([6, 6])
     mask = torch.tensor([1, 1, 0, 1, 0, 0, 0, 1, 1, 1, 1, 0], dtype=torch.bool)
     clean = triton_gae(*streams, kl_coef=0.1, mask_A=mask)
-    for x in streams[1:4]:
-        x[~mask] = torch.nan
+    for stream in streams[1:4]:
+        stream[~mask] = torch.nan
     dirty = triton_gae(*streams, kl_coef=0.1, mask_A=mask)
     for name in RESULTS:
         assert torch.equal(getattr(clean, name), getattr(dirty, name))
@@ -122,8 +103,8 @@ def test_nan_in_masked_positions_does_not_leak():
 
 def check_a_tail_that_is_masked():
     """The score belongs to the last unmasked action, whole chunks and programs before the end."""
-    none, mask = torch.zeros(40), torch.arange(40) < 7
-    out = triton_gae(torch.tensor([2.0]), none, none, none, torch.tensor([0, 40]), kl_coef=0.0, lam=1.0, mask_A=mask)
+    zeros, mask, cu_actions = torch.zeros(40), torch.arange(40) < 7, torch.tensor([0, 40])
+    out = triton_gae(torch.tensor([2.0]), zeros, zeros, zeros, cu_actions, kl_coef=0.0, lam=1.0, mask_A=mask)
     assert out.reward_A.nonzero().tolist() == [[6]] and out.reward_A[6] == 2
     assert out.advantage_A.tolist() == [2.0] * 7 + [0.0] * 33
 
@@ -133,9 +114,9 @@ def test_the_score_lands_on_the_last_unmasked_action():
 
 
 def check_a_score_without_an_action():
-    none, cu = torch.zeros(5), torch.tensor([0, 5, 5])
+    zeros, cu_actions = torch.zeros(5), torch.tensor([0, 5, 5])
     with pytest.raises(ValueError, match=r"got 0\.5 at sequence 1"):
-        triton_gae(torch.tensor([1.0, 0.5]), none, none, none, cu, kl_coef=0.0)
+        triton_gae(torch.tensor([1.0, 0.5]), zeros, zeros, zeros, cu_actions, kl_coef=0.0)
 
 
 def test_a_score_without_an_action_is_refused():
@@ -143,15 +124,13 @@ def test_a_score_without_an_action_is_refused():
 
 
 def check_bits_alone_and_in_a_batch():
-    streams = batch([11, 50, 7])
-    whole = triton_gae(*streams, kl_coef=torch.tensor(0.1))
-    again = triton_gae(*streams, kl_coef=torch.tensor(0.1))
-    assert torch.equal(whole.advantage_A, again.advantage_A)
-    part = slice(11, 61)
-    alone = triton_gae(
-        streams[0][1:2], *[x[part] for x in streams[1:4]], torch.tensor([0, 50]), kl_coef=torch.tensor(0.1)
-    )
-    assert torch.equal(whole.advantage_A[part], alone.advantage_A) and whole.kl_N[1] == alone.kl_N[0]
+    streams, kl_coef = gae_streams([11, 50, 7]), torch.tensor(0.1)
+    batched = triton_gae(*streams, kl_coef=kl_coef)
+    assert torch.equal(batched.advantage_A, triton_gae(*streams, kl_coef=kl_coef).advantage_A)
+    actions = slice(11, 61)
+    sequence = [streams[0][1:2], *(stream[actions] for stream in streams[1:4]), torch.tensor([0, 50])]
+    alone = triton_gae(*sequence, kl_coef=kl_coef)
+    assert torch.equal(batched.advantage_A[actions], alone.advantage_A) and batched.kl_N[1] == alone.kl_N[0]
 
 
 def test_bits_alone_and_in_a_batch():
@@ -159,10 +138,10 @@ def test_bits_alone_and_in_a_batch():
 
 
 def test_views_and_empty_streams():
-    wide = torch.randn(20, 2)
-    streams = [torch.zeros(1), wide[:, 0], wide[:, 1], wide[:, 0], torch.tensor([0, 20])]
-    dense = [x.contiguous() for x in streams]
-    assert torch.equal(triton_gae(*streams, kl_coef=0.1).advantage_A, triton_gae(*dense, kl_coef=0.1).advantage_A)
-    none = torch.zeros(0)
-    empty = triton_gae(none, none, none, none, torch.zeros(1, dtype=torch.int32), kl_coef=0.1)
+    columns = torch.randn(20, 2)
+    strided = [torch.zeros(1), columns[:, 0], columns[:, 1], columns[:, 0], torch.tensor([0, 20])]
+    dense = [stream.contiguous() for stream in strided]
+    assert torch.equal(triton_gae(*strided, kl_coef=0.1).advantage_A, triton_gae(*dense, kl_coef=0.1).advantage_A)
+    nothing = torch.zeros(0)
+    empty = triton_gae(nothing, nothing, nothing, nothing, torch.zeros(1, dtype=torch.int32), kl_coef=0.1)
     assert empty.moments.count == 0 and empty.kl_N.shape == (0,)

@@ -1,0 +1,25 @@
+"""Mutants of the linear operations and of the part of token_logprobs that they alone launch."""
+
+from tests.kernels.mutants.mutation import Mutant
+from tests.kernels.triton.test_linear import check_loss
+
+MUTANTS = (
+    Mutant(
+        "token_logprobs.triton",
+        "token_logprobs_backward",
+        "compacted rows are read at their new place",
+        "COMPACT",
+        "False",
+        check_loss,
+        {"masked": False, "clip_low": 0.01, "clip_high": 0.01},
+    ),
+    Mutant(
+        "linear.triton",
+        "gradient",
+        "the shift of the labels is forgotten in the gradient",
+        "0 if head.shard is None else head.shard.start",
+        "1 if head.shard is None else head.shard.start + 1",
+        check_loss,
+        kernel="linear_ppo_loss",
+    ),
+)
