@@ -1,7 +1,7 @@
-"""Interleaved comparisons: every provider runs on the same tensors, is checked against fp64 first, and takes turns.
+"""Interleaved comparisons: every provider runs on the same tensors, is checked against fp64, and is timed in turn.
 
-A provider that is timed alone sees another clock and another cache than its rival; rounds of one call each, in turn,
-do not. Rows carry what is needed to read them later: versions, device, commit and error beside the time.
+Providers that are timed one after the other run at different clocks and with different caches; rounds of one call each
+avoid that. A row has versions, device, commit and error beside the time, so that it can be read later.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ RESULTS = Path(__file__).parent / "results"
 # All benches together must end in minutes on a GPU: a case stops after this long, but not before this many rounds.
 CASE_SECONDS, ROUNDS_MIN = 5.0, 3
 FLUSH_BYTES = 1 << 30  # many times any last-level cache
-# Milliseconds that ours must stay within on one H200, printed beside the figures of the case.
+# Milliseconds that the kernels here must stay within on one H200, printed beside the figures of the case.
 TARGETS = {
     ("linear_logprobs", "A8192 V151936 H4096 bfloat16 forward"): 15.5,
     ("linear_ppo_loss", "A8192 V151936 H4096 bfloat16 both"): 46.0,
@@ -56,7 +56,7 @@ TARGETS = {
 
 
 def arguments(description: str) -> argparse.Namespace:
-    """The options that every bench has."""
+    """Parse the options that every bench has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="small cases and few rounds: seconds, not minutes")
     parser.add_argument("--rounds", type=int, help="timed rounds per case (default: 30, or 7 with --quick)")
@@ -80,22 +80,34 @@ def compare(
     floor: float | None = None,
     prepare: dict[str, Callable[[], object]] | None = None,
 ) -> list[dict]:
-    """Rows of one case. `error` measures a provider's output against fp64 truth; above `tolerance` it is not timed.
+    """Return the rows of one case: check every provider, measure its peak memory, then time all in turn.
 
-    floor: milliseconds that no implementation can beat here (memory traffic or arithmetic), or None.
-    prepare: what a provider wants done before each of its calls, and is not timed.
+    Args:
+        bench: Name of the bench.
+        case: Name of the case, with its sizes: "A2048 V32000 both".
+        providers: Provider name to a call without arguments.
+        error: Distance of a call's output from the fp64 result.
+        tolerance: Largest error; a provider above it is not timed.
+        rounds: Timed calls of each provider.
+        device: "cpu" or "cuda".
+        floor: Milliseconds that no implementation can beat (memory traffic or arithmetic), or None.
+        prepare: Provider name to a call before each of its calls, which is not timed.
+
+    Raises:
+        SystemExit: A provider's error is above the tolerance.
     """
-    errors, peaks, ready = {}, {}, prepare or {}
+    errors, peaks = {}, {}
 
-    def nothing():
-        pass
+    def prepare_call(name):
+        if prepare and name in prepare:
+            prepare[name]()
 
     for name, run in providers.items():
-        ready.get(name, nothing)()
+        prepare_call(name)
         run()  # compiles and fills caches
-        ready.get(name, nothing)()
+        prepare_call(name)
         peaks[name] = cuda_peak_bytes(run) if device == "cuda" else cpu_peak_bytes(run)
-        ready.get(name, nothing)()
+        prepare_call(name)
         errors[name] = error(run())
         if not errors[name] <= tolerance:
             raise SystemExit(
@@ -107,11 +119,11 @@ def compare(
         if device == "cuda" and done >= ROUNDS_MIN and time.perf_counter() - begin > CASE_SECONDS:
             break
         for name, run in providers.items():
-            ready.get(name, nothing)()
+            prepare_call(name)
             times[name].append(_milliseconds(run, device))
     rows = []
-    for name, taken in times.items():
-        low, middle, high = _quantiles(taken)
+    for name, samples in times.items():
+        low, middle, high = _quantiles(samples)
         rows.append(
             {
                 "bench": bench,
@@ -122,7 +134,7 @@ def compare(
                 "median": middle,
                 "p20": low,
                 "p80": high,
-                "runs": len(taken),
+                "runs": len(samples),
                 "error_vs_fp64": errors[name],
                 "peak_bytes": peaks[name],
                 "floor": floor,
@@ -131,7 +143,7 @@ def compare(
         )
         above = f"  {middle / floor:.2f}x floor" if floor else ""
         if device == "cuda" and (bench, case) in TARGETS:
-            above += f", ours must be <= {TARGETS[bench, case]} ms"
+            above += f", target <= {TARGETS[bench, case]} ms"
         size = f"  {peaks[name] / 2**20:9.1f} MiB" if peaks[name] is not None else ""
         times_text = f"{middle:10.3f} ms  [{low:.3f}, {high:.3f}]{size}"
         print(f"{case:36s} {name:22s} {times_text}  error {errors[name]:.1e}{above}", flush=True)
@@ -139,7 +151,7 @@ def compare(
 
 
 def write(bench: str, rows: list[dict], options: argparse.Namespace) -> Path:
-    """<out>/<device>/<bench>.json and .csv."""
+    """Write <out>/<device>/<bench>.json and .csv, and return the path of the first."""
     name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     folder = options.out / re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
     folder.mkdir(parents=True, exist_ok=True)
@@ -156,8 +168,8 @@ def write(bench: str, rows: list[dict], options: argparse.Namespace) -> Path:
 def _milliseconds(run: Callable[[], object], device: str) -> float:
     if device == "cuda":
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        # Nobody finds its streams in the cache, and while the device writes, the host gets ahead of it: else a kernel
-        # of microseconds would be timed by how fast Python launches it.
+        # The writes evict the inputs from the cache, and keep the device busy until the host has launched the call:
+        # else the time of a kernel of microseconds would be that of its launch from Python.
         flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
         for _ in range(2):
             flush.zero_()
@@ -171,15 +183,15 @@ def _milliseconds(run: Callable[[], object], device: str) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
-def _quantiles(taken: list[float]) -> tuple[float, float, float]:
-    if len(taken) < 2:
-        return taken[0], taken[0], taken[0]
-    fifths = statistics.quantiles(taken, n=5, method="inclusive")
-    return fifths[0], statistics.median(taken), fifths[3]
+def _quantiles(samples: list[float]) -> tuple[float, float, float]:
+    if len(samples) < 2:
+        return samples[0], samples[0], samples[0]
+    fifths = statistics.quantiles(samples, n=5, method="inclusive")
+    return fifths[0], statistics.median(samples), fifths[3]
 
 
 def cuda_peak_bytes(run: Callable[[], object]) -> int:
-    """The most that torch's CUDA allocator holds at once during a call, beyond what it held before."""
+    """Return the peak of torch's CUDA allocator during a call, in bytes above the level before it."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -189,15 +201,15 @@ def cuda_peak_bytes(run: Callable[[], object]) -> int:
 
 
 def cpu_peak_bytes(run: Callable[[], object]) -> int:
-    """The most that torch's CPU allocator holds at once during a call, beyond what it held before."""
+    """Return the peak of torch's CPU allocator during a call, in bytes above the level before it."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     records = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
+    allocated = peak = 0
     for record in sorted(records, key=lambda e: e.start_ns()):
-        held += record.nbytes()
-        most = max(most, held)
-    return most
+        allocated += record.nbytes()
+        peak = max(peak, allocated)
+    return peak
 
 
 def _machine(device: str) -> dict:
@@ -219,7 +231,7 @@ def _driver(device: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit that was measured, with "-dirty" where files other than results differ from it."""
+    """Return the commit that is measured, with "-dirty" if files other than results differ from it."""
     git = ["git", "-C", str(Path(__file__).parents[1])]
     commit = _output([*git, "rev-parse", "--short", "HEAD"])
     changed = _output([*git, "status", "--porcelain", "--", ".", ":!bench/results"])

@@ -10,22 +10,26 @@ PANELS = (("median", 1.0, "time, ms"), ("peak_bytes", 2.0**20, "peak memory of a
 
 
 def sizes(rows: list[dict], letter: str, label: str) -> dict[str, dict[str, int]]:
-    """One axis of `curves`: the cases that differ by the number behind `letter` alone, as in "A2048 V32000 both"."""
-    found = {row["case"]: re.search(rf"\b{letter}(\d+)\b", row["case"]) for row in rows}
-    rest = {case: case.replace(match[0], letter) for case, match in found.items() if match}
-    if not rest:
+    """Return one axis of `curves`: the cases that differ only by the number after `letter`, as in "A2048 V32000"."""
+    matches = {row["case"]: re.search(rf"\b{letter}(\d+)\b", row["case"]) for row in rows}
+    families = {case: case.replace(match[0], letter) for case, match in matches.items() if match}
+    if not families:
         return {}
-    usual, _ = Counter(rest.values()).most_common(1)[0]
-    fixed = " ".join(re.findall(r"\b[A-Z]\d+\b", usual))
-    return {f"{label} ({fixed})" if fixed else label: {c: int(found[c][1]) for c, r in rest.items() if r == usual}}
+    largest_family, _ = Counter(families.values()).most_common(1)[0]
+    fixed = " ".join(re.findall(r"\b[A-Z]\d+\b", largest_family))
+    return {
+        f"{label} ({fixed})" if fixed else label: {
+            c: int(matches[c][1]) for c, family in families.items() if family == largest_family
+        }
+    }
 
 
 def curves(rows: list[dict], axes: dict[str, dict[str, int]], path: Path) -> None:
-    """Writes path with the suffix .png: a column per axis, time above memory; needs matplotlib.
+    """Write a plot beside `path`, with the suffix .png: a column per axis, time above memory. Needs matplotlib.
 
-    axes: label -> {case: its place on the axis}. An axis with fewer than two places is left out.
+    axes: label -> {case: its position on the axis}. An axis with fewer than two positions is left out.
     """
-    axes = {label: places for label, places in axes.items() if len(set(places.values())) > 1}
+    axes = {label: positions for label, positions in axes.items() if len(set(positions.values())) > 1}
     if not axes:
         return
     try:
@@ -41,11 +45,11 @@ def curves(rows: list[dict], axes: dict[str, dict[str, int]], path: Path) -> Non
     figure, grid = pyplot.subplots(*shape, figsize=(5.5 * shape[1] + 2.5, 4 * shape[0]), squeeze=False)
     providers = list(dict.fromkeys(row["provider"] for row in rows))
     for (key, unit, name), line in zip(panels, grid, strict=True):
-        for (label, places), panel in zip(axes.items(), line, strict=True):
-            _lines(panel, rows, providers, places, key, unit)
+        for (label, positions), panel in zip(axes.items(), line, strict=True):
+            _lines(panel, rows, providers, positions, key, unit)
             panel.set(xlabel=label, ylabel=name, xscale="log", yscale="log")
             panel.grid(alpha=0.3)
-            ticks = sorted(set(places.values()))
+            ticks = sorted(set(positions.values()))
             panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
             panel.minorticks_off()
     handles, labels = grid[0][0].get_legend_handles_labels()
@@ -57,11 +61,11 @@ def curves(rows: list[dict], axes: dict[str, dict[str, int]], path: Path) -> Non
     print(f"wrote {path.with_suffix('.png')}")
 
 
-def _lines(panel, rows, providers, places, key, unit) -> None:
+def _lines(panel, rows, providers, positions, key, unit) -> None:
     points = defaultdict(list)
     for row in rows:
-        if row[key] and row["case"] in places:
-            points[row["provider"]].append((places[row["case"]], row[key] / unit))
+        if row[key] and row["case"] in positions:
+            points[row["provider"]].append((positions[row["case"]], row[key] / unit))
     for number, provider in enumerate(providers):
         xs, ys = zip(*sorted(points[provider]), strict=True) if points[provider] else ((), ())
         panel.plot(xs, ys, marker="o", color=f"C{number}", label=provider)

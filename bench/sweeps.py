@@ -1,4 +1,4 @@
-"""What the kernel benches share beside the harness: peers where they are installed, and floors."""
+"""Helpers of the kernel benches: chunk sizes, other libraries that may be installed, and lower bounds of the time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from icegrt.kernels import default_chunk_rows
 
 
 def chunk_rows(options, vocab_size: int) -> int | None:
-    """What a run takes once its models stand: from free memory on a GPU, the default elsewhere."""
+    """Return the chunk size of a run: from free memory on a GPU, None (the default) on a CPU."""
     if options.device != "cuda":
         return None
     torch.cuda.empty_cache()
@@ -18,12 +18,12 @@ def chunk_rows(options, vocab_size: int) -> int | None:
 
 
 def wide(logits):
-    """Logits in fp32 as trainers widen them, or in fp64 where the truth is computed."""
+    """Return logits in fp32, as trainers widen them; fp64 logits, of the exact result, stay."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def peer(options, module: str, name: str, needs_cuda: bool = True):
-    """An attribute of a package that may not be installed or not run here; then None, and a line says which."""
+    """Return an attribute of another package, or print why and return None if it is not installed or cannot run."""
     package = module.split(".")[0]
     if needs_cuda and options.device != "cuda":
         print(f"{package}: left out, its kernels need a CUDA device")
@@ -36,7 +36,7 @@ def peer(options, module: str, name: str, needs_cuda: bool = True):
 
 
 def floor_ms(options, *, flops: float = 0.0, traffic: float = 0.0) -> float | None:
-    """Milliseconds that products of `flops` or `traffic` bytes take on a device with measured rates, else None."""
+    """Return the milliseconds that `flops` or `traffic` bytes take on a device with measured rates, else None."""
     if options.device != "cuda" or "H200" not in torch.cuda.get_device_name():
         return None
     return max(flops / 790e12, traffic / 4.3e12) * 1e3

@@ -1,4 +1,4 @@
-// numpy arrays at the boundary: checked views on the way in, vectors handed over without a copy on the way out.
+// numpy arrays at the boundary: checked views of arguments, and vectors returned as arrays without a copy.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -16,7 +16,7 @@ namespace icegrt {
 
 namespace py = pybind11;
 
-// No silent conversion: a float or strided array is the caller's mistake, and a copy here would hide it.
+// No silent conversion: a float or strided array is an error of the caller, which a copy would hide.
 template <typename T>
 Span<T> view(const char* name, const py::array& array) {
   const auto text = [](const py::dtype& dtype) { return py::str(dtype).cast<std::string>(); };
@@ -44,7 +44,7 @@ T* writable(const char* name, py::array& array, int64_t size) {
 }
 
 template <typename T>
-py::array_t<T> hand_over(std::vector<T>&& values) {
+py::array_t<T> to_numpy(std::vector<T>&& values) {
   auto owned = std::make_unique<std::vector<T>>(std::move(values));
   std::vector<T>* raw = owned.get();
   py::capsule owner(raw, [](void* p) { delete static_cast<std::vector<T>*>(p); });

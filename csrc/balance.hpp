@@ -1,10 +1,11 @@
-// Sequences -> micro-batches under a token budget, the same number of them on every data-parallel rank.
+// Assign sequences to micro-batches under a token budget, with the same number of micro-batches on every data-parallel
+// rank. A bin is a micro-batch before it has a rank.
 //
-// 1. How many: between a lower bound and what best-fit-decreasing needs, the smallest number that longest-first placement
-//    followed by `refine` fits under the budget (binary search).
-// 2. How even: the largest bin trades one sequence with a smaller bin until no trade lowers it (`refine`).
-// 3. Where: bins are dealt to the ranks by size, so micro-batch m has a similar size on every rank.
-// Ties break on the index everywhere and effort is counted, not timed: one input gives one plan on every machine.
+// 1. Number: binary search between a lower bound and the bins of best-fit-decreasing, for the smallest number that
+//    longest-first placement followed by `refine` fits under the budget.
+// 2. Balance: the largest bin exchanges sequences with smaller bins until no exchange lowers it (`refine`).
+// 3. Ranks: bins go to the ranks by size, so that micro-batch m has a similar size on every rank.
+// Ties are broken by the index and the effort is counted, not timed: the result is the same on every machine.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +21,7 @@
 
 namespace icegrt {
 
-struct Plan {
+struct Assignment {
   int64_t n_micro_batches = 0;       // per rank
   std::vector<int64_t> order;        // sequence indices, grouped by (rank, micro-batch), ascending inside a group
   std::vector<int64_t> offsets;      // ranks * n_micro_batches + 1
@@ -34,7 +35,7 @@ inline std::vector<int64_t> descending(Span<int64_t> keys) {
   return order;
 }
 
-// No packing can use fewer bins: the total must fit, and at most k sequences longer than budget / (k + 1) share a bin.
+// A lower bound of the bins: the total must fit, and a bin holds at most k sequences longer than budget / (k + 1).
 inline int64_t bins_lower_bound(Span<int64_t> lengths, const std::vector<int64_t>& order, int64_t total, int64_t budget) {
   int64_t bound = total / budget + (total % budget != 0);
   for (int64_t k = 1; k <= 8; ++k) {
@@ -48,87 +49,87 @@ inline int64_t bins_lower_bound(Span<int64_t> lengths, const std::vector<int64_t
 
 inline std::vector<Bin> best_fit_decreasing(const Items& items, const std::vector<int64_t>& order, int64_t budget) {
   std::vector<Bin> bins;
-  std::set<std::pair<int64_t, int64_t>> room;  // (tokens left, bin)
+  std::set<std::pair<int64_t, int64_t>> free_space;  // (free tokens, bin)
   for (int64_t i : order) {
-    auto it = room.lower_bound({items.lengths[i], -1});
+    auto it = free_space.lower_bound({items.lengths[i], -1});
     int64_t b;
-    int64_t left;
-    if (it == room.end()) {
+    int64_t free_tokens;
+    if (it == free_space.end()) {
       b = static_cast<int64_t>(bins.size());
-      left = budget;
+      free_tokens = budget;
       bins.emplace_back();
     } else {
-      left = it->first;
+      free_tokens = it->first;
       b = it->second;
-      room.erase(it);
+      free_space.erase(it);
     }
     bins[b].add(i, items);
-    room.insert({left - items.lengths[i], b});
+    free_space.insert({free_tokens - items.lengths[i], b});
   }
   return bins;
 }
 
-// Longest first, each into the lightest bin. The budget is not looked at: `refine` or the caller sees to it.
+// Longest first, each into the lightest bin. Ignores the budget, which the caller checks after `refine`.
 inline std::vector<Bin> longest_first(const Items& items, const std::vector<int64_t>& order, int64_t n_bins) {
   std::vector<Bin> bins(n_bins);
-  using Entry = std::pair<int64_t, int64_t>;  // (cost, bin)
-  std::vector<Entry> heap(n_bins);
+  using CostAndBin = std::pair<int64_t, int64_t>;
+  std::vector<CostAndBin> heap(n_bins);
   for (int64_t b = 0; b < n_bins; ++b) heap[b] = {0, b};
-  const auto later = std::greater<Entry>();
+  const auto greater = std::greater<CostAndBin>();
   for (int64_t i : order) {
-    std::pop_heap(heap.begin(), heap.end(), later);
-    Entry& lightest = heap.back();
+    std::pop_heap(heap.begin(), heap.end(), greater);
+    CostAndBin& lightest = heap.back();
     bins[lightest.second].add(i, items);
     lightest.first += items.costs[i];
-    std::push_heap(heap.begin(), heap.end(), later);
+    std::push_heap(heap.begin(), heap.end(), greater);
   }
   return bins;
 }
 
-inline bool within(const std::vector<Bin>& bins, int64_t budget) {
+inline bool fits(const std::vector<Bin>& bins, int64_t budget) {
   return std::all_of(bins.begin(), bins.end(), [&](const Bin& bin) { return bin.tokens <= budget; });
 }
 
-// Deals the bins to the ranks in rounds, heaviest bin of a round to the rank with the least so far.
-inline Plan deal(std::vector<Bin>& bins, int64_t ranks, int64_t n_sequences) {
+// Assigns the bins to the ranks in rounds: the heaviest bin of a round goes to the rank with the smallest load.
+inline Assignment assign_to_ranks(std::vector<Bin>& bins, int64_t ranks, int64_t n_sequences) {
   const int64_t rounds = static_cast<int64_t>(bins.size()) / ranks;
   std::vector<int64_t> by_cost(bins.size());
   std::iota(by_cost.begin(), by_cost.end(), int64_t{0});
   std::stable_sort(by_cost.begin(), by_cost.end(), [&](int64_t a, int64_t b) { return bins[a].cost > bins[b].cost; });
 
-  std::vector<int64_t> slot(bins.size());  // slot[rank * rounds + round] = bin
-  std::vector<int64_t> load(ranks, 0), lightest(ranks);
-  std::iota(lightest.begin(), lightest.end(), int64_t{0});
+  std::vector<int64_t> bin_of(bins.size());  // bin_of[rank * rounds + round]
+  std::vector<int64_t> load(ranks, 0), by_load(ranks);
+  std::iota(by_load.begin(), by_load.end(), int64_t{0});
   for (int64_t round = 0; round < rounds; ++round) {
-    std::sort(lightest.begin(), lightest.end(),
+    std::sort(by_load.begin(), by_load.end(),
               [&](int64_t a, int64_t b) { return std::make_pair(load[a], a) < std::make_pair(load[b], b); });
     for (int64_t k = 0; k < ranks; ++k) {
       const int64_t bin = by_cost[round * ranks + k];
-      slot[lightest[k] * rounds + round] = bin;
-      load[lightest[k]] += bins[bin].cost;
+      bin_of[by_load[k] * rounds + round] = bin;
+      load[by_load[k]] += bins[bin].cost;
     }
   }
 
-  Plan plan;
-  plan.n_micro_batches = rounds;
-  plan.order.reserve(n_sequences);
-  plan.offsets.push_back(0);
-  for (int64_t bin : slot) {
-    std::vector<int64_t>& members = bins[bin].items;
-    std::sort(members.begin(), members.end());
-    plan.order.insert(plan.order.end(), members.begin(), members.end());
-    plan.offsets.push_back(static_cast<int64_t>(plan.order.size()));
-    plan.bin_tokens.push_back(bins[bin].tokens);
+  Assignment assignment;
+  assignment.n_micro_batches = rounds;
+  assignment.order.reserve(n_sequences);
+  assignment.offsets.push_back(0);
+  for (int64_t bin : bin_of) {
+    std::vector<int64_t>& sequences = bins[bin].items;
+    std::sort(sequences.begin(), sequences.end());
+    assignment.order.insert(assignment.order.end(), sequences.begin(), sequences.end());
+    assignment.offsets.push_back(static_cast<int64_t>(assignment.order.size()));
+    assignment.bin_tokens.push_back(bins[bin].tokens);
   }
-  return plan;
+  return assignment;
 }
 
 inline void check_balance(const Items& items, int64_t budget, int64_t ranks, int64_t round_to, int64_t* total) {
   require(budget >= 1, "token_budget: expected >= 1, got ", budget);
   require(ranks >= 1, "ranks: expected >= 1, got ", ranks);
   require(round_to >= 1, "round_to: expected >= 1, got ", round_to);
-  int64_t smallest_plan;
-  require(!__builtin_mul_overflow(ranks, round_to, &smallest_plan) && smallest_plan <= kMaxBins,
+  int64_t min_bins;
+  require(!__builtin_mul_overflow(ranks, round_to, &min_bins) && min_bins <= kMaxBins,
           "ranks * round_to: ", ranks, " * ", round_to, " micro-batches are more than ", kMaxBins);
   require(items.costs.size == items.lengths.size, "costs: expected one per sequence (", items.lengths.size, "), got ",
           items.costs.size);
@@ -143,55 +144,59 @@ inline void check_balance(const Items& items, int64_t budget, int64_t ranks, int
   }
 }
 
-inline Plan balance(Span<int64_t> lengths, Span<int64_t> costs, int64_t budget, int64_t ranks, int64_t round_to) {
+inline Assignment balance(Span<int64_t> lengths, Span<int64_t> costs, int64_t budget, int64_t ranks,
+                          int64_t round_to) {
   const Items by_cost{lengths, costs};
   const Items by_length{lengths, lengths};
   int64_t total = 0;
   check_balance(by_cost, budget, ranks, round_to, &total);
 
+  // 1. Bounds of the number of bins, in units of ranks * round_to.
   const std::vector<int64_t> order = descending(lengths);
-  const auto rounded = [&](int64_t n_bins) {  // micro-batches per rank, in units of round_to
+  const auto units_of = [&](int64_t n_bins) {
     const int64_t unit = ranks * round_to;
     return std::max<int64_t>(1, n_bins / unit + (n_bins % unit != 0));
   };
   const std::vector<Bin> fallback = best_fit_decreasing(by_length, order, budget);
-  int64_t low = rounded(bins_lower_bound(lengths, order, total, budget));
-  int64_t high = rounded(static_cast<int64_t>(fallback.size()));
+  int64_t low = units_of(bins_lower_bound(lengths, order, total, budget));
+  int64_t high = units_of(static_cast<int64_t>(fallback.size()));
   const auto n_bins = [&](int64_t units) { return units * ranks * round_to; };
   require(n_bins(high) <= kMaxBins, "token_budget: ", budget, " asks for ", n_bins(high),
           " micro-batches, more than ", kMaxBins);
 
+  // 2. The smallest number for which the even placement fits.
   std::vector<Bin> bins;
-  const auto attempt = [&](int64_t units) {
+  const auto place_evenly = [&](int64_t units) {
     std::vector<Bin> trial = longest_first(by_length, order, n_bins(units));
     refine(trial, by_length);
-    if (!within(trial, budget)) return false;
+    if (!fits(trial, budget)) return false;
     bins = std::move(trial);
     return true;
   };
   int64_t accepted = -1;
   while (low < high) {
     const int64_t middle = low + (high - low) / 2;
-    if (attempt(middle)) {
+    if (place_evenly(middle)) {
       accepted = high = middle;
     } else {
       low = middle + 1;
     }
   }
-  if (accepted != high && !attempt(high)) {  // too tight for the even placement: start from the packing that fits
+  if (accepted != high && !place_evenly(high)) {  // the even placement fits nowhere: refine best-fit-decreasing
     bins = fallback;
     bins.resize(n_bins(high));
     for (Bin& bin : bins) bin.sort(by_length);
     refine(bins, by_length, budget);
   }
+  // 3. With other costs than the lengths, balance the costs over the same number of bins.
   if (costs.data != lengths.data) {
     std::vector<Bin> trial = longest_first(by_cost, descending(costs), static_cast<int64_t>(bins.size()));
-    if (!within(trial, budget)) trial = std::move(bins);
+    if (!fits(trial, budget)) trial = std::move(bins);
     for (Bin& bin : trial) bin.recount(by_cost);
     refine(trial, by_cost, budget);
     bins = std::move(trial);
   }
-  return deal(bins, ranks, lengths.size);
+  return assign_to_ranks(bins, ranks, lengths.size);
 }
 
 }  // namespace icegrt

@@ -1,4 +1,4 @@
-// icegrt._C: the table of contents. One operation per header; arrays are contiguous; work runs without the GIL.
+// icegrt._C: the list of operations, one per header. Arrays are contiguous; the work runs without the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -33,12 +33,12 @@ py::dict py_pack(const py::array& prompt_tokens, const py::array& prompt_offsets
     packed = pack(in);
   }
   py::dict out;
-  out["tokens_T"] = hand_over(std::move(packed.tokens));
-  out["positions_T"] = hand_over(std::move(packed.positions));
-  out["cu_seqlens"] = hand_over(std::move(packed.cu_seqlens));
-  out["cu_actions"] = hand_over(std::move(packed.cu_actions));
-  out["action_rows_A"] = hand_over(std::move(packed.action_rows));
-  out["last_rows_N"] = hand_over(std::move(packed.last_rows));
+  out["tokens_T"] = to_numpy(std::move(packed.tokens));
+  out["positions_T"] = to_numpy(std::move(packed.positions));
+  out["cu_seqlens"] = to_numpy(std::move(packed.cu_seqlens));
+  out["cu_actions"] = to_numpy(std::move(packed.cu_actions));
+  out["action_rows_A"] = to_numpy(std::move(packed.action_rows));
+  out["last_rows_N"] = to_numpy(std::move(packed.last_rows));
   out["max_seqlen"] = packed.max_seqlen;
   out["tail_tokens"] = packed.tail_tokens;
   return out;
@@ -48,13 +48,13 @@ py::tuple py_balance(const py::array& lengths, const std::optional<py::array>& c
                      int64_t round_to) {
   const Span<int64_t> length_view = view<int64_t>("lengths", lengths);
   const Span<int64_t> cost_view = costs ? view<int64_t>("costs", *costs) : length_view;
-  Plan plan;
+  Assignment assignment;
   {
     py::gil_scoped_release release;
-    plan = balance(length_view, cost_view, token_budget, ranks, round_to);
+    assignment = balance(length_view, cost_view, token_budget, ranks, round_to);
   }
-  return py::make_tuple(plan.n_micro_batches, hand_over(std::move(plan.order)), hand_over(std::move(plan.offsets)),
-                        hand_over(std::move(plan.bin_tokens)));
+  return py::make_tuple(assignment.n_micro_batches, to_numpy(std::move(assignment.order)),
+                        to_numpy(std::move(assignment.offsets)), to_numpy(std::move(assignment.bin_tokens)));
 }
 
 using Optional = std::optional<py::array>;
@@ -95,18 +95,19 @@ void def_shaped_gae(py::module_& m, const char* name) {
         py::arg("cu_actions"), py::arg("bootstrap_N"), py::arg("mask_A"), py::arg("token_reward_A"),
         py::arg("advantage_A"), py::arg("return_A"), py::arg("reward_A"), py::arg("kl_N"), py::arg("kl_estimator"),
         py::arg("kl_coef"), py::arg("gamma"), py::arg("lam"), py::arg("threads"),
-        "Rewards, GAE, returns and KL into the arrays given for them -> (count, mean, m2) of the advantages.");
+        "Write rewards, advantages, returns and KL to the output arrays; return (count, mean, m2) of the advantages.");
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Rollout batching and CPU kernels in C++. Use icegrt.packing and icegrt.kernels; these take raw arrays.";
+  m.doc() = "Packing, balancing and CPU kernels on raw arrays. The public functions: icegrt.packing, icegrt.kernels.";
   m.def("pack", &py_pack, py::arg("prompt_tokens"), py::arg("prompt_offsets"), py::arg("response_tokens"),
         py::arg("response_offsets"), py::arg("mask_offsets"), py::arg("tail_multiple"), py::arg("tail_token"),
-        "Ragged prompts and responses -> token stream and action stream.");
+        "Pack ragged prompts and responses into a token stream and an action stream.");
   m.def("balance", &py_balance, py::arg("lengths"), py::arg("costs"), py::arg("token_budget"), py::arg("ranks"),
-        py::arg("round_to"), "Sequences -> (micro-batches per rank, order, offsets, tokens per micro-batch).");
+        py::arg("round_to"),
+        "Assign sequences; return (micro-batches per rank, order, offsets, tokens per micro-batch).");
   def_shaped_gae<float>(m, "shaped_gae_float32");
   def_shaped_gae<double>(m, "shaped_gae_float64");
 }

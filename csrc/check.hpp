@@ -1,4 +1,4 @@
-// Argument checks shared by every operation. A failed check throws std::invalid_argument, which Python sees as ValueError.
+// Argument checks of all operations. A failed check throws std::invalid_argument, which is a ValueError in Python.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ std::string concat(const Parts&... parts) {
   return out.str();
 }
 
-// The message is formed only on failure, so a check inside a loop costs a branch.
+// The message is built on failure only, so a check in a loop costs a branch.
 template <typename... Parts>
 inline void require(bool condition, const Parts&... parts) {
   if (!condition) throw std::invalid_argument(concat(parts...));
@@ -28,7 +28,7 @@ inline int64_t checked_add(int64_t a, int64_t b, const char* name) {
   return sum;
 }
 
-// A read-only view of a contiguous array: the operations never see Python objects, so they can run without the GIL.
+// A read-only view of a contiguous array. Operations use views, not Python objects, to run without the GIL.
 template <typename T>
 struct Span {
   const T* data = nullptr;
@@ -37,7 +37,7 @@ struct Span {
   const T& operator[](int64_t i) const { return data[i]; }
 };
 
-// Ragged rows: row i is tokens[offsets[i] .. offsets[i + 1]).
+// Checks the offsets of ragged rows: row i is values[offsets[i] .. offsets[i + 1]).
 inline void check_offsets(const char* name, Span<int64_t> offsets, int64_t n_values) {
   require(offsets.size >= 1, name, ": expected N + 1 offsets, got none");
   require(offsets[0] == 0, name, ": the first offset must be 0, got ", offsets[0]);

@@ -1,8 +1,8 @@
-// Ragged prompts and responses -> the token stream and the action stream.
+// Pack ragged prompts and responses into a token stream and an action stream.
 //
-// The token stream holds prompt and response of every sequence, end to end. The action stream has one entry per response
-// token and remembers the row of the token stream whose hidden state predicts it: the row just before the action's own.
-// A prompt therefore needs at least one token, or nothing would predict the first action.
+// The token stream holds prompt and response of every sequence, end to end. The action stream has one entry per
+// response token. An action's row is the row of the token stream whose hidden state predicts it: the row before the
+// action's token. So a prompt needs at least one token, to predict the first action.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +25,7 @@ struct PackInput {
 
 struct Packed {
   std::vector<int64_t> tokens, positions;  // T
-  std::vector<int32_t> cu_seqlens;         // N + 1, and one more where there is a tail
+  std::vector<int32_t> cu_seqlens;         // N + 1, or N + 2 with a tail
   std::vector<int32_t> cu_actions;         // N + 1
   std::vector<int64_t> action_rows;        // A
   std::vector<int64_t> last_rows;          // N
@@ -71,10 +71,11 @@ inline Packed pack(const PackInput& in) {
   check_pack(in);
   const int64_t n = in.prompt_offsets.size - 1;
   const int64_t n_real = checked_add(in.prompt_tokens.size, in.response_tokens.size, "prompts and responses");
-  // Megatron refuses T = 0 and, under sequence parallelism, a T that its ranks cannot share evenly.
-  const int64_t body = std::max<int64_t>(n_real, 1);
-  const int64_t remainder = body % in.tail_multiple;
-  const int64_t n_total = checked_add(body, remainder ? in.tail_multiple - remainder : 0, "tail_multiple");
+  // 1. Sizes. Megatron 0.16 fails on T = 0 and, with sequence parallelism, on a T that is no multiple of the
+  //    tensor-parallel size: the tail pads such a batch.
+  const int64_t n_min = std::max<int64_t>(n_real, 1);
+  const int64_t remainder = n_min % in.tail_multiple;
+  const int64_t n_total = checked_add(n_min, remainder ? in.tail_multiple - remainder : 0, "tail_multiple");
   require(n_total <= std::numeric_limits<int32_t>::max(), "prompts and responses: ", n_total,
           " tokens in one batch do not fit cu_seqlens (int32)");
 
@@ -87,6 +88,7 @@ inline Packed pack(const PackInput& in) {
   out.action_rows.resize(in.response_tokens.size);
   out.last_rows.resize(n);
 
+  // 2. Sequences.
   int64_t row = 0;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t start = row;
@@ -106,6 +108,7 @@ inline Packed pack(const PackInput& in) {
     out.last_rows[i] = row - 1;
     out.max_seqlen = std::max(out.max_seqlen, row - start);
   }
+  // 3. Tail.
   if (out.tail_tokens > 0) {
     for (int64_t k = 0; k < out.tail_tokens; ++k) {
       out.tokens[row + k] = in.tail_token;

@@ -1,7 +1,7 @@
-// Evening out a partition: the heaviest bin trades with lighter ones until no trade lowers it.
+// Balance a partition: the heaviest bin exchanges items with lighter bins until no exchange lowers its cost.
 //
-// A trade hands one item a to the lighter bin and takes back one item b, or nothing. With d the difference of the two bins,
-// the best trade has cost(a) - cost(b) nearest to d / 2; items sorted by cost give it in one walk over both bins.
+// An exchange moves one item a to the lighter bin, and one item b or none back. With gap = cost(heavy) - cost(light),
+// the best exchange has cost(a) - cost(b) nearest to gap / 2. Items sorted by cost give it in one pass over both bins.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,7 @@ namespace icegrt {
 constexpr int64_t kMaxBins = int64_t{1} << 24;
 constexpr int64_t kNoBudget = std::numeric_limits<int64_t>::max();
 
-// lengths decide what fits, costs decide what is even. Their totals are known to fit in int64.
+// The budget limits lengths; the balance is over costs. `check_balance` has checked that both totals fit in int64.
 struct Items {
   Span<int64_t> lengths, costs;
 
@@ -40,10 +40,10 @@ struct Bin {
     tokens += all.lengths[i];
     cost += all.costs[i];
   }
-  void remove(size_t at, const Items& all) {
-    tokens -= all.lengths[items[at]];
-    cost -= all.costs[items[at]];
-    items.erase(items.begin() + static_cast<std::ptrdiff_t>(at));
+  void remove(size_t position, const Items& all) {
+    tokens -= all.lengths[items[position]];
+    cost -= all.costs[items[position]];
+    items.erase(items.begin() + static_cast<std::ptrdiff_t>(position));
   }
   void sort(const Items& all) {
     std::sort(items.begin(), items.end(), [&](int64_t a, int64_t b) { return all.heavier(a, b); });
@@ -55,28 +55,29 @@ struct Bin {
   }
 };
 
-struct Trade {
-  size_t give = 0, take = 0;  // positions in the two bins; take == lighter.items.size() takes nothing back
-  int64_t off = -1;           // distance of the moved cost from the ideal, doubled; -1: no trade helps
+struct Exchange {
+  size_t from_heavy = 0, from_light = 0;  // positions in the bins; from_light == light.items.size(): no item back
+  int64_t distance = -1;                  // twice the distance of the moved cost from gap / 2; -1: no exchange helps
 };
 
-inline Trade best_trade(const Bin& heavy, const Bin& light, const Items& all, int64_t budget) {
+inline Exchange best_exchange(const Bin& heavy, const Bin& light, const Items& all, int64_t budget) {
   const int64_t gap = heavy.cost - light.cost;
-  Trade best;
+  Exchange best;
   size_t i = 0, j = 0;
   while (i < heavy.items.size() && j <= light.items.size()) {
     const int64_t a = heavy.items[i];
-    const bool swap = j < light.items.size();
-    const int64_t moved = all.costs[a] - (swap ? all.costs[light.items[j]] : 0);
-    if (moved > 0 && moved < gap) {
-      const int64_t grown = all.lengths[a] - (swap ? all.lengths[light.items[j]] : 0);
-      const int64_t off = moved <= gap - moved ? gap - moved - moved : moved - (gap - moved);
-      const bool fits = light.tokens + grown <= budget && heavy.tokens - grown <= budget;
-      if (fits && (best.off < 0 || off < best.off)) best = {i, j, off};
-      if (best.off == 0) break;
+    const bool has_item_back = j < light.items.size();
+    const int64_t moved_cost = all.costs[a] - (has_item_back ? all.costs[light.items[j]] : 0);
+    if (moved_cost > 0 && moved_cost < gap) {
+      const int64_t moved_tokens = all.lengths[a] - (has_item_back ? all.lengths[light.items[j]] : 0);
+      const int64_t distance =
+          moved_cost <= gap - moved_cost ? gap - moved_cost - moved_cost : moved_cost - (gap - moved_cost);
+      const bool fits = light.tokens + moved_tokens <= budget && heavy.tokens - moved_tokens <= budget;
+      if (fits && (best.distance < 0 || distance < best.distance)) best = {i, j, distance};
+      if (best.distance == 0) break;
     }
-    // Later in `light` means a smaller item back, so more is moved; later in `heavy` means less.
-    if (moved < gap - moved) {
+    // A later item of `light` is smaller, so the exchange moves more; a later item of `heavy` makes it move less.
+    if (moved_cost < gap - moved_cost) {
       ++j;
     } else {
       ++i;
@@ -85,7 +86,7 @@ inline Trade best_trade(const Bin& heavy, const Bin& light, const Items& all, in
   return best;
 }
 
-// Lowers the largest cost as far as single trades can. With a budget, no bin that keeps to it ever outgrows it.
+// Lowers the largest cost as far as single exchanges can. A bin within the budget stays within it.
 inline void refine(std::vector<Bin>& bins, const Items& all, int64_t budget = kNoBudget) {
   if (bins.size() < 2) return;
   std::set<std::pair<int64_t, int64_t>> by_cost;  // (cost, bin)
@@ -96,39 +97,39 @@ inline void refine(std::vector<Bin>& bins, const Items& all, int64_t budget = kN
     total += bins[b].cost;
   }
   const int64_t n_bins = static_cast<int64_t>(bins.size());
-  const int64_t goal = total / n_bins + (total % n_bins != 0);
-  // Enough for thousands of trades at the usual sizes; a hard cap, so that no input takes quadratic time.
+  const int64_t mean_cost = total / n_bins + (total % n_bins != 0);  // rounded up
+  // A limit that allows thousands of exchanges at the usual sizes, and excludes quadratic time for any input.
   int64_t effort = 256 * (n_items + n_bins);
 
   while (effort > 0) {
     const auto heaviest = std::prev(by_cost.end());
-    if (heaviest->first <= goal) return;
+    if (heaviest->first <= mean_cost) return;
     const int64_t h = heaviest->second;
-    bool traded = false;
+    bool exchanged = false;
     for (auto it = by_cost.begin(); it != heaviest && effort > 0; ++it) {
       Bin& heavy = bins[h];
       Bin& light = bins[it->second];
       if (heavy.cost - light.cost < 2) break;
       effort -= static_cast<int64_t>(heavy.items.size() + light.items.size()) + 1;
-      const Trade trade = best_trade(heavy, light, all, budget);
-      if (trade.off < 0) continue;
+      const Exchange exchange = best_exchange(heavy, light, all, budget);
+      if (exchange.distance < 0) continue;
       const int64_t l = it->second;
       by_cost.erase(it);
       by_cost.erase(heaviest);
-      const int64_t given = heavy.items[trade.give];
-      heavy.remove(trade.give, all);
-      if (trade.take < light.items.size()) {
-        const int64_t taken = light.items[trade.take];
-        light.remove(trade.take, all);
-        heavy.insert(taken, all);
+      const int64_t heavy_item = heavy.items[exchange.from_heavy];
+      heavy.remove(exchange.from_heavy, all);
+      if (exchange.from_light < light.items.size()) {
+        const int64_t light_item = light.items[exchange.from_light];
+        light.remove(exchange.from_light, all);
+        heavy.insert(light_item, all);
       }
-      light.insert(given, all);
+      light.insert(heavy_item, all);
       by_cost.insert({heavy.cost, h});
       by_cost.insert({light.cost, l});
-      traded = true;
+      exchanged = true;
       break;
     }
-    if (!traded) return;
+    if (!exchanged) return;
   }
 }
 

@@ -1,9 +1,12 @@
 // Shaped rewards, GAE, returns, KL per response and whitening moments over the packed action stream, on CPU threads.
 //
-// A sequence is walked once, from its end, four tokens a step in lanes that the compiler puts into vector registers. The
-// recursion's state is (A, pending): pending holds gamma * V behind the token plus, until an unmasked token takes it,
-// the score; so the score finds the last unmasked token by itself.
-// Work is cut into groups of whole sequences by their lengths alone, so the bits do not depend on the threads.
+// For each unmasked token t, from the last to the first; t + 1 is the next unmasked token (Schulman et al. 2016):
+//   reward_t = -kl_coef * kl_t + token_reward_t + (score, if t is the last)
+//   A_t = reward_t - V_t + gamma * V_{t+1} + gamma * lambda * A_{t+1},   return_t = A_t + V_t
+//
+// One pass over a sequence, from its end, four tokens a step in lanes that the compiler keeps in vector registers. The
+// state of the recursion is (A, pending). `pending` is gamma * V_{t+1}, plus the score until an unmasked token has it.
+// Groups of complete sequences are formed by length alone, so the bits do not depend on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -56,7 +59,8 @@ struct Moments {
   }
 };
 
-// exp(-d) - 1 + d; beyond an exponent of 60 it continues along its tangent, so it stays finite.
+// k3 = exp(-d) - 1 + d (Schulman 2020, "Approximating KL Divergence"). Above an exponent of 60 it continues along its
+// tangent, so that it stays finite.
 template <typename T>
 inline T k3(T d) {
   const T x = -d, bounded = std::min(x, T(60));
@@ -76,7 +80,7 @@ inline T estimate(KLEstimator estimator, T d) {
 constexpr int kLanes = 4;
 constexpr int64_t kGroupTokens = 16384;
 
-// Sums of x and x * x by lane: the lanes are independent, so a compiler keeps them in one register.
+// Sums of x and x * x by lane. The lanes are independent, so that the compiler keeps them in one vector register.
 struct LaneSums {
   double first[kLanes] = {}, second[kLanes] = {};
 
@@ -93,61 +97,61 @@ class ShapedGAE {
  public:
   ShapedGAE(const GAEInput<T>& in, const GAEOutput<T>& out) : in_(in), out_(out) {}
 
-  // Sequences [first, last), from the end; returns the moments of their unmasked advantages.
+  // Computes sequences [first, last), from the end; returns the moments of their unmasked advantages.
   Moments run(int64_t first, int64_t last) const {
     Group group;
-    for (int64_t n = last; n-- > first;) sequence(n, group);
+    for (int64_t n = last; n-- > first;) compute_sequence(n, group);
     Moments moments;
     if (group.count == 0) return moments;
-    const double off = total(group.sums.first) / group.count;
+    const double shifted_mean = total(group.sums.first) / group.count;
     moments.count = group.count;
-    moments.mean = group.origin + off;
-    moments.m2 = std::max(0.0, total(group.sums.second) - group.count * off * off);
+    moments.mean = group.origin + shifted_mean;
+    moments.m2 = std::max(0.0, total(group.sums.second) - group.count * shifted_mean * shifted_mean);
     return moments;
   }
 
  private:
   struct State {
     T advantage, pending;
-    bool scored;  // an unmasked token has taken the score
+    bool scored;  // an unmasked token has the score
   };
 
-  // Advantages are summed as distances from about the first one: their squares keep their digits, whatever the mean.
+  // Sums of advantages minus `origin`, a value near the first advantage: squares keep their digits for any mean.
   struct Group {
     double count = 0, origin = 0;
-    bool placed = false;
+    bool has_origin = false;
     LaneSums sums;
 
-    void place(double x) {
-      if (!placed) origin = x;
-      placed = true;
+    void set_origin(double x) {
+      if (!has_origin) origin = x;
+      has_origin = true;
     }
   };
 
-  void sequence(int64_t n, Group& group) const {
+  void compute_sequence(int64_t n, Group& group) const {
     const int64_t begin = in_.cu_actions[n];
     const T score = in_.score[n];
     State state{0, score + (in_.bootstrap.data ? in_.gamma * in_.bootstrap[n] : T(0)), false};
     double kl[kLanes] = {};
     int64_t high = in_.cu_actions[n + 1];
     if (!in_.mask.data && high > begin) {
-      group.place(state.pending - in_.value[high - 1]);
-      high = four_by_four(begin, high, score, state, kl, group);
+      group.set_origin(state.pending - in_.value[high - 1]);
+      high = compute_four_rows(begin, high, score, state, kl, group);
     }
-    while (high > begin) high = one(high, score, state, kl, group);
-    const bool homeless = !state.scored && score != 0;
-    out_.kl[n] = homeless ? std::numeric_limits<T>::quiet_NaN() : static_cast<T>(total(kl));
+    while (high > begin) high = compute_row(high, score, state, kl, group);
+    const bool unassigned_score = !state.scored && score != 0;
+    out_.kl[n] = unassigned_score ? std::numeric_limits<T>::quiet_NaN() : static_cast<T>(total(kl));
   }
 
   T penalty(int64_t i, double& kl) const {
     if (!in_.ref_logprob.data) return 0;
     const T x = estimate(E, in_.logprob[i] - in_.ref_logprob[i]);
     kl += x;
-    return in_.kl_coef == 0 ? T(0) : -in_.kl_coef * x;  // and not 0 times what may be infinite
+    return in_.kl_coef == 0 ? T(0) : -in_.kl_coef * x;  // 0 * infinity would be NaN
   }
 
-  // The row before `high`; returns where the rest ends.
-  int64_t one(int64_t high, T score, State& state, double (&kl)[kLanes], Group& group) const {
+  // Computes the row before `high` and returns its index, the new `high`.
+  int64_t compute_row(int64_t high, T score, State& state, double (&kl)[kLanes], Group& group) const {
     const int64_t i = high - 1;
     if (in_.mask.data && !in_.mask[i]) {
       out_.advantage[i] = out_.returns[i] = out_.reward[i] = 0;
@@ -160,18 +164,19 @@ class ShapedGAE {
     out_.advantage[i] = advantage;
     out_.returns[i] = advantage + value;
     state = {advantage, in_.gamma * value, true};
-    group.place(advantage);
+    group.set_origin(advantage);
     group.sums.add(0, advantage - group.origin);
     group.count += 1;
     return i;
   }
 
-  // Four rows a step while there are four. Within a step the sums do not wait for the carry, which costs one
-  // multiply-add. The walk goes down in memory throughout, as hardware prefetches it.
-  int64_t four_by_four(int64_t begin, int64_t high, T score, State& state, double (&kl)[kLanes], Group& group) const {
+  // Computes steps of four rows while four remain; returns the new `high`. Within a step, only one multiply-add per row
+  // depends on the carry from the step before. Memory is read in one direction, which the hardware prefetches.
+  int64_t compute_four_rows(int64_t begin, int64_t high, T score, State& state, double (&kl)[kLanes],
+                            Group& group) const {
     const T gamma = in_.gamma, decay = in_.decay, coef = in_.kl_coef;
-    const T reach[kLanes] = {decay * decay * decay * decay, decay * decay * decay, decay * decay, decay};
-    const T *values = in_.value.data, *extra = in_.token_reward.data;
+    const T carry_decay[kLanes] = {decay * decay * decay * decay, decay * decay * decay, decay * decay, decay};
+    const T *values = in_.value.data, *token_reward = in_.token_reward.data;
     const T *logprob = in_.logprob.data, *ref = in_.ref_logprob.data;
     const double origin = group.origin;
     double kl_sums[kLanes] = {};
@@ -180,6 +185,7 @@ class ShapedGAE {
     bool scored = state.scored;
     const int64_t top = high;
     for (; high - begin >= kLanes; high -= kLanes) {
+      // 1. values, KL and rewards
       const int64_t low = high - kLanes;
       T value[kLanes], reward[kLanes] = {}, advantage[kLanes];
       for (int j = 0; j < kLanes; ++j) value[j] = values[low + j];
@@ -191,14 +197,16 @@ class ShapedGAE {
           for (int j = 0; j < kLanes; ++j) reward[j] = -coef * x[j];
         }
       }
-      if (extra) {
-        for (int j = 0; j < kLanes; ++j) reward[j] += extra[low + j];
+      if (token_reward) {
+        for (int j = 0; j < kLanes; ++j) reward[j] += token_reward[low + j];
       }
+      // 2. the recursion: within the step, then with the carry
       for (int j = 0; j < kLanes - 1; ++j) advantage[j] = reward[j] - value[j] + gamma * value[j + 1];
       advantage[kLanes - 1] = reward[kLanes - 1] - value[kLanes - 1] + pending;
       for (int j = kLanes - 2; j >= 0; --j) advantage[j] += decay * advantage[j + 1];
-      for (int j = 0; j < kLanes; ++j) advantage[j] += reach[j] * carry;
+      for (int j = 0; j < kLanes; ++j) advantage[j] += carry_decay[j] * carry;
       if (!scored) reward[kLanes - 1] += score;
+      // 3. results, moments and the new carry
       for (int j = 0; j < kLanes; ++j) out_.advantage[low + j] = advantage[j];
       for (int j = 0; j < kLanes; ++j) out_.returns[low + j] = advantage[j] + value[j];
       for (int j = 0; j < kLanes; ++j) out_.reward[low + j] = reward[j];
@@ -224,15 +232,15 @@ class ShapedGAE {
 template <typename T>
 void check_gae(const GAEInput<T>& in) {
   const int64_t actions = in.value.size, sequences = in.score.size;
-  const auto sized = [](const char* name, bool absent, int64_t size, int64_t wanted) {
-    require(absent || size == wanted, name, ": expected ", wanted, " entries, got ", size);
+  const auto check_size = [](const char* name, bool absent, int64_t size, int64_t expected) {
+    require(absent || size == expected, name, ": expected ", expected, " entries, got ", size);
   };
-  sized("cu_actions", false, in.cu_actions.size, sequences + 1);
-  sized("logprob_A", false, in.logprob.size, actions);
-  sized("ref_logprob_A", !in.ref_logprob.data, in.ref_logprob.size, actions);
-  sized("token_reward_A", !in.token_reward.data, in.token_reward.size, actions);
-  sized("mask_A", !in.mask.data, in.mask.size, actions);
-  sized("bootstrap_N", !in.bootstrap.data, in.bootstrap.size, sequences);
+  check_size("cu_actions", false, in.cu_actions.size, sequences + 1);
+  check_size("logprob_A", false, in.logprob.size, actions);
+  check_size("ref_logprob_A", !in.ref_logprob.data, in.ref_logprob.size, actions);
+  check_size("token_reward_A", !in.token_reward.data, in.token_reward.size, actions);
+  check_size("mask_A", !in.mask.data, in.mask.size, actions);
+  check_size("bootstrap_N", !in.bootstrap.data, in.bootstrap.size, sequences);
   require(in.cu_actions[0] == 0, "cu_actions: the first entry must be 0, got ", in.cu_actions[0]);
   for (int64_t n = 0; n < sequences; ++n) {
     require(in.cu_actions[n + 1] >= in.cu_actions[n], "cu_actions: entries must not fall, got ", in.cu_actions[n],
@@ -242,40 +250,45 @@ void check_gae(const GAEInput<T>& in) {
           in.cu_actions[sequences]);
 }
 
-// kl of a response that has a score and no unmasked action for it to land on is NaN: the caller refuses it.
+// Writes all outputs and returns the moments of the unmasked advantages. kl_N is NaN for a response with a score but no
+// unmasked action that could have it; the caller raises an error.
 template <typename T>
 Moments shaped_gae(const GAEInput<T>& in, const GAEOutput<T>& out, int64_t threads) {
   check_gae(in);
+  // 1. groups of complete sequences
   const int64_t sequences = in.score.size;
-  std::vector<int64_t> cuts{0};
+  std::vector<int64_t> group_starts{0};
   for (int64_t n = 1; n <= sequences; ++n) {
-    if (n == sequences || in.cu_actions[n] - in.cu_actions[cuts.back()] >= kGroupTokens) cuts.push_back(n);
+    const int64_t group_tokens = in.cu_actions[n] - in.cu_actions[group_starts.back()];
+    if (n == sequences || group_tokens >= kGroupTokens) group_starts.push_back(n);
   }
-  const int64_t groups = static_cast<int64_t>(cuts.size()) - 1;
-  std::vector<Moments> parts(groups);
+  const int64_t groups = static_cast<int64_t>(group_starts.size()) - 1;
+  // 2. the groups, on `threads` threads
+  std::vector<Moments> group_moments(groups);
   std::atomic<int64_t> next{0};
   const auto run = [&](int64_t first, int64_t last) {
-    switch (in.estimator) {  // one loop each: a choice inside would not vectorise
+    switch (in.estimator) {  // one instance per estimator: a branch in the inner loop would prevent vectorization
       case KLEstimator::k1: return ShapedGAE<T, KLEstimator::k1>(in, out).run(first, last);
       case KLEstimator::k2: return ShapedGAE<T, KLEstimator::k2>(in, out).run(first, last);
       case KLEstimator::k3: return ShapedGAE<T, KLEstimator::k3>(in, out).run(first, last);
       default: return ShapedGAE<T, KLEstimator::abs>(in, out).run(first, last);
     }
   };
-  const auto work = [&] {
-    for (int64_t g = next++; g < groups; g = next++) parts[g] = run(cuts[g], cuts[g + 1]);
+  const auto run_groups = [&] {
+    for (int64_t g = next++; g < groups; g = next++) group_moments[g] = run(group_starts[g], group_starts[g + 1]);
   };
-  std::vector<std::thread> helpers;
+  std::vector<std::thread> workers;
   try {
-    for (int64_t t = 1; t < std::min(threads, groups); ++t) helpers.emplace_back(work);
+    for (int64_t t = 1; t < std::min(threads, groups); ++t) workers.emplace_back(run_groups);
   } catch (const std::system_error&) {
-    // No more threads are to be had: the ones that there are do the work.
+    // The system starts no further thread: the existing ones process all groups.
   }
-  work();
-  for (std::thread& helper : helpers) helper.join();
+  run_groups();
+  for (std::thread& worker : workers) worker.join();
+  // 3. rows after the last sequence, and the moments
   for (T* x : {out.advantage, out.returns, out.reward}) std::fill(x + in.cu_actions[sequences], x + in.value.size, T(0));
   Moments moments;
-  for (const Moments& part : parts) moments.merge(part);
+  for (const Moments& m : group_moments) moments.merge(m);
   return moments;
 }
 

@@ -1,7 +1,7 @@
-"""icegrt: PPO with four Megatron-core models in one process set.
+"""icegrt: PPO for language models, with four Megatron-core models in one set of processes.
 
-What other programs may use is listed in `__all__` and imported when it is first asked for: `icegrt.kernels` and
-`icegrt.packing` need neither Megatron nor transformers, and importing `icegrt` alone imports nothing.
+`__all__` lists the public names; each is imported on first use, so `import icegrt` alone imports nothing else.
+`icegrt.kernels` and `icegrt.packing` need neither Megatron nor transformers.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""`python -m icegrt` and `torchrun ... -m icegrt`: the same as the `icegrt` command."""
+"""Run the `icegrt` command as `python -m icegrt` or `torchrun ... -m icegrt`."""
 
 import sys
 
 from icegrt.cli import main
 
-# The guard matters: writing a distributed checkpoint spawns processes, which import this module again.
+# Saving a distributed checkpoint spawns processes that import this module again: without the guard they would run it.
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,7 +1,7 @@
-"""The `icegrt` command: reads arguments and configuration, runs one stage, and says user errors in one message.
+"""The `icegrt` command: parse arguments and configuration, run one stage, and print user errors as one message.
 
-Arguments are read here rather than by argparse because overrides, options and the file may come in any order, and
-because a mistake should be answered with what was probably meant. Stages, torch and rich are imported when needed.
+This module parses the arguments itself: overrides, options and the file may come in any order, and an error message
+proposes the nearest valid word, which argparse does not do. Stages, torch and rich are imported on use.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ COMMANDS = {
     "reward": "train a reward model on ranked answers",
     "ppo": "train the actor with PPO against the reward",
     "generate": "answer prompts with a model or a run",
-    "export": "turn a run's checkpoint into a Hugging Face checkpoint",
-    "data": "show what of a data file is trained on",
-    "doctor": "check what this machine has and what the engine lacks",
+    "export": "convert a run's checkpoint to a Hugging Face checkpoint",
+    "data": "show which text of a data file is trained on",
+    "doctor": "check the machine and the installed packages",
 }
 RESUMABLE = ("sft", "reward", "ppo")
-# Where each stage's `run(config)` lives, imported when the command is given.
+# The module of each stage's `run(config)`, imported on use.
 _MODULES = {
     "sft": "icegrt.training.sft",
     "sample": "icegrt.commands.sample",
@@ -44,20 +44,20 @@ _MODULES = {
 }
 _CONFIG_OPTIONS = {"--help": "show this page", "--print-config": "print the resolved configuration as YAML and exit"}
 _RESUME = {"--resume": "continue from the last checkpoint in the run's folder"}
-_DOCTOR_OPTIONS = {"--help": "show this page", "--json": "print the findings as JSON"}
-# The parts of the base install and of `icegrt[engine]` that a command cannot do without, by the name of their import.
+_DOCTOR_OPTIONS = {"--help": "show this page", "--json": "print the checks as JSON"}
+# Required packages of the base install and of `icegrt[engine]`, by import name.
 _PACKAGES = {"megatron": "megatron-core", "yaml": "pyyaml"} | {
     n: n for n in ("pydantic", "rich", "torch", "transformers")
 }
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 @dataclasses.dataclass
 class Arguments:
-    """One command line, taken apart."""
+    """One parsed command line."""
 
     command: str
     options: set[str] = dataclasses.field(default_factory=set)
@@ -66,25 +66,25 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 1 (doctor: cannot run here), 2 (user error), 130 (interrupted).
+    """Run one command. Return the exit status: 0, 1 (doctor: cannot run here), 2 (user error), 130 (interrupted).
 
-    Errors other than `UserError` leave with their traceback, and so does `UserError` when ICEGRT_DEBUG is set.
+    Errors other than `UserError` are raised, with their traceback. So is `UserError` if ICEGRT_DEBUG is set.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(argv)
     except KeyboardInterrupt:
-        _explain_interrupt(argv)
+        _print_interrupted(argv)
         return INTERRUPTED
     except Exception as error:
-        expected = isinstance(error, UserError)
+        is_user_error = isinstance(error, UserError)
         if not failure.should_report(error):
-            return USAGE if expected else FAILED
-        if not expected or os.environ.get("ICEGRT_DEBUG", "0") not in ("", "0"):
+            return USAGE if is_user_error else FAILED
+        if not is_user_error or os.environ.get("ICEGRT_DEBUG", "0") not in ("", "0"):
             if failure.several_ranks():
                 print(f"[rank {os.environ['RANK']}] failed:", file=sys.stderr, flush=True)
             raise
-        _complain(error)
+        _print_error(error)
         return USAGE
 
 
@@ -93,13 +93,15 @@ def _run(argv: list[str]) -> int:
         _write(_overview())
         return OK
     if argv[0] in ("-V", "--version"):
-        _write(f"icegrt {_version()}")
+        from icegrt import __version__
+
+        _write(f"icegrt {__version__}")
         return OK
     if argv[0] == "data":
-        with _needed_packages("data"):
-            from icegrt.commands import data_preview as preview
-        with contextlib.suppress(SystemExit):  # argparse leaves this way once it has shown its help
-            preview.main(argv[1:])
+        with _required_packages("data"):
+            from icegrt.commands import data_preview
+        with contextlib.suppress(SystemExit):  # argparse raises it after --help
+            data_preview.main(argv[1:])
         return OK
     args = parse(argv)
     if "--help" in args.options:
@@ -109,7 +111,7 @@ def _run(argv: list[str]) -> int:
         from icegrt.commands import doctor
 
         return doctor.main(as_json="--json" in args.options)
-    with _needed_packages(args.command):
+    with _required_packages(args.command):
         from icegrt.config import SECTIONS
         from icegrt.config.loader import as_yaml
     overrides = [*args.overrides, f"{args.command}.run.resume=true"] if "--resume" in args.options else args.overrides
@@ -117,34 +119,38 @@ def _run(argv: list[str]) -> int:
     if "--print-config" in args.options:
         _write(as_yaml(config).rstrip())
         return OK
-    with _needed_packages(args.command):
+    with _required_packages(args.command):
         stage = importlib.import_module(_MODULES[args.command])
-    with failure.exit_on_peer_failure(), _disks_in_words():
+    with failure.exit_on_peer_failure(), _disk_errors_as_run_errors():
         stage.run(config)
     return OK
 
 
 @contextlib.contextmanager
-def _disks_in_words() -> Iterator[None]:
-    """A disk that is full or broken is nothing that a traceback explains."""
+def _disk_errors_as_run_errors() -> Iterator[None]:
+    """Raise errors of a full or broken disk as `RunError`, as a traceback would not help the user."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK:
+        if error.errno not in _DISK_ERRORS:
             raise
         where = f"{error.filename}: " if error.filename else ""
         raise RunError(
-            f"{where}{error.strerror} while the command was writing; what was finished before is whole: make room or "
-            "repair the disk, and start it again (with --resume where it was training)"
+            f"{where}{error.strerror} while the command was writing; files finished before are complete: make room or "
+            "repair the disk, and start it again (with --resume if it was training)"
         ) from error
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """Sort arguments into options, the configuration file and overrides. Raises `ConfigError` with what was meant."""
+    """Sort arguments into options, the configuration file and overrides.
+
+    Raises:
+        ConfigError: an argument is none of these; the message proposes the nearest valid one.
+    """
     args = Arguments(argv[0])
     if args.command not in COMMANDS:
-        near = difflib.get_close_matches(args.command, COMMANDS, 1)
-        hint = f"did you mean `icegrt {near[0]}`?" if near else f"the commands are {', '.join(COMMANDS)}"
+        nearest = difflib.get_close_matches(args.command, COMMANDS, 1)
+        hint = f"did you mean `icegrt {nearest[0]}`?" if nearest else f"the commands are {', '.join(COMMANDS)}"
         raise ConfigError(f"`{args.command}` is not a command; {hint}")
     options = _options(args.command)
     for arg in argv[1:]:
@@ -179,52 +185,41 @@ def _unknown_option(arg: str, command: str, options: dict[str, str]) -> str:
     if command != "doctor" and ("=" in name or "." in name):
         key = name if name.startswith(f"{command}.") else f"{command}.{name}"
         return f"`{arg}` is not an option; keys are set without dashes: {key}" + ("" if "=" in key else "=VALUE")
-    near = difflib.get_close_matches(arg, options, 1)
-    hint = f"did you mean {near[0]}?" if near else f"the options are {', '.join(options)}"
+    nearest = difflib.get_close_matches(arg, options, 1)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"the options are {', '.join(options)}"
     return f"`{arg}` is not an option of `icegrt {command}`; {hint}"
 
 
-class _needed_packages:
-    """Turns a missing third-party package into a message that says how to install it."""
-
-    def __init__(self, command: str):
-        self.command = command
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind, error, traceback) -> None:
-        name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
-        if name in _PACKAGES:
-            raise UserError(
-                f"`icegrt {self.command}` needs {_PACKAGES[name]}, which is not installed; "
-                "pip install 'icegrt[engine]' brings it, and `icegrt doctor` shows what else is missing"
-            ) from error
+@contextlib.contextmanager
+def _required_packages(command: str) -> Iterator[None]:
+    """Raise the import error of a missing third-party package as `UserError` with the command that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name not in _PACKAGES:
+            raise
+        raise UserError(
+            f"`icegrt {command}` needs {_PACKAGES[name]}, which is not installed; "
+            "pip install 'icegrt[engine]' brings it, and `icegrt doctor` shows what else is missing"
+        ) from error
 
 
-def _complain(error: UserError) -> None:
+def _print_error(error: UserError) -> None:
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f"[rank {rank}] "
     print(f"{where}error: {console.plain(redact_text(str(error)))}", file=sys.stderr, flush=True)
 
 
-def _explain_interrupt(argv: list[str]) -> None:
+def _print_interrupted(argv: list[str]) -> None:
     if not console.is_main():
         return
     hint = ""
     if argv and argv[0] in RESUMABLE:
-        again = shlex.join([*(arg for arg in argv if arg != "--resume"), "--resume"])
+        resumed = shlex.join([*(arg for arg in argv if arg != "--resume"), "--resume"])
         start = "the same torchrun command with" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "run"
-        hint = f"; to go on from the last checkpoint, {start}: icegrt {again}"
+        hint = f"; to resume from the last checkpoint, {start}: icegrt {resumed}"
     print(f"interrupted{hint}", file=sys.stderr, flush=True)
-
-
-def _version() -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version("icegrt")
-    except metadata.PackageNotFoundError:  # a checkout on the path, not installed
-        return "unknown (not installed)"
 
 
 def _overview() -> str:
@@ -258,7 +253,7 @@ def _print_help(command: str) -> None:
     if command == "doctor":
         _write("\n".join(lines))
         return
-    with _needed_packages(command):
+    with _required_packages(command):
         from icegrt.config import SECTIONS
         from icegrt.config.docs import help_text
         from icegrt.config.introspect import config_keys
@@ -277,5 +272,5 @@ def _print_help(command: str) -> None:
 def _write(text: str) -> None:
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+    except BrokenPipeError:  # the reader, such as head, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

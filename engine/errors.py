@@ -1,11 +1,11 @@
-"""Errors meant for people: one message that names the file, line or key and says what to do.
+"""Errors that the user can fix. The message names the file, line or key and the remedy.
 
-The command line prints them without a traceback; library users catch `UserError` or the narrower class.
+The command line prints them without a traceback; library users catch `UserError` or a subclass.
 """
 
 
 class UserError(Exception):
-    """Something the user can put right. The message says what was given, what was expected and what to do."""
+    """An error that the user can fix. The message names the given value, the expected one and the remedy."""
 
 
 class ConfigError(UserError, ValueError):
@@ -25,4 +25,4 @@ class RewardError(UserError, RuntimeError):
 
 
 class RunError(UserError, RuntimeError):
-    """A run that cannot start or go on: folder not empty, not writable, loss not finite."""
+    """A run that cannot start or continue: its folder is not empty or not writable, or the loss is not finite."""

@@ -1,7 +1,8 @@
 """Fused token-level operations for PPO: plain torch tensors in and out, no engine behind them.
 
-Each operation has a folder named after it: `interface.py` (what it takes, what it refuses), `reference.py` (its meaning
-in plain PyTorch) and, where it pays, `triton.py` or `cpp.py`, which `dispatch` imports only when they are chosen.
+Each operation has a folder named after it: `interface.py` (the public function, which checks its arguments),
+`reference.py` (plain PyTorch) and, for speed, `triton.py` or `cpp.py`, which `dispatch` imports only when chosen. If an
+operation has many arguments, `inputs.py` has the frozen objects that its backends take.
 """
 
 from .dispatch import available_backends, describe, record_launches, use_backend

@@ -1,10 +1,10 @@
-"""The one selector of backends: which implementation of an operation runs, why, and how to say otherwise.
+"""The one selector of backends: which implementation of an operation runs, and why.
 
 Order of authority: `use_backend` (innermost first, an operation's own name before the general one), then the
 environment variable ICEGRT_BACKEND ("reference", or "token_logprobs=triton,shaped_gae=reference"), then auto.
 auto takes the first of these that an operation has and that can run: Triton for CUDA tensors, C++ for CPU tensors,
-PyTorch in chunks ("chunked", where the plain meaning takes much memory), the reference. A backend that is asked for by
-name is used or is an error: a silent fallback would make a benchmark or a test lie.
+PyTorch in chunks ("chunked", for operations whose reference takes much memory), the reference. A backend that is
+requested by name is used or is an error: a silent fallback would make a benchmark or a test lie.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,17 @@ _recorders: list[list[tuple[str, str]]] = []
 def use_backend(backend: str | None = None, **per_op: str) -> Iterator[None]:
     """Choose backends inside a `with`: `use_backend("reference")`, `use_backend(token_logprobs="triton")`, or both.
 
-    Raises ValueError for an unknown operation or backend, or one that the operation does not have.
+    The choice holds for the thread that enters the context.
+
+    Args:
+        backend: "auto", "triton", "cpp", "chunked" or "reference", for all operations without a choice of their own.
+        **per_op: Operation name to backend.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: An operation or backend is unknown, or the operation lacks the backend.
     """
     choice = dict(per_op)
     if backend is not None:
@@ -95,7 +106,11 @@ def use_backend(backend: str | None = None, **per_op: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def record_launches() -> Iterator[list[tuple[str, str]]]:
-    """Collects (kernel name, backend) of every kernel that any thread really launches inside the `with`, in order."""
+    """Record every kernel that any thread launches inside the `with`.
+
+    Yields:
+        List of (kernel name, backend), which grows in the order of the launches.
+    """
     seen: list[tuple[str, str]] = []
     _recorders.append(seen)
     try:
@@ -105,37 +120,57 @@ def record_launches() -> Iterator[list[tuple[str, str]]]:
 
 
 def log_launch(kernel: str, backend: str) -> None:
-    """Called by kernel wrappers where they launch."""
+    """Record one launch. Kernel wrappers call it where they launch."""
     for seen in _recorders:
         seen.append((kernel, backend))
 
 
 def available_backends(op: str) -> tuple[str, ...]:
-    """The backends of `op` whose requirements are installed, best first."""
+    """Return the backends of an operation whose requirements are installed, best first.
+
+    Args:
+        op: Name of a public operation, for example "token_logprobs".
+
+    Returns:
+        Tuple of backend names.
+
+    Raises:
+        ValueError: The operation is unknown.
+    """
     _check_ops("available_backends", [op])
     return tuple(b for b in IMPLEMENTATIONS[op] if _installed(b))
 
 
 def describe(device: str | torch.device = "cuda" if torch.version.cuda else "cpu") -> dict[str, str]:
-    """operation -> the backend that it would take for floating-point tensors on `device`, for a status page."""
+    """Return the backend that each operation would take for fp32 tensors on a device.
+
+    Args:
+        device: A torch device or its name. Default: "cuda" if torch was built for CUDA, else "cpu".
+
+    Returns:
+        Dictionary from operation to backend name.
+    """
     device = torch.device(device)
-    return {op: _resolve(op, device.type, True)[0] for op in IMPLEMENTATIONS}
+    return {op: _resolve_backend(op, device.type, True)[0] for op in IMPLEMENTATIONS}
 
 
-def select(op: str, *tensors: Tensor | None) -> Callable:
-    """The implementation of `op` for these tensors. Raises RuntimeError for a named backend that cannot run here."""
+def select(op: str, *tensors: Tensor | None) -> Callable[..., Any]:
+    """Return the implementation of `op` for these tensors. Raises RuntimeError if a named backend cannot run here."""
+    # Triton computes in fp32; fp64 tensors go to a backend that has it.
     device = next((t.device.type for t in tensors if t is not None), "cpu")
     supported = all(t is None or t.dtype != torch.float64 for t in tensors)
-    backend, why = _resolve(op, device, supported)
+    backend, why = _resolve_backend(op, device, supported)
     _log_once(op, backend, device, why)
     return _load(op, backend)
 
 
-def _resolve(op: str, device: str, supported: bool) -> tuple[str, str]:
-    wanted, source = _wanted(op)
-    if wanted != "auto":
-        _require(op, wanted, device, supported, source)
-        return wanted, source
+def _resolve_backend(op: str, device: str, supported: bool) -> tuple[str, str]:
+    # 1. A backend that is named must run.
+    requested, source = _requested_backend(op)
+    if requested != "auto":
+        _check_runnable(op, requested, device, supported, source)
+        return requested, source
+    # 2. auto: the first that the operation has, that fits the tensors and that is installed.
     for backend in ("triton", "cpp", "chunked"):
         runs = {"triton": device == "cuda" and supported, "cpp": device == "cpu", "chunked": True}[backend]
         if runs and backend in IMPLEMENTATIONS[op] and _installed(backend):
@@ -143,7 +178,8 @@ def _resolve(op: str, device: str, supported: bool) -> tuple[str, str]:
     return "reference", "auto"
 
 
-def _wanted(op: str) -> tuple[str, str]:
+def _requested_backend(op: str) -> tuple[str, str]:
+    # The innermost context first; an operation's own choice before the general one.
     for choice in reversed(_overrides.get()):
         for key in (op, "*"):
             if key in choice:
@@ -164,10 +200,9 @@ def _parse_environment(text: str) -> dict[str, str]:
     return choice
 
 
-def _require(op: str, backend: str, device: str, supported: bool, source: str) -> None:
-    have = IMPLEMENTATIONS[op]
+def _check_runnable(op: str, backend: str, device: str, supported: bool, source: str) -> None:
     hint = f"; choose one of {', '.join(available_backends(op))} or auto"
-    if backend not in have:
+    if backend not in IMPLEMENTATIONS[op]:
         raise RuntimeError(f"{op}: backend {backend!r} was asked for by {source} and this operation has none{hint}")
     if not _installed(backend):
         raise RuntimeError(f"{op}: backend {backend!r} was asked for by {source} and is not installed{hint}")
@@ -186,6 +221,7 @@ def _require(op: str, backend: str, device: str, supported: bool, source: str) -
 def _installed(backend: str) -> bool:
     if backend in ("chunked", "reference"):
         return True
+    # find_spec does not import: asking for Triton must not initialise it.
     try:
         return importlib.util.find_spec("triton" if backend == "triton" else "icegrt._C") is not None
     except (ImportError, ValueError):
@@ -193,7 +229,7 @@ def _installed(backend: str) -> bool:
 
 
 @functools.cache
-def _load(op: str, backend: str) -> Callable:
+def _load(op: str, backend: str) -> Callable[..., Any]:
     module, name = IMPLEMENTATIONS[op][backend].split(":")
     return getattr(importlib.import_module(f".{module}", __package__), name)
 
@@ -208,7 +244,7 @@ def _check_backend(where: str, backend: str) -> None:
         raise ValueError(f"{where}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def _check_ops(where: str, ops) -> None:
+def _check_ops(where: str, ops: Iterable[str]) -> None:
     for op in ops:
         if op not in IMPLEMENTATIONS:
             raise ValueError(f"{where}: unknown operation {op!r}; expected one of {', '.join(IMPLEMENTATIONS)}")

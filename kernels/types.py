@@ -1,26 +1,34 @@
-"""What the kernels take and return: plain frozen dataclasses over tensors.
+"""Arguments and results of the kernels: plain frozen dataclasses over tensors.
 
-Statistics are sums, counts and extremes, never means: sums merge over micro-batches and ranks without
-weights, and a mean of means is wrong as soon as two micro-batches differ in length.
+Statistics are sums, counts and extremes, never means. Sums merge over micro-batches and ranks without weights; a mean
+of means is wrong as soon as two micro-batches differ in length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# Legend: A, actions of the packed stream; N, sequences; B and L, extents of a padded batch.
 
 
 @dataclass(frozen=True)
 class VocabShard:
     """This rank's slice of the vocabulary.
 
-    group: process group over which the slices make up the whole vocabulary, or None for a single rank.
-    start: global id of the slice's first column.  size: its columns (padding included).
-    vocab_size: the true vocabulary; columns with a global id >= vocab_size are padding and never count.
+    Attributes:
+        group: Process group whose slices make up the vocabulary. None: a single rank has all of it.
+        start: Global id of the slice's first column.
+        size: Columns of the slice, padding included.
+        vocab_size: Columns of the vocabulary. Columns with a global id >= vocab_size are padding and never count.
+
+    Raises:
+        ValueError: size < 1, start < 0, vocab_size < 1, or start > 0 without a group.
     """
 
     group: dist.ProcessGroup | None
@@ -41,13 +49,18 @@ class VocabShard:
 
     @property
     def valid(self) -> int:
-        """Columns of this slice that are vocabulary and not padding (0 on a rank that holds padding only)."""
+        """Columns of this slice that are vocabulary (0 on a rank whose columns are all padding)."""
         return max(0, min(self.size, self.vocab_size - self.start))
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """logprob_A: log p(label); entropy_A: entropy of the row in nats, or None. Both 0 where the row is ignored."""
+    """Log-probs and entropies by token, 0 at ignored rows.
+
+    Attributes:
+        logprob_A: log p(label) in nats, [A] fp32 or fp64.
+        entropy_A: Entropy of the row in nats, [A] fp32 or fp64; None if it was not requested.
+    """
 
     logprob_A: Tensor
     entropy_A: Tensor | None
@@ -55,7 +68,18 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and sum of squared deviations as 0-dim tensors, merged with Chan's rule; variance is m2 / count."""
+    """Count, mean and sum of squared deviations of a set of numbers.
+
+        variance = m2 / count
+
+    Source of `merge`: Chan, Golub and LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for Computing Sample
+    Variances".
+
+    Attributes:
+        count: Numbers in the set, 0-dim fp64.
+        mean: Their mean, 0-dim fp64; 0 for an empty set.
+        m2: Sum of their squared deviations from the mean, 0-dim fp64.
+    """
 
     count: Tensor
     mean: Tensor
@@ -67,8 +91,21 @@ class Moments:
         return self.m2 / self.count.clamp(min=1)
 
     def merge(self, other: Moments) -> Moments:
-        """Moments of the union of two disjoint sets (Chan, Golub, LeVeque 1979)."""
+        """Return the moments of the union of two disjoint sets.
+
+            mean = mean_1 + delta * count_2 / count
+            m2 = m2_1 + m2_2 + delta^2 * count_1 * count_2 / count
+
+        with delta = mean_2 - mean_1 and count = count_1 + count_2.
+
+        Args:
+            other: Moments of the second set, on the same device.
+
+        Returns:
+            Moments of both sets.
+        """
         count = self.count + other.count
+        # Two empty sets merge to an empty set, not to NaN.
         safe = count.clamp(min=1)
         delta = other.mean - self.mean
         mean = self.mean + delta * (other.count / safe)
@@ -76,17 +113,31 @@ class Moments:
         return Moments(count, mean, m2)
 
     def to(self, device: torch.device | str) -> Moments:
-        """The same numbers on another device: a kernel reads them where its other arguments are."""
+        """Return the same moments on another device. A kernel reads them on the device of its other arguments.
+
+        Args:
+            device: The device to copy to.
+
+        Returns:
+            Moments on `device`.
+        """
         return Moments(self.count.to(device), self.mean.to(device), self.m2.to(device))
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> Moments:
-        """Moments over every rank of `group` (None: the default group), merged in rank order: the same bits on all.
+        """Return the moments over all ranks of a group, the same bits on every rank.
 
-        A collective: ranks without elements must join with a count of 0.
+        A collective: ranks without elements call with a count of 0.
+
+        Args:
+            group: Process group. None: the default group.
+
+        Returns:
+            Moments of the union.
         """
-        mine = torch.stack([self.count, self.mean, self.m2])
-        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, mine, group=group)
+        packed = torch.stack([self.count, self.mean, self.m2])
+        parts = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, packed, group=group)
+        # Merged in rank order: an all-reduce would add in an order of its own.
         total = Moments(*parts[0].unbind())
         for part in parts[1:]:
             total = total.merge(Moments(*part.unbind()))
@@ -94,15 +145,28 @@ class Moments:
 
 
 _MIN, _MAX = {"merge": "min"}, {"merge": "max"}
+_Stats = TypeVar("_Stats", bound="_Mergeable")
 
 
+@dataclass(frozen=True)
 class _Mergeable:
-    """merge and reduce for a dataclass of 0-dim tensors: fields add unless their metadata says min or max."""
+    """merge and reduce for a dataclass of 0-dim tensors: fields add up unless their metadata names min or max."""
 
-    def merge(self, other):
-        """The statistics of both together."""
+    def merge(self: _Stats, other: _Stats) -> _Stats:
+        """Return the statistics of two disjoint sets of tokens together.
+
+        Args:
+            other: Statistics of the same class, on the same device.
+
+        Returns:
+            Statistics of both.
+
+        Raises:
+            TypeError: The classes differ.
+        """
         if type(other) is not type(self):
             raise TypeError(f"merge: expected {type(self).__name__}, got {type(other).__name__}")
+        join: dict[str, Callable[[Tensor, Tensor], Tensor]]
         join = {"sum": torch.add, "min": torch.minimum, "max": torch.maximum}
         return type(self)(
             **{
@@ -111,21 +175,29 @@ class _Mergeable:
             }
         )
 
-    def reduce(self, group: dist.ProcessGroup | None = None):
-        """The statistics over every rank of `group` (None: the default group). A collective: empty ranks join too."""
+    def reduce(self: _Stats, group: dist.ProcessGroup | None = None) -> _Stats:
+        """Return the statistics over all ranks of a group. A collective: ranks without tokens call too.
+
+        Args:
+            group: Process group. None: the default group.
+
+        Returns:
+            Statistics of all ranks' tokens.
+        """
         rules = {f.name: f.metadata.get("merge", "sum") for f in fields(self)}
         sums = [n for n, rule in rules.items() if rule == "sum"]
-        tops = [n for n, rule in rules.items() if rule != "sum"]
+        extremes = [n for n, rule in rules.items() if rule != "sum"]
         values = dict(zip(sums, _all_reduce([getattr(self, n) for n in sums], dist.ReduceOp.SUM, group), strict=True))
-        if tops:
+        if extremes:
             # One collective serves both extremes: the minimum is the negated maximum of the negation.
-            signed = [-getattr(self, n) if rules[n] == "min" else getattr(self, n) for n in tops]
+            signed = [-getattr(self, n) if rules[n] == "min" else getattr(self, n) for n in extremes]
             reduced = _all_reduce(signed, dist.ReduceOp.MAX, group)
-            values |= {n: -v if rules[n] == "min" else v for n, v in zip(tops, reduced, strict=True)}
+            values |= {n: -v if rules[n] == "min" else v for n, v in zip(extremes, reduced, strict=True)}
         return type(self)(**values)
 
 
-def _all_reduce(values: Sequence[Tensor], op, group) -> list[Tensor]:
+def _all_reduce(values: Sequence[Tensor], op: Any, group: dist.ProcessGroup | None) -> list[Tensor]:
+    # One collective for all values, however many they are.
     packed = torch.stack(list(values))
     dist.all_reduce(packed, op=op, group=group)
     return list(packed.unbind())
@@ -135,12 +207,16 @@ def _all_reduce(values: Sequence[Tensor], op, group) -> list[Tensor]:
 class PolicyStats(_Mergeable):
     """Sums over the counted (unmasked) tokens of a policy loss, 0-dim fp64 tensors. Only *loss_sum carry weight_A.
 
-    kl_old_new_sum is k3 of log p_new - log p_old seen from the old policy: (ratio - 1) - log ratio.
+    kl_old_new_sum is k3 of log p_new - log p_old seen from the old policy:
+
+        kl_old_new = (ratio - 1) - log ratio
+
+    Source: Schulman, "Approximating KL Divergence", 2020.
     """
 
     count: Tensor
     weight_sum: Tensor
-    loss_sum: Tensor  # the whole objective, before the normalizer
+    loss_sum: Tensor  # the objective with all its terms, before the normalizer
     policy_loss_sum: Tensor  # its clipped-surrogate part
     clipped_sum: Tensor  # tokens whose gradient the clip removed
     clipped_low: Tensor  # of those, ratio < 1 - clip_low
@@ -160,9 +236,9 @@ class PolicyStats(_Mergeable):
 
 @dataclass(frozen=True)
 class ValueStats(_Mergeable):
-    """Sums over the counted tokens of a value loss, 0-dim fp64 tensors; error = return - value.
+    """Sums over the counted (unmasked) tokens of a value loss, 0-dim fp64 tensors. Only loss_sum carries weight_A.
 
-    Only loss_sum carries weight_A.
+    error = return - value
     """
 
     count: Tensor
@@ -180,16 +256,21 @@ class ValueStats(_Mergeable):
 
     @property
     def explained_variance(self) -> Tensor:
-        """1 - var(return - value) / var(return); 0 where the returns do not vary."""
+        """1 - var(return - value) / var(return), 0-dim fp64; 0 if the returns do not vary."""
         n = self.count.clamp(min=1)
         total = self.return_sq_sum / n - (self.return_sum / n) ** 2
-        left = self.error_sq_sum / n - (self.error_sum / n) ** 2
-        return torch.where(total > 0, 1 - left / total.clamp(min=1e-30), torch.zeros_like(total))
+        unexplained = self.error_sq_sum / n - (self.error_sum / n) ** 2
+        return torch.where(total > 0, 1 - unexplained / total.clamp(min=1e-30), torch.zeros_like(total))
 
 
 @dataclass(frozen=True)
 class PPOLoss:
-    """loss: this rank's sum over `normalizer`, 0-dim, differentiable; stats: detached sums."""
+    """A policy loss.
+
+    Attributes:
+        loss: This rank's sum over `normalizer`, 0-dim fp32 or fp64, differentiable.
+        stats: Detached sums over the same tokens.
+    """
 
     loss: Tensor
     stats: PolicyStats
@@ -197,7 +278,12 @@ class PPOLoss:
 
 @dataclass(frozen=True)
 class ValueLoss:
-    """loss: this rank's sum over `normalizer`, 0-dim, differentiable; stats: detached sums."""
+    """A value loss.
+
+    Attributes:
+        loss: This rank's sum over `normalizer`, 0-dim fp32 or fp64, differentiable.
+        stats: Detached sums over the same tokens.
+    """
 
     loss: Tensor
     stats: ValueStats
@@ -205,9 +291,14 @@ class ValueLoss:
 
 @dataclass(frozen=True)
 class ShapedGAE:
-    """advantage_A, return_A, reward_A: per token, 0 at masked entries; kl_N: nats per response.
+    """Advantages, returns and rewards by token, 0 at masked and slack entries.
 
-    moments are those of the unmasked advantages of this rank.
+    Attributes:
+        advantage_A: Generalised advantages, [A] fp32 or fp64.
+        return_A: Advantage plus value, the target of the value loss, [A].
+        reward_A: Rewards by token: KL penalty, token reward and score, [A].
+        kl_N: KL estimate summed over each response, in nats, [N].
+        moments: Moments of this rank's unmasked advantages.
     """
 
     advantage_A: Tensor
@@ -219,11 +310,15 @@ class ShapedGAE:
 
 @dataclass(frozen=True)
 class PaddedActions:
-    """The action stream of a padded [B, L] batch.
+    """The action stream of a padded [B, L] batch. A row is an index into hidden.flatten(0, 1).
 
-    action_rows_A: row of hidden.flatten(0, 1) whose hidden state predicts the action; action_tokens_A: the actions;
-    token_rows_A: row of the action itself; cu_actions: int32 [B + 1]; last_rows_N: row of each sequence's last real
-    token; shape: (B, L).
+    Attributes:
+        action_rows_A: Row whose hidden state predicts the action, [A] int64.
+        action_tokens_A: The actions, [A] int64.
+        token_rows_A: Row of the action itself, [A] int64.
+        cu_actions: Where sequences begin in the stream, [B + 1] int32.
+        last_rows_N: Row of each sequence's last attended token, [B] int64.
+        shape: (B, L).
     """
 
     action_rows_A: Tensor
@@ -234,10 +329,25 @@ class PaddedActions:
     shape: tuple[int, int]
 
     def select(self, x_BL: Tensor) -> Tensor:
-        """Per-action entries of a [B, L, ...] tensor that is aligned with the tokens."""
+        """Return the entries of the actions.
+
+        Args:
+            x_BL: [B, L, ...], aligned with the tokens.
+
+        Returns:
+            Tensor [A, ...].
+        """
         return x_BL.flatten(0, 1)[self.token_rows_A]
 
     def unpack(self, x_A: Tensor, fill: float = 0.0) -> Tensor:
-        """[B, L, ...] with x_A at the place of each action token and `fill` elsewhere."""
+        """Return a padded tensor with the entries of a stream at their action tokens.
+
+        Args:
+            x_A: [A, ...].
+            fill: Value of all other entries.
+
+        Returns:
+            Tensor [B, L, ...] in the dtype of x_A.
+        """
         out = x_A.new_full((self.shape[0] * self.shape[1], *x_A.shape[1:]), fill)
         return out.index_copy(0, self.token_rows_A, x_A).unflatten(0, self.shape)

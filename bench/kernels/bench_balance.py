@@ -45,7 +45,7 @@ def karmarkar_karp(lengths: list[int], n_bins: int) -> list[list[int]]:
     return [members for _, members in heap[0][2]]
 
 
-def ours(lengths: np.ndarray, token_budget: int) -> list[tuple[int, ...]]:
+def icegrt_balance(lengths: np.ndarray, token_budget: int) -> list[tuple[int, ...]]:
     plan = balance(lengths, token_budget=token_budget, ranks=8, round_to=N_BINS // 8)
     return [members for rank in plan.assignments for members in rank]
 
@@ -66,8 +66,8 @@ def measure(case: str, options) -> list[dict]:
     wide, mean = int(lengths.sum()), lengths.sum() / N_BINS
     tight = max(int(lengths.max()), int(mean * 1.001))
     providers = {
-        "icegrt": lambda: ours(lengths, wide),
-        "icegrt tight cap": lambda: ours(lengths, tight),
+        "icegrt": lambda: icegrt_balance(lengths, wide),
+        "icegrt tight cap": lambda: icegrt_balance(lengths, tight),
         "heap": lambda: heap_longest_first(listed, N_BINS),
         "Karmarkar-Karp": lambda: karmarkar_karp(listed, N_BINS),
     }

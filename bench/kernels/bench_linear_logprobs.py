@@ -9,7 +9,7 @@ from bench import harness, plots, sweeps
 from icegrt.kernels import linear_logprobs, use_backend
 
 
-def ours(backend, chunk_rows=None):
+def with_backend(backend, chunk_rows=None):
     def run(hidden, weight, labels):
         with use_backend(linear_logprobs=backend):
             return linear_logprobs(hidden, weight, labels, chunk_rows=chunk_rows).logprob_A
@@ -23,21 +23,21 @@ def eager(hidden, weight, labels):
 
 def providers(options, V):
     rows = sweeps.chunk_rows(options, V)
-    found = {"chunked": ours("chunked", rows), "reference": ours("reference"), "eager": eager}
+    calls = {"chunked": with_backend("chunked", rows), "reference": with_backend("reference"), "eager": eager}
     if options.device == "cuda":
-        found["triton"] = ours("triton", rows)
+        calls["triton"] = with_backend("triton", rows)
     if options.device == "cuda" or not options.quick:
-        found["torch.compile"] = torch.compile(eager, dynamic=False)
+        calls["torch.compile"] = torch.compile(eager, dynamic=False)
     if hasattr(F, "linear_cross_entropy"):
-        found["F.linear_cross_entropy"] = lambda h, w, y: -F.linear_cross_entropy(h, w, y, reduction="none")
+        calls["F.linear_cross_entropy"] = lambda h, w, y: -F.linear_cross_entropy(h, w, y, reduction="none")
     liger = sweeps.peer(options, "liger_kernel.ops.fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction")
     if liger is not None:
         # Only the sum has a gradient there.
-        found["liger-kernel"] = lambda h, w, y: -liger.apply(h, w, y, None, None, -100, 0.0, 0.0, "sum")[0]
+        calls["liger-kernel"] = lambda h, w, y: -liger.apply(h, w, y, None, None, -100, 0.0, 0.0, "sum")[0]
     cce = sweeps.peer(options, "cut_cross_entropy", "linear_cross_entropy")
     if cce is not None:
-        found["cut-cross-entropy"] = lambda h, w, y: -cce(h, w, y, reduction="none")
-    return found
+        calls["cut-cross-entropy"] = lambda h, w, y: -cce(h, w, y, reduction="none")
+    return calls
 
 
 def directions(run, hidden, weight, labels):

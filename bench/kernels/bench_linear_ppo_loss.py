@@ -82,7 +82,7 @@ def products(streams):
 def providers(options, streams):
     half = torch.arange(streams[2].numel(), device=options.device) % 2 == 0
     rows = sweeps.chunk_rows(options, streams[1].shape[0])
-    found = {
+    calls = {
         "chunked": step("chunked", streams, rows),
         "chunked, half masked": step("chunked", streams, rows, half),
         "reference": step("reference", streams),
@@ -90,22 +90,23 @@ def providers(options, streams):
         "three products": products(streams),
     }
     if options.device == "cuda":
-        found["triton"] = step("triton", streams, rows)
-        found["triton, half masked"] = step("triton", streams, rows, half)
+        calls["triton"] = step("triton", streams, rows)
+        calls["triton, half masked"] = step("triton", streams, rows, half)
     if options.device == "cuda" or not options.quick:  # both compile
-        found |= {"liger-kernel": run} if (run := liger(options, streams)) else {}
-        found["torch.compile"] = both_ways(torch.compile(plain, dynamic=False), streams)
-    return found
+        calls |= {"liger-kernel": run} if (run := liger(options, streams)) else {}
+        calls["torch.compile"] = both_ways(torch.compile(plain, dynamic=False), streams)
+    return calls
 
 
 def print_bar(rows, streams):
-    """The last case beside what it must reach. Gradients that are returned are no extra memory."""
-    found = {row["provider"]: row for row in rows if row["case"] == rows[-1]["case"]}
+    """Print the ratios of the last case beside their targets. Returned gradients do not count as extra memory."""
+    last_rows = {row["provider"]: row for row in rows if row["case"] == rows[-1]["case"]}
     returned = sum(x.numel() * x.element_size() for x in streams[:2])
-    for name, rival, wanted in TIMES:
-        print(f"{name} / {rival}: {found[name]['median'] / found[rival]['median']:.2f} of its time, wanted {wanted}")
-    ours, theirs = (found[name]["peak_bytes"] - returned for name in ("chunked", "reference"))
-    print(f"chunked / reference: 1/{theirs / ours:.1f} of its extra memory, wanted 1/20")
+    for name, rival, target in TIMES:
+        ratio = last_rows[name]["median"] / last_rows[rival]["median"]
+        print(f"{name} / {rival}: {ratio:.2f} of its time, target {target}")
+    chunked, reference = (last_rows[name]["peak_bytes"] - returned for name in ("chunked", "reference"))
+    print(f"chunked / reference: 1/{reference / chunked:.1f} of its extra memory, target 1/20")
 
 
 def main():

@@ -12,10 +12,10 @@ def loop(ids, attention, response):
     rows = []
     for b, (real, chosen) in enumerate(zip(attention.tolist(), response.tolist(), strict=True)):
         before = None
-        for column, (here, picked) in enumerate(zip(real, chosen, strict=True)):
-            if picked:
+        for column, (attended, is_action) in enumerate(zip(real, chosen, strict=True)):
+            if is_action:
                 rows.append(b * ids.shape[1] + before)
-            before = column if here else before
+            before = column if attended else before
     return torch.tensor(rows)
 
 

@@ -15,7 +15,7 @@ from icegrt.kernels import sample_tokens, use_backend
 TEMPERATURE = 0.8
 
 
-def ours(backend, **options):
+def with_backend(backend, **options):
     def run(logits, ids, positions):
         with use_backend(sample_tokens=backend):
             return sample_tokens(
@@ -32,13 +32,13 @@ def multinomial(logits, ids, positions):
 
 
 def sorted_truncation(logits, ids, positions, top_k, top_p):
-    """What generation libraries do: sort, cut, softmax, multinomial."""
+    """Sample as generation libraries do: sort, truncate, softmax, multinomial."""
     z, index = torch.sort(logits.float() / TEMPERATURE, dim=-1, descending=True)
     z[:, top_k:] = -torch.inf
     mass = torch.softmax(z, dim=-1)
     logp = torch.log_softmax(z.masked_fill(mass.cumsum(-1) - mass >= top_p, -torch.inf), dim=-1)
-    place = torch.multinomial(logp.exp(), 1)
-    return index.gather(1, place).squeeze(1), logp.gather(1, place).squeeze(1)
+    drawn = torch.multinomial(logp.exp(), 1)
+    return index.gather(1, drawn).squeeze(1), logp.gather(1, drawn).squeeze(1)
 
 
 def main():
@@ -47,17 +47,17 @@ def main():
     rows = []
     for N, V in [(16, 1000), (16, 32000)] if options.quick or not cuda else [(64, 32000), (64, 152064), (512, 152064)]:
         logits = (torch.randn(N, V, device=options.device) * 3).bfloat16()
-        where = (torch.arange(N, device=options.device), torch.arange(N, device=options.device))
+        coordinates = (torch.arange(N, device=options.device), torch.arange(N, device=options.device))
         exact = torch.log_softmax(logits.double() / TEMPERATURE, dim=-1)
-        for case, cut in (("plain", {}), ("top-k 50, top-p 0.9", {"top_k": 50, "top_p": 0.9})):
+        for case, truncation in (("plain", {}), ("top-k 50, top-p 0.9", {"top_k": 50, "top_p": 0.9})):
             name = f"N{N} V{V} {case}"
-            eager = functools.partial(sorted_truncation, **cut) if cut else multinomial
-            runs = {"reference": ours("reference", **cut), "eager multinomial": eager}
-            runs |= {"triton": ours("triton", **cut)} if cuda else {}
-            if not options.quick and not cut:
+            eager = functools.partial(sorted_truncation, **truncation) if truncation else multinomial
+            runs = {"reference": with_backend("reference", **truncation), "eager multinomial": eager}
+            runs |= {"triton": with_backend("triton", **truncation)} if cuda else {}
+            if not options.quick and not truncation:
                 runs["torch.compile"] = torch.compile(multinomial)
             truth = exact
-            if cut:
+            if truncation:
                 ordered, index = torch.sort(exact, dim=-1, descending=True, stable=True)
                 ordered[:, 50:] = -torch.inf
                 mass = torch.softmax(ordered, dim=-1)
@@ -66,7 +66,7 @@ def main():
             rows += harness.compare(
                 "sample_tokens",
                 name,
-                {key: functools.partial(run, logits, *where) for key, run in runs.items()},
+                {key: functools.partial(run, logits, *coordinates) for key, run in runs.items()},
                 error=lambda out, truth=truth: (
                     (out[1] - truth.gather(1, out[0][:, None]).squeeze(1)).abs().max().item()
                 ),

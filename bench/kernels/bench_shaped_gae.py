@@ -1,7 +1,7 @@
 """shaped_gae: C++ (CPU), Triton (GPU), the reference, a loop over time, and a scan by blocked matrix products.
 
 The loop is what most trainers do: a dense [N, longest] batch and one step per column. The blocked scan multiplies
-128-wide blocks by a triangle of decays and carries from block to block. On the CPU the bar of the two large cases is
+128-wide blocks by a triangle of decays and carries from block to block. On the CPU the target of the two large cases is
 printed: 20 times the loop and 3 times the blocked scan for 1,000 ragged sequences, 500 times the loop for 10 long ones.
 """
 
@@ -27,24 +27,24 @@ def with_backend(backend):
 
 
 def padded(score, value, logprob, ref, cu, multiple=1):
-    """(rewards, values, live) as dense [N, longest] batches."""
+    """(rewards, values, valid_mask) as dense [N, longest] batches."""
     lengths = cu.diff().long()
     width = -(-int(lengths.max()) // multiple) * multiple
-    live = torch.arange(width, device=value.device) < lengths[:, None]
-    reward, values = (torch.zeros(live.shape, dtype=value.dtype, device=value.device) for _ in range(2))
-    reward[live], values[live] = -KL_COEF * (logprob - ref), value
+    valid_mask = torch.arange(width, device=value.device) < lengths[:, None]
+    reward, values = (torch.zeros(valid_mask.shape, dtype=value.dtype, device=value.device) for _ in range(2))
+    reward[valid_mask], values[valid_mask] = -KL_COEF * (logprob - ref), value
     reward[torch.arange(len(score), device=value.device), lengths - 1] += score
-    return reward, values, live
+    return reward, values, valid_mask
 
 
 def loop_over_time(*streams):
-    reward, values, live = padded(*streams)
+    reward, values, valid_mask = padded(*streams)
     advantage = torch.zeros_like(values)
     carry, following = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
-    for t in reversed(range(live.shape[1])):
-        carry = (reward[:, t] + following - values[:, t] + LAM * carry) * live[:, t]
+    for t in reversed(range(valid_mask.shape[1])):
+        carry = (reward[:, t] + following - values[:, t] + LAM * carry) * valid_mask[:, t]
         advantage[:, t], following = carry, values[:, t]
-    return advantage[live]
+    return advantage[valid_mask]
 
 
 def decays(like):
@@ -63,10 +63,10 @@ def blocked_scan(delta, triangle):
 
 
 def blocked_matmul(*streams):
-    reward, values, live = padded(*streams, multiple=BLOCK)
+    reward, values, valid_mask = padded(*streams, multiple=BLOCK)
     following = torch.nn.functional.pad(values[:, 1:], (0, 1))
-    delta = torch.where(live, reward + following - values, 0.0)
-    return blocked_scan(delta, decays(delta))[live]
+    delta = torch.where(valid_mask, reward + following - values, 0.0)
+    return blocked_scan(delta, decays(delta))[valid_mask]
 
 
 def cases(quick):
@@ -79,20 +79,20 @@ def cases(quick):
 
 
 def providers(options, name):
-    found = {"reference": with_backend("reference"), "blocked matmul": blocked_matmul}
+    calls = {"reference": with_backend("reference"), "blocked matmul": blocked_matmul}
     if name != "1 sequence":
-        found["loop over time"] = loop_over_time
-    found["ours"] = with_backend("triton" if options.device == "cuda" else "cpp")
+        calls["loop over time"] = loop_over_time
+    calls["ours"] = with_backend("triton" if options.device == "cuda" else "cpp")
     if not options.quick and "ragged" in name:
         compiled = torch.compile(blocked_scan, dynamic=False)
 
         def compiled_matmul(*streams):
-            reward, values, live = padded(*streams, multiple=BLOCK)
-            delta = torch.where(live, reward + torch.nn.functional.pad(values[:, 1:], (0, 1)) - values, 0.0)
-            return compiled(delta, decays(delta))[live]
+            reward, values, valid_mask = padded(*streams, multiple=BLOCK)
+            delta = torch.where(valid_mask, reward + torch.nn.functional.pad(values[:, 1:], (0, 1)) - values, 0.0)
+            return compiled(delta, decays(delta))[valid_mask]
 
-        found["torch.compile"] = compiled_matmul
-    return found
+        calls["torch.compile"] = compiled_matmul
+    return calls
 
 
 def main():
@@ -104,7 +104,7 @@ def main():
         truth = with_backend("reference")(*(x.double() if x.is_floating_point() else x for x in streams))
         on_device = [x.to(options.device) for x in streams]
         sizes |= {name: int(cu[-1])} if "ragged" in name else {}
-        found = harness.compare(
+        case_rows = harness.compare(
             "shaped_gae",
             name,
             {key: functools.partial(run, *on_device) for key, run in providers(options, name).items()},
@@ -114,10 +114,10 @@ def main():
             device=options.device,
             floor=int(cu[-1]) * 24 / 4.3e12 * 1e3 if options.device == "cuda" else None,
         )
-        took = {row["provider"]: row["median"] for row in found}
-        for rival, wanted in BARS.get(name, {}).items() if options.device == "cpu" else ():
-            print(f"{'':36s} {rival} / ours: {took[rival] / took['ours']:.1f}, the bar is {wanted}")
-        rows += found
+        medians = {row["provider"]: row["median"] for row in case_rows}
+        for rival, bar in BARS.get(name, {}).items() if options.device == "cpu" else ():
+            print(f"{'':36s} {rival} / ours: {medians[rival] / medians['ours']:.1f}, target {bar}")
+        rows += case_rows
     path = harness.write("shaped_gae", rows, options)
     plots.curves(rows, {"tokens in ragged sequences": sizes}, path)
 

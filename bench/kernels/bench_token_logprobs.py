@@ -27,16 +27,16 @@ def in_place(logits, labels):
 
 
 def providers(options):
-    found = {"reference": with_backend("reference"), "eager": plain}
-    found["F.cross_entropy"] = lambda logits, labels: -F.cross_entropy(logits.float(), labels, reduction="none")
+    calls = {"reference": with_backend("reference"), "eager": plain}
+    calls["F.cross_entropy"] = lambda logits, labels: -F.cross_entropy(logits.float(), labels, reduction="none")
     if options.device == "cuda":
-        found["triton"] = with_backend("triton")
+        calls["triton"] = with_backend("triton")
     flash = sweeps.peer(options, "flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
     if flash is not None:
-        found["flash-attn"] = lambda logits, labels: -flash(logits, labels)[0]
+        calls["flash-attn"] = lambda logits, labels: -flash(logits, labels)[0]
     if options.device == "cuda" or not options.quick:  # on CPU it needs a C++ compiler and minutes
-        found["torch.compile"] = torch.compile(plain, dynamic=False)
-    return found
+        calls["torch.compile"] = torch.compile(plain, dynamic=False)
+    return calls
 
 
 def directions(run, logits, labels):

@@ -10,7 +10,7 @@ from bench import harness, plots
 from icegrt.kernels import masked_moments, use_backend, whiten
 
 
-def ours(backend):
+def with_backend(backend):
     def run(x, mask):
         with use_backend(masked_moments=backend, whiten=backend):
             return whiten(x, masked_moments(x, mask))
@@ -32,7 +32,9 @@ def main():
     for A in (10_000, 100_000) if options.quick else (10_000, 100_000, 1_000_000, 10_000_000):
         x, mask = torch.randn(A, device=options.device) * 3 + 10, torch.rand(A, device=options.device) > 0.3
         truth = plain(x.double(), mask)
-        runs = {"reference": ours("reference"), "eager fp32": plain} | ({"triton": ours("triton")} if cuda else {})
+        runs = {"reference": with_backend("reference"), "eager fp32": plain}
+        if cuda:
+            runs["triton"] = with_backend("triton")
         if not options.quick:
             runs["torch.compile"] = torch.compile(plain)
         rows += harness.compare(

@@ -16,11 +16,11 @@ def run(
 ) -> None:
     """Time `operation`, a public function that takes a normalizer, beside `plain`, the same mean in eager PyTorch.
 
-    draw: three [A] fp32 streams on a device, of which the first gets a gradient.
+    draw: returns three [A] fp32 streams on a device; the first gets a gradient.
     """
     options, name = harness.arguments(description), operation.__name__
 
-    def ours(backend):
+    def with_backend(backend):
         def call(*streams):
             with use_backend(**{name: backend}):
                 return operation(*streams, normalizer=float(streams[0].numel())).loss
@@ -31,9 +31,9 @@ def run(
     for A in (1 << 14, 1 << 17) if options.quick else (1 << 14, 1 << 17, 1 << 20):
         streams = draw(A, options.device)
         truth = plain(*(x.double() for x in streams)).item()
-        calls = {"reference": ours("reference"), "eager": plain}
+        calls = {"reference": with_backend("reference"), "eager": plain}
         if options.device == "cuda":
-            calls["triton"] = ours("triton")
+            calls["triton"] = with_backend("triton")
         if options.device == "cuda" or not options.quick:
             calls["torch.compile"] = torch.compile(plain, dynamic=False)
         rows += harness.compare(
@@ -50,12 +50,12 @@ def run(
     plots.curves(rows, plots.sizes(rows, "A", "tokens"), path)
 
 
-def _both(call: Callable, first: Tensor, *rest: Tensor):
+def _both(call: Callable, first: Tensor, *constants: Tensor):
     leaf = first.detach().requires_grad_()
 
     def run_both():
         leaf.grad = None
-        loss = call(leaf, *rest)
+        loss = call(leaf, *constants)
         loss.backward()
         return loss.detach()
 

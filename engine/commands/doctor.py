@@ -1,7 +1,7 @@
-"""`icegrt doctor`: what this machine has, what the engine lacks, and what to do about it.
+"""`icegrt doctor`: check the machine, the packages and the engine, and advise on each problem.
 
-Each check is a function that returns one `Check` and never raises: a broken package is a finding like any other. Only
-the standard library is imported up front, so that it runs where everything else is missing.
+A check never raises: it reports a broken package as a failure. This module imports the standard library only, so that
+it runs without any package.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 
 from icegrt.utils import console
+from icegrt.utils.text import first_line
 
 OK, NOTE, FAIL = "ok", "note", "FAIL"  # a note costs speed or a feature; a failure stops the engine
 _GIB = 2**30
@@ -29,7 +30,7 @@ _ENGINE = "pip install 'icegrt[engine]'"
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One finding: what was looked at, what was found, how bad it is, and what to do."""
+    """The result of one check: its name, what was found, OK, NOTE or FAIL, and the advice."""
 
     name: str
     found: str
@@ -39,7 +40,10 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """A dependency with the versions that it is tested in: from `low` up to, not including, `below`."""
+    """A dependency and its tested versions: from `low` up to, not including, `below`.
+
+    `without`: the effect of its absence, if it is not `required`.
+    """
 
     name: str
     low: tuple[int, ...] = ()
@@ -70,8 +74,8 @@ PACKAGES = (
 
 
 def main(as_json: bool = False) -> int:
-    """Print the findings. Returns 0 if the engine can run here and 1 if not."""
-    with contextlib.redirect_stdout(sys.stderr):  # what libraries print must not get into the report
+    """Print all checks. Return 0 if the engine can run here and 1 if not."""
+    with contextlib.redirect_stdout(sys.stderr):  # keep the output of libraries out of the report
         checks = examine()
     failures = [check for check in checks if check.status == FAIL]
     if as_json:
@@ -90,7 +94,7 @@ def main(as_json: bool = False) -> int:
 
 
 def examine() -> list[Check]:
-    """Every check, in the order shown."""
+    """Return all checks, in the order of the report."""
     checks = [python(), system(), processors(), memory()]
     checks += [package(p) for p in PACKAGES]
     checks += _guarded("devices", devices, "reinstall torch")
@@ -103,124 +107,128 @@ def examine() -> list[Check]:
 
 
 def _guarded(name: str, check: Callable[[], Iterable[Check]], advice: str) -> list[Check]:
-    """The checks that `check` gives, or one that says why it could not be made."""
+    """Return the checks of `check`, or one that reports its exception."""
     try:
         return list(check())
     except ImportError as error:
-        return [Check(name, f"not checked: {_first_line(error)}", NOTE, "see the packages above")]
-    except Exception as error:  # whatever a broken installation throws is the finding
-        return [Check(name, _first_line(error), FAIL, advice)]
+        return [Check(name, f"not checked: {first_line(error)}", NOTE, "see the packages above")]
+    except Exception as error:  # a broken installation raises many types
+        return [Check(name, first_line(error), FAIL, advice)]
 
 
 def python() -> Check:
-    """The interpreter."""
-    fine = sys.version_info >= (3, 10)
-    return Check("Python", platform.python_version(), OK if fine else FAIL, "" if fine else "use Python 3.10 or newer")
+    """Check the version of the interpreter."""
+    supported = sys.version_info >= (3, 10)
+    advice = "" if supported else "use Python 3.10 or newer"
+    return Check("Python", platform.python_version(), OK if supported else FAIL, advice)
 
 
 def system() -> Check:
-    """The operating system; only Linux is tested."""
-    linux = sys.platform.startswith("linux")
-    return Check("platform", platform.platform(), OK if linux else NOTE, "" if linux else "only Linux is tested")
+    """Check the operating system; only Linux is tested."""
+    is_linux = sys.platform.startswith("linux")
+    return Check("platform", platform.platform(), OK if is_linux else NOTE, "" if is_linux else "only Linux is tested")
 
 
 def processors() -> Check:
-    """Cores that this process may use, which a container can make fewer than the machine has."""
+    """Count the cores that this process may use; a container can restrict them."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return Check("CPU", f"{usable} cores usable of {os.cpu_count()}")
 
 
 def memory() -> Check:
-    """Main memory of the machine."""
+    """Check the main memory of the machine."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return Check("memory", "unknown", NOTE)
-    few = total < 4 * _GIB
-    return Check("memory", f"{total / _GIB:.1f} GiB", NOTE if few else OK, "only tiny models will fit" if few else "")
+    is_small = total < 4 * _GIB
+    advice = "only tiny models will fit" if is_small else ""
+    return Check("memory", f"{total / _GIB:.1f} GiB", NOTE if is_small else OK, advice)
 
 
-def package(wanted: Package) -> Check:
-    """Whether a package is installed, in a version that the engine supports."""
+def package(required: Package) -> Check:
+    """Check that a package is installed in a supported version."""
+    problem = FAIL if required.required else NOTE
     try:
-        found = metadata.version(wanted.name)
+        installed = metadata.version(required.name)
     except metadata.PackageNotFoundError:
-        lacks = "not installed" + (f": {wanted.without}" if wanted.without else "")
-        return Check(wanted.name, lacks, FAIL if wanted.required else NOTE, wanted.advice)
-    version = _version(found)
-    if (wanted.low and version < wanted.low) or (wanted.below and version >= wanted.below):
-        span = f">= {_dots(wanted.low)}" + (f", < {_dots(wanted.below)}" if wanted.below else "")
-        advice = f"supported: {span}" + (f"; {wanted.advice}" if wanted.advice else "")
-        return Check(wanted.name, found, FAIL if wanted.required else NOTE, advice)
-    return Check(wanted.name, found)
+        effect = f": {required.without}" if required.without else ""
+        return Check(required.name, f"not installed{effect}", problem, required.advice)
+    version = _version(installed)
+    if (required.low and version < required.low) or (required.below and version >= required.below):
+        supported = f">= {_dots(required.low)}" + (f", < {_dots(required.below)}" if required.below else "")
+        advice = f"supported: {supported}" + (f"; {required.advice}" if required.advice else "")
+        return Check(required.name, installed, problem, advice)
+    return Check(required.name, installed)
 
 
 def devices() -> Iterable[Check]:
-    """CUDA devices with name, compute capability and memory."""
+    """Yield a check per CUDA device: name, compute capability and memory."""
     import torch
 
     if not torch.cuda.is_available():
-        why = "this torch is built without CUDA" if torch.version.cuda is None else "no CUDA device is visible"
-        yield Check("GPU", f"none: {why}", NOTE, "the same code runs on CPU, for small models")
+        reason = "this torch is built without CUDA" if torch.version.cuda is None else "no CUDA device is visible"
+        yield Check("GPU", f"none: {reason}", NOTE, "the same code runs on CPU, for small models")
         return
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
-        old = (p.major, p.minor) < (8, 0)
-        found = f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / _GIB:.0f} GiB, CUDA {torch.version.cuda}"
-        yield Check(f"GPU {i}", found, NOTE if old else OK, "kernels are compiled and tested from sm_80" if old else "")
+        is_old = (p.major, p.minor) < (8, 0)
+        text = f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / _GIB:.0f} GiB, CUDA {torch.version.cuda}"
+        advice = "kernels are compiled and tested from sm_80" if is_old else ""
+        yield Check(f"GPU {i}", text, NOTE if is_old else OK, advice)
 
 
 def distributed() -> Iterable[Check]:
-    """The backends that torch.distributed was built with: gloo is always needed, NCCL with more than one GPU."""
+    """Check the backends of torch.distributed: every run needs gloo, a run on GPUs needs NCCL."""
     import torch
     import torch.distributed as dist
 
     available = dist.is_available()
     has = {"gloo": available and dist.is_gloo_available(), "nccl": available and dist.is_nccl_available()}
-    found = ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in has.items())
+    backends = ", ".join(f"{name} {'yes' if built else 'no'}" for name, built in has.items())
     if not has["gloo"]:
-        yield Check("distributed", found, FAIL, "install a torch with gloo: every run joins a gloo group")
+        yield Check("distributed", backends, FAIL, "install a torch with gloo: every run joins a gloo group")
     elif torch.cuda.is_available() and not has["nccl"]:
-        yield Check("distributed", found, FAIL, "install a torch with NCCL to use the GPU")
+        yield Check("distributed", backends, FAIL, "install a torch with NCCL to use the GPU")
     else:
-        yield Check("distributed", found)
+        yield Check("distributed", backends)
 
 
 def extension() -> Check:
-    """The compiled extension."""
+    """Check that the compiled extension loads."""
     advice = "make install (needs a C++17 compiler and CMake)"
     try:
         importlib.import_module("icegrt._C")
     except ModuleNotFoundError:
         return Check("icegrt._C", "not built", FAIL, advice)
     except ImportError as error:
-        return Check("icegrt._C", f"does not load: {_first_line(error)}", FAIL, f"build it again: {advice}")
+        return Check("icegrt._C", f"does not load: {first_line(error)}", FAIL, f"build it again: {advice}")
     return Check("icegrt._C", "built")
 
 
 def kernels() -> Iterable[Check]:
-    """The backend that each kernel takes here, kernels of one backend in one line."""
+    """Yield a line per backend with the kernels that use it here."""
     import torch
 
     dispatch = importlib.import_module("icegrt.kernels.dispatch")
-    described: Mapping[str, str] = dispatch.describe("cuda" if torch.cuda.is_available() else "cpu")
+    backend_of: Mapping[str, str] = dispatch.describe("cuda" if torch.cuda.is_available() else "cpu")
     by_backend: dict[str, list[str]] = {}
-    for name, backend in described.items():
+    for name, backend in backend_of.items():
         by_backend.setdefault(backend, []).append(name)
     for backend, names in by_backend.items():
         yield Check(f"kernels: {backend}", ", ".join(names))
 
 
 def disk() -> Check:
-    """Space where runs are written by default."""
+    """Check the free space of the current folder, the default place of runs."""
     free = shutil.disk_usage(".").free
-    few = free < 5 * _GIB
-    advice = "little room for checkpoints: free some, or set run.dir to another disk" if few else ""
-    return Check("disk here", f"{free / _GIB:.1f} GiB free", NOTE if few else OK, advice)
+    is_small = free < 5 * _GIB
+    advice = "little room for checkpoints: free some, or set run.dir to another disk" if is_small else ""
+    return Check("disk here", f"{free / _GIB:.1f} GiB free", NOTE if is_small else OK, advice)
 
 
 def forward_pass() -> Check:
-    """A forward pass of a two-layer model through Megatron: the proof that the parts work together."""
+    """Run a forward pass of a two-layer model through Megatron, to test that the parts work together."""
     start = time.perf_counter()
     try:
         with warnings.catch_warnings():
@@ -228,20 +236,16 @@ def forward_pass() -> Check:
             result = importlib.import_module("icegrt.model.selftest").run()
     except ModuleNotFoundError as error:
         return Check("forward pass", f"needs {error.name}, which is not installed", FAIL, "see the packages above")
-    except Exception as error:  # the point of the test is to learn what happens
-        found = f"{type(error).__name__}: {_first_line(error)}"
-        return Check("forward pass", found, FAIL, "put right what fails above; if nothing does, report this")
+    except Exception as error:  # a broken installation raises many types
+        text = f"{type(error).__name__}: {first_line(error)}"
+        return Check("forward pass", text, FAIL, "fix the failures above; if there are none, report this")
     return Check("forward pass", f"{result} ({time.perf_counter() - start:.1f} s)")
 
 
 def _version(text: str) -> tuple[int, ...]:
-    """The release numbers: 2.13.0+cpu is (2, 13, 0)."""
+    """Return the release numbers: (2, 13, 0) for 2.13.0+cpu."""
     return tuple(int(part) for part in re.match(r"\d*(?:\.\d+)*", text).group().split(".") if part)
 
 
 def _dots(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""A run's last checkpoint as a Hugging Face checkpoint, one tensor at a time. Needs neither a GPU nor torchrun."""
+"""Export a model of a run's checkpoint as a Hugging Face checkpoint, one tensor at a time, without GPU or torchrun."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from icegrt.utils.console import is_main, print_info, warn
 
 
 def run(config: ExportConfig) -> None:
-    """The command: write `export.role` of the run at `export.run` to `export.out`. Of several ranks one does."""
+    """Write `export.role` of the run at `export.run` to `export.out`. Ranks other than 0 do nothing."""
     if not is_main():
         return
     for key in ("run", "out"):
@@ -38,52 +38,56 @@ def run(config: ExportConfig) -> None:
             raise ConfigError(f"export.{key} is empty; it must be given")
     out = Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out}: already there, and not an empty folder; set export.out to another place")
-    found = _chosen(config)
-    saved = read_state(found)
-    if config.role not in saved["roles"]:
-        raise ConfigError(f"export.role: {found} holds {', '.join(saved['roles'])}, not {config.role}")
-    kind = saved["roles"][config.role]
-    architecture = Architecture.from_config(kind["hf_config"], str(found), kind.get("generation_config"))
+        raise RunError(f"{out}: already there, and not an empty folder; set export.out to another folder")
+    checkpoint = _checkpoint_to_export(config)
+    state = read_state(checkpoint)
+    if config.role not in state["roles"]:
+        raise ConfigError(f"export.role: {checkpoint} holds {', '.join(state['roles'])}, not {config.role}")
+    role = state["roles"][config.role]
+    architecture = Architecture.from_config(role["hf_config"], str(checkpoint), role.get("generation_config"))
     tokenizer = load_tokenizer(str(Path(config.run) / "tokenizer"), print_info=print_info)
     out = save_pretrained(
-        _tensors(CheckpointTensors(found / config.role), architecture, kind["head"], DTYPES[config.dtype]),
+        _tensors(CheckpointTensors(checkpoint / config.role), architecture, role["head"], DTYPES[config.dtype]),
         architecture,
         config.out,
-        classifier=kind["head"] == "scalar",
+        classifier=role["head"] == "scalar",
         dtype=config.dtype,
         tokenizer=tokenizer,
         shard_bytes=int(config.shard_gigabytes * 1e9),
     )
-    print_info(f"{config.role} at step {saved['step']}: {out}")
+    print_info(f"{config.role} at step {state['step']}: {out}")
 
 
-def _chosen(config: ExportConfig) -> Path:
-    """The checkpoint to export, of which the files that are read agree with the manifest."""
+def _checkpoint_to_export(config: ExportConfig) -> Path:
+    """Return the checkpoint that `export.checkpoint` names, after verifying the files that the export reads."""
 
     def faults_of(checkpoint: Path) -> list[str]:
         return verify(checkpoint, only=(STATE, config.role))
 
+    def damage(faults_by_checkpoint: dict[Path, list[str]]) -> CheckpointError:
+        return CheckpointError("\n".join(describe_faults(*item) for item in faults_by_checkpoint.items()))
+
     if config.checkpoint == "latest":
-        found, damaged = latest_valid(list_checkpoints(config.run), faults_of)
-        for checkpoint, what in damaged.items() if found is not None else ():
-            warn(f"{describe_faults(checkpoint, what)}; exporting the one before it")
-    else:
-        name = config.checkpoint
+        checkpoint, damaged = latest_valid(list_checkpoints(config.run), faults_of)
+        if checkpoint is None:
+            raise damage(damaged) if damaged else CheckpointError(f"{config.run}: holds no checkpoint of a run")
+        for later, faults in damaged.items():
+            warn(f"{describe_faults(later, faults)}; exporting the one before it")
+        return checkpoint
+    name = config.checkpoint
+    if name == "best":
         with contextlib.suppress(OSError):
-            name = (checkpoints_dir(config.run) / BEST).read_text(encoding="utf-8").strip() if name == "best" else name
-        found = next((p for p in list_checkpoints(config.run) if p.name == name), None)
-        damaged = {found: what} if found is not None and (what := faults_of(found)) else {}
-    if damaged and (found is None or found in damaged):
-        raise CheckpointError("\n".join(describe_faults(checkpoint, what) for checkpoint, what in damaged.items()))
-    if found is None:
-        what = "no checkpoint of a run" if config.checkpoint == "latest" else f"no checkpoint `{config.checkpoint}`"
-        raise CheckpointError(f"{config.run}: holds {what}")
-    return found
+            name = (checkpoints_dir(config.run) / BEST).read_text(encoding="utf-8").strip()
+    checkpoint = next((path for path in list_checkpoints(config.run) if path.name == name), None)
+    if checkpoint is None:
+        raise CheckpointError(f"{config.run}: holds no checkpoint `{config.checkpoint}`")
+    if faults := faults_of(checkpoint):
+        raise damage({checkpoint: faults})
+    return checkpoint
 
 
 def _tensors(
-    held: CheckpointTensors, architecture: Architecture, head: str, dtype: torch.dtype
+    reader: CheckpointTensors, architecture: Architecture, head: str, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    for entry in mapping.parameter_mapping(architecture, head):
-        yield from exporter.exported(entry, [held.read(entry.name)], architecture, dtype)
+    for spec in mapping.parameter_mapping(architecture, head):
+        yield from exporter.exported(spec, [reader.read(spec.name)], architecture, dtype)

@@ -1,4 +1,4 @@
-"""Answers to prompts, printed or written as JSONL."""
+"""`icegrt generate`: answer prompts, and print the answers or write them as JSONL."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from icegrt.utils.console import plain, print_info
 
 
 def run(config: GenerateConfig) -> None:
-    """The command: print each prompt with its answers, or write them to `generate.out`."""
+    """Print each prompt with its answers, or write them to `generate.out`."""
     with rows_file(config.out) if config.out else contextlib.nullcontext() as writer:
         count = 0
         for prompt, texts, responses in generate(config):

@@ -1,4 +1,4 @@
-"""Several answers per prompt from a checkpoint, as JSONL ready for ranking."""
+"""`icegrt sample`: several answers per prompt from a checkpoint, as JSONL ready for ranking."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 from icegrt.checkpoint.directory import list_checkpoints
 from icegrt.config import GenerateConfig, SampleConfig
-from icegrt.data import ConcatDataset, EncodedDataset, Prompt, PromptEncoder, open_rows, report_lengths, stop_ids
-from icegrt.data.examples import Truncation
+from icegrt.data import ConcatDataset, EncodedDataset, Prompt, Row, open_rows, report_lengths, stop_ids
+from icegrt.data.training_data import encode_prompts
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
 from icegrt.errors import CheckpointError, ConfigError
-from icegrt.model.architecture import DTYPES, Architecture
+from icegrt.model.architecture import DTYPES
 from icegrt.model.build import build_model, check_parallelism
 from icegrt.model.hf.reader import HFCheckpointReader
 from icegrt.rewards.compat import adapt
@@ -28,11 +28,11 @@ from icegrt.training.run_folder import rows_file
 from icegrt.training.trainer import tokenizer_for
 from icegrt.utils.console import print_info, progress
 
-_PROMPTS_AT_ONCE = 4096
+_CHUNK_PROMPTS = 4096
 
 
 def run(config: SampleConfig) -> None:
-    """The command: write one row per prompt, with `responses`, `response_ids`, `finish_reasons` (and `scores`)."""
+    """Write one row per prompt, with `responses`, `response_ids`, `finish_reasons` (and `scores`)."""
     for key in ("model", "prompts", "out"):
         if not getattr(config, key):
             raise ConfigError(f"sample.{key} is empty; it must be given")
@@ -40,65 +40,69 @@ def run(config: SampleConfig) -> None:
     if config.score_function:
         score = adapt(load_reward_function(config.score_function, key), key=key)
     with Cluster.open(Layout.of(config.parallel)) as cluster, rows_file(config.out) as writer:
-        source = HFCheckpointReader(model_folder(config.model))
-        check_parallelism(source.architecture, cluster)
-        tokenizer = tokenizer_for(None, source.folder, source.architecture)
-        sampling = Sampling.of(config.sampling, config.seed)
+        reader, tokenizer = _open_model(config, cluster)
         rows = open_rows(config.prompts, config.limit, input_key=config.input_key)
-        prompts = prompts_for(source.architecture, tokenizer, rows, sampling, config.truncation, name=config.prompts)
+        prompts = _encode(config, reader, tokenizer, rows, name=config.prompts)
         report_lengths([prompts])
-        model = build_model(source, "lm", cluster, dtype=DTYPES[config.dtype]).eval()
-        engine = RolloutEngine(
-            model, tokenizer, max_batch=config.max_batch, stop_token_ids=_stops(config, source, tokenizer)
-        )
+        engine = _build_engine(config, reader, tokenizer, cluster)
+        sampling = Sampling.of(config.sampling, config.seed)
+        if config.temperatures:
+            answered = diverse_answers(engine, prompts, config.samples_per_prompt, sampling, config.temperatures)
+        else:
+            answered = answers(engine, prompts, config.samples_per_prompt, sampling)
         with progress(len(prompts), "sample", "prompts") as bar:
-            found = (
-                diverse_answers(engine, prompts, config.samples_per_prompt, sampling, config.temperatures)
-                if config.temperatures
-                else answers(engine, prompts, config.samples_per_prompt, sampling)
-            )
-            for prompt, responses in found:
+            for prompt, responses in answered:
                 if writer is not None:
                     writer.write(_row(engine, prompt, responses, score))
                 bar.advance(1)
     print_info(f"{len(prompts)} prompts x {config.samples_per_prompt} answers: {config.out}")
 
 
-def prompts_for(
-    architecture: Architecture,
+def _open_model(config: SampleConfig | GenerateConfig, cluster: Cluster) -> tuple[HFCheckpointReader, Any]:
+    reader = HFCheckpointReader(model_folder(config.model))
+    check_parallelism(reader.architecture, cluster)
+    return reader, tokenizer_for(None, reader.folder, reader.architecture)
+
+
+def _encode(
+    config: SampleConfig | GenerateConfig,
+    reader: HFCheckpointReader,
     tokenizer: Any,
-    rows: Sequence[Any],
-    sampling: Sampling,
-    truncation: Truncation,
-    *,
-    chat: bool = True,
-    name: str = "prompts",
+    rows: Sequence[Row],
+    **options: Any,
 ) -> EncodedDataset[Prompt]:
-    """Rows as prompts that leave room for the answer. Raises `DataError` naming the row that does not."""
-    context, answer = architecture.context_length, sampling.max_new_tokens
-    if answer >= context:
-        raise ConfigError(f"max_new_tokens {answer} leaves no room for a prompt in the model's context of {context}")
-    why = f"context {context} - max_new_tokens {answer} leaves {context - answer}"
-    return EncodedDataset(rows, PromptEncoder(tokenizer, context - answer, truncation, chat=chat, why=why), name)
+    return encode_prompts(
+        rows,
+        tokenizer,
+        context=reader.architecture.context_length,
+        max_new_tokens=config.sampling.max_new_tokens,
+        key=f"{config.section}.sampling.max_new_tokens",
+        truncation=config.truncation,
+        **options,
+    )
 
 
-def _stops(config: SampleConfig | GenerateConfig, source: HFCheckpointReader, tokenizer: Any) -> list[int]:
-    return stop_ids(tokenizer, source.architecture.hf_config, source.folder, config.sampling.stop_token_ids)
+def _build_engine(
+    config: SampleConfig | GenerateConfig, reader: HFCheckpointReader, tokenizer: Any, cluster: Cluster
+) -> RolloutEngine:
+    stops = stop_ids(tokenizer, reader.architecture.hf_config, reader.folder, config.sampling.stop_token_ids)
+    model = build_model(reader, "lm", cluster, dtype=DTYPES[config.dtype]).eval()
+    return RolloutEngine(model, tokenizer, max_batch=config.max_batch, stop_token_ids=stops)
 
 
 def answers(
     engine: RolloutEngine, prompts: Sequence[Prompt], samples: int, sampling: Sampling
 ) -> Iterator[tuple[Prompt, list[Response]]]:
-    """Each prompt with all its responses, in the prompts' order, as soon as they are complete."""
-    for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
-        some = prompts[start : start + _PROMPTS_AT_ONCE]
-        held: dict[int, list[Response]] = defaultdict(list)
-        following = 0
-        for response in engine.stream([p.tokens for p in some], samples, sampling, first_sequence_id=start * samples):
-            held[response.prompt_index].append(response)
-            while len(held.get(following, ())) == samples:
-                yield some[following], sorted(held.pop(following), key=lambda r: r.sample)
-                following += 1
+    """Yield each prompt with all its responses, in the order of the prompts, as soon as they are complete."""
+    for start in range(0, len(prompts), _CHUNK_PROMPTS):
+        chunk = prompts[start : start + _CHUNK_PROMPTS]
+        unfinished: dict[int, list[Response]] = defaultdict(list)
+        next_prompt = 0
+        for response in engine.stream([p.tokens for p in chunk], samples, sampling, first_sequence_id=start * samples):
+            unfinished[response.prompt_index].append(response)
+            while len(unfinished.get(next_prompt, ())) == samples:
+                yield chunk[next_prompt], sorted(unfinished.pop(next_prompt), key=lambda r: r.sample)
+                next_prompt += 1
 
 
 def diverse_answers(
@@ -108,17 +112,17 @@ def diverse_answers(
     sampling: Sampling,
     temperatures: Sequence[float],
 ) -> Iterator[tuple[Prompt, list[Response]]]:
-    """As `answers`, but the samples of a prompt take turns at `temperatures`."""
-    block = engine.decoder.max_batch
-    for start in range(0, len(prompts), block):
-        some = prompts[start : start + block]
-        columns = []
+    """Yield as `answers` does; sample i of a prompt has temperature i of `temperatures`, modulo their number."""
+    chunk_size = engine.decoder.max_batch
+    for start in range(0, len(prompts), chunk_size):
+        chunk = prompts[start : start + chunk_size]
+        responses_by_sample = []
         for sample in range(samples):
-            own = dataclasses.replace(sampling, temperature=temperatures[sample % len(temperatures)])
+            tempered = dataclasses.replace(sampling, temperature=temperatures[sample % len(temperatures)])
             first_id = sample * len(prompts) + start
-            responses = engine.generate([p.tokens for p in some], 1, own, first_sequence_id=first_id)
-            columns.append([dataclasses.replace(r, sample=sample) for r in responses])
-        yield from zip(some, (list(row) for row in zip(*columns, strict=True)), strict=True)
+            responses = engine.generate([p.tokens for p in chunk], 1, tempered, first_sequence_id=first_id)
+            responses_by_sample.append([dataclasses.replace(r, sample=sample) for r in responses])
+        yield from zip(chunk, map(list, zip(*responses_by_sample, strict=True)), strict=True)
 
 
 def _row(engine: RolloutEngine, prompt: Prompt, responses: list[Response], score) -> dict[str, Any]:
@@ -135,7 +139,7 @@ def _row(engine: RolloutEngine, prompt: Prompt, responses: list[Response], score
 
 
 def generate(config: GenerateConfig) -> Iterator[tuple[Prompt, list[str], list[Response]]]:
-    """Answers to `generate.prompt` and `generate.prompts`: the prompt, the texts, the responses."""
+    """Answer `generate.prompt` and `generate.prompts`; yield each prompt, the texts and the responses."""
     if not config.model:
         raise ConfigError("generate.model is empty; name a checkpoint")
     sources = [open_rows([{"prompt": text} for text in config.prompt])] if config.prompt else []
@@ -143,24 +147,20 @@ def generate(config: GenerateConfig) -> Iterator[tuple[Prompt, list[str], list[R
     if not sources:
         raise ConfigError("nothing to answer: give generate.prompt='[\"...\"]' or generate.prompts=FILE")
     with Cluster.open(Layout.of(config.parallel)) as cluster:
-        source = HFCheckpointReader(model_folder(config.model))
-        check_parallelism(source.architecture, cluster)
-        tokenizer = tokenizer_for(None, source.folder, source.architecture)
+        reader, tokenizer = _open_model(config, cluster)
+        prompts = ConcatDataset([_encode(config, reader, tokenizer, rows, chat=config.chat) for rows in sources])
+        engine = _build_engine(config, reader, tokenizer, cluster)
         sampling = Sampling.of(config.sampling, config.seed)
-        parts = [
-            prompts_for(source.architecture, tokenizer, rows, sampling, config.truncation, chat=config.chat)
-            for rows in sources
-        ]
-        model = build_model(source, "lm", cluster, dtype=DTYPES[config.dtype]).eval()
-        engine = RolloutEngine(
-            model, tokenizer, max_batch=config.max_batch, stop_token_ids=_stops(config, source, tokenizer)
-        )
-        for prompt, responses in answers(engine, ConcatDataset(parts), config.samples_per_prompt, sampling):
+        for prompt, responses in answers(engine, prompts, config.samples_per_prompt, sampling):
             yield prompt, [engine.text(r) for r in responses], responses
 
 
 def model_folder(path: str) -> str:
-    """A checkpoint's folder: `path` itself, or the exported model of the run at `path`."""
+    """Return a checkpoint's folder: `path` itself, or the exported model of the run at `path`.
+
+    Raises:
+        CheckpointError: the run at `path` has no exported model yet.
+    """
     if (Path(path) / "config.json").is_file():
         return path
     exported = Path(path) / "model"

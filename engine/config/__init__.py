@@ -1,6 +1,6 @@
-"""Configuration: the keys of every command, and reading, checking and writing them."""
+"""The configuration keys of every command, and how they are read, checked and written."""
 
-from icegrt.config.base import Loadable, config_class, key
+from icegrt.config.base import CONFIG_FILE, Loadable, config_class, key
 from icegrt.config.introspect import SECTIONS
 from icegrt.config.schema import (
     CriticConfig,
@@ -21,6 +21,7 @@ from icegrt.config.schema import (
 )
 
 __all__ = [
+    "CONFIG_FILE",
     "SECTIONS",
     "CriticConfig",
     "DataSource",

@@ -1,4 +1,4 @@
-"""What a configuration class is made of: keys with their meaning, loading and saving."""
+"""The parts of a configuration class: keys with their meaning, loading and saving."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from pydantic.dataclasses import dataclass
 from icegrt.config import loader
 from icegrt.config.introspect import SECTIONS
 
-_STRICT = ConfigDict(extra="forbid", validate_default=False)
+CONFIG_FILE = "config.yaml"  # the saved configuration in a run's folder
 
-
-config_class = dataclass(frozen=True, kw_only=True, config=_STRICT)
+config_class = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", validate_default=False))
 
 
 def key(default: Any, help: str, *, unit: str = "", **bounds: Any) -> Any:
-    """A configuration key: its default, what it means, the unit of a number, and bounds (`ge`, `gt`, `le`, `lt`)."""
+    """Return the field of a configuration key: default, meaning, unit and bounds (`ge`, `gt`, `le`, `lt`)."""
     extra = {"unit": unit}
     if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
-        # A copy for each instance: a list given out twice would carry one configuration's rows into the next.
+        # Every instance gets a copy: a shared list would carry one configuration's changes into the next.
         return Field(
             default_factory=lambda: copy.deepcopy(default), description=help, json_schema_extra=extra, **bounds
         )
@@ -32,7 +31,7 @@ def key(default: Any, help: str, *, unit: str = "", **bounds: Any) -> Any:
 
 
 class Loadable:
-    """What every stage's configuration can do. `section` is its name in a recipe file."""
+    """A configuration of a command, which can be loaded and saved. `section` is its name in a recipe file."""
 
     section = ""
 
@@ -42,9 +41,21 @@ class Loadable:
 
     @classmethod
     def load(cls, path: str | Path | None = None, overrides: Sequence[str] = ()):
-        """Read `path` (YAML, optional) and apply dotted `overrides`. Raises `ConfigError` naming the key at fault."""
+        """Read a configuration and return it.
+
+        Args:
+            path: a YAML file with a section of this command; None: the defaults.
+            overrides: texts `section.key=value`, applied in order.
+
+        Raises:
+            ConfigError: lists every problem with its file and line and its key.
+        """
         return loader.load(cls, path, overrides)
 
     def save(self, path: str | Path) -> None:
-        """Write the resolved configuration as YAML, under its section, ready to be loaded again."""
+        """Write the resolved configuration as YAML, under its section; `load` reads it again.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
         loader.save(self, path)

@@ -1,4 +1,4 @@
-"""The help of every command and the page docs/configuration.md, from the keys themselves."""
+"""Generate the help of every command and docs/configuration.md from the configuration classes."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from icegrt.config.introspect import SECTIONS, config_keys
 
 
 def help_text(cls: type) -> str:
-    """Every key with type, default, unit, bounds and meaning, as plain text."""
+    """Return every key with type, default, unit, bounds and meaning, as plain text."""
     lines = []
-    for row in config_keys(cls):
-        notes = ", ".join(part for part in (row.unit, row.bounds) if part)
-        lines.append(f"  {row.name}: {row.type} = {row.default}" + (f"  [{notes}]" if notes else ""))
-        lines.append(f"      {row.help}")
+    for key in config_keys(cls):
+        notes = ", ".join(part for part in (key.unit, key.bounds) if part)
+        lines.append(f"  {key.name}: {key.type} = {key.default}" + (f"  [{notes}]" if notes else ""))
+        lines.append(f"      {key.help}")
     return "\n".join(lines)
 
 
 _INTRODUCTION = """\
 # Configuration
 
-This page is written by `python -m icegrt.config.docs > docs/configuration.md`. `icegrt COMMAND --help` prints one
-command's keys.
+`python -m icegrt.config.docs > docs/configuration.md` generates this page. `icegrt COMMAND --help` prints the keys of
+one command.
 
-A recipe is one YAML file whose sections are named after the commands. Each command reads its own section and leaves
-the others alone, so one file can hold the whole recipe:
+A recipe is one YAML file whose sections are named after the commands. Each command reads its own section only, so one
+file can hold the complete recipe:
 
 ```yaml
 sft:
   model: path/to/base
   data: [{path: instructions.jsonl, weight: 1}]
 ppo:
-  actor: runs/sft/final
+  actor: runs/sft/model
   optimizer: {lr: 1e-5}
 ```
 
@@ -43,28 +43,32 @@ icegrt sft recipe.yaml 'sft.data=[{path: a.jsonl, weight: 1}, {path: b.jsonl, we
 icegrt ppo recipe.yaml --print-config        # the resolved configuration, as YAML
 ```
 
-* Values are YAML: `1e-4` is a number, only `true` and `false` are booleans, `null` is nothing. Where a key takes text,
-  an override takes what follows `=` as it stands.
-* A nested section that is given in part keeps the command's defaults for the rest. A list is replaced as a whole.
+* Values are YAML: `1e-4` is a number, only `true` and `false` are booleans, `null` is no value. If a key is text, an
+  override uses everything after `=` unchanged.
+* A partial nested section keeps the command's defaults for its other keys. A list replaces the complete default list.
 * Relative paths start at the current directory, not at the file. Neither `~` nor environment variables are expanded.
-* An unknown section or key, a key given twice, a value of the wrong type or out of bounds is an error that names the
-  file and line, and nothing is run.
-* Secrets are hidden wherever a configuration is saved, printed or sent to a logger: texts under keys that name a token,
-  secret, password or API key (`hub_token`, but not `token_budget` or `stop_token`), and passwords inside URLs.
+* An unknown section or key, a duplicate key, a value of the wrong type or out of bounds is an error. The message names
+  the file and line, and the command does not start.
+* Secrets are hidden before a configuration is saved, printed or sent to a logger. Secrets are texts under keys that
+  name a token, secret, password or API key (`hub_token`, but not `token_budget` or `stop_token`); and passwords in
+  URLs.
 
-In Python: `PPOConfig.load("recipe.yaml", ["ppo.kl_coef=0.1"])`. Objects are frozen; `dataclasses.replace` makes others.
+In Python: `PPOConfig.load("recipe.yaml", ["ppo.kl_coef=0.1"])`. Objects are frozen; `dataclasses.replace` returns a
+changed copy.
+
+[Concepts](concepts.md) defines score, reward and task score, and lists the batch sizes of TRL and verl.
 """
 
 
 def markdown() -> str:
-    """`docs/configuration.md`."""
+    """Return the text of `docs/configuration.md`."""
     parts = [_INTRODUCTION]
     for section, cls in SECTIONS.items():
         parts.append(f"\n## {section}\n\n{(cls.__doc__ or '').strip()}\n\n| key | type | default | unit | meaning |")
         parts.append("|---|---|---|---|---|")
-        for row in config_keys(cls):
-            bounds = f" ({row.bounds})" if row.bounds else ""
-            cells = (f"`{row.name}`", row.type + bounds, f"`{row.default}`", row.unit, row.help)
+        for key in config_keys(cls):
+            bounds = f" ({key.bounds})" if key.bounds else ""
+            cells = (f"`{key.name}`", key.type + bounds, f"`{key.default}`", key.unit, key.help)
             parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(parts) + "\n"
 

@@ -1,4 +1,4 @@
-"""The keys of configuration classes: fields, types, bounds and units, as rows for help and documentation."""
+"""Read the keys of configuration classes: fields, types, bounds and units, for help texts and documentation."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-# The configuration class of each command by its section of a recipe file; defining a class enters it here.
+# The configuration class of each section of a recipe file. `Loadable.__init_subclass__` adds each class.
 SECTIONS: dict[str, type] = {}
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 def fields_of(cls: type) -> dict[str, Any]:
-    """The keys of a configuration class; their annotations are resolved types."""
+    """Return the keys of a configuration class; their annotations are resolved types."""
     return cls.__pydantic_fields__
 
 
 def bounds_of(field: Any) -> list[tuple[str, float]]:
-    """The bounds of a key as pairs such as ("ge", 0)."""
+    """Return the bounds of a key as pairs such as ("ge", 0)."""
     return [(s, getattr(m, s)) for m in field.metadata for s in SIGNS if getattr(m, s, None) is not None]
 
 
 def unit_of(field: Any) -> str:
-    """The unit of a key, or an empty text."""
+    """Return the unit of a key, or an empty text."""
     return (field.json_schema_extra or {}).get("unit", "")
 
 
 @dataclasses.dataclass(frozen=True)
 class ConfigKey:
-    """One key as help and documentation show it."""
+    """One key, as texts for help and documentation."""
 
     name: str
     type: str
@@ -41,14 +41,14 @@ class ConfigKey:
 
 
 def type_text(kind: Any, long: bool = False) -> str:
-    """The type in words: short for tables, long for sentences."""
+    """Return a type in words: short for tables, long for sentences."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         words = [str(arg).lower() if isinstance(arg, bool) else arg for arg in args]
         return f"one of {', '.join(words)}" if long else " | ".join(words)
     if origin is list:
-        plain = {str: "text", float: "numbers", int: "whole numbers"}
-        item = "{" + ", ".join(fields_of(args[0])) + "}" if dataclasses.is_dataclass(args[0]) else plain[args[0]]
+        plurals = {str: "text", float: "numbers", int: "whole numbers"}
+        item = "{" + ", ".join(fields_of(args[0])) + "}" if dataclasses.is_dataclass(args[0]) else plurals[args[0]]
         return f"a list of {item}" if long else f"list of {item}"
     if origin in (typing.Union, types.UnionType):
         return " or ".join("null" if k is type(None) else type_text(k, long) for k in args)
@@ -57,25 +57,26 @@ def type_text(kind: Any, long: bool = False) -> str:
     return (sentence if long else short)[kind]
 
 
-def _default_text(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """Return a key's value as the tables show it."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     return '""' if value == "" else str(value)
 
 
 def config_keys(cls: type, base: Any = None, prefix: str = "") -> list[ConfigKey]:
-    """Every key of `cls`, nested ones flattened with dots, with the default that this stage gives it."""
-    return list(_rows(cls, cls() if base is None else base, prefix or cls.section))
+    """Return every key of `cls`, nested ones with dotted names, with the defaults of its section."""
+    return list(_iterate_keys(cls, cls() if base is None else base, prefix or cls.section))
 
 
-def _rows(cls: type, base: Any, prefix: str) -> Iterator[ConfigKey]:
+def _iterate_keys(cls: type, base: Any, prefix: str) -> Iterator[ConfigKey]:
     for key, field in fields_of(cls).items():
         kind, name, default = field.annotation, f"{prefix}.{key}", getattr(base, key)
         if dataclasses.is_dataclass(kind):
-            yield from _rows(kind, default, name)
+            yield from _iterate_keys(kind, default, name)
             continue
         bounds = ", ".join(f"{SIGNS[sign]} {bound:g}" for sign, bound in bounds_of(field))
-        yield ConfigKey(name, type_text(kind), _default_text(default), unit_of(field), bounds, field.description or "")
+        yield ConfigKey(name, type_text(kind), value_text(default), unit_of(field), bounds, field.description or "")
         item = typing.get_args(kind)[0] if typing.get_origin(kind) is list else None
         if item and dataclasses.is_dataclass(item):
-            yield from _rows(item, item(), f"{name}[]")
+            yield from _iterate_keys(item, item(), f"{name}[]")

@@ -1,8 +1,8 @@
-"""Loads, checks, prints and saves the configuration classes of `schema`; every refusal is one `ConfigError`.
+"""Load, check, print and save the configuration classes of `schema`; every error is one `ConfigError`.
 
-Values are checked here, before pydantic sees them, for three reasons: pydantic's lax mode takes `true` for a number and
-"5" for 5; its messages name neither the file's line nor the unit; and it would build a nested section from its class's
-defaults, where a stage has its own (`sft: {optimizer: {lr: 2e-5}}` must keep the weight decay of `sft`).
+This module checks values before pydantic does, for three reasons. pydantic's lax mode accepts `true` as a number and
+"5" as 5. Its messages name neither the file's line nor the unit. It builds a nested section from the defaults of its
+class, but a command has its own (`sft: {optimizer: {lr: 2e-5}}` must keep the weight decay of `sft`).
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ from icegrt.config.strict_yaml import dump, parse
 from icegrt.errors import ConfigError
 from icegrt.utils.files import write_text_atomic
 from icegrt.utils.redaction import REDACTED, is_secret, redact, redact_text
+from icegrt.utils.values import is_number
 
 _COMMAND_LINE = "command line"
 
-Path_ = tuple[Any, ...]  # the keys from the section down, list positions included
+KeyPath = tuple[Any, ...]  # the keys from the section down, list positions included
 
 
 def load(cls: type, path: str | Path | None = None, overrides: Sequence[str] = ()):
-    """The configuration `cls` from its section of the YAML file `path`, then the dotted `overrides` in order.
+    """Return the configuration `cls` from its section of the YAML file `path`, with the dotted `overrides` applied.
 
-    Raises `ConfigError` that lists every problem found, each with its file and line (or "command line") and its key.
+    Raises:
+        ConfigError: lists every problem with its file and line (or "command line") and its key.
     """
     data, where = ({}, {}) if path is None else _read_section(cls, Path(path))
     problems: list[str] = []
@@ -50,15 +52,17 @@ def load(cls: type, path: str | Path | None = None, overrides: Sequence[str] = (
     return config
 
 
-def _read_section(cls: type, path: Path) -> tuple[dict, dict[Path_, str]]:
-    """The section of `cls` as plain data, and the file and line of each of its keys."""
-    lines: dict[Path_, int] = {}
+def _read_section(cls: type, path: Path) -> tuple[dict, dict[KeyPath, str]]:
+    """Return the section of `cls` as plain data, and the file and line of each of its keys."""
+    lines: dict[KeyPath, int] = {}
     data = parse(_read_text(path), str(path), lines)
     where = {key: f"{path}:{line}" for key, line in lines.items()}
     if data is None:
         raise ConfigError(f"{path} is empty; put the keys of this command under `{cls.section}:`")
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: got a {_kind(data)}, expected sections such as `{cls.section}:` with their keys")
+        raise ConfigError(
+            f"{path}: got a {_type_name(data)}, expected sections such as `{cls.section}:` with their keys"
+        )
     for name in data:
         if name not in SECTIONS and name != cls.section:
             is_key = name in fields_of(cls)
@@ -70,36 +74,38 @@ def _read_section(cls: type, path: Path) -> tuple[dict, dict[Path_, str]]:
     section = data[cls.section]
     if section is not None and not isinstance(section, dict):
         line = where[(cls.section,)]
-        raise ConfigError(f"{line}: {cls.section}: got a {_kind(section)}, expected keys and values, one per line")
-    return section or {}, where  # nothing: every key is commented out
+        raise ConfigError(f"{line}: {cls.section}: got a {_type_name(section)}, expected keys and values, one per line")
+    return section or {}, where  # None: every key is commented out
 
 
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else "; relative paths start at the current directory"
-        raise ConfigError(f"no configuration file {path}{hint}") from None
+        nearest = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
+        hint = (
+            f"did you mean {path.parent / nearest[0]}?" if nearest else "relative paths start at the current directory"
+        )
+        raise ConfigError(f"no configuration file {path}; {hint}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _apply(cls: type, data: dict, where: dict[Path_, str], override: str) -> dict:
-    """`data` with one `section.key=value`. Text keys take the value as it stands, all others read it as YAML."""
+def _apply(cls: type, data: dict, where: dict[KeyPath, str], override: str) -> dict:
+    """Return `data` with one override `section.key=value` applied; update `where`."""
     name, equals, text = override.partition("=")
     parts = tuple(name.strip().split("."))
     if not name.strip():
         raise ConfigError(f"`{override}` names no key; write {cls.section}.key=VALUE")
-    kind = _resolve(cls, parts)
+    kind = _type_of_key(cls, parts)
     if not equals:
         raise ConfigError(f"`{override}` has no value; write {_dotted(parts)}=VALUE")
     value = _override_value(kind, text.strip(), f"{_COMMAND_LINE}: {_dotted(parts)}")
     if not isinstance(value, dict):
-        for old in [path for path in where if path[: len(parts)] == parts]:
-            del where[old]
+        for overridden in [path for path in where if path[: len(parts)] == parts]:
+            del where[overridden]
     where[parts] = _COMMAND_LINE
     for part in reversed(parts[1:]):
         value = {part: value}
@@ -107,20 +113,22 @@ def _apply(cls: type, data: dict, where: dict[Path_, str], override: str) -> dic
 
 
 def _merge(old: Any, new: Any) -> Any:
-    """`new` over `old`, mapping by mapping. Builds new mappings, as YAML aliases share theirs."""
+    """Return `new` over `old`, mapping by mapping, in new mappings, as YAML aliases share theirs."""
     if not isinstance(old, dict) or not isinstance(new, dict):
         return new
     return old | {name: _merge(old.get(name), value) for name, value in new.items()}
 
 
-def _resolve(cls: type, parts: Path_) -> Any:
-    """The type of the key that an override names, or `ConfigError` with the nearest full name."""
+def _type_of_key(cls: type, parts: KeyPath) -> Any:
+    """Return the type of the key that an override names; raise `ConfigError` with the nearest full name."""
     if parts[0] != cls.section:
-        stray = parts[0] in SECTIONS and len(parts) > 1
-        full = _full_names(parts[1:] if stray else parts, cls)
-        why = f"is not for this command, which reads `{cls.section}`" if stray else "does not start with its section"
-        hint = f"did you mean {' or '.join(full)}?" if full else f"keys start with `{cls.section}.`"
-        raise ConfigError(f"`{_dotted(parts)}` {why}; {hint}")
+        has_other_section = parts[0] in SECTIONS and len(parts) > 1
+        nearest = _full_names(parts[1:] if has_other_section else parts, cls)
+        reason = "does not start with its section"
+        if has_other_section:
+            reason = f"is not for this command, which reads `{cls.section}`"
+        hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"keys start with `{cls.section}.`"
+        raise ConfigError(f"`{_dotted(parts)}` {reason}; {hint}")
     if len(parts) == 1:
         raise ConfigError(f"`{cls.section}` is a section; name a key, as in {config_keys(cls)[0].name}=VALUE")
     kind: Any = cls
@@ -134,42 +142,43 @@ def _resolve(cls: type, parts: Path_) -> Any:
 
 
 def _override_value(kind: Any, text: str, origin: str) -> Any:
-    literal = text[:1] not in ("'", '"')
-    if kind is str and literal:  # a file called 007 or a text with a colon needs no quotes
+    """Return the value of an override. Text needs no quotes, so that a file may be named 007; the rest is YAML."""
+    is_quoted = text[:1] in ("'", '"')
+    if kind is str and not is_quoted:
         return text
-    if kind == list[str] and literal and text[:1] != "[":
+    if kind == list[str] and not is_quoted and text[:1] != "[":
         return [text] if text else []
     return parse(text, origin)
 
 
-def _build(cls: type, data: Any, base: Any, path: Path_, where: dict[Path_, str], problems: list[str]) -> Any:
-    """An instance of `cls`: `data` over the values of `base`. Appends to `problems`; then the result means nothing."""
+def _build(cls: type, data: Any, base: Any, path: KeyPath, where: dict[KeyPath, str], problems: list[str]) -> Any:
+    """Return an instance of `cls` with `data` over the values of `base`; `base` if it appends to `problems`."""
     if data is None:
         return base
     if not isinstance(data, dict):
         keys = ", ".join(fields_of(cls))
-        problems.append(f"{_at(path, where)}: got {_shown(path, data)}, expected a mapping with the keys {keys}")
+        problems.append(f"{_located(path, where)}: got {_shown(path, data)}, expected a mapping with the keys {keys}")
         return base
-    fields, before = fields_of(cls), len(problems)
+    fields, n_problems = fields_of(cls), len(problems)
     values = {name: getattr(base, name) for name in fields}
     for name, value in data.items():
-        here = (*path, name)
+        key_path = (*path, name)
         if name not in fields:
-            problems.append(f"{_where(here, where)}: {_unknown(here, cls, SECTIONS.get(path[0]))}")
+            problems.append(f"{_origin(key_path, where)}: {_unknown(key_path, cls, SECTIONS.get(path[0]))}")
         else:
-            values[name] = _value(fields[name], value, values[name], here, where, problems)
-    if len(problems) > before:
+            values[name] = _value(fields[name], value, values[name], key_path, where, problems)
+    if len(problems) > n_problems:
         return base
     try:
         return cls(**values)
-    except ValidationError as error:  # what only the class knows, such as keys in conflict
+    except ValidationError as error:  # a check of the class itself, such as conflicting keys
         for item in error.errors():
-            here = (*path, *item["loc"])
-            problems.append(f"{_at(here, where)}: {item['msg'].removeprefix('Value error, ')}")
+            key_path = (*path, *item["loc"])
+            problems.append(f"{_located(key_path, where)}: {item['msg'].removeprefix('Value error, ')}")
         return base
 
 
-def _value(field: Any, value: Any, base: Any, path: Path_, where: dict[Path_, str], problems: list[str]) -> Any:
+def _value(field: Any, value: Any, base: Any, path: KeyPath, where: dict[KeyPath, str], problems: list[str]) -> Any:
     kind = field.annotation
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, base, path, where, problems)
@@ -180,13 +189,16 @@ def _value(field: Any, value: Any, base: Any, path: Path_, where: dict[Path_, st
         return _leaf(field, value)
     except (ValueError, OverflowError) as error:
         hint = f" ({error})" if str(error) else ""
-        problems.append(f"{_at(path, where)}: got {_shown(path, value)}, expected {_expected(field)}{hint}")
+        problems.append(f"{_located(path, where)}: got {_shown(path, value)}, expected {_expected(field)}{hint}")
         return base
 
 
 def _leaf(field: Any, value: Any) -> Any:
-    """`value` as the type of `field`, or ValueError with a hint. An int serves for a float; a bool is no number."""
-    kind, numeric = field.annotation, _is_number(value)
+    """Return `value` as the type of `field`; raise ValueError with a hint if it has another type.
+
+    An int is valid for a float; a bool is no number.
+    """
+    kind = field.annotation
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         if value is None:
             return None
@@ -206,19 +218,15 @@ def _leaf(field: Any, value: Any) -> Any:
         return value or []
     if typing.get_origin(kind) is list and value is None:
         return []
-    if kind == list[float] and isinstance(value, list) and all(_is_number(v) for v in value):
+    if kind == list[float] and isinstance(value, list) and all(is_number(v) for v in value):
         return [_bounded(field, float(v)) for v in value]
-    if kind == list[int] and isinstance(value, list) and all(_is_number(v) and v % 1 == 0 for v in value):
+    if kind == list[int] and isinstance(value, list) and all(is_number(v) and v % 1 == 0 for v in value):
         return [int(v) for v in value]
-    if kind is float and numeric:
+    if kind is float and is_number(value):
         return _bounded(field, float(value))
-    if kind is int and numeric and math.isfinite(value) and value == int(value):
+    if kind is int and is_number(value) and math.isfinite(value) and value == int(value):
         return _bounded(field, int(value))
     raise ValueError("put it in quotes" if kind is str and not isinstance(value, (list, dict)) else "")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _bounded(field: Any, number: float) -> float:
@@ -227,31 +235,31 @@ def _bounded(field: Any, number: float) -> float:
     return number
 
 
-def _where(path: Path_, where: dict[Path_, str]) -> str:
-    """The origin of the longest part of `path` that has one."""
+def _origin(path: KeyPath, where: dict[KeyPath, str]) -> str:
+    """Return the origin of the longest prefix of `path` that has one."""
     return next((where[path[:n]] for n in range(len(path), 0, -1) if path[:n] in where), "configuration")
 
 
-def _at(path: Path_, where: dict[Path_, str]) -> str:
-    return f"{_where(path, where)}: {_dotted(path)}"
+def _located(path: KeyPath, where: dict[KeyPath, str]) -> str:
+    return f"{_origin(path, where)}: {_dotted(path)}"
 
 
-def _dotted(path: Path_) -> str:
+def _dotted(path: KeyPath) -> str:
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).removeprefix(".")
 
 
-def _kind(value: Any) -> str:
+def _type_name(value: Any) -> str:
     names = {dict: "mapping", list: "list", str: "text", bool: "boolean", int: "number", float: "number"}
     return names.get(type(value), type(value).__name__)
 
 
-def _shown(path: Path_, value: Any) -> str:
+def _shown(path: KeyPath, value: Any) -> str:
     if value is None:
         return "nothing"
     if any(is_secret(part) for part in path) and not isinstance(value, (bool, int, float)):
-        return f"{REDACTED} ({_kind(value)})"
+        return f"{REDACTED} ({_type_name(value)})"
     text = str(value).lower() if isinstance(value, bool) else redact_text(repr(value))
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({_kind(value)})"
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({_type_name(value)})"
 
 
 def _expected(field: Any) -> str:
@@ -262,38 +270,37 @@ def _expected(field: Any) -> str:
 
 
 def _nearest(name: str, names: Any, prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, list(names), 1) or [n for n in names if name and n.startswith(name)]
-    return f"did you mean {' or '.join(prefix + n for n in near)}?" if near else ""
+    nearest = difflib.get_close_matches(name, list(names), 1) or [n for n in names if name and n.startswith(name)]
+    return f"did you mean {' or '.join(prefix + n for n in nearest)}?" if nearest else ""
 
 
-def _full_names(parts: Path_, cls: type) -> list[str]:
-    """Keys of `cls` that end in `parts` as given, else the nearest one."""
-    names, given = [row.name for row in config_keys(cls)], _dotted(parts)
-    exact = sorted((name for name in names if name.endswith(f".{given}")), key=len)
-    return exact or difflib.get_close_matches(f"{cls.section}.{given}", names, 1)
+def _full_names(parts: KeyPath, cls: type) -> list[str]:
+    """Return the keys of `cls` that end in `parts`, else the nearest one."""
+    names, suffix = [key.name for key in config_keys(cls)], _dotted(parts)
+    exact = sorted((name for name in names if name.endswith(f".{suffix}")), key=len)
+    return exact or difflib.get_close_matches(f"{cls.section}.{suffix}", names, 1)
 
 
-def _unknown(path: Path_, owner: type, stage: type | None) -> str:
+def _unknown(path: KeyPath, owner: type, stage: type | None) -> str:
     prefix = _dotted(path[:-1])
     hint = _nearest(str(path[-1]), fields_of(owner), prefix + ".")
     if not hint and stage:
         hint = " or ".join(n for n in _full_names(path[-1:], stage) if n.endswith(f".{path[-1]}"))
         hint = f"did you mean {hint}?" if hint else ""
     if not hint:
-        few = len(fields_of(owner)) <= 12
-        hint = (
-            f"the keys of {prefix} are {', '.join(fields_of(owner))}" if few else f"`icegrt {path[0]} --help` lists all"
-        )
+        hint = f"`icegrt {path[0]} --help` lists all"
+        if len(fields_of(owner)) <= 12:
+            hint = f"the keys of {prefix} are {', '.join(fields_of(owner))}"
     return f"{_dotted(path)} is not a key; {hint}"
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """The resolved configuration as plain data, safe to save, print or send: values of secret keys are hidden."""
+    """Return the resolved configuration as plain data, with the values of secret keys hidden."""
     return redact(dataclasses.asdict(config))
 
 
 def as_yaml(config: Any) -> str:
-    """The resolved configuration as YAML under its section. Values of secret keys are hidden."""
+    """Return the resolved configuration as YAML under its section, with the values of secret keys hidden."""
     return dump({config.section: as_dict(config)})
 
 

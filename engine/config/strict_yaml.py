@@ -1,4 +1,4 @@
-"""YAML as the configuration means it: the plain scalars of YAML 1.2, no key twice, every key's line known."""
+"""Read and write YAML with the plain scalars of YAML 1.2, without duplicate keys, and with the line of every key."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$")
 
 
 class _Loader(yaml.SafeLoader):
-    """1e-4 is a number (PyYAML says text), only true and false are booleans, and 1:30 and a date stay text."""
+    """A loader for which 1e-4 is a number, only true and false are booleans, and 1:30 and a date are text."""
 
     yaml_implicit_resolvers: typing.ClassVar[dict] = {}
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that YAML 1.1 or `_Loader` would take for something else, so that it comes back as text."""
+    """A dumper that quotes text which YAML 1.1 or `_Loader` would read as another type."""
 
     def ignore_aliases(self, data):
         return True
@@ -45,16 +45,21 @@ def _float(loader: yaml.Loader, node: yaml.ScalarNode) -> float:
     return float(node.value.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan"))
 
 
-# PyYAML's own constructors read 010 as 8 and 1:30 as 90.
+# PyYAML 6 reads 010 as 8 and 1:30 as 90, as YAML 1.1 does. These constructors read decimal numbers only.
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value.replace("_", "")))
 _Loader.add_constructor("tag:yaml.org,2002:float", _float)
 
 
 def parse(text: str, origin: str, lines: dict[tuple, int] | None = None) -> Any:
-    """The document `text` as plain data with text keys. `lines` takes the line of every key and list item by its path.
+    """Return the document `text` as plain data with text keys. No tag can create a Python object.
 
-    Raises `ConfigError` that begins with `origin` (and, if `lines` is given, the line) for anything but one document of
-    valid YAML without duplicate keys. Only plain data is built: no tag can name a Python object.
+    Args:
+        text: one YAML document.
+        origin: the file or option, which begins an error message.
+        lines: receives the line of every key and list item, by its path.
+
+    Raises:
+        ConfigError: the text is not one valid document, or a key is a duplicate.
     """
     try:
         loader = _Loader(text)
@@ -67,12 +72,12 @@ def parse(text: str, origin: str, lines: dict[tuple, int] | None = None) -> Any:
         finally:
             loader.dispose()
         if lines is not None:
-            _note_lines(node, (), lines, set())
+            _record_lines(node, (), lines, set())
         return data
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        at = f"{origin}:{mark.line + 1}" if mark and lines is not None else origin
-        raise ConfigError(f"{at}: not valid YAML: {error.problem or error.context}") from None
+        where = f"{origin}:{mark.line + 1}" if mark and lines is not None else origin
+        raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{origin}: not valid YAML: {str(error).splitlines()[0]}") from None
     except RecursionError:
@@ -80,7 +85,7 @@ def parse(text: str, origin: str, lines: dict[tuple, int] | None = None) -> Any:
 
 
 def _check_keys(node: yaml.Node, seen: set[int]) -> None:
-    """Refuse keys that are no text or come twice; before merge keys (<<) are flattened, as those may be overridden."""
+    """Raise for keys that are no text or duplicates. Runs before merge keys (<<), whose values may be overridden."""
     if id(node) in seen:
         return
     seen.add(id(node))
@@ -98,8 +103,8 @@ def _check_keys(node: yaml.Node, seen: set[int]) -> None:
         _check_keys(child, seen)
 
 
-def _note_lines(node: yaml.Node, path: tuple, lines: dict[tuple, int], seen: set[int]) -> None:
-    if id(node) in seen:  # an alias: its keys report the line of what holds it
+def _record_lines(node: yaml.Node, path: tuple, lines: dict[tuple, int], seen: set[int]) -> None:
+    if id(node) in seen:  # an alias: errors in its keys report the line of the key above it
         return
     seen.add(id(node))
     if isinstance(node, yaml.MappingNode):
@@ -110,9 +115,9 @@ def _note_lines(node: yaml.Node, path: tuple, lines: dict[tuple, int], seen: set
         return
     for name, mark, value in children:
         lines[(*path, name)] = mark.start_mark.line + 1
-        _note_lines(value, (*path, name), lines, seen)
+        _record_lines(value, (*path, name), lines, seen)
 
 
 def dump(data: Any) -> str:
-    """`data` as YAML that `parse` gives back unchanged, keys in the order given."""
+    """Return `data` as YAML, keys in their order; `parse` restores it unchanged."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)

@@ -1,8 +1,8 @@
-"""From the columns of a row to a dialogue: which text is given, and which is answered.
+"""Read a row's columns as a conversation: the prompt, and the answer to it.
 
-Shapes of a row: `messages`; or a prompt (a string, or a list of messages) with a response. Columns go by the names of
-TRL, verl and OpenRLHF as well as our own. A prompt alone serves sampling. Nothing is tokenised
-here; every refusal names the row and the key.
+Accepted rows: `messages`; or a prompt (a string, or a list of messages) with a response. Column names of TRL, verl and
+OpenRLHF are recognised too. Sampling needs the prompt alone. This module does not tokenize; every error names the row
+and the key.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Conversation:
-    """What is given and what is answered.
+    """A prompt and the messages that answer it.
 
-    `prompt` is plain text, or the messages before the first trained answer; `answers` are the messages after it, from
-    the first trained assistant turn to the last (empty where only the prompt is wanted). `tools` goes to the template.
+    `prompt` is plain text, or the messages before the first trained assistant turn. `answers` holds the messages from
+    that turn to the last assistant turn; it is empty if only the prompt is used. `tools` is passed to the template.
     """
 
     prompt: str | list[Message]
@@ -31,13 +31,13 @@ class Conversation:
     tools: list | None = None
 
     def with_answer(self, response: str | list[Message]) -> Conversation:
-        """The same prompt with an answer: the text of one assistant turn, or messages that begin with one."""
+        """Return this prompt with `response`: the text of one assistant turn, or messages that begin with one."""
         answers = [{"role": "assistant", "content": response}] if isinstance(response, str) else response
         return Conversation(self.prompt, self.where, answers, self.tools)
 
 
-def training_dialogue(row: Row) -> Conversation:
-    """A row of supervised data: `messages` (loss on every assistant turn), else a prompt and a response."""
+def training_conversation(row: Row) -> Conversation:
+    """Read a row of supervised data: `messages` (loss on every assistant turn), else a prompt and a response."""
     answer = column(row, RESPONSES)
     if row.get("messages") is not None:
         if answer is not None:
@@ -49,23 +49,23 @@ def training_dialogue(row: Row) -> Conversation:
         _check_agreement(row, messages)
         return _split(row, "messages", messages)
     if prompt_column(row) is not None and answer is not None:
-        conversation, response = prompt_dialogue(row), row.get(answer)
+        conversation, response = prompt_conversation(row), row.get(answer)
         if isinstance(response, list) and any(isinstance(message, dict) for message in response):
             turns = _answer_turns(row, answer, _messages(row, answer))
             return conversation.with_answer(turns)
-        if not text_at(row, answer, response).strip():
+        if not checked_text(row, answer, response).strip():
             raise DataError(f"{row.where}: key `{answer}`: is empty; there is nothing to learn from it")
         return conversation.with_answer(response)
     raise unknown_shape(row, "`messages`, or `prompt` and `response`")
 
 
-def prompt_dialogue(row: Row) -> Conversation:
-    """A row's prompt: its prompt column, else `messages` without the assistant turn that ends it."""
+def prompt_conversation(row: Row) -> Conversation:
+    """Read a row's prompt: its prompt column, else `messages` without a final assistant turn."""
     key = prompt_column(row)
     if key is not None:
         prompt = row.get(key)
         if isinstance(prompt, str):
-            text_at(row, key, prompt)
+            checked_text(row, key, prompt)
             if not prompt.strip():
                 raise DataError(f"{row.where}: key `{key}`: is empty")
             messages = None
@@ -90,11 +90,11 @@ def prompt_dialogue(row: Row) -> Conversation:
     return Conversation(messages, row.where, tools=_tools(row))
 
 
-def preference_dialogues(row: Row) -> tuple[Conversation, Conversation]:
-    """A row's `chosen` and `rejected`, each as the shared prompt with its answer.
+def preference_conversations(row: Row) -> tuple[Conversation, Conversation]:
+    """Read a row's `chosen` and `rejected`, each as the shared prompt with its answer.
 
-    Both are strings beside a prompt; or both are lists of messages, whose shared beginning is the prompt (a prompt
-    column, where there is one, must agree with it) or follows the prompt column.
+    Both are strings beside a prompt column, or both are lists of messages. Lists either begin with the prompt, which
+    a prompt column must then match, or with the answer to the prompt column.
     """
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if isinstance(chosen, list) != isinstance(rejected, list):
@@ -102,43 +102,51 @@ def preference_dialogues(row: Row) -> tuple[Conversation, Conversation]:
         raise DataError(f"{row.where}: key `{key}`: expected a string, got list, as `{other}` is no list of messages")
     if chosen == rejected:
         raise DataError(
-            f"{row.where}: `chosen` and `rejected` are the same, so there is nothing to prefer; leave it out"
+            f"{row.where}: `chosen` and `rejected` are the same, so there is nothing to prefer; remove the row"
         )
     if not isinstance(chosen, list):
-        texts = [text_at(row, key, row.get(key)) for key in ("chosen", "rejected")]
-        prompt = prompt_dialogue(row)
+        texts = [checked_text(row, key, row.get(key)) for key in ("chosen", "rejected")]
+        prompt = prompt_conversation(row)
         return prompt.with_answer(texts[0]), prompt.with_answer(texts[1])
     turns = {key: _messages(row, key) for key in ("chosen", "rejected")}
     if turns["chosen"][0]["role"] == "assistant" and prompt_column(row) is not None:
-        prompt, shared = prompt_dialogue(row), 0
+        prompt, n_shared = prompt_conversation(row), 0
     else:
         pairs = zip(turns["chosen"], turns["rejected"], strict=False)
-        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(map(len, turns.values())))
-        given = turns["chosen"][:shared]
-        if not given:
+        n_shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(map(len, turns.values())))
+        prompt_messages = turns["chosen"][:n_shared]
+        if not prompt_messages:
             raise DataError(
                 f"{row.where}: `chosen` and `rejected` share no first message, and there is no prompt column; expected "
                 "the same prompt in both"
             )
         if prompt_column(row) is not None:
-            _check_agreement(row, given)
-        prompt = Conversation(given, row.where, tools=_tools(row))
-    answers = [_answer_turns(row, key, messages[shared:]) for key, messages in turns.items()]
+            _check_agreement(row, prompt_messages)
+        prompt = Conversation(prompt_messages, row.where, tools=_tools(row))
+    answers = [_answer_turns(row, key, messages[n_shared:]) for key, messages in turns.items()]
     return prompt.with_answer(answers[0]), prompt.with_answer(answers[1])
 
 
 def column(row: Row, names: tuple[str, ...]) -> str | None:
-    """Which of `names` the row has: the first, else the only other. Raises `DataError` where two others compete."""
+    """Return which of `names` the row has: the first, else the only other; None if it has none.
+
+    Raises:
+        DataError: the first is absent and several others are present.
+    """
     if row.get(names[0]) is not None:
         return names[0]
-    found = [name for name in names[1:] if row.get(name) is not None]
-    if len(found) > 1:
-        raise DataError(f"{row.where}: columns {_listed(found)} could each be the `{names[0]}`: keep one of them")
-    return found[0] if found else None
+    aliases = [name for name in names[1:] if row.get(name) is not None]
+    if len(aliases) > 1:
+        raise DataError(f"{row.where}: columns {_listed(aliases)} could each be the `{names[0]}`: keep one of them")
+    return aliases[0] if aliases else None
 
 
 def prompt_column(row: Row) -> str | None:
-    """The column that holds the prompt. Raises `DataError` where it cannot be told."""
+    """Return the column that holds the prompt, or None.
+
+    Raises:
+        DataError: several columns could hold it.
+    """
     key = column(row, PROMPTS)
     if key == "input" and row.get("instruction") is not None:
         raise DataError(
@@ -149,15 +157,19 @@ def prompt_column(row: Row) -> str | None:
 
 
 def unknown_shape(row: Row, accepted: str) -> DataError:
-    """The error for a row whose columns fit no accepted shape."""
-    found = _listed(row.columns()) or "none"
+    """Return the error for a row whose columns fit no accepted shape."""
+    columns = _listed(row.columns()) or "none"
     return DataError(
-        f"{row.where}: columns found: {found}; expected {accepted}; a prompt of another name is named with input_key"
+        f"{row.where}: columns found: {columns}; expected {accepted}; a prompt of another name is named with input_key"
     )
 
 
-def text_at(row: Row, key: str, value: Any) -> str:
-    """`value` if it is text a tokenizer can read. Raises `DataError` naming `key`."""
+def checked_text(row: Row, key: str, value: Any) -> str:
+    """Return `value`.
+
+    Raises:
+        DataError: it is no string, or holds half a surrogate pair, which tokenizers refuse.
+    """
     if not isinstance(value, str):
         raise DataError(f"{row.where}: key `{key}`: expected a string, got {type(value).__name__}")
     try:
@@ -188,14 +200,18 @@ def _answer_turns(row: Row, key: str, turns: list[Message]) -> list[Message]:
             f"{row.where}: key `{key}`: ends with a turn of {turns[-1]['role']!r}; expected the assistant's: "
             "remove what follows its last turn"
         )
-    spoken = [m for m in turns if m["role"] == "assistant"]
-    if not any((m.get("content") or "").strip() or m.get("tool_calls") for m in spoken):
+    if not any(m["role"] == "assistant" and has_content(m) for m in turns):
         raise DataError(f"{row.where}: key `{key}`: every assistant turn is empty; there is nothing to learn from it")
     return turns
 
 
+def has_content(message: Message) -> bool:
+    """Return whether a message has text or tool calls."""
+    return bool((message.get("content") or "").strip() or message.get("tool_calls"))
+
+
 def _check_agreement(row: Row, messages: list[Message]) -> None:
-    """Data sets often carry the first question beside the conversation; another prompt would be a guess."""
+    """Check that a prompt column repeats how `messages` begin, as it does in many data sets."""
     key = prompt_column(row)
     if key is None:
         return
@@ -220,19 +236,19 @@ def _messages(row: Row, key: str) -> list[Message]:
     return [_message(row, f"{key}[{index}]", message) for index, message in enumerate(messages)]
 
 
-def _message(row: Row, place: str, message: Any) -> Message:
+def _message(row: Row, key: str, message: Any) -> Message:
     if not isinstance(message, dict):
         raise DataError(
-            f"{row.where}: key `{place}`: expected an object with `role` and `content`, got {type(message).__name__}"
+            f"{row.where}: key `{key}`: expected an object with `role` and `content`, got {type(message).__name__}"
         )
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise DataError(f"{row.where}: key `{place}.role`: expected one of {', '.join(ROLES)}, got {role!r}")
+        raise DataError(f"{row.where}: key `{key}.role`: expected one of {', '.join(ROLES)}, got {role!r}")
     if content is not None:
-        text_at(row, f"{place}.content", content)
+        checked_text(row, f"{key}.content", content)
     elif not (role == "assistant" and message.get("tool_calls")):
-        raise DataError(f"{row.where}: key `{place}.content`: is missing; expected a string")
-    # Arrow gives every message the fields of all: to a template, a null `tool_calls` is not an absent one.
+        raise DataError(f"{row.where}: key `{key}.content`: is missing; expected a string")
+    # Arrow gives every message the fields of all messages. Templates treat a null `tool_calls` as present: remove it.
     return _without_nulls(message, keep=("content",))
 
 

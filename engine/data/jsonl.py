@@ -1,7 +1,7 @@
-"""JSONL files by row: an index of offsets, built in one pass, and a read per row. Nothing of the file stays in memory.
+"""Read JSONL files by row: one pass builds an index of offsets, each access reads one row.
 
-The index takes 8 bytes a row. Rows are read with `pread`, not through a memory map: a map of a file that someone cuts
-short kills the process, and its pages count as the process's memory.
+The index takes 8 bytes a row; no row stays in memory. Rows are read with `pread`, not through a memory map: if a mapped
+file is truncated the process dies, and its pages count as the process's memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
-from icegrt.data.rows import LazyRows, Row, kind
+from icegrt.data.rows import LazyRows, Row, type_name
 from icegrt.errors import DataError
 from icegrt.utils.console import progress
 
@@ -30,10 +30,11 @@ _REPORT_BYTES = 16 << 20
 
 
 class JsonlRows(LazyRows):
-    """The objects of a JSONL file (UTF-8, one a line), in order. Blank lines are skipped but counted.
+    """The objects of a JSONL file (UTF-8, one a line), in order. Blank lines are skipped but count as lines.
 
-    Raises `DataError`, when opened, for a file that cannot be read or is no text, and when a row is read, for a line
-    that is not one JSON object with distinct keys.
+    Raises:
+        DataError: on opening, the file cannot be read or is no text; on access, a line is not one JSON object with
+            distinct keys.
     """
 
     def __init__(self, path: Path, limit: int = 0) -> None:
@@ -43,9 +44,9 @@ class JsonlRows(LazyRows):
                 f"{path}: not a regular file; write the rows to a file first, as they are read more than once"
             )
         try:
-            self._handle = os.open(path, os.O_RDONLY)
-            weakref.finalize(self, os.close, self._handle)
-            self._stamp = self._now()
+            self._descriptor = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._descriptor)
+            self._version = self._current_version()
             self._index(limit)
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -58,30 +59,30 @@ class JsonlRows(LazyRows):
         start, end = self._starts[index], self._starts[index + 1]
         where = f"{self.path}:{index + 1 + bisect_right(self._blanks, index)}"
         try:
-            raw = os.pread(self._handle, end - start, start)
+            raw = os.pread(self._descriptor, end - start, start)
             return Row(_parse(raw, where), where)
         except OSError as error:
             raise DataError(f"{where}: cannot be read: {error.strerror or error}") from error
         except DataError:
-            if self._now() != self._stamp:
+            if self._current_version() != self._version:
                 raise DataError(f"{where}: the file changed while it was in use; leave it alone during a run") from None
             raise
 
-    def _now(self) -> tuple[int, int]:
-        status = os.fstat(self._handle)
+    def _current_version(self) -> tuple[int, int]:
+        status = os.fstat(self._descriptor)
         return status.st_size, status.st_mtime_ns
 
     def _index(self, limit: int) -> None:
-        """Where each row begins, then where the last one ends; and for each blank line, the row that follows it."""
+        """Set `_starts`, the offset of each row and of the end, and `_blanks`, the next row of each blank line."""
         self._starts, self._blanks = array("q"), array("q")
-        with open(self._handle, "rb", closefd=False, buffering=1 << 20) as file:
+        with open(self._descriptor, "rb", closefd=False, buffering=1 << 20) as file:
             head = file.read(4)
             offset = len(_BOM) if head.startswith(_BOM) else 0
             self._check_head(head)
             file.seek(offset)
             reported = 0
-            with progress(self._stamp[0] / 1e6, f"indexing {self.path.name}", "MB") as bar:
-                # Split at newlines only: U+2028 and its like may stand in a JSON string.
+            with progress(self._version[0] / 1e6, f"indexing {self.path.name}", "MB") as bar:
+                # A binary file is split at \n only: a JSON string may hold U+2028, which ends a line of text files.
                 for raw in file:
                     if raw.isspace():
                         self._blanks.append(len(self._starts))
@@ -93,7 +94,7 @@ class JsonlRows(LazyRows):
                         reported = offset
                     if limit and len(self._starts) == limit:
                         break
-                bar.advance((self._stamp[0] - reported) / 1e6)
+                bar.advance((self._version[0] - reported) / 1e6)
             self._starts.append(offset)
 
     def _check_head(self, head: bytes) -> None:
@@ -102,9 +103,9 @@ class JsonlRows(LazyRows):
                 raise DataError(
                     f"{self.path}:1: {name} text (it begins with that byte order mark); save the file as UTF-8"
                 )
-        for magic, what in _MAGIC.items():
+        for magic, remedy in _MAGIC.items():
             if head.startswith(magic):
-                raise DataError(f"{self.path}: {what}")
+                raise DataError(f"{self.path}: {remedy}")
 
 
 def _parse(raw: bytes, where: str) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def _parse(raw: bytes, where: str) -> dict[str, Any]:
             f"{where}: not UTF-8: byte 0x{raw[error.start]:02x} at column {error.start + 1}; save the file as UTF-8"
         ) from error
     try:
-        value = json.loads(text, object_pairs_hook=_distinct)
+        value = json.loads(text, object_pairs_hook=_object_of_distinct_keys)
     except json.JSONDecodeError as error:
         pretty = text.strip() in ("[", "{") or text.lstrip().startswith("[{")
         hint = "; one object a line is expected: jq -c '.[]' turns an array into lines" if pretty else ""
@@ -130,10 +131,10 @@ def _parse(raw: bytes, where: str) -> dict[str, Any]:
         raise DataError(f"{where}: key `{error}` stands twice in one object; keep one of them") from None
     except RecursionError as error:
         raise DataError(f"{where}: nested too deeply to be read") from error
-    except ValueError as error:  # a number of more digits than Python converts
+    except ValueError as error:  # Python converts integers of at most 4300 digits
         raise DataError(f"{where}: not JSON that can be read: {error}") from error
     if not isinstance(value, dict):
-        raise DataError(f"{where}: expected a JSON object with named columns, got {kind(value)}")
+        raise DataError(f"{where}: expected a JSON object with named columns, got {type_name(value)}")
     return value
 
 
@@ -141,12 +142,12 @@ class _DuplicateKey(Exception):
     pass
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _object_of_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
         raise _DuplicateKey(next(key for key in keys if keys.count(key) > 1))
-    return found
+    return value
 
 
 def _excerpt(text: str, width: int = 60) -> str:

@@ -9,15 +9,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from icegrt.data.rows import PROMPTS, RESPONSES, LazyRows, Row, kind
+from icegrt.data.rows import PROMPTS, RESPONSES, LazyRows, Row, type_name
 from icegrt.errors import DataError
 
-JSONL_SUFFIXES = ("", ".jsonl", ".ndjson", ".json")
-
-
-PARQUET_SUFFIXES = (".parquet", ".pq")
-
-
+_JSONL_SUFFIXES = ("", ".jsonl", ".ndjson", ".json")
+_PARQUET_SUFFIXES = (".parquet", ".pq")
 _EXPECTED = "expected a JSONL (.jsonl, .ndjson, .json) or Parquet (.parquet) file"
 
 
@@ -28,11 +24,18 @@ def open_rows(
     input_key: str = "",
     output_key: str = "",
 ) -> Sequence[Row]:
-    """The rows of a source, read when asked for; `limit` > 0 keeps the first so many.
+    """Return the rows of a source; those of a file are read on access.
 
-    `input_key` and `output_key` name the columns of prompt and answer where their names are not recognised; a dot goes
-    into an object (`extra_info.question`). Raises `DataError` for a file that is missing, unreadable, of another
-    format, or without rows. A row that cannot be read raises when it is.
+    Args:
+        source: the path of a JSONL or Parquet file, or an iterable of dicts.
+        limit: use the first `limit` rows; 0: all.
+        input_key: the column of the prompt, if its name is not recognised; a dot selects a field of an object
+            (`extra_info.question`).
+        output_key: the same for the answer.
+
+    Raises:
+        DataError: the file is missing, unreadable, of another format, or has no rows. A row that cannot be read raises
+            on access.
     """
     if limit < 0:
         raise ValueError(f"limit must be 0 (all rows) or more, got {limit}")
@@ -41,12 +44,7 @@ def open_rows(
     rows = _open_file(Path(source), limit) if is_path else _open_items(source, limit)
     if not len(rows):
         raise DataError(f"{name}: no rows; expected at least one")
-    return _Keyed(rows, input_key, output_key) if input_key or output_key else rows
-
-
-def read_rows(source: str | PathLike | Iterable[Mapping[str, Any] | Row], limit: int = 0) -> list[Row]:
-    """`open_rows`, every row read now. Raises `DataError` also for the first row that cannot be read."""
-    return list(open_rows(source, limit))
+    return _RenamedRows(rows, input_key, output_key) if input_key or output_key else rows
 
 
 def _open_file(path: Path, limit: int) -> LazyRows:
@@ -57,13 +55,13 @@ def _open_file(path: Path, limit: int) -> LazyRows:
     if not path.exists():
         raise DataError(f"{path}: no such file; {_EXPECTED} (relative paths start at {Path.cwd()})")
     suffix = path.suffix.lower()
-    if suffix in PARQUET_SUFFIXES:
+    if suffix in _PARQUET_SUFFIXES:
         from icegrt.data.parquet import ParquetRows
 
         return ParquetRows(path, limit)
-    if suffix not in JSONL_SUFFIXES:
-        packed = "; unpack it first" if suffix in (".gz", ".zst", ".bz2", ".xz", ".zip") else ""
-        raise DataError(f"{path}: {suffix} is not read; {_EXPECTED}{packed}")
+    if suffix not in _JSONL_SUFFIXES:
+        remedy = "; unpack it first" if suffix in (".gz", ".zst", ".bz2", ".xz", ".zip") else ""
+        raise DataError(f"{path}: {suffix} is not read; {_EXPECTED}{remedy}")
     from icegrt.data.jsonl import JsonlRows
 
     return JsonlRows(path, limit)
@@ -77,7 +75,7 @@ def _open_items(source: Iterable[Mapping[str, Any] | Row], limit: int) -> Sequen
             "choose a split of a dataset, or put a single row in a list"
         )
     if not isinstance(source, (list, tuple)) and hasattr(source, "__len__") and hasattr(source, "__getitem__"):
-        return _Items(source, limit)
+        return _IndexedRows(source, limit)
     if not isinstance(source, Iterable):
         raise DataError(f"expected the path of a data file or an iterable of dicts, got {type(source).__name__}")
     items = islice(source, limit) if limit else source
@@ -89,11 +87,11 @@ def _item(number: int, item: Any) -> Row:
         return item
     if isinstance(item, Mapping):
         return Row(dict(item), f"row {number}")
-    raise DataError(f"row {number}: expected a dict with named columns, got {kind(item)}")
+    raise DataError(f"row {number}: expected a dict with named columns, got {type_name(item)}")
 
 
-class _Items(LazyRows):
-    """Rows of something that has a length and indices but is no list, such as a memory-mapped `datasets.Dataset`."""
+class _IndexedRows(LazyRows):
+    """Rows of an object with a length and indices that is no list, such as a memory-mapped `datasets.Dataset`."""
 
     nbytes = math.inf
 
@@ -108,9 +106,8 @@ class _Items(LazyRows):
         return _item(index, self._source[index])
 
 
-class _Keyed(LazyRows):
-    """Rows whose prompt and answer stand in columns that the user named: they are there as `prompt`, `response` and
-    `responses` too."""
+class _RenamedRows(LazyRows):
+    """Rows whose prompt and answer come from columns that the user named, copied to `prompt` and `response(s)`."""
 
     def __init__(self, rows: Sequence[Row], input_key: str, output_key: str) -> None:
         self._rows, self._input, self._output = rows, input_key, output_key
@@ -123,25 +120,24 @@ class _Keyed(LazyRows):
         row = self._rows[index]
         data = dict(row.data)
         if self._input:
-            value = _at(row, self._input, "input_key")
-            whole = self._input == "messages"
-            # Columns that could be taken for the prompt must not compete with the one that was named.
-            for name in (*PROMPTS, *RESPONSES) if whole else ("messages", *PROMPTS):
+            value = _column_value(row, self._input, "input_key")
+            is_conversation = self._input == "messages"
+            # Other columns that are recognised as a prompt would conflict with the named one.
+            for name in (*PROMPTS, *RESPONSES) if is_conversation else ("messages", *PROMPTS):
                 data.pop(name, None)
-            data["messages" if whole else "prompt"] = value
+            data["messages" if is_conversation else "prompt"] = value
         if self._output:
-            value = _at(row, self._output, "output_key")
-            data["responses" if isinstance(value, list) and all(isinstance(v, str) for v in value) else "response"] = (
-                value
-            )
+            value = _column_value(row, self._output, "output_key")
+            several = isinstance(value, list) and all(isinstance(v, str) for v in value)
+            data["responses" if several else "response"] = value
         return Row(data, row.where)
 
 
-def _at(row: Row, key: str, option: str) -> Any:
+def _column_value(row: Row, key: str, option: str) -> Any:
     value: Any = row.data
     for part in [key] if key in row.data else key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     if value is None:
-        found = ", ".join(f"`{name}`" for name in row.columns()) or "none"
-        raise DataError(f"{row.where}: {option} names `{key}`, which is not there; columns found: {found}")
+        columns = ", ".join(f"`{name}`" for name in row.columns()) or "none"
+        raise DataError(f"{row.where}: {option} names `{key}`, which is not there; columns found: {columns}")
     return value

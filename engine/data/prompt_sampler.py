@@ -11,7 +11,7 @@ from icegrt.errors import DataError
 
 
 class PromptSampler:
-    """An endless draw of n prompts: each once per epoch, every epoch shuffled by (seed, epoch)."""
+    """Draw indices of n prompts without end: each once per epoch, every epoch shuffled by (seed, epoch)."""
 
     def __init__(self, n: int, seed: int) -> None:
         if n < 1:
@@ -19,14 +19,16 @@ class PromptSampler:
         self.n, self.seed = n, seed
         self._epoch = 0
         self._position = 0
-        # Prompts of the draw that ran into this epoch, and how many of this epoch's it took: they come after those.
+        # A draw may span two epochs. `_late`: the prompts that it took from the old epoch's tail. `_head`: how many it
+        # took from this epoch. In this epoch the `_late` prompts come after those `_head` prompts.
         self._late: list[int] = []
         self._head = 0
 
     def draw(self, k: int) -> list[int]:
-        """The next k prompts, an epoch's tail joined with the next one's start; none comes twice if k <= n.
+        """Return the next k prompts; an epoch's tail is joined with the next epoch's start.
 
-        A prompt of the tail that the next epoch would bring at once is moved behind this draw, within its epoch.
+        No prompt occurs twice if k <= n: a prompt of the tail that the next epoch would repeat within this draw is
+        moved behind the draw.
         """
         if k < 1:
             raise ValueError(f"draw at least 1 prompt, got {k}")
@@ -37,17 +39,21 @@ class PromptSampler:
             self._position += len(part)
             if self._position == self.n:
                 self._epoch, self._position = self._epoch + 1, 0
-                left = k - len(drawn)
-                self._late, self._head = (list(drawn), left) if left and k <= self.n else ([], 0)
+                remaining = k - len(drawn)
+                self._late, self._head = (list(drawn), remaining) if remaining and k <= self.n else ([], 0)
         return drawn
 
     def state(self) -> dict[str, Any]:
-        """Where the draw stands, as plain numbers."""
-        place = {"epoch": self._epoch, "position": self._position, "late": list(self._late), "head": self._head}
-        return place | {"n": self.n, "seed": self.seed}
+        """Return the position and the identity of the draw, as plain numbers."""
+        position = {"epoch": self._epoch, "position": self._position, "late": list(self._late), "head": self._head}
+        return position | {"n": self.n, "seed": self.seed}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from `state`. Raises `DataError` where the number of prompts or the seed is not what it was."""
+        """Continue from `state`.
+
+        Raises:
+            DataError: the number of prompts or the seed differs.
+        """
         check_identity(state, {"n": self.n, "seed": self.seed}, "the prompts of this run")
         self._epoch, self._position = restored_position(state)
         self._late, self._head = list(state["late"]), int(state["head"])
@@ -56,6 +62,6 @@ class PromptSampler:
         order = shuffled(self.n, self.seed, PROMPT_STREAM, self._epoch)
         if not self._late:
             return order
-        # The first `_head` that are not late, then all others: found at the order's beginning.
-        places = np.flatnonzero(~np.isin(order[: self._head + len(self._late)], self._late))[: self._head]
-        return np.concatenate([order[places], np.delete(order, places)])
+        # The first `_head` prompts that are not late go first. They lie among the first `_head + len(_late)`.
+        first = np.flatnonzero(~np.isin(order[: self._head + len(self._late)], self._late))[: self._head]
+        return np.concatenate([order[first], np.delete(order, first)])

@@ -1,20 +1,26 @@
-"""What the engine asks of a tokenizer, which is passed in as an object."""
+"""Load and check a tokenizer; collect the ids that end an answer."""
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from icegrt.errors import CheckpointError
+from icegrt.utils.files import read_object
+from icegrt.utils.text import first_line
 
 
 def load_tokenizer(path: str | Path, print_info: Callable[[str], None] = warnings.warn) -> Any:
-    """Load the tokenizer of a Hugging Face checkpoint and check it; `print_info` hears what is odd but bearable.
+    """Load the tokenizer of a Hugging Face checkpoint and check it (see `check_tokenizer`).
 
-    Raises `CheckpointError` where there is no tokenizer, it cannot be loaded, or it defines no EOS token.
+    Args:
+        path: the checkpoint's folder, or a name that transformers can resolve.
+        print_info: receives remarks about a usable but unusual tokenizer.
+
+    Raises:
+        CheckpointError: the folder has no tokenizer, it cannot be loaded, or it defines no EOS token.
     """
     folder = Path(path)
     if not str(path) or (not folder.exists() and (str(path)[0] in "/.~" or str(path).count("/") > 1)):
@@ -22,17 +28,16 @@ def load_tokenizer(path: str | Path, print_info: Callable[[str], None] = warning
     from transformers import AutoTokenizer
 
     try:
-        # Unless told not to, transformers asks on the terminal whether code that came with the files may run.
+        # transformers 5.24 asks on the terminal before it runs code from the files. False: refuse without a question.
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except Exception as error:  # whatever a broken file makes of it, the cause is the checkpoint
+    except Exception as error:  # a broken file raises many types; the cause is always the checkpoint
         if "trust_remote_code" in str(error):
             raise CheckpointError(
                 f"{path}: the tokenizer is code that came with the checkpoint (`auto_map`), which is never run; save "
                 "it as a fast tokenizer (tokenizer.json), and remove `auto_map` from tokenizer_config.json"
             ) from None
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise CheckpointError(
-            f"{path}: the tokenizer cannot be loaded ({type(error).__name__}: {reason}); "
+            f"{path}: the tokenizer cannot be loaded ({type(error).__name__}: {first_line(error)}); "
             "expected tokenizer.json and tokenizer_config.json beside the weights"
         ) from error
     check_tokenizer(tokenizer, str(path), print_info)
@@ -40,10 +45,13 @@ def load_tokenizer(path: str | Path, print_info: Callable[[str], None] = warning
 
 
 def check_tokenizer(tokenizer: Any, name: str = "tokenizer", print_info: Callable[[str], None] = warnings.warn) -> None:
-    """Check a tokenizer object: EOS must be defined; a missing pad token, or one equal to EOS, is only remarked on.
+    """Check that EOS is defined; print a remark if the pad token is missing or equals EOS.
 
-    Nothing in the engine is padded, so the pad token is never used and EOS is never taken for padding. A chat template
-    is optional: without one, rows of `messages` are refused and prompts are plain text.
+    The engine pads nothing, so it ignores the pad token and never masks EOS as padding. A chat template is optional:
+    without one, rows of `messages` are refused and prompts are plain text.
+
+    Raises:
+        CheckpointError: no EOS token is defined.
     """
     if eos_id(tokenizer, name) == tokenizer.pad_token_id:
         print_info(
@@ -54,7 +62,11 @@ def check_tokenizer(tokenizer: Any, name: str = "tokenizer", print_info: Callabl
 
 
 def eos_id(tokenizer: Any, name: str = "tokenizer") -> int:
-    """The id of the EOS token. Raises `CheckpointError` where none is defined: a response could never end."""
+    """Return the id of the EOS token.
+
+    Raises:
+        CheckpointError: none is defined, so no response could end.
+    """
     if tokenizer.eos_token_id is None:
         raise CheckpointError(f"{name}: no EOS token is defined; set `eos_token` in tokenizer_config.json")
     return tokenizer.eos_token_id
@@ -66,17 +78,19 @@ def stop_ids(
     folder: str | Path | None = None,
     extra: Sequence[int] = (),
 ) -> list[int]:
-    """Tokens that end an answer: the tokenizer's EOS, and what the model's configuration, `generation_config.json` in
-    `folder` and the user (`extra`) name. Raises `CheckpointError` for one that the tokenizer does not have."""
+    """Return the ids that end an answer, sorted.
+
+    They are the tokenizer's EOS and the ids that `hf_config`, `generation_config.json` in `folder` and `extra` name.
+
+    Raises:
+        CheckpointError: an id is none of the tokenizer's, or the file cannot be read.
+    """
     path = Path(folder) / "generation_config.json" if folder is not None else None
-    named = {"config.json": (hf_config or {}).get("eos_token_id"), "sampling.stop_token_ids": list(extra)}
+    ids_by_origin = {"config.json": (hf_config or {}).get("eos_token_id"), "sampling.stop_token_ids": list(extra)}
     if path is not None and path.is_file():
-        try:
-            named[str(path)] = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{path}: cannot be read as JSON ({error}); copy or write it again") from None
+        ids_by_origin[str(path)] = read_object(path).get("eos_token_id")
     ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-    for where, value in named.items():
+    for where, value in ids_by_origin.items():
         for token in value if isinstance(value, list) else [] if value is None else [value]:
             if isinstance(token, bool) or not isinstance(token, int) or token < 0:
                 raise CheckpointError(f"{where}: expected token ids that end an answer, got {token!r}")
@@ -89,5 +103,5 @@ def stop_ids(
 
 
 def has_template(tokenizer: Any) -> bool:
-    """Whether the tokenizer carries a chat template."""
+    """Return whether the tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))

@@ -1,4 +1,4 @@
-"""Training data as the stages hold it: every source opened, checked and reported before training; packed when read."""
+"""Open, check and report all data before training; split off held-out items; pack micro-batches."""
 
 from __future__ import annotations
 
@@ -10,45 +10,98 @@ from typing import Any
 import numpy as np
 
 from icegrt.config import DataSource
-from icegrt.data import ConcatDataset, EncodedDataset, open_rows, report_lengths
+from icegrt.data import ConcatDataset, EncodedDataset, Prompt, PromptEncoder, open_rows, report_lengths
 from icegrt.data.blend import shuffled
-from icegrt.data.examples import Encoder
+from icegrt.data.examples import Encoder, Truncation
+from icegrt.data.rows import Row
+from icegrt.errors import ConfigError
 from icegrt.packing import Share
 
-_HELD_TOKENS = 2_000_000
+_CACHED_TOKENS = 2_000_000  # up to this many tokens, packed micro-batches stay in memory
 
 
 def encode_sources(
-    key: str, files: Sequence[DataSource], given: Any, encoder: Encoder
+    key: str, files: Sequence[DataSource], rows: Any, encoder: Encoder
 ) -> list[tuple[EncodedDataset, float]]:
-    """`given` (rows from Python, or a path) or else `files`, each with its weight, every row read once; `key` names
-    rows from Python. Raises `DataError` naming file and line."""
-    sources = [(DataSource(), given)] if given is not None else [(source, source.path) for source in files]
-    encoded = []
-    for source, rows in sources:
-        opened = open_rows(rows, input_key=source.input_key, output_key=source.output_key)
-        name = str(rows) if isinstance(rows, (str, Path)) else key
-        encoded.append((EncodedDataset(opened, encoder, name), source.weight))
-    report_lengths([data for data, _ in encoded])
-    return encoded
+    """Encode `rows`, or `files` if `rows` is None, and report their lengths.
+
+    Args:
+        key: the configuration key, as a name for rows from Python.
+        files: the configured files.
+        rows: rows from Python, or a path.
+        encoder: turns rows into items.
+
+    Returns:
+        Each dataset with its weight.
+
+    Raises:
+        DataError: a row cannot be used; it names file and line.
+    """
+    sources = [(DataSource(), rows)] if rows is not None else [(source, source.path) for source in files]
+    datasets = []
+    for source, path_or_rows in sources:
+        opened = open_rows(path_or_rows, input_key=source.input_key, output_key=source.output_key)
+        name = str(path_or_rows) if isinstance(path_or_rows, (str, Path)) else key
+        datasets.append((EncodedDataset(opened, encoder, name), source.weight))
+    report_lengths([dataset for dataset, _ in datasets])
+    return datasets
+
+
+def encode_prompts(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    context: int,
+    max_new_tokens: int,
+    key: str,
+    truncation: Truncation = "error",
+    chat: bool = True,
+    name: str = "prompts",
+) -> EncodedDataset[Prompt]:
+    """Encode rows as prompts that leave room for the answer in the model's context.
+
+    Args:
+        rows: the rows of the prompts (`open_rows`).
+        tokenizer: see `check_tokenizer`.
+        context: tokens of the model's context.
+        max_new_tokens: tokens of the longest answer.
+        key: the configuration key of `max_new_tokens`, for the error message.
+        truncation: for a prompt that leaves no room: "error", "drop" or "left" (see `PromptEncoder`).
+        chat: use the chat template, if the tokenizer has one.
+        name: names the data in tables and messages.
+
+    Raises:
+        ConfigError: `max_new_tokens` fills the context.
+        DataError: a row cannot be used, or no prompt remains.
+    """
+    room = context - max_new_tokens
+    if room < 1:
+        raise ConfigError(f"{key} {max_new_tokens} leaves no room for a prompt in the model's context of {context}")
+    reason = f"context {context} - max_new_tokens {max_new_tokens} leaves {room}"
+    return EncodedDataset(rows, PromptEncoder(tokenizer, room, truncation, chat=chat, limit_reason=reason), name)
 
 
 def hold_out(
     sources: Sequence[tuple[EncodedDataset, float]], fraction: float, seed: int
 ) -> tuple[list[tuple[EncodedDataset, float]], list[EncodedDataset]]:
-    """`fraction` of every source's items, at least one, drawn by `seed` and set apart: (what is left, what is held
-    out). An item is a row, so all responses to a prompt are on one side."""
-    left, held = [], []
+    """Split a random `fraction` of every source's items off, at least one item and never all.
+
+    An item is a row, so all responses of a row are on one side.
+
+    Returns:
+        The training datasets with their weights, and the held-out datasets.
+    """
+    training, heldout = [], []
     for index, (items, weight) in enumerate(sources):
         order = shuffled(len(items), seed, index)
         count = min(max(1, round(fraction * len(items))), len(items) - 1)
-        held.append(items.subset(np.sort(order[:count])))
-        left.append((items.subset(np.sort(order[count:])), weight))
-    return left, held
+        heldout.append(items.subset(np.sort(order[:count])))
+        training.append((items.subset(np.sort(order[count:])), weight))
+    return training, heldout
 
 
 class LazyMicroBatches(Sequence):
-    """Micro-batches of at most `token_budget` tokens over many items, each packed when it is asked for."""
+    """Micro-batches of at most `token_budget` tokens; each is packed on access."""
 
     def __init__(self, items: ConcatDataset, token_budget: int, pack_group: Callable[..., Any], share: Share) -> None:
         self._items, self._pack = items, partial(pack_group, tail_multiple=share.tail_multiple)
@@ -66,9 +119,12 @@ class LazyMicroBatches(Sequence):
 def packed(
     items: ConcatDataset, token_budget: int, pack_group: Callable[..., Any], share: Share | None = None
 ) -> Sequence:
-    """This rank's share of the items (None: all) as micro-batches: in memory where they are few, else packed when read;
-    empty where there are none. `pack_group(items, tail_multiple=...)` makes one."""
+    """Return this rank's share of the items (`share` None: all) as micro-batches; no items give none.
+
+    `pack_group(items, tail_multiple=...)` packs one micro-batch. Small data is packed once and stays in memory; large
+    data is packed on access.
+    """
     if not len(items):
         return []
     batches = LazyMicroBatches(items, token_budget, pack_group, share or Share())
-    return list(batches) if items.lengths.sum(dtype="int64") <= _HELD_TOKENS else batches
+    return list(batches) if items.lengths.sum(dtype="int64") <= _CACHED_TOKENS else batches

@@ -1,10 +1,11 @@
-"""Metrics: the records that trainers yield, and the log of a run."""
+"""The metrics records that trainers yield, and the log of a run."""
 
-from icegrt.metrics.records import PHASES, Evaluation, PPOStep, RewardStep, SFTStep, step_from_row
+from icegrt.metrics.records import PHASE_LABELS, PHASES, Evaluation, PPOStep, RewardStep, SFTStep, step_from_row
 from icegrt.metrics.run_log import RunLog, drop_rollouts, read_metrics, rollout_path
 
 __all__ = [
     "PHASES",
+    "PHASE_LABELS",
     "Evaluation",
     "PPOStep",
     "RewardStep",

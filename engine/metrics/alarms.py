@@ -1,8 +1,8 @@
-"""Watches the metrics of PPO for the ways it goes wrong, and says so in words: figure, threshold, what to try.
+"""Alarms on the metrics of PPO. Each message has the figure, the threshold and a remedy.
 
-The one that matters most: the score that is optimised rises while the true metric falls. An alarm that lasts is
-repeated every `REPEAT_ITERATIONS`. The state is plain JSON types and belongs in the checkpoint, so that a resumed
-run raises the same alarms as an uninterrupted one.
+The most important alarm: the optimized score rises while the task score falls. An alarm whose condition lasts is
+repeated every `REPEAT_ITERATIONS`. The state consists of plain JSON types and is part of the checkpoint, so that a
+resumed run raises the same alarms as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from icegrt.metrics.records import Evaluation, PPOStep
 __all__ = ["Alarms", "trend"]
 
 REPEAT_ITERATIONS = 10
-# A trend is a slope over its standard error; both series must pass TREND_T, in opposite directions, over the fewest to
-# the most recent points. Simulated over 24 iterations: a metric that only has noise is said to fall in 1.5% of the
-# runs, and one that falls by a quarter of its noise per iteration in 98%, half of them by iteration 13.
+# Two series disagree if their trends (slope over standard error) exceed TREND_T with opposite signs, over the last MIN
+# to MAX points. In a simulation of 24 iterations, the alarm is raised for pure noise in 1.5% of the runs, and for a
+# fall by a quarter of the noise per iteration in 98%, for half of them by iteration 13.
 TREND_T = 3.5
-ITERATIONS_FEWEST, ITERATIONS_MOST = 10, 16
-EVALUATIONS_FEWEST, EVALUATIONS_MOST = 5, 8
+MIN_ITERATIONS, MAX_ITERATIONS = 10, 16
+MIN_EVALUATIONS, MAX_EVALUATIONS = 5, 8
 KL_TARGET_MULTIPLE = 2.0
 KL_FIRST_ITERATION_NATS = 0.01
 ENTROPY_BASELINE_ITERATIONS = 3
@@ -39,38 +39,38 @@ _FINITE = ("score_mean", "kl_nats_per_response", "entropy_nats_per_token", "poli
 
 
 class Alarms:
-    """Stateful checks of one PPO run. Feed every `PPOStep`, in order, to `check`."""
+    """The alarms of one PPO run. Pass every `PPOStep`, in order, to `check`."""
 
     def __init__(self, config: PPOConfig):
         self.config = config
         self._last_raised: dict[str, int] = {}
         self._entropies: list[float] = []
         self._explained: list[float] = []
-        self._scores: list[list[float]] = []  # rows of [reward-model score, true metric], the last iterations
+        self._scores: list[list[float]] = []  # [reward-model score, task score] of the last iterations
         self._heldout: list[list[float]] = []  # the same of the last evaluations
         self._first_distinct: float | None = None
 
     def check(self, step: PPOStep) -> list[str]:
-        """The alarms of this iteration, in words; empty when all is well."""
-        self._remember(step)
-        raised = []
+        """Return the messages of the alarms that this iteration raises."""
+        self._record(step)
+        messages = []
         for name, message in self._conditions(step):
             last = self._last_raised.get(name)
             if last is None or step.iteration - last >= REPEAT_ITERATIONS:
                 self._last_raised[name] = step.iteration
-                raised.append(message)
-        return raised
+                messages.append(message)
+        return messages
 
     def observe(self, evaluation: Evaluation) -> None:
-        """Take note of an evaluation outside an iteration (the one before training)."""
+        """Record an evaluation that belongs to no iteration: the one before training."""
         if self._first_distinct is None:
             self._first_distinct = evaluation.distinct_fraction
-        model, true = evaluation.reward_model_score_mean, evaluation.function_score_mean
-        if _known(model) and _known(true):
-            self._heldout = [*self._heldout, [float(model), float(true)]][-EVALUATIONS_MOST:]
+        model, task = evaluation.reward_model_score_mean, evaluation.function_score_mean
+        if _is_finite(model) and _is_finite(task):
+            self._heldout = [*self._heldout, [float(model), float(task)]][-MAX_EVALUATIONS:]
 
     def state(self) -> dict[str, Any]:
-        """Everything `check` remembers, as plain JSON types."""
+        """Return the state of `check`, as plain JSON types."""
         return {
             "last_raised": dict(self._last_raised),
             "entropies": list(self._entropies),
@@ -81,7 +81,7 @@ class Alarms:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Continue from a result of `state`."""
         self._last_raised = {name: int(iteration) for name, iteration in state["last_raised"].items()}
         self._entropies = list(state["entropies"])
         self._explained = list(state["explained"])
@@ -89,32 +89,32 @@ class Alarms:
         self._heldout = [list(row) for row in state["heldout"]]
         self._first_distinct = state["first_distinct"]
 
-    def _remember(self, step: PPOStep) -> None:
-        if len(self._entropies) < ENTROPY_BASELINE_ITERATIONS and _known(step.entropy_nats_per_token):
+    def _record(self, step: PPOStep) -> None:
+        if len(self._entropies) < ENTROPY_BASELINE_ITERATIONS and _is_finite(step.entropy_nats_per_token):
             self._entropies.append(float(step.entropy_nats_per_token))
-        if _known(step.value_explained_variance):
-            recent = [*self._explained, float(step.value_explained_variance)]
-            self._explained = recent[-EXPLAINED_VARIANCE_ITERATIONS:]
-        model, true = step.reward_model_score_mean, step.function_score_mean
-        if _known(model) and _known(true):
-            self._scores = [*self._scores, [float(model), float(true)]][-ITERATIONS_MOST:]
+        if _is_finite(step.value_explained_variance):
+            explained = [*self._explained, float(step.value_explained_variance)]
+            self._explained = explained[-EXPLAINED_VARIANCE_ITERATIONS:]
+        model, task = step.reward_model_score_mean, step.function_score_mean
+        if _is_finite(model) and _is_finite(task):
+            self._scores = [*self._scores, [float(model), float(task)]][-MAX_ITERATIONS:]
         if step.evaluation is not None:
             self.observe(step.evaluation)
 
     def _conditions(self, step: PPOStep) -> Iterator[tuple[str, str]]:
         yield from self._not_finite(step)
-        yield from self._parting("sampled answers", self._scores, ITERATIONS_FEWEST, "iterations")
+        yield from self._divergence("sampled answers", self._scores, MIN_ITERATIONS, "iterations")
         if step.evaluation is not None:
-            yield from self._parting("held-out answers", self._heldout, EVALUATIONS_FEWEST, "evaluations")
+            yield from self._divergence("held-out answers", self._heldout, MIN_EVALUATIONS, "evaluations")
         yield from self._drift(step)
         yield from self._answers(step)
         yield from self._exactness(step)
         yield from self._critic(step)
 
     def _not_finite(self, step: PPOStep) -> Iterator[tuple[str, str]]:
-        bad = [name for name in _FINITE if not math.isfinite(getattr(step, name))]
-        if bad:
-            yield "not finite", f"Not finite: {', '.join(bad)}. Lower ppo.optimizer.lr or set ppo.run.dtype=fp32."
+        names = [name for name in _FINITE if not math.isfinite(getattr(step, name))]
+        if names:
+            yield "not finite", f"Not finite: {', '.join(names)}. Lower ppo.optimizer.lr or set ppo.run.dtype=fp32."
         if step.skipped_steps:
             yield (
                 "skipped",
@@ -122,26 +122,26 @@ class Alarms:
                 f"finite. Lower ppo.optimizer.lr and ppo.critic.optimizer.lr, or set ppo.run.dtype=fp32.",
             )
 
-    def _parting(self, what: str, rows: list[list[float]], fewest: int, unit: str) -> Iterator[tuple[str, str]]:
-        if len(rows) < fewest:
+    def _divergence(self, answers: str, rows: list[list[float]], min_rows: int, unit: str) -> Iterator[tuple[str, str]]:
+        if len(rows) < min_rows:
             return
-        model, true = (np.array(column) for column in zip(*rows, strict=True))
-        model_t, true_t = trend(model), trend(true)
+        model, task = (np.array(column) for column in zip(*rows, strict=True))
+        model_t, task_t = trend(model), trend(task)
         figures = (
-            f"over the last {len(rows)} {unit} of {what}: reward-model score {model[0]:.3g} to {model[-1]:.3g}, "
-            f"true metric (function score) {true[0]:.3g} to {true[-1]:.3g}; both beyond {TREND_T} standard errors"
+            f"over the last {len(rows)} {unit} of {answers}: reward-model score {model[0]:.3g} to {model[-1]:.3g}, "
+            f"task score {task[0]:.3g} to {task[-1]:.3g}; both beyond {TREND_T} standard errors"
         )
-        if model_t > TREND_T and true_t < -TREND_T:
+        if model_t > TREND_T and task_t < -TREND_T:
             yield (
                 f"hacking {unit}",
-                f"The reward model is being gamed: its score rises while the true metric falls, {figures}. Stop at an "
+                f"The reward model is being gamed: its score rises while the task score falls, {figures}. Use an "
                 f"earlier checkpoint, lower ppo.reward_model_weight, raise ppo.reward_function_weight or ppo.kl_coef "
                 f"(now {self.config.kl_coef:g}), or train the reward model on answers of this actor.",
             )
-        elif model_t < -TREND_T and true_t > TREND_T:
+        elif model_t < -TREND_T and task_t > TREND_T:
             yield (
                 f"parting {unit}",
-                f"The reward model disagrees with the true metric: its score falls while the true metric rises, "
+                f"The reward model disagrees with the task score: its score falls while the task score rises, "
                 f"{figures}. Check the reward model's held-out accuracy, or lower its weight "
                 f"(ppo.reward_model_weight).",
             )
@@ -186,20 +186,19 @@ class Alarms:
                 yield (
                     "distinct",
                     f"Answers became alike: {distinct:.0%} of the held-out answers are distinct, below half of the "
-                    f"first evaluation's {first:.0%}. Raise ppo.kl_coef or ppo.entropy_coef, or look at what the "
-                    f"reward prefers.",
+                    f"first evaluation's {first:.0%}. Raise ppo.kl_coef or ppo.entropy_coef, or check which answers "
+                    f"get the highest score.",
                 )
 
     def _exactness(self, step: PPOStep) -> Iterator[tuple[str, str]]:
         config = self.config
-        still = config.optimizer.lr == 0 or step.iteration <= config.critic.warmup_iterations
-        if still or config.ppo_epochs * config.minibatches == 1:
-            why = "the actor does not learn" if still else "there is one optimizer step per iteration"
-            away = max(abs(step.ratio_min - 1.0), abs(step.ratio_max - 1.0))
-            if away > RATIO_TOLERANCE:
+        is_frozen = config.optimizer.lr == 0 or step.iteration <= config.critic.warmup_iterations
+        if is_frozen or config.ppo_epochs * config.minibatches == 1:
+            reason = "the actor does not learn" if is_frozen else "there is one optimizer step per iteration"
+            if max(abs(step.ratio_min - 1.0), abs(step.ratio_max - 1.0)) > RATIO_TOLERANCE:
                 yield (
                     "ratio",
-                    f"The ratio of new to old probability must be 1 because {why}, but it goes from "
+                    f"The ratio of new to old probability must be 1 because {reason}, but it goes from "
                     f"{step.ratio_min:.8g} to {step.ratio_max:.8g} (tolerance {RATIO_TOLERANCE:g}): scoring and update "
                     f"do not compute the same. Fix ppo.chunk_rows and report this.",
                 )
@@ -217,25 +216,25 @@ class Alarms:
             yield (
                 "gap",
                 f"Log-probs of rollout and scoring differ by up to {gap:.3g} nats (threshold {limit:g} in "
-                f"{config.run.dtype}): the ratios start wrong. Set ppo.run.dtype=fp32; if it stays, report this.",
+                f"{config.run.dtype}): the ratios are wrong. Set ppo.run.dtype=fp32; if it lasts, report this.",
             )
 
     def _critic(self, step: PPOStep) -> Iterator[tuple[str, str]]:
-        recent = self._explained
-        if len(recent) == EXPLAINED_VARIANCE_ITERATIONS and max(recent) < 0:
+        explained = self._explained
+        if len(explained) == EXPLAINED_VARIANCE_ITERATIONS and max(explained) < 0:
             yield (
                 "critic",
                 f"The critic is worse than a constant: explained variance was negative for "
-                f"{EXPLAINED_VARIANCE_ITERATIONS} iterations (threshold 0, now {recent[-1]:.2f}). Raise "
+                f"{EXPLAINED_VARIANCE_ITERATIONS} iterations (threshold 0, now {explained[-1]:.2f}). Raise "
                 f"ppo.critic.warmup_iterations (now {self.config.critic.warmup_iterations}) or "
                 f"ppo.critic.optimizer.lr (now {self.config.critic.optimizer.lr:g}), or widen ppo.value_clip.",
             )
 
 
 def trend(series: Any) -> float:
-    """Slope of a least-squares line over its standard error (Student's t): how much a series moves beyond its noise.
+    """Return Student's t of a series: the slope of its least-squares line over the slope's standard error.
 
-    0 for fewer than three points or no change at all; infinite for a line without noise.
+    0 for fewer than three points or no change; infinite for a line without noise.
     """
     y = np.asarray(series, dtype=np.float64)
     if y.size < 3:
@@ -249,5 +248,5 @@ def trend(series: Any) -> float:
     return slope / error if error > 1e-12 * abs(slope) else math.copysign(math.inf, slope)
 
 
-def _known(value: float | None) -> bool:
+def _is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)

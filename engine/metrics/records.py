@@ -1,4 +1,4 @@
-"""The records that iterating a trainer yields: one dataclass per stage."""
+"""The metrics records that a trainer yields: one dataclass per stage."""
 
 from __future__ import annotations
 
@@ -6,21 +6,34 @@ import dataclasses
 from typing import Any
 
 PHASES = ("rollout", "plan", "score", "shape", "update", "evaluate", "checkpoint")
+PHASE_LABELS = {"plan": "batching", "score": "inference", "shape": "advantages", "evaluate": "evaluation"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Answers to the held-out prompts, scored. The first fields are of sampled answers, `greedy_*` of greedy ones."""
+    """Scores of answers to the held-out prompts: of sampled answers, and with `greedy_*` of greedy ones.
+
+    A field is None if it does not apply: no reward model, no function, or no greedy answers.
+    """
 
     iteration: int
+    """The iteration after which it ran; 0: before training."""
     prompts: int
+    """Number of held-out prompts."""
     score_mean: float
+    """Mean total score per response."""
     reward_model_score_mean: float | None = None
+    """Mean score of the first reward model, before normalization."""
     function_score_mean: float | None = None
+    """Mean task score: the score of the first function or HTTP scorer."""
     kl_nats_per_response: float
+    """KL from the reference, estimated on the sampled tokens."""
     response_tokens_mean: float
+    """Mean length of a response in tokens."""
     truncated_fraction: float
+    """Fraction of responses that reached the length limit without EOS."""
     distinct_fraction: float
+    """Number of distinct texts over the number of responses."""
     greedy_score_mean: float | None = None
     greedy_reward_model_score_mean: float | None = None
     greedy_function_score_mean: float | None = None
@@ -30,88 +43,143 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PPOStep:
-    """One PPO iteration, over all ranks. Means are per response where the name does not say `per_token`."""
+    """Metrics of one PPO iteration, over all ranks. A mean is per response unless its name has `per_token`."""
 
     iteration: int
-    # What the responses were worth.
-    score_mean: float  # total score per response, before clipping
-    reward_model_score_mean: float | None = None  # the first one's, raw, before scaling; None without a reward model
-    function_score_mean: float | None = None  # None without a reward function
+    """Number of the iteration, from 1."""
+
+    # Scores and rewards.
+    score_mean: float
+    """Mean total score per response, before clipping."""
+    reward_model_score_mean: float | None = None
+    """Mean score of the first reward model, before normalization; None without a reward model."""
+    function_score_mean: float | None = None
+    """Mean task score: the score of the first function or HTTP scorer; None without one."""
     score_std: float
-    reward_mean: float  # score as clipped and scaled, minus the KL penalty
-    # How far the actor is from the reference, and how sure of itself.
+    """Standard deviation of the total score."""
+    reward_mean: float
+    """Mean over responses of the sum of their rewards: normalized, clipped score minus the KL penalty."""
+
+    # Distance from the reference, and entropy.
     kl_nats_per_response: float
+    """KL from the reference, estimated on the sampled tokens."""
     kl_coef: float
+    """Coefficient of the KL penalty in this iteration."""
     entropy_nats_per_token: float
+    """Mean entropy of the policy over response tokens."""
+
     # The update.
     clip_fraction: float
+    """Fraction of response tokens whose policy ratio is clipped."""
     ratio_min: float
+    """Smallest ratio of new to old probability of a token."""
     ratio_max: float
-    approx_kl_nats_per_token: float  # from the policy that sampled to the updated one
+    """Largest ratio of new to old probability of a token."""
+    approx_kl_nats_per_token: float
+    """KL from the policy that sampled the responses to the updated policy."""
     policy_loss: float
+    """Mean policy loss over response tokens."""
     value_loss: float
+    """Mean value loss over response tokens."""
     value_explained_variance: float
+    """1 - var(returns - values) / var(returns)."""
     ptx_loss: float | None = None
-    advantage_mean: float  # before whitening
+    """Mean ptx loss in nats per token; None without ptx data."""
+    advantage_mean: float
+    """Mean advantage before whitening."""
     advantage_std: float
+    """Standard deviation of the advantages before whitening."""
     grad_norm_actor: float
+    """Global norm of the actor's gradient before clipping, mean over the optimizer steps."""
     grad_norm_critic: float
+    """Global norm of the critic's gradient before clipping, mean over the optimizer steps."""
     lr_actor: float
+    """Learning rate of the actor's last optimizer step."""
     lr_critic: float
-    skipped_steps: int = 0  # optimizer steps skipped in this iteration: loss or gradient not finite
-    empty_steps: int = 0  # optimizer steps not taken: every response of their minibatch was dropped
-    # The responses and what they cost.
+    """Learning rate of the critic's last optimizer step."""
+    skipped_steps: int = 0
+    """Optimizer steps skipped because a loss or gradient was not finite."""
+    empty_steps: int = 0
+    """Optimizer steps without a response, as all of their minibatch were dropped."""
+
+    # The responses and their cost.
     response_tokens_mean: float
-    truncated_fraction: float  # finish reason, never inferred from a length
+    """Mean length of a response in tokens."""
+    truncated_fraction: float
+    """Fraction of responses with finish reason "length"."""
     response_tokens: int
-    response_tokens_per_second: float  # over the whole iteration, evaluation and checkpoint left out
-    rollout_logprob_gap_max: float  # |log-prob in rollout - log-prob in scoring|, nats, the largest of any token
-    padding_fraction: float  # alignment tail over all tokens
-    # By source of reward: score_mean, score_std, errors, and metrics/NAME_mean, _std for what it gave beside the score;
-    # of reward models the raw score, and the weight of those beyond the first.
+    """Number of response tokens."""
+    response_tokens_per_second: float
+    """Response tokens per second of the iteration, without evaluation and checkpoint."""
+    rollout_logprob_gap_max: float
+    """Largest |log-prob in rollout - log-prob in scoring| of a token, in nats."""
+    padding_fraction: float
+    """Padding tokens at the ends of micro-batches over all tokens."""
     sources: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    reward_errors: int = 0  # responses that a source failed on, counted once for each source
-    dropped_responses: int = 0  # left out of the update because a source failed on them
-    seconds_by_phase: dict[str, float] = dataclasses.field(default_factory=dict)  # keys: PHASES
+    """By reward source: score_mean, score_std and errors, and metrics/NAME_mean and _std of its further metrics.
+
+    A reward model has its score before normalization, and its weight if it is not the first.
+    """
+    reward_errors: int = 0
+    """Responses that a source failed on, counted once per source."""
+    dropped_responses: int = 0
+    """Responses dropped from the update because a source failed on them."""
+    seconds_by_phase: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Seconds of each phase; the keys are `PHASES`."""
     evaluation: Evaluation | None = None
+    """The evaluation after this iteration, if there was one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTStep:
-    """One optimizer step of supervised fine-tuning; losses in nats per response token."""
+    """Metrics of one optimizer step of supervised fine-tuning; losses in nats per response token."""
 
     step: int
+    """Number of the step, from 1."""
     epoch: float
+    """Passes over the blend so far."""
     loss: float
+    """Mean loss over the response tokens of the batch."""
     heldout_loss: float | None = None
+    """Mean loss on held-out data after this step; None between evaluations."""
     tokens: int
+    """Tokens of the batch, prompts and padding included."""
     tokens_per_second: float
+    """`tokens` per second of the step."""
     lr: float
+    """Learning rate."""
     grad_norm: float
+    """Global norm of the gradient before clipping."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardStep:
-    """One optimizer step of the reward model; losses in nats per pair, accuracies over untied pairs."""
+    """Metrics of one optimizer step of the reward model; losses in nats per pair, accuracies over untied pairs."""
 
     step: int
+    """Number of the step, from 1."""
     epoch: float
+    """Passes over the prompts so far."""
     loss: float
+    """Mean pairwise loss of the batch."""
     accuracy: float
+    """Pairwise accuracy on the batch."""
     heldout_loss: float | None = None
+    """Mean pairwise loss on held-out data after this step; None between evaluations."""
     heldout_accuracy: float | None = None
+    """Pairwise accuracy on held-out data after this step; None between evaluations."""
     lr: float
+    """Learning rate."""
     grad_norm: float
+    """Global norm of the gradient before clipping."""
 
 
 Step = PPOStep | SFTStep | RewardStep | Evaluation
-
-
 KINDS = {PPOStep: "ppo", SFTStep: "sft", RewardStep: "reward", Evaluation: "evaluation"}
 
 
 def step_from_row(row: dict[str, Any]) -> Step:
-    """The step that a row of `read_metrics` was written from; keys that the class does not know are left out."""
+    """Return the record of a row of `read_metrics`. Keys that the class lacks are ignored."""
     cls = next(c for c, kind in KINDS.items() if kind == row["kind"])
     names = {field.name for field in dataclasses.fields(cls)}
     values = {k: v for k, v in row.items() if k in names}

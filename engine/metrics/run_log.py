@@ -1,9 +1,8 @@
 """The log of a run: `metrics.jsonl`, TensorBoard scalars and further loggers.
 
-`RunLog` writes one JSON object per step to `metrics.jsonl` (flushed, always valid JSON) and the same numbers, under the
-same names, as TensorBoard scalars and to the loggers of `metrics.sinks`. Steps and iterations count from 1; an
-`Evaluation` of iteration 0 is the one before training.
-Only one rank opens a `RunLog`: what it is given is already reduced over ranks.
+`RunLog` writes one JSON object per step to `metrics.jsonl`, and the same numbers under the same names to TensorBoard
+and to the loggers of `metrics.sinks`. Steps and iterations count from 1; the `Evaluation` of iteration 0 is the one
+before training. Only rank 0 opens a `RunLog`: records are already reduced over ranks.
 """
 
 from __future__ import annotations
@@ -27,12 +26,19 @@ _logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """`metrics.jsonl`, TensorBoard scalars and further loggers of one run.
+    """The writer of a run's metrics.
 
-    dir: the run's folder. resume_from_step: the last step that the checkpoint holds (0: none yet; -1: not even an
-    evaluation before); rows beyond it are dropped, so that no step is there twice. None starts anew and refuses a
-    folder that has metrics already.
-    log_to: names of further loggers (wandb, mlflow), which are also given `config`, its secrets hidden already.
+    Args:
+        dir: the run's folder.
+        resume_from_step: the last step of the checkpoint (0: none yet; -1: not even the evaluation before training).
+            Later rows are dropped, so that no step occurs twice. None: a new run.
+        tensorboard: write TensorBoard scalars too.
+        log_to: names of further loggers (wandb, mlflow).
+        config: the resolved configuration, with secrets hidden, for those loggers.
+
+    Raises:
+        RunError: a new run's folder has metrics already.
+        ConfigError: a further logger cannot start.
     """
 
     def __init__(
@@ -57,13 +63,13 @@ class RunLog:
                     f"or point run.dir to an empty folder."
                 )
         elif self.path.exists():
-            kept = [row for row in read_metrics(self.dir) if _index(row) <= resume_from_step]
-            write_text_atomic(self.path, "".join(json_line(row) for row in kept))
+            rows = [row for row in read_metrics(self.dir) if _index(row) <= resume_from_step]
+            write_text_atomic(self.path, "".join(json_line(row) for row in rows))
         self._sinks = open_sinks(log_to, self.dir, config or {}, resume_from_step is not None)
         self._file = open_text(self.path, "a")
 
     def log(self, step: Step) -> None:
-        """Write one step: a line of JSON, flushed, and its numbers as scalars for every other logger."""
+        """Write a record to all loggers: as a line of JSON, flushed, and as scalars."""
         row = {"kind": KINDS[type(step)], **json_safe(step)}
         self._file.write(json_line(row))
         self._file.flush()
@@ -74,7 +80,8 @@ class RunLog:
             sink.write(dict(_scalars(row["kind"], restored)), _index(row))
 
     def sync(self) -> None:
-        """See to it that all rows are on the disk: a checkpoint that outlived its row could not bring it back."""
+        """Flush all rows to the disk."""
+        # A checkpoint is committed after its rows: they could not be restored from it.
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -102,8 +109,8 @@ class RunLog:
                 _logger.warning("tensorboard is not installed: scalars are in %s only", self.path)
                 self._tensorboard = False
                 return
-            purge = None if self._resume_from_step is None else self._resume_from_step + 1
-            self._writer = SummaryWriter(str(self.dir / "tensorboard"), purge_step=purge)
+            purge_step = None if self._resume_from_step is None else self._resume_from_step + 1
+            self._writer = SummaryWriter(str(self.dir / "tensorboard"), purge_step=purge_step)
         index = _index(row)
         for name, value in _scalars(row["kind"], row):
             self._writer.add_scalar(name, value, index)
@@ -111,37 +118,40 @@ class RunLog:
 
 
 def rollout_path(dir: str | Path, iteration: int) -> Path:
-    """Where an iteration's responses are kept: `<dir>/rollouts/iteration_00012.jsonl`."""
+    """Return the path of an iteration's responses: `<dir>/rollouts/iteration_00012.jsonl`."""
     return Path(dir) / "rollouts" / f"iteration_{iteration:05d}.jsonl"
 
 
 def drop_rollouts(dir: str | Path, after: int) -> None:
-    """Remove the responses of iterations beyond `after`, which a resumed run will sample again."""
+    """Remove the responses of iterations after `after`, which a resumed run samples again."""
     for path in rollout_path(dir, 0).parent.glob("iteration_*.jsonl"):
         if int(path.stem.removeprefix("iteration_")) > after:
             path.unlink()
 
 
 def read_metrics(dir: str | Path) -> list[dict[str, Any]]:
-    """All rows of a run's `metrics.jsonl`, in order; a step logged twice counts once, as last logged.
+    """Return all rows of a run's `metrics.jsonl`, in order; no rows if the folder has no such file.
 
-    Each row has `kind` (ppo, sft, reward, evaluation). A last line cut short is left out; any other line that is no
-    JSON raises `DataError`. A folder without the file gives no rows.
+    Each row has `kind` (ppo, sft, reward, evaluation). If a step was logged twice, the last row counts. A truncated
+    line at the end is ignored.
+
+    Raises:
+        DataError: a line before the last is no JSON.
     """
     path = Path(dir) / METRICS_FILE
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")
-    last = max((i for i, line in enumerate(lines) if line.strip()), default=-1)
+    n_lines = max((number for number, line in enumerate(lines, 1) if line.strip()), default=0)
     rows: dict[tuple[str, int], dict[str, Any]] = {}
-    for number, line in enumerate(lines[: last + 1], 1):
+    for number, line in enumerate(lines[:n_lines], 1):
         if not line.strip():
             continue
         try:
             row = restore_json(json.loads(line.decode("utf-8")))
             key = (row["kind"], _index(row))
         except (ValueError, KeyError, TypeError) as error:
-            if number == last + 1:
+            if number == n_lines:
                 break
             raise DataError(f"{path}, line {number}: not a row of metrics ({error}). Restore or remove it.") from None
         rows.pop(key, None)

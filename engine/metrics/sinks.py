@@ -1,9 +1,9 @@
-"""Loggers beside `metrics.jsonl` and TensorBoard: wandb and mlflow, by `run.log_to`, if they are installed.
+"""Loggers besides `metrics.jsonl` and TensorBoard: wandb and mlflow, by `run.log_to`, if they are installed.
 
 All sinks get the same names: `KIND/FIELD`, nested fields with further slashes (`ppo/score_mean`,
-`ppo/sources/checker/score_mean`, `evaluation/score_mean`), at the step or iteration of the row.
-The projects are named by WANDB_PROJECT and MLFLOW_EXPERIMENT_NAME; icegrt where those are not set. A resumed run goes
-on in the logger's own run, whose id stands in `loggers.json` in the run's folder.
+`ppo/sources/checker/score_mean`, `evaluation/score_mean`), at the step or iteration of the row. WANDB_PROJECT and
+MLFLOW_EXPERIMENT_NAME name the projects; the default is icegrt. `loggers.json` in the run's folder keeps the id of the
+logger's run, so that a resumed run continues it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from typing import Any, Protocol
 
 from icegrt.errors import ConfigError
 from icegrt.utils.console import warn
+from icegrt.utils.files import write_text_atomic
 from icegrt.utils.redaction import redact_text
+from icegrt.utils.values import flatten
 
 _PROJECT = "icegrt"
 _IDS_FILE = "loggers.json"
-# mlflow refuses longer values of parameters.
-_LONGEST_PARAM = 500
-# It refuses a whole batch for one letter; a reward function may call its metric acc@1.
+_MAX_PARAM_LENGTH = 500  # mlflow refuses longer values of parameters
+# mlflow refuses a batch of metrics if one name has another character, such as acc@1 of a reward function: replace it.
 _NOT_IN_MLFLOW = re.compile(r"[^\w.\- :/]")
 
 
 class Sink(Protocol):
-    """Takes scalars of a step, by their full names."""
+    """A logger of scalars by name."""
 
     name: str
 
@@ -43,39 +44,50 @@ class Sink(Protocol):
 
 
 def check_sinks(names: Sequence[str], key: str) -> None:
-    """Refuse loggers that are unknown, named twice or not installed. Raises `ConfigError` naming `key`."""
+    """Check the names of loggers.
+
+    Raises:
+        ConfigError: a logger is unknown, named twice or not installed; it names `key`.
+    """
     for name in names:
         if name not in _SINKS:
-            near = difflib.get_close_matches(name, _SINKS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"expected any of {', '.join(_SINKS)}"
+            nearest = difflib.get_close_matches(name, _SINKS, 1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"expected any of {', '.join(_SINKS)}"
             raise ConfigError(f"{key}: `{name}` is not a logger; {hint}")
         if list(names).count(name) > 1:
             raise ConfigError(f"{key}: {name} is named twice")
         if name not in sys.modules and importlib.util.find_spec(name) is None:
-            raise ConfigError(f"{key} names {name}, which is not installed: pip install {name}, or leave it out")
+            raise ConfigError(f"{key} names {name}, which is not installed: pip install {name}, or remove it")
 
 
 def open_sinks(names: Sequence[str], folder: Path, config: Mapping[str, Any], resume: bool) -> list[Sink]:
-    """Open the loggers. config: the resolved configuration, secrets hidden already.
+    """Open the loggers.
 
-    Raises `ConfigError` for one that cannot start, such as for want of a login or a server; `folder` is then as it was.
+    Args:
+        names: see `check_sinks`.
+        folder: the run's folder.
+        config: the resolved configuration, with secrets hidden.
+        resume: continue the loggers' runs of `loggers.json`.
+
+    Raises:
+        ConfigError: a logger cannot start, for example without a login or a server. Folders created by it are removed.
     """
     path = folder / _IDS_FILE
     ids = _ids(path) if resume and path.is_file() else {}
-    before = set(folder.iterdir())
+    paths_before = set(folder.iterdir())
     sinks: list[Sink] = []
     try:
         for name in names:
-            sinks.append(_Guarded(_SINKS[name](folder.resolve().name, folder, config, ids.get(name))))
+            sinks.append(_GuardedSink(_SINKS[name](folder.resolve().name, folder, config, ids.get(name))))
     except Exception as error:
         for sink in sinks:
             sink.close()
-        for made in set(folder.iterdir()) - before:
-            shutil.rmtree(made, ignore_errors=True)
-        what = redact_text(" ".join(f"{type(error).__name__}: {error}".split())[:400])
-        raise ConfigError(f"run.log_to: {name} cannot be started ({what}); set it up, or leave it out") from error
+        for created in set(folder.iterdir()) - paths_before:
+            shutil.rmtree(created, ignore_errors=True)
+        reason = redact_text(" ".join(f"{type(error).__name__}: {error}".split())[:400])
+        raise ConfigError(f"run.log_to: {name} cannot be started ({reason}); set it up, or remove it") from error
     if sinks:
-        path.write_text(json.dumps({sink.name: sink.id for sink in sinks}), encoding="utf-8")
+        write_text_atomic(path, json.dumps({sink.name: sink.id for sink in sinks}))
     return sinks
 
 
@@ -95,11 +107,11 @@ class WandbSink:
         import wandb
 
         project = os.environ.get("WANDB_PROJECT", _PROJECT)
-        how = {"id": id, "resume": "allow"} if id else {}
-        # What wandb finds out by itself includes the command line, secrets in it and all.
+        resume = {"id": id, "resume": "allow"} if id else {}
+        # wandb records the command line, which may hold secrets, among its metadata: turn the metadata off.
         settings = wandb.Settings(x_disable_meta=True)
         self._run = wandb.init(
-            project=project, name=run, dir=str(folder), config=dict(config), settings=settings, **how
+            project=project, name=run, dir=str(folder), config=dict(config), settings=settings, **resume
         )
         self.id = self._run.id
 
@@ -111,7 +123,7 @@ class WandbSink:
 
 
 class MlflowSink:
-    """A run of MLflow, through a client of its own: a run that is active in a notebook stays as it is."""
+    """A run of MLflow, through a separate client, which does not change the active run of a notebook."""
 
     name = "mlflow"
 
@@ -122,12 +134,12 @@ class MlflowSink:
         self._client, self._metric = MlflowClient(), Metric
         self.id = id
         if id is None:
-            experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
-            found = self._client.get_experiment_by_name(experiment)
-            where = found.experiment_id if found is not None else self._client.create_experiment(experiment)
-            self.id = self._client.create_run(where, run_name=run).info.run_id
-            for name, value in _flat(config):
-                self._client.log_param(self.id, name, str(value)[:_LONGEST_PARAM])
+            name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
+            experiment = self._client.get_experiment_by_name(name)
+            id_ = experiment.experiment_id if experiment is not None else self._client.create_experiment(name)
+            self.id = self._client.create_run(id_, run_name=run).info.run_id
+            for name, value in flatten(config):
+                self._client.log_param(self.id, name, str(value)[:_MAX_PARAM_LENGTH])
 
     def write(self, scalars: Mapping[str, float], step: int) -> None:
         now = int(time.time() * 1000)
@@ -138,8 +150,8 @@ class MlflowSink:
         self._client.set_terminated(self.id)
 
 
-class _Guarded:
-    """A sink whose failures cost its own rows and not the run: it warns once and takes no more."""
+class _GuardedSink:
+    """A sink that does not end the run if it fails: it warns once and ignores later rows."""
 
     def __init__(self, sink: Any) -> None:
         self._sink, self.name, self.id = sink, sink.name, sink.id
@@ -158,16 +170,8 @@ class _Guarded:
             action()
         except Exception as error:
             self._failed = True
-            what = redact_text(f"{type(error).__name__}: {error}")
-            warn(f"{self.name} takes no more metrics ({what}); metrics.jsonl and TensorBoard go on")
+            reason = redact_text(f"{type(error).__name__}: {error}")
+            warn(f"{self.name} gets no more metrics ({reason}); metrics.jsonl and TensorBoard do")
 
 
 _SINKS: dict[str, type] = {"wandb": WandbSink, "mlflow": MlflowSink}
-
-
-def _flat(config: Mapping[str, Any], prefix: str = ""):
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

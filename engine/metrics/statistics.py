@@ -1,4 +1,4 @@
-"""The few statistics that a report states: paired intervals, pair accuracies, diversity. NumPy only, deterministic."""
+"""Statistics of a report: paired intervals, pairwise accuracies, diversity. NumPy only, deterministic."""
 
 from __future__ import annotations
 
@@ -21,10 +21,19 @@ FeaturePairs = Mapping[str, tuple[Any, Any]]
 
 
 def paired_bootstrap_ci95(before: Any, after: Any, *, seed: int = 0, resamples: int = 10_000) -> tuple[float, float]:
-    """95% percentile-bootstrap interval of mean(after - before) over prompts.
+    """Return the 95% percentile-bootstrap interval of mean(after - before) over prompts.
 
-    before, after: one number per prompt, the same prompts in the same order (average the samples of a prompt first:
-    they are not independent). Raises ValueError for unequal lengths, fewer than two prompts or a number not finite.
+    Args:
+        before: one number per prompt. Average the samples of a prompt first: they are not independent.
+        after: the same prompts, in the same order.
+        seed: seed of the resamples.
+        resamples: number of bootstrap resamples.
+
+    Raises:
+        ValueError: unequal lengths, fewer than two prompts, or a number that is not finite.
+
+    Shape:
+        before, after: (N,), N prompts.
     """
     before_N, after_N = _vector("before", before), _vector("after", after)
     if before_N.shape != after_N.shape:
@@ -33,19 +42,19 @@ def paired_bootstrap_ci95(before: Any, after: Any, *, seed: int = 0, resamples: 
     if gain_N.size < 2:
         raise ValueError(f"{gain_N.size} prompts give no interval: at least two are needed")
     if not np.isfinite(gain_N).all():
-        raise ValueError("before and after must be finite: leave out the prompts that could not be scored")
+        raise ValueError("before and after must be finite: drop the prompts that could not be scored")
     generator = np.random.default_rng(seed)
     means = np.empty(resamples)
-    rows = max(1, 2_000_000 // gain_N.size)  # bounds the memory of one draw
+    rows = max(1, 2_000_000 // gain_N.size)  # bounds the memory of one block of resamples
     for start in range(0, resamples, rows):
-        drawn = generator.integers(gain_N.size, size=(min(rows, resamples - start), gain_N.size))
-        means[start : start + rows] = gain_N[drawn].mean(axis=1)
+        prompts = generator.integers(gain_N.size, size=(min(rows, resamples - start), gain_N.size))
+        means[start : start + rows] = gain_N[prompts].mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
 def pair_accuracy(scores_winner: Any, scores_loser: Any) -> float:
-    """Share of pairs whose winner scores higher; equal scores count half. NaN without a pair."""
+    """Return the fraction of pairs whose winner has the higher score; equal scores count half. NaN without a pair."""
     winner, loser = _vector("scores_winner", scores_winner), _vector("scores_loser", scores_loser)
     if winner.shape != loser.shape:
         raise ValueError(f"{winner.size} winners and {loser.size} losers: give one of each per pair")
@@ -55,39 +64,55 @@ def pair_accuracy(scores_winner: Any, scores_loser: Any) -> float:
 
 
 def accuracy_by_margin(margins: Any, correct: Any, edges: Sequence[float]) -> list[dict[str, float | int | None]]:
-    """Accuracy of pairs grouped by how far apart the truth puts them.
+    """Return the accuracy of pairs in bins of their true margin.
 
-    margins: true score of the winner minus the loser's. correct: 1, 0, or 0.5 for equal scores. edges: increasing
-    ends of the bins, [low, high), the last one closed. No pair is lost: margins outside the edges get a bin whose
-    outer end is None. An empty bin's accuracy is None.
+    Args:
+        margins: true score of the winner minus that of the loser.
+        correct: 1, 0, or 0.5 for equal scores.
+        edges: increasing ends of the bins, [low, high), the last one closed.
+
+    Returns:
+        A dict per bin. Margins outside the edges get a bin whose outer end is None. An empty bin's accuracy is None.
+
+    Raises:
+        ValueError: unequal lengths, or edges that do not increase.
     """
-    margin, right, ends = _vector("margins", margins), _vector("correct", correct), _vector("edges", edges)
-    if margin.shape != right.shape:
-        raise ValueError(f"{margin.size} margins and {right.size} outcomes: give one of each per pair")
+    margin, is_correct, ends = _vector("margins", margins), _vector("correct", correct), _vector("edges", edges)
+    if margin.shape != is_correct.shape:
+        raise ValueError(f"{margin.size} margins and {is_correct.size} outcomes: give one of each per pair")
     if ends.size < 2 or not (np.diff(ends) > 0).all():
         raise ValueError(f"edges must be at least two increasing numbers, not {list(edges)}")
     bins = [(low, high, (margin >= low) & (margin < high)) for low, high in itertools.pairwise(ends)]
-    low, high, inside = bins[-1]
-    bins[-1] = (low, high, inside | (margin == high))
+    low, high, in_last = bins[-1]
+    bins[-1] = (low, high, in_last | (margin == high))
     outer = [(None, ends[0], margin < ends[0]), (ends[-1], None, margin > ends[-1])]
     bins = [b for b in outer[:1] if b[2].any()] + bins + [b for b in outer[1:] if b[2].any()]
     return [
         {
             "margin_low": _finite_or_none(low),
             "margin_high": _finite_or_none(high),
-            "pairs": int(inside.sum()),
-            "accuracy": float(right[inside].mean()) if inside.any() else None,
+            "pairs": int(in_bin.sum()),
+            "accuracy": float(is_correct[in_bin].mean()) if in_bin.any() else None,
         }
-        for low, high, inside in bins
+        for low, high, in_bin in bins
     ]
 
 
 def best_one_feature_baseline(train: FeaturePairs, heldout: FeaturePairs) -> tuple[str, float]:
-    """The best that a single feature (length, say) does at telling winners from losers: (name, held-out accuracy).
+    """Return the single feature that best predicts the winners, and its held-out accuracy.
 
-    train, heldout: name -> (values of the winners, values of the losers). Whether more is better is read off the
-    training pairs, never off the held-out ones; the feature is the one that does best on the held-out pairs, so that
-    a reward model has to beat the luckiest. The name says the direction, as in "length (higher)" where longer wins.
+    The training pairs decide if a higher or a lower value wins. The held-out pairs choose the feature, so that a reward
+    model must beat the best of all features.
+
+    Args:
+        train: feature name -> (values of the winners, values of the losers) of the training pairs.
+        heldout: the same of the held-out pairs.
+
+    Returns:
+        The name with its direction, such as "length (higher)", and the accuracy.
+
+    Raises:
+        ValueError: no feature, or different features.
     """
     if not train or set(train) != set(heldout):
         raise ValueError(f"train has the features {sorted(train)} and heldout {sorted(heldout)}: they must be the same")
@@ -102,16 +127,18 @@ def best_one_feature_baseline(train: FeaturePairs, heldout: FeaturePairs) -> tup
 
 
 def distinct_fraction(texts: Sequence[str]) -> float:
-    """Distinct texts over all texts, outer white space aside: 1 when no two are the same."""
+    """Return the number of distinct texts over the number of texts; surrounding white space is ignored."""
     if len(texts) == 0:
         raise ValueError("distinct_fraction needs at least one text")
     return len({text.strip() for text in texts}) / len(texts)
 
 
 def explained_variance(values: Any, returns: Any) -> float:
-    """1 - var(returns - values) / var(returns): 1 is perfect, 0 no better than the mean, negative worse.
+    """Return the fraction of the returns' variance that the values explain; 0 if the returns are constant.
 
-    Returns that are all the same have no variance to explain: 0.
+        1 - var(returns - values) / var(returns)
+
+    1 is perfect, 0 is as good as the mean of the returns, negative is worse.
     """
     value_A, return_A = _vector("values", values), _vector("returns", returns)
     if value_A.shape != return_A.shape:

@@ -1,4 +1,4 @@
-"""Packed micro-batches and their balance over ranks; imports numpy, torch and the C++ extension only."""
+"""Pack sequences into micro-batches and balance them over ranks. Imports numpy, torch and the C++ extension only."""
 
 from icegrt.packing.balance import Plan, Share, balance
 from icegrt.packing.batch import PackedBatch, pack, unpack

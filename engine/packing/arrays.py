@@ -1,4 +1,4 @@
-"""Token lists of any kind as flat numpy arrays."""
+"""Convert token lists, arrays and tensors to flat numpy arrays."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 
 def integer(name: str, value) -> int:
+    """Return `value` as an int; raise ValueError unless it is an int64."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise ValueError(f"{name}: expected an integer, got {value!r}")
     if not -(2**63) <= value < 2**63:
@@ -18,7 +19,11 @@ def integer(name: str, value) -> int:
 
 
 def int_array(name: str, row, kinds: str = "iu") -> np.ndarray:
-    """One sequence of integers as an int64 array (a copy unless it is one already)."""
+    """Return a sequence of integers as an int64 array, without a copy if it is one already.
+
+    Raises:
+        ValueError: `row` has several dimensions, or its values are of none of the numpy `kinds`.
+    """
     if isinstance(row, Tensor):
         if row.is_floating_point() or row.is_complex():
             raise ValueError(f"{name}: expected integers, got {row.dtype}")
@@ -31,14 +36,18 @@ def int_array(name: str, row, kinds: str = "iu") -> np.ndarray:
     if array.ndim != 1:
         raise ValueError(f"{name}: expected one dimension, got shape {array.shape} from {type(row).__name__}")
     if array.size == 0 and not isinstance(row, (np.ndarray, Tensor)):
-        array = array.astype(np.int64)  # numpy calls an empty list float64
+        array = array.astype(np.int64)  # numpy gives an empty list the dtype float64
     if array.dtype.kind not in kinds:
         raise ValueError(f"{name}: expected int64 values, got {array.dtype}")
     return np.ascontiguousarray(array, dtype=np.int64)
 
 
 def flatten(name: str, rows: Sequence, kinds: str = "iu") -> tuple[np.ndarray, np.ndarray]:
-    """Ragged rows -> int64 values end to end, and N + 1 int64 offsets. The values never alias the caller's arrays."""
+    """Return the values of ragged rows end to end, and N + 1 offsets, both int64. The values are a copy.
+
+    Raises:
+        ValueError: a row is no sequence of integers; the message names it.
+    """
     try:
         rows = list(rows)
     except TypeError:
@@ -47,19 +56,19 @@ def flatten(name: str, rows: Sequence, kinds: str = "iu") -> tuple[np.ndarray, n
     if not rows:
         return np.zeros(0, dtype=np.int64), offsets
     if all(type(row) is list for row in rows):
-        flat = _flat_list(list(chain.from_iterable(rows)), kinds)
-        if flat is not None:
+        values = _int_array_or_none(list(chain.from_iterable(rows)), kinds)
+        if values is not None:
             np.cumsum(np.fromiter(map(len, rows), dtype=np.int64, count=len(rows)), out=offsets[1:])
-            return flat, offsets
+            return values, offsets
     arrays = [int_array(f"{name}[{i}]", row, kinds) for i, row in enumerate(rows)]
     np.cumsum([array.size for array in arrays], out=offsets[1:])
     return np.concatenate(arrays), offsets
 
 
-def _flat_list(values: list, kinds: str) -> np.ndarray | None:
-    """Python integers as int64, at one go; None when a value is unfit, and the slow path then finds and names it."""
+def _int_array_or_none(values: list, kinds: str) -> np.ndarray | None:
+    """Convert all rows at once; return None if a value is invalid, which the row-by-row path then names."""
     try:
-        flat = np.array(values) if values else np.zeros(0, dtype=np.int64)
+        array = np.array(values) if values else np.zeros(0, dtype=np.int64)
     except (ValueError, TypeError, OverflowError):
         return None
-    return flat.astype(np.int64, copy=False) if flat.ndim == 1 and flat.dtype.kind in kinds else None
+    return array.astype(np.int64, copy=False) if array.ndim == 1 and array.dtype.kind in kinds else None

@@ -11,6 +11,7 @@ from typing import Any
 from icegrt.config import PPOConfig
 from icegrt.errors import ConfigError
 from icegrt.rewards.sources import RewardSourceGroup, RewardSpec, named
+from icegrt.utils.values import is_number
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def _specs_of(config: PPOConfig, rewards: list[Any]) -> list[RewardSpec]:
     default_weights = {"model": config.reward_model_weight, "function": config.reward_function_weight}
     for reward in rewards:
         source, weight = reward if isinstance(reward, tuple) and len(reward) == 2 else (reward, None)
-        if weight is not None and not _is_finite(weight):
+        if weight is not None and not (is_number(weight) and math.isfinite(weight)):
             what = type(weight).__name__ if not isinstance(weight, (int, float)) else weight
             raise ConfigError(
                 f"reward: expected a source, or (source, weight) with a finite number; got {what} as weight"
@@ -73,10 +74,6 @@ def _specs_of(config: PPOConfig, rewards: list[Any]) -> list[RewardSpec]:
         kind = "url" if is_url else "function" if _is_function(source) else "model"
         specs.append(RewardSpec(**{kind: source}, weight=default_weights.pop(kind, 1.0) if weight is None else weight))
     return specs
-
-
-def _is_finite(weight: Any) -> bool:
-    return isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight)
 
 
 def _is_function(source: Any) -> bool:

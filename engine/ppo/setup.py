@@ -14,13 +14,12 @@ from icegrt.data import (
     EncodedDataset,
     ExampleEncoder,
     Prompt,
-    PromptEncoder,
     PromptSampler,
     open_rows,
     report_lengths,
     stop_ids,
 )
-from icegrt.data.training_data import encode_sources
+from icegrt.data.training_data import encode_prompts, encode_sources
 from icegrt.distributed.cluster import Cluster
 from icegrt.errors import CheckpointError, ConfigError
 from icegrt.model.architecture import DTYPES
@@ -288,13 +287,15 @@ def check_lengths(
 def _encode_prompts(
     config: PPOConfig, key: str, source: Any, tokenizer: Any, context: int, limit: int = 0
 ) -> EncodedDataset[Prompt]:
-    answer = config.sampling.max_new_tokens
-    if answer >= context:
-        raise ConfigError(f"ppo.sampling.max_new_tokens {answer} leaves no room for a prompt: context {context}")
-    why = f"context {context} - max_new_tokens {answer} leaves {context - answer}"
-    encoder = PromptEncoder(tokenizer, context - answer, config.truncation, why=why)
-    rows = open_rows(source, limit, input_key=config.input_key)
-    prompts = EncodedDataset(rows, encoder, str(source) if isinstance(source, (str, Path)) else key)
+    prompts = encode_prompts(
+        open_rows(source, limit, input_key=config.input_key),
+        tokenizer,
+        context=context,
+        max_new_tokens=config.sampling.max_new_tokens,
+        key="ppo.sampling.max_new_tokens",
+        truncation=config.truncation,
+        name=str(source) if isinstance(source, (str, Path)) else key,
+    )
     report_lengths([prompts])
     return prompts
 

@@ -1,8 +1,9 @@
-"""The page a run leaves behind: `report.json`, `curves.png` and `report.html`.
+"""The report of a run: `report.json`, `curves.png` and `report.html`.
 
 The page is one file without scripts or remote parts (its Content-Security-Policy forbids both), for light and dark
-screens. It opens with the verdict: the task score beside the reward, because a reward that rises alone proves
-nothing. What was not measured is printed as such. All model text is escaped; what does not show is made to show.
+screens. It begins with the verdict, which compares the optimized score with the task score: a rise of the optimized
+score alone proves nothing. A missing figure is printed as "not measured". All model text is escaped, and invisible
+characters are printed as marks.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import jinja2
 
-from icegrt.config import Loadable, PPOConfig
+from icegrt.config import CONFIG_FILE, Loadable, PPOConfig
 from icegrt.errors import ConfigError, RunError
 from icegrt.metrics import PPOStep, read_metrics, step_from_row
 from icegrt.metrics.alarms import Alarms
@@ -23,11 +24,11 @@ from icegrt.report.plots import ppo_panels, write_curves_png
 from icegrt.report.tables import cards, charts, example_texts, margins, outcomes, phases, settings_tables, training
 from icegrt.report.verdict import verdict
 from icegrt.utils.files import json_safe, write_text_atomic
+from icegrt.utils.values import is_number
 
 __all__ = ["validated", "write_ppo_report", "write_run_report"]
 
-CONFIG_FILE = "config.yaml"
-_A_NUMBER = re.compile(r"_(before|after|accuracy|pairs|fraction|response|second)$|^iterations$|^test_(ads|prompts)$")
+_NUMBER_KEY = re.compile(r"_(before|after|accuracy|pairs|fraction|response|second)$|^iterations$|^test_(ads|prompts)$")
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -40,14 +41,24 @@ def write_ppo_report(
     notes: str | Sequence[str] = (),
     settings: Sequence[Loadable] | None = None,
 ) -> Path:
-    """Write report.json, curves.png and report.html into `run_dir`, and return the path of the page.
+    """Write report.json, curves.png and report.html into `run_dir`. The curves come from the run's `metrics.jsonl`.
 
-    report: sections `sft`, `reward` and `ppo` of figures, each a finite number or None (see `validated`); anything
-    absent is printed as not measured. `reward.heldout_pairs` counts the untied pairs that the accuracy is over,
-    `reward.heldout_tie_fraction` is ties over all pairs. examples: `prompt`, `before`, `after`, `kind` ("fixed" or
-    "random"), and where known `reference`, `before_score` and `after_score` (a number, or a mapping of parts). notes:
-    paragraphs under the verdict. settings: the configurations to list; None reads `config.yaml` of the run. Curves
-    come from the run's `metrics.jsonl`.
+    Args:
+        run_dir: the run's folder.
+        report: sections `sft`, `reward` and `ppo` of figures, each a finite number or None (see `validated`). An absent
+            figure is printed as not measured. `reward.heldout_pairs` is the number of untied pairs of the accuracy,
+            `reward.heldout_tie_fraction` the fraction of ties among all pairs.
+        examples: `prompt`, `before`, `after` and `kind` ("fixed" or "random"); optionally `reference`, `before_score`
+            and `after_score` (a number, or a mapping of parts).
+        title: the page's title.
+        notes: paragraphs under the verdict.
+        settings: the configurations to list; None: those of the run's `config.yaml`.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: a figure or an example has another form.
     """
     run_dir = Path(run_dir)
     checked = validated(report)
@@ -79,10 +90,13 @@ def write_ppo_report(
 
 
 def write_run_report(run_dir: str | Path, *, config: PPOConfig | None = None, title: str = "") -> Path:
-    """The page of a plain PPO run, from its metrics (and its `config.yaml`) alone; returns the path of the page.
+    """Write the report of a PPO run from its metrics and its `config.yaml` alone; return the path of the page.
 
-    The figures before and after are those of the first and the last evaluation on held-out prompts; there are no
-    intervals, since metrics hold means. Raises RunError when the run has no PPO iteration yet.
+    The figures before and after come from the first and the last evaluation on held-out prompts. They have no
+    intervals, because metrics are means.
+
+    Raises:
+        RunError: the run has no PPO iteration yet.
     """
     run_dir = Path(run_dir)
     rows = read_metrics(run_dir)
@@ -101,9 +115,12 @@ def write_run_report(run_dir: str | Path, *, config: PPOConfig | None = None, ti
 
 
 def validated(report: Mapping[str, Any]) -> dict[str, Any]:
-    """`report` as plain JSON types, numbers finite or None. Raises ValueError naming the key that is of another form.
+    """Return `report` as plain JSON types, with numbers that are finite or None.
 
-    Intervals (`*_ci95`) are [low, high] or None; `alarms` is a list of text; `seconds_by_phase` maps to numbers.
+    Intervals (`*_ci95`) are [low, high] or None; `alarms` is a list of text; `seconds_by_phase` maps phases to numbers.
+
+    Raises:
+        ValueError: a figure has another form; the message names its key.
     """
     checked = json_safe(report, not_finite_as_null=True)
     for section in ("sft", "reward", "ppo"):
@@ -123,37 +140,41 @@ def validated(report: Mapping[str, Any]) -> dict[str, Any]:
                 if value is not None and (not isinstance(value, list) or not all(isinstance(v, str) for v in value)):
                     raise ValueError(f"{name} must be a list of text, not {value!r}")
             elif key == "seconds_by_phase":
-                if value is not None and not (isinstance(value, dict) and all(map(_is_number, value.values()))):
+                if value is not None and not (
+                    isinstance(value, dict) and all(v is None or is_number(v) for v in value.values())
+                ):
                     raise ValueError(f"{name} must map phases to seconds, not {value!r}")
-            elif _A_NUMBER.search(key) and value is not None and not _is_number(value):
+            elif _NUMBER_KEY.search(key) and value is not None and not is_number(value):
                 raise ValueError(f"{name} must be a number or None, not {value!r}")
     return checked
 
 
 def _figures(steps: list[PPOStep], evaluations: list[Any], config: PPOConfig | None) -> dict[str, Any]:
+    # 1. figures before and after, from the first and the last evaluation
     first, last = (evaluations[0], evaluations[-1]) if len(evaluations) > 1 else (None, None)
-    raw = first is not None and first.reward_model_score_mean is not None
-    names = {
-        "heldout_reward": "reward_model_score_mean" if raw else "score_mean",
+    has_reward_model = first is not None and first.reward_model_score_mean is not None
+    fields = {
+        "heldout_reward": "reward_model_score_mean" if has_reward_model else "score_mean",
         "task_score": "function_score_mean",
         "greedy_task_score": "greedy_function_score_mean",
         "distinct_fraction": "distinct_fraction",
         "response_tokens_mean": "response_tokens_mean",
         "truncated_fraction": "truncated_fraction",
     }
-    figures: dict[str, Any] = {"heldout_reward_name": "reward model's score" if raw else "total score"}
-    for name, field in names.items():
+    figures: dict[str, Any] = {"heldout_reward_name": "reward model's score" if has_reward_model else "total score"}
+    for name, field in fields.items():
         figures[f"{name}_before"] = getattr(first, field, None)
         figures[f"{name}_after"] = getattr(last, field, None)
-    seconds = [
-        step.response_tokens / step.response_tokens_per_second for step in steps if step.response_tokens_per_second
-    ]
-    tokens = sum(step.response_tokens for step in steps if step.response_tokens_per_second)
+    # 2. speed and time
+    timed = [step for step in steps if step.response_tokens_per_second]
+    seconds = [step.response_tokens / step.response_tokens_per_second for step in timed]
+    tokens = sum(step.response_tokens for step in timed)
     phases = {name: sum(s.seconds_by_phase.get(name, 0.0) for s in steps) for s in steps for name in s.seconds_by_phase}
-    watcher = Alarms(config or PPOConfig())
+    # 3. the alarms, raised again
+    alarms = Alarms(config or PPOConfig())
     for evaluation in evaluations:
         if evaluation.iteration == 0:
-            watcher.observe(evaluation)
+            alarms.observe(evaluation)
     return figures | {
         "kl_nats_per_response": getattr(last, "kl_nats_per_response", steps[-1].kl_nats_per_response),
         "kl_target_nats_per_response": config.kl_target_nats_per_response if config else None,
@@ -161,7 +182,7 @@ def _figures(steps: list[PPOStep], evaluations: list[Any], config: PPOConfig | N
         "response_tokens_per_second": tokens / sum(seconds) if sum(seconds) > 0 else None,
         "seconds_by_phase": phases,
         "test_prompts": getattr(last, "prompts", None),
-        "alarms": [f"Iteration {s.iteration}. {words}" for s in steps for words in watcher.check(s)]
+        "alarms": [f"Iteration {s.iteration}. {message}" for s in steps for message in alarms.check(s)]
         if config
         else None,
     }
@@ -173,10 +194,6 @@ def _saved_config(run_dir: Path) -> PPOConfig | None:
         return PPOConfig.load(path) if path.exists() else None
     except ConfigError:
         return None
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
 def _page(**context: Any) -> str:

@@ -1,7 +1,7 @@
-"""The curves of a run: one description (`Panel`) drawn twice, as inline SVG for the page and as `curves.png`.
+"""The curves of a run: `Panel` describes a chart, which is drawn as inline SVG for the page and into `curves.png`.
 
-The SVG has no colours of its own: classes `s0`, `s1`, ... take them from the page's style, so that one drawing serves
-light and dark. Series differ in dash and marker as well as in colour (the palette is Okabe and Ito's).
+The SVG has no colours. Its classes `s0`, `s1`, ... get them from the page's style, so that one drawing serves light and
+dark screens. Series differ in colour (the palette of Okabe and Ito), dash and marker.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 380, 200, 48, 10, 10, 30
 MAX_POINTS = 600
 _DASHES = ("", "6 3", "2 3")
-_KEY = Markup('<svg class="key" viewBox="0 0 22 12" aria-hidden="true">{}{}</svg>')
+_LEGEND_KEY = Markup('<svg class="key" viewBox="0 0 22 12" aria-hidden="true">{}{}</svg>')
 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """One line: x (iterations), y (NaN breaks the line), and whether each point is marked."""
+    """One line: x (iterations), y (NaN breaks the line), and if each point has a marker."""
 
     label: str
     x: Sequence[float]
@@ -45,7 +45,7 @@ class Panel:
 
 
 def ppo_panels(rows: Sequence[dict[str, Any]], kl_target_nats_per_response: float | None = None) -> list[Panel]:
-    """The charts of a PPO run from the rows of `read_metrics`; charts without a single number are left out."""
+    """Return the charts of a PPO run from the rows of `read_metrics`; a chart without a number is dropped."""
     steps = [row for row in rows if row["kind"] == "ppo"]
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
     evaluations += [step["evaluation"] for step in steps if step.get("evaluation")]
@@ -67,7 +67,7 @@ def ppo_panels(rows: Sequence[dict[str, Any]], kl_target_nats_per_response: floa
         ),
         Panel(
             "Task score",
-            "reward function, per response",
+            "first reward function, per response",
             (
                 trained("function_score_mean"),
                 heldout("function_score_mean"),
@@ -81,37 +81,39 @@ def ppo_panels(rows: Sequence[dict[str, Any]], kl_target_nats_per_response: floa
             target,
         ),
         Panel("Entropy", "nats per token", (trained("entropy_nats_per_token"),)),
-        Panel("Clip fraction", "share of tokens", (trained("clip_fraction"),), percent=True),
+        Panel("Clip fraction", "of all tokens", (trained("clip_fraction"),), percent=True),
         Panel("Value explained variance", "1 is perfect", (trained("value_explained_variance"),)),
         Panel("Response length", "tokens", (trained("response_tokens_mean"), heldout("response_tokens_mean"))),
         Panel(
             "Truncated answers",
-            "share",
+            "of all answers",
             (trained("truncated_fraction"), heldout("truncated_fraction")),
             percent=True,
         ),
     ]
-    kept = []
+    panels_with_data = []
     for panel in panels:
         series = tuple(s for s in panel.series if any(math.isfinite(y) for y in s.y))
         if series:
-            kept.append(dataclasses.replace(panel, series=series))
-    return kept
+            panels_with_data.append(dataclasses.replace(panel, series=series))
+    return panels_with_data
 
 
 def panel_svg(panel: Panel, x_label: str = "iteration") -> Markup:
-    """One chart as inline SVG (the title and the legend are the page's)."""
+    """Return a chart as inline SVG, without title and legend, which the page prints."""
+    # 1. ranges and scale
     x_low, x_high, y_low, y_high = _ranges(panel)
     y_ticks = _ticks(y_low, y_high, 5)
     y_low, y_high = min(y_low, y_ticks[0]), max(y_high, y_ticks[-1])
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        across, up = (x - x_low) / (x_high - x_low), (y - y_low) / (y_high - y_low)
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+    def to_pixels(x: float, y: float) -> tuple[float, float]:
+        x_fraction, y_fraction = (x - x_low) / (x_high - x_low), (y - y_low) / (y_high - y_low)
+        return LEFT + x_fraction * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - y_fraction * (HEIGHT - TOP - BOTTOM)
 
+    # 2. grid and ticks
     parts = [Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, panel.title)]
     for tick in y_ticks:
-        _, y = at(x_low, tick)
+        _, y = to_pixels(x_low, tick)
         parts.append(
             Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, WIDTH - RIGHT, y, y)
         )
@@ -122,7 +124,7 @@ def panel_svg(panel: Panel, x_label: str = "iteration") -> Markup:
     for tick in _ticks(x_low, x_high, 6):
         if tick != int(tick) or not x_low <= tick <= x_high:
             continue
-        x, _ = at(tick, y_low)
+        x, _ = to_pixels(tick, y_low)
         parts.append(
             Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
                 x, HEIGHT - 15, f"{tick:.0f}"
@@ -132,49 +134,50 @@ def panel_svg(panel: Panel, x_label: str = "iteration") -> Markup:
     parts.append(
         Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(middle, HEIGHT - 2, x_label)
     )
+    # 3. the target and the curves
     if panel.target is not None:
-        _, y = at(x_low, panel.target[1])
+        _, y = to_pixels(x_low, panel.target[1])
         line = '<line class="target" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>'
         parts.append(Markup(line).format(LEFT, WIDTH - RIGHT, y, y))
     for number, series in enumerate(panel.series):
-        parts += _curve(number, series, at, panel.percent)
+        parts += _curve(number, series, to_pixels, panel.percent)
     return Markup("").join([*parts, Markup("</svg>")])
 
 
 def legend(panel: Panel) -> list[tuple[Markup, str]]:
-    """For each line of the panel a sample of it and its label."""
-    keys = [(_key(number, series), series.label) for number, series in enumerate(panel.series)]
+    """Return a short sample and the label of each line of the panel."""
+    keys = [(_legend_key(number, series), series.label) for number, series in enumerate(panel.series)]
     if panel.target is not None:
         line = Markup('<line class="target" x1="0" x2="22" y1="6" y2="6"/>')
-        keys.append((_KEY.format(line, ""), f"{panel.target[0]} {panel.target[1]:g}"))
+        keys.append((_LEGEND_KEY.format(line, ""), f"{panel.target[0]} {panel.target[1]:g}"))
     return keys
 
 
-def _key(number: int, series: Series) -> Markup:
+def _legend_key(number: int, series: Series) -> Markup:
     color, dash = number % len(COLORS), _DASHES[number % len(_DASHES)]
     line = Markup('<polyline class="s{}" stroke-dasharray="{}" points="0,6 22,6"/>').format(color, dash)
     mark = _mark(number, 11, 6) if series.markers else Markup("")
-    return _KEY.format(line, mark)
+    return _LEGEND_KEY.format(line, mark)
 
 
-def stacked_bar_svg(parts: Sequence[tuple[str, float]]) -> Markup:
-    """One horizontal bar, its pieces in proportion; each piece is titled with its name and share."""
-    total = sum(value for _, value in parts) or 1.0
+def stacked_bar_svg(values: Sequence[tuple[str, float]]) -> Markup:
+    """Return a horizontal bar whose segments are proportional to (name, value); a segment's title has both."""
+    total = sum(value for _, value in values) or 1.0
     frame = 'viewBox="0 0 1000 26" preserveAspectRatio="none" role="img" aria-label="time per phase"'
-    drawn, x = [Markup(f'<svg class="bar" {frame}>')], 0.0
-    for number, (name, value) in enumerate(parts):
+    parts, x = [Markup(f'<svg class="bar" {frame}>')], 0.0
+    for number, (name, value) in enumerate(values):
         width = 1000 * value / total
-        drawn.append(
+        parts.append(
             Markup('<rect class="f{}" x="{:.2f}" y="0" width="{:.2f}" height="26"><title>{}</title></rect>').format(
                 number % len(COLORS), x, max(0.0, width - 1.5), f"{name}: {value / total:.1%}"
             )
         )
         x += width
-    return Markup("").join([*drawn, Markup("</svg>")])
+    return Markup("").join([*parts, Markup("</svg>")])
 
 
 def write_curves_png(path: str | Path, panels: Sequence[Panel], title: str = "", x_label: str = "iteration") -> None:
-    """All charts in one picture, three in a row (matplotlib, no display needed)."""
+    """Draw all charts into one PNG, three in a row, by matplotlib without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -183,16 +186,17 @@ def write_curves_png(path: str | Path, panels: Sequence[Panel], title: str = "",
     figure = Figure(figsize=(12, 2.9 * rows + 0.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     if title:
-        figure.suptitle(_plain(title), fontsize=13)
+        figure.suptitle(_literal(title), fontsize=13)
     grid = figure.subplots(rows, 3, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for axes, panel in zip(grid.flat, panels, strict=False):
+        # 1. curves and target
         for number, series in enumerate(panel.series):
             style = ("-", "--", ":")[number % 3]
             marker = ("o", "s", "D")[number % 3] if series.markers or len(series.x) == 1 else None
             color = COLORS[number % len(COLORS)]
-            axes.plot(series.x, series.y, style, color=color, marker=marker, markersize=4, label=_plain(series.label))
+            axes.plot(series.x, series.y, style, color=color, marker=marker, markersize=4, label=_literal(series.label))
         if panel.target is not None:
             axes.axhline(
                 panel.target[1],
@@ -201,7 +205,8 @@ def write_curves_png(path: str | Path, panels: Sequence[Panel], title: str = "",
                 linewidth=1,
                 label=f"{panel.target[0]} {panel.target[1]:g}",
             )
-        axes.set_title(_plain(f"{panel.title} ({panel.unit})"), fontsize=10)
+        # 2. titles, axes and legend
+        axes.set_title(_literal(f"{panel.title} ({panel.unit})"), fontsize=10)
         axes.set_xlabel(x_label, fontsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if panel.percent:
@@ -220,35 +225,35 @@ def _series(label: str, rows: Sequence[dict[str, Any]], key: str, markers: bool 
     y = [math.nan if row.get(key) is None else float(row[key]) for row in rows]
     if len(x) > MAX_POINTS:
         size = math.ceil(len(x) / MAX_POINTS)
-        pieces = [slice(start, start + size) for start in range(0, len(x), size)]
-        x, y = [_mean(x[p]) for p in pieces], [_mean(y[p]) for p in pieces]
+        bins = [slice(start, start + size) for start in range(0, len(x), size)]
+        x, y = [_mean(x[b]) for b in bins], [_mean(y[b]) for b in bins]
         label = f"{label} (means of {size})"
     return Series(label, x, y, markers)
 
 
-def _curve(number: int, series: Series, at: Any, percent: bool) -> list[Markup]:
-    runs: list[list[tuple[float, float]]] = [[]]
+def _curve(number: int, series: Series, to_pixels: Any, percent: bool) -> list[Markup]:
+    segments: list[list[tuple[float, float]]] = [[]]
     for x, y in zip(series.x, series.y, strict=True):
         if math.isfinite(y):
-            runs[-1].append((x, y))
+            segments[-1].append((x, y))
         elif not series.markers:
-            runs.append([])
+            segments.append([])
     color, dash = number % len(COLORS), _DASHES[number % len(_DASHES)]
-    drawn = []
-    for run in runs:
-        if len(run) > 1:
-            points = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in run)
-            drawn.append(
+    parts = []
+    for segment in segments:
+        if len(segment) > 1:
+            points = " ".join("{:.1f},{:.1f}".format(*to_pixels(x, y)) for x, y in segment)
+            parts.append(
                 Markup('<polyline class="s{}" stroke-dasharray="{}" points="{}"/>').format(color, dash, points)
             )
-        for x, y in run if series.markers or len(run) == 1 else []:
-            words = f"{series.label}, iteration {x:g}: {f'{y:.1%}' if percent else f'{y:.4g}'}"
-            drawn.append(_mark(number, *at(x, y), words))
-    return drawn
+        for x, y in segment if series.markers or len(segment) == 1 else []:
+            label = f"{series.label}, iteration {x:g}: {f'{y:.1%}' if percent else f'{y:.4g}'}"
+            parts.append(_mark(number, *to_pixels(x, y), label))
+    return parts
 
 
-def _mark(number: int, x: float, y: float, words: str = "") -> Markup:
-    color, title = number % len(COLORS), Markup("<title>{}</title>").format(words) if words else Markup("")
+def _mark(number: int, x: float, y: float, label: str = "") -> Markup:
+    color, title = number % len(COLORS), Markup("<title>{}</title>").format(label) if label else Markup("")
     if number % 2:
         return Markup('<circle class="m{}" cx="{:.1f}" cy="{:.1f}" r="3">{}</circle>').format(color, x, y, title)
     return Markup('<rect class="m{}" x="{:.1f}" y="{:.1f}" width="5.6" height="5.6">{}</rect>').format(
@@ -273,10 +278,10 @@ def _ranges(panel: Panel) -> tuple[float, float, float, float]:
 
 
 def _ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten) from just below `low` to just above `high`."""
-    raw = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    """Return `about` multiples of 1, 2 or 5 times a power of ten, from just below `low` to just above `high`."""
+    min_step = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(min_step))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= min_step * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [step * i for i in range(first, last + 1)]
 
@@ -294,6 +299,6 @@ def _mean(values: Sequence[float]) -> float:
     return sum(finite) / len(finite) if finite else math.nan
 
 
-def _plain(text: str) -> str:
-    """Text as it stands: no mathematics of matplotlib's, no character that has no picture."""
+def _literal(text: str) -> str:
+    """Return text that matplotlib draws unchanged: without mathematics and unprintable characters."""
     return "".join(c if c.isprintable() else " " for c in text).replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""The tables of a report page, as plain values for the template: every number is text by now, model text is HTML."""
+"""The tables of a report page, as plain values for the template: numbers are text, model text is HTML."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from icegrt.config import SECTIONS, Loadable
-from icegrt.config.introspect import config_keys
+from icegrt.config.introspect import config_keys, value_text
 from icegrt.config.loader import as_yaml
 from icegrt.config.strict_yaml import parse
-from icegrt.metrics import PHASES
+from icegrt.metrics import PHASE_LABELS, PHASES
 from icegrt.metrics.alarms import KL_TARGET_MULTIPLE
 from icegrt.report.plots import legend, panel_svg, stacked_bar_svg
-from icegrt.report.text import arrow, breakdown, duration, interval, number, percent, signed, visible
+from icegrt.report.text import arrow, breakdown, interval, number, percent, signed, visible
 from icegrt.report.verdict import Change, change_of
 from icegrt.utils.files import json_safe
+from icegrt.utils.text import duration
+from icegrt.utils.values import flatten
 
 __all__ = ["cards", "charts", "example_texts", "margins", "outcomes", "phases", "settings_tables", "training"]
 
@@ -23,38 +25,39 @@ _TEXTS = ("prompt", "reference", "before", "after")
 
 
 def cards(report: dict[str, Any]) -> list[dict[str, str]]:
-    """The figures that open the page. tone: up or down (a sure change for better or worse), good, bad or flat."""
+    """Return the cards at the top of the page. tone: up or down (a significant change), good, bad or flat."""
     ppo = report.get("ppo") or {}
     prompts = ppo.get("test_ads") or ppo.get("test_prompts")
-    on = f"{number(prompts, 0)} held-out prompts" if prompts else "held-out prompts"
-    reward_name = ppo.get("heldout_reward_name") or "reward model's score"
+    prompts_text = f"{number(prompts, 0)} held-out prompts" if prompts else "held-out prompts"
+    score_name = ppo.get("heldout_reward_name") or "reward model's score"
+    task, greedy = change_of(ppo, "task_score"), change_of(ppo, "greedy_task_score")
     return [
-        _change_card("Task score", f"sampled answers, {on}", change_of(ppo, "task_score"), toned=True),
-        _change_card("Reward", f"{reward_name}, {on}", change_of(ppo, "heldout_reward")),
-        _change_card("Task score, greedy", f"greedy answers, {on}", change_of(ppo, "greedy_task_score"), toned=True),
+        _change_card("Task score", f"sampled answers, {prompts_text}", task, toned=True),
+        _change_card("Optimized score", f"{score_name}, {prompts_text}", change_of(ppo, "heldout_reward")),
+        _change_card("Task score, greedy", f"greedy answers, {prompts_text}", greedy, toned=True),
         _kl_card(ppo.get("kl_nats_per_response"), ppo.get("kl_target_nats_per_response")),
         _change_card("General held-out loss", "nats per token, lower is better", change_of(ppo, "general_loss")),
         _reward_model_card(report.get("reward") or {}),
     ]
 
 
-def _change_card(label: str, what: str, change: Change, toned: bool = False) -> dict[str, str]:
+def _change_card(label: str, detail: str, change: Change, toned: bool = False) -> dict[str, str]:
     below = ", ".join(
         part for part in (signed(change.gain) if change.gain is not None else "", interval(change.ci95)) if part
     )
-    if toned and change.gain is not None and not change.sure:
+    if toned and change.gain is not None and not change.has_interval:
         below += " (no interval)"
-    tone = {1: "up", -1: "down"}.get(change.direction, "flat") if toned and change.sure else "flat"
-    return _card(label, what, arrow(change.before, change.after), below, tone)
+    tone = {1: "up", -1: "down"}.get(change.direction, "flat") if toned and change.has_interval else "flat"
+    return _card(label, detail, arrow(change.before, change.after), below, tone)
 
 
 def _kl_card(kl: float | None, target: float | None) -> dict[str, str]:
-    label, what = "KL from the reference", "nats per response"
+    label, detail = "KL from the reference", "nats per response"
     if target is None:
-        return _card(label, what, number(kl, 2), "target not known", "flat")
+        return _card(label, detail, number(kl, 2), "target not known", "flat")
     limit = KL_TARGET_MULTIPLE * target
     tone = "flat" if kl is None else "bad" if kl > limit else "good" if kl <= target else "flat"
-    return _card(label, what, number(kl, 2), f"target {target:g}, alarm above {limit:g}", tone)
+    return _card(label, detail, number(kl, 2), f"target {target:g}, alarm above {limit:g}", tone)
 
 
 def _reward_model_card(reward: dict[str, Any]) -> dict[str, str]:
@@ -62,22 +65,22 @@ def _reward_model_card(reward: dict[str, Any]) -> dict[str, str]:
     pairs, ties = reward.get("heldout_pairs"), reward.get("heldout_tie_fraction")
     facts = [
         f"{number(pairs, 0)} pairs" if pairs is not None else "number of pairs not measured",
-        f"{percent(ties)} of all pairs tie and are left out" if ties is not None else "share of ties not measured",
+        f"{percent(ties)} of all pairs are ties, not counted" if ties is not None else "fraction of ties not measured",
         f"best single feature, {reward.get('baseline_feature') or 'unnamed'}: {percent(baseline)}"
         if baseline is not None
         else "single-feature baseline not measured",
     ]
     tone = "flat" if accuracy is None or baseline is None else "good" if accuracy > baseline else "bad"
     below = "; ".join(facts) if reward else ""
-    return _card("Reward model accuracy", "held-out pairs told right", percent(accuracy), below, tone)
+    return _card("Reward model", "pairwise accuracy on held-out data", percent(accuracy), below, tone)
 
 
-def _card(label: str, what: str, value: str, below: str, tone: str) -> dict[str, str]:
-    return {"label": label, "what": what, "value": value, "below": below, "tone": tone}
+def _card(label: str, detail: str, value: str, below: str, tone: str) -> dict[str, str]:
+    return {"label": label, "detail": detail, "value": value, "below": below, "tone": tone}
 
 
 def outcomes(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the answers look like and what the run did, as (label, value)."""
+    """Return figures of the answers and of the run, as (label, value)."""
     ppo, sft = report.get("ppo") or {}, report.get("sft")
     speed = ppo.get("response_tokens_per_second")
     rows = [
@@ -88,7 +91,7 @@ def outcomes(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("Speed", number(speed, 0) + (" response tokens per second" if speed is not None else "")),
     ]
     if sft:
-        rows.append(("Instruction tuning, held-out nats per token", arrow(*_pair(sft, "heldout_loss"))))
+        rows.append(("SFT held-out loss, nats per token", arrow(*_pair(sft, "heldout_loss"))))
     return rows
 
 
@@ -97,31 +100,31 @@ def _pair(ppo: dict[str, Any], name: str) -> tuple[float | None, float | None]:
 
 
 def margins(reward: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Accuracy of the reward model by true margin, as (margin, pairs, accuracy)."""
+    """Return the reward model's accuracy by true margin, as (margin, pairs, accuracy)."""
     rows = []
     for row in reward.get("heldout_accuracy_by_margin") or []:
         low, high = row.get("margin_low"), row.get("margin_high")
-        ends = f"below {high:g}" if low is None else f"{low:g} and more" if high is None else f"{low:g} to {high:g}"
-        rows.append((ends, number(row.get("pairs"), 0), percent(row.get("accuracy"))))
+        margin = f"below {high:g}" if low is None else f"{low:g} and more" if high is None else f"{low:g} to {high:g}"
+        rows.append((margin, number(row.get("pairs"), 0), percent(row.get("accuracy"))))
     return rows
 
 
 def charts(panels: Sequence[Any]) -> list[dict[str, Any]]:
-    """Each panel with its drawing and its legend."""
+    """Return the drawing and the legend of each panel."""
     return [
         {"title": panel.title, "unit": panel.unit, "svg": panel_svg(panel), "legend": legend(panel)} for panel in panels
     ]
 
 
 def training(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """The first and the last iteration, side by side: what training itself saw, on its own prompts."""
+    """Return the metrics of the first and the last iteration, on their training prompts, as (label, first, last)."""
     steps = [row for row in rows if row["kind"] == "ppo"]
     if not steps:
         return []
-    shown = {
-        "score per response": ("score_mean", number),
+    metrics = {
+        "score": ("score_mean", number),
         "reward-model score": ("reward_model_score_mean", number),
-        "task score (reward function)": ("function_score_mean", number),
+        "task score": ("function_score_mean", number),
         "KL, nats per response": ("kl_nats_per_response", number),
         "KL coefficient": ("kl_coef", number),
         "entropy, nats per token": ("entropy_nats_per_token", number),
@@ -131,25 +134,29 @@ def training(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
         "truncated answers": ("truncated_fraction", percent),
         "rollout and scoring log-prob gap, nats": ("rollout_logprob_gap_max", number),
     }
-    ends = [json_safe(step, not_finite_as_null=True) for step in (steps[0], steps[-1])]
-    return [(label, *(show(end.get(key)) for end in ends)) for label, (key, show) in shown.items()]
+    first_last = [json_safe(step, not_finite_as_null=True) for step in (steps[0], steps[-1])]
+    return [(label, *(show(step.get(key)) for step in first_last)) for label, (key, show) in metrics.items()]
 
 
 def phases(ppo: dict[str, Any]) -> dict[str, Any] | None:
-    """Where the time went: a bar and rows of (phase, time, share, time per iteration). None without a time."""
+    """Return the time per phase: a bar and rows of (phase, time, fraction, time per iteration). None without times."""
     seconds = {name: value for name, value in (ppo.get("seconds_by_phase") or {}).items() if value is not None}
     total = sum(seconds.values())
     if total <= 0:
         return None
     order = [name for name in PHASES if name in seconds] + sorted(set(seconds) - set(PHASES))
     iterations = ppo.get("iterations")
-    each = {name: duration(seconds[name] / iterations) if iterations else "" for name in order}
-    rows = [(name, duration(seconds[name]), percent(seconds[name] / total), each[name]) for name in order]
-    return {"bar": stacked_bar_svg([(name, seconds[name]) for name in order]), "rows": rows, "total": duration(total)}
+    rows = []
+    for name in order:
+        per_iteration = duration(seconds[name] / iterations) if iterations else ""
+        fraction = percent(seconds[name] / total)
+        rows.append((PHASE_LABELS.get(name, name), duration(seconds[name]), fraction, per_iteration))
+    bar = stacked_bar_svg([(PHASE_LABELS.get(name, name), seconds[name]) for name in order])
+    return {"bar": bar, "rows": rows, "total": duration(total)}
 
 
 def example_texts(index: int, example: Mapping[str, Any]) -> dict[str, Any]:
-    """One example, its texts made visible and its scores side by side."""
+    """Return an example with its texts as visible HTML and its scores side by side."""
     kind = example.get("kind", "fixed")
     if kind not in ("fixed", "random"):
         raise ValueError(f"examples[{index - 1}].kind must be fixed or random, not {kind!r}")
@@ -163,7 +170,7 @@ def example_texts(index: int, example: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings_tables(path: Path, settings: Sequence[Loadable] | None) -> list[dict[str, Any]]:
-    """Every key of the configurations (or of the saved file at `path`), and whether it is the default."""
+    """Return every key of the configurations, or of the saved file at `path`, and if it differs from the default."""
     if settings is not None:
         sections = {config.section: parse(as_yaml(config), config.section)[config.section] for config in settings}
     elif path.exists():
@@ -172,24 +179,12 @@ def settings_tables(path: Path, settings: Sequence[Loadable] | None) -> list[dic
         return []
     tables = []
     for section, values in sections.items():
-        known = {row.name: row for row in config_keys(SECTIONS[section])} if section in SECTIONS else {}
+        keys = {key.name: key for key in config_keys(SECTIONS[section])} if section in SECTIONS else {}
         rows = []
-        for name, value in _flat(values, section):
-            row, text = known.get(name), _setting(value)
-            unit, meaning = (row.unit, row.help) if row else ("", "")
-            changed = row is not None and text != row.default
+        for name, value in flatten(values, section):
+            key, text = keys.get(name), value_text(value)
+            unit, meaning = (key.unit, key.help) if key else ("", "")
+            changed = key is not None and text != key.default
             rows.append({"name": name, "value": text, "changed": changed, "unit": unit, "help": meaning})
         tables.append({"section": section, "rows": rows})
     return tables
-
-
-def _flat(values: Any, prefix: str) -> list[tuple[str, Any]]:
-    if not isinstance(values, dict) or not values:
-        return [(prefix, values)]
-    return [pair for name, value in values.items() for pair in _flat(value, f"{prefix}.{name}")]
-
-
-def _setting(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    return '""' if value == "" else str(value)

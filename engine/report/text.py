@@ -1,4 +1,4 @@
-"""Numbers and model text as a report prints them: sensible digits, units, nothing hidden."""
+"""Format numbers and model text for a report: significant digits, units, visible characters."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-__all__ = ["NOT_MEASURED", "arrow", "breakdown", "duration", "interval", "number", "percent", "signed", "visible"]
+from icegrt.utils.values import flatten
+
+__all__ = ["NOT_MEASURED", "arrow", "breakdown", "interval", "number", "percent", "signed", "visible"]
 
 NOT_MEASURED = "not measured"
 MINUS = "\N{MINUS SIGN}"
-LONGEST_TEXT = 20_000
+MAX_TEXT_LENGTH = 20_000
 _NAMES = {"\0": "NUL", "\a": "BEL", "\b": "BS", "\t": "TAB", "\r": "CR", "\x1b": "ESC", "\x7f": "DEL"}
-_JOINERS = "\u200c\u200d"  # part of ordinary words and emoji
+_JOINERS = "\u200c\u200d"  # ordinary words and emoji contain them
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number with `digits` decimals when it is small, fewer and grouped by thousands when it is large."""
+    """Return a number with `digits` decimals if it is small, with fewer and grouped by thousands if it is large."""
     if value is None:
         return NOT_MEASURED
     size = abs(value)
@@ -36,72 +38,62 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def signed(value: float | None, digits: int = 3) -> str:
-    """A change: always with its sign."""
+    """Return a change with its sign."""
     text = number(value, digits)
     return text if value is None or value < 0 else f"+{text}"
 
 
 def percent(value: float | None, decimals: int = 1) -> str:
-    """A share as a percentage."""
+    """Return a fraction as a percentage."""
     return NOT_MEASURED if value is None else f"{100 * value:.{decimals}f}%".replace("-", MINUS)
 
 
 def interval(ci95: Sequence[float] | None) -> str:
-    """A confidence interval in words, or an empty text."""
+    """Return a confidence interval in words; empty for None."""
     return "" if ci95 is None else f"95% CI {signed(ci95[0])} to {signed(ci95[1])}"
 
 
 def arrow(before: float | None, after: float | None, show: Any = number) -> str:
-    """`before -> after`; one that is missing is a dash, and both missing is "not measured"."""
+    """Return `before -> after`, with a dash for a missing value, or "not measured" if both are missing."""
     if before is None and after is None:
         return NOT_MEASURED
     left, right = ("\N{EN DASH}" if v is None else show(v) for v in (before, after))
     return f"{left} \N{RIGHTWARDS ARROW} {right}"
 
 
-def duration(seconds: float) -> str:
-    """Seconds as people read them."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds >= 0.1 or seconds == 0 else f"{1000 * seconds:.1f} ms"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
 def visible(text: Any) -> Markup:
-    """Model text as HTML: escaped, line ends kept, every other character that does not show made to show.
+    """Return model text as HTML: escaped, with line ends, and with marks for invisible characters.
 
-    Control characters, formatting characters (such as those that turn the direction of writing), lone surrogates
-    and code points without a character appear as marks: a name such as ESC, or the code point.
+    Marked are control characters, formatting characters (such as those that change the direction of writing), lone
+    surrogates and unassigned code points. A mark is a name such as ESC, or the code point.
     """
     text = "" if text is None else str(text)
-    left_out = len(text) - LONGEST_TEXT
-    parts, plain = [], []
-    for character in text[:LONGEST_TEXT]:
+    n_omitted = len(text) - MAX_TEXT_LENGTH
+    parts, unmarked = [], []
+    for character in text[:MAX_TEXT_LENGTH]:
         mark = _mark(character)
         if mark is None:
-            plain.append(character)
+            unmarked.append(character)
             continue
-        parts += [escape("".join(plain)), Markup('<span class="ctl">{}</span>').format(mark)]
-        plain = []
-    parts.append(escape("".join(plain)))
-    if left_out > 0:
-        parts.append(Markup('<span class="ctl">{}</span>').format(f" ({left_out:,} more characters left out)"))
+        parts += [escape("".join(unmarked)), Markup('<span class="ctl">{}</span>').format(mark)]
+        unmarked = []
+    parts.append(escape("".join(unmarked)))
+    if n_omitted > 0:
+        parts.append(Markup('<span class="ctl">{}</span>').format(f" ({n_omitted:,} more characters omitted)"))
     return Markup("").join(parts)
 
 
 def breakdown(before: Any, after: Any) -> list[tuple[str, str, str]]:
-    """Scores before and after as rows (part, before, after); each a number or a (nested) mapping of parts."""
-    left, right = dict(_parts(before)), dict(_parts(after))
-    return [(name, _value(left.get(name)), _value(right.get(name))) for name in {**left, **right}]
-
-
-def _parts(score: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if not isinstance(score, Mapping):
-        return [(prefix or "score", score)]
+    """Return scores as rows (part, before, after). A score is a number or a nested mapping of parts."""
+    before_parts, after_parts = (_parts(score) for score in (before, after))
     return [
-        part for name, value in score.items() for part in _parts(value, f"{prefix}.{name}" if prefix else str(name))
+        (name, _value(before_parts.get(name)), _value(after_parts.get(name)))
+        for name in {**before_parts, **after_parts}
     ]
+
+
+def _parts(score: Any) -> dict[str, Any]:
+    return dict(flatten(score)) if isinstance(score, Mapping) else {"score": score}
 
 
 def _value(value: Any) -> str:

@@ -1,6 +1,7 @@
-"""What a PPO report concludes: did the task score rise, was the reward model gamed, what is worth a warning.
+"""The verdict of a PPO report: the change of the task score, gaming of the reward model, and warnings.
 
-A change counts when its 95% interval leaves zero out. Without an interval the sign is told, and that it is not sure.
+A change is significant if its 95% interval excludes zero. Without an interval the verdict states the sign, and that it
+may be noise.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ __all__ = ["Change", "Verdict", "change_of", "verdict"]
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """level: good, bad, warn or neutral; a headline; sentences with the figures; warnings."""
+    """The conclusion of a report. `level` is good, bad, warn or neutral; `sentences` have the figures."""
 
     level: str
     headline: str
@@ -27,7 +28,7 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """A figure before and after. direction: 1 up, -1 down, 0 within the noise, None unknown; sure: has an interval."""
+    """A figure before and after PPO. direction: 1 up, -1 down, 0 not significant, None unknown."""
 
     before: float | None
     after: float | None
@@ -35,21 +36,23 @@ class Change:
     direction: int | None
 
     @property
-    def sure(self) -> bool:
+    def has_interval(self) -> bool:
+        """Whether the change has a confidence interval."""
         return self.ci95 is not None
 
     @property
     def gain(self) -> float | None:
+        """The difference, if both figures are known."""
         return None if self.before is None or self.after is None else self.after - self.before
 
-    def words(self) -> str:
-        """`0.690 -> 0.729 (+0.039, 95% CI +0.021 to +0.055)`."""
-        inside = [part for part in (signed(self.gain) if self.gain is not None else "", interval(self.ci95)) if part]
-        return arrow(self.before, self.after) + (f" ({', '.join(inside)})" if inside else "")
+    def text(self) -> str:
+        """Return `0.690 -> 0.729 (+0.039, 95% CI +0.021 to +0.055)`."""
+        details = [part for part in (signed(self.gain) if self.gain is not None else "", interval(self.ci95)) if part]
+        return arrow(self.before, self.after) + (f" ({', '.join(details)})" if details else "")
 
 
 def change_of(ppo: Mapping[str, Any], name: str) -> Change:
-    """The change of `<name>_before` to `<name>_after`, with `<name>_gain_ci95` where there is one."""
+    """Return the change from `<name>_before` to `<name>_after`, with `<name>_gain_ci95` if it is known."""
     before, after, ci95 = (ppo.get(f"{name}_{end}") for end in ("before", "after", "gain_ci95"))
     if ci95 is not None:
         direction = 1 if ci95[0] > 0 else -1 if ci95[1] < 0 else 0
@@ -61,78 +64,78 @@ def change_of(ppo: Mapping[str, Any], name: str) -> Change:
 
 
 def verdict(report: Mapping[str, Any]) -> Verdict:
-    """The conclusion of a validated report (see `report.write_ppo_report`)."""
+    """Return the verdict of a validated report (see `page.validated`)."""
     ppo = report.get("ppo") or {}
     task, greedy = change_of(ppo, "task_score"), change_of(ppo, "greedy_task_score")
-    reward = change_of(ppo, "heldout_reward")
-    level, headline = _headline(task, greedy, reward)
+    optimized = change_of(ppo, "heldout_reward")
+    level, headline = _headline(task, greedy, optimized)
     sentences = [
-        f"{label} {change.words()}."
-        for label, change in (("Task score", task), ("Greedy", greedy), ("Reward", reward))
+        f"{label} {change.text()}."
+        for label, change in (("Task score", task), ("Greedy", greedy), ("Optimized score", optimized))
         if change.direction is not None
     ]
     kl, target = ppo.get("kl_nats_per_response"), ppo.get("kl_target_nats_per_response")
     if kl is not None:
-        against = "" if target is None else f" (target {target:g})"
-        sentences.append(f"KL {number(kl, 2)} nats per response{against}.")
-    warnings = [*_changes_worth_a_warning(task, greedy, reward, level), *_drift(ppo), *_reward_model(report)]
+        target_text = "" if target is None else f" (target {target:g})"
+        sentences.append(f"KL {number(kl, 2)} nats per response{target_text}.")
+    warnings = [*_conflicts(task, greedy, optimized, level), *_drift(ppo), *_reward_model(report)]
     if level == "good" and warnings:
         level = "warn" if any("KL" in w or "greedy" in w for w in warnings) else level
     return Verdict(level, headline, sentences, warnings)
 
 
-def _headline(task: Change, greedy: Change, reward: Change) -> tuple[str, str]:
-    judged = task if task.direction is not None else greedy
-    fell = next((c for c in (task, greedy) if c.direction == -1), None)
-    if reward.direction == 1 and fell is not None and (fell is task or task.direction != 1):
-        which = "task score" if fell is task else "task score of greedy answers"
-        if reward.sure and fell.sure:
-            return "bad", f"PPO gamed the reward model: the reward rose while the {which} fell."
-        return "bad", f"The reward rose while the {which} fell: PPO may be gaming the reward model."
-    if judged.direction is None:
-        rose = {1: "The reward rose, but a", -1: "The reward fell, and a", 0: "The reward did not move, and a"}
-        start = rose.get(reward.direction, "The reward was not measured either; a")
+def _headline(task: Change, greedy: Change, optimized: Change) -> tuple[str, str]:
+    main = task if task.direction is not None else greedy
+    fallen = next((c for c in (task, greedy) if c.direction == -1), None)
+    if optimized.direction == 1 and fallen is not None and (fallen is task or task.direction != 1):
+        name = "task score" if fallen is task else "task score of greedy answers"
+        if optimized.has_interval and fallen.has_interval:
+            return "bad", f"PPO gamed the reward model: the optimized score rose while the {name} fell."
+        return "bad", f"The optimized score rose while the {name} fell: PPO may be gaming the reward model."
+    if main.direction is None:
+        change = {1: "rose", -1: "fell", 0: "did not change"}.get(optimized.direction, "was not measured either")
         return (
             "neutral",
-            f"The task score was not measured. {start} reward alone does not tell whether answers got better.",
+            f"The task score was not measured. The optimized score {change}; it alone does not show if answers got "
+            "better.",
         )
-    if not judged.sure:
-        word = {1: "rose", -1: "fell", 0: "did not move"}[judged.direction]
-        return "neutral", f"The task score {word}; without an interval it is not sure that this is more than noise."
+    if not main.has_interval:
+        change = {1: "rose", -1: "fell", 0: "did not change"}[main.direction]
+        return "neutral", f"The task score {change}; without an interval this may be noise."
     return {
         1: ("good", "PPO raised the task score."),
         -1: ("bad", "PPO lowered the task score."),
         0: ("neutral", "PPO made no measurable difference to the task score."),
-    }[judged.direction]
+    }[main.direction]
 
 
-def _changes_worth_a_warning(task: Change, greedy: Change, reward: Change, level: str) -> list[str]:
-    found = []
+def _conflicts(task: Change, greedy: Change, optimized: Change, level: str) -> list[str]:
+    warnings = []
     if task.direction == 1 and greedy.direction == -1:
-        found.append(f"The task score of greedy answers fell: {greedy.words()}.")
-    if level != "bad" and task.direction == 0 and reward.direction == 1 and task.sure:
-        found.append(
-            "The reward rose without a measurable gain in the task score: watch for gaming of the reward model."
+        warnings.append(f"The task score of greedy answers fell: {greedy.text()}.")
+    if level != "bad" and task.direction == 0 and optimized.direction == 1 and task.has_interval:
+        warnings.append(
+            "The optimized score rose without a measurable gain in the task score: check if PPO games the reward model."
         )
-    if task.direction == 1 and reward.direction == -1:
-        found.append("The reward fell while the task score rose: the two do not agree.")
-    return found
+    if task.direction == 1 and optimized.direction == -1:
+        warnings.append("The optimized score fell while the task score rose: the two disagree.")
+    return warnings
 
 
 def _drift(ppo: Mapping[str, Any]) -> list[str]:
-    found = []
+    warnings = []
     kl, target = ppo.get("kl_nats_per_response"), ppo.get("kl_target_nats_per_response")
     if kl is not None and target is not None and kl > KL_TARGET_MULTIPLE * target:
-        found.append(
+        warnings.append(
             f"KL from the reference is {number(kl, 2)} nats per response, over twice its target of {target:g}."
         )
     truncated = ppo.get("truncated_fraction_after")
     if truncated is not None and truncated > 0.2:
-        found.append(f"{percent(truncated)} of the answers are truncated.")
+        warnings.append(f"{percent(truncated)} of the answers are truncated.")
     before, after = ppo.get("distinct_fraction_before"), ppo.get("distinct_fraction_after")
     if before is not None and after is not None and after < 0.5 * before:
-        found.append(f"Answers became alike: {percent(before)} of them were distinct, now {percent(after)}.")
-    return found
+        warnings.append(f"Answers became alike: {percent(before)} of them were distinct, now {percent(after)}.")
+    return warnings
 
 
 def _reward_model(report: Mapping[str, Any]) -> list[str]:

@@ -1,22 +1,26 @@
-"""What to do about a call that fails: stop with the row at fault, or grade what can be graded; and how long to wait."""
+"""Handle failed calls of a reward function: raise with the row at fault, or bisect and score the rest; time limits."""
 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from typing import Any
 
 from icegrt.errors import RewardError
-from icegrt.rewards.function import CallError, RewardFunction, name_of, score
+from icegrt.rewards.function import CallError, RewardFunction, name_of, score, start_daemon
 from icegrt.rewards.sample import RewardResult, Sample, ScoreOrFailure, ScoringFailure
 
 Call = Callable[[list[Sample]], list[ScoreOrFailure]]
 
 
 def call_reward_function(function: RewardFunction, samples: list[Sample]) -> list[float]:
-    """The scores of all samples, in this process. Raises `RewardError` for an exception and anything but a number."""
-    results = score_or_raise(lambda part: score(function, part), samples)
+    """Return the scores of all samples, computed in this process.
+
+    Raises:
+        RewardError: the function raised, or returned anything but a number for a sample.
+    """
+    results = score_or_raise(lambda batch: score(function, batch), samples)
     for result, sample in zip(results, samples, strict=True):
         if result.score is None:
             raise RewardError(f"reward function `{name_of(function)}` gave no score for {sample.where}; expected one")
@@ -24,14 +28,18 @@ def call_reward_function(function: RewardFunction, samples: list[Sample]) -> lis
 
 
 def score_or_raise(call: Call, samples: list[Sample]) -> list[RewardResult]:
-    """What `call` says of all samples; anything else is a `RewardError` that names the row at fault."""
+    """Return the results of `call` for all samples.
+
+    Raises:
+        RewardError: the call failed, or a sample has no score; it names the row at fault.
+    """
     try:
         results = call(samples)
     except CallError as error:
-        # Called again one by one: a crash over a batch is no help without the row that caused it. A second time-out
-        # would only cost more time, and a list of the wrong length has no row.
-        place = _row_at_fault(call, samples) if error.kind in ("raised", "died") else ""
-        raise RewardError(f"{error.message}{place}") from (error.__cause__ or error)
+        # Call again, one sample at a time, to name the row. Not after a time-out, which would cost the time again, and
+        # not for a list of the wrong length, which has no row at fault.
+        row = _row_at_fault(call, samples) if error.kind in ("raised", "died") else ""
+        raise RewardError(f"{error.message}{row}") from (error.__cause__ or error)
     for result in results:
         if isinstance(result, ScoringFailure):
             raise RewardError(result.message)
@@ -48,54 +56,46 @@ def _row_at_fault(call: Call, samples: list[Sample]) -> str:
 
 
 def score_with_bisection(call: Call, samples: list[Sample]) -> list[ScoreOrFailure]:
-    """What `call` says of each sample, a `ScoringFailure` for those that it cannot grade.
+    """Return the result of `call` for each sample, with a `ScoringFailure` for a sample that it cannot score.
 
-    A failed call is repeated in halves, down to single samples. Time-outs cost time: after as many as it takes to find
-    one culprit, what is left of the failed calls counts as failed too.
+    A failed call is bisected, down to single samples. The number of time-outs is limited to the depth of one bisection;
+    after that, the samples of every failed call count as failed.
     """
-    patience = [1 + math.ceil(math.log2(max(len(samples), 1)))]
+    timeouts_left = 1 + math.ceil(math.log2(max(len(samples), 1)))
 
-    def attempt(part: list[Sample]) -> list[ScoreOrFailure]:
+    def bisect(batch: list[Sample]) -> list[ScoreOrFailure]:
+        nonlocal timeouts_left
         try:
-            return call(part)
+            return call(batch)
         except CallError as error:
-            patience[0] -= error.kind == "timeout"
-            if len(part) == 1 or patience[0] <= 0:
-                return [ScoringFailure(f"{error.message} (at {sample.where})") for sample in part]
-            half = len(part) // 2
-            return attempt(part[:half]) + attempt(part[half:])
+            timeouts_left -= error.kind == "timeout"
+            if len(batch) == 1 or timeouts_left <= 0:
+                return [ScoringFailure(f"{error.message} (at {sample.where})") for sample in batch]
+            half = len(batch) // 2
+            return bisect(batch[:half]) + bisect(batch[half:])
 
-    return attempt(samples)
+    return bisect(samples)
 
 
 def call_with_timeout(seconds: float, name: str, call: Callable[..., Any], *args: Any) -> Any:
-    """`call(*args)`, in a thread that is given up after `seconds` (0: called directly). Raises `CallError`.
+    """Return `call(*args)`, computed in a thread for which this function waits `seconds` (0: no thread, no limit).
 
-    A thread cannot be ended from outside: one that is given up runs on beside the training until it returns.
+    Python cannot end a thread: after a time-out it continues in the background until the call returns.
+
+    Raises:
+        CallError: the call did not return in time.
     """
     if not seconds:
         return call(*args)
-    box: list[tuple[bool, Any]] = []
-
-    def run() -> None:
-        try:
-            box.append((True, call(*args)))
-        except BaseException as error:  # the caller's to handle, KeyboardInterrupt included
-            box.append((False, error))
-
-    thread = threading.Thread(target=run, name=f"reward {name}", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not box:
-        raise CallError("timeout", timed_out(name, seconds, args[-1] if args else []))
-    ok, value = box[0]
-    if ok:
-        return value
-    raise value
+    future = start_daemon(f"reward {name}", call, *args)
+    wait([future], timeout=seconds)
+    if not future.done():
+        raise CallError("timeout", timeout_message(name, seconds, args[-1] if args else []))
+    return future.result()
 
 
-def timed_out(name: str, seconds: float, samples: Sequence[Sample]) -> str:
-    """The message for a call that took too long."""
+def timeout_message(name: str, seconds: float, samples: Sequence[Sample]) -> str:
+    """Return the message for a call that did not return in time."""
     first = f", the first of which is {samples[0].where}" if samples else ""
     return (
         f"reward function `{name}` took longer than {seconds:g} s for {len(samples)} samples{first}; make it faster, "

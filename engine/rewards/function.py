@@ -1,6 +1,6 @@
-"""Reward functions written by users: found, called, and held to their word.
+"""Load users' reward functions, call them, and check what they return.
 
-`score` is the one place that reads what a function returns, in a worker process as in this one.
+`score` alone reads a function's results, in a worker process as in this process.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,11 @@ from icegrt.rewards.sample import RewardResult, Sample, ScoreOrFailure, ScoringF
 from icegrt.utils.redaction import redact_text
 
 RewardFunction = Callable[[list[Sample]], Sequence[float | RewardResult]]
-# Scores are float32 from here on.
-_LARGEST = 3.4028234663852886e38
+_FLOAT32_MAX = 3.4028234663852886e38  # scores become float32
 
 
 class CallError(Exception):
-    """A call that gave no scores at all. `kind`: raised, returned, timeout or died; `__cause__` where it is known."""
+    """A call that returned no scores. `kind`: "raised", "returned", "timeout", "died" or "cancelled"."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -38,22 +38,29 @@ class CallError(Exception):
 
 
 def load_reward_function(spec: str, key: str = "ppo.reward_function") -> RewardFunction:
-    """Import `path/to/file.py:function` or `package.module:function`. Raises `ConfigError` naming `key`."""
-    place, separator, name = spec.rpartition(":")
-    if not separator or not place or not name:
+    """Import `path/to/file.py:function` or `package.module:function`.
+
+    Raises:
+        ConfigError: the module cannot be imported or has no such function; it names `key`.
+    """
+    module_name, separator, name = spec.rpartition(":")
+    if not separator or not module_name or not name:
         raise ConfigError(f"{key}: expected `file.py:function` or `module:function`, got {spec!r}")
     try:
-        module = _import_file(Path(place), key) if place.endswith(".py") else importlib.import_module(place)
+        if module_name.endswith(".py"):
+            module = _import_file(Path(module_name), key)
+        else:
+            module = importlib.import_module(module_name)
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:
-        at = "" if isinstance(error, SyntaxError) else _line_of(error, place)
+        line = "" if isinstance(error, SyntaxError) else _line_of(error, module_name)
         raise ConfigError(
-            f"{key}: importing {place} failed: {type(error).__name__}: {redact_text(str(error))}{at}"
+            f"{key}: importing {module_name} failed: {type(error).__name__}: {redact_text(str(error))}{line}"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise ConfigError(f"{key}: {place} has no function `{name}`")
+        raise ConfigError(f"{key}: {module_name} has no function `{name}`")
     return function
 
 
@@ -63,7 +70,7 @@ def _import_file(path: Path, key: str):
     name = f"icegrt_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    # Registered, so that dataclasses and pickles of the user's module work; its folder too, for its own imports.
+    # Dataclasses and pickles of the module look it up in sys.modules. Its own imports need its folder in sys.path.
     sys.modules[name] = module
     folder = str(path.resolve().parent)
     if folder not in sys.path:
@@ -73,12 +80,17 @@ def _import_file(path: Path, key: str):
 
 
 def name_of(function: Any) -> str:
-    """What a function is called in messages and metrics."""
+    """Return a function's name for messages and metrics."""
     return getattr(function, "__name__", type(function).__name__)
 
 
 def score(function: RewardFunction, samples: list[Sample]) -> list[ScoreOrFailure]:
-    """Return a result per sample, a `ScoringFailure` for a score that is not finite. Raises `CallError` without any."""
+    """Call `function` and return a result per sample, with a `ScoringFailure` for a score that is not finite.
+
+    Raises:
+        CallError: the function raised, or returned no list with one entry per sample.
+    """
+    # 1. call it
     name = name_of(function)
     try:
         returned = function(samples)
@@ -86,75 +98,83 @@ def score(function: RewardFunction, samples: list[Sample]) -> list[ScoreOrFailur
             returned = run_async(returned)
         is_list = isinstance(returned, Iterable) and not isinstance(returned, (str, bytes, Mapping))
         results = list(returned) if is_list else None
-    except RewardError as error:  # an adapter's, in words already
+    except RewardError as error:  # an adapter raises it with a complete message
         raise CallError("raised", str(error)) from error
     except (Exception, SystemExit) as error:
-        at = _line_of(error, _file_of(function))
-        what = redact_text(f"{type(error).__name__}: {_clipped(' '.join(str(error).split()), 300)}".removesuffix(": "))
-        raise CallError("raised", f"reward function `{name}` raised {what}{at}") from error
-    first = f"for {len(samples)} samples, the first of which is {samples[0].where}"
+        line = _line_of(error, _file_of(function))
+        text = redact_text(f"{type(error).__name__}: {_clipped(' '.join(str(error).split()), 300)}".removesuffix(": "))
+        raise CallError("raised", f"reward function `{name}` raised {text}{line}") from error
+    # 2. check the list
+    batch = f"for {len(samples)} samples, the first of which is {samples[0].where}"
     if results is None:
         raise CallError(
             "returned",
-            f"reward function `{name}` returned {_short(returned)} {first}; expected a list with one number for each",
+            f"reward function `{name}` returned {_short(returned)} {batch}; expected a list with one number for each",
         )
     if len(results) != len(samples):
         raise CallError(
-            "returned", f"reward function `{name}` returned {len(results)} scores {first}; expected one for each"
+            "returned", f"reward function `{name}` returned {len(results)} scores {batch}; expected one for each"
         )
-    return [result_of(f"reward function `{name}`", r, sample) for r, sample in zip(results, samples, strict=True)]
+    # 3. check each result
+    return [checked_result(f"reward function `{name}`", r, s) for r, s in zip(results, samples, strict=True)]
 
 
-def result_of(who: str, returned: Any, sample: Sample) -> ScoreOrFailure:
-    """What `who` returned for one sample, as plain floats."""
-    result = returned if isinstance(returned, RewardResult) else RewardResult(returned)
+def checked_result(source: str, value: Any, sample: Sample) -> ScoreOrFailure:
+    """Return the result of `source` for one sample as plain floats, or a `ScoringFailure` that names its fault."""
+    result = value if isinstance(value, RewardResult) else RewardResult(value)
     answer = f"The answer was: {sample.text[:80]!r}"
-    if not (result.score is None and result is returned) and not is_finite_number(result.score):
+    # 1. the score; None is valid in a RewardResult only
+    if not (result.score is None and result is value) and not is_finite_number(result.score):
         return ScoringFailure(
-            f"{who} returned {_short(result.score)} for {sample.where}; expected a finite number. {answer}"
+            f"{source} returned {_short(result.score)} for {sample.where}; expected a finite number. {answer}"
         )
+    # 2. the metrics
     metrics = result.metrics if isinstance(result.metrics, Mapping) else {"metrics": result.metrics}
-    for name, value in metrics.items():
-        if not isinstance(name, str) or not is_finite_number(value, boolean=True):
+    for name, number in metrics.items():
+        if not isinstance(name, str) or not is_finite_number(number, boolean=True):
             return ScoringFailure(
-                f"{who} returned the metric {name!r} as {_short(value)} for {sample.where}; expected a finite number "
-                "under a text"
+                f"{source} returned the metric {name!r} as {_short(number)} for {sample.where}; expected a finite "
+                "number under a text"
             )
+    # 3. the rewards of tokens
     rewards_A = result.token_rewards_A
     if rewards_A is not None:
         rewards_A = rewards_A.tolist() if hasattr(rewards_A, "tolist") else rewards_A
         rewards_A = list(rewards_A) if isinstance(rewards_A, Iterable) else [rewards_A]
         if len(rewards_A) != len(sample.tokens):
             return ScoringFailure(
-                f"{who} returned {len(rewards_A)} token_rewards_A for {sample.where}; expected one for each of the "
+                f"{source} returned {len(rewards_A)} token_rewards_A for {sample.where}; expected one for each of the "
                 f"answer's {len(sample.tokens)} tokens. {answer}"
             )
-        bad = next((i for i, x in enumerate(rewards_A) if not is_finite_number(x)), None)
-        if bad is not None:
+        invalid = next((i for i, x in enumerate(rewards_A) if not is_finite_number(x)), None)
+        if invalid is not None:
             return ScoringFailure(
-                f"{who} returned {_short(rewards_A[bad])} as token_rewards_A[{bad}] for {sample.where}; expected a "
-                f"finite number. {answer}"
+                f"{source} returned {_short(rewards_A[invalid])} as token_rewards_A[{invalid}] for {sample.where}; "
+                f"expected a finite number. {answer}"
             )
         rewards_A = [float(x) for x in rewards_A]
     score = None if result.score is None else float(result.score)
-    return RewardResult(score, {name: float(value) for name, value in metrics.items()}, rewards_A)
+    return RewardResult(score, {name: float(number) for name, number in metrics.items()}, rewards_A)
 
 
-def is_finite_number(score: Any, *, boolean: bool = False) -> bool:
-    """Whether float32 can hold it as a number. A boolean is none unless `boolean`: `return x == y` is a likely slip."""
-    # numpy and torch have booleans of their own.
-    is_bool = isinstance(score, bool) or str(getattr(score, "dtype", "")).endswith(("bool", "bool_"))
-    if isinstance(score, (str, bytes)) or (is_bool and not boolean):
+def is_finite_number(value: Any, *, boolean: bool = False) -> bool:
+    """Return whether a value of Python, numpy or torch is a finite float32 number.
+
+    A boolean is none unless `boolean`: a function with `return x == y` is probably a mistake.
+    """
+    # numpy and torch have boolean types of their own, which are no subclasses of bool.
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith(("bool", "bool_"))
+    if isinstance(value, (str, bytes)) or (is_bool and not boolean):
         return False
     try:
-        number = float(score)
+        number = float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         return False
-    return math.isfinite(number) and abs(number) <= _LARGEST
+    return math.isfinite(number) and abs(number) <= _FLOAT32_MAX
 
 
 def run_async(awaitable: Any) -> Any:
-    """The result of an awaitable, inside a running event loop (a notebook's) too."""
+    """Return the result of an awaitable. Works inside a running event loop, such as a notebook's, too."""
 
     async def finish() -> Any:
         return await awaitable
@@ -163,21 +183,25 @@ def run_async(awaitable: Any) -> Any:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(finish())
-    box: list[Any] = []
-    errors: list[BaseException] = []
+    # asyncio allows one running loop per thread: run a second one in a new thread.
+    return start_daemon("reward async", asyncio.run, finish()).result()
+
+
+def start_daemon(name: str, call: Callable[..., Any], *args: Any) -> Future:
+    """Start `call(*args)` in a daemon thread and return its future.
+
+    A daemon, unlike the threads of an executor, does not keep the process from exiting if the call never returns.
+    """
+    future: Future = Future()
 
     def run() -> None:
         try:
-            box.append(asyncio.run(finish()))
-        except BaseException as error:
-            errors.append(error)
+            future.set_result(call(*args))
+        except BaseException as error:  # the caller handles it, KeyboardInterrupt included
+            future.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return box[0]
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
 
 
 def _file_of(function: Any) -> str:
@@ -186,16 +210,16 @@ def _file_of(function: Any) -> str:
 
 
 def _line_of(error: BaseException, file: str) -> str:
-    """` in FILE:LINE`, the innermost line of the user's own file that the exception passed through."""
+    """Return ` in FILE:LINE` for the innermost frame of the user's file in the traceback; empty without one."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if file and Path(f.filename).name == Path(file).name and f.lineno]
-    return f" in {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
+    user_frames = [f for f in frames if file and Path(f.filename).name == Path(file).name and f.lineno]
+    return f" in {Path(user_frames[-1].filename).name}:{user_frames[-1].lineno}" if user_frames else ""
 
 
 def _short(value: Any) -> str:
     try:
         text = repr(value)
-    except Exception:  # such as an integer of more digits than Python prints
+    except Exception:  # for example an integer of over 4300 digits
         text = f"a {type(value).__name__}"
     return redact_text(_clipped(text, 80))
 

@@ -1,4 +1,4 @@
-"""Worker processes that reward functions run in, seen from the process that trains."""
+"""Start, call and end the worker processes of reward functions; runs in the training process."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from itertools import groupby
 from multiprocessing.connection import Connection, Pipe
 
 from icegrt.errors import ConfigError
-from icegrt.rewards.error_policy import Call, timed_out
+from icegrt.rewards.error_policy import Call, timeout_message
 from icegrt.rewards.function import CallError
 from icegrt.rewards.sample import Sample, ScoreOrFailure
 
-# Imports take their time on a busy machine, however short a call may be.
-SHORTEST_LOAD_LIMIT_S = 60.0
-# The path is handed over as it is now: what this process can import, the worker can.
-_START = """
+# Loading includes imports, which are slow on a busy machine even if a call is short.
+MIN_LOAD_TIMEOUT_S = 60.0
+# The worker gets this process's import path, so that it can import the same modules.
+_WORKER_CODE = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[2])
 from icegrt.rewards.worker import serve
@@ -31,76 +31,86 @@ serve(int(sys.argv[1]))
 
 
 class Worker:
-    """One process with one function. A call that takes too long, or kills it, costs this process and not the run."""
+    """One process with one function. A call that times out or crashes ends this process, not the run."""
 
     def __init__(self, spec: str, style: str, label_key: str, key: str, timeout_seconds: float) -> None:
         self.spec, self.key, self.timeout_seconds = spec, key, timeout_seconds
         self.name = spec.rpartition(":")[2]
-        self._load = ("load", spec, style, label_key, key)
+        self._load_request = ("load", spec, style, label_key, key)
         self._process: subprocess.Popen | None = None
         self._connection: Connection | None = None
         self._cancelled = False
 
     def start(self) -> None:
-        """Start the process and load the function. Raises `ConfigError` if it cannot be loaded."""
-        ours, theirs = Pipe()
-        with theirs:
+        """Start the process and load the function.
+
+        Raises:
+            ConfigError: the function cannot be loaded.
+        """
+        connection, worker_end = Pipe()
+        with worker_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _START, str(theirs.fileno()), json.dumps(sys.path)],
-                pass_fds=(theirs.fileno(),),
+                [sys.executable, "-c", _WORKER_CODE, str(worker_end.fileno()), json.dumps(sys.path)],
+                pass_fds=(worker_end.fileno(),),
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,  # ended together with the processes that the function starts
+                start_new_session=True,  # one signal ends it and the processes that the function starts
             )
-        self._connection = ours
+        self._connection = connection
         try:
-            ours.send(self._load)
-            limit = self.timeout_seconds and max(self.timeout_seconds, SHORTEST_LOAD_LIMIT_S)
-            if not ours.poll(limit or None):
+            connection.send(self._load_request)
+            limit = self.timeout_seconds and max(self.timeout_seconds, MIN_LOAD_TIMEOUT_S)
+            if not connection.poll(limit or None):
                 raise ConfigError(f"{self.key}: loading {self.spec} took longer than {limit:g} s")
-            answer, message = ours.recv()
+            status, message = connection.recv()
         except (EOFError, OSError):
-            raise ConfigError(f"{self.key}: loading {self.spec} ended its process ({self._end()})") from None
+            raise ConfigError(f"{self.key}: loading {self.spec} ended its process ({self._exit_reason()})") from None
         except BaseException:
             self.stop()
             raise
-        if answer == "refused":
+        if status == "refused":
             self.stop()
             raise ConfigError(message)
 
     def score(self, samples: list[Sample]) -> list[ScoreOrFailure]:
-        """What the function says of the samples. Raises `CallError`; after a time-out or a death the next call has a
-        new process."""
+        """Return the function's results for the samples.
+
+        Raises:
+            CallError: the call failed. After a time-out or a crash the next call starts a new process.
+        """
+        # 1. a running process, unless `cancel` was called, perhaps during the start
         if self._process is None and not self._cancelled:
             self.start()
-        if self._cancelled:  # perhaps while it started, when there was no process to end yet
+        if self._cancelled:
             self.stop()
             raise CallError("cancelled", f"reward function `{self.name}` was not called: another call had failed")
-        first = f"{len(samples)} samples, the first of which is {samples[0].where}"
+        # 2. the request
+        batch = f"{len(samples)} samples, the first of which is {samples[0].where}"
         try:
-            request = pickle.dumps(("grade", samples))
+            request = pickle.dumps(("score", samples))
         except Exception as error:
-            what = f"{type(error).__name__}: {error}"
+            text = f"{type(error).__name__}: {error}"
             raise CallError(
-                "raised", f"{first} cannot be sent to a worker process ({what}); set ppo.reward.workers=0"
+                "raised", f"{batch} cannot be sent to a worker process ({text}); set ppo.reward.workers=0"
             ) from error
+        # 3. the answer
         try:
             self._connection.send_bytes(request)
             if not self._connection.poll(self.timeout_seconds or None):
                 self.stop()
-                raise CallError("timeout", timed_out(self.name, self.timeout_seconds, samples))
-            answer, result = self._connection.recv()
+                raise CallError("timeout", timeout_message(self.name, self.timeout_seconds, samples))
+            status, result = self._connection.recv()
         except (EOFError, OSError):
-            how = self._end()
-            raise CallError("died", f"reward function `{self.name}` ended its process ({how}) on {first}") from None
+            reason = self._exit_reason()
+            raise CallError("died", f"reward function `{self.name}` ended its process ({reason}) on {batch}") from None
         except BaseException:
             self.stop()
             raise
-        if answer == "failed":
+        if status == "failed":
             raise result
         return result
 
     def cancel(self) -> None:
-        """From another thread: end what is being graded, and refuse to grade until `stop`."""
+        """Kill the process from another thread; later calls of `score` raise."""
         self._cancelled = True
         process = self._process
         if process is not None:
@@ -118,7 +128,8 @@ class Worker:
             self._connection.close()
             self._connection = None
 
-    def _end(self) -> str:
+    def _exit_reason(self) -> str:
+        """Stop the process, which closed its pipe, and return how it ended."""
         process = self._process
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(1.0)
@@ -130,36 +141,36 @@ class Worker:
 
 
 class WorkerPool:
-    """Workers with the same function, which share out the responses; those to one prompt stay together."""
+    """Workers with the same function. Each scores a share of the responses; those to one prompt stay together."""
 
     def __init__(self, workers: list[Worker]) -> None:
         self.workers = workers
         self._threads = ThreadPoolExecutor(len(workers), "reward")
 
     def start(self) -> None:
-        """Start the first worker, so that what cannot be loaded is refused now; the others start when needed."""
+        """Start the first worker, to learn now if the function cannot be loaded; the others start on first use."""
         self.workers[0].start()
 
     def shares(self, samples: list[Sample]) -> list[list[Sample]]:
-        """The samples, in order, cut between prompts into at most one even share per worker."""
+        """Split the samples, in order and between prompts, into at most one even share per worker."""
         groups = [list(members) for _, members in groupby(samples, key=lambda s: s.group)]
         count = min(len(self.workers), len(groups))
-        parts = [groups[len(groups) * i // count : len(groups) * (i + 1) // count] for i in range(count)]
-        return [[sample for group in part for sample in group] for part in parts]
+        group_shares = [groups[len(groups) * i // count : len(groups) * (i + 1) // count] for i in range(count)]
+        return [[sample for group in share for sample in group] for share in group_shares]
 
     def score(
-        self, samples: list[Sample], how: Callable[[Call, list[Sample]], list[ScoreOrFailure]]
+        self, samples: list[Sample], error_policy: Callable[[Call, list[Sample]], list[ScoreOrFailure]]
     ) -> list[ScoreOrFailure]:
-        """`how(worker.grade, share)` for every worker at once, the results in the samples' order."""
+        """Run `error_policy(worker.score, share)` on all workers at once; return the results in the samples' order."""
         shares = self.shares(samples)
         futures = [
-            self._threads.submit(how, worker.score, share)
+            self._threads.submit(error_policy, worker.score, share)
             for worker, share in zip(self.workers[: len(shares)], shares, strict=True)
         ]
         try:
             return [result for future in futures for result in future.result()]
         except BaseException:
-            for worker in self.workers:  # the other shares are of no use any more
+            for worker in self.workers:  # no result of the other shares is used
                 worker.cancel()
             raise
 

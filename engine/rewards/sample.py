@@ -1,4 +1,4 @@
-"""What a reward function is given of a response, and what it may say of it."""
+"""The input of a reward function, `Sample`, and its results."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Sample:
-    """One response.
+    """One response, with its prompt and data row.
 
-    text: the answer without special tokens. tokens: as sampled, EOS included. finish_reason: 'stop' or 'length'.
-    prompt: the text that it answers, as the model saw it (chat template included); prompt_tokens: its ids.
-    row: all columns of the prompt's data row; where: its file and line. group: responses to one prompt share it;
-    index: which of them this is, from 0.
+    Args:
+        text: the answer without special tokens.
+        tokens: the ids as sampled, EOS included.
+        prompt: the prompt's text as the model reads it, chat template included.
+        prompt_tokens: the ids of the prompt.
+        finish_reason: "stop" or "length".
+        row: all columns of the prompt's data row.
+        where: file and line of the row.
+        group: the same number for all responses to one prompt.
+        index: the response's number among those to its prompt, from 0.
     """
 
     text: str
@@ -29,10 +35,8 @@ class Sample:
 
     @property
     def prompt_messages(self) -> list[dict[str, Any]]:
-        """The prompt as a conversation: a plain prompt is one user message.
-
-        A row's `prompt` is what was answered; `messages` beside it may go on beyond it.
-        """
+        """The prompt as a list of messages; a prompt of text is one user message."""
+        # If the row has both, `prompt` is the answered prompt: `messages` may continue after it.
         prompt = self.row.get("prompt") or self.row.get("messages")
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or [])
         return turns[:-1] if turns and turns[-1].get("role") == "assistant" else turns
@@ -45,11 +49,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class RewardResult:
-    """What a reward function says of one response, where a number is not enough.
+    """The result of a reward function for one response, if a number is not enough.
 
-    score: a finite number, paid at the last token; None says nothing of this response, which is no error.
-    metrics: numbers to log beside it, by name. token_rewards_A: one finite number per token of `sample.tokens`, paid
-    there and not part of the score.
+    Args:
+        score: a finite number, given as reward at the last token. None: the function does not judge this response,
+            which is no error.
+        metrics: further numbers to log, by name.
+        token_rewards_A: one finite reward per token of `sample.tokens`. They are not part of the score.
+
+    Shape:
+        token_rewards_A: (A,), A = len(sample.tokens).
     """
 
     score: float | None
@@ -59,7 +68,7 @@ class RewardResult:
 
 @dataclass(frozen=True)
 class ScoringFailure:
-    """Why a response has no score, in one sentence that names its row."""
+    """The reason why a response has no score, in one sentence that names its row."""
 
     message: str
 

@@ -1,7 +1,7 @@
-"""What a run may be paid by, as it was asked for; and its functions and HTTP scorers: called, and what they failed on.
+"""The reward composition of a run: its sources as configured, and the functions and HTTP scorers among them.
 
-Each source grades all responses, sorted so that the answers to one prompt stand together. What `on_error` says is
-applied here; weights are applied where the total is formed. Reward models are named here, and made roles elsewhere.
+Every source scores all responses, sorted so that the responses to one prompt are adjacent. `on_error` is applied here,
+the weights in ppo/scores.py. Reward models get their names here and become roles in ppo/setup.py.
 """
 
 from __future__ import annotations
@@ -17,21 +17,20 @@ from icegrt.errors import ConfigError, RewardError
 from icegrt.rewards.compat import adapt
 from icegrt.rewards.error_policy import call_with_timeout, score_or_raise, score_with_bisection
 from icegrt.rewards.function import load_reward_function, name_of, score
-from icegrt.rewards.http import HTTPScorer
+from icegrt.rewards.http import ScoringClient
 from icegrt.rewards.pool import Worker, WorkerPool
 from icegrt.rewards.sample import RewardResult, Sample, ScoreOrFailure, ScoringFailure
 from icegrt.utils.console import warn
 
-# What the first reward model is called that has no name of its own.
-MODEL_NAME = "reward_model"
+MODEL_NAME = "reward_model"  # the name of the first reward model
 
 
 @dataclass(frozen=True)
 class SourceScores:
-    """What one source said of N responses, in their order.
+    """The results of one source for N responses, in their order.
 
-    results: for a response that it failed on, what `on_error` makes of it (a score of None drops it).
-    errors: why it failed, None where it did not.
+    results: the source's result, or the substitute of `on_error` after a failure (a score of None drops the response).
+    errors: the message of a failure, else None.
     """
 
     name: str
@@ -41,14 +40,17 @@ class SourceScores:
 
     @property
     def scores(self) -> list[float]:
-        """A score per response, NaN where the source has none."""
+        """The score of each response; NaN if the source gave none."""
         return [math.nan if r.score is None else r.score for r in self.results]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardSpec:
-    """A source as it was asked for: one of `model` (a checkpoint's path, or a `transformers` model), `function`
-    (`file.py:function`, or the function itself) and `url`. `key` is for messages."""
+    """A reward source as configured, in a file or in Python.
+
+    It has one of `model` (a checkpoint's path or a `transformers` model), `function` (`file.py:function` or a function)
+    and `url`. `key` is the configuration key, for messages.
+    """
 
     model: Any = None
     function: str | Callable | None = None
@@ -61,11 +63,15 @@ class RewardSpec:
 
     @classmethod
     def of(cls, source: RewardSource, key: str) -> RewardSpec:
-        """From an entry of `ppo.reward.sources`. Raises `ConfigError` unless it names one thing to call."""
-        given = [what for what in ("model", "function", "url") if getattr(source, what)]
-        if len(given) != 1:
-            what = " and ".join(given) if given else "no model, function or url"
-            raise ConfigError(f"{key} names {what}; expected one of the three")
+        """Return the specification of an entry of `ppo.reward.sources`.
+
+        Raises:
+            ConfigError: the entry names none or several of model, function and url.
+        """
+        kinds = [kind for kind in ("model", "function", "url") if getattr(source, kind)]
+        if len(kinds) != 1:
+            text = " and ".join(kinds) if kinds else "no model, function or url"
+            raise ConfigError(f"{key} names {text}; expected one of the three")
         return cls(
             model=source.model or None,
             function=source.function or None,
@@ -78,126 +84,142 @@ class RewardSpec:
         )
 
 
-class Source(Protocol):
-    """Something that grades samples."""
+class Scorer(Protocol):
+    """The running part of a source: a function or an HTTP scorer."""
 
     name: str
     weight: float
 
     def start(self) -> None:
-        """Find out now whether it can be used. Raises `ConfigError`."""
+        """Load the function. Raises `ConfigError` if that fails."""
 
-    def score(self, samples: list[Sample], keep_going: bool) -> list[ScoreOrFailure]:
-        """A result per sample; failures only with `keep_going`, else `RewardError`."""
+    def score(self, samples: list[Sample], collect_failures: bool) -> list[ScoreOrFailure]:
+        """Return a result per sample; after a failure raise `RewardError`, unless `collect_failures`."""
 
     def close(self) -> None:
-        """Let go of processes."""
+        """End its processes."""
 
 
-class FunctionSource:
-    """A function in worker processes, or in this process: 0 workers, or a function that only this process has."""
+class FunctionScorer:
+    """A reward function, in worker processes or in this process.
 
-    def __init__(self, name: str, entry: RewardSpec, how: RewardCallConfig) -> None:
-        self.name, self.weight = name, entry.weight
-        self._entry, self._how = entry, how
+    It runs in this process if `workers` is 0, or if it was passed as an object, which other processes cannot import.
+    """
+
+    def __init__(self, spec: RewardSpec, config: RewardCallConfig) -> None:
+        self.name, self.weight = spec.name, spec.weight
+        self._spec, self._config = spec, config
         self._function: Callable | None = None
         self._pool: WorkerPool | None = None
 
     def start(self) -> None:
-        entry, how, key = self._entry, self._how, self._entry.key
-        form = (entry.style, entry.label_key, key)
-        if not isinstance(entry.function, str):
-            self._function = adapt(entry.function, *form)
-        elif how.workers:
-            workers = [Worker(entry.function, *form, how.timeout_seconds) for _ in range(how.workers)]
+        spec, config = self._spec, self._config
+        options = (spec.style, spec.label_key, spec.key)
+        if not isinstance(spec.function, str):
+            self._function = adapt(spec.function, *options)
+        elif config.workers:
+            workers = [Worker(spec.function, *options, config.timeout_seconds) for _ in range(config.workers)]
             self._pool = WorkerPool(workers)
             self._pool.start()
         else:
-            self._function = adapt(load_reward_function(entry.function, key), *form)
+            self._function = adapt(load_reward_function(spec.function, spec.key), *options)
 
-    def score(self, samples: list[Sample], keep_going: bool) -> list[ScoreOrFailure]:
-        how = score_with_bisection if keep_going else score_or_raise
+    def score(self, samples: list[Sample], collect_failures: bool) -> list[ScoreOrFailure]:
+        error_policy = score_with_bisection if collect_failures else score_or_raise
         if self._pool is not None:
-            return self._pool.score(samples, how)
-        return how(self._in_this_process, samples)
+            return self._pool.score(samples, error_policy)
+        return error_policy(self._score_in_process, samples)
 
-    def _in_this_process(self, samples: list[Sample]) -> list[ScoreOrFailure]:
-        return call_with_timeout(self._how.timeout_seconds, self.name, score, self._function, samples)
+    def _score_in_process(self, samples: list[Sample]) -> list[ScoreOrFailure]:
+        return call_with_timeout(self._config.timeout_seconds, self.name, score, self._function, samples)
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.close()
 
 
-class HTTPSource:
-    """An HTTP scorer as a source."""
+class HTTPScorer:
+    """A scorer behind HTTP."""
 
-    def __init__(self, name: str, entry: RewardSpec, how: RewardCallConfig, seed: int) -> None:
-        self.name, self.weight = name, entry.weight
-        self._scorer = HTTPScorer(name, entry.url, how.http, key=entry.key, seed=seed)
+    def __init__(self, spec: RewardSpec, config: RewardCallConfig, seed: int) -> None:
+        self.name, self.weight = spec.name, spec.weight
+        self._client = ScoringClient(spec.name, spec.url, config.http, key=spec.key, seed=seed)
 
     def start(self) -> None: ...
 
-    def score(self, samples: list[Sample], keep_going: bool) -> list[ScoreOrFailure]:
-        return self._scorer.score(samples) if keep_going else score_or_raise(self._scorer.score, samples)
+    def score(self, samples: list[Sample], collect_failures: bool) -> list[ScoreOrFailure]:
+        return self._client.score(samples) if collect_failures else score_or_raise(self._client.score, samples)
 
     def close(self) -> None: ...
 
 
 class RewardSourceGroup:
-    """The functions and HTTP scorers of a run. Close it, or use it in a `with`: worker processes hang on it."""
+    """The functions and HTTP scorers of a run. Close it, or use it in a `with`, to end the worker processes."""
 
-    def __init__(self, sources: Sequence[Source], how: RewardCallConfig) -> None:
-        self.sources, self._how = list(sources), how
+    def __init__(self, scorers: Sequence[Scorer], config: RewardCallConfig) -> None:
+        self.scorers, self._config = list(scorers), config
 
     def __bool__(self) -> bool:
-        return bool(self.sources)
+        return bool(self.scorers)
 
     @classmethod
-    def of(cls, entries: Sequence[RewardSpec], how: RewardCallConfig, seed: int = 0) -> RewardSourceGroup:
-        """Sources for the entries, each with a name of its own. Nothing is loaded yet: see `start`."""
-        made = [HTTPSource(e.name, e, how, seed) if e.url else FunctionSource(e.name, e, how) for e in named(entries)]
-        return cls(made, how)
+    def of(cls, specs: Sequence[RewardSpec], config: RewardCallConfig, seed: int = 0) -> RewardSourceGroup:
+        """Return a group with a scorer per specification. `start` loads the functions."""
+        specs = named(specs)
+        return cls([HTTPScorer(s, config, seed) if s.url else FunctionScorer(s, config) for s in specs], config)
 
     def start(self) -> None:
-        """Load every function. Raises `ConfigError` for one that cannot be."""
-        for source in self.sources:
-            source.start()
+        """Load every function.
+
+        Raises:
+            ConfigError: a function cannot be loaded.
+        """
+        for scorer in self.scorers:
+            scorer.start()
 
     def probe(self, samples: list[Sample]) -> None:
-        """Grade a few samples; a source that fails on all of them is refused whatever `on_error` says."""
-        for source, scores in zip(self.sources, self.score(samples, quietly=True), strict=True):
-            if all(scores.errors):
-                raise RewardError(f"`{source.name}` could score none of {len(samples)} answers: {scores.errors[0]}")
+        """Score a few samples, to find broken sources before training.
 
-    def score(self, samples: list[Sample], *, quietly: bool = False) -> list[SourceScores]:
-        """What every source says of the samples. Raises `RewardError` with `on_error: stop`."""
+        Raises:
+            RewardError: a source fails on all samples, for any `on_error`.
+        """
+        for scores in self.score(samples, warn_of_failures=False):
+            if all(scores.errors):
+                raise RewardError(f"`{scores.name}` could score none of {len(samples)} answers: {scores.errors[0]}")
+
+    def score(self, samples: list[Sample], *, warn_of_failures: bool = True) -> list[SourceScores]:
+        """Return the scores of every source for the samples.
+
+        Raises:
+            RewardError: a source failed, with `on_error: stop`.
+        """
         order = sorted(range(len(samples)), key=lambda i: (samples[i].group, samples[i].index))
         ordered = [samples[i] for i in order]
-        found = []
-        for source in self.sources:
-            scored: list[Any] = [None] * len(samples)
+        scores_by_source = []
+        for scorer in self.scorers:
+            results: list[Any] = [None] * len(samples)
             if samples:
-                for place, result in zip(order, source.score(ordered, self._how.on_error != "stop"), strict=True):
-                    scored[place] = result
-            found.append(self._apply_on_error(source, scored))
-            if not quietly:
-                _warn_of_failures(found[-1], self._how)
-        return found
+                ordered_results = scorer.score(ordered, self._config.on_error != "stop")
+                for index, result in zip(order, ordered_results, strict=True):
+                    results[index] = result
+            scores_by_source.append(self._apply_on_error(scorer, results))
+            if warn_of_failures:
+                _warn_of_failures(scores_by_source[-1], self._config)
+        return scores_by_source
 
-    def _apply_on_error(self, source: Source, scored: list[ScoreOrFailure]) -> SourceScores:
-        instead = RewardResult(self._how.error_score if self._how.on_error == "score" else None)
+    def _apply_on_error(self, scorer: Scorer, results: list[ScoreOrFailure]) -> SourceScores:
+        substitute = RewardResult(self._config.error_score if self._config.on_error == "score" else None)
         return SourceScores(
-            source.name,
-            source.weight,
-            [instead if isinstance(g, ScoringFailure) else g for g in scored],
-            [g.message if isinstance(g, ScoringFailure) else None for g in scored],
+            scorer.name,
+            scorer.weight,
+            [substitute if isinstance(r, ScoringFailure) else r for r in results],
+            [r.message if isinstance(r, ScoringFailure) else None for r in results],
         )
 
     def close(self) -> None:
         """End all worker processes."""
-        for source in self.sources:
-            source.close()
+        for scorer in self.scorers:
+            scorer.close()
 
     def __enter__(self) -> RewardSourceGroup:
         return self
@@ -206,42 +228,46 @@ class RewardSourceGroup:
         self.close()
 
 
-def named(entries: Sequence[RewardSpec]) -> list[RewardSpec]:
-    """Every entry with a name: its own, or one made of the function or the host; made ones are numbered apart.
+def named(specs: Sequence[RewardSpec]) -> list[RewardSpec]:
+    """Return the specifications, each with a unique name: the configured one, or one from the function or the host.
 
-    Raises `ConfigError` for a name that is given twice, or that is not one.
+    Raises:
+        ConfigError: a configured name occurs twice, is reserved, or has other characters than allowed.
     """
-    said = [entry.name for entry in entries if entry.name]
-    first_model = next((entry for entry in entries if entry.model is not None), None)
-    for entry in entries:
-        taken_away = entry.name == MODEL_NAME and entry is not first_model
-        if taken_away or (entry.name and said.count(entry.name) > 1):
-            why = "is what the reward model is called" if taken_away else "is given twice"
-            raise ConfigError(f"{entry.key}.name: `{entry.name}` {why}; give each source a name of its own")
-        if not re.fullmatch(r"[\w.:-]*", entry.name):
-            raise ConfigError(f"{entry.key}.name: expected letters, digits and any of . _ : -, got {entry.name!r}")
-    taken, found = {*said, MODEL_NAME}, []
-    for entry in entries:
-        base = re.sub(r"[^\w.:-]", "_", _made_name(entry))
-        numbered = (base if i == 1 else f"{base}_{i}" for i in range(1, len(entries) + 3))
-        made = MODEL_NAME if entry is first_model else next(name for name in numbered if name not in taken)
-        found.append(replace(entry, name=entry.name or made))
-        taken.add(found[-1].name)
-    return found
+    # 1. check the configured names
+    configured = [spec.name for spec in specs if spec.name]
+    first_model = next((spec for spec in specs if spec.model is not None), None)
+    for spec in specs:
+        is_reserved = spec.name == MODEL_NAME and spec is not first_model
+        if is_reserved or (spec.name and configured.count(spec.name) > 1):
+            reason = "is the name of the reward model" if is_reserved else "is given twice"
+            raise ConfigError(f"{spec.key}.name: `{spec.name}` {reason}; give each source a name of its own")
+        if not re.fullmatch(r"[\w.:-]*", spec.name):
+            raise ConfigError(f"{spec.key}.name: expected letters, digits and any of . _ : -, got {spec.name!r}")
+    # 2. name the others; a number tells equal names apart
+    used, named_specs = {*configured, MODEL_NAME}, []
+    for spec in specs:
+        base = re.sub(r"[^\w.:-]", "_", _default_name(spec))
+        candidates = (base if i == 1 else f"{base}_{i}" for i in range(1, len(specs) + 3))
+        default = MODEL_NAME if spec is first_model else next(name for name in candidates if name not in used)
+        named_specs.append(replace(spec, name=spec.name or default))
+        used.add(named_specs[-1].name)
+    return named_specs
 
 
-def _made_name(entry: RewardSpec) -> str:
-    if entry.model is not None:
+def _default_name(spec: RewardSpec) -> str:
+    if spec.model is not None:
         return MODEL_NAME
-    if entry.url:
-        return re.sub(r"^\w+://(?:[^/?#]*@)?([^/?#]*).*", r"\1", entry.url)
-    return entry.function.rpartition(":")[2] if isinstance(entry.function, str) else name_of(entry.function)
+    if spec.url:
+        return re.sub(r"^\w+://(?:[^/?#]*@)?([^/?#]*).*", r"\1", spec.url)
+    return spec.function.rpartition(":")[2] if isinstance(spec.function, str) else name_of(spec.function)
 
 
-def _warn_of_failures(scores: SourceScores, how: RewardCallConfig) -> None:
-    failed = [error for error in scores.errors if error]
-    if failed:
-        what = f"scored {how.error_score:g}" if how.on_error == "score" else "left out of the update"
+def _warn_of_failures(scores: SourceScores, config: RewardCallConfig) -> None:
+    errors = [error for error in scores.errors if error]
+    if errors:
+        treatment = f"scored {config.error_score:g}" if config.on_error == "score" else "dropped from the update"
         warn(
-            f"`{scores.name}` failed on {len(failed)} of {len(scores.errors)} responses, {what}; the first: {failed[0]}"
+            f"`{scores.name}` failed on {len(errors)} of {len(scores.errors)} responses, {treatment}; the first: "
+            f"{errors[0]}"
         )

@@ -1,7 +1,7 @@
-"""The process that a reward function runs in: loads it by its file, answers calls, and ends with its parent.
+"""The worker process of a reward function: it loads the function, serves calls, and ends with its parent.
 
-Started as a fresh interpreter and not forked: a fork would take along the parent's threads, locks and CUDA context.
-The function runs in the main thread, where `signal.alarm` and asyncio work.
+It is a fresh interpreter, not a fork, which would copy the parent's locks and CUDA context. The function runs in the
+main thread, where `signal.alarm` and asyncio work.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _PARENT_CHECK_S = 1.0
 
 
 def serve(descriptor: int) -> None:
-    """Answer requests from the parent until it closes its end.
+    """Serve requests on the pipe `descriptor` until the parent closes its end.
 
-    ("load", spec, style, label_key, key) is answered by ("loaded", None) or ("refused", message); ("grade", samples)
-    by ("graded", results) or ("failed", CallError).
+    ("load", spec, style, label_key, key) -> ("loaded", None) or ("refused", message)
+    ("score", samples)                    -> ("scored", results) or ("failed", CallError)
     """
-    # The parent decides what a signal to all processes means. SIGTERM is not ignored but unheard: an ignored one would
-    # be so in every program that the function starts.
+    # The parent handles signals that go to all processes. SIGTERM gets an empty handler instead of SIG_IGN, which the
+    # programs that the function starts would inherit.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: None)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
     connection = Connection(descriptor)
     function: RewardFunction | None = None
     while True:
@@ -43,7 +43,7 @@ def serve(descriptor: int) -> None:
         if request == "load":
             function, answer = _load(*arguments)
         else:
-            answer = _grade(function, *arguments)
+            answer = _score(function, *arguments)
         sys.stdout.flush()
         connection.send(answer)
 
@@ -55,15 +55,15 @@ def _load(spec: str, style: str, label_key: str, key: str) -> tuple[RewardFuncti
         return None, ("refused", str(error))
 
 
-def _grade(function: RewardFunction, samples: list[Sample]) -> tuple[str, Any]:
+def _score(function: RewardFunction, samples: list[Sample]) -> tuple[str, Any]:
     try:
-        return "graded", score(function, samples)
+        return "scored", score(function, samples)
     except CallError as error:
         return "failed", error
 
 
-def _end_with(parent: int) -> None:
-    # A function that never returns would outlive a parent that was killed: it reads no closed pipe.
+def _exit_with_parent(parent: int) -> None:
+    # While a function runs, the process does not read the pipe and would not notice that its parent was killed.
     while os.getppid() == parent:
         time.sleep(_PARENT_CHECK_S)
     os._exit(1)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from icegrt.checkpoint.directory import list_checkpoints, recover
+from icegrt.config import CONFIG_FILE
 from icegrt.errors import RunError
 from icegrt.utils.console import is_main
 from icegrt.utils.files import JsonlWriter, make_folders, remove_empty_folders
 
-CONFIG_FILE = "config.yaml"
 _LOCK_TIMEOUT_S = 5.0
 
 

@@ -1,8 +1,8 @@
-"""What people see while a stage runs: lines, warnings, progress and tables, on a terminal, in a log or in a notebook.
+"""Console output of a stage: lines, warnings, progress and tables, on a terminal, in a log or in a notebook.
 
-Only rank 0 prints. Nothing here reads rich's markup, so brackets in a model's text are shown as they are; escape
-sequences would reach the terminal, and `plain` takes them out. `print_info` and `table` write to stdout; warnings and
-progress go to stderr, so that output may be redirected. rich is imported where a terminal needs it, and not before.
+Only rank 0 prints. rich's markup is off, so brackets in a model's text appear unchanged; `plain` removes escape
+sequences. `print_info` and `table` write to stdout, warnings and progress to stderr. rich is imported on first use on a
+terminal.
 """
 
 from __future__ import annotations
@@ -16,28 +16,30 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, TextIO
 
+from icegrt.utils.text import duration
+
 FIRST_LINE_S, NEXT_LINE_S = 2.0, 10.0
-# Escape sequences (CSI, OSC and two-byte ones), then every control character but tab and newline; then the marks that
+# 1. escape sequences (CSI, OSC and two-byte ones); 2. control characters except tab and newline, and the marks that
 # reverse the direction of the text after them, which can make a line read as another.
 _ESCAPES = re.compile(r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x1b\x9b]\[?[0-?]*[ -/]*[@-~]?")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 _quiet: ContextVar[bool] = ContextVar("icegrt_quiet", default=False)
-_outer: ContextVar[Any] = ContextVar("icegrt_progress", default=None)
+_open_display: ContextVar[Any] = ContextVar("icegrt_progress", default=None)
 
 
 def plain(text: Any) -> str:
-    """Text that is safe to print: no escape sequence, no control character but tab and newline."""
+    """Return text without escape sequences and control characters, except tab and newline."""
     return _CONTROLS.sub("", _ESCAPES.sub("", str(text).replace("\r\n", "\n")))
 
 
 def is_main() -> bool:
-    """Whether this process is the one that prints (rank 0, or the only one)."""
+    """Return whether this process prints: it is rank 0 or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def is_quiet() -> bool:
-    """Whether `print_info` and `progress` are silent: inside `quiet()`, or ICEGRT_QUIET is set to anything but 0."""
+    """Return whether `print_info` and `progress` are silent: inside `quiet()`, or ICEGRT_QUIET is set and not 0."""
     return _quiet.get() or os.environ.get("ICEGRT_QUIET", "0") not in ("", "0")
 
 
@@ -52,10 +54,10 @@ def quiet(on: bool = True) -> Iterator[None]:
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether `stream` shows a person moving text. Notebooks and log files do not."""
+    """Return whether `stream` can redraw a line. Notebooks and log files cannot."""
     try:
         return stream.isatty() and os.environ.get("TERM") != "dumb"
-    except (AttributeError, ValueError):  # replaced by something smaller, or closed
+    except (AttributeError, ValueError):  # a replacement without isatty, or a closed stream
         return False
 
 
@@ -72,7 +74,7 @@ def warn(text: Any) -> None:
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[Any]], *, file: TextIO | None = None) -> None:
-    """Print rows under headers on rank 0: drawn by rich on a terminal, aligned with spaces elsewhere."""
+    """Print rows under headers on rank 0: by rich on a terminal, aligned with spaces elsewhere."""
     file = file or sys.stdout
     cells = [[plain(cell) for cell in row] for row in rows]
     if not is_main():
@@ -89,15 +91,15 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[Any]], *, file: TextIO
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(*headers, box=box.SIMPLE_HEAD, pad_edge=False)
-    drawn.columns[0].no_wrap = True  # names are searched for and copied
+    rich_table = Table(*headers, box=box.SIMPLE_HEAD, pad_edge=False)
+    rich_table.columns[0].no_wrap = True  # people search for names and copy them
     for row in cells:
-        drawn.add_row(*(Text(cell) for cell in row))
-    Console(file=file).print(drawn)
+        rich_table.add_row(*(Text(cell) for cell in row))
+    Console(file=file).print(rich_table)
 
 
 def styled(pieces: Sequence[tuple[str, str]]) -> None:
-    """Print one paragraph of (text, rich style) pieces on rank 0, unless quiet; markup in a text is shown as it is."""
+    """Print one paragraph of (text, rich style) pieces on rank 0, unless quiet; markup in a text is not applied."""
     if not is_main() or is_quiet():
         return
     from rich.console import Console
@@ -106,16 +108,11 @@ def styled(pieces: Sequence[tuple[str, str]]) -> None:
     Console(file=sys.stdout).print(Text.assemble(*((plain(text), style) for text, style in pieces)), soft_wrap=True)
 
 
-def duration(seconds: float) -> str:
-    """`8.4 s`, `3 min 20 s`, `2 h 05 min`."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 class Progress:
-    """How far a piece of work is. `advance` counts; its fields (a loss, a score) are shown beside."""
+    """A counter of finished units. `advance` counts; its fields (a loss, a score) appear beside the count.
+
+    This class prints nothing: it serves quiet mode and ranks other than 0.
+    """
 
     def __init__(self, total: float | None, label: str, unit: str, clock: Callable[[], float] = time.monotonic):
         self.total, self.label, self.unit = total, plain(label), plain(unit)
@@ -125,55 +122,56 @@ class Progress:
         self._next = self._start + FIRST_LINE_S
 
     def advance(self, n: float = 1, **fields: Any) -> None:
-        """`n` more are done. Fields replace those shown before."""
+        """Add `n` finished units. `fields` replace the fields of earlier calls."""
         self.done += n
         if fields:
             self._fields = "  ".join(f"{name} {_field(value)}" for name, value in fields.items())
         self._show()
 
     def rate(self) -> str:
-        """Units per second so far."""
+        """Return the units per second so far, as text."""
         elapsed = self._clock() - self._start
         return f"{_number(self.done / elapsed)} {self.unit}/s".replace(" /s", "/s") if elapsed > 0 and self.done else ""
 
-    def left(self) -> str:
-        """Time left at the rate so far, where the total is known."""
+    def time_left(self) -> str:
+        """Return the time left at the rate so far; empty if the total is unknown."""
         if not self.total or not self.done:
             return ""
         return f"{duration((self._clock() - self._start) * max(self.total - self.done, 0) / self.done)} left"
 
     def count(self) -> str:
-        """`128/512 responses (25%)`, or `128 responses` where there is no total."""
-        of = f"/{_number(self.total)}" if self.total else ""
-        share = f" ({100 * self.done / self.total:.0f}%)" if self.total else ""
-        return f"{_number(self.done)}{of} {self.unit}".rstrip() + share
+        """Return `128/512 responses (25%)`, or `128 responses` if the total is unknown."""
+        total = f"/{_number(self.total)}" if self.total else ""
+        percent = f" ({100 * self.done / self.total:.0f}%)" if self.total else ""
+        return f"{_number(self.done)}{total} {self.unit}".rstrip() + percent
 
-    def closing(self, failed: bool) -> str:
-        """The line that stays, or nothing for work too short to mention."""
+    def final_line(self, failed: bool) -> str:
+        """Return the line to print at the end; empty for work of at most 2 s."""
         elapsed = self._clock() - self._start
         if elapsed <= FIRST_LINE_S:
             return ""
         partial = failed or (self.total is not None and self.done < self.total)
-        what = f"stopped at {self.count()} after" if partial else f"{_number(self.done)} {self.unit}".rstrip() + " in"
-        return "  ".join(filter(None, (f"{self.label}: {what} {duration(elapsed)}", self.rate(), self._fields)))
+        result = f"stopped at {self.count()} after" if partial else f"{_number(self.done)} {self.unit}".rstrip() + " in"
+        return "  ".join(filter(None, (f"{self.label}: {result} {duration(elapsed)}", self.rate(), self._fields)))
 
     def _show(self) -> None:
-        """Nothing: this class by itself is the silent one, of quiet mode and of ranks other than 0."""
+        pass
 
 
 class _Lines(Progress):
-    """Progress where nothing can be redrawn: a line after 2 s, then one each 10 s."""
+    """Progress on a stream that cannot redraw: a line after 2 s, then one every 10 s."""
 
     def _show(self) -> None:
-        if self._clock() < self._next or (self.total and self.done >= self.total):  # the closing line says the rest
+        # The final line replaces the one at 100%.
+        if self._clock() < self._next or (self.total and self.done >= self.total):
             return
         self._next = self._clock() + NEXT_LINE_S
-        parts = (f"{self.label}: {self.count()}", self.rate(), self.left(), self._fields)
+        parts = (f"{self.label}: {self.count()}", self.rate(), self.time_left(), self._fields)
         _print("  ".join(filter(None, parts)), sys.stderr)
 
 
 class _Bar(Progress):
-    """Progress as one line of rich's live display, which nested ones share."""
+    """Progress as one line of rich's live display, which nested bars share."""
 
     def __init__(self, display: Any, *args: Any):
         super().__init__(*args)
@@ -181,7 +179,7 @@ class _Bar(Progress):
         self._task = display.add_task(self.label, total=self.total, note="")
 
     def _show(self) -> None:
-        note = "  ".join(filter(None, (self.count(), self.rate(), self.left(), self._fields)))
+        note = "  ".join(filter(None, (self.count(), self.rate(), self.time_left(), self._fields)))
         self._display.update(self._task, completed=self.done, note=note)
 
     def close(self) -> None:
@@ -192,35 +190,35 @@ class _Bar(Progress):
 def progress(
     total: float | None, label: str, unit: str = "", *, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[Progress]:
-    """Report work of `total` units (None: unknown) done inside the `with`; yields the object to `advance`.
+    """Report work of `total` units (None: unknown) done inside the `with`; yield the object to `advance`.
 
-    A bar with rate and time left on a terminal, plain lines elsewhere, and one line at the end if it took over 2 s.
-    May be nested.
+    A terminal shows a bar with rate and time left, other streams show lines. Work of over 2 s leaves a final line.
+    Calls may be nested.
     """
     if not is_main() or is_quiet():
         yield Progress(total, label, unit, clock)
         return
     with contextlib.ExitStack() as stack:
         if is_terminal(sys.stderr):
-            work: Progress = _Bar(stack.enter_context(_display()), total, label, unit, clock)
-            stack.callback(work.close)
+            reporter: Progress = _Bar(stack.enter_context(_display()), total, label, unit, clock)
+            stack.callback(reporter.close)
         else:
-            work = _Lines(total, label, unit, clock)
+            reporter = _Lines(total, label, unit, clock)
         failed = True
         try:
-            yield work
+            yield reporter
             failed = False
         finally:
-            line = work.closing(failed)
+            line = reporter.final_line(failed)
             if line:
                 _print(line, sys.stderr)
 
 
 @contextlib.contextmanager
 def _display() -> Iterator[Any]:
-    """rich's live display: the one that is open, or a new one."""
-    if _outer.get() is not None:
-        yield _outer.get()
+    """Yield rich's live display: the open one, or a new one."""
+    if _open_display.get() is not None:
+        yield _open_display.get()
         return
     from rich import progress as rich_progress
     from rich.console import Console
@@ -230,20 +228,20 @@ def _display() -> Iterator[Any]:
         rich_progress.BarColumn(bar_width=24),
         rich_progress.TextColumn("{task.fields[note]}", markup=False),
     )
-    # Lines printed meanwhile go through the display, above the bars; a redirected stdout keeps its own way.
+    # The display prints other lines above the bars, unless stdout is redirected.
     display = rich_progress.Progress(
         *columns, console=Console(file=sys.stderr), transient=True, redirect_stdout=is_terminal(sys.stdout)
     )
-    token = _outer.set(display)
+    token = _open_display.set(display)
     try:
         with display:
             yield display
     finally:
-        _outer.reset(token)
+        _open_display.reset(token)
 
 
 def _print(text: str, stream: TextIO) -> None:
-    encoding = getattr(stream, "encoding", None) or "utf-8"  # a run must not end over a letter that a log cannot hold
+    encoding = getattr(stream, "encoding", None) or "utf-8"  # replace a letter that the log's encoding lacks
     print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
 
 

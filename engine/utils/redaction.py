@@ -1,6 +1,6 @@
-"""What must not be shown: values of secret keys, passwords in URLs, Authorization headers.
+"""Hide values of secret keys, passwords in URLs, and Authorization headers.
 
-Applied wherever a configuration is saved, printed or sent to a logger, and to every message that the command prints.
+Applied before a configuration is saved, printed or sent to a logger, and to every message that the command prints.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import re
 
 REDACTED = "<redacted>"
 
-_ALWAYS = {"secret", "secrets", "password", "passwords", "passwd", "passphrase", "credential", "credentials"}
-# A token is a secret, unless it is one of the vocabulary's: stop_token and eos_token are plain text.
-_OF_A_VOCABULARY = {"bos", "eos", "pad", "unk", "stop", "mask", "sep", "cls", "image", "special", "end", "start"}
-_OPENS_DOORS = {"api", "access", "auth", "private", "signing", "encryption", "hub", "bearer", "refresh"}
+_SECRET_WORDS = {"secret", "secrets", "password", "passwords", "passwd", "passphrase", "credential", "credentials"}
+# A key that ends in `token` is secret, except tokens of a vocabulary: stop_token and eos_token are plain text.
+_VOCABULARY_WORDS = {"bos", "eos", "pad", "unk", "stop", "mask", "sep", "cls", "image", "special", "end", "start"}
+_ACCESS_WORDS = {"api", "access", "auth", "private", "signing", "encryption", "hub", "bearer", "refresh"}
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _SCHEME = r"[a-zA-Z][a-zA-Z0-9+.-]*"
 _RULES = (
@@ -27,28 +27,30 @@ _ASSIGNMENT = re.compile(r"([\w.\[\]-]*\w)=('[^']*'|\"[^\"]*\"|[^\s&;,'\"`)]+)")
 
 
 def is_secret(name: object) -> bool:
-    """Whether a key of this name holds a secret: `hub_token`, `api_key` and `password` do; `token_budget`,
-    `max_new_tokens`, `stop_token_ids` and `label_key` do not."""
+    """Return whether a key of this name holds a secret.
+
+    `hub_token`, `api_key` and `password` do; `token_budget`, `max_new_tokens` and `label_key` do not.
+    """
     words = [word.lower() for word in _WORD.findall(str(name))]
     if not words:
         return False
-    last, before = words[-1], words[-2] if len(words) > 1 else ""
-    if _ALWAYS & set(words):
+    last, second_last = words[-1], words[-2] if len(words) > 1 else ""
+    if _SECRET_WORDS & set(words):
         return True
     if last == "token":
-        return before not in _OF_A_VOCABULARY
-    return last in ("tokens", "key", "keys", "apikey") and (before in _OPENS_DOORS or last == "apikey")
+        return second_last not in _VOCABULARY_WORDS
+    return last in ("tokens", "key", "keys", "apikey") and (second_last in _ACCESS_WORDS or last == "apikey")
 
 
 def redact_text(text: str) -> str:
-    """`text` without the passwords in its URLs, its Authorization headers, and the values of `secret_key=value`."""
+    """Return `text` with passwords in URLs, Authorization headers and values of `secret_key=value` replaced."""
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
     return _ASSIGNMENT.sub(_without_value, text)
 
 
 def redact(value: object, name: object = "") -> object:
-    """Plain data with secrets replaced: texts under secret keys as a whole, parts of any other text."""
+    """Return plain data with secrets replaced: the complete text under a secret key, parts of any other text."""
     if isinstance(value, dict):
         return {key: redact(item, name if is_secret(name) else key) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,8 +1,8 @@
-"""The seeded generator of ads, and the truth about an ad computed from its text alone.
+"""Generate ads from a seed, and compute the truth about an ad from its text.
 
-Unlike a data set, nothing is annotated: `moderate` finds the broken rule, the offending sentence, the product and the
-topic with the policy's cue patterns, and `reference_answer` follows from them. The generator writes the same facts
-into each row, and a test compares the two on thousands of ads.
+No ad is annotated. `moderate` finds the broken rule, the offending sentence, the product and the topic with the
+policy's cue patterns; `reference_answer` follows from them. The generator writes the same facts into each row, and a
+test compares the two on thousands of ads.
 """
 
 import random
@@ -29,7 +29,7 @@ from ad_moderation.phrases import (
 
 APPROVE = "Approve."
 PROMPT_PREFIX = "Ad: "
-COMPLIANT_SHARE = 0.2
+COMPLIANT_FRACTION = 0.2
 CUES = {rule.number: re.compile(rf"(?<![a-z])(?:{rule.cues})(?![a-z])") for rule in RULES}
 RULE_BY_NUMBER = {rule.number: rule for rule in RULES}
 
@@ -38,7 +38,7 @@ _PRODUCT = re.compile(rf"\b(?:{'|'.join(BRANDS)}) (?:{'|'.join(KINDS)})\b")
 
 @dataclass(frozen=True)
 class Truth:
-    """What the policy says of an ad: `rule` 0 is compliant, and then `sentence` and `topic` are empty."""
+    """The facts of an ad under the policy. `rule` 0: compliant, with empty `sentence` and `topic`."""
 
     rule: int
     sentence: str
@@ -47,31 +47,32 @@ class Truth:
 
 
 def split_sentences(ad: str) -> list[str]:
-    """The sentences of an ad; every sentence ends in a full stop and has no other."""
+    """Return the sentences of an ad. A sentence has one full stop, at its end."""
     return [sentence + "." for sentence in ad.removesuffix(".").split(". ")]
 
 
 def broken_rules(text: str) -> list[int]:
-    """Numbers of all rules that have a cue in the text."""
+    """Return the numbers of all rules that have a cue in the text."""
     lowered = text.lower()
     return [number for number, cue in CUES.items() if cue.search(lowered)]
 
 
 def topics(rule: Rule) -> list[str]:
-    """All topics of a rule: a kind behind a modifier (sums of money are written without a space)."""
+    """Return all topics of a rule: a modifier and a kind. Sums of money have no space between them."""
     space = "" if rule.number == 2 else " "
     return [f"{modifier}{space}{kind}" for modifier in rule.modifiers for kind in rule.kinds]
 
 
 def find_topic(rule: Rule, sentence: str) -> str:
-    """The longest of the rule's topics that the sentence names, or an empty string."""
+    """Return the longest of the rule's topics that the sentence names, or an empty string."""
     return max((topic for topic in topics(rule) if topic in sentence), key=len, default="")
 
 
 def moderate(prompt: str) -> Truth:
-    """Applies the policy to the text of a prompt.
+    """Apply the policy to the text of a prompt.
 
-    Raises ValueError for a text without a known product or with more than one offending sentence: not of this task.
+    Raises:
+        ValueError: the text names no known product, or has more than one offending sentence.
     """
     ad = prompt.removeprefix(PROMPT_PREFIX)
     product = _PRODUCT.search(ad)
@@ -87,7 +88,7 @@ def moderate(prompt: str) -> Truth:
 
 
 def reference_answer(prompt: str, truth: Truth) -> str:
-    """A full-marks answer. Which of the rule's rewrites it uses hangs on a checksum of the prompt: any would do."""
+    """Return an answer with the full score. A checksum of the prompt chooses among the rule's equally good rewrites."""
     if truth.rule == 0:
         return APPROVE
     rule = RULE_BY_NUMBER[truth.rule]
@@ -97,11 +98,11 @@ def reference_answer(prompt: str, truth: Truth) -> str:
 
 
 def _combine(rng: random.Random, parts: tuple[str, ...], *tables: tuple[str, ...]) -> tuple[str, ...]:
-    """One entry of each table, such that the combination belongs to one of `parts`."""
+    """Return a random entry of each table, such that the combination belongs to one of `parts`."""
     while True:
-        pieces = tuple(rng.choice(table) for table in tables)
-        if part_of(*pieces) in parts:
-            return pieces
+        combination = tuple(rng.choice(table) for table in tables)
+        if part_of(*combination) in parts:
+            return combination
 
 
 def _topic(rng: random.Random, rule: Rule, parts: tuple[str, ...]) -> str:
@@ -118,12 +119,12 @@ def _offence(rng: random.Random, rule: Rule, parts: tuple[str, ...], product: st
 
 
 def make_ad(rng: random.Random, parts: tuple[str, ...]) -> dict:
-    """One row: prompt, reference response and the truth columns, from the templates and values of `parts`."""
+    """Return one row, from the templates and values of `parts`: prompt, reference response and the truth columns."""
     product = " ".join(_combine(rng, parts, BRANDS, KINDS))
     decoy = rng.choice(RULES)
     second = rng.choice(decoy.decoys).format(t=_topic(rng, decoy, parts)) if rng.random() < 0.5 else _filler(rng, parts)
     truth = Truth(0, "", product, "")
-    if rng.random() >= COMPLIANT_SHARE:
+    if rng.random() >= COMPLIANT_FRACTION:
         rule = rng.choice(RULES)
         topic = _topic(rng, rule, parts)
         sentence = _offence(rng, rule, parts, product, topic)
@@ -137,7 +138,7 @@ def make_ad(rng: random.Random, parts: tuple[str, ...]) -> dict:
 
 
 def generate(parts: tuple[str, ...], seed: int, stream: str) -> Iterator[dict]:
-    """Endless distinct ads from the named parts; `stream` separates uses of one part under one seed."""
+    """Yield distinct ads of the parts without end. `stream` makes several independent sequences of one seed."""
     unknown = set(parts) - set(PARTS)
     if unknown or not parts:
         raise ValueError(f"parts: expected some of {PARTS}, got {parts}")

@@ -1,8 +1,9 @@
-"""The rule checker: grades an answer to an ad between 0 and 1, from the ad's text alone or from the row's truth.
+"""The rule checker: score an answer to an ad between 0 and 1, from the ad's text or from the row's truth.
 
-Unlike a classifier's right or wrong, the grade is continuous (a nearly exact quote earns part of its share), because
-samples of one prompt are ranked with it: rule .3, quote .35, rewrite .35, all multiplied by the form. What keeps each
-share from being had cheaply is said beside it.
+    score = form * (0.3 rule + 0.35 quote + 0.35 rewrite), lower for a wrong rule or a truncated answer
+
+The score is continuous (a nearly exact quote counts in part), because it ranks the samples of a prompt. Comments beside
+each part explain how it resists cheap answers.
 """
 
 import re
@@ -15,11 +16,11 @@ from itertools import pairwise
 from ad_moderation.ads import APPROVE, RULE_BY_NUMBER, Truth, broken_rules, moderate
 from ad_moderation.phrases import Rule
 
-RULE_SHARE, QUOTE_SHARE, REWRITE_SHARE = 0.3, 0.35, 0.35
-INEXACT_QUOTE = 0.7  # the most that a quote earns that is not the sentence, letter by letter
-WRONG_RULE = 0.4  # the whole answer's factor where the rule is wrong: its explanation misleads
-LOOSE_FORM = 0.6
-TRUNCATED = 0.5
+RULE_WEIGHT, QUOTE_WEIGHT, REWRITE_WEIGHT = 0.3, 0.35, 0.35
+INEXACT_QUOTE = 0.7  # largest score of a quote that differs from the sentence
+WRONG_RULE = 0.4  # factor of an answer with the wrong rule, whose explanation misleads
+LOOSE_FORM = 0.6  # factor of an answer in another form
+TRUNCATED = 0.5  # factor of a truncated answer
 
 _STRICT = re.compile(r'Rule (\d+): ([a-z ]+)\.\nQuote: "([^"\n]*)"\nRewrite: ([^\n]+)')
 _RULE_LINE = re.compile(r"^Rule (\d+): ([^\n]*?)\.?$", re.MULTILINE)
@@ -29,14 +30,14 @@ _REWRITE_LINE = re.compile(r"^Rewrite: ([^\n]*)", re.MULTILINE)
 
 @dataclass(frozen=True)
 class CheckResult:
-    """`score` in [0, 1] and what it is made of: verdict, rule, quote, rewrite and form, each in [0, 1]."""
+    """`score` in [0, 1] and its parts: verdict, rule, quote, rewrite and form, each in [0, 1]."""
 
     score: float
     parts: dict[str, float]
 
 
 def truth_of(ad: Mapping | str) -> Truth:
-    """The truth of a row (its columns rule, sentence, product, topic) or, given a prompt, what the detectors find."""
+    """Return the truth of a row from its columns rule, sentence, product and topic, or of a prompt by `moderate`."""
     if isinstance(ad, str):
         return moderate(ad)
     missing = [key for key in ("rule", "sentence", "product", "topic") if key not in ad]
@@ -46,48 +47,50 @@ def truth_of(ad: Mapping | str) -> Truth:
 
 
 def check(ad: Mapping | str, answer: str, truncated: bool = False) -> CheckResult:
-    """Grades `answer` to `ad` (a row, or the prompt's text); `truncated` says that it ended without its end token."""
+    """Score `answer` to `ad` (a row, or the prompt's text). `truncated`: the answer has no end token."""
     truth = truth_of(ad)
     approves = answer.startswith(APPROVE)
     if truth.rule == 0 or approves:
-        # Nothing but the one word: text after it would be a second answer to fall back on.
+        # Only the one word has the full score: text after it could be a second answer.
         form = 1.0 if answer.strip() == APPROVE else LOOSE_FORM
         verdict = float(approves and truth.rule == 0)
         return _result(verdict * form, truncated, verdict=verdict, form=form)
     number, name, quote, rewrite, form = _parse(answer)
     rule = RULE_BY_NUMBER[truth.rule]
-    right = float(number == rule.number and name == rule.name)
-    quoted = grade_quote(quote, truth.sentence)
-    rewritten = grade_rewrite(rewrite, truth, rule)
-    score = form * (RULE_SHARE * right + QUOTE_SHARE * quoted + REWRITE_SHARE * rewritten)
-    score *= 1.0 if right else WRONG_RULE
+    rule_score = float(number == rule.number and name == rule.name)
+    quote_score = score_quote(quote, truth.sentence)
+    rewrite_score = score_rewrite(rewrite, truth, rule)
+    score = form * (RULE_WEIGHT * rule_score + QUOTE_WEIGHT * quote_score + REWRITE_WEIGHT * rewrite_score)
+    score *= 1.0 if rule_score else WRONG_RULE
     verdict = float(number is not None)
-    return _result(score, truncated, verdict=verdict, rule=right, quote=quoted, rewrite=rewritten, form=form)
+    return _result(
+        score, truncated, verdict=verdict, rule=rule_score, quote=quote_score, rewrite=rewrite_score, form=form
+    )
 
 
-def grade_quote(quote: str, sentence: str) -> float:
-    """1 for the offending sentence itself; less than INEXACT_QUOTE for anything else, 0 at half the letters.
+def score_quote(quote: str, sentence: str) -> float:
+    """Return 1 for the offending sentence, at most INEXACT_QUOTE for a similar text, 0 below a similarity of 0.5.
 
-    More than one sentence earns nothing: the whole ad has every sentence in it. The likeness counts both lengths.
+    Several sentences get 0, as the complete ad contains every sentence. The similarity counts both lengths.
     """
     if quote == sentence:
         return 1.0
     if ". " in quote:
         return 0.0
-    return INEXACT_QUOTE * max(0.0, 2 * _likeness(quote, sentence) - 1)
+    return INEXACT_QUOTE * max(0.0, 2 * _similarity(quote, sentence) - 1)
 
 
-def grade_rewrite(rewrite: str, truth: Truth, rule: Rule) -> float:
-    """Product .4, topic .3, disclosure .3, times the wording; 0 where the rewrite itself breaks any rule.
+def score_rewrite(rewrite: str, truth: Truth, rule: Rule) -> float:
+    """Return (0.4 product + 0.3 topic + 0.3 disclosure) * wording; 0 if the rewrite itself breaks a rule.
 
-    The wording is the share of neighbouring words that the policy's compliant sentences have side by side: lists of
-    the right words, garbage and padding lower it.
+    The wording is the fraction of word pairs that are adjacent in the policy's compliant sentences too. Lists of the
+    right words, garbage and padding lower it.
     """
     if not rewrite.strip() or broken_rules(rewrite):
         return 0.0
-    named = 0.4 * _mention(rewrite, truth.product) + 0.3 * _mention(rewrite, truth.topic)
-    disclosed = 0.3 * float(re.search(rf"\b(?:{rule.disclosure})\b", rewrite.lower()) is not None)
-    return (named + disclosed) * _wording(rewrite, truth, rule)
+    mentions = 0.4 * _mention(rewrite, truth.product) + 0.3 * _mention(rewrite, truth.topic)
+    disclosure = 0.3 * float(re.search(rf"\b(?:{rule.disclosure})\b", rewrite.lower()) is not None)
+    return (mentions + disclosure) * _wording(rewrite, truth, rule)
 
 
 def _result(score: float, truncated: bool, **parts: float) -> CheckResult:
@@ -95,7 +98,7 @@ def _result(score: float, truncated: bool, **parts: float) -> CheckResult:
 
 
 def _parse(answer: str) -> tuple[int | None, str, str, str, float]:
-    """(rule number, rule name, quote, rewrite, form): strict form 1, otherwise what can be read, at LOOSE_FORM."""
+    """Return (rule number, rule name, quote, rewrite, form). form: 1 for exactly the three lines, else LOOSE_FORM."""
     strict = _STRICT.fullmatch(answer.rstrip("\n"))
     if strict:
         number, name, quote, rewrite = strict.groups()
@@ -105,33 +108,32 @@ def _parse(answer: str) -> tuple[int | None, str, str, str, float]:
     return number, name, quote.group(1) if quote else "", rewrite.group(1) if rewrite else "", LOOSE_FORM
 
 
-def _likeness(a: str, b: str) -> float:
+def _similarity(a: str, b: str) -> float:
     return SequenceMatcher(None, a, b, autojunk=False).ratio()
 
 
 def _mention(text: str, value: str) -> float:
-    """1 where the text has the value as whole words; at most .5 for the most similar run of as many words."""
+    """Return 1 if the text has the value as complete words; at most 0.5 for the most similar run of as many words."""
     if re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text):
         return 1.0
     words, size = text.rstrip(".").split(), len(value.split())
     runs = (" ".join(words[i : i + size]) for i in range(max(1, len(words) - size + 1)))
-    return 0.5 * max(0.0, 2 * max((_likeness(run, value) for run in runs), default=0.0) - 1)
+    return 0.5 * max(0.0, 2 * max((_similarity(run, value) for run in runs), default=0.0) - 1)
 
 
-def _neighbours(sentence: str) -> list[tuple[str, str]]:
+def _word_pairs(sentence: str) -> list[tuple[str, str]]:
     words = ["<", *sentence.split(), ">"]
     return list(pairwise(words))
 
 
 @cache
-def _compliant_neighbours(number: int) -> frozenset[tuple[str, str]]:
+def _compliant_pairs(number: int) -> frozenset[tuple[str, str]]:
     patterns = RULE_BY_NUMBER[number].rewrites
-    return frozenset(pair for pattern in patterns for pair in _neighbours(pattern))
+    return frozenset(pair for pattern in patterns for pair in _word_pairs(pattern))
 
 
 def _wording(rewrite: str, truth: Truth, rule: Rule) -> float:
-    """Share of neighbouring words known from compliant sentences; repeated pairs count as unknown."""
-    pairs = _neighbours(rewrite.replace(truth.product, "{p}").replace(truth.topic, "{t}"))
-    known = _compliant_neighbours(rule.number)
-    share = len(known.intersection(pairs)) / len(pairs)
-    return share if rewrite.endswith(".") and rewrite.count(".") == 1 else LOOSE_FORM * share
+    """Return the fraction of adjacent words that occur in compliant sentences; a repeated pair counts once."""
+    pairs = _word_pairs(rewrite.replace(truth.product, "{p}").replace(truth.topic, "{t}"))
+    fraction = len(_compliant_pairs(rule.number).intersection(pairs)) / len(pairs)
+    return fraction if rewrite.endswith(".") and rewrite.count(".") == 1 else LOOSE_FORM * fraction

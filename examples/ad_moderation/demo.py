@@ -1,10 +1,10 @@
-"""The whole recipe on a small example: data, SFT, samples, reward model, PPO, and a page that says what came of it.
+"""The complete recipe on a small example: data, SFT, samples, reward model, PPO, and a report.
 
     python examples/ad_moderation/demo.py --out runs/demo --seed 0
 
-Run again after an interruption, it continues where it was. Settings are in recipe.yaml; overrides work as everywhere:
-`demo.py ppo.iterations=4 sft.epochs=1`. Without a GPU it starts one data-parallel rank for each core, at most four;
-`torchrun ... demo.py` starts as many as it is told.
+The same command resumes an interrupted demo. Settings are in recipe.yaml; overrides have the usual form:
+`demo.py ppo.iterations=4 sft.epochs=1`. Without a GPU the demo starts one data-parallel rank per core, at most four.
+`torchrun ... demo.py` sets another number of ranks.
 """
 
 import argparse
@@ -27,20 +27,21 @@ from icegrt import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SampleCon
 from icegrt.commands import sample  # noqa: E402
 from icegrt.distributed import failure  # noqa: E402
 from icegrt.errors import UserError  # noqa: E402
-from icegrt.utils.console import duration, is_main, print_info  # noqa: E402
+from icegrt.utils.console import is_main, print_info  # noqa: E402
+from icegrt.utils.files import write_text_atomic  # noqa: E402
+from icegrt.utils.text import duration  # noqa: E402
 
 RECIPE = HERE / "recipe.yaml"
 CHECKER = f"{HERE / 'reward.py'}:checker_reward"
 STAGES = ("prepare", "sft", "sample", "reward", "ppo", "report")
-ALONE = ("prepare", "report")  # the work of rank 0
-MOST_RANKS = 4  # a step of the reward model has four prompts
+RANK_0_STAGES = ("prepare", "report")
+MAX_RANKS = 4  # a step of the reward model has four prompts
 
 
 class Demo:
-    """One run of the demo in `out`. Each stage leaves a file that says it is done, with the seconds it took.
+    """One run of the demo in `out`.
 
-    Every rank walks through the stages. Rank 0 writes, and the others do not begin a stage before the file of the one
-    before it is there.
+    A finished stage has a file with its seconds. Rank 0 writes it, and every rank waits for it before the next stage.
     """
 
     def __init__(self, out: Path, seed: int, overrides: list[str]) -> None:
@@ -51,21 +52,21 @@ class Demo:
             self._check_same_settings()
 
     def run(self) -> None:
-        """All stages that are not done yet."""
+        """Run all stages that are not finished."""
         for number, name in enumerate(STAGES, 1):
-            done = self.out / "stages" / f"{name}.json"
-            if done.is_file():
-                print_info(f"[{number}/{len(STAGES)}] {name}: done before")
+            finished = self.out / "stages" / f"{name}.json"
+            if finished.is_file():
+                print_info(f"[{number}/{len(STAGES)}] {name}: finished before")
                 continue
             print_info(f"[{number}/{len(STAGES)}] {name}")
             started = time.perf_counter()
-            if is_main() or name not in ALONE:
+            if is_main() or name not in RANK_0_STAGES:
                 getattr(self, name)()
             seconds = time.perf_counter() - started
             if is_main():
-                done.parent.mkdir(exist_ok=True)
-                done.write_text(json.dumps({"seconds": seconds}) + "\n", encoding="utf-8")
-            while not done.is_file():
+                finished.parent.mkdir(exist_ok=True)
+                write_text_atomic(finished, json.dumps({"seconds": seconds}) + "\n")
+            while not finished.is_file():
                 time.sleep(0.05)
             print_info(f"    {name} took {duration(seconds)}")
 
@@ -82,7 +83,7 @@ class Demo:
                 f"sft.data=[{{path: {self.data / 'sft.jsonl'}}}]",
                 f"sft.heldout=[{{path: {self.data / 'prompts_validation.jsonl'}}}, "
                 f"{{path: {self.data / 'general_validation.jsonl'}}}]",
-                *self._run("sft"),
+                *self._run_overrides("sft"),
             ],
         )
         with SFTTrainer(config) as trainer:
@@ -98,7 +99,7 @@ class Demo:
                     f"sample.out={self.out / 'rankings.jsonl'}",
                     f"sample.score_function={CHECKER}",
                     f"sample.seed={self.seed}",
-                    *self._mine("sample"),
+                    *self._overrides_of("sample"),
                 ],
             )
         )
@@ -109,7 +110,7 @@ class Demo:
             [
                 f"reward.model={self.out / 'sft' / 'model'}",
                 f"reward.data=[{{path: {self.out / 'rankings.jsonl'}}}]",
-                *self._run("reward"),
+                *self._run_overrides("reward"),
             ],
         )
         with RewardTrainer(config) as trainer:
@@ -124,7 +125,7 @@ class Demo:
                 f"ppo.reward_function={CHECKER}",
                 f"ppo.prompts={self.data / 'prompts_train.jsonl'}",
                 f"ppo.eval_prompts={self.data / 'prompts_validation.jsonl'}",
-                *self._run("ppo"),
+                *self._run_overrides("ppo"),
             ],
         )
         with PPOTrainer(config) as trainer:
@@ -151,22 +152,18 @@ class Demo:
         if path.is_file():
             return
         document = assess_both(trainer, self.data)
-        if not is_main():
-            return
-        aside = path.with_suffix(".writing")
-        aside.write_text(json.dumps(document), encoding="utf-8")
-        os.replace(aside, path)
+        if is_main():
+            write_text_atomic(path, json.dumps(document))
 
-    def _run(self, stage: str) -> list[str]:
-        """Where a stage runs; what was begun there is continued."""
+    def _run_overrides(self, stage: str) -> list[str]:
         return [
             f"{stage}.run.dir={self.out / stage}",
             f"{stage}.run.seed={self.seed}",
             f"{stage}.run.resume=auto",
-            *self._mine(stage),
+            *self._overrides_of(stage),
         ]
 
-    def _mine(self, stage: str) -> list[str]:
+    def _overrides_of(self, stage: str) -> list[str]:
         return [override for override in self.overrides if override.startswith(f"{stage}.")]
 
     def _check_same_settings(self) -> None:
@@ -200,56 +197,56 @@ def main() -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        _interrupted()
+        _print_interrupted()
         return 130
     return 0
 
 
 def _ranks() -> int:
-    """Ranks to start: 1 where torchrun has started them already, and on a GPU, which this model does not fill."""
+    """Return the number of ranks to start: 1 under torchrun, and on a GPU, which this model does not fill."""
     import torch
 
     if "WORLD_SIZE" in os.environ or torch.cuda.is_available():
         return 1
-    return min(_cores(), MOST_RANKS)
+    return min(_cores(), MAX_RANKS)
 
 
 def _cores() -> int:
-    """The cores this process may use, which in a container are fewer than the machine's."""
+    """Return the number of cores that this process may use; a container can restrict them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _launch(ranks: int) -> int:
-    """This script again, once for each of `ranks`. Its end, or Ctrl-C, is theirs too.
+    """Start this script once per rank and wait for all. Ctrl-C or SIGTERM ends the ranks too. Return the exit status.
 
-    torchrun would do, but it answers Ctrl-C with a page of its own frames.
+    torchrun would print a long traceback on Ctrl-C.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
     environment = {"OMP_NUM_THREADS": str(max(1, _cores() // ranks)), **os.environ}
     environment |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     processes = []
     try:
         for rank in range(ranks):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # A session of their own: Ctrl-C reaches this process alone, and ranks end by SIGTERM.
-            process = subprocess.Popen([sys.executable, *sys.argv], env=environment | place, start_new_session=True)
-            processes.append(process)
-        codes = [process.wait() for process in processes]
+            rank_environment = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            # In a new session, a rank does not get Ctrl-C. This process ends it by SIGTERM.
+            command = [sys.executable, *sys.argv]
+            processes.append(subprocess.Popen(command, env=rank_environment, start_new_session=True))
+        statuses = [process.wait() for process in processes]
     except KeyboardInterrupt:
         for process in processes:
             process.terminate()
         for process in processes:
             process.wait()
-        _interrupted()
+        _print_interrupted()
         return 130
-    return next((abs(code) for code in codes if code), 0)
+    return next((abs(status) for status in statuses if status), 0)
 
 
-def _interrupted() -> None:
+def _print_interrupted() -> None:
     if is_main():
-        print("\ninterrupted; the same command continues from here", file=sys.stderr)
+        print("\ninterrupted; the same command resumes the demo", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """General data that every machine has: first sentences of the docstrings of Python's standard library.
 
-The sources are parsed, never imported: no module's side effects (antigravity, this, turtle) can happen. The split is by
-sentence, not by name: libraries repeat sentences under many names, and a split by name leaks them.
-Deterministic for one version of Python on one platform.
+The sources are parsed, not imported, so that no module's side effects occur. The split is by sentence: libraries repeat
+sentences under many names, so a split by name would leak them. The data is deterministic for one version of Python on
+one platform.
 """
 
 import ast
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-# Tests, demos, and copies of other projects say little of the library and repeat themselves.
+# Tests, demos and copies of other projects do not document the library and repeat sentences.
 EXCLUDED = frozenset({"antigravity", "this", "idlelib", "turtle", "turtledemo", "test", "ensurepip", "lib2to3"})
 PROMPT_PREFIX = "Document: "
 MIN_CHARACTERS, MAX_CHARACTERS = 12, 120
@@ -26,14 +26,14 @@ _LETTERS = re.compile(r"[^a-z0-9]+")
 
 
 def first_sentence(docstring: str) -> str | None:
-    """The first sentence on one line, or None where it is too short, too long, not plain text or unfinished."""
+    """Return the first sentence on one line; None if it is too short, too long, not plain text or unfinished."""
     sentence = " ".join(_SENTENCE_END.split(docstring.strip(), maxsplit=1)[0].split())
-    plain = sentence.isascii() and sentence.isprintable() and sentence[:1].isalpha() and sentence.endswith(".")
-    return sentence if plain and MIN_CHARACTERS <= len(sentence) <= MAX_CHARACTERS else None
+    is_plain = sentence.isascii() and sentence.isprintable() and sentence[:1].isalpha() and sentence.endswith(".")
+    return sentence if is_plain and MIN_CHARACTERS <= len(sentence) <= MAX_CHARACTERS else None
 
 
 def normalise(sentence: str) -> str:
-    """The key of the split: letters and digits only, so that punctuation makes no second sentence."""
+    """Return the letters and digits of a sentence, the key of the split, which ignores punctuation."""
     return _LETTERS.sub(" ", sentence.lower()).strip()
 
 
@@ -43,13 +43,13 @@ def _source_files() -> Iterator[tuple[str, Path]]:
         if (root / f"{module}.py").is_file():
             yield module, root / f"{module}.py"
         for path in sorted((root / module).rglob("*.py")):
-            inner = path.relative_to(root).with_suffix("").parts
-            if not EXCLUDED.intersection(inner) and "tests" not in inner:
-                yield ".".join(part for part in inner if part != "__init__"), path
+            names = path.relative_to(root).with_suffix("").parts
+            if not EXCLUDED.intersection(names) and "tests" not in names:
+                yield ".".join(name for name in names if name != "__init__"), path
 
 
 def _definitions(tree: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:
-    """(name with arguments, docstring) of a module's functions and classes, in the order of the source."""
+    """Yield (name with arguments, docstring) of a module's functions and classes, in the order of the source."""
     for node in ast.iter_child_nodes(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             continue
@@ -65,7 +65,7 @@ def _definitions(tree: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:
 
 @lru_cache(maxsize=1)
 def collect() -> tuple[tuple[str, str], ...]:
-    """All (name, first sentence) pairs, one name for each distinct sentence: the first in alphabetical module order."""
+    """Return all (name, first sentence) pairs. Of equal sentences, the first in alphabetical module order counts."""
     pairs, seen = [], set()
     for module, path in _source_files():
         try:
@@ -86,13 +86,13 @@ def collect() -> tuple[tuple[str, str], ...]:
 
 
 def part_of(sentence: str) -> str:
-    """train, validation or test (8 : 1 : 1), by a checksum of the normalised sentence."""
+    """Return train, validation or test (8 : 1 : 1), by a checksum of the normalised sentence."""
     tenth = zlib.crc32(normalise(sentence).encode()) % 10
     return "train" if tenth < 8 else "validation" if tenth == 8 else "test"
 
 
 def rows(part: str) -> list[dict]:
-    """All rows of one part: prompt, response, source."""
+    """Return all rows of one part: prompt, response, source."""
     return [
         {"prompt": PROMPT_PREFIX + name, "response": sentence, "source": "docstrings"}
         for name, sentence in collect()

@@ -1,31 +1,31 @@
 """The words of the demo: clauses and values whose combinations make every ad.
 
 A template is a combination of clauses (lead, claim, tail of the offending sentence; subject, verb, object, time of a
-harmless one) and a value is a combination too (product of brand and kind, topic of two words). `part_of` deals every
-combination to one of four disjoint parts by a checksum, so a held-out template or value is never seen in training,
-while its words are. `demonstrations` feeds supervised fine-tuning; `practice` is what the prompts of the reward model
-and of PPO draw on besides (annotated answers are scarce, prompts are not); `validation` and `test` are held out.
+harmless one). A value is a combination too (a product of brand and kind, a topic of two words). `part_of` assigns every
+combination to one of four disjoint parts by a checksum. So a held-out template or value never occurs in training, but
+its words do. SFT uses `demonstrations`. The prompts of the reward model and of PPO use `practice` too, as prompts are
+less scarce than annotated answers. `validation` and `test` are held out.
 
 A claim has two slots: `{p}` is the product and `{t}` the rule's topic, which the compliant rewrite keeps. Every claim
-has a cue of its own rule and none of another's; no other sentence has any cue: `tests/test_ad_moderation.py` holds the
-tables to that.
+has a cue of its rule and of no other; no other sentence has a cue. `tests/examples/test_ad_moderation.py` checks the
+tables.
 """
 
 import zlib
 from dataclasses import dataclass
 
 PARTS = ("demonstrations", "practice", "validation", "test")
-_DEAL = ("demonstrations",) * 4 + ("practice",) * 2 + ("validation",) * 2 + ("test",) * 2
+_PART_BY_TENTH = ("demonstrations",) * 4 + ("practice",) * 2 + ("validation",) * 2 + ("test",) * 2
 
 
 def part_of(*pieces: str) -> str:
-    """The part that a combination belongs to: four tenths demonstrations, two tenths each of the others."""
-    return _DEAL[zlib.crc32("|".join(pieces).encode()) % 10]
+    """Return the part of a combination: four tenths are demonstrations, two tenths each of the others."""
+    return _PART_BY_TENTH[zlib.crc32("|".join(pieces).encode()) % 10]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule of `policy.md`: what breaks it (`cues`, `claims`) and what repairs it (`rewrites`, `disclosure`).
+    """One rule of `policy.md`, with violations (`cues`, `claims`) and remedies (`rewrites`, `disclosure`).
 
     A topic is one of `kinds` behind one of `modifiers`; `decoys` are compliant sentences on a topic. `cues` and
     `disclosure` are regular expressions over lower-case text.
@@ -148,7 +148,7 @@ DATA = Rule(
 
 RULES = (HEALTH, INCOME, MINORS, FEAR, PROOF, DATA)
 
-# A product is a kind of thing behind a brand word.
+# A product is a brand and a kind of thing.
 BRANDS = _list("""Sunny | Nova | Lucky | Royal | Silver | Golden | Alpha | Delta | Polar | Ocean | Forest | Rocket
     Tiger | Panda | Eagle | Comet | Maple | Lotus | Pixel | Turbo | Magic | Prime | Ultra | Happy""")
 KINDS = _list("""tea | app | lamp | soap | drink | watch | cream | mat | course | pillow | phone | bike | tent | shirt

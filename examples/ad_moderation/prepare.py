@@ -1,4 +1,4 @@
-"""Writes everything that the demo's training stages read: data, tokenizer and a random actor. Nothing is downloaded.
+"""Write all inputs of the demo's training stages: data, tokenizer and a random actor. Nothing is downloaded.
 
     python examples/ad_moderation/prepare.py --out DIR --seed 0
 
@@ -22,13 +22,13 @@ from ad_moderation import ads, docstrings
 from ad_moderation.tokenizer import count_tokens, save_tokenizer, train_tokenizer
 
 MAX_POSITIONS = 512
-MAX_RESPONSE_TOKENS = 88  # with the end token: what the training stages give an answer room for
+MAX_RESPONSE_TOKENS = 88  # with the end token; max_new_tokens of the training stages
 MAX_PROMPT_TOKENS = 110
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows of each file; docstring rows beyond `sft_general` are left to `general.jsonl`."""
+    """Rows of each file. Docstring rows beyond `sft_general` are in `general.jsonl` only."""
 
     sft_ads: int = 3000
     sft_general: int = 400
@@ -50,36 +50,36 @@ class ActorShape:
 
 
 def build_ads(sizes: Sizes, seed: int) -> dict[str, list[dict]]:
-    """The ad rows of each file. Prompts of the reward model and of PPO are distinct, and none is in the SFT rows."""
+    """Return the ad rows of each file. The prompts of the reward model, of PPO and of SFT are distinct."""
     demonstrations = list(islice(ads.generate(("demonstrations",), seed, "sft"), sizes.sft_ads))
-    taken = {row["prompt"] for row in demonstrations}
-    wider = ads.generate(("demonstrations", "practice"), seed, "practice")
-    fresh = (row for row in wider if row["prompt"] not in taken)
+    sft_prompts = {row["prompt"] for row in demonstrations}
+    practice = ads.generate(("demonstrations", "practice"), seed, "practice")
+    new_rows = (row for row in practice if row["prompt"] not in sft_prompts)
     return {
         "sft": demonstrations,
-        "reward_prompts": list(islice(fresh, sizes.reward_prompts)),
-        "prompts_train": list(islice(fresh, sizes.prompts_train)),
+        "reward_prompts": list(islice(new_rows, sizes.reward_prompts)),
+        "prompts_train": list(islice(new_rows, sizes.prompts_train)),
         "prompts_validation": list(islice(ads.generate(("validation",), seed, "validation"), sizes.prompts_validation)),
         "prompts_test": list(islice(ads.generate(("test",), seed, "test"), sizes.prompts_test)),
     }
 
 
 def build_tokenizer(tables: dict[str, list[dict]], general: list[dict]) -> PreTrainedTokenizerFast:
-    """Trained on training texts only, twice on ads: they are what is generated, so their words should be short."""
+    """Train the tokenizer on training texts, with ads twice: answers quote ads, so their words should be short."""
     training = tables["sft"] * 2 + tables["prompts_train"] + general
     return train_tokenizer((row[key] for row in training for key in ("prompt", "response")), MAX_POSITIONS)
 
 
 def fitting(tokenizer: PreTrainedTokenizerFast, rows: list[dict]) -> list[dict]:
-    """The rows whose prompt and response fit their token limits, the chat markers included."""
-    prompts = count_tokens(tokenizer, [row["prompt"] for row in rows])
-    responses = count_tokens(tokenizer, [row["response"] for row in rows])
-    sized = zip(rows, prompts, responses, strict=True)
-    return [row for row, p, r in sized if p + 2 <= MAX_PROMPT_TOKENS and r + 1 <= MAX_RESPONSE_TOKENS]
+    """Return the rows whose prompt and response fit their token limits, the chat markers included."""
+    prompt_counts = count_tokens(tokenizer, [row["prompt"] for row in rows])
+    response_counts = count_tokens(tokenizer, [row["response"] for row in rows])
+    counted = zip(rows, prompt_counts, response_counts, strict=True)
+    return [row for row, p, r in counted if p + 2 <= MAX_PROMPT_TOKENS and r + 1 <= MAX_RESPONSE_TOKENS]
 
 
 def random_actor(tokenizer: PreTrainedTokenizerFast, seed: int, shape: ActorShape | None = None) -> LlamaForCausalLM:
-    """A Llama actor with normal(0, 0.02) weights in fp32 that depend on the seed alone."""
+    """Return a Llama actor in fp32 with random weights that depend on the seed alone, changed by `plant_copying`."""
     shape = shape or ActorShape()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -105,19 +105,20 @@ def random_actor(tokenizer: PreTrainedTokenizerFast, seed: int, shape: ActorShap
 
 @torch.no_grad()
 def plant_copying(actor: LlamaForCausalLM) -> None:
-    """Adds the beginnings of an induction circuit (Olsson et al. 2022) to random weights, in place.
+    """Add the beginnings of an induction circuit (Olsson et al. 2022) to random weights, in place.
 
-    A quote is a copy, and from plain random weights the two heads that copy need far more steps to find each other
-    than a minute of training has. Layer 0's first key-value head looks one token back and notes that token; the first
-    key-value head of layers 1 and 2 looks for places whose note is the present token, and repeats what stands there.
-    Everything else stays random, and all of it is trained.
+    A quote is a copy. From random weights, the two heads of a copying circuit need far more steps to form than a minute
+    of training has. The first key-value head of layer 0 attends to the previous token and writes it as a note. The
+    first key-value heads of layers 1 and 2 attend to positions whose note is the current token, and write the token at
+    that position. All other weights stay random, and all weights are trained.
     """
+    # 1. Directions of the residual stream: one that all tokens share, and random ones for token, note and copies.
     config = actor.config
     hidden, size = config.hidden_size, config.hidden_size // config.num_attention_heads
     queries = config.num_attention_heads // config.num_key_value_heads
     half = size // 2
     frequency = config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half)
-    # A direction that all tokens share: without biases, looking at a position needs something constant to read.
+    # Queries and keys have no bias: attention to a relative position reads the constant direction instead.
     shared = torch.nn.functional.normalize(torch.randn(hidden), dim=0)
     embedding = actor.model.embed_tokens.weight
     embedding.copy_(embedding / (config.initializer_range * hidden**0.5) + shared)
@@ -127,33 +128,36 @@ def plant_copying(actor: LlamaForCausalLM) -> None:
         for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
             writer.weight /= (2 * config.num_hidden_layers) ** 0.5
     basis = torch.linalg.qr(torch.cat([shared[:, None], torch.randn(hidden, 6 * size)], dim=1)).Q.T[1:]
-    read, note, *repeat = basis.split(size)
+    token, note, *copies = basis.split(size)
 
-    back = actor.model.layers[0].self_attn
+    # 2. Layer 0: attend to the previous token, write it as the note.
+    previous = actor.model.layers[0].self_attn
     query, key = torch.zeros(size), torch.zeros(size)
-    fast = slice(0, 4)  # the quickest rotations tell neighbours apart
+    fast = slice(0, 4)  # the fastest RoPE rotations distinguish adjacent positions
     query[fast] = 0.5
     key[:half][fast], key[half:][fast] = 0.5 * frequency[fast].cos(), 0.5 * frequency[fast].sin()
-    back.q_proj.weight[: queries * size] += torch.outer(query, shared).repeat(queries, 1)
-    back.k_proj.weight[:size] += torch.outer(key, shared)
-    back.v_proj.weight[:size] += 0.45 * read
-    back.o_proj.weight[:, :size] += 0.45 * note.T
+    previous.q_proj.weight[: queries * size] += torch.outer(query, shared).repeat(queries, 1)
+    previous.k_proj.weight[:size] += torch.outer(key, shared)
+    previous.v_proj.weight[:size] += 0.45 * token
+    previous.o_proj.weight[:, :size] += 0.45 * note.T
 
-    slow = [*range(half // 2, half), *range(half + half // 2, size)]  # rotations that hold still over a prompt
-    for index, values in enumerate(repeat):
+    # 3. Layers 1 and 2: attend to positions whose note is the current token, copy the token there.
+    slow = [*range(half // 2, half), *range(half + half // 2, size)]  # rotations that hardly change over a prompt
+    for index, values in enumerate(copies):
         match, group = actor.model.layers[1 + index // 2].self_attn, index % 2
-        seen = slice(group * half, (group + 1) * half)  # each group compares half of the note
+        half_note = slice(group * half, (group + 1) * half)  # each group compares one half of the note
         rows = slice(group * size, (group + 1) * size)
-        match.k_proj.weight[rows][slow] += 3 * note[seen]
+        match.k_proj.weight[rows][slow] += 3 * note[half_note]
         match.v_proj.weight[rows] += values
         for head in range(group * queries, (group + 1) * queries):
             rows = slice(head * size, (head + 1) * size)
-            match.q_proj.weight[rows][slow] += 3 * read[seen]
+            match.q_proj.weight[rows][slow] += 3 * token[half_note]
             match.o_proj.weight[:, rows] += values.T
 
 
 def prepare(out_dir: str | Path, seed: int = 0, sizes: Sizes | None = None) -> dict:
-    """Writes all files into `out_dir` and returns the manifest."""
+    """Write all files into `out_dir` and return the manifest."""
+    # 1. rows and tokenizer
     sizes, out = sizes or Sizes(), Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     tables = build_ads(sizes, seed)
@@ -170,6 +174,7 @@ def prepare(out_dir: str | Path, seed: int = 0, sizes: Sizes | None = None) -> d
         "general_test": general["test"],
         **{name: rows for name, rows in tables.items() if name != "sft"},
     }
+    # 2. files
     for name, rows in files.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (out / f"{name}.jsonl").write_text(text, encoding="utf-8")
@@ -178,6 +183,7 @@ def prepare(out_dir: str | Path, seed: int = 0, sizes: Sizes | None = None) -> d
     logging.disable_progress_bar()
     actor.save_pretrained(str(out / "actor_init"))
     save_tokenizer(tokenizer, out / "actor_init")
+    # 3. manifest
     manifest = {
         "seed": seed,
         "python": sys.version.split()[0],
@@ -194,7 +200,7 @@ def prepare(out_dir: str | Path, seed: int = 0, sizes: Sizes | None = None) -> d
 
 
 def token_lengths(tokenizer: PreTrainedTokenizerFast, rows: list[dict]) -> dict[str, float]:
-    """Mean and longest prompt and response in tokens, markers included; the 2 and the 1 are the chat template's."""
+    """Return mean and longest prompt and response in tokens, with 2 and 1 markers of the chat template."""
     lengths = {}
     for key, markers in (("prompt", 2), ("response", 1)):
         counts = [count + markers for count in count_tokens(tokenizer, [row[key] for row in rows])]
@@ -204,7 +210,7 @@ def token_lengths(tokenizer: PreTrainedTokenizerFast, rows: list[dict]) -> dict[
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)

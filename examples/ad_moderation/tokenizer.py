@@ -1,7 +1,7 @@
 """A byte-level BPE tokenizer of 768 entries with a chat template, trained on the demo's training texts.
 
-Every text round-trips (all 256 bytes are entries). Digits are single tokens, so that sums are copied digit by digit.
-Pad and end-of-turn are distinct entries: an end token is never taken for padding.
+Every text round-trips, as all 256 bytes are entries. Digits are single tokens, so that the model copies sums digit by
+digit. Pad and end-of-turn are distinct entries, so that no end token is masked as padding.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ SPECIAL_TOKENS = (PAD, END, USER, ASSISTANT)
 # Words with their leading space, single digits, runs of other signs, white space.
 WORD_PATTERN = r" ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]+|\s+"
 
-# One template for training and inference: the generation block marks what an answer's loss counts, its end included.
+# One template for training and inference. The generation block marks the tokens with loss: the answer and its end.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
@@ -28,7 +28,11 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], max_length: int) -> PreTrainedTokenizerFast:
-    """Trains on `texts`; raises ValueError where they are too few to fill the vocabulary."""
+    """Train a tokenizer on `texts`.
+
+    Raises:
+        ValueError: the texts are too few to fill the vocabulary.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -61,10 +65,10 @@ def train_tokenizer(texts: Iterable[str], max_length: int) -> PreTrainedTokenize
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[int]:
-    """Tokens of each text, without markers."""
+    """Return the number of tokens of each text, without markers."""
     return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes a directory that `AutoTokenizer.from_pretrained` reads."""
+    """Write a folder that `AutoTokenizer.from_pretrained` reads."""
     tokenizer.save_pretrained(str(folder))

@@ -1,1 +1,1 @@
-"""What several operations share."""
+"""Code that several operations share: statistics, vocabulary rows, optional streams and parts of Triton kernels."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -10,16 +13,22 @@ from torch import Tensor
 from ..dispatch import log_launch
 from ..validate import single_backward
 
-# Rows of partials read at once, over their width: with more, fewer or 4 warps it spills on one generation or other.
+# Legend
+#   A         actions of the packed stream
+#   programs  Triton programs of the first launch; each owns one row of partial statistics
+#   WIDTH     statistics per row, padded to a power of two
+#   partials  [programs, WIDTH] fp32
+#   stats     [WIDTH] fp64: sums first, then one minimum, then maxima
+
+# A fold step reads FOLD_ROWS_PER_COLUMN * WIDTH rows of partials.
+# Triton 3.6 to 3.9 spill registers on sm_80, sm_90 or sm_100 with more rows, fewer rows or 4 warps.
 FOLD_ROWS_PER_COLUMN = 4
-
-
 FOLD_OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 
 @triton.jit
-def scalar(x, POINTER: tl.constexpr):
-    """A number that came by value, or as a pointer to a 0-dim tensor, in fp32."""
+def load_scalar(x, POINTER: tl.constexpr):
+    """Return a number in fp32 that was passed by value, or by pointer to a 0-dim tensor."""
     if POINTER:
         return tl.load(x).to(tl.float32)
     else:
@@ -27,22 +36,22 @@ def scalar(x, POINTER: tl.constexpr):
 
 
 @triton.jit
-def stream(pointer, index, keep):
-    """A stream at the entries that count, 0 elsewhere; what is masked is not read, so it may be NaN or not exist."""
+def load_stream(pointer, index, keep):
+    """Return a stream in fp32, 0 where not kept. Masked entries are not read: they may hold NaN or not exist."""
     return tl.load(pointer + index, mask=keep, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def bounded_exp(x, LIMIT: tl.constexpr):
-    """exp(x), continued along its tangent beyond LIMIT."""
+    """Return exp(x), continued along its tangent beyond LIMIT."""
     bounded = tl.minimum(x, LIMIT)
     return tl.exp(bounded) + (x - bounded) * tl.exp(tl.full((), LIMIT, tl.float32))
 
 
 @triton.jit
 def exp_minus_tangent(x, LIMIT: tl.constexpr):
-    """exp(x) - 1 - x: the value of k3 at d = -x, without cancellation near 0."""
-    # The series to x^9 is exact to fp32 for |x| < 0.5.
+    """Return exp(x) - 1 - x: the value of k3 at d = -x, without cancellation near 0."""
+    # exp(x) - 1 - x cancels near 0. The series to x^9 is exact to fp32 for |x| < 0.5.
     series = 1.0 / 40320.0 + x * (1.0 / 362880.0)
     series = 1.0 / 720.0 + x * (1.0 / 5040.0 + x * series)
     series = 0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0 + x * series)))
@@ -50,9 +59,22 @@ def exp_minus_tangent(x, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def column_of(totals, value, COLUMN: tl.constexpr, WIDTH: tl.constexpr):
-    """`totals` with `value` in one column."""
-    return tl.where(tl.arange(0, WIDTH) == COLUMN, value, totals)
+def kl_estimate(d, ESTIMATOR: tl.constexpr, LIMIT: tl.constexpr):
+    """Return the estimator of the difference d = logprob - ref_logprob."""
+    if ESTIMATOR == "k1":
+        return d
+    elif ESTIMATOR == "k2":
+        return 0.5 * d * d
+    elif ESTIMATOR == "abs":
+        return tl.abs(d)
+    else:
+        return exp_minus_tangent(-d, LIMIT)
+
+
+@triton.jit
+def set_column(row, value, COLUMN: tl.constexpr, WIDTH: tl.constexpr):
+    """Return `row` [WIDTH] with `value` in one column."""
+    return tl.where(tl.arange(0, WIDTH) == COLUMN, value, row)
 
 
 @triton.jit
@@ -67,11 +89,15 @@ def fold_statistics_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Columns before SUMS add up, SUMS is a minimum, those behind it are maxima; the loss is column 2 / normalizer."""
+    """Fold rows of partials. Columns before SUMS add up, SUMS is a minimum, later ones are maxima.
+
+    loss = column 2 / normalizer
+    """
     column = tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), tl.float64)
     low = tl.full((WIDTH,), float("inf"), tl.float64)
     high = tl.full((WIDTH,), float("-inf"), tl.float64)
+    # 1. One program walks the rows in order, so the sums have the same bits on every run.
     for first in range(0, programs, BLOCK):
         row = (first + tl.arange(0, BLOCK))[:, None]
         inside = (row < programs) & (column[None, :] >= 0)
@@ -79,14 +105,16 @@ def fold_statistics_kernel(
         total += tl.sum(part, axis=0)
         low = tl.minimum(low, tl.min(tl.where(inside, part, float("inf")), axis=0))
         high = tl.maximum(high, tl.max(tl.where(inside, part, float("-inf")), axis=0))
+    # 2. Every column was reduced in all three ways; keep the one that it needs.
     stats = tl.where(column < SUMS, total, tl.where(column == SUMS, low, high))
     tl.store(stats_ptr + column, stats)
-    loss = tl.sum(tl.where(column == 2, total, 0.0)) / scalar(normalizer, NORMALIZER_POINTER)
+    # 3. Divide the loss in fp64 and round once.
+    loss = tl.sum(tl.where(column == 2, total, 0.0)) / load_scalar(normalizer, NORMALIZER_POINTER)
     tl.store(loss_ptr, loss.to(tl.float32))
 
 
-def fold(partials: Tensor, normalizer, sums: int) -> tuple[Tensor, Tensor]:
-    """(statistics [WIDTH] fp64, loss 0-dim fp32) of the programs' rows, in one more launch."""
+def fold_statistics(partials: Tensor, normalizer: float | Tensor, sums: int) -> tuple[Tensor, Tensor]:
+    """Return (statistics [WIDTH] fp64, loss 0-dim fp32) of the programs' rows, in one more launch."""
     stats = torch.empty(partials.shape[1], dtype=torch.float64, device=partials.device)
     loss = torch.empty((), dtype=torch.float32, device=partials.device)
     with torch.cuda.device_of(partials):
@@ -96,7 +124,7 @@ def fold(partials: Tensor, normalizer, sums: int) -> tuple[Tensor, Tensor]:
             stats,
             loss,
             partials.shape[0],
-            on_device(normalizer),
+            value_or_pointer(normalizer),
             NORMALIZER_POINTER=isinstance(normalizer, Tensor),
             SUMS=sums,
             WIDTH=partials.shape[1],
@@ -106,29 +134,31 @@ def fold(partials: Tensor, normalizer, sums: int) -> tuple[Tensor, Tensor]:
     return stats, loss
 
 
-def on_device(number):
-    """A kernel's number: a float by value, a 0-dim tensor as it is."""
+def value_or_pointer(number: float | Tensor) -> float | Tensor:
+    """Return a number as a kernel takes it: a float by value, a 0-dim tensor as a pointer."""
     return number if isinstance(number, Tensor) else float(number)
 
 
-def bytes_of(mask_A: Tensor) -> Tensor:
-    """A mask as kernels read it: one byte a token, 0 where masked."""
-    return (mask_A if mask_A.dtype == torch.bool else mask_A != 0).contiguous().view(torch.uint8)
+def fill_absent(filler: Tensor, streams: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return the streams detached and contiguous; an absent one is `filler`, which the kernel never reads."""
+    return [filler if x is None else x.detach().contiguous() for x in streams]
 
 
 class AttachTokenGradients(torch.autograd.Function):
-    """Gives a loss the per-token gradients that were formed with it; backward scales them by the upstream scalar."""
+    """Attach per-token gradients, formed with a loss, to that loss; backward scales them by the upstream scalar."""
 
     @staticmethod
-    def forward(ctx, op, loss, *pairs):
+    def forward(ctx: Any, op: str, loss: Tensor, *pairs: Tensor) -> Tensor:
+        # pairs: input, its gradient, next input, its gradient, ...
         ctx.op, ctx.dtypes = op, [x.dtype for x in pairs[::2]]
         ctx.save_for_backward(*pairs[1::2])
         return loss.clone()
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
         single_backward(ctx.op)
-        found = []
+        (grad_loss,) = upstream
+        grads: list[Tensor | None] = []
         for grad_A, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
-            found += [(grad_A * upstream).to(dtype), None]
-        return None, None, *found
+            grads += [(grad_A * grad_loss).to(dtype), None]
+        return None, None, *grads

@@ -1,13 +1,16 @@
-"""A row of logits whose vocabulary is spread over ranks: local statistics, their merge, log-prob and gradient.
+"""Rows of logits whose vocabulary is sharded over ranks: local statistics, their merge, log-prob and gradient.
 
-Departing from log_softmax: a rank reduces its columns to four numbers per row (maximum m, sum s of exp(z - m), label
-logit, and t = sum of exp(z - m) * (z - m)), only those travel, and every rank merges them in rank order, in fp32, to
-the same bits. With z = m + log-sum terms the entropy is log S - T / S relative to the global maximum.
+Unlike log_softmax, a rank reduces its columns to four numbers per row. Only those travel; every rank merges them in
+rank order, in fp32, to the same bits. With m the maximum of the row:
+
+    S = sum exp(z - m)        T = sum exp(z - m) * (z - m)
+    log p(label) = z[label] - m - log S
+    entropy = log S - T / S
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,132 +19,183 @@ from torch import Tensor
 from ..types import TokenLogprobs, VocabShard
 from ..validate import IGNORED_LABEL, single_backward, wide_dtype
 
-# Below this exp() is exactly 0 in fp32 and fp64 alike; clamping -inf to it keeps 0 * -inf out of p * log p.
+# Legend
+#   A  actions of the packed stream       V  columns of this rank's slice, padding included
+#   C  rows of a chunk, or all A rows     v  columns of this rank's slice that are vocabulary
+#   z  logits over the temperature, [C, v] fp32 or fp64
+#   statistics, gradients by token: [C]
+
+# exp() is exactly 0 below this in fp32 and fp64. Clamping -inf to it keeps 0 * -inf out of p * log p.
 FLOOR = -1e4
 
 
-@dataclass(frozen=True)
-class RowStats:
-    """Per-row statistics [C]: maximum, sum of exp(z - maximum), label logit (-inf where it is on no rank seen), t."""
+class RowStats(NamedTuple):
+    """Statistics of each row [C]."""
 
-    peak: Tensor
-    total: Tensor
-    label: Tensor
-    weighted: Tensor
+    max: Tensor
+    sum_exp: Tensor  # S
+    label_logit: Tensor  # -inf if no merged rank has the label
+    sum_exp_shifted: Tensor  # T; 0 if the entropy is not wanted
 
     def logprob(self) -> Tensor:
-        # The peak leaves first: added to log total, a peak of -1e4 would cost it four digits. A label at -inf has
-        # log-prob -inf, also in a row without any finite logit (where -inf + inf would be NaN).
-        inner = (self.label - finite(self.peak)) - self.total.log()
-        return torch.where(self.label == -torch.inf, self.label, inner)
+        """Return log p(label)."""
+        return label_logprob(self.label_logit, self.max, self.sum_exp)
 
     def entropy(self) -> Tensor:
-        return torch.where(self.total > 0, self.total.log() - self.weighted / self.total, 0.0)
+        """Return the entropy in nats, 0 for a row without any finite logit."""
+        return torch.where(self.sum_exp > 0, self.sum_exp.log() - self.sum_exp_shifted / self.sum_exp, 0.0)
+
+    def select(self, rows: Tensor | slice) -> RowStats:
+        """Return the statistics of some rows."""
+        return RowStats(*(x[rows] for x in self))
 
 
-def finite(peak: Tensor) -> Tensor:
-    return torch.where(peak == -torch.inf, 0.0, peak)
+class TokenGrads(NamedTuple):
+    """Gradient of each row by its log-prob and by its entropy [C]; entropy is None without an entropy term."""
+
+    logprob: Tensor
+    entropy: Tensor | None
+
+    def select(self, rows: Tensor | slice) -> TokenGrads:
+        """Return the gradients of some rows."""
+        return TokenGrads(self.logprob[rows], None if self.entropy is None else self.entropy[rows])
+
+    def by_logits(self, temperature: float) -> TokenGrads:
+        """Return the gradients by z = logits / temperature, carried to the logits."""
+        return TokenGrads(self.logprob / temperature, None if self.entropy is None else self.entropy / temperature)
 
 
-def local_label(labels: Tensor, shard: VocabShard | None, columns: int) -> tuple[Tensor, Tensor]:
-    """Column of each label in this slice, clamped, and whether it really lies here."""
+class LocalRows(NamedTuple):
+    """This rank's columns of each row: statistics, z - max (floored) and its exponential, [C, v] each."""
+
+    stats: RowStats
+    shifted: Tensor
+    weights: Tensor
+
+
+def label_logprob(label_logit: Tensor, row_max: Tensor, sum_exp: Tensor) -> Tensor:
+    """Return label_logit - row_max - log sum_exp."""
+    # Subtract the maximum first: added to log S, a maximum of -1e4 would cost log S four digits.
+    inner = (label_logit - finite_or_zero(row_max)) - sum_exp.log()
+    # A label at -inf has log-prob -inf, also in a row without any finite logit, where -inf + inf would be NaN.
+    return torch.where(label_logit == -torch.inf, label_logit, inner)
+
+
+def finite_or_zero(row_max: Tensor) -> Tensor:
+    """Return the maxima with 0 for -inf: subtracting -inf from -inf would make NaN."""
+    return torch.where(row_max == -torch.inf, 0.0, row_max)
+
+
+def empty_row_stats(z: Tensor) -> RowStats:
+    """Return the statistics of rows without columns: neutral in `merge_row_stats`."""
+    zero = z.new_zeros(z.shape[0])
+    lowest = torch.full_like(zero, -torch.inf)
+    return RowStats(lowest, zero, lowest, zero)
+
+
+def locate_label(labels: Tensor, shard: VocabShard | None, columns: int) -> tuple[Tensor, Tensor]:
+    """Return the column of each label in this slice, clamped, and whether the slice has the label."""
     column = labels.long() - (0 if shard is None else shard.start)
-    here = (column >= 0) & (column < columns)
-    return column.clamp(0, max(columns - 1, 0)), here
+    in_shard = (column >= 0) & (column < columns)
+    return column.clamp(0, max(columns - 1, 0)), in_shard
 
 
-def local_rows(z: Tensor, labels: Tensor, shard: VocabShard | None, entropy: bool) -> tuple[RowStats, Tensor, Tensor]:
-    """Statistics of this rank's columns z [C, v]; also z - peak (floored) and its exponential, for the gradient."""
+def local_rows(z: Tensor, labels: Tensor, shard: VocabShard | None, entropy: bool) -> LocalRows:
+    """Return statistics and exponentials of this rank's columns z [C, v]."""
     if z.shape[1] == 0:
-        empty = z.new_zeros(z.shape[0])
-        nothing = torch.full_like(empty, -torch.inf)
-        return RowStats(nothing, empty, nothing, empty), z, z
-    peak = z.amax(-1)
-    column, here = local_label(labels, shard, z.shape[1])
-    label = torch.where(here, z.gather(1, column[:, None]).squeeze(1), -torch.inf)
-    shifted = (z - finite(peak)[:, None]).clamp_(min=FLOOR)
+        return LocalRows(empty_row_stats(z), z, z)
+    row_max = z.amax(-1)
+    column, in_shard = locate_label(labels, shard, z.shape[1])
+    label_logit = torch.where(in_shard, z.gather(1, column[:, None]).squeeze(1), -torch.inf)
+    shifted = (z - finite_or_zero(row_max)[:, None]).clamp_(min=FLOOR)
     weights = shifted.exp()
-    weighted = (weights * shifted).sum(-1) if entropy else torch.zeros_like(peak)
-    return RowStats(peak, weights.sum(-1), label, weighted), shifted, weights
+    sum_exp_shifted = (weights * shifted).sum(-1) if entropy else torch.zeros_like(row_max)
+    return LocalRows(RowStats(row_max, weights.sum(-1), label_logit, sum_exp_shifted), shifted, weights)
 
 
-def merge_rows(mine: RowStats, shard: VocabShard | None) -> RowStats:
-    """Statistics of the whole rows. A collective over shard.group; the merge order is the rank order on every rank."""
+def merge_row_stats(local: RowStats, shard: VocabShard | None) -> RowStats:
+    """Return the statistics of the full rows. A collective over shard.group; every rank merges in rank order."""
     if shard is None or shard.group is None:
-        return mine
-    packed = torch.stack([mine.peak, mine.total, mine.label, mine.weighted])
+        return local
+    # 1. All-gather four numbers per row.
+    packed = torch.stack(local)
     parts = [torch.empty_like(packed) for _ in range(dist.get_world_size(shard.group))]
     dist.all_gather(parts, packed, group=shard.group)
-    peak = torch.stack([p[0] for p in parts]).amax(0)
-    total, weighted = torch.zeros_like(peak), torch.zeros_like(peak)
-    label = torch.full_like(peak, -torch.inf)
-    for part_peak, part_total, part_label, part_weighted in (p.unbind() for p in parts):
-        shift = (finite(part_peak) - finite(peak)).clamp(min=FLOOR)
-        # A rank without a finite logit has total 0, so whatever its shift is, it adds nothing.
-        scale = torch.where(part_total > 0, shift.exp(), 0.0)
-        total = total + part_total * scale
-        weighted = weighted + (part_weighted + shift * part_total) * scale
-        label = torch.maximum(label, part_label)
-    return RowStats(peak, total, label, weighted)
+    # 2. Rescale the sums of each rank to the global maximum, and add them in rank order.
+    row_max = torch.stack([p[0] for p in parts]).amax(0)
+    sum_exp, sum_exp_shifted = torch.zeros_like(row_max), torch.zeros_like(row_max)
+    label_logit = torch.full_like(row_max, -torch.inf)
+    for part in (RowStats(*p.unbind()) for p in parts):
+        shift = (finite_or_zero(part.max) - finite_or_zero(row_max)).clamp(min=FLOOR)
+        # A rank without a finite logit has S = 0 and adds nothing, whatever its shift is.
+        scale = torch.where(part.sum_exp > 0, shift.exp(), 0.0)
+        sum_exp = sum_exp + part.sum_exp * scale
+        sum_exp_shifted = sum_exp_shifted + (part.sum_exp_shifted + shift * part.sum_exp) * scale
+        label_logit = torch.maximum(label_logit, part.label_logit)
+    return RowStats(row_max, sum_exp, label_logit, sum_exp_shifted)
 
 
 def logit_gradient(
-    shifted: Tensor,
-    weights: Tensor,
-    local: RowStats,
-    rows: RowStats,
-    labels: Tensor,
-    shard: VocabShard | None,
-    grad_logprob: Tensor,
-    grad_entropy: Tensor | None,
+    local: LocalRows, merged: RowStats, labels: Tensor, shard: VocabShard | None, grads: TokenGrads
 ) -> Tensor:
-    """d loss / d z of this rank's columns, written over `weights` (and `shifted` where there is an entropy term).
+    """Return d loss / d z of this rank's columns, written over local.weights (and, with entropy, local.shifted).
 
-    dz = g (onehot - p) - h p (log p + H), with g and h the gradients of log-prob and entropy.
+    With g and h the gradients by log-prob and by entropy, and H the entropy:
+
+        dz = g (onehot - p) - h p (log p + H)
     """
+    stats, shifted, weights = local
     if weights.shape[1] == 0:
         return weights
-    shift = finite(local.peak) - finite(rows.peak)
-    scale = torch.where(rows.total > 0, shift.exp() / rows.total, 0.0)
-    if grad_entropy is None:
-        dz = weights.mul_((-grad_logprob * scale)[:, None])
+    # p = weights * scale: from this rank's maximum and sum to those of the full row.
+    shift = finite_or_zero(stats.max) - finite_or_zero(merged.max)
+    scale = torch.where(merged.sum_exp > 0, shift.exp() / merged.sum_exp, 0.0)
+    if grads.entropy is None:
+        dz = weights.mul_((-grads.logprob * scale)[:, None])
     else:
-        offset = torch.where(rows.total > 0, shift - rows.total.log() + rows.entropy(), 0.0)
-        inner = shifted.add_(offset[:, None]).mul_(grad_entropy[:, None]).add_(grad_logprob[:, None])
+        # log p + H = shifted + offset
+        offset = torch.where(merged.sum_exp > 0, shift - merged.sum_exp.log() + merged.entropy(), 0.0)
+        inner = shifted.add_(offset[:, None]).mul_(grads.entropy[:, None]).add_(grads.logprob[:, None])
         dz = weights.mul_(-scale[:, None]).mul_(inner)
-    column, here = local_label(labels, shard, weights.shape[1])
-    return dz.scatter_add_(1, column[:, None], torch.where(here, grad_logprob, 0.0)[:, None])
+    column, in_shard = locate_label(labels, shard, weights.shape[1])
+    return dz.scatter_add_(1, column[:, None], torch.where(in_shard, grads.logprob, 0.0)[:, None])
 
 
 class _ShardedTokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_AV, labels_A, temperature, entropy, shard):
-        z = _scaled(logits_AV, labels_A, temperature, shard)
-        local, _, _ = local_rows(z, labels_A, shard, entropy)
-        rows = merge_rows(local, shard)
-        ctx.save_for_backward(logits_AV, labels_A, rows.peak, rows.total, rows.label, rows.weighted)
+    def forward(
+        ctx: Any, logits_AV: Tensor, labels_A: Tensor, temperature: float, entropy: bool, shard: VocabShard
+    ) -> tuple[Tensor, Tensor | None]:
+        z = _scaled_logits(logits_AV, labels_A, temperature, shard)
+        merged = merge_row_stats(local_rows(z, labels_A, shard, entropy).stats, shard)
+        # Backward computes z again: saved, its exponentials would double the memory of the logits.
+        ctx.save_for_backward(logits_AV, labels_A, *merged)
         ctx.options = (temperature, entropy, shard)
         ignored_A = labels_A == IGNORED_LABEL
-        entropy_A = rows.entropy().masked_fill(ignored_A, 0.0) if entropy else None
-        return rows.logprob().masked_fill(ignored_A, 0.0), entropy_A
+        entropy_A = merged.entropy().masked_fill(ignored_A, 0.0) if entropy else None
+        return merged.logprob().masked_fill(ignored_A, 0.0), entropy_A
 
     @staticmethod
-    def backward(ctx, grad_logprob_A, grad_entropy_A):
+    def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
         single_backward("token_logprobs")
+        grad_logprob_A, grad_entropy_A = upstream
         logits_AV, labels_A, *merged = ctx.saved_tensors
         temperature, entropy, shard = ctx.options
-        z = _scaled(logits_AV, labels_A, temperature, shard)
-        local, shifted, weights = local_rows(z, labels_A, shard, False)
+        z = _scaled_logits(logits_AV, labels_A, temperature, shard)
+        local = local_rows(z, labels_A, shard, False)
         ignored_A = labels_A == IGNORED_LABEL
-        g = grad_logprob_A.masked_fill(ignored_A, 0.0) / temperature
-        h = grad_entropy_A.masked_fill(ignored_A, 0.0) / temperature if entropy else None
-        dz = logit_gradient(shifted, weights, local, RowStats(*merged), labels_A, shard, g, h)
+        grads = TokenGrads(
+            grad_logprob_A.masked_fill(ignored_A, 0.0), grad_entropy_A.masked_fill(ignored_A, 0.0) if entropy else None
+        ).by_logits(temperature)
+        dz = logit_gradient(local, RowStats(*merged), labels_A, shard, grads)
+        # Padding columns keep a gradient of 0.
         grad_AV = torch.zeros_like(logits_AV)
         grad_AV[:, : dz.shape[1]] = dz.to(logits_AV.dtype)
         return grad_AV, None, None, None, None
 
 
-def _scaled(logits_AV: Tensor, labels_A: Tensor, temperature: float, shard: VocabShard) -> Tensor:
+def _scaled_logits(logits_AV: Tensor, labels_A: Tensor, temperature: float, shard: VocabShard) -> Tensor:
+    # Ignored rows become 0 before the exponential, so that NaN in them reaches neither statistics nor gradient.
     z = logits_AV[:, : shard.valid].to(wide_dtype(logits_AV)) / temperature
     return z.masked_fill_((labels_A == IGNORED_LABEL)[:, None], 0.0)
 
@@ -149,5 +203,5 @@ def _scaled(logits_AV: Tensor, labels_A: Tensor, temperature: float, shard: Voca
 def token_logprobs(
     logits_AV: Tensor, labels_A: Tensor, temperature: float, entropy: bool, shard: VocabShard
 ) -> TokenLogprobs:
-    """Log-probs (and entropies) of labels_A, the same bits on every rank of shard.group."""
+    """Return log-probs (and entropies) of labels_A, the same bits on every rank of shard.group."""
     return TokenLogprobs(*_ShardedTokenLogprobs.apply(logits_AV, labels_A, temperature, entropy, shard))

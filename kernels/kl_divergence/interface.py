@@ -9,11 +9,29 @@ from ..dispatch import select
 
 
 def kl_divergence(logprob_A: Tensor, ref_logprob_A: Tensor, estimator: str) -> Tensor:
-    """KL(policy || reference) estimated from one sampled token each, with d = logprob - ref_logprob (Schulman 2020).
+    """Return an estimate of KL(policy || reference) from one sampled token each.
 
-    k1 = d; k2 = d^2 / 2; k3 = exp(-d) - 1 + d; abs = |d|. k3 continues along its tangent where exp(-d) would leave
-    fp32's range (-d > 60). logprob_A, ref_logprob_A: floating, equal shapes. Returns fp32 (fp64 if either is fp64).
-    Raises ValueError for another estimator or shapes that differ, TypeError for a dtype that is not floating.
+    With d = logprob - ref_logprob:
+
+        k1 = d
+        k2 = d^2 / 2
+        k3 = exp(-d) - 1 + d
+        abs = |d|
+
+    Source: Schulman, "Approximating KL Divergence", 2020 (joschu.net/blog/kl-approx.html). k3 continues along its
+    tangent where exp(-d) would leave fp32's range (-d > 60). The result is differentiable in both log-probs.
+
+    Args:
+        logprob_A: Floating, any shape: log-probs in nats under the policy, which sampled the tokens.
+        ref_logprob_A: Floating, the shape of logprob_A: log-probs under the reference.
+        estimator: "k1", "k2", "k3" or "abs".
+
+    Returns:
+        Tensor of the same shape, nats, fp32 (fp64 if an input is).
+
+    Raises:
+        TypeError: An input is not a floating tensor.
+        ValueError: The shapes or devices differ, or the estimator is unknown.
     """
     op = "kl_divergence"
     validate.check_floating(op, "logprob_A", logprob_A, (None,) * getattr(logprob_A, "ndim", 1))

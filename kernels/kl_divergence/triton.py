@@ -1,43 +1,32 @@
-"""kl_divergence in Triton, and the estimator that shaped_gae shares with it: one launch a direction."""
+"""kl_divergence in Triton: one launch forward, one launch backward."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.triton import kl_estimate
 from ..dispatch import log_launch
 from ..validate import single_backward
 from .reference import EXPONENT_LIMIT
+
+# Legend
+#   A      actions of the packed stream (any shape; kernels see it flat)
+#   d      logprob - ref_logprob, fp32
+#   LIMIT  exponent beyond which exp() continues along its tangent
+#   BLOCK  tokens of one program
 
 BLOCK = 2048
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 
 @triton.jit
-def estimate(d, ESTIMATOR: tl.constexpr, LIMIT: tl.constexpr):
-    """The estimator of the difference d = logprob - ref_logprob."""
-    if ESTIMATOR == "k1":
-        return d
-    elif ESTIMATOR == "k2":
-        return 0.5 * d * d
-    elif ESTIMATOR == "abs":
-        return tl.abs(d)
-    else:
-        x = -d
-        bounded = tl.minimum(x, LIMIT)
-        plain = tl.exp(bounded) - 1.0 + (x - bounded) * tl.exp(tl.full((), LIMIT, tl.float32)) - x
-        # exp(x) - 1 - x cancels near 0; its series to x^9 is exact to fp32 for |x| < 0.5.
-        series = 1.0 / 40320.0 + x * (1.0 / 362880.0)
-        series = 1.0 / 720.0 + x * (1.0 / 5040.0 + x * series)
-        series = 0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0 + x * series)))
-        return tl.where(tl.abs(x) < 0.5, x * x * series, plain)
-
-
-@triton.jit
-def slope(d, ESTIMATOR: tl.constexpr, LIMIT: tl.constexpr):
-    """The derivative of the estimator by d."""
+def kl_slope(d, ESTIMATOR: tl.constexpr, LIMIT: tl.constexpr):
+    """Return the derivative of the estimator by d."""
     if ESTIMATOR == "k1":
         return d * 0.0 + 1.0
     elif ESTIMATOR == "k2":
@@ -46,7 +35,7 @@ def slope(d, ESTIMATOR: tl.constexpr, LIMIT: tl.constexpr):
         return tl.where(d > 0.0, 1.0, 0.0) - tl.where(d < 0.0, 1.0, 0.0)
     else:
         x = tl.minimum(-d, LIMIT)
-        # 1 - exp(x) cancels near 0 too.
+        # -slope = exp(x) - 1 cancels near 0; its series to x^8 is exact to fp32 for |x| < 0.5.
         series = 1.0 / 120.0 + x * (1.0 / 720.0 + x * (1.0 / 5040.0 + x * (1.0 / 40320.0)))
         series = 1.0 + x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * series)))
         return -tl.where(tl.abs(x) < 0.5, x * series, tl.exp(x) - 1.0)
@@ -56,11 +45,12 @@ def slope(d, ESTIMATOR: tl.constexpr, LIMIT: tl.constexpr):
 def kl_forward_kernel(
     logprob_ptr, ref_ptr, out_ptr, size, ESTIMATOR: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    here = at < size
-    d = tl.load(logprob_ptr + at, mask=here, other=0.0).to(tl.float32)
-    d -= tl.load(ref_ptr + at, mask=here, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, estimate(d, ESTIMATOR, LIMIT), mask=here)
+    """Write the estimator of BLOCK tokens."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < size
+    d = tl.load(logprob_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    d -= tl.load(ref_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offsets, kl_estimate(d, ESTIMATOR, LIMIT), mask=inside)
 
 
 @triton.jit
@@ -75,18 +65,19 @@ def kl_backward_kernel(
     LIMIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    here = at < size
-    d = tl.load(logprob_ptr + at, mask=here, other=0.0).to(tl.float32)
-    d -= tl.load(ref_ptr + at, mask=here, other=0.0).to(tl.float32)
-    grad = tl.load(upstream_ptr + at, mask=here, other=0.0) * slope(d, ESTIMATOR, LIMIT)
-    tl.store(logprob_grad_ptr + at, grad, mask=here)
-    tl.store(ref_grad_ptr + at, -grad, mask=here)
+    """Write the gradients of BLOCK tokens by both log-probs, which differ in sign alone."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < size
+    d = tl.load(logprob_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    d -= tl.load(ref_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(upstream_ptr + offsets, mask=inside, other=0.0) * kl_slope(d, ESTIMATOR, LIMIT)
+    tl.store(logprob_grad_ptr + offsets, grad, mask=inside)
+    tl.store(ref_grad_ptr + offsets, -grad, mask=inside)
 
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logprob_A, ref_logprob_A, estimator):
+    def forward(ctx: Any, logprob_A: Tensor, ref_logprob_A: Tensor, estimator: str) -> Tensor:
         ctx.save_for_backward(logprob_A, ref_logprob_A)
         ctx.estimator = estimator
         out_A = torch.empty(logprob_A.shape, dtype=torch.float32, device=logprob_A.device)
@@ -94,15 +85,17 @@ class _Divergence(torch.autograd.Function):
         return out_A
 
     @staticmethod
-    def backward(ctx, upstream_A):
+    def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
         single_backward("kl_divergence")
+        (grad_A,) = upstream
         logprob_A, ref_logprob_A = ctx.saved_tensors
+        # Contiguous whatever the inputs' strides are: the kernel writes flat.
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (logprob_A, ref_logprob_A)]
-        _launch(kl_backward_kernel, ctx.estimator, logprob_A, ref_logprob_A, upstream_A, *grads)
+        _launch(kl_backward_kernel, ctx.estimator, logprob_A, ref_logprob_A, grad_A, *grads)
         return *grads, None
 
 
-def _launch(kernel, estimator: str, *tensors: Tensor) -> None:
+def _launch(kernel: Any, estimator: str, *tensors: Tensor) -> None:
     size = tensors[0].numel()
     if size:
         with torch.cuda.device_of(tensors[0]):
@@ -118,4 +111,5 @@ def _launch(kernel, estimator: str, *tensors: Tensor) -> None:
 
 
 def kl_divergence(logprob_A: Tensor, ref_logprob_A: Tensor, estimator: str) -> Tensor:
+    """Return the estimator by token; see the public function."""
     return _Divergence.apply(logprob_A, ref_logprob_A, estimator)

@@ -1,245 +1,280 @@
 """Log-probs and policy loss straight from hidden states, chunk by chunk: the logit matrix [A, V] never exists.
 
-Scoring and update walk the chunks with one routine (`_walk`) on the same rows with the same chunk_rows, so that at
-equal weights their log-probs agree to the bit and the ratio is exactly 1. The loss forms its gradient while a chunk's
-logits are at hand: three matrix products in all. Which rows enter the product of the logits follows from the mask
-alone; rows without any gradient (clipped, zero advantage) leave before the two products of the backward.
+Scoring and update iterate over the chunks with one routine on the same rows with the same chunk_rows, so that at equal
+weights their log-probs agree to the bit and the ratio is exactly 1. The loss forms its gradient while a chunk's
+logits exist: three matrix products in all. The mask alone decides which rows enter the product of the logits. Rows
+without any gradient (clipped, zero advantage) are dropped before the two products of the backward.
 
-`steps` is what happens to a chunk's logits between the products: the module torch_ops (PyTorch) or triton.py.
+What happens to a chunk's logits between the products is a `ChunkOps`: TORCH_OPS or TRITON_OPS.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-from types import ModuleType
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..common.vocab_rows import RowStats, merge_rows
-from ..ppo_policy_loss.reference import counts
+from ..common.vocab_rows import RowStats, TokenGrads, merge_row_stats
+from ..ppo_policy_loss.inputs import PolicyObjective, PolicyStreams
 from ..types import PPOLoss, TokenLogprobs
 from ..validate import IGNORED_LABEL, single_backward
-from . import torch_ops
+from .inputs import ChunkOps, HeadInputs, LogitsChunk
 from .products import ChunkedHead, Gradients
+from .torch_ops import TORCH_OPS
+
+# Legend
+#   A  actions of the packed stream        H  width of the hidden states
+#   R  rows that the mask keeps            V  rows of the weight, padding included
+#   C  rows of a chunk                     v  rows of the weight that are vocabulary
+#   L  rows of a chunk with a gradient ("active")
+#   dX [A, H], dW [V, H]: gradients by hidden states and weight, wide; None if not wanted
+
+WeightGrads = tuple[Tensor | None, Tensor | None]  # (dX, dW)
 
 
-def _walk(head: ChunkedHead, steps: ModuleType) -> Iterator[tuple[slice, Tensor, Tensor, RowStats, RowStats]]:
-    """(chunk, hidden rows, logits as `steps` leaves them, this rank's statistics, those of the whole rows)."""
-    for chunk in head.chunks():
-        hidden = head.hidden(chunk)
+def _iterate_chunks(head: ChunkedHead, ops: ChunkOps) -> Iterator[LogitsChunk]:
+    """Yield the chunks, with logits and statistics, one at a time in one buffer."""
+    for rows in head.chunks():
+        hidden, labels = head.hidden(rows), head.labels_R[rows]
         z = head.logits(hidden)
-        local = steps.statistics(z, head.labels_R[chunk], head.shard, head.entropy)
-        yield chunk, hidden, z, local, merge_rows(local, head.shard)
+        local = ops.row_stats(z, labels, head.shard, head.entropy)
+        yield LogitsChunk(rows, hidden, labels, z, local, merge_row_stats(local, head.shard))
     head.release()
 
 
-def _outputs(head: ChunkedHead, rows: RowStats, chunk: slice = slice(None)) -> tuple[Tensor, Tensor | None]:
-    """Log-prob and entropy of rows, 0 at ignored labels."""
-    ignored = head.labels_R[chunk] == IGNORED_LABEL
-    return rows.logprob().masked_fill(ignored, 0.0), rows.entropy().masked_fill(ignored, 0.0) if head.entropy else None
+def _logprob_and_entropy(head: ChunkedHead, stats: RowStats, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return log-prob and entropy of rows, 0 at ignored labels."""
+    ignored = labels == IGNORED_LABEL
+    logprob = stats.logprob().masked_fill(ignored, 0.0)
+    return logprob, stats.entropy().masked_fill(ignored, 0.0) if head.entropy else None
 
 
-def _score(head: ChunkedHead, steps: ModuleType) -> Tensor:
-    """Statistics of all rows that count, [4, R]: the fields of `RowStats`."""
-    found = [torch.stack([rows.peak, rows.total, rows.label, rows.weighted]) for *_, rows in _walk(head, steps)]
-    return torch.cat(found, dim=1) if found else head.hidden_AH.new_zeros(4, 0, dtype=head.wide)
+def _score_rows(head: ChunkedHead, ops: ChunkOps) -> RowStats:
+    """Return the statistics of all rows that count [R]."""
+    packed = [torch.stack(chunk.merged) for chunk in _iterate_chunks(head, ops)]
+    empty = head.hidden_AH.new_zeros(4, 0, dtype=head.wide)
+    return RowStats(*(torch.cat(packed, dim=1) if packed else empty))
 
 
-def _no_autocast(x: Tensor):
+def _disable_autocast(x: Tensor) -> torch.autocast:
     # Autocast would run the products in bf16, logits included.
     return torch.autocast(x.device.type, enabled=False)
 
 
+@dataclass(frozen=True)
+class _ScoringCall:
+    """What the backward of linear_logprobs needs besides its tensors."""
+
+    head: ChunkedHead
+    mask_A: Tensor | None
+    buffer_VH: Tensor | None
+    ops: ChunkOps
+
+
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_AH, weight_VH, head, mask_A, into, steps):
-        with _no_autocast(hidden_AH):
-            packed = _score(head, steps)
-        logprob_R, entropy_R = _outputs(head, RowStats(*packed))
-        logprob_A, entropy_A = head.scatter_rows(logprob_R), None if entropy_R is None else head.scatter_rows(entropy_R)
-        ctx.save_for_backward(hidden_AH, weight_VH, torch.stack([head.scatter_rows(x) for x in packed]))
-        ctx.head, ctx.mask_A, ctx.into, ctx.steps = head, mask_A, into, steps
-        return logprob_A, entropy_A
+    def forward(ctx: Any, hidden_AH: Tensor, weight_VH: Tensor, call: _ScoringCall) -> tuple[Tensor, Tensor | None]:
+        head = call.head
+        with _disable_autocast(hidden_AH):
+            stats_R = _score_rows(head, call.ops)
+        logprob_R, entropy_R = _logprob_and_entropy(head, stats_R, head.labels_R)
+        # Four numbers per token are saved; backward computes the logits again.
+        ctx.save_for_backward(hidden_AH, weight_VH, torch.stack([head.scatter_rows(x) for x in stats_R]))
+        ctx.call = call
+        return head.scatter_rows(logprob_R), None if entropy_R is None else head.scatter_rows(entropy_R)
 
     @staticmethod
-    def backward(ctx, grad_logprob_A, grad_entropy_A):
+    def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
         single_backward("linear_logprobs")
         hidden_AH, weight_VH, packed = ctx.saved_tensors
-        grads_A = [grad_logprob_A, *([grad_entropy_A] if ctx.head.entropy else [])]
-        live_A = functools.reduce(torch.logical_or, [x != 0 for x in grads_A])
-        # Rows without an upstream gradient are dropped before the logits are computed again.
-        head = ctx.head.subset(live_A if ctx.mask_A is None else live_A & (ctx.mask_A != 0))
-        packed_R = torch.stack([head.gather_rows(x) for x in packed])
-        upstream_R = [head.gather_rows(x) / head.temperature for x in grads_A]
-        out = Gradients(head, *ctx.needs_input_grad[:2], into=ctx.into)
-        with _no_autocast(hidden_AH):
-            for chunk in head.chunks():
-                hidden, labels = head.hidden(chunk), head.labels_R[chunk]
+        call, ops = ctx.call, ctx.call.ops
+        grad_logprob_A, grad_entropy_A = upstream
+        # 1. Rows without an upstream gradient are dropped before the logits are computed again.
+        active_A = grad_logprob_A != 0
+        if call.head.entropy:
+            active_A = active_A | (grad_entropy_A != 0)
+        head = call.head.subset(active_A if call.mask_A is None else active_A & (call.mask_A != 0))
+        stats_R = RowStats(*(head.gather_rows(x) for x in packed))
+        grad_entropy_R = head.gather_rows(grad_entropy_A) if head.entropy else None
+        grads_R = TokenGrads(head.gather_rows(grad_logprob_A), grad_entropy_R).by_logits(head.temperature)
+        # 2. Three products per chunk: logits, dX and dW.
+        out = Gradients(head, ctx.needs_input_grad[:2], call.buffer_VH)
+        with _disable_autocast(hidden_AH):
+            for rows in head.chunks():
+                hidden, labels = head.hidden(rows), head.labels_R[rows]
                 z = head.logits(hidden)
-                local = ctx.steps.recompute_stats(z, labels, head.shard)
-                g, h = (*(x[chunk] for x in upstream_R), None)[:2]
-                rows = RowStats(*packed_R[:, chunk])
-                out.add(chunk, None, *ctx.steps.gradient(z, labels, local, rows, None, head, g, h), hidden)
+                local = ops.recompute_stats(z, labels, head.shard)
+                chunk = LogitsChunk(rows, hidden, labels, z, local, stats_R.select(rows))
+                out.add(chunk, None, *ops.logits_grad(head, chunk, grads_R.select(rows), None))
             grad_AH, grad_VH = out.finish()
+        # 3. In the dtype of the inputs, once, at the end.
         grad_AH = None if grad_AH is None else grad_AH.to(hidden_AH.dtype)
-        return grad_AH, _deliver_weight_grad(grad_VH, weight_VH, ctx.into), None, None, None, None
+        return grad_AH, _deliver_weight_grad(grad_VH, weight_VH, call.buffer_VH), None
 
 
-def _deliver_weight_grad(grad_VH: Tensor | None, weight_VH: Tensor, into: Tensor | None) -> Tensor | None:
-    """dW for autograd, or None where it already lies in the caller's buffer."""
+def _deliver_weight_grad(grad_VH: Tensor | None, weight_VH: Tensor, buffer_VH: Tensor | None) -> Tensor | None:
+    """Return dW for autograd, or None if the caller's buffer has it already."""
     if grad_VH is None:
         return None
-    if into is not None:
-        weight_VH.grad_added_to_main_grad = True
+    if buffer_VH is not None:
+        # Megatron's DDP reads this attribute of a parameter: it skips its own addition to main_grad.
+        weight_VH.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         return None
     return grad_VH.to(weight_VH.dtype)
 
 
-def linear_logprobs(
-    hidden_AH,
-    weight_VH,
-    labels_A,
-    *,
-    mask_A,
-    temperature,
-    entropy,
-    shard,
-    chunk_rows,
-    weight_grad_out,
-    steps: ModuleType = torch_ops,
-) -> TokenLogprobs:
-    head = ChunkedHead.of(hidden_AH, weight_VH, labels_A, mask_A, temperature, entropy, shard, chunk_rows)
-    return TokenLogprobs(*_LinearLogprobs.apply(hidden_AH, weight_VH, head, mask_A, weight_grad_out, steps))
+def linear_logprobs(head: HeadInputs, entropy: bool, ops: ChunkOps = TORCH_OPS) -> TokenLogprobs:
+    """Return log-probs and entropies; see the public function."""
+    call = _ScoringCall(ChunkedHead.of(head, entropy), head.mask_A, head.weight_grad_out, ops)
+    return TokenLogprobs(*_LinearLogprobs.apply(head.hidden_AH, head.weight_VH, call))
 
 
 def linear_ppo_loss(
-    hidden_AH,
-    weight_VH,
-    labels_A,
-    old_logprob_A,
-    advantage_A,
-    *,
-    ref_logprob_A,
-    mask_A,
-    weight_A,
-    normalizer,
-    moments,
-    shift_mean,
-    temperature,
-    shard,
-    chunk_rows,
-    weight_grad_out,
-    steps: ModuleType = torch_ops,
-    **terms,
+    inputs: HeadInputs,
+    streams: PolicyStreams,
+    objective: PolicyObjective,
+    normalizer: float | Tensor,
+    ops: ChunkOps = TORCH_OPS,
 ) -> PPOLoss:
-    entropy = counts(terms["entropy_coef"])
-    head = ChunkedHead.of(hidden_AH, weight_VH, labels_A, mask_A, temperature, entropy, shard, chunk_rows)
-    kept_R = head.labels_R != IGNORED_LABEL
-    streams = [
-        None if x_A is None else torch.where(kept_R, head.gather_rows(x_A), 0.0)
-        for x_A in (old_logprob_A, advantage_A, ref_logprob_A, weight_A)
-    ]
-    whitening = {"moments": moments, "shift_mean": shift_mean}
-    wants = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden_AH, weight_VH))
-    form = functools.partial(_loss_and_grads, head, steps, streams, kept_R, whitening, terms)
-    with torch.no_grad(), _no_autocast(hidden_AH):
-        logprob_R, entropy_R, gradients = form(wants)
-        old_R, advantage_R, ref_R, weight_R = streams
-        result = steps.policy_loss(
-            logprob_R,
-            old_R,
-            advantage_R,
-            entropy_A=entropy_R,
-            ref_logprob_A=ref_R,
-            mask_A=kept_R,
-            weight_A=weight_R,
-            normalizer=normalizer,
-            **whitening,
-            **terms,
-        )
-    if not any(wants):
+    """Return the loss and its statistics; see the public function."""
+    hidden_AH, weight_VH = inputs.hidden_AH, inputs.weight_VH
+    # 1. Streams of the rows that count, 0 where the label is ignored.
+    head = ChunkedHead.of(inputs, objective.has_entropy)
+    streams_R = _gather_streams(head, streams)
+    wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden_AH, weight_VH))
+
+    def forward_pass() -> tuple[Tensor, Tensor | None, WeightGrads]:
+        with torch.no_grad(), _disable_autocast(hidden_AH):
+            return _loss_and_grads(head, ops, streams_R, objective, (wanted[0], wanted[1]))
+
+    # 2. Log-probs and gradients in one walk over the chunks, then loss and statistics over all rows at once.
+    logprob_R, entropy_R, grads = forward_pass()
+    with torch.no_grad():
+        result = ops.policy_loss(logprob_R, entropy_R, streams_R, objective, normalizer)
+    if not any(wanted):
         return result
-    again = functools.partial(form, wants)
-    loss = _AttachGradient.apply(result.loss, hidden_AH, weight_VH, gradients, again, normalizer, weight_grad_out)
-    return PPOLoss(loss, result.stats)
+    # 3. Attach the gradients.
+    formed = _FormedGradients(grads, lambda: forward_pass()[2], normalizer, inputs.weight_grad_out)
+    return PPOLoss(_AttachGradient.apply(result.loss, hidden_AH, weight_VH, formed), result.stats)
 
 
-def _loss_and_grads(head: ChunkedHead, steps: ModuleType, streams, kept_R, whitening, terms, wants):
-    """(log-prob [R], entropy [R] or None, (dX, dW) of the sum of the objective: unscaled, wide, None if not wanted)."""
+def _gather_streams(head: ChunkedHead, streams: PolicyStreams) -> PolicyStreams:
+    """Return the streams at the rows that count; the mask is where the label counts."""
+    keep_R = head.labels_R != IGNORED_LABEL
+
+    def gathered(x_A: Tensor) -> Tensor:
+        return torch.where(keep_R, head.gather_rows(x_A), 0.0)
+
+    def gathered_optional(x_A: Tensor | None) -> Tensor | None:
+        return None if x_A is None else gathered(x_A)
+
+    return PolicyStreams(
+        gathered_optional(streams.old_logprob_A),
+        gathered(streams.advantage_A),
+        gathered_optional(streams.ref_logprob_A),
+        keep_R,
+        gathered_optional(streams.weight_A),
+    )
+
+
+def _loss_and_grads(
+    head: ChunkedHead, ops: ChunkOps, streams_R: PolicyStreams, objective: PolicyObjective, wanted: tuple[bool, bool]
+) -> tuple[Tensor, Tensor | None, WeightGrads]:
+    """Return log-prob [R], entropy [R] or None, and (dX, dW) of the sum of the objective, not yet normalized."""
     logprobs, entropies = [], []
-    out = Gradients(head, *wants)
-    for chunk, hidden, z, local, rows in _walk(head, steps):
-        logprob, entropy = _outputs(head, rows, chunk)
+    out = Gradients(head, wanted)
+    for chunk in _iterate_chunks(head, ops):
+        # 1. Log-probs of the chunk.
+        logprob, entropy = _logprob_and_entropy(head, chunk.merged, chunk.labels)
         logprobs.append(logprob)
         entropies.append(entropy)
-        if not any(wants):
+        if not any(wanted):
             continue
-        parts = (None if x_R is None else x_R[chunk] for x_R in streams)
-        g, h = steps.token_gradients(logprob, entropy, *parts, kept_R[chunk], **whitening, **terms)
-        active = _active_rows(g, h)
+        # 2. Gradient of each token, then of its logits; rows whose gradient is 0 enter no further product.
+        grads = ops.token_grads(logprob, entropy, streams_R.select(chunk.rows), objective)
+        active = _active_rows(*grads)
         if active is None or active.numel():
-            g, h = g / head.temperature, None if h is None else h / head.temperature
-            dz, scale = steps.gradient(z, head.labels_R[chunk], local, rows, active, head, g, h)
-            out.add(chunk, active, dz, scale, hidden)
+            dz, scale = ops.logits_grad(head, chunk, grads.by_logits(head.temperature), active)
+            # 3. The two products.
+            out.add(chunk, active, dz, scale)
     empty = head.hidden_AH.new_zeros(0, dtype=head.wide)
     logprob_R = torch.cat([empty, *logprobs])
-    return logprob_R, torch.cat([empty, *entropies]) if head.entropy else None, out.finish()
+    entropy_R = torch.cat([empty, *(x for x in entropies if x is not None)]) if head.entropy else None
+    return logprob_R, entropy_R, out.finish()
 
 
-def _active_rows(g: Tensor, h: Tensor | None) -> Tensor | None:
-    """Rows with a gradient, or None where all have one. The last of them stand in the places of rows that leave.
+def _active_rows(grad_logprob: Tensor, grad_entropy: Tensor | None) -> Tensor | None:
+    """Return the rows with a gradient, or None if all have one. The last of them fill the gaps before them.
 
-    So row i of what is left was row i before, wherever it can be: closing up in order would move nearly every row.
+    Row i of the result is row i wherever it has a gradient: closing up in order would move nearly every row.
     """
-    keep = g != 0 if h is None else (g != 0) | (h != 0)
+    keep = grad_logprob != 0 if grad_entropy is None else (grad_logprob != 0) | (grad_entropy != 0)
     active = keep.nonzero().squeeze(1)
     count = active.shape[0]
-    if count == g.shape[0]:
+    if count == grad_logprob.shape[0]:
         return None
+    # Gaps among the first `count` rows, and active rows after them, are equally many.
     late = active[active >= count]
-    active = torch.arange(count, device=g.device)
+    active = torch.arange(count, device=grad_logprob.device)
     return active.masked_scatter_(~keep[:count], late)
 
 
-class _AttachGradient(torch.autograd.Function):
-    """Gives a loss the gradients that were formed with it; backward scales them by upstream / normalizer, in place.
+@dataclass
+class _FormedGradients:
+    """Gradients that were formed with a loss: (dX, dW) of the unnormalized sum until a backward has taken them."""
 
-    The gradients are not scaled earlier: over a normalizer of a million tokens those in fp16 would vanish. They leave
-    with the first backward, so that no second copy of dW exists; another backward (retain_graph) forms them again.
+    grads: WeightGrads | None
+    form_again: Callable[[], WeightGrads]
+    normalizer: float | Tensor
+    buffer_VH: Tensor | None  # the caller's buffer for dW
+
+    def take(self) -> WeightGrads:
+        """Return the gradients and drop them here, so that no second copy of dW exists; form them again if gone."""
+        grads, self.grads = self.grads, None
+        return self.form_again() if grads is None else grads
+
+
+class _AttachGradient(torch.autograd.Function):
+    """Attach gradients, formed with a loss, to that loss; backward scales them by upstream / normalizer, in place.
+
+    They are not scaled earlier: over a normalizer of a million tokens those in fp16 would vanish. A second backward
+    (retain_graph) forms them again.
     """
 
     @staticmethod
-    def forward(ctx, loss, hidden_AH, weight_VH, gradients, again, normalizer, into):
+    def forward(ctx: Any, loss: Tensor, hidden_AH: Tensor, weight_VH: Tensor, formed: _FormedGradients) -> Tensor:
         ctx.save_for_backward(hidden_AH, weight_VH)
-        ctx.gradients, ctx.again, ctx.normalizer, ctx.into = gradients, again, normalizer, into
+        ctx.formed = formed
         return loss.clone()
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
         single_backward("linear_ppo_loss")
-        if upstream.dim() != 0:
+        (grad_loss,) = upstream
+        if grad_loss.dim() != 0:
             raise RuntimeError(
-                f"linear_ppo_loss: expected a scalar upstream gradient, got shape {tuple(upstream.shape)}"
+                f"linear_ppo_loss: expected a scalar upstream gradient, got shape {tuple(grad_loss.shape)}"
             )
         hidden_AH, weight_VH = ctx.saved_tensors
-        if ctx.gradients is None:
-            with _no_autocast(hidden_AH):
-                *_, ctx.gradients = ctx.again()
-        (grad_AH, grad_VH), ctx.gradients = ctx.gradients, None
-        scale = upstream / ctx.normalizer
+        grad_AH, grad_VH = ctx.formed.take()
+        scale = grad_loss / ctx.formed.normalizer
+        buffer_VH = ctx.formed.buffer_VH
         if grad_AH is not None:
-            grad_AH = _scaled(grad_AH, scale, hidden_AH.dtype)
-        if grad_VH is not None and ctx.into is None:
-            grad_VH = _scaled(grad_VH, scale, weight_VH.dtype)
+            grad_AH = _scale_gradient(grad_AH, scale, hidden_AH.dtype)
+        if grad_VH is not None and buffer_VH is None:
+            grad_VH = _scale_gradient(grad_VH, scale, weight_VH.dtype)
         elif grad_VH is not None:
-            ctx.into.addcmul_(grad_VH, scale.to(grad_VH.dtype))
-        return None, grad_AH, _deliver_weight_grad(grad_VH, weight_VH, ctx.into), None, None, None, None
+            # One pass: product and addition together.
+            buffer_VH.addcmul_(grad_VH, scale.to(grad_VH.dtype))
+        return None, grad_AH, _deliver_weight_grad(grad_VH, weight_VH, buffer_VH), None
 
 
-def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * scale in dtype; may write over grad."""
-    if grad.is_cuda and grad.dtype != dtype:  # one pass for product and rounding, which a CPU would need a copy for
+def _scale_gradient(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return grad * scale in dtype; may overwrite grad."""
+    # On a GPU one pass multiplies and rounds. A CPU would need a copy for it.
+    if grad.is_cuda and grad.dtype != dtype:
         return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
     return grad.mul_(scale).to(dtype)

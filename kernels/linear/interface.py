@@ -1,12 +1,15 @@
-"""Log-probabilities of labels from hidden states and the head's weight, without the logit matrix."""
+"""Log-probabilities and policy loss from hidden states and the head's weight, without the logit matrix."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from torch import Tensor
 
 from ..dispatch import select
+from ..ppo_policy_loss.inputs import PolicyObjective, PolicyStreams, check_policy_inputs
 from ..types import Moments, PPOLoss, TokenLogprobs, VocabShard
-from ..validate import check_head, check_objective
+from .inputs import HeadInputs, check_head_inputs
 
 
 def linear_logprobs(
@@ -21,30 +24,40 @@ def linear_logprobs(
     chunk_rows: int | None = None,
     weight_grad_out: Tensor | None = None,
 ) -> TokenLogprobs:
-    """token_logprobs(hidden @ weight.T, labels), chunk by chunk; rows that mask_A drops never meet the head.
+    """Return `token_logprobs` of hidden @ weight.T, chunk by chunk; masked rows never enter the product.
 
-    hidden_AH: [A, H] floating; weight_VH: [V, H] floating, this rank's slice where `shard` has a group; labels_A: [A]
-    int, global ids, -100 to ignore. mask_A: [A], 0 to ignore. chunk_rows: rows per chunk, None for a default that
-    follows from V alone. Rounding depends on which rows share a chunk: for a ratio of exactly 1, score and update with
-    the same rows, mask_A and chunk_rows. weight_grad_out: [V, H] fp32 buffer that backward adds dW to; then
-    weight_VH.grad_added_to_main_grad is set and autograd sees no dW.
-    Returns TokenLogprobs in fp32 (fp64 if an input is). Logits leave the product in fp32. The gradient of hidden_AH is
-    summed over the shard's group, whose ranks must pass the same rows and the same upstream gradient; a frozen input
-    costs no gradient. Raises TypeError or ValueError naming the argument.
+        logits = hidden @ weight.T
+        logprob = log softmax(logits / temperature)[label]
+
+    Logits leave the product in fp32. The gradient of hidden_AH is summed over the shard's group, whose ranks must pass
+    the same rows and the same upstream gradient. A frozen input costs no gradient. Rounding depends on which rows share
+    a chunk: for a ratio of exactly 1, score and update with the same rows, mask_A and chunk_rows.
+
+    Args:
+        hidden_AH: [A, H] floating.
+        weight_VH: [V, H] floating, of the same dtype unless under autocast; this rank's slice if `shard` has a group.
+        labels_A: [A] int32 or int64, global ids; -100 ignores the row.
+        mask_A: [A], any dtype; 0 ignores the row, whatever it holds.
+        temperature: Python number > 0.
+        entropy: Whether to compute entropies.
+        shard: This rank's slice of the vocabulary. None: the weight has all of it.
+        chunk_rows: Rows of logits at a time. None: a default that depends on V and the kind of device alone.
+        weight_grad_out: [V, H] fp32 buffer that backward adds dW to. Then weight_VH.grad_added_to_main_grad is set and
+            autograd gets no dW.
+
+    Returns:
+        TokenLogprobs: `logprob_A` and `entropy_A` (or None), [A] in nats, fp32 (fp64 if an input is), 0 at ignored
+        rows. Differentiable in hidden_AH and weight_VH.
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype.
+        ValueError: A shape, device or range is wrong, or a CPU label is outside the vocabulary.
     """
     op = "linear_logprobs"
-    check_head(op, hidden_AH, weight_VH, labels_A, mask_A, temperature, shard, chunk_rows, weight_grad_out)
-    return select(op, hidden_AH, weight_VH)(
-        hidden_AH,
-        weight_VH,
-        labels_A,
-        mask_A=mask_A,
-        temperature=float(temperature),
-        entropy=bool(entropy),
-        shard=shard,
-        chunk_rows=chunk_rows,
-        weight_grad_out=weight_grad_out,
-    )
+    head = HeadInputs(hidden_AH, weight_VH, labels_A, mask_A, temperature, shard, chunk_rows, weight_grad_out)
+    check_head_inputs(op, head)
+    run = select(op, hidden_AH, weight_VH)
+    return run(replace(head, temperature=float(temperature)), bool(entropy))
 
 
 def linear_ppo_loss(
@@ -72,44 +85,56 @@ def linear_ppo_loss(
     chunk_rows: int | None = None,
     weight_grad_out: Tensor | None = None,
 ) -> PPOLoss:
-    """ppo_policy_loss(linear_logprobs(hidden, weight, labels), ...) in three matrix products and one pass over chunks.
+    """Return `ppo_policy_loss` of `linear_logprobs`, in three matrix products and one pass over chunks.
 
-    Head arguments as in linear_logprobs, objective arguments as in ppo_policy_loss; rows with label -100 or mask_A 0
-    do not count. The forward forms the gradient (in fp32 over the chunks) and backward scales it by the upstream
-    scalar on the device; nothing is formed under no_grad or for a frozen input. The loss is this rank's sum over
-    normalizer; under a vocabulary shard it is the same on every rank of the group.
-    Returns PPOLoss(loss, stats). Raises TypeError or ValueError naming the argument.
+        loss = ppo_policy_loss(linear_logprobs(hidden, weight, labels), old_logprob, advantage, ...)
+
+    Source: Schulman et al. 2017 (arXiv:1707.06347); terms and their sources are those of `ppo_policy_loss`. The forward
+    forms the gradient, in fp32 over the chunks, and backward scales it by the upstream scalar on the device. No
+    gradient is formed under no_grad or for a frozen input. Under a vocabulary shard every rank of the group gets the
+    same loss.
+
+    Args:
+        hidden_AH: [A, H] floating.
+        weight_VH: [V, H] floating, of the same dtype unless under autocast; this rank's slice if `shard` has a group.
+        labels_A: [A] int32 or int64, global ids; a row with -100 does not count.
+        old_logprob_A: [A] floating, log-probs under the policy that sampled. None: the detached log-probs themselves.
+        advantage_A: [A] floating.
+        ref_logprob_A: [A] floating, log-probs under the reference. Required if kl_coef is not 0.
+        mask_A: [A], any dtype; a row with 0 does not count, whatever it holds.
+        weight_A: [A] floating, factor of each token's loss.
+        normalizer: Number > 0 or 0-dim tensor, for example the token count over all ranks.
+        clip_low: Lower clip distance of the ratio, in [0, 1].
+        clip_high: Upper clip distance of the ratio, >= 0.
+        dual_clip: Number > 1, or None for no dual clip.
+        kl_coef: Number >= 0 or 0-dim tensor, factor of the KL against the reference.
+        kl_estimator: "k1", "k2", "k3" or "abs": the value of the KL term.
+        kl_gradient: "k2": the KL term has the gradient of k2, whatever its value; "raw": that of the estimator.
+        entropy_coef: Number or 0-dim tensor, factor of the entropy bonus.
+        temperature: Python number > 0 that divides the logits.
+        moments: Moments that whiten the advantage. None: the advantage is used as it is.
+        shift_mean: Whether whitening subtracts the mean.
+        shard: This rank's slice of the vocabulary. None: the weight has all of it.
+        chunk_rows: Rows of logits at a time. None: a default that depends on V and the kind of device alone.
+        weight_grad_out: [V, H] fp32 buffer that backward adds dW to. Then weight_VH.grad_added_to_main_grad is set and
+            autograd gets no dW.
+
+    Returns:
+        PPOLoss: `loss`, 0-dim fp32 (fp64 if an input is), this rank's sum over the normalizer, differentiable in
+        hidden_AH and weight_VH; and `stats`, detached sums in fp64.
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype.
+        ValueError: A shape, device or range is wrong, a CPU label is outside the vocabulary, or kl_coef lacks
+            ref_logprob_A.
     """
     op = "linear_ppo_loss"
-    check_head(op, hidden_AH, weight_VH, labels_A, mask_A, temperature, shard, chunk_rows, weight_grad_out)
-    terms = {
-        "clip_low": clip_low,
-        "clip_high": clip_high,
-        "dual_clip": dual_clip,
-        "kl_coef": kl_coef,
-        "kl_estimator": kl_estimator,
-        "kl_gradient": kl_gradient,
-        "entropy_coef": entropy_coef,
-    }
-    streams = check_objective(
-        op, hidden_AH, old_logprob_A, advantage_A, ref_logprob_A, mask_A, weight_A, normalizer, moments, terms
+    head = HeadInputs(hidden_AH, weight_VH, labels_A, mask_A, temperature, shard, chunk_rows, weight_grad_out)
+    check_head_inputs(op, head)
+    objective = PolicyObjective(
+        clip_low, clip_high, dual_clip, kl_coef, kl_estimator, kl_gradient, entropy_coef, moments, shift_mean
     )
-    old_logprob_A, advantage_A, ref_logprob_A, weight_A = streams
-    return select(op, hidden_AH, weight_VH)(
-        hidden_AH,
-        weight_VH,
-        labels_A,
-        old_logprob_A,
-        advantage_A,
-        ref_logprob_A=ref_logprob_A,
-        mask_A=mask_A,
-        weight_A=weight_A,
-        normalizer=normalizer,
-        moments=moments,
-        shift_mean=shift_mean,
-        temperature=float(temperature),
-        shard=shard,
-        chunk_rows=chunk_rows,
-        weight_grad_out=weight_grad_out,
-        **terms,
-    )
+    streams = PolicyStreams(old_logprob_A, advantage_A, ref_logprob_A, mask_A, weight_A)
+    streams = check_policy_inputs(op, hidden_AH, streams, objective, normalizer)
+    run = select(op, hidden_AH, weight_VH)
+    return run(replace(head, temperature=float(temperature)), streams, objective, normalizer)

@@ -1,112 +1,129 @@
 """What happens to a chunk of logits [C, v] between the products, in PyTorch and in place: statistics and gradient.
 
-Departing from common.vocab_rows: exp, sum and quotient are one pass of torch.softmax over the buffer, after which the
-largest probability tells the sum (exp(0) / sum), and the gradient is finished in the same memory. triton.py.py has
-the same functions for a GPU.
+Unlike common.vocab_rows, exp, sum and quotient are one pass of torch.softmax over the buffer. The largest probability
+is then exp(0) / S, which yields the sum S, and the gradient is finished in the same memory. triton.py has the same
+functions for a GPU.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from ..common.vocab_rows import FLOOR, RowStats, finite, local_label
-from ..ppo_policy_loss.reference import policy_token_loss, ppo_policy_loss
+from ..common.vocab_rows import FLOOR, RowStats, TokenGrads, empty_row_stats, finite_or_zero, locate_label
+from ..ppo_policy_loss.inputs import PolicyObjective, PolicyStreams
+from ..ppo_policy_loss.reference import policy_terms, ppo_policy_loss
 from ..types import VocabShard
 from ..whitening.reference import whiten
+from .inputs import ChunkOps, LogitsChunk
 from .products import ChunkedHead
 
-BLOCK_ROWS = 32  # rows of a temporary where the entropy needs one: a chunk-sized one would double the memory
+# Legend
+#   C  rows of a chunk                 L  rows of a chunk that have a gradient ("active")
+#   v  rows of this rank's weight that are vocabulary
+#   z  logits over the temperature [C, v], then softmax over this rank's columns, then gradient, in one buffer
+
+# Rows of a temporary that the entropy needs: a temporary of a full chunk would double the memory.
+BLOCK_ROWS = 32
 
 
-def statistics(z: Tensor, labels: Tensor, shard: VocabShard | None, entropy: bool) -> RowStats:
-    """Local statistics of each row; leaves the row's softmax over this rank's columns in z."""
+def row_stats(z: Tensor, labels: Tensor, shard: VocabShard | None, entropy: bool) -> RowStats:
+    """Return local statistics of each row; leaves the row's softmax over this rank's columns in z."""
     if z.shape[1] == 0:
-        empty = z.new_zeros(z.shape[0])
-        nothing = torch.full_like(empty, -torch.inf)
-        return RowStats(nothing, empty, nothing, empty)
-    peak = z.amax(-1)
-    column, here = local_label(labels, shard, z.shape[1])
-    label = torch.where(here, z.gather(1, column[:, None]).squeeze(1), -torch.inf)
+        return empty_row_stats(z)
+    # 1. What needs the logits themselves: maximum and label.
+    row_max = z.amax(-1)
+    column, in_shard = locate_label(labels, shard, z.shape[1])
+    label_logit = torch.where(in_shard, z.gather(1, column[:, None]).squeeze(1), -torch.inf)
+    # 2. Softmax in place; the maximum has the probability 1 / S.
     torch.softmax(z, -1, out=z)
-    total = z.amax(-1).reciprocal_()
-    nothing = peak == -torch.inf
-    if z.is_cuda or nothing.any():
-        z.masked_fill_(nothing[:, None], 0.0)
-        total = total.masked_fill(nothing, 0.0)
-    return RowStats(peak, total, label, _weighted(z, total) if entropy else torch.zeros_like(peak))
+    sum_exp = z.amax(-1).reciprocal_()
+    # 3. Softmax of a row without any finite logit is NaN: all its probabilities are 0 instead.
+    no_logit = row_max == -torch.inf
+    if z.is_cuda or no_logit.any():
+        z.masked_fill_(no_logit[:, None], 0.0)
+        sum_exp = sum_exp.masked_fill(no_logit, 0.0)
+    sum_exp_shifted = _sum_exp_shifted(z, sum_exp) if entropy else torch.zeros_like(row_max)
+    return RowStats(row_max, sum_exp, label_logit, sum_exp_shifted)
 
 
-def _weighted(p: Tensor, total: Tensor) -> Tensor:
-    """Sum of exp(z - peak) * (z - peak), from the softmax p of the row and its sum."""
+def _sum_exp_shifted(p: Tensor, sum_exp: Tensor) -> Tensor:
+    """Return sum of exp(z - max) * (z - max), from the softmax p of the row and its sum."""
     entropy = torch.cat([torch.special.entr(rows).sum(-1) for rows in p.split(BLOCK_ROWS)])
-    return torch.where(total > 0, total * (total.log() - entropy), 0.0)
+    return torch.where(sum_exp > 0, sum_exp * (sum_exp.log() - entropy), 0.0)
 
 
 def recompute_stats(z: Tensor, labels: Tensor, shard: VocabShard | None) -> RowStats:
-    """What `gradient` expects where the rows' statistics are known already and z is new."""
-    return statistics(z, labels, shard, False)
+    """Return local statistics without entropy, and leave in z what `logits_grad` expects."""
+    return row_stats(z, labels, shard, False)
 
 
-def gradient(
-    z: Tensor,
-    labels: Tensor,
-    local: RowStats,
-    rows: RowStats,
-    active: Tensor | None,
-    head: ChunkedHead,
-    g: Tensor,
-    h: Tensor | None,
+def logits_grad(
+    head: ChunkedHead, chunk: LogitsChunk, grads: TokenGrads, active: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """(dz [L, v] of the rows `active`, a factor that each row still lacks or None), over what `statistics` left in z.
+    """Return (dz [L, v] of the active rows, a factor that each row still lacks or None), over chunk.logits.
 
-    dz = g (onehot - p) - h p (log p + H), with g and h the gradients of log-prob and entropy by the logits.
+    With g and h the gradients by log-prob and by entropy, and H the entropy:
+
+        dz = g (onehot - p) - h p (log p + H)
     """
     shard, dtype = head.shard, head.weight_VH.dtype
+    z, labels, local, merged = chunk.logits, chunk.labels, chunk.local, chunk.merged
+    # 1. Drop rows without a gradient.
     if active is not None:
-        z, labels, g = _compact_rows(z, active), labels[active], g[active]
-        h = None if h is None else h[active]
-        local, rows = (RowStats(*(x[active] for x in (r.peak, r.total, r.label, r.weighted))) for r in (local, rows))
+        z, labels, grads = _compact_rows(z, active), labels[active], grads.select(active)
+        local, merged = None if local is None else local.select(active), merged.select(active)
     if z.shape[1] == 0:
         return z.to(dtype), None
-    if shard is not None and shard.group is not None:
-        shift = (finite(local.peak) - finite(rows.peak)).clamp(min=FLOOR)
-        z.mul_(torch.where(rows.total > 0, shift.exp() * local.total / rows.total, 0.0)[:, None])
-    column, here = local_label(labels, shard, z.shape[1])
-    if h is None:
-        z.scatter_add_(1, column[:, None], -here.to(z.dtype)[:, None])
+    # 2. From probabilities over this rank's columns to those over the vocabulary.
+    if local is not None and shard is not None and shard.group is not None:
+        shift = (finite_or_zero(local.max) - finite_or_zero(merged.max)).clamp(min=FLOOR)
+        z.mul_(torch.where(merged.sum_exp > 0, shift.exp() * local.sum_exp / merged.sum_exp, 0.0)[:, None])
+    column, in_shard = locate_label(labels, shard, z.shape[1])
+    # 3. Without an entropy term dz = -g (p - onehot). The factor -g is left to the products, whose narrow side it
+    #    scales, unless a cast passes over z anyway.
+    if grads.entropy is None:
+        z.scatter_add_(1, column[:, None], -in_shard.to(z.dtype)[:, None])
         if dtype == z.dtype:
-            return z, -g
-        return z.mul_(-g[:, None]).to(dtype), None
-    for part, a, b, entropy in zip(*(x.split(BLOCK_ROWS) for x in (z, g, h, rows.entropy())), strict=True):
-        inner = part.log().clamp_(min=FLOOR).add_(entropy[:, None]).mul_(-b[:, None]).sub_(a[:, None])
-        part.mul_(inner)
-    z.scatter_add_(1, column[:, None], torch.where(here, g, 0.0)[:, None])
+            return z, -grads.logprob
+        return z.mul_(-grads.logprob[:, None]).to(dtype), None
+    # 4. With one, -p (g + h (log p + H)), then g onehot; log p by blocks of rows.
+    columns = (z, grads.logprob, grads.entropy, merged.entropy())
+    for p, g, h, entropy in zip(*(x.split(BLOCK_ROWS) for x in columns), strict=True):
+        inner = p.log().clamp_(min=FLOOR).add_(entropy[:, None]).mul_(-h[:, None]).sub_(g[:, None])
+        p.mul_(inner)
+    z.scatter_add_(1, column[:, None], torch.where(in_shard, grads.logprob, 0.0)[:, None])
     return z.to(dtype), None
 
 
 def _compact_rows(z: Tensor, active: Tensor) -> Tensor:
-    """The rows `active` of z. On a CPU they move within z, row by row: a copy would double the memory."""
+    """Return the active rows of z. On a CPU they move within z, row by row: a copy would double the memory."""
     if z.is_cuda:
         return z[active]
+    # `active` names sources that are never overwritten before they are read: see chunked._active_rows.
     moved = (active != torch.arange(active.shape[0])).nonzero().squeeze(1)
-    for target, row in zip(moved.tolist(), active[moved].tolist(), strict=True):
-        z[target].copy_(z[row])
+    for target, source in zip(moved.tolist(), active[moved].tolist(), strict=True):
+        z[target].copy_(z[source])
     return z[: active.shape[0]]
 
 
-def token_gradients(
-    logprob, entropy, old, advantage, ref, weight, kept, *, moments, shift_mean, **terms
-) -> tuple[Tensor, Tensor | None]:
-    """d objective / d log-prob and / d entropy of each token, by autograd through the reference."""
-    if moments is not None:
-        advantage = whiten(advantage, moments, shift_mean=shift_mean)
-    weight = kept.to(logprob.dtype) if weight is None else weight
+def token_grads(
+    logprob: Tensor, entropy: Tensor | None, streams: PolicyStreams, objective: PolicyObjective
+) -> TokenGrads:
+    """Return d objective / d log-prob and d objective / d entropy of each token, by autograd through the reference."""
+    if objective.moments is not None:
+        advantage = whiten(streams.advantage_A, objective.moments, shift_mean=objective.shift_mean)
+        streams = replace(streams, advantage_A=advantage)
+    # The weight is the upstream gradient of each token's loss. Without one, counted rows have 1.
+    weight = streams.mask_A if streams.weight_A is None else streams.weight_A
+    assert weight is not None
     with torch.enable_grad():
         inputs = [x.clone().requires_grad_() for x in (logprob, entropy) if x is not None]
-        loss, _ = policy_token_loss(inputs[0], None if entropy is None else inputs[1], old, advantage, ref, **terms)
-        grads = torch.autograd.grad(loss, inputs, weight)
-    return grads[0], grads[1] if entropy is not None else None
+        terms = policy_terms(inputs[0], None if entropy is None else inputs[1], streams, objective)
+        grads = torch.autograd.grad(terms.loss, inputs, weight.to(logprob.dtype))
+    return TokenGrads(grads[0], grads[1] if entropy is not None else None)
 
 
-policy_loss = ppo_policy_loss
+TORCH_OPS = ChunkOps(row_stats, recompute_stats, logits_grad, token_grads, ppo_policy_loss)

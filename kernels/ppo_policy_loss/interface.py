@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import validate
+from ..common.streams import may_be_nonzero
 from ..dispatch import select
 from ..types import Moments, PPOLoss
-from ..validate import check_objective
+from .inputs import PolicyObjective, PolicyStreams, check_policy_inputs
 
 
 def ppo_policy_loss(
@@ -30,45 +31,52 @@ def ppo_policy_loss(
     moments: Moments | None = None,
     shift_mean: bool = True,
 ) -> PPOLoss:
-    """Sum over unmasked tokens of weight * (surrogate + kl_coef * kl - entropy_coef * entropy), over normalizer.
+    """Return the clipped policy loss of PPO, summed over unmasked tokens and divided by `normalizer`.
 
-    surrogate = max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)), rho = exp(logprob - old_logprob) (Schulman et
-    al. 2017); with dual_clip c it is at most -A c where A < 0 (Ye et al. 2020).
-    All *_A: [A] floating (mask_A: anything, 0 is masked). old_logprob_A None: on-policy, the detached logprob_A.
-    moments whiten the advantage on the fly. kl has the value of kl_estimator against ref_logprob_A and, with
-    kl_gradient="k2", the gradient of k2; "raw" takes the estimator's own. normalizer: number > 0 or 0-dim tensor.
-    Returns PPOLoss(loss, stats), differentiable in logprob_A and entropy_A. Raises TypeError or ValueError naming the
-    argument; a kl_coef without ref_logprob_A and an entropy_coef without entropy_A are refused.
+    With rho = exp(logprob - old_logprob) and advantage A:
+
+        surrogate = max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high))
+        loss = sum weight * (surrogate + kl_coef * kl - entropy_coef * entropy) / normalizer
+
+    Source: Schulman et al. 2017 (arXiv:1707.06347). With `dual_clip` c the surrogate is at most -A c if A < 0:
+    Ye et al. 2020 (arXiv:1912.09729). The result is differentiable in logprob_A and entropy_A.
+
+    Args:
+        logprob_A: [A] floating, log-probs in nats under the policy that is trained.
+        old_logprob_A: [A] floating, log-probs under the policy that sampled. None: the detached logprob_A.
+        advantage_A: [A] floating.
+        entropy_A: [A] floating, nats. Required if entropy_coef is not 0.
+        ref_logprob_A: [A] floating, log-probs under the reference. Required if kl_coef is not 0.
+        mask_A: [A], any dtype; 0 if the token does not count. What it holds then, NaN included, has no effect.
+        weight_A: [A] floating, factor of each token's loss.
+        normalizer: Number > 0 or 0-dim tensor, for example the token count over all ranks.
+        clip_low: Lower clip distance of rho, in [0, 1].
+        clip_high: Upper clip distance of rho, >= 0.
+        dual_clip: Number > 1, or None for no dual clip.
+        kl_coef: Number >= 0 or 0-dim tensor, factor of the KL against the reference.
+        kl_estimator: k1, k2, k3 or abs: the value of the KL term (see `kl_divergence`).
+        kl_gradient: "k2": the KL term has the gradient of k2, whatever its value; "raw": that of the estimator.
+        entropy_coef: Number or 0-dim tensor, factor of the entropy bonus.
+        moments: Moments that whiten the advantage. None: the advantage is used as it is.
+        shift_mean: Whether whitening subtracts the mean.
+
+    Returns:
+        PPOLoss: `loss`, 0-dim fp32 (fp64 if an input is), and `stats`, detached sums in fp64.
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype.
+        ValueError: A shape, device or range is wrong, or kl_coef or entropy_coef lacks its stream.
     """
     op = "ppo_policy_loss"
     validate.check_floating(op, "logprob_A", logprob_A, (None,))
     if entropy_A is not None:
         validate.check_floating(op, "entropy_A", entropy_A, tuple(logprob_A.shape), logprob_A)
-    elif isinstance(entropy_coef, Tensor) or entropy_coef != 0:
+    elif may_be_nonzero(entropy_coef):
         raise ValueError(f"{op}: entropy_A must be given when entropy_coef is {entropy_coef}, got None")
-    terms = {
-        "clip_low": clip_low,
-        "clip_high": clip_high,
-        "dual_clip": dual_clip,
-        "kl_coef": kl_coef,
-        "kl_estimator": kl_estimator,
-        "kl_gradient": kl_gradient,
-        "entropy_coef": entropy_coef,
-    }
-    streams = check_objective(
-        op, logprob_A, old_logprob_A, advantage_A, ref_logprob_A, mask_A, weight_A, normalizer, moments, terms
+    objective = PolicyObjective(
+        clip_low, clip_high, dual_clip, kl_coef, kl_estimator, kl_gradient, entropy_coef, moments, shift_mean
     )
-    old_logprob_A, advantage_A, ref_logprob_A, weight_A = streams
-    return select(op, logprob_A, old_logprob_A, advantage_A)(
-        logprob_A,
-        old_logprob_A,
-        advantage_A,
-        entropy_A=entropy_A,
-        ref_logprob_A=ref_logprob_A,
-        mask_A=mask_A,
-        weight_A=weight_A,
-        normalizer=normalizer,
-        moments=moments,
-        shift_mean=shift_mean,
-        **terms,
-    )
+    streams = PolicyStreams(old_logprob_A, advantage_A, ref_logprob_A, mask_A, weight_A)
+    streams = check_policy_inputs(op, logprob_A, streams, objective, normalizer)
+    run = select(op, logprob_A, streams.old_logprob_A, streams.advantage_A)
+    return run(logprob_A, entropy_A, streams, objective, normalizer)

@@ -1,8 +1,8 @@
-"""The PPO policy loss in Triton: loss, statistics and both gradients of every token in one launch, nothing atomic.
+"""The PPO policy loss in Triton: loss, statistics and both gradients of every token in one launch, without atomics.
 
-Each program writes the statistics of its tokens to a row of its own; a second launch of one program adds those rows in
-order, in fp64, and divides the loss. So the bits repeat, nothing is read back by the host, and backward only multiplies
-by the upstream scalar. The linear loss reads its token gradients from the same launch.
+Each program writes the statistics of its tokens to its own row. A second launch of one program adds those rows in
+order, in fp64, and divides the loss. So the bits repeat, the host reads nothing back, and backward only multiplies by
+the upstream scalar. The linear loss reads its token gradients from the same launch.
 """
 
 from __future__ import annotations
@@ -15,21 +15,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.streams import mask_bytes
 from ..common.triton import (
     AttachTokenGradients,
     bounded_exp,
-    bytes_of,
-    column_of,
     exp_minus_tangent,
-    fold,
-    on_device,
-    scalar,
-    stream,
+    fill_absent,
+    fold_statistics,
+    kl_estimate,
+    load_scalar,
+    load_stream,
+    set_column,
+    value_or_pointer,
 )
+from ..common.vocab_rows import TokenGrads
 from ..dispatch import log_launch
 from ..kl_divergence.reference import EXPONENT_LIMIT
 from ..types import PolicyStats, PPOLoss
-from .reference import counts
+from .inputs import PolicyObjective, PolicyStreams
+
+# Legend
+#   A         actions of the packed stream; every stream is [A]
+#   *_size    extent of an optional stream: A, or 0 if it is absent
+#   BLOCK     tokens of one program
+#   partials  [programs, WIDTH] fp32, one row of statistics per program, columns in the order of PolicyStats
 
 BLOCK = 1024
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -39,21 +48,16 @@ COLUMNS = len(fields(PolicyStats))
 
 @triton.jit
 def kl_to_reference(d, ESTIMATOR: tl.constexpr, RAW: tl.constexpr, LIMIT: tl.constexpr):
-    """(value, slope) of the estimator at d = log p - log p_ref; the slope is that of k2 unless RAW."""
+    """Return (value, slope) of the estimator at d = log p - log p_ref; the slope is that of k2 unless RAW."""
+    value = kl_estimate(d, ESTIMATOR, LIMIT)
     slope = d
-    if ESTIMATOR == "k1":
-        value = d
-        if RAW:
+    if RAW:
+        if ESTIMATOR == "k1":
             slope = tl.zeros_like(d) + 1.0
-    elif ESTIMATOR == "k2":
-        value = 0.5 * d * d
-    elif ESTIMATOR == "k3":
-        value = exp_minus_tangent(-d, LIMIT)
-        if RAW:
+        elif ESTIMATOR == "k3":
+            # No series near 0: this slope is added to the surrogate's, beside which the lost digits are nothing.
             slope = 1.0 - tl.exp(tl.minimum(-d, LIMIT))
-    else:
-        value = tl.abs(d)
-        if RAW:
+        elif ESTIMATOR == "abs":
             slope = tl.where(d > 0.0, 1.0, tl.where(d < 0.0, -1.0, 0.0))
     return value, slope
 
@@ -96,157 +100,154 @@ def ppo_policy_loss_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Write gradients by log-prob and entropy, and one row of statistics, for BLOCK tokens."""
+    # 1. Load the streams. An absent one has size 0, so its mask is empty and its pointer is never read.
     block = tl.program_id(0).to(tl.int64)
     index = block * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
-    # An optional stream has `size` entries or none: what lies beyond its end is not there.
     keep = inside & (tl.load(mask_ptr + index, mask=index < mask_size, other=1) != 0)
-    logprob = stream(logprob_ptr, index, keep)
-    old = tl.where(index < old_size, stream(old_ptr, index, keep & (index < old_size)), logprob)
-    entropy = stream(entropy_ptr, index, keep & (index < entropy_size))
-    weight = stream(weight_ptr, index, keep & (index < weight_size))
+    logprob = load_stream(logprob_ptr, index, keep)
+    # Without an old log-prob the step is on-policy: the ratio is 1.
+    old = tl.where(index < old_size, load_stream(old_ptr, index, keep & (index < old_size)), logprob)
+    entropy = load_stream(entropy_ptr, index, keep & (index < entropy_size))
+    weight = load_stream(weight_ptr, index, keep & (index < weight_size))
     weight = tl.where(index < weight_size, weight, tl.where(keep, 1.0, 0.0))
-    advantage = stream(advantage_ptr, index, keep)
+    advantage = load_stream(advantage_ptr, index, keep)
+
+    # 2. Whiten the advantage. The variance is a quotient of fp64 sums and is rounded after the root.
     if has_moments != 0:
         mean = tl.load(mean_ptr).to(tl.float32)
         variance = tl.load(m2_ptr).to(tl.float64) / tl.maximum(tl.load(count_ptr).to(tl.float64), 1.0)
         white = (advantage - mean) * (1.0 / tl.sqrt(variance + 1e-8)).to(tl.float32)
+        # Masked entries return to 0: whitening would shift them to -mean.
         advantage = tl.where(keep, white + (1 - shift_mean) * mean, 0.0)
 
+    # 3. Clipped surrogate, its dual clip, and the slope by log-prob: 0 where a clip is active.
     log_ratio = logprob - old
     ratio = bounded_exp(log_ratio, LIMIT)
-    plain = -advantage * ratio
+    unclipped = -advantage * ratio
     bounded = -advantage * tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
-    clipped = bounded > plain
-    policy = tl.where(clipped, bounded, plain)
+    clipped = bounded > unclipped
+    policy = tl.where(clipped, bounded, unclipped)
     ceiling = -advantage * dual_clip
     dual = (advantage < 0.0) & (policy > ceiling)
     policy = tl.where(dual, ceiling, policy)
     slope = tl.where(clipped | dual, 0.0, -advantage * tl.exp(tl.minimum(log_ratio, LIMIT)))
-    referred = keep & (index < ref_size)
-    kl, kl_slope = kl_to_reference(logprob - stream(ref_ptr, index, referred), ESTIMATOR, RAW, LIMIT)
-    kl, kl_slope = tl.where(referred, kl, 0.0), tl.where(referred, kl_slope, 0.0)
-    entropy_weight = scalar(entropy_coef, ENTROPY_POINTER)
-    kl_weight = scalar(kl_coef, KL_POINTER)
+
+    # 4. KL against the reference and entropy.
+    has_ref = keep & (index < ref_size)
+    kl, kl_slope = kl_to_reference(logprob - load_stream(ref_ptr, index, has_ref), ESTIMATOR, RAW, LIMIT)
+    kl, kl_slope = tl.where(has_ref, kl, 0.0), tl.where(has_ref, kl_slope, 0.0)
+    entropy_weight = load_scalar(entropy_coef, ENTROPY_POINTER)
+    kl_weight = load_scalar(kl_coef, KL_POINTER)
     loss = policy + kl_weight * kl - entropy_weight * entropy
 
-    share = weight / scalar(normalizer, NORMALIZER_POINTER)
-    grad = (slope + kl_weight * kl_slope) * share
+    # 5. Gradients. Masked tokens get a 0, not the buffer's content.
+    token_scale = weight / load_scalar(normalizer, NORMALIZER_POINTER)
+    grad = (slope + kl_weight * kl_slope) * token_scale
     tl.store(grad_logprob_ptr + index, tl.where(keep, grad, 0.0), mask=inside)
-    tl.store(grad_entropy_ptr + index, tl.where(keep, -entropy_weight * share, 0.0), mask=index < entropy_size)
+    tl.store(grad_entropy_ptr + index, tl.where(keep, -entropy_weight * token_scale, 0.0), mask=index < entropy_size)
 
+    # 6. Statistics, one column for each field of PolicyStats: 15 sums, a minimum and two maxima.
     one = tl.where(keep, 1.0, 0.0)
-    cut = clipped & keep
+    clipped = clipped & keep
     row = tl.zeros((WIDTH,), tl.float32)
-    row = column_of(row, tl.sum(one), 0, WIDTH)
-    row = column_of(row, tl.sum(weight), 1, WIDTH)
-    row = column_of(row, tl.sum(loss * weight), 2, WIDTH)
-    row = column_of(row, tl.sum(policy * weight), 3, WIDTH)
-    row = column_of(row, tl.sum(tl.where(cut, 1.0, 0.0)), 4, WIDTH)
-    row = column_of(row, tl.sum(tl.where(cut & (ratio < 1.0), 1.0, 0.0)), 5, WIDTH)
-    row = column_of(row, tl.sum(tl.where(cut & (ratio > 1.0), 1.0, 0.0)), 6, WIDTH)
-    row = column_of(row, tl.sum(tl.where(dual & keep, 1.0, 0.0)), 7, WIDTH)
-    row = column_of(row, tl.sum(exp_minus_tangent(log_ratio, LIMIT)), 8, WIDTH)
-    row = column_of(row, tl.sum(ratio * one), 9, WIDTH)
-    row = column_of(row, tl.sum(entropy), 10, WIDTH)
-    row = column_of(row, tl.sum(kl), 11, WIDTH)
-    row = column_of(row, tl.sum(logprob), 12, WIDTH)
-    row = column_of(row, tl.sum(advantage), 13, WIDTH)
-    row = column_of(row, tl.sum(advantage * advantage), 14, WIDTH)
-    row = column_of(row, tl.min(tl.where(keep, ratio, float("inf"))), 15, WIDTH)
-    row = column_of(row, tl.max(tl.where(keep, ratio, float("-inf"))), 16, WIDTH)
-    row = column_of(row, tl.max(tl.where(keep, tl.abs(log_ratio), 0.0)), 17, WIDTH)
+    row = set_column(row, tl.sum(one), 0, WIDTH)
+    row = set_column(row, tl.sum(weight), 1, WIDTH)
+    row = set_column(row, tl.sum(loss * weight), 2, WIDTH)
+    row = set_column(row, tl.sum(policy * weight), 3, WIDTH)
+    row = set_column(row, tl.sum(tl.where(clipped, 1.0, 0.0)), 4, WIDTH)
+    row = set_column(row, tl.sum(tl.where(clipped & (ratio < 1.0), 1.0, 0.0)), 5, WIDTH)
+    row = set_column(row, tl.sum(tl.where(clipped & (ratio > 1.0), 1.0, 0.0)), 6, WIDTH)
+    row = set_column(row, tl.sum(tl.where(dual & keep, 1.0, 0.0)), 7, WIDTH)
+    row = set_column(row, tl.sum(exp_minus_tangent(log_ratio, LIMIT)), 8, WIDTH)
+    row = set_column(row, tl.sum(ratio * one), 9, WIDTH)
+    row = set_column(row, tl.sum(entropy), 10, WIDTH)
+    row = set_column(row, tl.sum(kl), 11, WIDTH)
+    row = set_column(row, tl.sum(logprob), 12, WIDTH)
+    row = set_column(row, tl.sum(advantage), 13, WIDTH)
+    row = set_column(row, tl.sum(advantage * advantage), 14, WIDTH)
+    row = set_column(row, tl.min(tl.where(keep, ratio, float("inf"))), 15, WIDTH)
+    row = set_column(row, tl.max(tl.where(keep, ratio, float("-inf"))), 16, WIDTH)
+    row = set_column(row, tl.max(tl.where(keep, tl.abs(log_ratio), 0.0)), 17, WIDTH)
     tl.store(partials_ptr + block * WIDTH + tl.arange(0, WIDTH), row)
 
 
 def policy_launch(
     logprob_A: Tensor,
-    old_A: Tensor | None,
-    advantage_A: Tensor,
     entropy_A: Tensor | None,
-    ref_A: Tensor | None,
-    mask_A: Tensor | None,
-    weight_A: Tensor | None,
-    *,
-    normalizer,
-    moments,
-    shift_mean: bool,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    kl_coef,
-    kl_estimator: str,
-    kl_gradient: str,
-    entropy_coef,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(d loss / d log-prob [A], d loss / d entropy [A], the programs' statistics) in one launch."""
+    streams: PolicyStreams,
+    objective: PolicyObjective,
+    normalizer: float | Tensor,
+) -> tuple[TokenGrads, Tensor]:
+    """Return (d loss / d log-prob and d loss / d entropy, the programs' statistics) in one launch."""
+    # 1. Allocate. Without an entropy its gradient has size 0, so any buffer serves as its pointer.
     size, device = logprob_A.shape[0], logprob_A.device
     grad_logprob_A = torch.empty(size, dtype=torch.float32, device=device)
-    grad_entropy_A = torch.empty_like(grad_logprob_A) if entropy_A is not None else grad_logprob_A
+    grad_entropy_A = None if entropy_A is None else torch.empty_like(grad_logprob_A)
     width = triton.next_power_of_2(COLUMNS)
     partials = torch.empty(triton.cdiv(size, BLOCK), width, dtype=torch.float32, device=device)
+    # 2. An absent stream is replaced by the log-probs and gets size 0, so that one binary serves all combinations.
     logprob_A = logprob_A.detach().contiguous()
-    optional = [old_A, entropy_A, ref_A, mask_A, weight_A]
-    old, entropy, ref, mask, weight = (logprob_A if x is None else x.detach().contiguous() for x in optional)
-    counted = (logprob_A,) * 3 if moments is None else (moments.count, moments.mean, moments.m2)
+    optional = [streams.old_logprob_A, entropy_A, streams.ref_logprob_A, streams.mask_A, streams.weight_A]
+    old, entropy, ref, mask, weight = fill_absent(logprob_A, optional)
+    moments = objective.moments
+    statistics = (logprob_A,) * 3 if moments is None else (moments.count, moments.mean, moments.m2)
+    # 3. Launch; an empty stream has no program, and `fold_statistics` returns zeros for it.
     if size:
         with torch.cuda.device_of(logprob_A):
             log_launch("ppo_policy_loss", "triton")
             ppo_policy_loss_kernel[(partials.shape[0],)](
                 logprob_A,
                 old,
-                advantage_A.detach().contiguous(),
+                streams.advantage_A.detach().contiguous(),
                 entropy,
                 ref,
-                mask if mask_A is None else bytes_of(mask),
+                mask if streams.mask_A is None else mask_bytes(mask),
                 weight,
-                *counted,
+                *statistics,
                 grad_logprob_A,
-                grad_entropy_A,
+                grad_logprob_A if grad_entropy_A is None else grad_entropy_A,
                 partials,
                 size,
-                *(0 if x is None else size for x in (old_A, entropy_A, ref_A, mask_A, weight_A)),
+                *(0 if x is None else size for x in optional),
                 int(moments is not None),
-                int(shift_mean),
-                on_device(normalizer),
-                on_device(kl_coef),
-                on_device(entropy_coef),
-                clip_low,
-                clip_high,
-                math.inf if dual_clip is None else float(dual_clip),
+                int(objective.shift_mean),
+                value_or_pointer(normalizer),
+                value_or_pointer(objective.kl_coef),
+                value_or_pointer(objective.entropy_coef),
+                objective.clip_low,
+                objective.clip_high,
+                math.inf if objective.dual_clip is None else float(objective.dual_clip),
                 NORMALIZER_POINTER=isinstance(normalizer, Tensor),
-                KL_POINTER=isinstance(kl_coef, Tensor),
-                ENTROPY_POINTER=isinstance(entropy_coef, Tensor),
-                ESTIMATOR=kl_estimator,
-                RAW=kl_gradient == "raw",
+                KL_POINTER=isinstance(objective.kl_coef, Tensor),
+                ENTROPY_POINTER=isinstance(objective.entropy_coef, Tensor),
+                ESTIMATOR=objective.kl_estimator,
+                RAW=objective.kl_gradient == "raw",
                 LIMIT=EXPONENT_LIMIT,
                 WIDTH=width,
                 BLOCK=BLOCK,
                 **OPTIONS,
             )
-    return grad_logprob_A, grad_entropy_A, partials
+    return TokenGrads(grad_logprob_A, grad_entropy_A), partials
 
 
 def ppo_policy_loss(
     logprob_A: Tensor,
-    old_logprob_A: Tensor | None,
-    advantage_A: Tensor,
-    *,
-    entropy_A: Tensor | None = None,
-    ref_logprob_A: Tensor | None = None,
-    mask_A: Tensor | None = None,
-    weight_A: Tensor | None = None,
-    normalizer,
-    **options,
+    entropy_A: Tensor | None,
+    streams: PolicyStreams,
+    objective: PolicyObjective,
+    normalizer: float | Tensor,
 ) -> PPOLoss:
-    streams = (logprob_A, old_logprob_A, advantage_A, entropy_A, ref_logprob_A, mask_A, weight_A)
-    grad_logprob_A, grad_entropy_A, partials = policy_launch(*streams, normalizer=normalizer, **options)
-    stats, loss = fold(partials, normalizer, SUMS)
+    """Return the loss and its statistics; see the public function."""
+    grads, partials = policy_launch(logprob_A, entropy_A, streams, objective, normalizer)
+    stats, loss = fold_statistics(partials, normalizer, SUMS)
     values = stats[:COLUMNS].unbind()
     if logprob_A.shape[0] == 0:
-        values = (*values[:-1], values[-1].clamp(min=0.0))  # no largest difference: 0, not -inf
+        # The last column is a maximum of absolute values: 0 for an empty stream, not -inf.
+        values = (*values[:-1], values[-1].clamp(min=0.0))
     result = PolicyStats(**{f.name: x for f, x in zip(fields(PolicyStats), values, strict=True)})
-    pairs = [logprob_A, grad_logprob_A]
-    if entropy_A is not None and counts(options["entropy_coef"]):
-        pairs += [entropy_A, grad_entropy_A]
+    pairs = [logprob_A, grads.logprob]
+    if entropy_A is not None and grads.entropy is not None and objective.has_entropy:
+        pairs += [entropy_A, grads.entropy]
     return PPOLoss(AttachTokenGradients.apply("ppo_policy_loss", loss, *pairs), result)

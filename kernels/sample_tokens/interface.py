@@ -7,6 +7,7 @@ from torch import Tensor
 from .. import validate
 from ..dispatch import select
 from ..types import VocabShard
+from .inputs import Distribution, NoiseKey
 
 
 def sample_tokens(
@@ -20,15 +21,33 @@ def sample_tokens(
     positions: Tensor,
     shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One token per row by Gumbel-max, and its log-prob under the distribution that it was drawn from.
+    """Return one sampled token per row, and its log-prob under the distribution that it was drawn from.
 
-    logits_NV: [N, V] floating, this rank's slice where `shard` has a group. temperature: Python number >= 0; 0 takes
-    the arg-max and reports the log-prob at temperature 1. top_k 0 and top_p 1 truncate nothing; top_k applies first.
-    seed: int; sequence_ids, positions: [N] int, which name the draw: the noise is a hash of (seed, sequence id,
-    position, global vocabulary id) in fp32, equal maxima go to the lowest id. One pass over the logits; top-k and top-p
-    find their thresholds first, in about 35 more passes each.
-    Returns (token_N int64 global ids, logprob_N fp32 or fp64), equal on every rank of the shard's group. No gradient.
-    Raises TypeError or ValueError naming the argument.
+    With z = logits / temperature after truncation, and u a hash of (seed, sequence id, position, global id):
+
+        token = argmax(z - log(-log(1 - u)))
+        logprob = z[token] - log sum exp(z)
+
+    Source: the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030). Equal maxima go to the lowest
+    id. Reading the logits once suffices; top-k and top-p find their thresholds first, in about 35 more passes each.
+
+    Args:
+        logits_NV: [N, V] floating; this rank's slice if `shard` has a group.
+        temperature: Python number >= 0. 0 takes the arg-max and reports the log-prob at temperature 1.
+        top_k: Keep the top_k largest logits; 0 keeps all. Applies before top_p.
+        top_p: Keep the smallest set of mass >= top_p, in (0, 1]; 1 keeps all.
+        seed: Python int.
+        sequence_ids: [N] int32 or int64.
+        positions: [N] int32 or int64. Seed, sequence id and position name the draw.
+        shard: This rank's slice of the vocabulary. None: the columns are the vocabulary.
+
+    Returns:
+        Tuple (token_N, logprob_N): global ids in int64, and nats in fp32 (fp64 for fp64 logits); both [N], equal on
+        every rank of the shard's group, without gradient.
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype.
+        ValueError: A shape, device or range is wrong.
     """
     op = "sample_tokens"
     validate.check_floating(op, "logits_NV", logits_NV, (None, None))
@@ -43,13 +62,5 @@ def sample_tokens(
     validate.check_shard(op, shard, logits_NV.shape[1])
     if logits_NV.shape[1] == 0:
         raise ValueError(f"{op}: logits_NV must have at least one column, got shape {tuple(logits_NV.shape)}")
-    return select(op, logits_NV)(
-        logits_NV,
-        temperature=float(temperature),
-        top_k=top_k,
-        top_p=float(top_p),
-        seed=seed,
-        sequence_ids=sequence_ids,
-        positions=positions,
-        shard=shard,
-    )
+    distribution = Distribution(float(temperature), top_k, float(top_p))
+    return select(op, logits_NV)(logits_NV, distribution, NoiseKey(seed, sequence_ids, positions), shard)

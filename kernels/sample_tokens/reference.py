@@ -1,14 +1,12 @@
-"""Layout-invariant sampling: the arg-max of logits plus Gumbel noise that depends on nothing but who is asking.
+"""Layout-invariant sampling: the arg-max of logits plus Gumbel noise that depends on the token's coordinates alone.
 
 The noise of a candidate is a hash of (seed, sequence id, position, global vocabulary id). Batch order, batch size and
-the split of the vocabulary over ranks do not enter, so neither do they enter the token. A rank sends its best perturbed
-logit, that candidate's id and plain logit, and its log-sum-exp, never its logits; what top-k and top-p need besides is
-in reference_truncation.
+the split of the vocabulary over ranks are not hashed, so the token does not depend on them. A rank sends its best
+perturbed logit, that candidate's id and plain logit, and its log-sum-exp, never its logits; top-k and top-p send what
+truncation.py describes.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,128 +14,127 @@ from torch import Tensor
 from ..common.vocab_rows import local_rows
 from ..types import VocabShard
 from ..validate import wide_dtype
+from .inputs import Distribution, Draw, NoiseKey
 from .truncation import gather_ranks, truncate, truncate_sharded
 
+# Legend
+#   N  rows, one for each sequence             V  columns of this rank's slice, padding included
+#   R  ranks of the shard's group              v  columns of this rank's slice that are vocabulary
+#   z  logits over the temperature, -inf where top-k or top-p drops them, [N, v] fp32 or fp64
+
 _WORD = 1 << 64
-# Odd multipliers of the two hashes: splitmix64 (Steele et al. 2014) for rows, a 32-bit murmur-style one for candidates.
+# Odd multipliers of two hashes: splitmix64 (Steele, Lea and Flood 2014) for rows, and for candidates a 32-bit mixer in
+# the style of MurmurHash3, half as wide because it runs once for each of N * V candidates.
 _ROW_STEP, _ROW_A, _ROW_B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _ID_STEP, _ID_A, _ID_B = 0x9E3779B1, 0x7FEB352D, 0x846CA68B
 
 
-def _signed(x: int, bits: int) -> int:
+def _to_signed(x: int, bits: int) -> int:
+    # The two's complement value of the low `bits` bits: torch has no arithmetic on unsigned integers.
     x &= (1 << bits) - 1
     return x - (1 << bits) if x >> (bits - 1) else x
 
 
-def _mix64(x: Tensor) -> Tensor:
-    """splitmix64's finaliser in wrapping int64; >> is arithmetic, so the copied sign bits are masked off."""
-    x = x + _signed(_ROW_STEP, 64)
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(_ROW_A, 64)
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(_ROW_B, 64)
+def _splitmix64(x: Tensor) -> Tensor:
+    """Return splitmix64 of x in wrapping int64."""
+    # >> of int64 is arithmetic: the masks clear the copies of the sign bit.
+    x = x + _to_signed(_ROW_STEP, 64)
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _to_signed(_ROW_A, 64)
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _to_signed(_ROW_B, 64)
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
 def row_keys(seed: int, sequence_ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Two int32 keys per row."""
-    start = torch.full_like(sequence_ids, _signed(seed % _WORD, 64), dtype=torch.int64)
-    key = _mix64(_mix64(_mix64(start) ^ sequence_ids.long()) ^ positions.long())
+    """Return two int32 keys per row [N]."""
+    # Chained, not added: sums of coordinates would give (id 1, position 2) and (id 2, position 1) the same noise.
+    start = torch.full_like(sequence_ids, _to_signed(seed % _WORD, 64), dtype=torch.int64)
+    key = _splitmix64(_splitmix64(_splitmix64(start) ^ sequence_ids.long()) ^ positions.long())
     return key.to(torch.int32), (key >> 32).to(torch.int32)
 
 
 def _shift_xor_(x: Tensor, scratch: Tensor, shift: int) -> None:
+    # x ^= x >> shift, with a logical shift.
     torch.bitwise_right_shift(x, shift, out=scratch)
     x ^= scratch.bitwise_and_((1 << (32 - shift)) - 1)
 
 
 def candidate_bits(keys: tuple[Tensor, Tensor], start: int, size: int) -> Tensor:
-    """[N, size] int32 in [0, 2^31): the hash of each candidate."""
+    """Return the hash of each candidate, [N, size] int32 in [0, 2^31)."""
     ids = torch.arange(start, start + size, device=keys[0].device, dtype=torch.int64)
     ids = (ids * _ID_STEP).to(torch.int32)
     x = ids[None, :] + keys[0][:, None]
+    # In place: at N * V entries each temporary of an expression costs as much as the logits.
     scratch = torch.empty_like(x)
     _shift_xor_(x, scratch, 16)
-    x *= _signed(_ID_A, 32)
+    x *= _to_signed(_ID_A, 32)
     x += keys[1][:, None]
     _shift_xor_(x, scratch, 15)
-    x *= _signed(_ID_B, 32)
+    x *= _to_signed(_ID_B, 32)
     _shift_xor_(x, scratch, 16)
     return x.bitwise_and_((1 << 31) - 1)
 
 
 def exponential_noise(keys: tuple[Tensor, Tensor], start: int, size: int) -> Tensor:
-    """[N, size] fp32 draws from Exp(1); minus their logarithm is Gumbel noise.
+    """Return draws from Exp(1), [N, size] fp32; minus their logarithm is Gumbel noise.
 
-    The uniform keeps all of 31 bits near 0, where -log1p(-u) is smallest: the smallest draw decides, and coarse steps
+    The uniform u keeps all of 31 bits near 0, where -log1p(-u) is smallest. The smallest draw decides: coarse steps
     there would let ties favour low ids in a large vocabulary.
     """
     u = candidate_bits(keys, start, size).to(torch.float32)
     return u.add_(0.5).mul_(-(2.0**-31)).clamp_(min=-(1 - 2.0**-24)).log1p_().neg_()
 
 
-@dataclass(frozen=True)
-class Draw:
-    """What a rank knows of each row [N] from its own columns: the best perturbed logit, its global id (the largest
-    int64 where there is no column), its own logit, and the log-sum-exp of the columns."""
-
-    perturbed: Tensor
-    token: Tensor
-    logit: Tensor
-    lse: Tensor
-
-
-def merge_draws(mine: Draw, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """(token_N, logprob_N) of the whole rows. One gather of four numbers per row, merged in rank order in fp64."""
-    # An id is exact in fp64; the largest int64 of a rank without columns rounds, and loses to every id.
-    packed = torch.stack([x.double() for x in (mine.perturbed, mine.token, mine.logit, mine.lse)])
-    best_RN, token_RN, logit_RN, lse_RN = gather_ranks(packed, shard).unbind(1)
+def merge_draws(local: Draw, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Return (token_N, logprob_N) of the full rows. One all-gather of four numbers per row, merged in fp64."""
+    # An id is exact in fp64. The largest int64, of a rank without columns, rounds up and loses to every id.
+    packed = torch.stack([x.double() for x in local])
+    best_RN, token_RN, logit_RN, logsumexp_RN = gather_ranks(packed, shard).unbind(1)
+    # Among equal maxima the lowest id wins, as on a single rank.
     token_N, rank_N = torch.where(best_RN == best_RN.amax(0), token_RN, torch.inf).min(0)
     logit_N = logit_RN.gather(0, rank_N[None]).squeeze(0)
-    return token_N.long(), (logit_N - torch.logsumexp(lse_RN, 0)).to(mine.logit.dtype)
+    return token_N.long(), (logit_N - torch.logsumexp(logsumexp_RN, 0)).to(local.logit.dtype)
 
 
 def sample_tokens(
-    logits_NV: Tensor,
-    *,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
-    sequence_ids: Tensor,
-    positions: Tensor,
-    shard: VocabShard | None,
+    logits_NV: Tensor, distribution: Distribution, key: NoiseKey, shard: VocabShard | None
 ) -> tuple[Tensor, Tensor]:
+    """Return tokens and log-probs; see the public function."""
     with torch.no_grad():
-        z = scaled_rows(logits_NV, temperature, top_k, top_p, shard)
+        z = sampling_logits(logits_NV, distribution, shard)
         start = 0 if shard is None else shard.start
+        # 1. Perturb. The noise is hashed from global ids, so a slice gets the noise of its own columns.
         perturbed = z
-        if temperature > 0 and z.shape[1]:
-            noise = exponential_noise(row_keys(seed, sequence_ids, positions), start, z.shape[1])
+        if distribution.temperature > 0 and z.shape[1]:
+            noise = exponential_noise(row_keys(key.seed, key.sequence_ids, key.positions), start, z.shape[1])
+            # In fp32 the noise's buffer takes the sum; in fp64 the logarithm must be fp64 too.
             perturbed = noise.log_().neg_().add_(z) if z.dtype == torch.float32 else z - noise.to(z.dtype).log()
+        # 2. Take the maximum, of this rank or of all.
         if shard is None or shard.group is None:
             token_N = perturbed.max(dim=-1).indices  # the first of equal maxima
-            return token_N, local_rows(z, token_N, shard, False)[0].logprob()
-        return merge_draws(_draw(z, perturbed, start), shard)
+            return token_N, local_rows(z, token_N, shard, False).stats.logprob()
+        return merge_draws(_best_candidate(z, perturbed, start), shard)
 
 
-def scaled_rows(logits_NV: Tensor, temperature: float, top_k: int, top_p: float, shard: VocabShard | None) -> Tensor:
-    """Valid columns over the temperature, -inf where top-k or top-p drops them: the log-weights that are sampled
-    from."""
+def sampling_logits(logits_NV: Tensor, distribution: Distribution, shard: VocabShard | None) -> Tensor:
+    """Return z: valid columns over the temperature, -inf where top-k or top-p drops them."""
+    temperature = distribution.temperature
     if shard is not None:
         logits_NV = logits_NV[:, : shard.valid]
     z = logits_NV.to(wide_dtype(logits_NV))
     if temperature > 0 and temperature != 1.0:
         z = z / temperature
-    if temperature > 0 and (top_k or top_p < 1.0):
+    if distribution.truncates:
         if shard is None or shard.group is None:
-            return truncate(z, top_k, top_p)
-        return truncate_sharded(z, top_k, top_p, shard)
+            return truncate(z, distribution.top_k, distribution.top_p)
+        return truncate_sharded(z, distribution.top_k, distribution.top_p, shard)
     return z
 
 
-def _draw(z: Tensor, perturbed: Tensor, start: int) -> Draw:
+def _best_candidate(z: Tensor, perturbed: Tensor, start: int) -> Draw:
     if z.shape[1] == 0:
-        nothing = z.new_full((z.shape[0],), -torch.inf)
-        token = torch.full_like(nothing, torch.iinfo(torch.int64).max, dtype=torch.int64)
-        return Draw(nothing, token, nothing, nothing)
+        # A rank that has only padding takes part with a candidate that loses to every other.
+        lowest = z.new_full((z.shape[0],), -torch.inf)
+        token = torch.full_like(lowest, torch.iinfo(torch.int64).max, dtype=torch.int64)
+        return Draw(lowest, token, lowest, lowest)
     best, column = perturbed.max(dim=-1)
     return Draw(best, column + start, z.gather(1, column[:, None]).squeeze(1), torch.logsumexp(z.double(), -1))

@@ -1,9 +1,9 @@
 """sample_tokens in Triton: one program per row reads it once for the draw and the log-prob of what was drawn.
 
-The hash of a candidate is that of reference_sampling, bit for bit. Departing from it, -log1p(-u) is log(1 - u)
-rescaled by u / (1 - (1 - u)), which undoes the rounding of 1 - u (Kahan), and the log-sum-exp runs along with the
-maximum. top-k and top-p need no sort: the last value that is kept is found bit by bit, with a count or a mass over
-the row in each of 32 steps (the row stays in the cache), and an id settles its equals.
+The hash of a candidate is that of reference.py, bit for bit. Unlike there, -log1p(-u) is log(1 - u) rescaled by
+u / (1 - (1 - u)), which undoes the rounding of 1 - u (Kahan), and the log-sum-exp is computed online with the maximum.
+top-k and top-p need no sort: the last value that is kept is found bit by bit, with a count or a mass over the row in
+each of 32 steps (the row stays in the cache), and an id settles its equals.
 """
 
 from __future__ import annotations
@@ -13,20 +13,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.vocab_rows import label_logprob
 from ..dispatch import log_launch
 from ..types import VocabShard
-from .reference import Draw, merge_draws, scaled_rows
+from .inputs import Distribution, Draw, NoiseKey
+from .reference import merge_draws, sampling_logits
 
-# Wide blocks: a row is one program's, and every block costs it several reductions over all its warps. With 8 warps
-# this width spills, and so do narrower ones on some generation with Triton 3.6 or 3.9.
+# Legend
+#   N  rows, one for each program              V  columns of this rank's slice, padding included
+#   columns  columns that are vocabulary       start  global id of the first of them
+#   z        logits over the temperature, fp32 key    order key (int64) or hash key (uint64)
+#   (last_key, last_id)  a column survives truncation if its key is above last_key, or equal with an id <= last_id
+
+# Wide blocks: one program has a row, and every block costs it several reductions over all its warps.
+# Triton 3.6 and 3.9 spill registers at this width with 8 warps, and narrower blocks spill on sm_80, sm_90 or sm_100.
 BLOCK = 4096
 OPTIONS = {"num_warps": 16, "enable_fp_fusion": True}
-# top_p travels in units of 2^-53: a float argument would round it to fp32, which a tie can show.
-WHOLE = tl.constexpr(1 << 53)
+# top_p is passed in units of 2^-53: Triton passes a float argument as fp32, and the rounding would show at a tie.
+TOP_P_UNITS = tl.constexpr(1 << 53)
 
 
 @triton.jit
-def _mix64(x):
+def _splitmix64(x):
+    """Return splitmix64 of a uint64."""
     x = x + 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
@@ -35,14 +44,14 @@ def _mix64(x):
 
 @triton.jit
 def row_key(seed, sequence_id, position):
-    """One uint64 per row; its halves key the candidates."""
-    key = _mix64(seed.to(tl.int64).to(tl.uint64)) ^ sequence_id.to(tl.int64).to(tl.uint64)
-    return _mix64(_mix64(key) ^ position.to(tl.int64).to(tl.uint64))
+    """Return one uint64 per row; its halves key the candidates."""
+    key = _splitmix64(seed.to(tl.int64).to(tl.uint64)) ^ sequence_id.to(tl.int64).to(tl.uint64)
+    return _splitmix64(_splitmix64(key) ^ position.to(tl.int64).to(tl.uint64))
 
 
 @triton.jit
 def candidate_hash(key, ids):
-    """uint32 below 2^31."""
+    """Return the hash of each candidate, uint32 below 2^31."""
     low = (key & 0xFFFFFFFF).to(tl.uint32)
     high = (key >> 32).to(tl.uint32)
     x = ids.to(tl.uint32) * 0x9E3779B1 + low
@@ -56,82 +65,98 @@ def candidate_hash(key, ids):
 
 @triton.jit
 def gumbel(bits):
+    """Return Gumbel noise from 31 random bits."""
+    # 1. A uniform in (0, 1): the constants are 2^-31 and the largest fp32 below 1.
     v = tl.minimum((bits.to(tl.int32).to(tl.float32) + 0.5) * 4.656612873077393e-10, 0.99999994039535522)
+    # 2. -log1p(-v), an Exp(1) draw: log(w) is that of the rounded w = 1 - v, and v / (1 - w) corrects it.
     w = 1.0 - v
-    lost = 1.0 - w
-    noise = tl.where(lost == 0.0, v, -tl.log(w) * (v / tl.where(lost == 0.0, 1.0, lost)))
-    return -tl.log(noise)
+    rounded_v = 1.0 - w
+    exponential = tl.where(rounded_v == 0.0, v, -tl.log(w) * (v / tl.where(rounded_v == 0.0, 1.0, rounded_v)))
+    return -tl.log(exponential)
 
 
 @triton.jit
-def _row(row_ptr, at, columns, temperature):
-    z = tl.load(row_ptr + at, mask=at < columns, other=-float("inf")).to(tl.float32)
+def _load_z(row_ptr, column, columns, temperature):
+    """Return logits over the temperature, -inf beyond the vocabulary."""
+    z = tl.load(row_ptr + column, mask=column < columns, other=-float("inf")).to(tl.float32)
+    # div_rn is IEEE division, as PyTorch's: the default division rounds differently and could move an arg-max.
     return tl.div_rn(z, tl.full(z.shape, 0.0, tl.float32) + temperature)
 
 
 @triton.jit
 def _order_key(z):
-    """int64 in [0, 2^32) that orders as z does."""
+    """Return int64 keys in [0, 2^32) that order as z does."""
+    # Adding 0.0 turns -0.0 into 0.0; negative floats order backwards by their bits, so all but the sign flips.
     bits = (z + 0.0).to(tl.int32, bitcast=True).to(tl.int64)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) + 2147483648
 
 
 @triton.jit
-def _survives(key, at, last, cut):
-    return (key > last) | ((key == last) & (at <= cut))
+def _survives(key, column, last_key, last_id):
+    """Return whether a column is at or before the last that truncation keeps."""
+    return (key > last_key) | ((key == last_key) & (column <= last_id))
 
 
 @triton.jit
-def _leading(row_ptr, columns, temperature, peak, last, cut, target, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
-    """Narrows (last, cut), the last value that survives and the last id among its equals, to the columns before which
-    less than `target` lies: `target` of their number, or where WEIGHTED of the mass of what survived so far."""
+def _narrow_to_target(
+    row_ptr, columns, temperature, row_max, last_key, last_id, target, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Return (last_key, last_id) narrowed to the columns before which less than `target` lies.
+
+    `target` is a number of columns, or if WEIGHTED a share of the mass of what survived so far.
+    """
     lane = tl.arange(0, BLOCK)
+    # 1. Turn the share into a mass.
     if WEIGHTED:
         mass = tl.zeros((BLOCK,), tl.float64)
         for begin in range(0, columns, BLOCK):
-            z = _row(row_ptr, begin + lane, columns, temperature)
-            alive = _survives(_order_key(z), begin + lane, last, cut) & (begin + lane < columns)
-            mass += tl.where(alive, tl.exp(z - peak), 0.0).to(tl.float64)
+            z = _load_z(row_ptr, begin + lane, columns, temperature)
+            alive = _survives(_order_key(z), begin + lane, last_key, last_id) & (begin + lane < columns)
+            mass += tl.where(alive, tl.exp(z - row_max), 0.0).to(tl.float64)
         target = target * tl.sum(mass, axis=0)
-    found = last * 0
-    step = found + 2147483648
+    # 2. The key of the last value that is kept, bit by bit from the highest of 32.
+    new_key = last_key * 0
+    step = new_key + 2147483648
     while step > 0:
-        raised = found + step
+        raised = new_key + step
         mass = tl.zeros((BLOCK,), tl.float64)
         for begin in range(0, columns, BLOCK):
-            z = _row(row_ptr, begin + lane, columns, temperature)
+            z = _load_z(row_ptr, begin + lane, columns, temperature)
             key = _order_key(z)
-            alive = _survives(key, begin + lane, last, cut) & (begin + lane < columns) & (key >= raised)
+            alive = _survives(key, begin + lane, last_key, last_id) & (begin + lane < columns) & (key >= raised)
             if WEIGHTED:
-                mass += tl.where(alive, tl.exp(z - peak), 0.0).to(tl.float64)
+                mass += tl.where(alive, tl.exp(z - row_max), 0.0).to(tl.float64)
             else:
                 mass += alive.to(tl.float64)
-        found = tl.where(tl.sum(mass, axis=0) >= target, raised, found)
+        new_key = tl.where(tl.sum(mass, axis=0) >= target, raised, new_key)
         step = step // 2
+    # 3. What lies above that value.
     above = tl.zeros((BLOCK,), tl.float64)
     for begin in range(0, columns, BLOCK):
-        z = _row(row_ptr, begin + lane, columns, temperature)
+        z = _load_z(row_ptr, begin + lane, columns, temperature)
         key = _order_key(z)
-        alive = _survives(key, begin + lane, last, cut) & (begin + lane < columns) & (key > found)
+        alive = _survives(key, begin + lane, last_key, last_id) & (begin + lane < columns) & (key > new_key)
         if WEIGHTED:
-            above += tl.where(alive, tl.exp(z - peak), 0.0).to(tl.float64)
+            above += tl.where(alive, tl.exp(z - row_max), 0.0).to(tl.float64)
         else:
             above += alive.to(tl.float64)
     before = tl.sum(above, axis=0)
-    edge = found * 0 - 1
-    rank = found * 0
+    # 4. Its equals, in the order of their ids, as long as they fit.
+    new_id = new_key * 0 - 1
+    equals_before = new_key * 0
     for begin in range(0, columns, BLOCK):
-        z = _row(row_ptr, begin + lane, columns, temperature)
+        z = _load_z(row_ptr, begin + lane, columns, temperature)
         key = _order_key(z)
-        equal = _survives(key, begin + lane, last, cut) & (begin + lane < columns) & (key == found)
-        place = rank + tl.cumsum(equal.to(tl.int64), axis=0) - 1
-        one = tl.exp(z - peak).to(tl.float64) if WEIGHTED else tl.full((BLOCK,), 1.0, tl.float64)
-        fits = equal & (before + place.to(tl.float64) * one < target)
-        edge = tl.maximum(edge, tl.max(tl.where(fits, begin + lane, -1), axis=0).to(tl.int64))
-        rank += tl.sum(equal.to(tl.int64), axis=0)
-    return found, edge
+        equal = _survives(key, begin + lane, last_key, last_id) & (begin + lane < columns) & (key == new_key)
+        rank = equals_before + tl.cumsum(equal.to(tl.int64), axis=0) - 1
+        one = tl.exp(z - row_max).to(tl.float64) if WEIGHTED else tl.full((BLOCK,), 1.0, tl.float64)
+        fits = equal & (before + rank.to(tl.float64) * one < target)
+        new_id = tl.maximum(new_id, tl.max(tl.where(fits, begin + lane, -1), axis=0).to(tl.int64))
+        equals_before += tl.sum(equal.to(tl.int64), axis=0)
+    return new_key, new_id
 
 
+# One binary serves every size, alignment and setting: compiling per value would stall a decode step.
 @triton.jit(do_not_specialize=range(16), do_not_specialize_on_alignment=range(16))
 def sample_tokens_kernel(
     logits_ptr,
@@ -140,8 +165,8 @@ def sample_tokens_kernel(
     token_ptr,
     perturbed_ptr,
     logit_ptr,
-    peak_ptr,
-    total_ptr,
+    max_ptr,
+    sum_exp_ptr,
     row_stride,
     columns,
     start,
@@ -153,76 +178,78 @@ def sample_tokens_kernel(
     TRUNCATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Write the token of one row, its perturbed and plain logit, and the maximum and exponential sum of the row."""
     n = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + n * row_stride
     lane = tl.arange(0, BLOCK)
     key = row_key(seed, tl.load(ids_ptr + n), tl.load(positions_ptr + n))
-    last = n * 0
-    cut = last - 1
+    last_key = n * 0
+    last_id = last_key - 1
+    # 1. Truncation: find the last column that is kept. The maximum is a reference point for the masses.
     if TRUNCATE:
-        highs = tl.full((BLOCK,), -float("inf"), tl.float32)
+        maxima = tl.full((BLOCK,), -float("inf"), tl.float32)
         for begin in range(0, columns, BLOCK):
-            highs = tl.maximum(highs, _row(row_ptr, begin + lane, columns, temperature))
-        top = tl.max(highs, axis=0)
-        top = tl.where(top == -float("inf"), 0.0, top)
+            maxima = tl.maximum(maxima, _load_z(row_ptr, begin + lane, columns, temperature))
+        row_max = tl.max(maxima, axis=0)
+        row_max = tl.where(row_max == -float("inf"), 0.0, row_max)
         if top_k > 0:
-            last, cut = _leading(row_ptr, columns, temperature, top, last, cut, top_k, False, BLOCK)
-        if top_p < WHOLE:
-            share = top_p.to(tl.float64) / WHOLE
-            last, cut = _leading(row_ptr, columns, temperature, top, last, cut, share, True, BLOCK)
+            last_key, last_id = _narrow_to_target(
+                row_ptr, columns, temperature, row_max, last_key, last_id, top_k, False, BLOCK
+            )
+        if top_p < TOP_P_UNITS:
+            share = top_p.to(tl.float64) / TOP_P_UNITS
+            last_key, last_id = _narrow_to_target(
+                row_ptr, columns, temperature, row_max, last_key, last_id, share, True, BLOCK
+            )
 
+    # 2. One pass: the best perturbed logit, and the log-sum-exp of the plain ones.
     best = tl.full((), -float("inf"), tl.float32)
-    chosen = tl.full((), -float("inf"), tl.float32)
-    token = last * 0 + start
-    peak = tl.full((), -float("inf"), tl.float32)
-    total = tl.full((), 0.0, tl.float32)
+    best_logit = tl.full((), -float("inf"), tl.float32)
+    token = last_key * 0 + start
+    online_max = tl.full((), -float("inf"), tl.float32)
+    sum_exp = tl.full((), 0.0, tl.float32)
     for begin in range(0, columns, BLOCK):
-        at = begin + lane
-        z = _row(row_ptr, at, columns, temperature)
+        column = begin + lane
+        z = _load_z(row_ptr, column, columns, temperature)
         if TRUNCATE:
-            z = tl.where(_survives(_order_key(z), at, last, cut), z, -float("inf"))
+            z = tl.where(_survives(_order_key(z), column, last_key, last_id), z, -float("inf"))
         perturbed = z
         if noisy > 0:
-            perturbed = z + gumbel(candidate_hash(key, start + at))
+            perturbed = z + gumbel(candidate_hash(key, start + column))
         highest = tl.max(perturbed, axis=0)
-        # Among equals the lowest id; of blocks, the first.
-        column = tl.min(tl.where((perturbed == highest) & (at < columns), at, 2147483647), axis=0)
+        # Among equals the lowest id of the block, and of blocks the first.
+        best_column = tl.min(tl.where((perturbed == highest) & (column < columns), column, 2147483647), axis=0)
         better = highest > best
-        chosen = tl.where(better, tl.max(tl.where(at == column, z, -float("inf")), axis=0), chosen)
-        token = tl.where(better, column.to(tl.int64) + start, token)
+        best_logit = tl.where(better, tl.max(tl.where(column == best_column, z, -float("inf")), axis=0), best_logit)
+        token = tl.where(better, best_column.to(tl.int64) + start, token)
         best = tl.maximum(best, highest)
-        raised = tl.maximum(peak, tl.max(z, axis=0))
-        finite = tl.where(raised == -float("inf"), 0.0, raised)
-        total = total * tl.exp(peak - finite) + tl.sum(tl.exp(z - finite), axis=0)
-        peak = raised
+        # Online log-sum-exp: -inf is never subtracted from itself.
+        new_max = tl.maximum(online_max, tl.max(z, axis=0))
+        safe_max = tl.where(new_max == -float("inf"), 0.0, new_max)
+        sum_exp = sum_exp * tl.exp(online_max - safe_max) + tl.sum(tl.exp(z - safe_max), axis=0)
+        online_max = new_max
     tl.store(token_ptr + n, token)
     tl.store(perturbed_ptr + n, best)
-    tl.store(logit_ptr + n, chosen)
-    tl.store(peak_ptr + n, peak)
-    tl.store(total_ptr + n, total)
+    tl.store(logit_ptr + n, best_logit)
+    tl.store(max_ptr + n, online_max)
+    tl.store(sum_exp_ptr + n, sum_exp)
 
 
 @torch.no_grad()
 def sample_tokens(
-    logits_NV: Tensor,
-    *,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
-    sequence_ids: Tensor,
-    positions: Tensor,
-    shard: VocabShard | None,
+    logits_NV: Tensor, distribution: Distribution, key: NoiseKey, shard: VocabShard | None
 ) -> tuple[Tensor, Tensor]:
+    """Return tokens and log-probs; see the public function."""
     sharded = shard is not None and shard.group is not None
-    if temperature > 0 and sharded and (top_k or top_p < 1.0):
-        # What survives is a question to all ranks; the answer costs scalars (reference_truncation), not logits.
-        logits_NV, noisy = scaled_rows(logits_NV, temperature, top_k, top_p, shard), 1
-        temperature, top_k, top_p = 1.0, 0, 1.0
-    else:
-        noisy = int(temperature > 0)
-    if not noisy:
-        temperature, top_k, top_p = 1.0, 0, 1.0
+    noisy = distribution.temperature > 0
+    # 1. Truncation over a sharded vocabulary needs all ranks: torch exchanges scalars (truncation.py), then the kernel
+    #    samples from what is left. The arg-max at temperature 0 needs neither temperature nor truncation.
+    if sharded and distribution.truncates:
+        logits_NV = sampling_logits(logits_NV, distribution, shard)
+        distribution = Distribution(1.0, 0, 1.0)
+    elif not noisy:
+        distribution = Distribution(1.0, 0, 1.0)
+    # 2. Launch.
     N, device = logits_NV.shape[0], logits_NV.device
     columns = logits_NV.shape[1] if shard is None else shard.valid
     start = 0 if shard is None else shard.start
@@ -234,27 +261,27 @@ def sample_tokens(
             log_launch("sample_tokens_kernel", "triton")
             sample_tokens_kernel[(N,)](
                 rows,
-                sequence_ids.contiguous(),
-                positions.contiguous(),
+                key.sequence_ids.contiguous(),
+                key.positions.contiguous(),
                 token_N,
                 *statistics,
                 rows.stride(0),
                 columns,
                 start,
-                (seed + (1 << 63)) % (1 << 64) - (1 << 63),
-                temperature,
-                noisy,
-                top_k,
-                round(top_p * WHOLE.value),
-                TRUNCATE=bool(top_k or top_p < 1.0),
+                # The seed modulo 2^64, as the signed integer with the same bits.
+                (key.seed + (1 << 63)) % (1 << 64) - (1 << 63),
+                distribution.temperature,
+                int(noisy),
+                distribution.top_k,
+                round(distribution.top_p * TOP_P_UNITS.value),
+                TRUNCATE=distribution.truncates,
                 BLOCK=BLOCK,
                 **OPTIONS,
             )
-    perturbed_N, logit_N, peak_N, total_N = statistics
-    if not sharded:
-        # The peak leaves first: added to log total, a peak of -1e4 would cost it four digits.
-        inner_N = (logit_N - torch.where(peak_N == -torch.inf, 0.0, peak_N)) - total_N.log()
-        return token_N, torch.where(logit_N == -torch.inf, logit_N, inner_N)
+    # 3. Log-probs, of this rank's rows or after the merge of all ranks' candidates.
+    perturbed_N, logit_N, max_N, sum_exp_N = statistics
+    if shard is None or shard.group is None:
+        return token_N, label_logprob(logit_N, max_N, sum_exp_N)
     if columns == 0:
         token_N.fill_(torch.iinfo(torch.int64).max)
-    return merge_draws(Draw(perturbed_N, token_N, logit_N, peak_N.double() + total_N.double().log()), shard)
+    return merge_draws(Draw(perturbed_N, token_N, logit_N, max_N.double() + sum_exp_N.double().log()), shard)

@@ -1,66 +1,58 @@
 """shaped_gae on CPU threads: prepares arrays for the C++ routine (csrc/shaped_gae.hpp), which does all in one pass.
 
-Departing from the reference: sequences are walked once, from their ends, and nothing but the results is written.
-Streams in another dtype than fp32 or fp64 are widened first; contiguous ones of that dtype are read in place.
+Unlike the reference, it walks each sequence once, from its end, and writes nothing but the results. Streams in another
+dtype than fp32 or fp64 are widened first; contiguous ones of that dtype are read in place.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from icegrt import _C
 
+from ..common.streams import mask_bytes
 from ..dispatch import log_launch
 from ..types import Moments, ShapedGAE
 from ..validate import wide_dtype
+from .inputs import GAECoefficients, GAEInputs
+
+# Legend: A, entries of the action stream; N, sequences.
 
 
 @torch.no_grad()
-def shaped_gae(
-    score_N: Tensor,
-    value_A: Tensor,
-    logprob_A: Tensor,
-    ref_logprob_A: Tensor | None,
-    cu_actions: Tensor,
-    *,
-    kl_coef,
-    kl_estimator: str,
-    gamma: float,
-    lam: float,
-    bootstrap_N: Tensor | None,
-    mask_A: Tensor | None,
-    token_reward_A: Tensor | None,
-) -> ShapedGAE:
-    dtype = wide_dtype(score_N, value_A, logprob_A, ref_logprob_A, token_reward_A)
+def shaped_gae(inputs: GAEInputs, coefficients: GAECoefficients) -> ShapedGAE:
+    """Return rewards, advantages and returns; see the public function."""
+    dtype = wide_dtype(inputs.score_N, inputs.value_A, inputs.logprob_A, inputs.ref_logprob_A, inputs.token_reward_A)
 
-    def stream(x: Tensor | None):
+    def array(x: Tensor | None) -> Any:
         return None if x is None else x.detach().to(dtype).contiguous().numpy()
 
-    advantage_A, return_A, reward_A = torch.empty(3, value_A.shape[0], dtype=dtype)
-    kl_N = torch.empty(score_N.shape, dtype=dtype)
-    keep_A = None
-    if mask_A is not None:
-        keep_A = (mask_A if mask_A.dtype == torch.bool else mask_A != 0).contiguous().view(torch.uint8).numpy()
+    # 1. Outputs are allocated here and written in place: arrays share the memory of their tensors.
+    advantage_A, return_A, reward_A = torch.empty(3, inputs.value_A.shape[0], dtype=dtype)
+    kl_N = torch.empty(inputs.score_N.shape, dtype=dtype)
+    # 2. One routine for each dtype. The threads are torch's: the result has the same bits on any number of them.
     run = _C.shaped_gae_float64 if dtype == torch.float64 else _C.shaped_gae_float32
     log_launch("shaped_gae", "cpp")
     moments = run(
-        stream(score_N),
-        stream(value_A),
-        stream(logprob_A),
-        stream(ref_logprob_A),
-        cu_actions.to(torch.int64).contiguous().numpy(),
-        stream(bootstrap_N),
-        keep_A,
-        stream(token_reward_A),
+        array(inputs.score_N),
+        array(inputs.value_A),
+        array(inputs.logprob_A),
+        array(inputs.ref_logprob_A),
+        inputs.cu_actions.to(torch.int64).contiguous().numpy(),
+        array(inputs.bootstrap_N),
+        None if inputs.mask_A is None else mask_bytes(inputs.mask_A).numpy(),
+        array(inputs.token_reward_A),
         advantage_A.numpy(),
         return_A.numpy(),
         reward_A.numpy(),
         kl_N.numpy(),
-        kl_estimator,
-        float(kl_coef),
-        gamma,
-        lam,
+        coefficients.kl_estimator,
+        float(coefficients.kl_coef),
+        coefficients.gamma,
+        coefficients.lam,
         torch.get_num_threads(),
     )
     count, mean, m2 = torch.tensor(moments, dtype=torch.float64).unbind()

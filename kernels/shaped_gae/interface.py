@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import validate
+from ..common.streams import may_be_nonzero
 from ..dispatch import select
 from ..types import ShapedGAE
+from .inputs import GAECoefficients, GAEInputs
 from .reference import has_unassigned_score
 
 CPU = torch.device("cpu")
@@ -28,21 +30,45 @@ def shaped_gae(
     mask_A: Tensor | None = None,
     token_reward_A: Tensor | None = None,
 ) -> ShapedGAE:
-    """reward_t = -kl_coef * kl_t + token_reward_t + [t last unmasked action] * score; delta_t = reward_t + gamma *
-    V_{t+1} - V_t; A_t = delta_t + gamma * lam * A_{t+1}; return_t = A_t + V_t (Schulman et al. 2016).
+    """Return KL-shaped rewards, generalised advantages, returns, KL per response and moments of the advantages.
 
-    score_N: [N]; value_A, logprob_A, ref_logprob_A, token_reward_A: [A] floating; ref_logprob_A None only if kl_coef
-    is 0. cu_actions: [N + 1] int, from 0, non-decreasing, at most A; entries beyond its last are slack and come back 0.
-    bootstrap_N: [N], V after the last token (None: 0); pass 0 for sequences that ended. mask_A: [A], 0 where masked:
-    such entries carry the recursion through unchanged, come back as 0 and count in no sum, whatever they hold.
-    Returns ShapedGAE in fp32 (fp64 if an input is), without gradient; kl_N sums the estimator over each response,
-    unscaled; moments are of the unmasked advantages of this rank (reduce them before whitening).
-    Raises TypeError or ValueError naming the argument; a nonzero score with no unmasked action to land on is refused.
-    On a device nothing is read back: there boundaries are the caller's word, and a score without an action turns kl_N
-    of its response and the mean of the moments into NaN instead.
+    Within each sequence, over its unmasked tokens t, with T the last of them:
+
+        reward_t = -kl_coef * kl_t + token_reward_t + (score if t = T else 0)
+        delta_t = reward_t + gamma * V_{t+1} - V_t
+        advantage_t = delta_t + gamma * lam * advantage_{t+1}
+        return_t = advantage_t + V_t
+
+    Source: Schulman et al. 2016 (arXiv:1506.02438); the reward is that of Ziegler et al. 2019 (arXiv:1909.08593).
+
+    Args:
+        score_N: [N] floating, the reward model's score of each sequence; 0 for one without an unmasked action.
+        value_A: [A] floating, values V.
+        logprob_A: [A] floating, log-probs in nats under the policy that sampled.
+        ref_logprob_A: [A] floating, log-probs under the reference. None only if kl_coef is 0.
+        cu_actions: [N + 1] int32 or int64, from 0, non-decreasing, at most A. Entries beyond its last are slack.
+        kl_coef: Number or 0-dim tensor, reward per nat.
+        kl_estimator: "k1", "k2", "k3" or "abs" (see `kl_divergence`).
+        gamma: Discount, in [0, 1].
+        lam: The lambda of GAE, in [0, 1].
+        bootstrap_N: [N] floating, V after the last token; pass 0 for sequences that ended. None: 0.
+        mask_A: [A], any dtype; 0 masks an entry. The recursion passes through it unchanged, whatever it holds.
+        token_reward_A: [A] floating, rewards by token.
+
+    Returns:
+        ShapedGAE in fp32 (fp64 if an input is), without gradient: `advantage_A`, `return_A`, `reward_A`, 0 at masked
+        and slack entries; `kl_N`, the estimator summed over each response in nats, without the coefficient; `moments`
+        of this rank's unmasked advantages (reduce them before whitening).
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype.
+        ValueError: A shape, device or range is wrong; on a CPU also for invalid boundaries, and for a nonzero score of
+            a sequence without an unmasked action. On a device nothing is read back, because that would synchronise:
+            boundaries are not validated, and such a score makes kl_N of its response and the mean of the moments NaN.
     """
     op = "shaped_gae"
     on_cpu = getattr(score_N, "device", None) == CPU
+    # 1. Streams: N entries, or A entries.
     validate.check_floating(op, "score_N", score_N, (None,))
     validate.check_integral(op, "cu_actions", cu_actions, (score_N.shape[0] + 1,), score_N)
     validate.check_floating(op, "value_A", value_A, (None,), score_N)
@@ -54,30 +80,21 @@ def shaped_gae(
     if bootstrap_N is not None:
         validate.check_floating(op, "bootstrap_N", bootstrap_N, tuple(score_N.shape), score_N)
     validate.check_mask(op, "mask_A", mask_A, shape, score_N)
+    # 2. Numbers.
     validate.check_number(op, "kl_coef", kl_coef, like=score_N)
-    if ref_logprob_A is None and (isinstance(kl_coef, Tensor) or kl_coef != 0):
+    if ref_logprob_A is None and may_be_nonzero(kl_coef):
         raise ValueError(f"{op}: ref_logprob_A must be given when kl_coef is {kl_coef}, got None")
     validate.check_choice(op, "kl_estimator", kl_estimator, validate.KL_ESTIMATORS)
     validate.check_plain_number(op, "gamma", gamma, low=0.0, high=1.0)
     validate.check_plain_number(op, "lam", lam, low=0.0, high=1.0)
     if on_cpu:
         _check_boundaries(op, cu_actions, shape[0])
-    shaped = select(op, value_A, score_N, logprob_A, ref_logprob_A, token_reward_A)(
-        score_N,
-        value_A,
-        logprob_A,
-        ref_logprob_A,
-        cu_actions,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-        gamma=float(gamma),
-        lam=float(lam),
-        bootstrap_N=bootstrap_N,
-        mask_A=mask_A,
-        token_reward_A=token_reward_A,
-    )
+    inputs = GAEInputs(score_N, value_A, logprob_A, ref_logprob_A, cu_actions, bootstrap_N, mask_A, token_reward_A)
+    coefficients = GAECoefficients(kl_coef, kl_estimator, float(gamma), float(lam))
+    # 3. Run, and look at what only the result tells cheaply.
+    shaped = select(op, value_A, score_N, logprob_A, ref_logprob_A, token_reward_A)(inputs, coefficients)
     if on_cpu:
-        _check_scores(op, shaped, score_N, cu_actions, mask_A)
+        _check_scores(op, shaped, inputs)
     return shaped
 
 
@@ -90,13 +107,13 @@ def _check_boundaries(op: str, cu_actions: Tensor, extent: int) -> None:
         )
 
 
-def _check_scores(op: str, shaped: ShapedGAE, score_N: Tensor, cu_actions: Tensor, mask_A: Tensor | None) -> None:
-    # Every backend marks a score without an action as NaN in kl_N; so do NaN log-probs, hence the second look.
+def _check_scores(op: str, shaped: ShapedGAE, inputs: GAEInputs) -> None:
+    # Every backend marks a score without an action as NaN in kl_N. NaN log-probs do the same, hence the second look.
     if shaped.kl_N.isnan().any():
-        unassigned_score_N = has_unassigned_score(score_N, cu_actions, mask_A)
+        unassigned_score_N = has_unassigned_score(inputs.score_N, inputs.cu_actions, inputs.mask_A)
         if unassigned_score_N.any():
             n = int(unassigned_score_N.nonzero()[0])
             raise ValueError(
-                f"{op}: score_N must be 0 for a response without unmasked actions, got {float(score_N[n])} at "
+                f"{op}: score_N must be 0 for a response without unmasked actions, got {float(inputs.score_N[n])} at "
                 f"sequence {n}"
             )

@@ -1,4 +1,4 @@
-"""Log-probabilities of labels from logits, with optional entropy, over a vocabulary that may be spread over ranks."""
+"""Log-probabilities of labels from logits, with optional entropy, over a vocabulary that may be sharded over ranks."""
 
 from __future__ import annotations
 
@@ -18,15 +18,32 @@ def token_logprobs(
     shard: VocabShard | None = None,
     inplace_backward: bool = False,
 ) -> TokenLogprobs:
-    """log softmax(logits / temperature) at the labels, and the entropy of each row in nats.
+    """Return the log-probability of each label, and optionally the entropy of each row.
 
-    logits_AV: [A, V] floating, any strides; this rank's slice where `shard` has a group. labels_A: [A] int32 or int64
-    global ids, -100 to ignore a row (log-prob 0, no gradient). temperature: Python number > 0, applied in fp32.
-    inplace_backward: allows backward to write the gradient over the logits' memory, which saves an [A, V] buffer (the
-    Triton backend does); whoever else saved the logits for a backward then gets autograd's error about it.
-    Returns TokenLogprobs in fp32 (fp64 for fp64 logits), equal on every rank of the shard's group. Differentiable.
-    Raises TypeError or ValueError for a wrong dtype, shape, device, temperature or (on CPU) label, and for
-    inplace_backward on a leaf or an expanded view.
+    With z = logits / temperature and p = softmax(z):
+
+        logprob = z[label] - log sum exp(z)
+        entropy = -sum p log p
+
+    The result is differentiable in logits_AV.
+
+    Args:
+        logits_AV: [A, V] floating, any strides; this rank's slice if `shard` has a group.
+        labels_A: [A] int32 or int64, global ids; -100 ignores the row (log-prob 0, no gradient).
+        temperature: Python number > 0, applied in fp32.
+        entropy: Whether to compute entropies.
+        shard: This rank's slice of the vocabulary. None: the columns are the vocabulary.
+        inplace_backward: Allow backward to write the gradient over the logits' memory, which saves an [A, V] buffer
+            (the Triton backend does). Another operation that saved the logits then raises autograd's version error.
+
+    Returns:
+        TokenLogprobs: `logprob_A` and `entropy_A` (or None), [A] in nats, fp32 (fp64 for fp64 logits), equal on every
+        rank of the shard's group.
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype.
+        ValueError: A shape, device or range is wrong, a CPU label is outside the vocabulary, or inplace_backward is
+            set for a leaf or an expanded view. On a device such a label yields -inf.
     """
     op = "token_logprobs"
     validate.check_floating(op, "logits_AV", logits_AV, (None, None))

@@ -7,6 +7,7 @@ from torch import Tensor
 from .. import validate
 from ..dispatch import select
 from ..types import ValueLoss
+from .inputs import ValueStreams
 
 
 def value_loss(
@@ -19,12 +20,31 @@ def value_loss(
     mask_A: Tensor | None = None,
     weight_A: Tensor | None = None,
 ) -> ValueLoss:
-    """Sum over unmasked tokens of 0.5 * max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2), over normalizer.
+    """Return the clipped value loss of PPO, summed over unmasked tokens and divided by `normalizer`.
 
-    value_A, old_value_A, return_A: [A] floating; old_value_A may be None when clip is None (plain squared error).
-    mask_A: [A], 0 where a token does not count; weight_A: [A] factors. normalizer: number > 0 or 0-dim tensor, the
-    token count over all ranks. Returns ValueLoss(loss, stats), differentiable in value_A only. Source: recipe, after
-    lm-human-preferences. Raises TypeError or ValueError naming the argument.
+    With value V, value when sampled V_old and return R:
+
+        V_clip = clip(V, V_old - clip, V_old + clip)
+        loss = sum weight * 0.5 * max((V - R)^2, (V_clip - R)^2) / normalizer
+
+    Source: lm-human-preferences, the code of Ziegler et al. 2019 (arXiv:1909.08593). The result is
+    differentiable in value_A only.
+
+    Args:
+        value_A: [A] floating, values under the critic that is trained.
+        old_value_A: [A] floating, values when the tokens were scored. Required if clip is given.
+        return_A: [A] floating, targets.
+        clip: Number > 0, in units of the value. None: plain squared error.
+        normalizer: Number > 0 or 0-dim tensor, for example the token count over all ranks.
+        mask_A: [A], any dtype; 0 if the token does not count. What it holds then, NaN included, has no effect.
+        weight_A: [A] floating, factor of each token's loss.
+
+    Returns:
+        ValueLoss: `loss`, 0-dim fp32 (fp64 if an input is), and `stats`, detached sums in fp64.
+
+    Raises:
+        TypeError: An argument has a wrong type or dtype.
+        ValueError: A shape, device or range is wrong, or a clip is given without old_value_A.
     """
     op = "value_loss"
     validate.check_floating(op, "value_A", value_A, (None,))
@@ -41,7 +61,5 @@ def value_loss(
     validate.check_mask(op, "mask_A", mask_A, shape, value_A)
     if weight_A is not None:
         validate.check_floating(op, "weight_A", weight_A, shape, value_A)
-    run = select(op, value_A, old_value_A, return_A)
-    return run(
-        value_A, old_value_A, return_A.detach(), clip=clip, normalizer=normalizer, mask_A=mask_A, weight_A=weight_A
-    )
+    streams = ValueStreams(old_value_A, return_A.detach(), mask_A, weight_A)
+    return select(op, value_A, old_value_A, return_A)(value_A, streams, clip, normalizer)

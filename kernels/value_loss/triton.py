@@ -1,6 +1,6 @@
-"""The clipped value loss in Triton: loss, statistics and gradient of every token in one launch, nothing atomic.
+"""The clipped value loss in Triton: loss, statistics and gradient of every token in one launch, without atomics.
 
-Programs leave rows of statistics, which `fold` adds in order: see ppo_policy_loss_triton.
+Programs write rows of statistics, which `common.triton.fold` adds in order, as for the policy loss.
 """
 
 from __future__ import annotations
@@ -13,9 +13,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.triton import AttachTokenGradients, bytes_of, column_of, fold, on_device, scalar, stream
+from ..common.streams import mask_bytes
+from ..common.triton import (
+    AttachTokenGradients,
+    fill_absent,
+    fold_statistics,
+    load_scalar,
+    load_stream,
+    set_column,
+    value_or_pointer,
+)
 from ..dispatch import log_launch
 from ..types import ValueLoss, ValueStats
+from .inputs import ValueStreams
+
+# Legend
+#   A         actions of the packed stream; every stream is [A]
+#   *_size    extent of an optional stream: A, or 0 if it is absent
+#   BLOCK     tokens of one program
+#   partials  [programs, WIDTH] fp32, one row of statistics per program, columns in the order of ValueStats
 
 BLOCK = 1024
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -42,81 +58,83 @@ def value_loss_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Write the gradient by value and one row of statistics for BLOCK tokens."""
+    # 1. Load the streams. An absent one has size 0, so its mask is empty and its pointer is never read.
     block = tl.program_id(0).to(tl.int64)
     index = block * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
     keep = inside & (tl.load(mask_ptr + index, mask=index < mask_size, other=1) != 0)
-    value, target = stream(value_ptr, index, keep), stream(return_ptr, index, keep)
-    weight = stream(weight_ptr, index, keep & (index < weight_size))
+    value, target = load_stream(value_ptr, index, keep), load_stream(return_ptr, index, keep)
+    weight = load_stream(weight_ptr, index, keep & (index < weight_size))
     weight = tl.where(index < weight_size, weight, tl.where(keep, 1.0, 0.0))
-    old = tl.where(index < old_size, stream(old_ptr, index, keep & (index < old_size)), value)
+    # Without an old value the step is 0 and the clip never active.
+    old = tl.where(index < old_size, load_stream(old_ptr, index, keep & (index < old_size)), value)
+
+    # 2. The larger of the plain and the clipped squared error.
     error = target - value
     step = tl.minimum(tl.maximum(value - old, -clip), clip)
-    cautious = old + step - target
-    plain, bounded = error * error, cautious * cautious
+    clipped_error = old + step - target
+    plain, bounded = error * error, clipped_error * clipped_error
     clipped = (bounded > plain) & (index < old_size)
     worst = tl.where(clipped, bounded, plain)
-    # Where the clipped error is the larger one the clip is active and the value has no pull, unless the clip is not
-    # (rounding of old + step alone can make it larger): then it pulls like the plain one.
-    moves = tl.abs(value - old) <= clip
-    slope = tl.where(clipped, tl.where(moves, cautious, 0.0), -error)
-    grad = slope * weight / scalar(normalizer, NORMALIZER_POINTER)
+
+    # 3. The gradient. If the clipped error is larger, the clip is active and the slope is 0. Rounding of old + step can
+    #    make it larger within the clip too: the slope is then that of the unclipped error.
+    within_clip = tl.abs(value - old) <= clip
+    slope = tl.where(clipped, tl.where(within_clip, clipped_error, 0.0), -error)
+    grad = slope * weight / load_scalar(normalizer, NORMALIZER_POINTER)
     tl.store(grad_ptr + index, tl.where(keep, grad, 0.0), mask=inside)
 
+    # 4. Statistics, one column for each field of ValueStats: 10 sums, a minimum and a maximum.
     row = tl.zeros((WIDTH,), tl.float32)
-    row = column_of(row, tl.sum(tl.where(keep, 1.0, 0.0)), 0, WIDTH)
-    row = column_of(row, tl.sum(weight), 1, WIDTH)
-    row = column_of(row, tl.sum(0.5 * worst * weight), 2, WIDTH)
-    row = column_of(row, tl.sum(tl.where(clipped & keep, 1.0, 0.0)), 3, WIDTH)
-    row = column_of(row, tl.sum(value), 4, WIDTH)
-    row = column_of(row, tl.sum(value * value), 5, WIDTH)
-    row = column_of(row, tl.sum(target), 6, WIDTH)
-    row = column_of(row, tl.sum(target * target), 7, WIDTH)
-    row = column_of(row, tl.sum(error), 8, WIDTH)
-    row = column_of(row, tl.sum(error * error), 9, WIDTH)
-    row = column_of(row, tl.min(tl.where(keep, value, float("inf"))), 10, WIDTH)
-    row = column_of(row, tl.max(tl.where(keep, value, float("-inf"))), 11, WIDTH)
+    row = set_column(row, tl.sum(tl.where(keep, 1.0, 0.0)), 0, WIDTH)
+    row = set_column(row, tl.sum(weight), 1, WIDTH)
+    row = set_column(row, tl.sum(0.5 * worst * weight), 2, WIDTH)
+    row = set_column(row, tl.sum(tl.where(clipped & keep, 1.0, 0.0)), 3, WIDTH)
+    row = set_column(row, tl.sum(value), 4, WIDTH)
+    row = set_column(row, tl.sum(value * value), 5, WIDTH)
+    row = set_column(row, tl.sum(target), 6, WIDTH)
+    row = set_column(row, tl.sum(target * target), 7, WIDTH)
+    row = set_column(row, tl.sum(error), 8, WIDTH)
+    row = set_column(row, tl.sum(error * error), 9, WIDTH)
+    row = set_column(row, tl.min(tl.where(keep, value, float("inf"))), 10, WIDTH)
+    row = set_column(row, tl.max(tl.where(keep, value, float("-inf"))), 11, WIDTH)
     tl.store(partials_ptr + block * WIDTH + tl.arange(0, WIDTH), row)
 
 
-def value_loss(
-    value_A: Tensor,
-    old_value_A: Tensor | None,
-    return_A: Tensor,
-    *,
-    clip: float | None,
-    normalizer,
-    mask_A: Tensor | None = None,
-    weight_A: Tensor | None = None,
-) -> ValueLoss:
+def value_loss(value_A: Tensor, streams: ValueStreams, clip: float | None, normalizer: float | Tensor) -> ValueLoss:
+    """Return the loss and its statistics; see the public function."""
+    # 1. Allocate one gradient per token and one row of statistics per program.
     size, device = value_A.shape[0], value_A.device
     grad_A = torch.empty(size, dtype=torch.float32, device=device)
     width = triton.next_power_of_2(COLUMNS)
     partials = torch.empty(triton.cdiv(size, BLOCK), width, dtype=torch.float32, device=device)
-    plain_A = value_A.detach().contiguous()
-    old_A = None if clip is None else old_value_A
-    old, mask, weight = (plain_A if x is None else x.detach().contiguous() for x in (old_A, mask_A, weight_A))
+    # 2. An absent stream is replaced by the values and gets size 0, so that one binary serves all combinations.
+    constant_A = value_A.detach().contiguous()
+    optional = [None if clip is None else streams.old_value_A, streams.mask_A, streams.weight_A]
+    old, mask, weight = fill_absent(constant_A, optional)
+    # 3. Launch; an empty stream has no program, and `fold_statistics` returns zeros for it.
     if size:
         with torch.cuda.device_of(value_A):
             log_launch("value_loss", "triton")
             value_loss_kernel[(partials.shape[0],)](
-                plain_A,
+                constant_A,
                 old,
-                return_A.detach().contiguous(),
-                mask if mask_A is None else bytes_of(mask),
+                streams.return_A.detach().contiguous(),
+                mask if streams.mask_A is None else mask_bytes(mask),
                 weight,
                 grad_A,
                 partials,
                 size,
-                *(0 if x is None else size for x in (old_A, mask_A, weight_A)),
+                *(0 if x is None else size for x in optional),
                 math.inf if clip is None else float(clip),
-                on_device(normalizer),
+                value_or_pointer(normalizer),
                 NORMALIZER_POINTER=isinstance(normalizer, Tensor),
                 WIDTH=width,
                 BLOCK=BLOCK,
                 **OPTIONS,
             )
-    stats, loss = fold(partials, normalizer, SUMS)
+    stats, loss = fold_statistics(partials, normalizer, SUMS)
     values = stats[:COLUMNS].unbind()
     result = ValueStats(**{f.name: x for f, x in zip(fields(ValueStats), values, strict=True)})
     return ValueLoss(AttachTokenGradients.apply("value_loss", loss, value_A, grad_A), result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import validate
@@ -9,12 +10,27 @@ from ..dispatch import select
 from ..types import Moments
 
 
-def masked_moments(x: Tensor, mask: Tensor | None = None, group=None) -> Moments:
-    """Count, mean and M2 of the entries of x where mask is nonzero (None: all), as 0-dim fp64 tensors.
+def masked_moments(x: Tensor, mask: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Moments:
+    """Return count, mean and sum of squared deviations of the unmasked entries of x.
 
-    x: floating, any shape; mask: the shape of x. What x holds where masked, NaN included, has no effect. With `group`
-    the moments are those over all its ranks (a collective that ranks without entries must join).
-    Raises ValueError for shapes that differ, TypeError for a dtype that is not floating.
+        mean = sum x / count
+        m2 = sum (x - mean)^2
+
+    Ranks are merged by the rule of Chan, Golub and LeVeque 1979 ("Updating Formulae and a Pairwise Algorithm for
+    Computing Sample Variances").
+
+    Args:
+        x: Floating, any shape.
+        mask: The shape of x, any dtype; 0 if the entry does not count. What it holds then, NaN included, has no
+            effect. None: all entries count.
+        group: Process group to merge over. A collective: ranks without entries must call too. None: this rank only.
+
+    Returns:
+        Moments of 0-dim fp64 tensors on the device of x.
+
+    Raises:
+        TypeError: x is not a floating tensor.
+        ValueError: The shapes or devices differ.
     """
     op = "masked_moments"
     validate.check_floating(op, "x", x, (None,) * getattr(x, "ndim", 1))
@@ -23,11 +39,25 @@ def masked_moments(x: Tensor, mask: Tensor | None = None, group=None) -> Moments
 
 
 def whiten(x: Tensor, moments: Moments, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
-    """(x - mean) * rsqrt(variance + eps) with the population variance of `moments`; plus the mean if not shift_mean.
+    """Return x whitened by the population variance of `moments`.
 
-    x: floating, any shape. Returns fp32 (fp64 for fp64 x). Shift advantages; do not shift rewards.
-    The gradient is that by x alone. Raises TypeError for anything but floating x and Moments, ValueError for eps < 0
-    and for moments on another device.
+        white = (x - mean) * rsqrt(m2 / count + eps)
+
+    Without `shift_mean` the mean is added again. Source: lm-human-preferences (Ziegler et al. 2019), which shifts
+    advantages and does not shift rewards. The result is differentiable in x; the moments are constants.
+
+    Args:
+        x: Floating, any shape.
+        moments: Moments on the device of x, of any set of entries.
+        shift_mean: Whether the result lacks the mean.
+        eps: Number >= 0, added to the variance.
+
+    Returns:
+        Tensor of the shape of x, fp32 (fp64 if x is).
+
+    Raises:
+        TypeError: x is not a floating tensor, or moments are not Moments.
+        ValueError: eps < 0, or the moments are on another device.
     """
     op = "whiten"
     validate.check_floating(op, "x", x, (None,) * getattr(x, "ndim", 1))

@@ -115,7 +115,7 @@ def test_on_error_does_not_excuse_a_function_that_never_works(home, refused, run
         ({"function": "a.py:f", "url": "http://h/"}, ["ppo.reward.sources[0] names function and url; expected one"]),
         ({"model": "m", "url": "http://h/"}, ["ppo.reward.sources[0] names model and url; expected one of the three"]),
         ({"url": "h:80"}, ["ppo.reward.sources[0]: expected a URL"]),
-        ({"function": "a.py:f", "name": "reward_model"}, ["ppo.reward.sources[0].name", "the reward model is called"]),
+        ({"function": "a.py:f", "name": "reward_model"}, ["ppo.reward.sources[0].name", "name of the reward model"]),
         ({"function": "a.py:f", "name": "a b"}, ["ppo.reward.sources[0].name", "'a b'"]),
         ({"function": "gone.py:f"}, ["ppo.reward.sources[0]: no file gone.py"]),
         ({"function": "a.py:f", "style": "verll"}, ["ppo.reward.sources[0].style", "one of auto, icegrt, trl, verl"]),
@@ -156,7 +156,7 @@ TWICE = {"name": "safety", "model": "m"}
         ([TWICE, {"name": "safety", "url": "http://h/"}], ["ppo.reward.sources[0].name: `safety` is given twice"]),
         (
             [{"name": "reward_model", "model": "m"}],
-            ["ppo.reward.sources[0].name", "is what the reward model is called"],
+            ["ppo.reward.sources[0].name", "is the name of the reward model"],
         ),
         ([{"name": "safety", "model": "gone/model"}], ["gone/model", "config.json"]),
     ],

@@ -119,7 +119,7 @@ def test_interrupting_says_how_to_resume(stages, capsys, monkeypatch):
     stages.error = KeyboardInterrupt()
     assert cli.main(["ppo", "ppo.run.dir=a b"]) == 130
     assert capsys.readouterr().err == (
-        "interrupted; to go on from the last checkpoint, run: icegrt ppo 'ppo.run.dir=a b' --resume\n"
+        "interrupted; to resume from the last checkpoint, run: icegrt ppo 'ppo.run.dir=a b' --resume\n"
     )
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["ppo", "--resume"]) == 130

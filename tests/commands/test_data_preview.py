@@ -47,7 +47,7 @@ def test_pairs_and_prompts(files, capsys):
 
 def test_rows_that_would_be_left_out_say_so(files, capsys):
     out = preview(files, "talk", capsys, "--max-length", "20", "--truncation", "drop")
-    assert out == f"-- {files}/talk.jsonl:1: left out, longer than 20 tokens\n"
+    assert out == f"-- {files}/talk.jsonl:1: dropped, longer than 20 tokens\n"
 
 
 def test_control_characters_and_markup_are_harmless_in_a_file(files, capsys):

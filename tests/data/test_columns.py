@@ -2,9 +2,9 @@
 
 import pytest
 
-from icegrt.data import encode_example, encode_prompts, encode_ranking
 from icegrt.errors import DataError
 from tests.helpers.data_rows import CHAT, PLAIN, make, row, text, trained
+from tests.helpers.encoding import encode_example, encode_prompts, encode_ranking
 
 ASK, CALL = CHAT[1], CHAT[2]
 OTHER = {"role": "assistant", "content": "no"}

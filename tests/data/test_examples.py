@@ -2,16 +2,7 @@
 
 import pytest
 
-from icegrt.data import (
-    EncodedDataset,
-    ExampleEncoder,
-    encode_example,
-    encode_examples,
-    encode_prompt,
-    encode_prompts,
-    read_rows,
-    report_lengths,
-)
+from icegrt.data import EncodedDataset, ExampleEncoder, report_lengths
 from icegrt.errors import DataError
 from tests.helpers.data_rows import (
     CHAT,
@@ -27,6 +18,7 @@ from tests.helpers.data_rows import (
     text,
     trained,
 )
+from tests.helpers.encoding import encode_example, encode_examples, encode_prompt, encode_prompts, read_rows
 
 
 @pytest.fixture(scope="module")
@@ -244,9 +236,9 @@ def test_lengths_and_what_is_left_out_are_reported(plain, capsys):
     rows = read_rows([{"prompt": "a" * n, "response": "b" * 4} for n in (2, 5, 9, 12)])
     report_lengths([EncodedDataset(rows, ExampleEncoder(plain, 10, "right"), "ads.jsonl")])
     header, figures, why = capsys.readouterr().out.splitlines()
-    assert header.split() == ["data", "rows", "tokens", "mean", "p95", "longest", "cut", "left", "out"]
+    assert header.split() == ["data", "rows", "tokens", "mean", "p95", "longest", "truncated", "dropped"]
     assert figures.split() == ["ads.jsonl", "3", "27", "9", "10", "10", "1", "1"]
-    assert why == "ads.jsonl: left out 1 longer than 10 tokens"
+    assert why == "ads.jsonl: dropped 1 longer than 10 tokens"
 
 
 def test_truncation_keeps_masks_in_step(chat):
@@ -261,7 +253,7 @@ def test_truncation_keeps_masks_in_step(chat):
 def test_nothing_left_and_wrong_options(plain):
     rows = [row(prompt="abc", response="d")]
     for truncation in ("drop", "right"):
-        with pytest.raises(DataError, match=r"file.jsonl:12: all 1 rows from here on are left out"):
+        with pytest.raises(DataError, match=r"file.jsonl:12: all 1 rows from here on are dropped"):
             encode_examples(plain, rows, 3, truncation=truncation)
     with pytest.raises(ValueError, match="at least 1 token, got 0"):
         encode_examples(plain, rows, 0)
@@ -317,5 +309,5 @@ def test_long_prompts(plain):
     rows = read_rows([{"prompt": "a" * 600}, {"prompt": "b"}])
     why = "context 512 - max_new_tokens 88 leaves 424"
     with pytest.raises(DataError, match=f"^row 0: prompt of 600 tokens, but {why}: shorten it, lower max_new_tokens"):
-        encode_prompts(plain, rows, 424, why=why)
+        encode_prompts(plain, rows, 424, limit_reason=why)
     assert [p.where for p in encode_prompts(plain, rows, 424, truncation="drop")] == ["row 1"]

@@ -70,7 +70,7 @@ def test_parquet_times_become_text_and_bytes_are_left_out(tmp_path, capsys):
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"prompt": ["a"], "at": [datetime(2020, 1, 2)], "image": [b"\xff"]}), path)
     assert open_rows(path)[0].data == {"prompt": "a", "at": "2020-01-02 00:00:00.000000"}
-    assert "binary columns are left out: image" in capsys.readouterr().err
+    assert "binary columns are dropped: image" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_not_blamed_on_the_parquet_file(tmp_path, monkeypatch):
@@ -109,9 +109,9 @@ def test_a_data_set_with_indices_is_not_copied():
 def test_encoded_again_is_what_was_kept(path, monkeypatch):
     encoder = ExampleEncoder(make(PLAIN), 45, "drop")
     kept = EncodedDataset(open_rows(path), encoder)
-    monkeypatch.setattr(dataset, "HELD_BYTES", 0)
+    monkeypatch.setattr(dataset, "CACHED_BYTES", 0)
     lazy = EncodedDataset(open_rows(path), encoder)
-    assert kept._held is not None and lazy._held is None
+    assert kept.is_cached and not lazy.is_cached
     assert 0 < len(lazy) < 300 and lazy.dropped == kept.dropped == {"longer than 45 tokens": 300 - len(lazy)}
     assert list(lazy) == list(kept) and lazy[-1] == kept[-1] and lazy[3:5] == kept[3:5]
     assert lazy.lengths.tolist() == [len(example) for example in kept] and lazy.longest() == kept.longest()

@@ -2,9 +2,10 @@
 
 import pytest
 
-from icegrt.data import encode_prompt, encode_ranking, encode_rankings, read_rows, untied_pairs
+from icegrt.data import untied_pairs
 from icegrt.errors import DataError
 from tests.helpers.data_rows import PLAIN, make, row, text
+from tests.helpers.encoding import encode_prompt, encode_ranking, encode_rankings, read_rows
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from icegrt.data import Row, read_rows
+from icegrt.data import Row
 from icegrt.errors import DataError
+from tests.helpers.encoding import read_rows
 
 
 @pytest.fixture

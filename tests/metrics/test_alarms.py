@@ -42,7 +42,7 @@ def scores(slope_model, slope_true, sigma=0.01):
 def test_gaming_the_reward_model():
     raised = messages(scores(0.05, -0.02))
     assert len(raised) == 1
-    assert "gamed" in raised[0] and "function score" in raised[0] and "ppo.reward_model_weight" in raised[0]
+    assert "gamed" in raised[0] and "task score" in raised[0] and "ppo.reward_model_weight" in raised[0]
 
 
 def test_the_reward_model_disagreeing():

@@ -122,7 +122,7 @@ def test_weights_and_names_of_what_python_gives(scorers):
         "reward:reward_model_2": ("reward_model_2", 0.5, b),
         "reward:reward_model_3": ("reward_model_3", 1.0, c),
     }
-    called = [(source.name, source.weight) for source in sources.sources.sources]
+    called = [(source.name, source.weight) for source in sources.sources.scorers]
     assert called == [("one", 5.0), ("one_2", 0.2), ("h:1", 1.0)]
 
 

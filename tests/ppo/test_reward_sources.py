@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import icegrt
-from icegrt.data import encode_prompts, read_rows
 from icegrt.distributed.cluster import Cluster
 from icegrt.errors import RewardError
 from icegrt.metrics import read_metrics
@@ -24,6 +23,7 @@ from icegrt.rollout.samples import sample_of
 from tests.helpers import reward_cases
 from tests.helpers import stage_cases as cases
 from tests.helpers import tiny_models as tiny
+from tests.helpers.encoding import encode_prompts, read_rows
 
 SCORER = LogprobScorer(1.0, 16)
 

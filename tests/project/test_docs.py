@@ -107,8 +107,8 @@ def test_the_page_of_alarms_has_the_thresholds_of_the_code():
     for text in (
         f"every {alarms.REPEAT_ITERATIONS} iterations",
         f"{alarms.TREND_T:g}",
-        f"{alarms.ITERATIONS_FEWEST} to {alarms.ITERATIONS_MOST} iterations",
-        f"{alarms.EVALUATIONS_FEWEST} to {alarms.EVALUATIONS_MOST} evaluations",
+        f"{alarms.MIN_ITERATIONS} to {alarms.MAX_ITERATIONS} iterations",
+        f"{alarms.MIN_EVALUATIONS} to {alarms.MAX_EVALUATIONS} evaluations",
     ):
         assert text in introduction
 

@@ -13,8 +13,9 @@ from icegrt.errors import RunError
 from icegrt.metrics import RunLog
 from icegrt.report.page import validated, write_ppo_report, write_run_report
 from icegrt.report.plots import Panel, Series, panel_svg, ppo_panels, write_curves_png
-from icegrt.report.text import arrow, breakdown, duration, number, percent, signed, visible
+from icegrt.report.text import arrow, breakdown, number, percent, signed, visible
 from icegrt.report.verdict import verdict
+from icegrt.utils.text import duration
 from tests.helpers.step_records import evaluation, step
 
 PPO = {
@@ -121,8 +122,8 @@ def test_page_holds_figures_examples_and_settings(page):
     assert "PPO raised the task score." in text
     assert "0.690 \u2192 0.729" in text and "95% CI +0.021 to +0.055" in text
     assert "General held-out loss nats per token, lower is better not measured" in text
-    assert "share of ties not measured" in text and "(an empty answer)" in text
-    assert "Held-out examples fixed in advance" in text and "Held-out examples drawn at random" in text
+    assert "fraction of ties not measured" in text and "(an empty answer)" in text
+    assert "Held-out examples, chosen in advance" in text and "Held-out examples, drawn at random" in text
     assert "ppo.kl_coef" in text and 'changed">0.07' in page[1]
     assert re.search(r"update 30.0 s 75.0% 7.5 s", text)
 
@@ -154,12 +155,12 @@ def test_an_empty_report_says_not_measured(tmp_path):
     ("changes", "level", "words"),
     [
         ({}, "good", "PPO raised the task score."),
-        (FELL, "bad", "PPO gamed the reward model: the reward rose while the task score fell."),
+        (FELL, "bad", "PPO gamed the reward model: the optimized score rose while the task score fell."),
         ({"task_score_gain_ci95": [-0.01, 0.05]}, "neutral", "no measurable difference"),
         (
             {"task_score_gain_ci95": [-0.01, 0.05], "greedy_task_score_gain_ci95": [-0.1, -0.02]},
             "bad",
-            "the reward rose while the task score of greedy answers fell",
+            "the optimized score rose while the task score of greedy answers fell",
         ),
         (FELL | {"heldout_reward_gain_ci95": [-0.3, -0.1]}, "bad", "PPO lowered the task score."),
         (FELL | {"task_score_gain_ci95": None}, "bad", "may be gaming"),

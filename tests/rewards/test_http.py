@@ -7,7 +7,7 @@ import pytest
 
 from icegrt.config import HTTPConfig
 from icegrt.errors import ConfigError, RewardError
-from icegrt.rewards.http import HTTPScorer
+from icegrt.rewards.http import ScoringClient
 from icegrt.rewards.sample import RewardResult, ScoringFailure
 from tests.helpers import reward_cases as cases
 
@@ -20,7 +20,7 @@ def no_proxy(monkeypatch):
 
 
 def scorer(url, *, sleep=time.sleep, seed=0, **changes):
-    return HTTPScorer(
+    return ScoringClient(
         "judge", url, HTTPConfig(**(QUICK | changes)), key="ppo.reward.sources[0]", seed=seed, sleep=sleep
     )
 

@@ -201,7 +201,7 @@ def test_a_row_that_cannot_be_sent_says_so(tmp_path):
     ],
 )
 def test_what_cannot_be_loaded_is_refused_before_anything_is_scored(tmp_path, monkeypatch, body, words):
-    monkeypatch.setattr(pool, "SHORTEST_LOAD_LIMIT_S", 1.0)
+    monkeypatch.setattr(pool, "MIN_LOAD_TIMEOUT_S", 1.0)
     with pytest.raises(ConfigError, match=words) as caught:
         cases.scorers(cases.function_file(tmp_path, body), timeout_seconds=1.0 if "600" in body else 20.0)
     assert str(caught.value).startswith("ppo.reward_function: ")
@@ -323,8 +323,8 @@ def test_every_source_has_a_name_of_its_own(tmp_path):
         ],
         cases.RewardCallConfig(),
     )
-    assert [source.name for source in made.sources] == ["score_2", "score", "score_3", "h:1"]
-    for bad, words in (("reward_model", "is what the reward model is called"), ("a b", "expected letters")):
+    assert [source.name for source in made.scorers] == ["score_2", "score", "score_3", "h:1"]
+    for bad, words in (("reward_model", "is the name of the reward model"), ("a b", "expected letters")):
         with pytest.raises(ConfigError, match=words):
             cases.RewardSourceGroup.of([cases.RewardSpec(function=score, name=bad)], cases.RewardCallConfig())
     with pytest.raises(ConfigError, match="`score` is given twice"):

@@ -132,7 +132,7 @@ def test_no_total_no_unit_and_no_time_divide_by_nothing(capsys):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.04, "0.0 s"), (59.94, "59.9 s"), (59.96, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")],
+    [(0.04, "40.0 ms"), (59.94, "59.9 s"), (59.96, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")],
 )
 def test_durations_are_short(seconds, text):
     assert console.duration(seconds) == text

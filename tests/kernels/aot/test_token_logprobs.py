@@ -20,7 +20,7 @@ def check_token_logprobs(direction, capability, logits, out, scaled, entropy, co
     types = {"logits_ptr": f"*{logits}", "labels_ptr": "*i64", "row_stride": "i64", "temperature": "fp32"}
     constants = {"IGNORED": -100, "SCALED": scaled, "ENTROPY": entropy, "BLOCK": module.FORWARD_BLOCK}
     if direction == "backward":
-        types |= {"grad_ptr": f"*{out}", "live_ptr": "*i64", "grad_row_stride": "i64"}
+        types |= {"grad_ptr": f"*{out}", "active_ptr": "*i64", "grad_row_stride": "i64"}
         constants["COMPACT"] = compact
     if rows:
         strides = ("column_stride", "grad_column_stride")

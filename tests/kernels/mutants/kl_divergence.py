@@ -1,4 +1,4 @@
-"""Mutants of kl_divergence."""
+"""Mutants of kl_divergence and of the exponentials of common.triton that k3 is made of."""
 
 from tests.kernels.mutants.mutation import Mutant
 from tests.kernels.triton.test_kl_divergence import check_kl
@@ -7,8 +7,8 @@ MODULE = "kl_divergence.triton"
 
 MUTANTS = (
     Mutant(
-        MODULE,
-        "estimate",
+        "common.triton",
+        "bounded_exp",
         "k3 overflows",
         "tl.minimum(x, LIMIT)",
         "x",
@@ -16,11 +16,11 @@ MUTANTS = (
         kernel="kl_forward_kernel",
     ),
     Mutant(
-        MODULE,
-        "estimate",
+        "common.triton",
+        "exp_minus_tangent",
         "k3 cancels near 0",
-        "tl.where(tl.abs(x) < 0.5, x * x * series, plain)",
-        "plain",
+        "tl.where(tl.abs(x) < 0.5, x * x * series, bounded_exp(x, LIMIT) - 1.0 - x)",
+        "bounded_exp(x, LIMIT) - 1.0 - x",
         check_kl,
         kernel="kl_forward_kernel",
     ),

@@ -15,10 +15,10 @@ MUTANTS = (
     ),
     Mutant(
         "linear.triton",
-        "gradient",
+        "logits_grad",
         "the shift of the labels is forgotten in the gradient",
-        "0 if head.shard is None else head.shard.start",
-        "1 if head.shard is None else head.shard.start + 1",
+        "_columns(z, head.shard)",
+        "Columns(_columns(z, head.shard).start + 1, z.shape[1], 1.0)",
         check_loss,
         kernel="linear_ppo_loss",
     ),

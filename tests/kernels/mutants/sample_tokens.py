@@ -15,7 +15,7 @@ KERNEL = "sample_tokens_kernel"
 MUTANTS = (
     Mutant(
         MODULE,
-        "_row",
+        "_load_z",
         "columns beyond the vocabulary count as logits of 0",
         '-float("inf")',
         "0.0",
@@ -26,8 +26,8 @@ MUTANTS = (
         MODULE,
         KERNEL,
         "the running maximum of the log-sum-exp starts at 0",
-        'peak = tl.full((), -float("inf"), tl.float32)',
-        "peak = tl.full((), 0.0, tl.float32)",
+        'online_max = tl.full((), -float("inf"), tl.float32)',
+        "online_max = tl.full((), 0.0, tl.float32)",
         check_negative_infinite_and_tied_logits,
     ),
     Mutant(
@@ -40,7 +40,7 @@ MUTANTS = (
     ),
     Mutant(
         MODULE,
-        "_row",
+        "_load_z",
         "the temperature is left out",
         "tl.div_rn(z, tl.full(z.shape, 0.0, tl.float32) + temperature)",
         "z",
@@ -61,7 +61,7 @@ MUTANTS = (
         MODULE,
         KERNEL,
         "a block's noise starts at 0 again",
-        "start + at",
+        "start + column",
         "start + lane",
         check_tokens,
     ),
@@ -69,8 +69,8 @@ MUTANTS = (
         MODULE,
         "_survives",
         "all equals of the last value survive",
-        "(key == last) & (at <= cut)",
-        "key == last",
+        "(key == last_key) & (column <= last_id)",
+        "key == last_key",
         check_truncation_among_equals,
         kernel=KERNEL,
     ),

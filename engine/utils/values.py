@@ -1,0 +1,20 @@
+"""Plain values, as JSON and YAML have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+def is_number(value: Any) -> bool:
+    """Return whether `value` is an int or a float; a bool is neither here."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def flatten(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of every leaf of nested mappings; an empty mapping under a name is a leaf."""
+    if not isinstance(values, Mapping) or (not values and name):
+        yield name, values
+        return
+    for key, value in values.items():
+        yield from flatten(value, f"{name}.{key}" if name else str(key))

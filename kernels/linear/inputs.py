@@ -1,0 +1,111 @@
+"""Inputs of the linear operations, and what their backends exchange about a chunk of logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..common.vocab_rows import RowStats, TokenGrads
+from ..ppo_policy_loss.inputs import PolicyObjective, PolicyStreams
+from ..types import PPOLoss, VocabShard
+from ..validate import (
+    IGNORED_LABEL,
+    check_floating,
+    check_integral,
+    check_labels_in_range,
+    check_mask,
+    check_plain_number,
+    check_shard,
+    wide_dtype,
+)
+
+if TYPE_CHECKING:
+    from .products import ChunkedHead
+
+# Legend
+#   A  actions of the packed stream        H  width of the hidden states
+#   R  rows that the mask keeps            V  rows of the weight, padding included
+#   C  rows of a chunk                     v  rows of the weight that are vocabulary
+#   L  rows of a chunk with a gradient
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """Arguments that both linear operations share: what becomes logits, and how."""
+
+    hidden_AH: Tensor
+    weight_VH: Tensor
+    labels_A: Tensor
+    mask_A: Tensor | None  # 0: ignore the row; None: ignore none
+    temperature: float
+    shard: VocabShard | None
+    chunk_rows: int | None  # None: a default that depends on V and the device
+    weight_grad_out: Tensor | None  # [V, H] buffer that backward adds dW to; None: autograd gets dW
+
+
+class LogitsChunk(NamedTuple):
+    """One chunk of logits between the product that makes them and the products of the backward."""
+
+    rows: slice  # of the R rows
+    hidden: Tensor  # [C, H] as the product reads it
+    labels: Tensor  # [C]
+    logits: Tensor  # [C, v] over the temperature, as `ChunkOps.row_stats` leaves them
+    local: RowStats | None  # of this rank's columns; None if logits_grad needs none
+    merged: RowStats  # of the full rows
+
+
+class ChunkOps(NamedTuple):
+    """What happens to a chunk of logits between the products. Two instances: TORCH_OPS and TRITON_OPS."""
+
+    # (logits, labels, shard, entropy) -> statistics of this rank's columns. May overwrite the logits.
+    row_stats: Callable[[Tensor, Tensor, VocabShard | None, bool], RowStats]
+    # (logits, labels, shard) -> what logits_grad needs when the merged statistics are known and the logits are new.
+    recompute_stats: Callable[[Tensor, Tensor, VocabShard | None], RowStats | None]
+    # (head, chunk, gradients [C] by log-prob and entropy of z, active [L] or None) -> (dz [L, v] in the product's
+    # dtype, a factor [L] that each row still lacks or None). May overwrite the logits.
+    logits_grad: Callable[[ChunkedHead, LogitsChunk, TokenGrads, Tensor | None], tuple[Tensor, Tensor | None]]
+    # (log-prob, entropy, streams, objective) -> gradients of the unnormalized objective by token.
+    token_grads: Callable[[Tensor, Tensor | None, PolicyStreams, PolicyObjective], TokenGrads]
+    # (log-prob, entropy, streams, objective, normalizer) -> loss and statistics.
+    policy_loss: Callable[[Tensor, Tensor | None, PolicyStreams, PolicyObjective, float | Tensor], PPOLoss]
+
+
+def check_head_inputs(op: str, head: HeadInputs) -> None:
+    """Raise TypeError or ValueError for the first invalid argument that both linear operations share."""
+    hidden_AH, weight_VH, labels_A = head.hidden_AH, head.weight_VH, head.labels_A
+    # 1. Operands of the product. Autocast is the caller's consent to mixed dtypes.
+    check_floating(op, "hidden_AH", hidden_AH, (None, None))
+    check_floating(op, "weight_VH", weight_VH, (None, hidden_AH.shape[1]), hidden_AH)
+    if hidden_AH.dtype != weight_VH.dtype and not torch.is_autocast_enabled(hidden_AH.device.type):
+        raise TypeError(
+            f"{op}: hidden_AH and weight_VH must have one dtype (or run under autocast), got {hidden_AH.dtype} and "
+            f"{weight_VH.dtype}"
+        )
+    # 2. Rows and options.
+    check_integral(op, "labels_A", labels_A, (hidden_AH.shape[0],), hidden_AH)
+    check_mask(op, "mask_A", head.mask_A, (hidden_AH.shape[0],), hidden_AH)
+    check_plain_number(op, "temperature", head.temperature, low=0.0, above=True)
+    check_shard(op, head.shard, weight_VH.shape[0])
+    if weight_VH.shape[0] == 0:
+        raise ValueError(f"{op}: weight_VH must have at least one row, got shape {tuple(weight_VH.shape)}")
+    chunk_rows = head.chunk_rows
+    if chunk_rows is not None and (isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int) or chunk_rows < 1):
+        raise ValueError(f"{op}: chunk_rows must be an int >= 1 or None, got {chunk_rows!r}")
+    # 3. The gradient buffer: dW is summed in the wide dtype, and a narrower buffer would round every addition.
+    buffer = head.weight_grad_out
+    if buffer is not None:
+        check_floating(op, "weight_grad_out", buffer, tuple(weight_VH.shape), weight_VH)
+        wanted = wide_dtype(hidden_AH, weight_VH)
+        if buffer.dtype != wanted or buffer.requires_grad:
+            raise ValueError(
+                f"{op}: weight_grad_out must be a {wanted} buffer that requires no gradient, got "
+                f"{buffer.dtype} with requires_grad={buffer.requires_grad}"
+            )
+    # 4. Labels, of unmasked rows only.
+    vocab_size = weight_VH.shape[0] if head.shard is None else head.shard.vocab_size
+    masked_A = labels_A if head.mask_A is None else torch.where(head.mask_A != 0, labels_A, IGNORED_LABEL)
+    check_labels_in_range(op, masked_A, vocab_size)
