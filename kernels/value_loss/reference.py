@@ -8,6 +8,7 @@ from torch import Tensor
 from ..common.statistics import masked_sums, neutralize_masked, to_float64
 from ..types import ValueLoss, ValueStats
 from ..validate import wide_dtype
+from ..whitening.reference import masked_moments
 from .inputs import ValueStreams
 
 # Legend: A, actions of the packed stream; every stream is [A].
@@ -53,5 +54,10 @@ def value_loss(value_A: Tensor, streams: ValueStreams, clip: float | None, norma
             "value_min": neutralize_masked(value_A, keep_A, torch.inf).amin(),
             "value_max": neutralize_masked(value_A, keep_A, -torch.inf).amax(),
         }
-        stats = ValueStats(**masked_sums(columns, keep_A), **to_float64(extremes))
+        # Squares of deviations are taken about the mean: sums of squares lose a spread that is small beside it.
+        squares = {
+            "return_m2": masked_moments(return_A, keep_A).m2,
+            "error_m2": masked_moments(error_A, keep_A).m2,
+        }
+        stats = ValueStats(**masked_sums(columns, keep_A), **to_float64(extremes), **squares)
     return ValueLoss(loss.to(dtype), stats)
