@@ -121,6 +121,23 @@ def check_labels_in_range(op: str, labels_A: Tensor, vocab_size: int) -> None:
         )
 
 
+def check_finite_rows(op: str, name: str, x_A: Tensor, mask_A: Tensor | None, labels_A: Tensor | None) -> None:
+    """Raise for a CPU entry that counts and is not finite. On a device the check would synchronise.
+
+    An entry counts if its mask is not 0 and its label is not IGNORED_LABEL.
+    """
+    if x_A.device.type != "cpu":
+        return
+    bad_A = ~x_A.isfinite()
+    if mask_A is not None:
+        bad_A = bad_A & (mask_A != 0)
+    if labels_A is not None:
+        bad_A = bad_A & (labels_A != IGNORED_LABEL)
+    if bad_A.any():
+        row = int(bad_A.nonzero()[0])
+        raise ValueError(f"{op}: {name} must be finite where a token counts, got {float(x_A[row])} at row {row}")
+
+
 def check_overwritable(op: str, name: str, x: Tensor) -> None:
     """Raise unless backward may overwrite x: x is no leaf, and no two of its elements share memory."""
     if x.requires_grad and x.is_leaf:

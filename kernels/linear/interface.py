@@ -98,7 +98,8 @@ def linear_ppo_loss(
         hidden_AH: [A, H] floating.
         weight_VH: [V, H] floating, of the same dtype unless under autocast; this rank's slice if `shard` has a group.
         labels_A: [A] int32 or int64, global ids; a row with -100 does not count.
-        old_logprob_A: [A] floating, log-probs under the policy that sampled. None: the detached log-probs themselves.
+        old_logprob_A: [A] floating, log-probs under the policy that sampled, finite where a row counts. None: the
+            detached log-probs themselves.
         advantage_A: [A] floating.
         ref_logprob_A: [A] floating, log-probs under the reference. Required if kl_coef is not 0.
         mask_A: [A], any dtype; a row with 0 does not count, whatever it holds.
@@ -125,8 +126,8 @@ def linear_ppo_loss(
 
     Raises:
         TypeError: An argument has a wrong type or dtype.
-        ValueError: A shape, device or range is wrong, a CPU label is outside the vocabulary, or kl_coef lacks
-            ref_logprob_A.
+        ValueError: A shape, device or range is wrong, a CPU label is outside the vocabulary, a counted old log-prob on
+            the CPU is not finite (on a device loss and gradient are then NaN), or kl_coef lacks ref_logprob_A.
     """
     op = "linear_ppo_loss"
     head = HeadInputs(hidden_AH, weight_VH, labels_A, mask_A, temperature, shard, chunk_rows, weight_grad_out)
@@ -135,6 +136,6 @@ def linear_ppo_loss(
         clip_low, clip_high, dual_clip, kl_coef, kl_estimator, kl_gradient, entropy_coef, moments, shift_mean
     )
     streams = PolicyStreams(old_logprob_A, advantage_A, ref_logprob_A, mask_A, weight_A)
-    streams = check_policy_inputs(op, hidden_AH, streams, objective, normalizer)
+    streams = check_policy_inputs(op, hidden_AH, streams, objective, normalizer, labels_A)
     run = select(op, hidden_AH, weight_VH)
     return run(replace(head, temperature=float(temperature)), streams, objective, normalizer)
