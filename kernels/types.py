@@ -98,7 +98,7 @@ class Moments:
     def varies(self) -> Tensor:
         """Whether the numbers differ by more than the rounding of fp64, 0-dim bool; False for an empty set.
 
-            variance > (SPREAD_FLOOR * mean)^2
+        variance > (SPREAD_FLOOR * mean)^2
         """
         # Negated: the moments of NaN vary, so that what is divided by them is NaN.
         return ~(self.variance <= (SPREAD_FLOOR * self.mean).square())

@@ -281,7 +281,7 @@ def sample_tokens(
     # 3. Log-probs, of this rank's rows or after the merge of all ranks' candidates.
     perturbed_N, logit_N, max_N, sum_exp_N = statistics
     if shard is None or shard.group is None:
-        return token_N, label_logprob(logit_N, max_N, sum_exp_N)
+        return token_N, label_logprob(logit_N, max_N, sum_exp_N, 1.0)
     if columns == 0:
         token_N.fill_(torch.iinfo(torch.int64).max)
     return merge_draws(Draw(perturbed_N, token_N, logit_N, max_N.double() + sum_exp_N.double().log()), shard)
