@@ -37,7 +37,7 @@ def linear_logprobs(
         hidden_AH: [A, H] floating.
         weight_VH: [V, H] floating, of the same dtype unless under autocast; this rank's slice if `shard` has a group.
         labels_A: [A] int32 or int64, global ids; -100 ignores the row.
-        mask_A: [A], any dtype; 0 ignores the row, whatever it holds.
+        mask_A: [A], bool, integers, or floats of 0 and 1; 0 ignores the row, whatever it holds.
         temperature: Python number > 0.
         entropy: Whether to compute entropies.
         shard: This rank's slice of the vocabulary. None: the weight has all of it.
@@ -102,7 +102,7 @@ def linear_ppo_loss(
             detached log-probs themselves.
         advantage_A: [A] floating.
         ref_logprob_A: [A] floating, log-probs under the reference. Required if kl_coef is not 0.
-        mask_A: [A], any dtype; a row with 0 does not count, whatever it holds.
+        mask_A: [A], bool, integers, or floats of 0 and 1; a row with 0 does not count, whatever it holds.
         weight_A: [A] floating, factor of each token's loss.
         normalizer: Number > 0 or 0-dim tensor, for example the token count over all ranks.
         clip_low: Lower clip distance of the ratio, in [0, 1].

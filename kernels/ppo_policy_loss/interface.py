@@ -49,7 +49,8 @@ def ppo_policy_loss(
         advantage_A: [A] floating.
         entropy_A: [A] floating, nats. Required if entropy_coef is not 0.
         ref_logprob_A: [A] floating, log-probs under the reference. Required if kl_coef is not 0.
-        mask_A: [A], any dtype; 0 if the token does not count. What it holds then, NaN included, has no effect.
+        mask_A: [A], bool, integers, or floats of 0 and 1; 0 if the token does not count. What it holds then, NaN
+            included, has no effect.
         weight_A: [A] floating, factor of each token's loss.
         normalizer: Number > 0 or 0-dim tensor, for example the token count over all ranks.
         clip_low: Lower clip distance of rho, in [0, 1].

@@ -196,6 +196,8 @@ def sample_tokens_kernel(
             last_key, last_id = _narrow_to_target(
                 row_ptr, columns, temperature, row_max, last_key, last_id, top_k, False, BLOCK
             )
+        # Widened first: Triton passes a top_p below 2.4e-7 as int32, which 2^53 does not fit.
+        top_p = top_p.to(tl.int64)
         if top_p < TOP_P_UNITS:
             share = top_p.to(tl.float64) / TOP_P_UNITS
             last_key, last_id = _narrow_to_target(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..common.precision import widen
 from ..common.statistics import masked_sums, neutralize_masked, to_float64
 from ..types import ValueLoss, ValueStats
 from ..validate import wide_dtype
@@ -21,7 +22,7 @@ def value_loss(value_A: Tensor, streams: ValueStreams, clip: float | None, norma
 
     def masked(x_A: Tensor) -> Tensor:
         # Select, do not multiply: 0 * NaN is NaN.
-        return torch.where(keep_A, x_A, 0).to(dtype)
+        return widen(torch.where(keep_A, x_A, 0), dtype)
 
     # 1. Squared error, and that of the clipped value where it is larger.
     value_A, return_A = masked(value_A), masked(streams.return_A)
