@@ -52,7 +52,8 @@ def shaped_gae(
         gamma: Discount, in [0, 1].
         lam: The lambda of GAE, in [0, 1].
         bootstrap_N: [N] floating, V after the last token; pass 0 for sequences that ended. None: 0.
-        mask_A: [A], any dtype; 0 masks an entry. The recursion passes through it unchanged, whatever it holds.
+        mask_A: [A], bool, integers, or floats of 0 and 1; 0 masks an entry. The recursion passes through it unchanged,
+            whatever it holds.
         token_reward_A: [A] floating, rewards by token.
 
     Returns:
