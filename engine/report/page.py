@@ -2,8 +2,8 @@
 
 The page is one file without scripts or remote parts (its Content-Security-Policy forbids both), for light and dark
 screens. It begins with the verdict, which compares the reward-model score with the task score: a rise of the
-reward-model score alone proves nothing. Without a reward model the total score takes its place. A missing figure is printed as "not measured". All model text is escaped, and invisible
-characters are printed as marks.
+reward-model score alone proves nothing. Without a reward model the total score takes its place. A missing figure is
+printed as "not measured". All model text is escaped, and invisible characters are printed as marks.
 """
 
 from __future__ import annotations
