@@ -35,6 +35,8 @@ from icegrt.utils.console import print_info, warn
 class PPOTrainer(Trainer[PPOConfig, PPOStep]):
     """Trains an actor with PPO. Iterate it for one `PPOStep` per iteration, or call `train()`.
 
+    Each input is the argument if it is not None, else the key of the configuration, else the default named below.
+
     Args:
         config: keys of the `ppo` section.
         actor: the policy to train; path or `transformers` model.
@@ -46,8 +48,6 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         critic: path or model with a scalar head; default: as `critic.init` names it.
         eval_prompts: held-out prompts, in the form of `prompts`.
         callbacks: objects with any of the hooks of `Callback`.
-
-    Inputs that are None come from the configuration.
     """
 
     unit = "iterations"
@@ -135,7 +135,13 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
     # -- an iteration ----------------------------------------------------------------------------------------------
 
     def step(self) -> PPOStep:
-        """Run one PPO iteration. Returns its metrics, which are logged; alarms are printed."""
+        """Run one PPO iteration: rollout, inference and update. Collective.
+
+        It also logs the metrics and prints alarms. If they are due, it evaluates and writes a checkpoint.
+
+        Returns:
+            The metrics of the iteration, with its evaluation.
+        """
         config, parts, group = self.config, self.components, self.cluster.data_group
         iteration = self.done_steps + 1
 

@@ -191,7 +191,7 @@ class Trainer(Generic[ConfigT, StepT]):
 
     def _complete_checkpoint_on_exit(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is None or self.cluster.world_size == 1:
-            self.checkpoints.complete()
+            self.checkpoints.finish_pending()
 
     def _close_log(self) -> None:
         log, self._log = self._log, None
@@ -243,7 +243,7 @@ class Trainer(Generic[ConfigT, StepT]):
 
     def complete_checkpoint(self) -> None:
         """Wait until a pending checkpoint is complete on the disk. Collective."""
-        self.checkpoints.complete()
+        self.checkpoints.finish_pending()
 
     # -- running ---------------------------------------------------------------------------------------------------
 
