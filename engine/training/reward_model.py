@@ -19,6 +19,7 @@ from icegrt.model.hf.reader import HFCheckpointReader
 from icegrt.model.hf.score_statistics import SCORE_STATISTICS, score_statistics
 from icegrt.roles.micro_batch import MicroBatch, merge_by_type
 from icegrt.roles.role import TrainableRole
+from icegrt.roles.skip_guard import SkipGuard
 from icegrt.training.ranking_loss import (
     RankingQuality,
     RankingStats,
@@ -57,6 +58,7 @@ class RewardTrainer(OneModelTrainer):
         pack = partial(pack_group, tie_margin=config.tie_margin)
         self.heldout = packed(self.heldout_rankings, config.token_budget, pack, self.cluster.share)
         self._batches: Iterator[Any] | None = None
+        self._skip_guard = SkipGuard(role.name)
         self._best_loss: float | None = None
         self._evaluations_without_improvement = 0
         self._before: dict[str, Any] | None = None
@@ -84,6 +86,7 @@ class RewardTrainer(OneModelTrainer):
             "without_better": self._evaluations_without_improvement,
             "best_loss": self._best_loss,
             "before": self._before,
+            "skipped_in_a_row": self._skip_guard.skipped_in_a_row,
             "stopped": self.done_steps >= self.total_steps,
         }
 
@@ -93,6 +96,7 @@ class RewardTrainer(OneModelTrainer):
         self._evaluations_without_improvement = state["without_better"]
         self._best_loss = state["best_loss"]
         self._before = state["before"]
+        self._skip_guard.skipped_in_a_row |= state.get("skipped_in_a_row", {})
         if state["stopped"]:
             self.total_steps = self.done_steps
 
@@ -110,7 +114,7 @@ class RewardTrainer(OneModelTrainer):
             [
                 stats.loss_sum,
                 sum(batch.prompts for batch in batches),
-                int((stats.difference_P > 0).sum()),
+                float((stats.difference_P > 0).sum() + 0.5 * (stats.difference_P == 0).sum()),
                 stats.difference_P.numel(),
             ]
         )
@@ -126,6 +130,7 @@ class RewardTrainer(OneModelTrainer):
             grad_norm=outcome.grad_norm,
         )
         self.log(row)
+        self._skip_guard.check(self.role.name, [outcome])
         if quality:
             self._stop_early_if_due(quality)
             self.save_checkpoint(-quality.loss)
@@ -140,7 +145,7 @@ class RewardTrainer(OneModelTrainer):
 
     def _stop_early_if_due(self, quality: RankingQuality) -> None:
         # The checkpoint of the best held-out loss is never pruned; `finish` exports its weights.
-        if self._best_loss is None or quality.loss < self._best_loss:
+        if quality.loss < (math.inf if self._best_loss is None else self._best_loss):
             self._best_loss = quality.loss
             self._evaluations_without_improvement = 0
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,16 @@ from icegrt.config.loader import as_dict
 from icegrt.data import check_tokenizer, load_tokenizer
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
+from icegrt.distributed.pipeline import all_ranks_true
 from icegrt.errors import ConfigError, RunError
 from icegrt.kernels import default_chunk_rows
 from icegrt.metrics import RunLog, drop_rollouts
 from icegrt.metrics.sinks import check_sinks
 from icegrt.model.architecture import DTYPES, Architecture
-from icegrt.roles.role import TrainableRole
+from icegrt.roles.role import TrainableRole, check_inference_mode
 from icegrt.training.run_folder import CONFIG_FILE, lock_run_folder
-from icegrt.training.sigterm import capture_sigterm
-from icegrt.utils.console import is_main, print_info, progress
+from icegrt.training.stop_signals import STOP_SIGNALS, capture_stop_signals
+from icegrt.utils.console import is_main, print_info, progress, warn
 from icegrt.utils.files import write_text_atomic
 
 
@@ -77,11 +79,13 @@ class Trainer:
         cluster: process groups, rank and device.
         tokenizer: of the model that is trained.
         roles: those that train, in the order of the checkpoint; `write_model` writes the first.
+        unit, length_key: name of a step in messages, and the key that sets the number of steps.
         done_steps, total_steps: steps taken, and steps of the run. A callback may lower `total_steps`.
         chunk_rows: logit chunk size, the same in a whole run; None without a language model.
     """
 
     unit = "steps"
+    length_key = "epochs"
     total_steps: int
     tokenizer: Any
     roles: list[TrainableRole]
@@ -95,12 +99,14 @@ class Trainer:
         self.chunk_rows: int | None = None
         self._log: RunLog | None = None
         self._saved_at: int | None = None
-        self._stop_requested: Callable[[], bool] = lambda: False
+        self._stop_signal: Callable[[], int] = lambda: 0
         check_sinks(self.run.log_to, f"{config.section}.run.log_to")
         if not self.run.dir:
             raise ConfigError(f"{self.config.section}.run.dir is empty; name a folder for the run")
-        self.dir = Path(self.run.dir)
-        with contextlib.ExitStack() as resources:
+        # Absolute: a reward function or a callback may change the working directory.
+        self.dir = Path(os.path.abspath(self.run.dir))
+        check_inference_mode()
+        with contextlib.ExitStack() as resources, torch.enable_grad():
             self._resources = resources
             self._open_run(resources)
             self._set_up(**inputs)
@@ -155,6 +161,11 @@ class Trainer:
             self.done_steps = self._saved_at = state["step"]
             self.load_state(state["trainer"])
             print_info(f"resumed from {self._resumed_from}: {self.done_steps} of {self.total_steps} {self.unit} done")
+            if self.done_steps > self.total_steps:
+                warn(
+                    f"the run has taken {self.done_steps} {self.unit}, this configuration asks for {self.total_steps}: "
+                    f"nothing is trained. Raise {self.config.section}.{self.length_key} to go on"
+                )
         if self.cluster.is_main:
             # Before the first step there is at most an evaluation, which is repeated.
             resume_from_step = (self.done_steps or -1) if self._is_resume else None
@@ -178,7 +189,7 @@ class Trainer:
         self._resources.__exit__(type(error) if error is not None else None, error, None)
 
     def _complete_checkpoint_on_exit(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if error is None or self.cluster.world_size == 1:
+        if error is None or (self.cluster.world_size == 1 and not isinstance(error, KeyboardInterrupt)):
             self.checkpoints.complete()
 
     def _close_log(self) -> None:
@@ -247,10 +258,10 @@ class Trainer:
     def train(self) -> Any:
         """Run to the end with a progress bar. Returns the result of `finish()`.
 
-        SIGTERM to any rank ends the run on all ranks after the current step: a checkpoint is saved, and `SystemExit`
-        with status 0 is raised.
+        SIGTERM, SIGINT (Ctrl-C), SIGHUP or SIGUSR1 to any rank ends the run on all ranks after the current step: a
+        checkpoint is saved, and `SystemExit` with status 0 is raised. A second signal ends the process at once.
         """
-        with capture_sigterm() as self._stop_requested:
+        with capture_stop_signals() as self._stop_signal:
             with progress(self.total_steps, self.config.section, self.unit) as bar:
                 bar.advance(self.done_steps)
                 for step in self:
@@ -260,13 +271,15 @@ class Trainer:
         return summary
 
     def _between_steps(self) -> None:
-        stop, writing = self.cluster.any_rank([self._stop_requested(), not self.checkpoints.ready])
-        if stop:
+        received = [self._stop_signal() == number for number in STOP_SIGNALS]
+        *stop, writing = self.cluster.any_rank([*received, not self.checkpoints.ready])
+        if any(stop):
             if self._saved_at != self.done_steps:
                 self.save_checkpoint()
             self.complete_checkpoint()
+            name = STOP_SIGNALS[stop.index(True)].name
             print_info(
-                f"SIGTERM: saved after {self.done_steps} of {self.total_steps} {self.unit}; continue with --resume"
+                f"{name}: saved after {self.done_steps} of {self.total_steps} {self.unit}; continue with --resume"
             )
             raise SystemExit(0)
         if not writing:
@@ -277,7 +290,17 @@ class Trainer:
         return {"loss": step.loss}
 
     def write_model(self, extra_files: dict[str, Any] | None = None) -> None:
-        """Write the trained model to `<run.dir>/model`, in place of one from before a resume. Collective."""
+        """Write the trained model to `<run.dir>/model`, in place of one from before a resume. Collective.
+
+        Raises:
+            RunError: a weight is not finite.
+        """
+        parameters = self.roles[0].model.parameters()
+        if not all_ranks_true(all(bool(torch.isfinite(parameter).all()) for parameter in parameters)):
+            raise RunError(
+                f"{self.dir / 'model'}: not written, because weights of the {self.roles[0].name} are not finite; lower "
+                "its learning rate, and start a new run"
+            )
         self.roles[0].save_pretrained(self.dir / "model", self.run.dtype, self.tokenizer, extra_files, replace=True)
         self.cluster.barrier()
 
