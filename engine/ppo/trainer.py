@@ -24,7 +24,6 @@ from icegrt.ppo.rewards import RewardOutputs
 from icegrt.ppo.scores import total_scores
 from icegrt.ppo.scoring import score_values
 from icegrt.ppo.setup import PPOInputs, build_ppo, check_config, check_critic, probe_reward_sources
-from icegrt.report.page import write_run_report
 from icegrt.roles.skip_guard import SkipGuard
 from icegrt.training.trainer import Trainer, write_json
 from icegrt.utils.console import print_info, warn
@@ -226,6 +225,9 @@ class PPOTrainer(Trainer):
         for message in self.alarms.check(row):
             self.alarm_messages.append(f"iteration {row.iteration}: {message}")
             warn(self.alarm_messages[-1])
+        if row.evaluation is not None and row.iteration < self.total_steps:
+            with self._timed("evaluate"):
+                self.write_report()
         # The checkpoint comes last, so that it holds this iteration's alarms. A resumed run drops metrics rows beyond
         # its checkpoint, but could not restore a missing one. The seconds count for the next iteration.
         if row.iteration == self.total_steps or _due(row.iteration, self.config.checkpoint_every):
@@ -267,8 +269,7 @@ class PPOTrainer(Trainer):
         self.write_model()
         summary = {"iterations": self.done_steps, "alarms": self.alarm_messages}
         write_json(self.dir / "summary.json", summary)
-        if self.cluster.is_main:
-            write_run_report(self.dir, config=self.config)
+        self.write_report()
         return summary
 
 

@@ -133,6 +133,8 @@ class RewardTrainer(OneModelTrainer):
         self._skip_guard.check(self.role.name, [outcome])
         if quality:
             self._stop_early_if_due(quality)
+            if self.done_steps < self.total_steps:
+                self.write_report()
             self.save_checkpoint(-quality.loss)
         self.notify("on_update", row)
         return row
@@ -181,6 +183,7 @@ class RewardTrainer(OneModelTrainer):
         self.save_checkpoint(None if after is None else -after.loss)
         self.write_model(_statistics_file(statistics))
         write_json(self.dir / "summary.json", summary)
+        self.write_report()
         return summary
 
 

@@ -94,6 +94,8 @@ class SFTTrainer(OneModelTrainer):
         )
         self.log(row)
         self._skip_guard.check(self.role.name, [outcome])
+        if row.heldout_loss is not None and self.done_steps < self.total_steps:
+            self.write_report()
         if self._due(self.config.checkpoint_every):
             self.save_checkpoint(_quality(row.heldout_loss))
         self.notify("on_update", row)
@@ -126,6 +128,7 @@ class SFTTrainer(OneModelTrainer):
         self.save_checkpoint(_quality(summary["heldout_loss_after"]))
         self.write_model()
         write_json(self.dir / "summary.json", summary)
+        self.write_report()
         return summary
 
 

@@ -25,6 +25,7 @@ from icegrt.kernels import default_chunk_rows
 from icegrt.metrics import RunLog, drop_rollouts
 from icegrt.metrics.sinks import check_sinks
 from icegrt.model.architecture import DTYPES, Architecture
+from icegrt.report.page import write_run_report
 from icegrt.roles.role import TrainableRole, check_inference_mode
 from icegrt.training.run_folder import CONFIG_FILE, lock_run_folder
 from icegrt.training.stop_signals import STOP_SIGNALS, capture_stop_signals
@@ -136,6 +137,7 @@ class Trainer:
         resumed = read_state(self._resumed_from) if self._resumed_from is not None else {}
         self._resumed_chunk_rows: int | None = resumed.get("chunk_rows")
         resources.push(self._complete_checkpoint_on_exit)
+        resources.push(self._write_report_on_failure)
 
     def _set_up(self, **inputs: Any) -> None:
         """Build models and data; set `total_steps`, `tokenizer` and `roles`."""
@@ -191,6 +193,10 @@ class Trainer:
     def _complete_checkpoint_on_exit(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is None or (self.cluster.world_size == 1 and not isinstance(error, KeyboardInterrupt)):
             self.checkpoints.complete()
+
+    def _write_report_on_failure(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None and not isinstance(error, KeyboardInterrupt) and self._log is not None and self.done_steps:
+            self.write_report()
 
     def _close_log(self) -> None:
         log, self._log = self._log, None
@@ -310,6 +316,14 @@ class Trainer:
 
     def finish(self) -> Any:
         """Evaluate, save and export after the last step. Returns the summary."""
+
+    def write_report(self) -> None:
+        """Write the report of the run so far, on rank 0. A failure is a warning: the metrics are on the disk."""
+        if self.cluster.is_main:
+            try:
+                write_run_report(self.dir, config=self.config)
+            except Exception as error:
+                warn(f"{self.dir / 'report.html'}: not written ({error}); `icegrt report {self.run.dir}` writes it")
 
     def notify(self, hook: str, *args: Any) -> None:
         """Call `hook` of every callback that defines it."""
