@@ -147,10 +147,10 @@ def stream_seed(seed: int, stream: int) -> int:
         seed: of the run, at least 0.
         stream: number of the stream, such as the iteration.
     """
-    folded = seed & _LOW_32_BITS
-    while seed := seed >> 32:
+    folded = 0
+    for shift in range(seed.bit_length() // 32 * 32, -1, -32):
         # An odd multiplier maps the 32-bit words to each other one to one.
-        folded ^= (seed * _ODD_MULTIPLIER) & _LOW_32_BITS
+        folded = (folded * _ODD_MULTIPLIER & _LOW_32_BITS) ^ (seed >> shift & _LOW_32_BITS)
     return ((folded << 32) ^ stream) & _LOW_64_BITS
 
 

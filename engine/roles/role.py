@@ -28,7 +28,6 @@ from icegrt.model.pipeline_model import PipelineModel
 from icegrt.packing import PackedBatch
 from icegrt.roles.micro_batch import LossOutput, MicroBatch
 from icegrt.roles.optimizer import make_optimizer, make_scheduler, wait_for_param_gather, wrap
-from icegrt.utils.console import warn
 
 
 @dataclass(frozen=True)
@@ -169,12 +168,6 @@ class TrainableRole(Role):
         model.config.finalize_model_grads_func = finalize_model_grads
         self.optimizer = make_optimizer(config, ddps, model.config)
         self.schedule = make_scheduler(config, self.optimizer, total_steps)
-        if 1 < total_steps <= int(config.warmup_fraction * total_steps):
-            warn(
-                f"the learning rate of the {name} warms up in all {total_steps} steps "
-                f"(optimizer.warmup_fraction={config.warmup_fraction:g}) and reaches {config.lr:g} only in the last; "
-                "lower the fraction"
-            )
 
     def train_step(self, work: Sequence[MicroBatch]) -> StepOutcome:
         """Take one optimizer step along the gradient of (sum of all losses) / (sum of all counts).
