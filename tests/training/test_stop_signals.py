@@ -114,7 +114,7 @@ def test_a_run_that_diverges_ends_and_exports_nothing(stage, home, tmp_path):
     else:
         keys.append("reward.patience=0")
         run = RewardTrainer(RewardConfig.load(None, cases.reward_keys(home, tmp_path / "run", *keys)))
-    with pytest.raises(RunError, match="3 optimizer steps in a row of the (actor|reward) had a loss or gradient"), run:
+    with pytest.raises(RunError, match=r"3 optimizer steps in a row of the (actor|reward) had a loss or gradient"), run:
         run.train()
     assert not (tmp_path / "run" / "model").exists()
     assert (tmp_path / "run" / "report.html").is_file()  # a failed run has one too
