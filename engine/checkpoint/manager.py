@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from icegrt.checkpoint import rng as checkpoint_rng
 from icegrt.checkpoint.safe_unpickle import restricted_megatron_load
 from icegrt.distributed.cluster import Cluster
 from icegrt.errors import CheckpointError, RunError
-from icegrt.roles.role import Role
+from icegrt.roles.role import Role, TrainableRole
 from icegrt.utils.console import warn
 
 WriteBucket = Callable[[Any, Any], list[Any]]
@@ -53,7 +53,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        roles: list[Role],
+        roles: Sequence[TrainableRole],
         state: dict[str, Any],
         quality: float | None = None,
         on_committed: Callable[[Path], None] = lambda path: None,
@@ -184,7 +184,7 @@ class Checkpoints:
         self.cluster.barrier()
         return valid
 
-    def load(self, checkpoint: Path, roles: list[Role]) -> dict[str, Any]:
+    def load(self, checkpoint: Path, roles: Sequence[Role]) -> dict[str, Any]:
         """Restore roles and this process's random generators from a valid checkpoint. Returns its JSON document."""
         document = files.read_state(checkpoint)
         for role in roles:
@@ -199,7 +199,7 @@ class Checkpoints:
             checkpoint_rng.restore(document["rng"][self.cluster.rank])
         return document
 
-    def load_weights(self, checkpoint: Path, roles: list[Role]) -> None:
+    def load_weights(self, checkpoint: Path, roles: Sequence[Role]) -> None:
         """Restore weights only; optimizers and schedules are unchanged.
 
         Raises:

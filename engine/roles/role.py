@@ -59,10 +59,8 @@ class Role:
     def __init__(self, name: str, model: PipelineModel) -> None:
         self.name = name
         self.model = model
-        self.device = next(model.parameters()).device
-        for chunk in model.chunks:
-            chunk.requires_grad_(self.learns)
-            chunk.train(self.learns)
+        self.device = model.device
+        model.requires_grad_(self.learns).train(self.learns)
 
     @torch.no_grad()
     def score(
@@ -164,7 +162,7 @@ class TrainableRole(Role):
             # that Python's collector does not see -> models, gradients and process groups are never freed.
             # Clear the nodes when the role goes.
             weakref.finalize(self, ddp.grad_accs.clear)
-        model.wait_for_param_gather = lambda: wait_for_param_gather(ddps)
+        model.register_param_gather(lambda: wait_for_param_gather(ddps))
         model.config.finalize_model_grads_func = finalize_model_grads
         self.optimizer = make_optimizer(config, ddps, model.config)
         self.schedule = make_scheduler(config, self.optimizer, total_steps)

@@ -50,7 +50,7 @@ class ModelRunner:
         self.model, self.cache, self.sampling, self.channel = model, cache, sampling, channel
         self._inputs: list[ForwardInput] = []
         self._sequence_ids_N = self._next_positions_N = torch.empty(0, dtype=torch.int64)
-        self._sampled: tuple[Tensor, Tensor] | None = None
+        self._sampled: tuple[Tensor, Tensor]  # set by `forward` of the last stage
 
     def prefill(self, batches: abc.Sequence[abc.Sequence[abc.Sequence[Sequence]]]) -> None:
         """Prepare a pass over prompts. Each distinct prompt is computed once and copied to all its sequences.
