@@ -176,10 +176,8 @@ class Trainer(Generic[ConfigT, StepT]):
             self.load_state(state["trainer"])
             print_info(f"resumed from {self._resumed_from}: {self.done_steps} of {self.total_steps} {self.unit} done")
             if self.done_steps > self.total_steps:
-                warn(
-                    f"the run has taken {self.done_steps} {self.unit}, this configuration asks for {self.total_steps}: "
-                    f"nothing is trained. Raise {self.config.section}.{self.length_key} to go on"
-                )
+                key = f"{self.config.section}.{self.length_key}"
+                warn(f"all {self.total_steps} {self.unit} of this configuration are done; raise {key} to train on")
         if self.cluster.is_main:
             # Before the first step there is at most an evaluation, which is repeated.
             resume_from_step = (self.done_steps or -1) if self._is_resume else None
@@ -295,10 +293,8 @@ class Trainer(Generic[ConfigT, StepT]):
             if self._saved_at != self.done_steps:
                 self.save_checkpoint()
             self.complete_checkpoint()
-            name = STOP_SIGNALS[stop.index(True)].name
-            print_info(
-                f"{name}: saved after {self.done_steps} of {self.total_steps} {self.unit}; continue with --resume"
-            )
+            name, progress_text = STOP_SIGNALS[stop.index(True)].name, f"{self.done_steps} of {self.total_steps}"
+            print_info(f"{name}: saved after {progress_text} {self.unit}; continue with --resume")
             raise SystemExit(0)
         if not writing:
             self.complete_checkpoint()

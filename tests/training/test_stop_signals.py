@@ -100,7 +100,7 @@ def test_a_resumed_run_that_is_longer_than_its_configuration_says_so(home, tmp_p
         run.train()
     with sft(home, tmp_path / "run", "run.resume=true") as run:
         assert list(run) == []
-    assert "has taken 4 steps, this configuration asks for 2" in capsys.readouterr().err
+    assert "all 2 steps of this configuration are done; raise sft.epochs" in capsys.readouterr().err
 
 
 # -- divergence, ties, and the held-out loss ---------------------------------------------------------------------------
