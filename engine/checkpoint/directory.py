@@ -171,15 +171,27 @@ def discard(checkpoint: Path) -> None:
     shutil.rmtree(staging_path(checkpoint), ignore_errors=True)
 
 
-def prune(run_dir: str | Path, keep: int) -> None:
-    """Update `best`, and delete all checkpoints but the last `keep` and the best one."""
+def prune(run_dir: str | Path, keep: int) -> list[str]:
+    """Update `best`, and delete all checkpoints but the last `keep` and the best one.
+
+    Returns:
+        What could not be written or deleted, one description each.
+    """
+    problems = []
     checkpoints = list_checkpoints(run_dir)
     best = best_of(checkpoints)
     if best is not None:
-        write_text_atomic(best.parent / BEST, best.name + "\n")
+        try:
+            write_text_atomic(best.parent / BEST, best.name + "\n")
+        except OSError as error:
+            problems.append(f"{best.parent / BEST}: cannot be written ({error.strerror or error})")
     for checkpoint in checkpoints[:-keep]:
         if checkpoint != best:
-            _delete(checkpoint)
+            try:
+                _delete(checkpoint)
+            except OSError as error:
+                problems.append(f"{checkpoint}: cannot be deleted ({error.strerror or error}); delete it by hand")
+    return problems
 
 
 def best_of(checkpoints: Iterable[Path]) -> Path | None:

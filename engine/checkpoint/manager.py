@@ -148,7 +148,9 @@ class Checkpoints:
         digests = {name: digest for outcome in outcomes for name, digest in outcome.digests.items()}
         files.write_manifest(staging, digests)
         files.commit(pending.target)
-        files.prune(self.run_dir, self.keep)
+        # The new checkpoint is complete: an old one that stays is no reason to end the run.
+        for problem in files.prune(self.run_dir, self.keep):
+            warn(problem)
 
     def _write_error(self, target: Path, problem: str) -> RunError:
         if self.cluster.is_main:

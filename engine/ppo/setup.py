@@ -41,6 +41,7 @@ from icegrt.rollout.engine import RolloutEngine
 from icegrt.rollout.samples import sample_of
 from icegrt.rollout.types import Sampling
 from icegrt.training.trainer import resolve_chunk_rows, tokenizer_for
+from icegrt.utils.console import warn
 from icegrt.utils.files import read_object
 
 
@@ -221,6 +222,12 @@ def check_config(config: PPOConfig) -> None:
         raise ConfigError(
             f"ppo.kl_horizon_responses is {config.kl_horizon_responses}, too short for {responses} responses an "
             f"iteration: the coefficient could fall to zero at once. Set it above {responses}"
+        )
+    warmup, iterations = config.critic.warmup_iterations, config.iterations
+    if warmup >= iterations:
+        warn(
+            f"ppo.critic.warmup_iterations is {warmup} and ppo.iterations {iterations}: the actor takes no step. Lower "
+            "the warm-up unless the critic alone is to train"
         )
     if responses < config.minibatches:
         raise ConfigError(f"ppo.minibatches is {config.minibatches}, but an iteration has only {responses} responses")

@@ -16,17 +16,14 @@ import torch
 from icegrt.config import PPOConfig
 from icegrt.data import Example
 from icegrt.distributed.cluster import Cluster
-from icegrt.errors import RunError
 from icegrt.kernels import PolicyStats, ValueStats
+from icegrt.ppo.batch_plan import stream_seed
 from icegrt.ppo.experience import Experience
 from icegrt.ppo.losses import CriticLoss, PolicyLoss, PtxLoss
 from icegrt.ppo.scoring import LogprobScorer
 from icegrt.roles.micro_batch import MicroBatch, merge_by_type
 from icegrt.roles.role import StepOutcome, TrainableRole
 from icegrt.training.sft_loss import NLLStats, pack_examples
-
-# Consecutive steps of one role that may be skipped for a loss or gradient that is not finite.
-_MOST_SKIPPED = 3
 
 
 @dataclass
@@ -132,7 +129,7 @@ class Updater:
         return [MicroBatch(batch, loss) for batch in batches]
 
     def _minibatches(self, experience: Experience, iteration: int, epoch: int) -> list[list[int]]:
-        generator = torch.Generator().manual_seed((self.config.run.seed << 32) ^ (iteration << 8) ^ epoch)
+        generator = torch.Generator().manual_seed(stream_seed(self.config.run.seed, (iteration << 8) ^ epoch))
         order = torch.randperm(self.config.minibatches, generator=generator).tolist()
         return [experience.plan.minibatches[i] for i in order]
 
@@ -162,31 +159,6 @@ class Updater:
         """Return the number of actions of a minibatch that count, over all ranks."""
         (total,) = self.cluster.all_reduce_sum([sum(experience.plan.batches[i].n_counted_actions for i in members)])
         return total
-
-
-class SkipGuard:
-    """Ends the run after three consecutive skipped steps of one role, counted over iterations.
-
-    A step is skipped if its loss or gradient is not finite.
-    """
-
-    def __init__(self) -> None:
-        self.skipped_in_a_row = {"actor": 0, "critic": 0}
-
-    def check(self, outcome: UpdateOutcome) -> None:
-        """Count the skipped steps of an iteration.
-
-        Raises:
-            RunError: the actor or the critic skipped three steps in a row.
-        """
-        for name, steps in (("actor", outcome.actor), ("critic", outcome.critic)):
-            for step in steps:
-                self.skipped_in_a_row[name] = self.skipped_in_a_row[name] + 1 if step.skipped else 0
-                if self.skipped_in_a_row[name] >= _MOST_SKIPPED:
-                    raise RunError(
-                        f"{_MOST_SKIPPED} optimizer steps in a row of the {name} had a loss or gradient that is not "
-                        "finite; lower its learning rate, and resume from the last checkpoint"
-                    )
 
 
 def mean_grad_norm(outcomes: Sequence[StepOutcome]) -> float:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from icegrt.config import SECTIONS, Loadable
 from icegrt.config.introspect import config_keys, value_text
 from icegrt.config.loader import as_yaml
@@ -19,8 +21,19 @@ from icegrt.utils.files import json_safe
 from icegrt.utils.text import duration
 from icegrt.utils.values import flatten
 
-__all__ = ["cards", "charts", "example_texts", "margins", "outcomes", "phases", "settings_tables", "training"]
+__all__ = [
+    "cards",
+    "charts",
+    "example_texts",
+    "margins",
+    "outcomes",
+    "phases",
+    "render_page",
+    "settings_tables",
+    "training",
+]
 
+_TEMPLATES = Path(__file__).parent / "templates"
 _TEXTS = ("prompt", "reference", "before", "after")
 
 
@@ -123,7 +136,7 @@ def training(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
     if not steps:
         return []
     metrics = {
-        "score": ("score_mean", number),
+        "score that training pays": ("score_mean", number),
         "reward-model score": ("reward_model_score_mean", number),
         "task score": ("function_score_mean", number),
         "KL, nats per response": ("kl_nats_per_response", number),
@@ -189,3 +202,15 @@ def settings_tables(path: Path, settings: Sequence[Loadable] | None) -> list[dic
             rows.append({"name": name, "value": text, "changed": changed, "unit": unit, "help": meaning})
         tables.append({"section": section, "rows": rows})
     return tables
+
+
+def render_page(template: str, **context: Any) -> str:
+    """Return a page of `templates/`; text is escaped, and a missing name raises."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**context)

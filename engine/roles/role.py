@@ -24,6 +24,7 @@ from torch import Tensor
 
 from icegrt.config import OptimizerConfig
 from icegrt.distributed.pipeline import all_ranks_true, broadcast_from_last_stage, broadcast_objects_from_last_stage
+from icegrt.errors import RunError
 from icegrt.model.architecture import DTYPES
 from icegrt.model.hf import exporter
 from icegrt.model.hf.writer import save_pretrained
@@ -139,6 +140,14 @@ class Role:
         )
 
 
+def check_inference_mode() -> None:
+    """Raise `RunError` in `torch.inference_mode`, whose tensors cannot enter a backward pass."""
+    if torch.is_inference_mode_enabled():
+        raise RunError(
+            "torch.inference_mode is on, so nothing can be trained; leave it before training, also in reward functions"
+        )
+
+
 class TrainableRole(Role):
     """A model that is trained: with gradients, a distributed optimizer and a learning-rate schedule from Megatron.
 
@@ -153,10 +162,12 @@ class TrainableRole(Role):
 
     learns = True
 
+    @torch.enable_grad()
     def __init__(self, name: str, model: PipelineModel, config: OptimizerConfig, total_steps: int) -> None:
         """Wrap `model` for training; the schedule runs over `total_steps` optimizer steps."""
         from megatron.core.distributed import finalize_model_grads
 
+        check_inference_mode()
         super().__init__(name, model)
         self.ddps = ddps = wrap(model)
         for ddp in ddps:
@@ -170,7 +181,12 @@ class TrainableRole(Role):
         self.schedule = make_scheduler(config, self.optimizer, total_steps)
 
     def train_step(self, work: Sequence[MicroBatch]) -> StepOutcome:
-        """Take one optimizer step along the gradient of (sum of all losses) / (sum of all counts)."""
+        """Take one optimizer step along the gradient of (sum of all losses) / (sum of all counts).
+
+        Raises:
+            RunError: the caller or a reward function has left `torch.inference_mode` on. `torch.no_grad` has no effect.
+        """
+        check_inference_mode()
         self.zero_gradients()
         stats, losses = self.accumulate(work)
         lr = self.optimizer.param_groups[0]["lr"]
@@ -188,6 +204,7 @@ class TrainableRole(Role):
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
+    @torch.enable_grad()
     def accumulate(self, work: Sequence[MicroBatch]) -> tuple[list[Any], list[Tensor]]:
         """Run forward and backward over all micro-batches; gradients stay in the parameters' `main_grad`.
 

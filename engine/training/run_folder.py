@@ -50,7 +50,7 @@ def lock_run_folder(config: Any) -> RunLock:
     Raises:
         RunError: the folder belongs to something else, cannot be written, or is locked by another process.
     """
-    folder = Path(config.run.dir)
+    folder = Path(os.path.abspath(config.run.dir))
     if folder.is_file():
         raise RunError(f"{folder}: not a folder; set {config.section}.run.dir to another place")
     run_lock = RunLock(False, create_writable_folder(folder), None)
@@ -97,7 +97,13 @@ def _check_contents(config: Any, folder: Path) -> bool:
     except OSError as error:
         raise RunError(f"{folder}: cannot be read ({error.strerror or error})") from None
     if resume is True and not checkpoints:
-        raise RunError(f"{folder}: no checkpoint to resume from; start without --resume")
+        start = f"start again with {config.section}.run.resume=auto" if names else "start without --resume"
+        raise RunError(f"{folder}: no checkpoint to resume from; {start}")
+    if not resume and not checkpoints and CONFIG_FILE in names:
+        raise RunError(
+            f"{folder}: holds a run that ended before its first checkpoint; start it again with "
+            f"{config.section}.run.resume=auto, or set {key} to another folder"
+        )
     if not resume and names:
         raise RunError(f"{folder}: not empty; continue that run with --resume, or set {key} to another folder")
     # A run that was killed before its first checkpoint has left its configuration, or nothing but hidden files.
