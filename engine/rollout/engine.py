@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from icegrt.data import stop_ids
+from icegrt.data.types import Tokenizer
 from icegrt.model.pipeline_model import PipelineModel
 from icegrt.rollout.decoder import Decoder, Pair
 from icegrt.rollout.gather import all_gather_responses, rank_slice
@@ -28,7 +28,7 @@ class RolloutEngine:
     """
 
     def __init__(
-        self, model: PipelineModel, tokenizer: Any, *, max_batch: int = 256, stop_token_ids: Sequence[int] = ()
+        self, model: PipelineModel, tokenizer: Tokenizer, *, max_batch: int = 256, stop_token_ids: Sequence[int] = ()
     ) -> None:
         self.tokenizer = tokenizer
         stops = stop_ids(tokenizer, model.architecture.hf_config, extra=stop_token_ids)
@@ -36,7 +36,7 @@ class RolloutEngine:
 
     def stream(
         self,
-        prompts: Sequence[str | list[int]],
+        prompts: Sequence[str | Sequence[int]],
         n: int = 1,
         sampling: Sampling | None = None,
         *,
@@ -68,7 +68,7 @@ class RolloutEngine:
 
     def generate(
         self,
-        prompts: Sequence[str | list[int]],
+        prompts: Sequence[str | Sequence[int]],
         n: int = 1,
         sampling: Sampling | None = None,
         *,
@@ -92,7 +92,7 @@ class RolloutEngine:
         responses = list(self.decoder.stream(prompts, n, sampling, first_sequence_id, local_pairs))
         return all_gather_responses(cluster, responses, prompts, n, first_sequence_id)
 
-    def _ids(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+    def _ids(self, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
         return [self.tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
 
 

@@ -1,11 +1,16 @@
 """Log-probs and policy loss straight from hidden states, chunk by chunk: the logit matrix [A, V] never exists.
 
-Scoring and update iterate over the chunks with one routine on the same rows with the same chunk_rows, so that at equal
-weights their log-probs agree to the bit and the ratio is exactly 1. The loss forms its gradient while a chunk's
-logits exist: three matrix products in all. The mask alone decides which rows enter the product of the logits. Rows
-without any gradient (clipped, zero advantage) are dropped before the two products of the backward.
+A chunk is `chunk_rows` consecutive rows of the R rows that the mask keeps. Its logits [C, V] exist in one buffer until
+the next chunk.
 
-What happens to a chunk's logits between the products is a `ChunkOps`: TORCH_OPS or TRITON_OPS.
+Scoring and update iterate with one routine over the same rows in the same chunks. So at equal weights their log-probs
+are bitwise identical, and the ratio is exactly 1.
+
+The loss takes three matrix products: the logits, and the gradients by hidden states and by weight. It computes both
+gradients in the forward pass, while the logits of the chunk exist. Rows without a gradient (clipped, zero advantage)
+enter only the first product.
+
+`ChunkOps` (TORCH_OPS or TRITON_OPS) holds the operations on the logits between the products.
 """
 
 from __future__ import annotations
@@ -66,7 +71,7 @@ def _disable_autocast(x: Tensor) -> torch.autocast:
 
 @dataclass(frozen=True)
 class _ScoringCall:
-    """What the backward of linear_logprobs needs besides its tensors."""
+    """The arguments of linear_logprobs that are not tensors with a gradient, for its backward."""
 
     head: ChunkedHead
     mask_A: Tensor | None
