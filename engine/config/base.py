@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, dataclass_transform
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -16,7 +17,22 @@ from icegrt.config.introspect import SECTIONS
 
 CONFIG_FILE = "config.yaml"  # the saved configuration in a run's folder
 
-config_class = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", validate_default=False))
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
+def config_class(cls: type) -> Any:
+    """Make `cls` a frozen class of configuration keys. Its constructor checks values as the loader checks a file's.
+
+    The constructor raises `ConfigError` for a key that is unknown, mistyped or out of bounds.
+    """
+    cls = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", validate_default=False))(cls)
+    set_values = cls.__init__
+
+    @functools.wraps(set_values)
+    def __init__(self: Any, **values: Any) -> None:
+        set_values(self, **loader.checked_values(cls, values))
+
+    cls.__init__ = __init__
+    return cls
 
 
 def key(default: Any, help: str, *, unit: str = "", **bounds: Any) -> Any:
