@@ -85,7 +85,8 @@ def _encode(
 def _build_engine(
     config: SampleConfig | GenerateConfig, reader: HFCheckpointReader, tokenizer: Any, cluster: Cluster
 ) -> RolloutEngine:
-    stops = stop_ids(tokenizer, reader.architecture.hf_config, reader.folder, config.sampling.stop_token_ids)
+    hf_config, folder = reader.architecture.hf_config, reader.folder
+    stops = stop_ids(tokenizer, hf_config, folder, config.sampling.stop_token_ids)
     model = build_model(reader, "lm", cluster, dtype=DTYPES[config.dtype]).eval()
     return RolloutEngine(model, tokenizer, max_batch=config.max_batch, stop_token_ids=stops)
 

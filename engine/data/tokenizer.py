@@ -77,16 +77,22 @@ def stop_ids(
     hf_config: dict[str, Any] | None = None,
     folder: str | Path | None = None,
     extra: Sequence[int] = (),
+    generation_config: dict[str, Any] | None = None,
 ) -> list[int]:
     """Return the ids that end an answer, sorted.
 
-    They are the tokenizer's EOS and the ids that `hf_config`, `generation_config.json` in `folder` and `extra` name.
+    They are the tokenizer's EOS and the ids that `hf_config`, `generation_config` (of a model in memory),
+    `generation_config.json` in `folder` and `extra` name.
 
     Raises:
         CheckpointError: an id is none of the tokenizer's, or the file cannot be read.
     """
     path = Path(folder) / "generation_config.json" if folder is not None else None
-    ids_by_origin = {"config.json": (hf_config or {}).get("eos_token_id"), "sampling.stop_token_ids": list(extra)}
+    ids_by_origin = {
+        "config.json": (hf_config or {}).get("eos_token_id"),
+        "generation_config": (generation_config or {}).get("eos_token_id"),
+        "sampling.stop_token_ids": list(extra),
+    }
     if path is not None and path.is_file():
         ids_by_origin[str(path)] = read_object(path).get("eos_token_id")
     ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}

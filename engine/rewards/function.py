@@ -21,9 +21,9 @@ from typing import Any
 from icegrt.errors import ConfigError, RewardError
 from icegrt.rewards.sample import RewardResult, Sample, ScoreOrFailure, ScoringFailure
 from icegrt.utils.redaction import redact_text
+from icegrt.utils.values import FLOAT32_MAX
 
 RewardFunction = Callable[[list[Sample]], Sequence[float | RewardResult]]
-_FLOAT32_MAX = 3.4028234663852886e38  # scores become float32
 
 
 class CallError(Exception):
@@ -170,7 +170,7 @@ def is_finite_number(value: Any, *, boolean: bool = False) -> bool:
         number = float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         return False
-    return math.isfinite(number) and abs(number) <= _FLOAT32_MAX
+    return math.isfinite(number) and abs(number) <= FLOAT32_MAX  # scores become float32
 
 
 def run_async(awaitable: Any) -> Any:

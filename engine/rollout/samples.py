@@ -21,4 +21,6 @@ def sample_of(tokenizer: Any, response: Response, prompt: Prompt) -> Sample:
         where=prompt.where,
         group=response.prompt_index,
         index=response.sample,
+        columns=tuple(prompt.schema.columns),
+        is_chat=prompt.schema.is_chat,
     )

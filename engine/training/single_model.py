@@ -52,7 +52,12 @@ class OneModelTrainer(Trainer):
         architecture = pretrained.architecture
         check_parallelism(architecture, self.cluster)  # before data is encoded, which may take long
         self.tokenizer = tokenizer_for(tokenizer, model, architecture)
-        self.stop_ids = stop_ids(self.tokenizer, architecture.hf_config, pretrained.folder)
+        self.stop_ids = stop_ids(
+            self.tokenizer,
+            architecture.hf_config,
+            pretrained.folder,
+            generation_config=architecture.generation_config,
+        )
         self.max_length = min(self.config.max_length or architecture.context_length, architecture.context_length)
         self.role = self._build(pretrained, data, heldout)
         self.roles = [self.role]

@@ -44,8 +44,8 @@ def test_sampled_ids_are_used_verbatim():
     assert ranking.responses == [[a, b, eos], [a, b]]
 
 
-@pytest.mark.parametrize("ids", [[10**6], [-1], [1, 2, 3]])
-def test_foreign_or_stale_ids_give_way_to_the_text(plain, ids):
+def test_stale_ids_give_way_to_the_text(plain):
+    ids = [1, 2, 3]
     ranking = encode_ranking(plain, row(prompt="p", responses=["a", "b"], scores=[0, 1], response_ids=[ids, ids]), 9)
     assert [text(plain, r) for r in ranking.responses] == ["a<|im_end|>", "b<|im_end|>"]
 
@@ -84,6 +84,12 @@ R2 = dict(prompt="p", responses=["a", "b"])
         (dict(prompt="p", chosen=[{"role": "user"}], rejected="b"), "key `chosen`: expected a string, got list"),
         (dict(prompt="", chosen="a", rejected="b"), "key `prompt`: is empty"),
         (R2 | dict(scores=[1, 2], response_ids=[[1]]), "key `response_ids`: 1 entries for 2 responses"),
+        (R2 | dict(scores=[1, 2], response_ids=[[1], [10**6]]), r"key `response_ids\[1\]`: token 1000000 is not in"),
+        (R2 | dict(scores=[1, 2], response_ids=[[-1], [1]]), r"key `response_ids\[0\]`: token -1 is not in"),
+        (R2 | dict(scores=[1, 10**400]), r"key `scores\[1\]`: .*\+-3.4e\+38, as float32 .*got a larger integer"),
+        (R2 | dict(scores=[1, -1.8e308]), r"key `scores\[1\]`: expected a finite number between .*, got -inf"),
+        (R2 | dict(scores=[1, -1.7e308]), r"key `scores\[1\]`: expected a finite number between .*, got -1.7e\+308"),
+        (R2 | dict(ranks=[1, 10**400]), r"key `ranks\[1\]`: expected a finite number"),
         (R2 | dict(scores=[1, 2], response_ids=[[1], []]), r"key `response_ids\[1\]`: is empty"),
         (R2 | dict(scores=[1, 2], response_ids=[[1], ["x"]]), r"`response_ids\[1\]`: expected a list of token ids"),
         (R2 | dict(scores=[1, 2], finish_reasons=["stop"]), "key `finish_reasons`: 1 entries for 2 responses"),
