@@ -39,7 +39,8 @@ def run(config: SampleConfig) -> None:
     score, key = None, "sample.score_function"
     if config.score_function:
         score = adapt(load_reward_function(config.score_function, key), key=key)
-    with Cluster.open(Layout.of(config.parallel)) as cluster, rows_file(config.out) as writer:
+    inputs = [config.prompts, config.score_function.rpartition(":")[0]]
+    with Cluster.open(Layout.of(config.parallel)) as cluster, rows_file(config.out, inputs) as writer:
         reader, tokenizer = _open_model(config, cluster)
         rows = open_rows(config.prompts, config.limit, input_key=config.input_key)
         prompts = _encode(config, reader, tokenizer, rows, name=config.prompts)

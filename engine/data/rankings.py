@@ -189,8 +189,8 @@ def _sampled_ids(tokenizer: Any, row: Row, texts: list[str]) -> list[list[int] |
         outside = next((t for t in ids if not 0 <= t < vocab_size), None)
         if outside is not None:
             raise DataError(
-                f"{row.where}: key `response_ids[{i}]`: token {outside} is not in the tokenizer of {vocab_size} tokens; "
-                "use the tokenizer of the model that sampled it, or remove `response_ids`"
+                f"{row.where}: key `response_ids[{i}]`: token {outside} is not in the tokenizer of {vocab_size} "
+                "tokens; use the tokenizer of the model that sampled it, or remove `response_ids`"
             )
         # A user may edit text but not ids: the text decides.
         sampled_ids.append(list(ids) if _decodes_to(tokenizer, ids, text) else None)
