@@ -16,6 +16,7 @@ from icegrt.checkpoint.manager import Checkpoints
 from icegrt.config import RunConfig
 from icegrt.config.loader import as_dict
 from icegrt.data import check_tokenizer, load_tokenizer
+from icegrt.data.tokenizer import save_tokenizer
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
 from icegrt.errors import ConfigError, RunError
@@ -161,7 +162,7 @@ class Trainer:
             # The log comes first: if a logger cannot start, no file of the run is written yet.
             self._log = RunLog(self.dir, resume_from_step, log_to=self.run.log_to, config=as_dict(self.config))
             self.config.save(self.dir / CONFIG_FILE)
-            self.tokenizer.save_pretrained(self.dir / "tokenizer")
+            save_tokenizer(self.tokenizer, self.dir / "tokenizer")
             drop_rollouts(self.dir, after=self.done_steps)
         if self.chunk_rows:
             print_info(f"logit chunk size: {self.chunk_rows} rows (chunk_rows; fixed for this run)")
