@@ -117,13 +117,18 @@ class RankingEncoder:
         return Ranking(prompt_tokens, responses, ranking.scores, ranking.where, truncated=True)
 
 
-def untied_pairs(scores: Sequence[float], margin: float = 0.0) -> list[tuple[int, int]]:
-    """Return every (winner, loser) whose scores differ, by at least `margin`; empty if all responses tie."""
+def untied_pairs(
+    scores: Sequence[float], margin: float = 0.0, responses: Sequence[list[int]] | None = None
+) -> list[tuple[int, int]]:
+    """Return every (winner, loser) whose scores differ, by at least `margin`; empty if all responses tie.
+
+    Two of `responses` with the same tokens are no pair: a model gives them one score.
+    """
     return [
         (i, j)
         for i, winner in enumerate(scores)
         for j, loser in enumerate(scores)
-        if winner > loser and winner - loser >= margin
+        if winner > loser and winner - loser >= margin and (responses is None or responses[i] != responses[j])
     ]
 
 

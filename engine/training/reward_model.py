@@ -11,7 +11,7 @@ from typing import Any
 from icegrt.checkpoint.directory import best_of, list_checkpoints
 from icegrt.config import RewardConfig
 from icegrt.data import BlendedDataset, ConcatDataset, EncodedDataset, Ranking, RankingEncoder, untied_pairs
-from icegrt.data.training_data import hold_out, packed
+from icegrt.data.training_data import exclude_heldout, hold_out, packed
 from icegrt.errors import DataError
 from icegrt.metrics import RewardStep
 from icegrt.model.build import build_model
@@ -44,6 +44,8 @@ class RewardTrainer(OneModelTrainer):
         sources, heldout_sources = self._training_data(data), self._heldout_data(heldout)
         if not heldout_sources and config.heldout_fraction:
             sources, heldout_sources = hold_out(sources, config.heldout_fraction, self.run.seed)
+        elif heldout_sources:
+            sources = exclude_heldout(sources, heldout_sources)
         sources = [(_drop_ties(rankings, config.tie_margin), weight) for rankings, weight in sources]
         self.blend = BlendedDataset(sources, self.run.seed)
         self.total_steps = math.ceil(self.blend.count(config.epochs) / config.batch_prompts)
@@ -185,7 +187,7 @@ def _statistics_file(statistics: dict[str, Any] | None) -> dict[str, Any]:
 
 def _drop_ties(rankings: EncodedDataset[Ranking], tie_margin: float) -> EncodedDataset[Ranking]:
     # A prompt without a pair has no loss, so its forward pass would be wasted.
-    chosen = [i for i, ranking in enumerate(rankings) if untied_pairs(ranking.scores, tie_margin)]
+    chosen = [i for i, ranking in enumerate(rankings) if untied_pairs(ranking.scores, tie_margin, ranking.responses)]
     if not chosen:
         raise DataError(
             f"{rankings.name}: no prompt has responses whose scores differ by reward.tie_margin {tie_margin:g} or "

@@ -2,7 +2,8 @@
 
 import pytest
 
-from icegrt.data import untied_pairs
+from icegrt.data import EncodedDataset, RankingEncoder, untied_pairs
+from icegrt.data.training_data import exclude_heldout, hold_out
 from icegrt.errors import DataError
 from tests.helpers.data_rows import make_tokenizer, row, text
 from tests.helpers.encoding import encode_prompt, encode_ranking, encode_rankings, read_rows
@@ -105,3 +106,28 @@ def test_many_rankings(plain):
     rows = read_rows([R2 | {"prompt": "p" * n, "scores": [0, n]} for n in (1, 8, 2)])
     assert [r.where for r in encode_rankings(plain, rows, 9, truncation="drop")] == ["row 0", "row 2"]
     assert encode_rankings(plain, rows, 20) == [encode_ranking(plain, r, 20) for r in rows]
+
+
+def test_answers_with_the_same_tokens_are_no_pair():
+    assert untied_pairs([2.0, 1.0, 1.5], 0.0, [[5, 1], [5, 1], [6, 1]]) == [(0, 2), (2, 1)]
+    assert untied_pairs([2.0, 1.0], 0.0, [[5, 1], [5, 1]]) == []
+
+
+def test_a_held_out_prompt_is_in_no_training_row(plain):
+    def dataset(*prompts):
+        rows = [row(prompt=p, responses=["a", "b"], scores=[0, i]) for i, p in enumerate(prompts, 1)]
+        return EncodedDataset(rows, RankingEncoder(plain, 20), "rows")
+
+    sources = [(dataset(*"abcdabcdee"), 1.0), (dataset(*"bcdxyz"), 2.0)]
+    for seed in range(8):
+        training, heldout = hold_out(sources, 0.3, seed)
+        parts = [items for items, _ in training]
+        trained, kept = ({tuple(r.prompt) for items in side for r in items} for side in (parts, heldout))
+        assert trained and kept and not trained & kept
+        assert sum(map(len, heldout + parts)) == 16 and [weight for _, weight in training] == [1.0, 2.0]
+    ((_, _),), heldout = hold_out([(dataset(*"aaa"), 1.0)], 0.3, 0)
+    assert heldout == []
+    ((left, _),) = exclude_heldout(sources[:1], [dataset("a", "e")])
+    assert {plain.decode(r.prompt) for r in left} == {"b", "c", "d"}
+    ((left, _),) = exclude_heldout(sources[:1], [dataset(*"abcde")])  # given for both
+    assert len(left) == 10

@@ -396,3 +396,12 @@ def file_with_helper(folder, value, where="at the top"):
         f"{lines}def score(samples):\n{inside}    return [{helper}.VALUE] * len(samples)\n"
     )
     return f"{folder / 'reward.py'}:score"
+
+
+def test_all_answers_to_one_prompt_are_one_group_whatever_their_rows(tmp_path):
+    body = "return [100.0 * s.group + 10 * s.index + len(samples) for s in samples]"
+    shown = [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0)]
+    samples = [dataclasses.replace(cases.sample("x", g), group=g, index=i) for g, i in shown]
+    samples = [dataclasses.replace(s, prompt_tokens=[2, 3]) if s.group < 2 else s for s in samples]  # rows 0 and 1
+    with cases.scorers(cases.function_file(tmp_path, body), workers=2) as sources:
+        assert sources.score(samples)[0].scores == [4.0, 24.0, 14.0, 34.0, 201.0]
