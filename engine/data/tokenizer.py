@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from icegrt.errors import CheckpointError
-from icegrt.utils.files import read_object
+from icegrt.utils.files import model_folder, read_object
 from icegrt.utils.text import first_line
 
 
@@ -18,7 +18,7 @@ def load_tokenizer(path: str | Path, print_info: Callable[[str], None] = warning
     """Load the tokenizer of a Hugging Face checkpoint and check it (see `check_tokenizer`).
 
     Args:
-        path: the checkpoint's folder, or a name that transformers can resolve.
+        path: the checkpoint's folder, that of a run, or a name that transformers can resolve.
         print_info: receives remarks about a usable but unusual tokenizer.
 
     Raises:
@@ -27,6 +27,8 @@ def load_tokenizer(path: str | Path, print_info: Callable[[str], None] = warning
     folder = Path(path)
     if not str(path) or (not folder.exists() and (str(path)[0] in "/.~" or str(path).count("/") > 1)):
         raise CheckpointError(f"{path or 'an empty path'}: no such folder; expected a Hugging Face checkpoint")
+    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+        path = model_folder(folder) if folder.is_dir() else path
     from transformers import AutoTokenizer
 
     try:

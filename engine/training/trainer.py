@@ -321,9 +321,10 @@ def tokenizer_for(tokenizer: Any, model: Any, architecture: Architecture) -> Any
     else:
         check_tokenizer(tokenizer, print_info=print_info)
     if len(tokenizer) > architecture.vocab_size:
+        token = tokenizer.convert_ids_to_tokens(architecture.vocab_size)
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary only {architecture.vocab_size}; "
-            "they do not belong together"
+            f"they do not belong together: the first token that is too many is {token!r}"
         )
     return tokenizer
 

@@ -267,6 +267,24 @@ def restore_json(value: Any) -> Any:
     return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
 
 
+def model_folder(path: str | Path) -> Path:
+    """Return the folder of a Hugging Face checkpoint: `path` itself, or the exported model of the run at `path`.
+
+    Raises:
+        CheckpointError: the run at `path` has no exported model yet.
+    """
+    path = Path(path)
+    exported = path / "model"
+    if (path / "config.json").is_file() or not path.is_dir():
+        return path
+    if not exported.is_dir() and any((path / "checkpoints").glob("step_*")):
+        raise CheckpointError(
+            f"{path}: an unfinished run, which has no model yet; finish it with --resume, or export its last "
+            f"checkpoint: icegrt export export.run={path} export.out=FOLDER"
+        )
+    return exported if exported.is_dir() else path
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object that a file holds.
 
