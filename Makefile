@@ -34,9 +34,10 @@ test-long: install  ## the tests that take minutes each
 	$(PYTEST) -q -m long tests --ignore=tests/kernels/aot
 	TRITON_INTERPRET=0 $(PYTEST) -q -m long tests/kernels/aot
 
-check: install  ## lint, format, import direction, and that every kernel has its reference, test and bench
+check: install  ## lint, format, types, import direction, and that every kernel has its reference, test and bench
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(PY) tools/check_kernels.py
 	$(PYTEST) -q tests/project/test_imports.py
 
@@ -56,6 +57,6 @@ gpu: install  ## GPU tests and benchmarks in one go; writes bench/results/<devic
 	@status=0; OMP_NUM_THREADS=$${OMP_NUM_THREADS:-8} $(PY) -m pytest -q tests/gpu || status=1; $(RUN_BENCHES); exit $$status
 
 clean:  ## remove build products and caches; the environment and runs/ stay
-	rm -rf build dist site *.egg-info engine/_C*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info engine/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find engine kernels bench tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f $(STAMP)

@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from icegrt import kernels as kernels
+    from icegrt import packing as packing
     from icegrt.config import ExportConfig, GenerateConfig, PPOConfig, RewardConfig, SampleConfig, SFTConfig
     from icegrt.errors import CheckpointError, ConfigError, DataError, RewardError, RunError, UserError
     from icegrt.metrics import Evaluation, PPOStep, RewardStep, SFTStep
@@ -71,7 +73,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _LIBRARY_MODULES = ("kernels", "packing")
 
 
-def __getattr__(name: str) -> Any:
+def _import_public(name: str) -> Any:
     if name in _HOME_OF:
         value = getattr(importlib.import_module(f"icegrt.{_HOME_OF[name]}"), name)
     elif name in _LIBRARY_MODULES:
@@ -82,6 +84,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'icegrt' has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+if not TYPE_CHECKING:  # type checkers would accept any name
+    __getattr__ = _import_public
 
 
 def __dir__() -> list[str]:

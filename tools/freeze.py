@@ -24,6 +24,7 @@ import inspect
 import json
 import os
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -51,6 +52,7 @@ def record(output: Path, work: Path) -> None:
     work.mkdir(parents=True)
     inputs = make_inputs(work / "inputs")
     frozen = {
+        "format": 2,
         "names": public_names(),
         "keys": {name: configuration_keys(name) for name in CONFIGS},
         "fields": {name: metric_fields(name) for name in RECORDS},
@@ -70,6 +72,7 @@ def record(output: Path, work: Path) -> None:
 def compare(before: Path, after: Path) -> int:
     """Print every difference of two records. Returns 0 if there is none beside tests and times, else 1."""
     old, new = (json.loads(path.read_text(encoding="utf-8")) for path in (before, after))
+    reduce_to_format(old, new)
     differences = [line for part in ("names", "keys", "fields", "runs") for line in differ(part, old[part], new[part])]
     print(*differences, sep="\n")
     gone, added = (sorted(set(a) - set(b)) for a, b in ((old["tests"], new["tests"]), (new["tests"], old["tests"])))
@@ -79,6 +82,21 @@ def compare(before: Path, after: Path) -> int:
         print(f"import {module}: {seconds:.2f} s before, {new['import_seconds'][module]:.2f} s after")
     print("frozen parts are " + (f"different in {len(differences)} places" if differences else "identical"))
     return bool(differences)
+
+
+def reduce_to_format(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Reduce both records to what an old record of format 1 holds: no inherited members, and keys as pydantic's repr.
+
+    Format 1 shows the default between `default=` and `, description=`, and no default that a factory makes.
+    """
+    if old.get("format", 1) == new.get("format", 1):
+        return
+    known = set(old["names"])
+    new["names"] = {n: text for n, text in new["names"].items() if n in known or n.rpartition(".")[0] not in known}
+    for stage, keys in old["keys"].items():
+        for key, text in keys.items():
+            default = re.search(r"[(, ]default=(.*?), description=", text)
+            keys[key] = default[1] if default else new["keys"].get(stage, {}).get(key, text)
 
 
 def resume(work: Path, label: str) -> int:
@@ -119,10 +137,15 @@ def public_names() -> dict[str, str]:
         for name in module.__all__:
             value = getattr(module, name)
             names[f"{module.__name__}.{name}"] = signature(value)
-            for member in vars(value) if inspect.isclass(value) else ():
-                if not member.startswith("_"):
-                    names[f"{module.__name__}.{name}.{member}"] = signature(vars(value)[member])
+            for member in public_members(value) if inspect.isclass(value) else ():
+                names[f"{module.__name__}.{name}.{member}"] = signature(inspect.getattr_static(value, member))
     return names
+
+
+def public_members(cls: type) -> set[str]:
+    """The public members of a class, with those that it inherits from other classes of the package."""
+    own = [base for base in cls.__mro__ if base.__module__.startswith("icegrt")]
+    return {member for base in own for member in vars(base) if not member.startswith("_")}
 
 
 def signature(value: Any) -> str:
@@ -146,9 +169,9 @@ def configuration_keys(name: str) -> dict[str, str]:
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
             inner = [t for t in (hints[field.name], *typing.get_args(hints[field.name])) if dataclasses.is_dataclass(t)]
-            default = field.default
-            if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
-                default = type(field.default_factory()).__name__
+            default = field.default  # pydantic's FieldInfo, which also holds the help text
+            if default is not dataclasses.MISSING:
+                default = default.get_default(call_default_factory=True)
             found[f"{prefix}{field.name}"] = "required" if default is dataclasses.MISSING else repr(default)
             for t in inner:
                 visit(f"{prefix}{field.name}.", t)

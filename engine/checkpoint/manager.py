@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from icegrt.checkpoint import rng as checkpoint_rng
 from icegrt.checkpoint.safe_unpickle import restricted_megatron_load
 from icegrt.distributed.cluster import Cluster
 from icegrt.errors import CheckpointError, RunError
-from icegrt.roles.role import Role
+from icegrt.roles.role import Role, TrainableRole
 from icegrt.utils.console import warn
 
 WriteBucket = Callable[[Any, Any], list[Any]]
@@ -53,7 +53,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        roles: list[Role],
+        roles: Sequence[TrainableRole],
         state: dict[str, Any],
         quality: float | None = None,
         on_committed: Callable[[Path], None] = lambda path: None,
@@ -73,7 +73,7 @@ class Checkpoints:
         Raises:
             RunError: on all ranks, if the checkpoint cannot be written. Earlier checkpoints are unchanged.
         """
-        self.complete()
+        self.finish_pending()
         # 1. The JSON document, as text now: the objects in it change with the next step.
         target = files.checkpoint_path(self.run_dir, step)
         schedules = {role.name: role.schedule.state_dict() for role in roles}
@@ -99,7 +99,7 @@ class Checkpoints:
             writer.start()
         else:
             writer.run()
-            self.complete()
+            self.finish_pending()
         return target
 
     @property
@@ -109,11 +109,11 @@ class Checkpoints:
 
     @property
     def ready(self) -> bool:
-        """Whether this rank has written its files, so that `complete` would not delay other ranks."""
+        """Whether this rank has written its files, so that `finish_pending` would not delay other ranks."""
         return self._pending is None or not self._pending.writer.is_alive()
 
-    def complete(self) -> None:
-        """Wait for a pending checkpoint and commit it.
+    def finish_pending(self) -> None:
+        """Wait for the pending checkpoint and commit it; do nothing if none is pending. Collective.
 
         Raises:
             RunError: on all ranks, if the checkpoint cannot be written.
@@ -182,7 +182,7 @@ class Checkpoints:
         self.cluster.barrier()
         return valid
 
-    def load(self, checkpoint: Path, roles: list[Role]) -> dict[str, Any]:
+    def load(self, checkpoint: Path, roles: Sequence[Role]) -> dict[str, Any]:
         """Restore roles and this process's random generators from a valid checkpoint. Returns its JSON document."""
         document = files.read_state(checkpoint)
         for role in roles:
@@ -197,7 +197,7 @@ class Checkpoints:
             checkpoint_rng.restore(document["rng"][self.cluster.rank])
         return document
 
-    def load_weights(self, checkpoint: Path, roles: list[Role]) -> None:
+    def load_weights(self, checkpoint: Path, roles: Sequence[Role]) -> None:
         """Restore weights only; optimizers and schedules are unchanged.
 
         Raises:

@@ -44,7 +44,7 @@ def run(config: SampleConfig) -> None:
         rows = open_rows(config.prompts, config.limit, input_key=config.input_key)
         prompts = _encode(config, reader, tokenizer, rows, name=config.prompts)
         report_lengths([prompts])
-        engine = _build_engine(config, reader, tokenizer, cluster)
+        engine = _build_rollout_engine(config, reader, tokenizer, cluster)
         sampling = Sampling.of(config.sampling, config.seed)
         if config.temperatures:
             answered = diverse_answers(engine, prompts, config.samples_per_prompt, sampling, config.temperatures)
@@ -83,7 +83,7 @@ def _encode(
     )
 
 
-def _build_engine(
+def _build_rollout_engine(
     config: SampleConfig | GenerateConfig, reader: HFCheckpointReader, tokenizer: Any, cluster: Cluster
 ) -> RolloutEngine:
     hf_config, folder = reader.architecture.hf_config, reader.folder
@@ -151,7 +151,7 @@ def generate(config: GenerateConfig) -> Iterator[tuple[Prompt, list[str], list[R
     with Cluster.open(Layout.of(config.parallel)) as cluster:
         reader, tokenizer = _open_model(config, cluster)
         prompts = ConcatDataset([_encode(config, reader, tokenizer, rows, chat=config.chat) for rows in sources])
-        engine = _build_engine(config, reader, tokenizer, cluster)
+        engine = _build_rollout_engine(config, reader, tokenizer, cluster)
         sampling = Sampling.of(config.sampling, config.seed)
         for prompt, responses in answers(engine, prompts, config.samples_per_prompt, sampling):
             yield prompt, [engine.text(r) for r in responses], responses

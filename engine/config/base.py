@@ -5,39 +5,68 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+from typing_extensions import Self, dataclass_transform
 
 from icegrt.config import loader
 from icegrt.config.introspect import SECTIONS
 
 CONFIG_FILE = "config.yaml"  # the saved configuration in a run's folder
 
+T = TypeVar("T")
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
-def config_class(cls: type) -> Any:
-    """Make `cls` a frozen class of configuration keys. Its constructor checks values as the loader checks a file's.
+if TYPE_CHECKING:
+
+    class Section(Generic[T]):
+        """A key that holds a section: the constructor takes an instance or a mapping of its keys."""
+
+        def __get__(self, config: object, owner: object = None) -> T: ...
+
+        def __set__(self, config: object, value: T | Mapping[str, Any]) -> None: ...
+
+    class SectionList(Generic[T]):
+        """A key that holds a list of sections: the constructor takes instances or mappings of their keys."""
+
+        def __get__(self, config: object, owner: object = None) -> list[T]: ...
+
+        def __set__(self, config: object, value: Sequence[T | Mapping[str, Any]]) -> None: ...
+
+else:
+    # pydantic reads the plain annotations, and builds sections from mappings.
+    class Section:
+        def __class_getitem__(cls, item: type) -> type:
+            return item
+
+    SectionList = list
+
+
+# `key` is no field specifier here: type checkers know the default of a specifier by keyword only.
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def config_class(cls: type[T]) -> type[T]:
+    """Make a frozen, keyword-only dataclass of `cls`. Its constructor checks values as the loader checks a file's.
 
     The constructor raises `ConfigError` for a key that is unknown, mistyped or out of bounds.
     """
-    cls = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", validate_default=False))(cls)
-    set_values = cls.__init__
+    options = ConfigDict(extra="forbid", validate_default=False)
+    config = cast("Any", dataclass(frozen=True, kw_only=True, config=options)(cls))
+    set_values = config.__init__
 
     @functools.wraps(set_values)
     def __init__(self: Any, **values: Any) -> None:
-        set_values(self, **loader.checked_values(cls, values))
+        set_values(self, **loader.checked_values(config, values))
 
-    cls.__init__ = __init__
-    return cls
+    config.__init__ = __init__
+    return cast("type[T]", config)
 
 
 def key(default: Any, help: str, *, unit: str = "", **bounds: Any) -> Any:
     """Return the field of a configuration key: default, meaning, unit and bounds (`ge`, `gt`, `le`, `lt`)."""
-    extra = {"unit": unit}
+    extra: dict[str, Any] = {"unit": unit}
     if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
         # Every instance gets a copy: a shared list would carry one configuration's changes into the next.
         return Field(
@@ -49,14 +78,14 @@ def key(default: Any, help: str, *, unit: str = "", **bounds: Any) -> Any:
 class Loadable:
     """A configuration of a command, which can be loaded and saved. `section` is its name in a recipe file."""
 
-    section = ""
+    section: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         SECTIONS[cls.section] = cls
 
     @classmethod
-    def load(cls, path: str | Path | None = None, overrides: Sequence[str] = ()):
+    def load(cls, path: str | Path | None = None, overrides: Sequence[str] = ()) -> Self:
         """Read a configuration and return it.
 
         Args:

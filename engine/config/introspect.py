@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 # The configuration class of each section of a recipe file. `Loadable.__init_subclass__` adds each class.
-SECTIONS: dict[str, type] = {}
+SECTIONS: dict[str, type[Any]] = {}
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
-def fields_of(cls: type) -> dict[str, Any]:
+def fields_of(cls: type[Any]) -> dict[str, Any]:
     """Return the keys of a configuration class; their annotations are resolved types."""
     return cls.__pydantic_fields__
 
@@ -26,6 +26,11 @@ def bounds_of(field: Any) -> list[tuple[str, float]]:
 def unit_of(field: Any) -> str:
     """Return the unit of a key, or an empty text."""
     return (field.json_schema_extra or {}).get("unit", "")
+
+
+def is_section(kind: Any) -> bool:
+    """Return whether a type is a configuration class, whose key has keys of its own."""
+    return dataclasses.is_dataclass(kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +53,7 @@ def type_text(kind: Any, long: bool = False) -> str:
         return f"one of {', '.join(words)}" if long else " | ".join(words)
     if origin is list:
         plurals = {str: "text", float: "numbers", int: "whole numbers"}
-        item = "{" + ", ".join(fields_of(args[0])) + "}" if dataclasses.is_dataclass(args[0]) else plurals[args[0]]
+        item = "{" + ", ".join(fields_of(args[0])) + "}" if is_section(args[0]) else plurals[args[0]]
         return f"a list of {item}" if long else f"list of {item}"
     if origin in (typing.Union, types.UnionType):
         return " or ".join("null" if k is type(None) else type_text(k, long) for k in args)
@@ -64,19 +69,19 @@ def value_text(value: Any) -> str:
     return '""' if value == "" else str(value)
 
 
-def config_keys(cls: type, base: Any = None, prefix: str = "") -> list[ConfigKey]:
+def config_keys(cls: type[Any], base: Any = None, prefix: str = "") -> list[ConfigKey]:
     """Return every key of `cls`, nested ones with dotted names, with the defaults of its section."""
     return list(_iterate_keys(cls, cls() if base is None else base, prefix or cls.section))
 
 
-def _iterate_keys(cls: type, base: Any, prefix: str) -> Iterator[ConfigKey]:
+def _iterate_keys(cls: type[Any], base: Any, prefix: str) -> Iterator[ConfigKey]:
     for key, field in fields_of(cls).items():
         kind, name, default = field.annotation, f"{prefix}.{key}", getattr(base, key)
-        if dataclasses.is_dataclass(kind):
+        if is_section(kind):
             yield from _iterate_keys(kind, default, name)
             continue
         bounds = ", ".join(f"{SIGNS[sign]} {bound:g}" for sign, bound in bounds_of(field))
         yield ConfigKey(name, type_text(kind), value_text(default), unit_of(field), bounds, field.description or "")
         item = typing.get_args(kind)[0] if typing.get_origin(kind) is list else None
-        if item and dataclasses.is_dataclass(item):
+        if item and is_section(item):
             yield from _iterate_keys(item, item(), f"{name}[]")

@@ -17,21 +17,25 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from icegrt.config.introspect import SECTIONS, SIGNS, bounds_of, config_keys, fields_of, type_text, unit_of
+from icegrt.config.introspect import SECTIONS, SIGNS, bounds_of, config_keys, fields_of, is_section, type_text, unit_of
 from icegrt.config.strict_yaml import dump, parse
 from icegrt.errors import ConfigError
 from icegrt.utils.files import write_text_atomic
 from icegrt.utils.redaction import REDACTED, is_secret, redact, redact_text
 from icegrt.utils.values import is_number
 
+if TYPE_CHECKING:
+    from icegrt.config.base import Loadable
+
 _COMMAND_LINE = "command line"
 
+ConfigT = TypeVar("ConfigT", bound="Loadable")
 KeyPath = tuple[Any, ...]  # the keys from the section down, list positions included
 
 
-def load(cls: type, path: str | Path | None = None, overrides: Sequence[str] = ()):
+def load(cls: type[ConfigT], path: str | Path | None = None, overrides: Sequence[str] = ()) -> ConfigT:
     """Return the configuration `cls` from its section of the YAML file `path`, with the dotted `overrides` applied.
 
     Raises:
@@ -44,12 +48,12 @@ def load(cls: type, path: str | Path | None = None, overrides: Sequence[str] = (
             data = _apply(cls, data, where, override)
         except ConfigError as error:
             problems.append(f"{_COMMAND_LINE}: {str(error).removeprefix(_COMMAND_LINE + ': ')}")
-    config = None if problems else _build(cls, data, cls(), (cls.section,), where, problems)
+    config: Any = None if problems else _build(cls, data, cls(), (cls.section,), where, problems)
     _raise(problems)
     return config
 
 
-def checked_values(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+def checked_values(cls: type[Any], values: dict[str, Any]) -> dict[str, Any]:
     """Return the keyword arguments of a configuration made in Python, in the types of their keys.
 
     A mapping for a nested section changes the defaults that the section has in `cls`.
@@ -57,7 +61,8 @@ def checked_values(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: lists every key that is unknown, mistyped or out of bounds.
     """
-    fields, path, problems = fields_of(cls), (getattr(cls, "section", "") or cls.__name__,), []
+    fields, path = fields_of(cls), (getattr(cls, "section", "") or cls.__name__,)
+    problems: list[str] = []
     checked = {}
     for name, value in values.items():
         if name not in fields:
@@ -76,7 +81,7 @@ def _raise(problems: list[str]) -> None:
         raise ConfigError(f"{len(problems)} problems in the configuration:\n  " + "\n  ".join(problems))
 
 
-def _read_section(cls: type, path: Path) -> tuple[dict, dict[KeyPath, str]]:
+def _read_section(cls: type[Any], path: Path) -> tuple[dict, dict[KeyPath, str]]:
     """Return the section of `cls` as plain data, and the file and line of each of its keys."""
     lines: dict[KeyPath, int] = {}
     data = parse(_read_text(path), str(path), lines)
@@ -117,7 +122,7 @@ def _read_text(path: Path) -> str:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _apply(cls: type, data: dict, where: dict[KeyPath, str], override: str) -> dict:
+def _apply(cls: type[Any], data: dict, where: dict[KeyPath, str], override: str) -> dict:
     """Return `data` with one override `section.key=value` applied; update `where`."""
     name, equals, text = override.partition("=")
     parts = tuple(name.strip().split("."))
@@ -143,7 +148,7 @@ def _merge(old: Any, new: Any) -> Any:
     return old | {name: _merge(old.get(name), value) for name, value in new.items()}
 
 
-def _type_of_key(cls: type, parts: KeyPath) -> Any:
+def _type_of_key(cls: type[Any], parts: KeyPath) -> Any:
     """Return the type of the key that an override names; raise `ConfigError` with the nearest full name."""
     if parts[0] != cls.section:
         has_other_section = parts[0] in SECTIONS and len(parts) > 1
@@ -157,7 +162,7 @@ def _type_of_key(cls: type, parts: KeyPath) -> Any:
         raise ConfigError(f"`{cls.section}` is a section; name a key, as in {config_keys(cls)[0].name}=VALUE")
     kind: Any = cls
     for depth, part in enumerate(parts[1:], start=1):
-        if not dataclasses.is_dataclass(kind):
+        if not is_section(kind):
             raise ConfigError(f"`{_dotted(parts)}`: {_dotted(parts[:depth])} has no keys of its own; set it as a whole")
         if part not in fields_of(kind):
             raise ConfigError(_unknown(parts[: depth + 1], kind, cls))
@@ -175,7 +180,7 @@ def _override_value(kind: Any, text: str, origin: str) -> Any:
     return parse(text, origin)
 
 
-def _build(cls: type, data: Any, base: Any, path: KeyPath, where: dict[KeyPath, str], problems: list[str]) -> Any:
+def _build(cls: type[Any], data: Any, base: Any, path: KeyPath, where: dict[KeyPath, str], problems: list[str]) -> Any:
     """Return an instance of `cls` with `data` over the values of `base`; `base` if it appends to `problems`."""
     if data is None:
         return base
@@ -198,12 +203,12 @@ def _build(cls: type, data: Any, base: Any, path: KeyPath, where: dict[KeyPath, 
 
 def _value(field: Any, value: Any, base: Any, path: KeyPath, where: dict[KeyPath, str], problems: list[str]) -> Any:
     kind = field.annotation
-    if dataclasses.is_dataclass(kind):
+    if is_section(kind):
         return value if isinstance(value, kind) else _build(kind, value, base, path, where, problems)
     if isinstance(value, tuple):  # of a configuration made in Python
         value = list(value)
     items = typing.get_args(kind)[0] if typing.get_origin(kind) is list else None
-    if items and dataclasses.is_dataclass(items) and isinstance(value, list):
+    if items and is_section(items) and isinstance(value, list):
         return [
             v if isinstance(v, items) else _build(items, v, items(), (*path, i), where, problems)
             for i, v in enumerate(value)
@@ -297,14 +302,14 @@ def _nearest(name: str, names: Any, prefix: str = "") -> str:
     return f"did you mean {' or '.join(prefix + n for n in nearest)}?" if nearest else ""
 
 
-def _full_names(parts: KeyPath, cls: type) -> list[str]:
+def _full_names(parts: KeyPath, cls: type[Any]) -> list[str]:
     """Return the keys of `cls` that end in `parts`, else the nearest one."""
     names, suffix = [key.name for key in config_keys(cls)], _dotted(parts)
     exact = sorted((name for name in names if name.endswith(f".{suffix}")), key=len)
     return exact or difflib.get_close_matches(f"{cls.section}.{suffix}", names, 1)
 
 
-def _unknown(path: KeyPath, owner: type, stage: type | None) -> str:
+def _unknown(path: KeyPath, owner: type[Any], stage: type[Any] | None) -> str:
     prefix = _dotted(path[:-1])
     hint = _nearest(str(path[-1]), fields_of(owner), prefix + ".")
     if not hint and stage:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from icegrt.config.base import Loadable, config_class, key
+from icegrt.config.base import Loadable, Section, SectionList, config_class, key
 
 # Help texts of keys that several sections have.
 _INPUT_KEY = "column of the prompt, if its name is not recognised (a dot selects a field of an object)"
@@ -108,8 +108,10 @@ class SFTConfig(Loadable):
 
     section = "sft"
     model: str = key("", "Hugging Face checkpoint to start from")
-    data: list[DataSource] = key([], "training files, blended by weight")
-    heldout: list[DataSource] = key([], "held-out files; their loss is evaluated before, during and after training")
+    data: SectionList[DataSource] = key([], "training files, blended by weight")
+    heldout: SectionList[DataSource] = key(
+        [], "held-out files; their loss is evaluated before, during and after training"
+    )
     epochs: float = key(3.0, "passes over the blend", gt=0)
     batch_sequences: int = key(32, "sequences per optimizer step, over all ranks", ge=1)
     token_budget: int = key(4096, _TOKEN_BUDGET, unit="tokens", ge=1)
@@ -125,9 +127,9 @@ class SFTConfig(Loadable):
         2, "number of last checkpoints kept, besides the one with the lowest held-out loss", ge=1
     )
     chunk_rows: int = key(0, "logit chunk size: rows of logits computed at a time; 0: automatic", ge=0)
-    optimizer: OptimizerConfig = key(OptimizerConfig(weight_decay=0.1, warmup_fraction=0.03), "AdamW")
-    parallel: ParallelConfig = key(ParallelConfig(), "parallelism of the model")
-    run: RunConfig = key(RunConfig(dir="runs/sft"), "the run")
+    optimizer: Section[OptimizerConfig] = key(OptimizerConfig(weight_decay=0.1, warmup_fraction=0.03), "AdamW")
+    parallel: Section[ParallelConfig] = key(ParallelConfig(), "parallelism of the model")
+    run: Section[RunConfig] = key(RunConfig(dir="runs/sft"), "the run")
 
 
 @config_class
@@ -149,8 +151,8 @@ class SampleConfig(Loadable):
     score_function: str = key("", "`file.py:function` that scores the answers; rows then have `scores`")
     seed: int = key(0, "seed of the sampler", ge=0)
     dtype: Literal["fp32", "bf16"] = key("fp32", "parameters and activations")
-    sampling: SamplingConfig = key(SamplingConfig(), "sampling of the answers")
-    parallel: ParallelConfig = key(ParallelConfig(), "parallelism of the model")
+    sampling: Section[SamplingConfig] = key(SamplingConfig(), "sampling of the answers")
+    parallel: Section[ParallelConfig] = key(ParallelConfig(), "parallelism of the model")
 
 
 @config_class
@@ -159,8 +161,8 @@ class RewardConfig(Loadable):
 
     section = "reward"
     model: str = key("", "Hugging Face checkpoint to start from (the instruction-tuned actor)")
-    data: list[DataSource] = key([], "`prompt` with `responses` and `scores` or `ranks`, or `chosen`/`rejected`")
-    heldout: list[DataSource] = key([], "held-out files of the same form")
+    data: SectionList[DataSource] = key([], "`prompt` with `responses` and `scores` or `ranks`, or `chosen`/`rejected`")
+    heldout: SectionList[DataSource] = key([], "held-out files of the same form")
     heldout_fraction: float = key(0.1, "fraction of the prompts held out, if `heldout` is empty", ge=0, lt=1)
     epochs: float = key(1.0, "passes over the prompts (two overfit easily)", gt=0)
     batch_prompts: int = key(16, "prompts per optimizer step; one micro-batch has all responses of a prompt", ge=1)
@@ -179,9 +181,9 @@ class RewardConfig(Loadable):
         "number of last checkpoints kept (each evaluation writes one), besides the one with the lowest held-out loss",
         ge=1,
     )
-    optimizer: OptimizerConfig = key(OptimizerConfig(lr=3e-4, warmup_fraction=0.03), "AdamW")
-    parallel: ParallelConfig = key(ParallelConfig(), "parallelism of the model")
-    run: RunConfig = key(RunConfig(dir="runs/reward"), "the run")
+    optimizer: Section[OptimizerConfig] = key(OptimizerConfig(lr=3e-4, warmup_fraction=0.03), "AdamW")
+    parallel: Section[ParallelConfig] = key(ParallelConfig(), "parallelism of the model")
+    run: Section[RunConfig] = key(RunConfig(dir="runs/reward"), "the run")
 
 
 @config_class
@@ -195,7 +197,7 @@ class CriticConfig:
     )
     warmup_iterations: int = key(0, "number of first iterations in which only the critic is trained", ge=0)
     epochs: int = key(0, "the critic's passes over an iteration's experience; 0: ppo_epochs", ge=0)
-    optimizer: OptimizerConfig = key(OptimizerConfig(lr=1e-4), "AdamW of the critic")
+    optimizer: Section[OptimizerConfig] = key(OptimizerConfig(lr=1e-4), "AdamW of the critic")
 
 
 @config_class
@@ -232,7 +234,9 @@ class HTTPConfig:
 class RewardCallConfig:
     """Additional reward sources, and calls of functions and HTTP scorers."""
 
-    sources: list[RewardSource] = key([], "additional reward sources, besides ppo.reward_model and ppo.reward_function")
+    sources: SectionList[RewardSource] = key(
+        [], "additional reward sources, besides ppo.reward_model and ppo.reward_function"
+    )
     workers: int = key(1, "worker processes per function and rank; 0: call it in the training process", ge=0)
     timeout_seconds: float = key(
         300.0, "time limit of one call of a function; after it the worker is killed; 0: no limit",
@@ -242,7 +246,7 @@ class RewardCallConfig:
         "stop", "if a source fails on a response: end the run, use error_score as its score, or drop the response"
     )
     error_score: float = key(0.0, "the source's score of a response that it failed on, with on_error=score")
-    http: HTTPConfig = key(HTTPConfig(), "requests to HTTP scorers")
+    http: Section[HTTPConfig] = key(HTTPConfig(), "requests to HTTP scorers")
 
 
 @config_class
@@ -257,12 +261,12 @@ class PPOConfig(Loadable):
     reward_model_weight: float = key(1.0, "weight of the reward model's normalized score in the total")
     reward_function: str = key("", "`file.py:function` or `module:function`; empty: none")
     reward_function_weight: float = key(1.0, "weight of the function's score in the total; it is not normalized")
-    reward: RewardCallConfig = key(RewardCallConfig(), "additional reward sources, and calls of functions")
+    reward: Section[RewardCallConfig] = key(RewardCallConfig(), "additional reward sources, and calls of functions")
     prompts: str = key("", "JSONL or Parquet file of prompts; the reward function gets all columns")
     eval_prompts: str = key("", "file of held-out prompts; empty: no evaluation")
     input_key: str = key("", _INPUT_KEY)
     truncation: Literal["error", "drop", "left"] = key("error", _PROMPT_TRUNCATION)
-    critic: CriticConfig = key(CriticConfig(), "the critic")
+    critic: Section[CriticConfig] = key(CriticConfig(), "the critic")
     # The iteration.
     iterations: int = key(24, "PPO iterations", ge=1)
     prompts_per_iteration: int = key(32, "prompts per iteration, over all ranks (verl: data.train_batch_size)", ge=1)
@@ -281,7 +285,7 @@ class PPOConfig(Loadable):
     reuse_update_logprob: bool = key(
         False, "with ppo_epochs=1 and minibatches=1: use the log-probs of the update's own forward pass as the old ones"
     )
-    sampling: SamplingConfig = key(
+    sampling: Section[SamplingConfig] = key(
         SamplingConfig(), "sampling of the responses (scoring and update divide the logits by temperature too)"
     )
     max_batch: int = key(256, _MAX_BATCH, ge=1)
@@ -316,9 +320,11 @@ class PPOConfig(Loadable):
     value_clip: float = key(0.2, "clip the value to the old value +- this; 0: no clipping", ge=0)
     entropy_coef: float = key(0.0, "weight of the entropy bonus", ge=0)
     ptx_coef: float = key(0.0, "weight of the pretraining (ptx) loss added to the actor's loss", ge=0)
-    ptx_data: list[DataSource] = key([], "data of the ptx loss: prompt and response, or messages; loss on responses")
+    ptx_data: SectionList[DataSource] = key(
+        [], "data of the ptx loss: prompt and response, or messages; loss on responses"
+    )
     ptx_sequences: int = key(16, "ptx sequences per minibatch", ge=1)
-    optimizer: OptimizerConfig = key(OptimizerConfig(lr=1e-5), "AdamW of the actor")
+    optimizer: Section[OptimizerConfig] = key(OptimizerConfig(lr=1e-5), "AdamW of the actor")
     # Evaluation, checkpoints, the run.
     eval_every: int = key(5, "iterations between evaluations on eval_prompts; 0: before and after training only", ge=0)
     eval_limit: int = key(0, "number of held-out prompts to use; 0: all", ge=0)
@@ -326,8 +332,8 @@ class PPOConfig(Loadable):
     keep_checkpoints: int = key(
         2, "number of last checkpoints kept, besides the one with the highest evaluated held-out score", ge=1
     )
-    parallel: ParallelConfig = key(ParallelConfig(), "parallelism of each of the models")
-    run: RunConfig = key(RunConfig(dir="runs/ppo"), "the run")
+    parallel: Section[ParallelConfig] = key(ParallelConfig(), "parallelism of each of the models")
+    run: Section[RunConfig] = key(RunConfig(dir="runs/ppo"), "the run")
 
     @property
     def critic_epochs(self) -> int:
@@ -351,8 +357,10 @@ class GenerateConfig(Loadable):
     max_batch: int = key(256, _MAX_BATCH, ge=1)
     seed: int = key(0, "seed of the sampler", ge=0)
     dtype: Literal["fp32", "bf16"] = key("fp32", "parameters and activations")
-    sampling: SamplingConfig = key(SamplingConfig(temperature=0.0), "sampling of the answers; greedy by default")
-    parallel: ParallelConfig = key(ParallelConfig(), "parallelism of the model")
+    sampling: Section[SamplingConfig] = key(
+        SamplingConfig(temperature=0.0), "sampling of the answers; greedy by default"
+    )
+    parallel: Section[ParallelConfig] = key(ParallelConfig(), "parallelism of the model")
 
 
 @config_class

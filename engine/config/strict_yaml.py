@@ -25,7 +25,7 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """A dumper that quotes text which YAML 1.1 or `_Loader` would read as another type."""
 
-    def ignore_aliases(self, data):
+    def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
@@ -114,8 +114,9 @@ def _record_lines(node: yaml.Node, path: tuple, lines: dict[tuple, int], seen: s
     else:
         return
     for name, mark, value in children:
-        lines[(*path, name)] = mark.start_mark.line + 1
-        _record_lines(value, (*path, name), lines, seen)
+        child_path = (*path, name)
+        lines[child_path] = mark.start_mark.line + 1
+        _record_lines(value, child_path, lines, seen)
 
 
 def dump(data: Any) -> str:

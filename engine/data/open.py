@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from icegrt.data.rows import PROMPTS, RESPONSES, LazyRows, Row, type_name
+from icegrt.data.types import IndexedRows, Rows
 from icegrt.errors import DataError
 
 _JSONL_SUFFIXES = ("", ".jsonl", ".ndjson", ".json")
@@ -18,7 +19,7 @@ _EXPECTED = "expected a JSONL (.jsonl, .ndjson, .json) or Parquet (.parquet) fil
 
 
 def open_rows(
-    source: str | PathLike | Iterable[Mapping[str, Any] | Row],
+    source: Rows,
     limit: int = 0,
     *,
     input_key: str = "",
@@ -39,9 +40,11 @@ def open_rows(
     """
     if limit < 0:
         raise ValueError(f"limit must be 0 (all rows) or more, got {limit}")
-    is_path = isinstance(source, (str, PathLike))
-    name = str(source) if is_path else type(source).__name__
-    rows = _open_file(Path(source), limit) if is_path else _open_items(source, limit)
+    rows: Sequence[Row]
+    if isinstance(source, (str, PathLike)):
+        name, rows = str(source), _open_file(Path(source), limit)
+    else:
+        name, rows = type(source).__name__, _open_items(source, limit)
     if not len(rows):
         raise DataError(f"{name}: no rows; expected at least one")
     return _RenamedRows(rows, input_key, output_key) if input_key or output_key else rows
@@ -67,7 +70,7 @@ def _open_file(path: Path, limit: int) -> LazyRows:
     return JsonlRows(path, limit)
 
 
-def _open_items(source: Iterable[Mapping[str, Any] | Row], limit: int) -> Sequence[Row]:
+def _open_items(source: Iterable[Mapping[str, Any] | Row] | IndexedRows, limit: int) -> Sequence[Row]:
     if isinstance(source, Mapping):
         keys = ", ".join(map(str, list(source)[:8]))
         raise DataError(

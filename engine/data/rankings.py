@@ -145,7 +145,7 @@ def _read(tokenizer: Any, row: Row) -> _RankedRow:
     if len(texts) < 2:
         raise DataError(f"{row.where}: key `responses`: expected at least 2 to compare, got {len(texts)}")
     texts = [checked_text(row, f"responses[{i}]", text) for i, text in enumerate(texts)]
-    prompt, scores = prompt_conversation(row), _scores(row, len(texts))
+    prompt, scores = prompt_conversation(row), _preferences(row, len(texts))
     conversations = [prompt.with_answer(text) for text in texts]
     hit_limit = [False] * len(texts)
     if row.get("finish_reasons") is not None:
@@ -162,7 +162,8 @@ def _list(row: Row, key: str, length: int | None = None) -> list:
     return value
 
 
-def _scores(row: Row, length: int) -> list[float]:
+def _preferences(row: Row, length: int) -> list[float]:
+    """Return a number per response, higher is better: its score, or its negated rank."""
     keys = [key for key in ("scores", "ranks") if row.get(key) is not None]
     if not keys:
         raise unknown_shape(row, SHAPES)

@@ -15,6 +15,7 @@ from icegrt.data import ConcatDataset, EncodedDataset, Prompt, PromptEncoder, op
 from icegrt.data.blend import shuffled
 from icegrt.data.examples import Encoder, Truncation
 from icegrt.data.rows import Row
+from icegrt.data.types import Rows, Tokenizer
 from icegrt.errors import ConfigError, DataError
 from icegrt.packing import Share
 from icegrt.utils.console import print_info, warn
@@ -23,7 +24,7 @@ _CACHED_TOKENS = 2_000_000  # up to this many tokens, packed micro-batches stay 
 
 
 def encode_sources(
-    key: str, files: Sequence[DataSource], rows: Any, encoder: Encoder
+    key: str, files: Sequence[DataSource], rows: Rows | None, encoder: Encoder
 ) -> list[tuple[EncodedDataset, float]]:
     """Encode `rows`, or `files` if `rows` is None, and report their lengths.
 
@@ -51,7 +52,7 @@ def encode_sources(
 
 def encode_prompts(
     rows: Sequence[Row],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     context: int,
     max_new_tokens: int,
@@ -78,7 +79,7 @@ def encode_prompts(
     """
     room = context - max_new_tokens
     if room < 1:
-        raise ConfigError(f"{key} {max_new_tokens} leaves no room for a prompt in the model's context of {context}")
+        raise ConfigError(f"{key} {max_new_tokens} leaves no room for a prompt: the model has context {context}")
     reason = f"context {context} - max_new_tokens {max_new_tokens} leaves {room}"
     return EncodedDataset(rows, PromptEncoder(tokenizer, room, truncation, chat=chat, limit_reason=reason), name)
 

@@ -34,7 +34,7 @@ _opening_numbers = count()
 
 @dataclass
 class Cluster:
-    """The process groups of a run, and this process's rank and device.
+    """The process groups of a run, and this process's rank and device. Objects with collectives receive it.
 
     Attributes:
         layout: tensor, pipeline and virtual pipeline sizes.
@@ -69,12 +69,6 @@ class Cluster:
             cls._current._users += 1
             return cls._current
         cls._current = _start(layout or Layout())
-        return cls._current
-
-    @classmethod
-    def current(cls) -> Cluster:
-        """Return the cluster that is open. For code that no constructor gives a cluster."""
-        assert cls._current is not None, "no cluster is open"
         return cls._current
 
     def close(self, error: BaseException | None = None) -> None:

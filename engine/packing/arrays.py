@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+# One sequence's integers: a list, a numpy array or a tensor.
+Integers = Sequence[int] | np.ndarray | Tensor
 
-def integer(name: str, value) -> int:
+
+def integer(name: str, value: Any) -> int:
     """Return `value` as an int; raise ValueError unless it is an int64."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise ValueError(f"{name}: expected an integer, got {value!r}")
@@ -18,7 +22,7 @@ def integer(name: str, value) -> int:
     return int(value)
 
 
-def int_array(name: str, row, kinds: str = "iu") -> np.ndarray:
+def int_array(name: str, row: Integers, kinds: str = "iu") -> np.ndarray:
     """Return a sequence of integers as an int64 array, without a copy if it is one already.
 
     Raises:
@@ -42,7 +46,7 @@ def int_array(name: str, row, kinds: str = "iu") -> np.ndarray:
     return np.ascontiguousarray(array, dtype=np.int64)
 
 
-def flatten(name: str, rows: Sequence, kinds: str = "iu") -> tuple[np.ndarray, np.ndarray]:
+def flatten(name: str, rows: Sequence[Integers], kinds: str = "iu") -> tuple[np.ndarray, np.ndarray]:
     """Return the values of ragged rows end to end, and N + 1 offsets, both int64. The values are a copy.
 
     Raises:

@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
-from torch import Tensor
-
 from icegrt import _C
-from icegrt.packing.arrays import int_array, integer
+from icegrt.packing.arrays import Integers, int_array, integer
 
 
 @dataclass(frozen=True)
@@ -95,12 +92,12 @@ class Share:
 
 
 def balance(
-    lengths: Sequence[int] | np.ndarray | Tensor,
+    lengths: Integers,
     *,
     token_budget: int,
     ranks: int = 1,
     round_to: int = 1,
-    costs: Sequence[int] | np.ndarray | Tensor | None = None,
+    costs: Integers | None = None,
 ) -> Plan:
     """Assign sequences to data-parallel ranks and micro-batches of at most `token_budget` tokens.
 

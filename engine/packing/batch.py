@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from icegrt import _C
-from icegrt.packing.arrays import flatten, integer
+from icegrt.packing.arrays import Integers, flatten, integer
 
 __all__ = ["PackedBatch", "pack", "unpack"]
 
@@ -91,10 +92,10 @@ class PackedBatch:
 
 
 def pack(
-    prompts: Sequence,
-    responses: Sequence,
+    prompts: Sequence[Integers],
+    responses: Sequence[Integers],
     *,
-    action_masks: Sequence | None = None,
+    action_masks: Sequence[Integers] | None = None,
     tail_multiple: int = 1,
     tail_token: int = 0,
 ) -> PackedBatch:
@@ -133,7 +134,7 @@ def pack(
         integer("tail_multiple", tail_multiple),
         integer("tail_token", tail_token),
     )
-    tensors = {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in out.items()}
+    tensors: dict[str, Any] = {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in out.items()}
     return PackedBatch(action_tokens_A=torch.from_numpy(response_tokens), action_mask_A=mask, **tensors)
 
 

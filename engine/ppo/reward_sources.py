@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from icegrt.config import PPOConfig
 from icegrt.errors import ConfigError
+from icegrt.model.hf.reader import ModelSource
+from icegrt.rewards.function import RewardFunction
 from icegrt.rewards.sources import RewardSourceGroup, RewardSpec, named
 from icegrt.utils.values import is_number
+
+# A reward model, the URL of an HTTP scorer, `file.py:function`, or a function: icegrt's, TRL's, verl's or OpenRLHF's.
+RewardLike = ModelSource | RewardFunction | Callable[..., Any]
+WeightedReward = tuple[RewardLike, float]
+RewardArgument = RewardLike | WeightedReward | Sequence[RewardLike | WeightedReward]
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,7 @@ class RewardComposition:
     sources: RewardSourceGroup
 
     @classmethod
-    def of(cls, config: PPOConfig, reward: Any) -> RewardComposition:
+    def of(cls, config: PPOConfig, reward: RewardArgument | None) -> RewardComposition:
         """Return the composition of a run; nothing is loaded.
 
         Args:

@@ -53,14 +53,16 @@ class RewardOutputs:
     @property
     def function_N(self) -> Tensor | None:
         """The first function's or scorer's score, [N] float32, NaN without one: the metric that alarms watch."""
-        return torch.tensor(self.sources[0].scores, dtype=torch.float32) if self.sources else None
+        return torch.tensor(self.sources[0].score_or_nan_N, dtype=torch.float32) if self.sources else None
 
     @property
     def source_total_N(self) -> Tensor | None:
         """The weighted sum over functions and scorers, [N] float32; a missing score counts as 0."""
         if not self.sources:
             return None
-        weighted = [s.weight * torch.tensor(s.scores, dtype=torch.float32).nan_to_num(nan=0.0) for s in self.sources]
+        weighted = [
+            s.weight * torch.tensor(s.score_or_nan_N, dtype=torch.float32).nan_to_num(nan=0.0) for s in self.sources
+        ]
         return torch.stack(weighted).sum(0)
 
     @property
@@ -96,7 +98,7 @@ class RewardOutputs:
         """Return by source, then by metric, the values of the responses that have one: `score`, `metrics/NAME`."""
         values: dict[str, dict[str, list[float]]] = {m.name: {"score": m.score_N.tolist()} for m in self.models}
         for source in self.sources:
-            metrics = values[source.name] = {"score": [x for x in source.scores if not math.isnan(x)]}
+            metrics = values[source.name] = {"score": [x for x in source.score_or_nan_N if not math.isnan(x)]}
             for result in source.results:
                 for name, value in result.metrics.items():
                     metrics.setdefault(f"metrics/{name}", []).append(value)
@@ -140,14 +142,14 @@ class RewardComputer:
         """Share the prompts among data-parallel ranks, all responses to a prompt together, and gather the scores."""
         cluster = self.cluster
         if cluster.world_size == 1:
-            return self.reward_sources.score(samples)
+            return self.reward_sources.score_by_source(samples)
         ranks, rank = cluster.share.ranks, cluster.share.rank
         assignment = [[n for n, r in enumerate(plan.responses) if r.prompt_index % ranks == k] for k in range(ranks)]
         # Of the ranks that hold one model together the first calls the sources and broadcasts the scores.
         first = dist.get_process_group_ranks(cluster.model_group)[0]
         message: list[list[SourceScores] | None] = [None]
         if cluster.rank == first and assignment[rank]:
-            message = [self.reward_sources.score([samples[n] for n in assignment[rank]])]
+            message = [self.reward_sources.score_by_source([samples[n] for n in assignment[rank]])]
         dist.broadcast_object_list(message, first, group=cluster.model_group)
         scores_by_rank: list[Any] = [None] * ranks
         dist.all_gather_object(scores_by_rank, message[0], group=cluster.data_group)

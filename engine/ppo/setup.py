@@ -20,11 +20,12 @@ from icegrt.data import (
     stop_ids,
 )
 from icegrt.data.training_data import encode_prompts, encode_sources
+from icegrt.data.types import Rows, Tokenizer, TokenizerSource
 from icegrt.distributed.cluster import Cluster
 from icegrt.errors import CheckpointError, ConfigError
 from icegrt.model.architecture import DTYPES
 from icegrt.model.build import build_model, check_parallelism
-from icegrt.model.hf.reader import HFCheckpointReader
+from icegrt.model.hf.reader import HFCheckpointReader, ModelSource
 from icegrt.model.hf.score_statistics import saved_statistics
 from icegrt.model.pipeline_model import PipelineModel
 from icegrt.ppo.evaluator import Evaluator
@@ -54,13 +55,13 @@ class PPOInputs:
         prompts, eval_prompts: path, rows or `datasets.Dataset`; eval_prompts may be None.
     """
 
-    actor: Any
-    tokenizer: Any
+    actor: ModelSource
+    tokenizer: TokenizerSource | None
     rewards: RewardComposition
-    prompts: Any
-    reference: Any
-    critic: Any
-    eval_prompts: Any
+    prompts: Rows
+    reference: ModelSource | None
+    critic: ModelSource | None
+    eval_prompts: Rows | None
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class PPOComponents:
         kl_controller: holds the KL coefficient.
     """
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     sampling: Sampling
     prompts: EncodedDataset[Prompt]
     eval_prompts: Sequence[Prompt]
@@ -232,7 +233,7 @@ def check_config(config: PPOConfig) -> None:
         raise ConfigError(f"ppo.minibatches is {config.minibatches}, but an iteration has only {responses} responses")
 
 
-def check_critic(config: PPOConfig, composition: RewardComposition, critic: Any) -> None:
+def check_critic(config: PPOConfig, composition: RewardComposition, critic: ModelSource | None) -> None:
     """Raise `ConfigError` if the critic has no weights to start from."""
     if critic is None and config.critic.init == "reward" and not composition.models:
         raise ConfigError(
@@ -292,7 +293,7 @@ def check_lengths(
 
 
 def _encode_prompts(
-    config: PPOConfig, key: str, source: Any, tokenizer: Any, context: int, limit: int = 0
+    config: PPOConfig, key: str, source: Rows, tokenizer: Tokenizer, context: int, limit: int = 0
 ) -> EncodedDataset[Prompt]:
     prompts = encode_prompts(
         open_rows(source, limit, input_key=config.input_key),

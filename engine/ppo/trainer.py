@@ -11,15 +11,17 @@ from typing import Any
 
 from icegrt.config import PPOConfig
 from icegrt.data import Example, Prompt
+from icegrt.data.types import Rows, TokenizerSource
 from icegrt.errors import ConfigError, RewardError
 from icegrt.kernels import masked_moments
 from icegrt.metrics import Evaluation, PPOStep, rollout_path
 from icegrt.metrics.alarms import Alarms
+from icegrt.model.hf.reader import ModelSource
 from icegrt.ppo.batch_plan import plan_batches
 from icegrt.ppo.evaluator import EvaluationResult
 from icegrt.ppo.experience import Experience, compute_advantages
 from icegrt.ppo.metrics import ppo_step, write_rollouts
-from icegrt.ppo.reward_sources import RewardComposition
+from icegrt.ppo.reward_sources import RewardArgument, RewardComposition
 from icegrt.ppo.rewards import RewardOutputs
 from icegrt.ppo.scores import total_scores
 from icegrt.ppo.scoring import score_values
@@ -30,8 +32,10 @@ from icegrt.training.trainer import Trainer, write_json
 from icegrt.utils.console import print_info, warn
 
 
-class PPOTrainer(Trainer):
+class PPOTrainer(Trainer[PPOConfig, PPOStep]):
     """Trains an actor with PPO. Iterate it for one `PPOStep` per iteration, or call `train()`.
+
+    Each input is the argument if it is not None, else the key of the configuration, else the default named below.
 
     Args:
         config: keys of the `ppo` section.
@@ -44,8 +48,6 @@ class PPOTrainer(Trainer):
         critic: path or model with a scalar head; default: as `critic.init` names it.
         eval_prompts: held-out prompts, in the form of `prompts`.
         callbacks: objects with any of the hooks of `Callback`.
-
-    Inputs that are None come from the configuration.
     """
 
     unit = "iterations"
@@ -53,15 +55,15 @@ class PPOTrainer(Trainer):
     def __init__(
         self,
         config: PPOConfig,
-        actor: Any = None,
-        tokenizer: Any = None,
-        reward: Any = None,
-        prompts: Any = None,
+        actor: ModelSource | None = None,
+        tokenizer: TokenizerSource | None = None,
+        reward: RewardArgument | None = None,
+        prompts: Rows | None = None,
         *,
-        reference: Any = None,
-        critic: Any = None,
-        eval_prompts: Any = None,
-        callbacks: Sequence[Any] = (),
+        reference: ModelSource | None = None,
+        critic: ModelSource | None = None,
+        eval_prompts: Rows | None = None,
+        callbacks: Sequence[object] = (),
     ) -> None:
         check_config(config)
         actor = actor if actor is not None else config.actor
@@ -83,7 +85,8 @@ class PPOTrainer(Trainer):
         self.actor, self.critic, self.roles = parts.actor, parts.critic, [parts.actor, parts.critic]
         self.chunk_rows = parts.scorer.chunk_rows
         self.total_steps = self.config.iterations
-        self.alarms, self.alarm_messages = Alarms(self.config), []
+        self.alarms = Alarms(self.config)
+        self.alarm_messages: list[str] = []
         self._skip_guard = SkipGuard()
         self._seconds: dict[str, float] = defaultdict(float)
         probe_reward_sources(parts)
@@ -132,7 +135,13 @@ class PPOTrainer(Trainer):
     # -- an iteration ----------------------------------------------------------------------------------------------
 
     def step(self) -> PPOStep:
-        """Run one PPO iteration. Returns its metrics, which are logged; alarms are printed."""
+        """Run one PPO iteration: rollout, inference and update. Collective.
+
+        It also logs the metrics and prints alarms. If they are due, it evaluates and writes a checkpoint.
+
+        Returns:
+            The metrics of the iteration, with its evaluation.
+        """
         config, parts, group = self.config, self.components, self.cluster.data_group
         iteration = self.done_steps + 1
 
@@ -157,6 +166,7 @@ class PPOTrainer(Trainer):
             rewards = all_rewards.select(plan.rank_assignment[plan.rank])
             plan = plan.with_masked(rewards.dropped_N)
             old_A, entropy_A = parts.scorer(parts.actor, plan.batches, entropy=True)
+            assert entropy_A is not None
             ref_A, _ = parts.scorer(parts.reference, plan.batches)
             value_A, last_value_N = score_values(parts.critic, plan.batches)
 

@@ -31,9 +31,13 @@ _MOST_SKIPPED = 3
 
 @dataclass
 class UpdateOutcome:
-    """The optimizer steps of an iteration, in order, and their statistics merged by type.
+    """The optimizer steps of an iteration.
 
-    empty: steps not taken, because no action of their minibatch counts on any rank.
+    Attributes:
+        actor: the actor's steps, in order.
+        critic: the critic's steps, in order.
+        stats: loss statistics of all steps, merged per statistics class (`PolicyStats`, `ValueStats`, `NLLStats`).
+        empty: number of steps not taken, because no action of their minibatch counts on any rank.
     """
 
     actor: list[StepOutcome] = field(default_factory=list)
@@ -42,7 +46,7 @@ class UpdateOutcome:
     empty: int = 0
 
     def add(self, stats: Iterable[Any]) -> None:
-        """Merge further statistics into `stats`."""
+        """Merge statistics into `stats`, each with those of its class."""
         self.stats = merge_by_type([*self.stats.values(), *stats])
 
     @property
@@ -161,13 +165,20 @@ class Updater:
 
 
 class SkipGuard:
-    """Count the consecutive skipped steps of actor and critic, over iterations."""
+    """Ends the run after three consecutive skipped steps of one role, counted over iterations.
+
+    A step is skipped if its loss or gradient is not finite.
+    """
 
     def __init__(self) -> None:
         self.skipped_in_a_row = {"actor": 0, "critic": 0}
 
     def check(self, outcome: UpdateOutcome) -> None:
-        """Take in an iteration's steps. Raises `RunError` at the third skipped step of a role in a row."""
+        """Count the skipped steps of an iteration.
+
+        Raises:
+            RunError: the actor or the critic skipped three steps in a row.
+        """
         for name, steps in (("actor", outcome.actor), ("critic", outcome.critic)):
             for step in steps:
                 self.skipped_in_a_row[name] = self.skipped_in_a_row[name] + 1 if step.skipped else 0

@@ -1,9 +1,9 @@
 """The report of a run: `report.json`, `curves.png` and `report.html`.
 
 The page is one file without scripts or remote parts (its Content-Security-Policy forbids both), for light and dark
-screens. It begins with the verdict, which compares the optimized score with the task score: a rise of the optimized
-score alone proves nothing. A missing figure is printed as "not measured". All model text is escaped, and invisible
-characters are printed as marks.
+screens. It begins with the verdict, which compares the reward-model score with the task score: a rise of the
+reward-model score alone proves nothing. Without a reward model the total score takes its place. A missing figure is
+printed as "not measured". All model text is escaped, and invisible characters are printed as marks.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def _figures(steps: list[PPOStep], evaluations: list[Any], config: PPOConfig | N
         "response_tokens_mean": "response_tokens_mean",
         "truncated_fraction": "truncated_fraction",
     }
-    figures: dict[str, Any] = {"heldout_reward_name": "reward model's score" if has_reward_model else "total score"}
+    figures: dict[str, Any] = {"heldout_reward_name": "reward-model score" if has_reward_model else "total score"}
     for name, field in fields.items():
         figures[f"{name}_before"] = getattr(first, field, None)
         figures[f"{name}_after"] = getattr(last, field, None)

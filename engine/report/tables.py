@@ -14,7 +14,7 @@ from icegrt.metrics import PHASE_LABELS, PHASES
 from icegrt.metrics.alarms import KL_TARGET_MULTIPLE
 from icegrt.report.plots import legend, panel_svg, stacked_bar_svg
 from icegrt.report.text import arrow, breakdown, interval, number, percent, signed, visible
-from icegrt.report.verdict import Change, change_of
+from icegrt.report.verdict import Change, change_of, score_name
 from icegrt.utils.files import json_safe
 from icegrt.utils.text import duration
 from icegrt.utils.values import flatten
@@ -29,11 +29,12 @@ def cards(report: dict[str, Any]) -> list[dict[str, str]]:
     ppo = report.get("ppo") or {}
     prompts = ppo.get("test_ads") or ppo.get("test_prompts")
     prompts_text = f"{number(prompts, 0)} held-out prompts" if prompts else "held-out prompts"
-    score_name = ppo.get("heldout_reward_name") or "reward model's score"
     task, greedy = change_of(ppo, "task_score"), change_of(ppo, "greedy_task_score")
     return [
         _change_card("Task score", f"sampled answers, {prompts_text}", task, toned=True),
-        _change_card("Optimized score", f"{score_name}, {prompts_text}", change_of(ppo, "heldout_reward")),
+        _change_card(
+            score_name(ppo).capitalize(), f"sampled answers, {prompts_text}", change_of(ppo, "heldout_reward")
+        ),
         _change_card("Task score, greedy", f"greedy answers, {prompts_text}", greedy, toned=True),
         _kl_card(ppo.get("kl_nats_per_response"), ppo.get("kl_target_nats_per_response")),
         _change_card("General held-out loss", "nats per token, lower is better", change_of(ppo, "general_loss")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Sample:
     tokens: list[int]
     prompt: str
     prompt_tokens: list[int]
-    finish_reason: str
+    finish_reason: Literal["stop", "length"]
     row: dict[str, Any]
     where: str
     group: int

@@ -39,8 +39,8 @@ class SourceScores:
     errors: list[str | None]
 
     @property
-    def scores(self) -> list[float]:
-        """The score of each response; NaN if the source gave none."""
+    def score_or_nan_N(self) -> list[float]:
+        """The source score of each response; NaN if the source returned none."""
         return [math.nan if r.score is None else r.score for r in self.results]
 
 
@@ -183,12 +183,19 @@ class RewardSourceGroup:
         Raises:
             RewardError: a source fails on all samples, for any `on_error`.
         """
-        for scores in self.score(samples, warn_of_failures=False):
+        for scores in self.score_by_source(samples, warn_of_failures=False):
             if all(scores.errors):
                 raise RewardError(f"`{scores.name}` could score none of {len(samples)} answers: {scores.errors[0]}")
 
-    def score(self, samples: list[Sample], *, warn_of_failures: bool = True) -> list[SourceScores]:
-        """Return the scores of every source for the samples.
+    def score_by_source(self, samples: list[Sample], *, warn_of_failures: bool = True) -> list[SourceScores]:
+        """Score the samples with every function and HTTP scorer, one source after another.
+
+        Args:
+            samples: responses in any order; a source receives those of one prompt adjacent.
+            warn_of_failures: print a warning for each source that failed on a response.
+
+        Returns:
+            The results of each source, each in the order of `samples`.
 
         Raises:
             RewardError: a source failed, with `on_error: stop`.
@@ -245,7 +252,7 @@ def named(specs: Sequence[RewardSpec]) -> list[RewardSpec]:
             raise ConfigError(f"{spec.key}.name: `{spec.name}` {reason}; give each source a name of its own")
         if not re.fullmatch(r"[\w.:-]*", spec.name):
             raise ConfigError(f"{spec.key}.name: expected letters, digits and any of . _ : -, got {spec.name!r}")
-    # 2. name the others; a number tells equal names apart
+    # 2. name the others; a number distinguishes equal names
     used, named_specs = {*configured, MODEL_NAME}, []
     for spec in specs:
         base = re.sub(r"[^\w.:-]", "_", _default_name(spec))

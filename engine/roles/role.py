@@ -1,8 +1,12 @@
-"""A role: a model in one of PPO's four parts, or the one that SFT and reward training train.
+"""Roles: a loaded model with its passes over micro-batches, frozen (`Role`) or trained (`TrainableRole`).
 
-Every pass over micro-batches goes through Megatron's `get_forward_backward_func`. It moves a micro-batch to the device
-once and hands it to the callback: `fn(hidden_TH, batch)`. With `calculate_per_token_loss` the loss is (sum, count,
-stats), so K micro-batches give the gradient of one.
+PPO has the roles actor, reference, reward and critic. SFT and reward training have one role.
+
+Every pass goes through Megatron's `get_forward_backward_func`. A micro-batch is moved to the device once. The model's
+last pipeline stage then calls `fn(hidden_TH, batch)`: a reader of results, or a loss.
+
+A loss returns (sum, count, stats), and `calculate_per_token_loss` divides the gradient of all sums by all counts. So
+the gradient does not depend on how a minibatch is divided into micro-batches, up to rounding.
 """
 
 from __future__ import annotations
@@ -58,10 +62,8 @@ class Role:
     def __init__(self, name: str, model: PipelineModel) -> None:
         self.name = name
         self.model = model
-        self.device = next(model.parameters()).device
-        for chunk in model.chunks:
-            chunk.requires_grad_(self.learns)
-            chunk.train(self.learns)
+        self.device = model.device
+        model.requires_grad_(self.learns).train(self.learns)
 
     @torch.no_grad()
     def score(
@@ -138,7 +140,16 @@ class Role:
 
 
 class TrainableRole(Role):
-    """A model with gradients, a distributed optimizer and a learning-rate schedule, all of them Megatron's."""
+    """A model that is trained: with gradients, a distributed optimizer and a learning-rate schedule from Megatron.
+
+    `train_step` takes a whole optimizer step. `zero_gradients` and `accumulate` are its first two parts, for callers
+    that inspect gradients. All ranks call the methods together.
+
+    Attributes:
+        ddps: Megatron's data-parallel wrapper of each pipeline stage of this rank.
+        optimizer: Adam; its state is sharded over data-parallel ranks.
+        schedule: the learning rate by optimizer step.
+    """
 
     learns = True
 
@@ -153,7 +164,7 @@ class TrainableRole(Role):
             # that Python's collector does not see -> models, gradients and process groups are never freed.
             # Clear the nodes when the role goes.
             weakref.finalize(self, ddp.grad_accs.clear)
-        model.wait_for_param_gather = lambda: wait_for_param_gather(ddps)
+        model.register_param_gather(lambda: wait_for_param_gather(ddps))
         model.config.finalize_model_grads_func = finalize_model_grads
         self.optimizer = make_optimizer(config, ddps, model.config)
         self.schedule = make_scheduler(config, self.optimizer, total_steps)

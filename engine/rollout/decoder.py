@@ -153,7 +153,7 @@ class _MicroBatch:
 
     def finish_step(self) -> list[Response]:
         """Record the sampled tokens and prepare the next step. Returns the responses that are finished."""
-        finished = self.scheduler.record(*self.runner.sampled_tokens())
+        finished = self.scheduler.record(*self.runner.collect_sampled())
         responses = [self.scheduler.running[slot].response() for slot in finished]
         self.scheduler.remove(finished, self.cache.free(finished))
         if self.is_running:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from icegrt.data import stop_ids
 from icegrt.data.tokenization import plain_prompt_tokens
+from icegrt.data.types import Tokenizer
 from icegrt.model.pipeline_model import PipelineModel
 from icegrt.rollout.decoder import Decoder, Pair
 from icegrt.rollout.gather import all_gather_responses, rank_slice
@@ -31,7 +31,7 @@ class RolloutEngine:
     """
 
     def __init__(
-        self, model: PipelineModel, tokenizer: Any, *, max_batch: int = 256, stop_token_ids: Sequence[int] = ()
+        self, model: PipelineModel, tokenizer: Tokenizer, *, max_batch: int = 256, stop_token_ids: Sequence[int] = ()
     ) -> None:
         self.tokenizer = tokenizer
         architecture = model.architecture
@@ -46,7 +46,7 @@ class RolloutEngine:
 
     def stream(
         self,
-        prompts: Sequence[str | list[int]],
+        prompts: Sequence[str | Sequence[int]],
         n: int = 1,
         sampling: Sampling | None = None,
         *,
@@ -79,7 +79,7 @@ class RolloutEngine:
 
     def generate(
         self,
-        prompts: Sequence[str | list[int]],
+        prompts: Sequence[str | Sequence[int]],
         n: int = 1,
         sampling: Sampling | None = None,
         *,
@@ -103,7 +103,7 @@ class RolloutEngine:
         responses = list(self.decoder.stream(prompts, n, sampling, first_sequence_id, local_pairs))
         return all_gather_responses(cluster, responses, prompts, n, first_sequence_id)
 
-    def _ids(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+    def _ids(self, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
         texts = iter(plain_prompt_tokens(self.tokenizer, [p for p in prompts if isinstance(p, str)]))
         return [next(texts) if isinstance(p, str) else list(p) for p in prompts]
 

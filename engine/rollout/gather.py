@@ -10,9 +10,9 @@ from torch import Tensor
 
 from icegrt.distributed.cluster import Cluster
 from icegrt.packing import Share
-from icegrt.rollout.types import Response
+from icegrt.rollout.types import FinishReason, Response
 
-_REASONS = ("stop", "length")
+_REASONS: tuple[FinishReason, ...] = ("stop", "length")
 _HEADER = 4  # prompt, sample, tokens, reason
 T = TypeVar("T")
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from icegrt.config import ParallelConfig
 from icegrt.distributed.cluster import Cluster
@@ -12,10 +11,13 @@ from icegrt.distributed.layout import Layout
 from icegrt.errors import ConfigError
 from icegrt.model.architecture import DTYPES
 from icegrt.model.build import build_model
+from icegrt.model.hf.reader import ModelSource
 from icegrt.model.pipeline_model import PipelineModel
 
 
-def load_actor(source: str | Path | Any, dtype: str = "fp32", parallel: ParallelConfig | None = None) -> PipelineModel:
+def load_actor(
+    source: ModelSource, dtype: Literal["fp32", "bf16"] = "fp32", parallel: ParallelConfig | None = None
+) -> PipelineModel:
     """Load a language model for `RolloutEngine`, in evaluation mode and without gradients.
 
     The process groups stay open for the life of the model.

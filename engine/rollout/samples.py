@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from icegrt.data import Prompt
+from icegrt.data.types import Tokenizer
 from icegrt.rewards.sample import Sample
 from icegrt.rollout.types import Response
 
 
-def sample_of(tokenizer: Any, response: Response, prompt: Prompt) -> Sample:
+def sample_of(tokenizer: Tokenizer, response: Response, prompt: Prompt) -> Sample:
     """Return a response as a reward function receives it, decoded up to its stop token."""
     return Sample(
         text=tokenizer.decode(response.tokens, skip_special_tokens=True),

@@ -44,6 +44,10 @@ class Sampling:
         return cls(config.temperature, config.top_k, config.top_p, config.max_new_tokens, seed)
 
 
+# 'stop': the response ended with EOS; 'length': it was truncated.
+FinishReason = Literal["stop", "length"]
+
+
 @dataclass(frozen=True)
 class Response:
     """One sampled response.
@@ -64,7 +68,7 @@ class Response:
     prompt: list[int]
     tokens: list[int]
     logprobs: list[float]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
 
     @property
     def truncated(self) -> bool:

@@ -11,7 +11,9 @@ from typing import Any
 from icegrt.checkpoint.directory import best_of, list_checkpoints
 from icegrt.config import RewardConfig
 from icegrt.data import BlendedDataset, ConcatDataset, EncodedDataset, Ranking, RankingEncoder, untied_pairs
+from icegrt.data.blend import Pair
 from icegrt.data.training_data import exclude_heldout, hold_out, packed
+from icegrt.data.types import Rows
 from icegrt.errors import DataError
 from icegrt.metrics import RewardStep
 from icegrt.model.build import build_model
@@ -33,13 +35,13 @@ from icegrt.training.trainer import write_json
 from icegrt.utils.console import print_info
 
 
-class RewardTrainer(OneModelTrainer):
+class RewardTrainer(OneModelTrainer[RewardConfig, RewardStep]):
     """Trains a scalar head and its trunk on rankings; iterating yields `RewardStep`. Arguments: see `OneModelTrainer`.
 
     The model may come with or without a score head.
     """
 
-    def _build(self, pretrained: HFCheckpointReader, data: Any, heldout: Any) -> TrainableRole:
+    def _build(self, pretrained: HFCheckpointReader, data: Rows | None, heldout: Rows | None) -> TrainableRole:
         config = self.config
         sources, heldout_sources = self._training_data(data), self._heldout_data(heldout)
         if not heldout_sources and config.heldout_fraction:
@@ -58,15 +60,15 @@ class RewardTrainer(OneModelTrainer):
         self.heldout_rankings = ConcatDataset(heldout_sources)
         pack = partial(pack_group, tie_margin=config.tie_margin)
         self.heldout = packed(self.heldout_rankings, config.token_budget, pack, self.cluster.share)
-        self._batches: Iterator[Any] | None = None
+        self._batches: Iterator[list[Pair]] | None = None
         self._best_loss: float | None = None
         self._evaluations_without_improvement = 0
         self._before: dict[str, Any] | None = None
         return role
 
     def _evaluate_at_start(self) -> None:
-        if self._before is None and self.heldout:
-            quality = self.evaluate()
+        quality = self.evaluate() if self._before is None else None
+        if quality is not None:
             statistics = score_statistics(quality.score_N)
             self._before = {"loss": quality.loss, "accuracy": quality.accuracy, "statistics": statistics}
 
@@ -136,7 +138,7 @@ class RewardTrainer(OneModelTrainer):
 
     def describe(self, step: RewardStep) -> dict[str, float]:
         """Return the figures of a step for the progress line."""
-        if step.heldout_loss is None:
+        if step.heldout_loss is None or step.heldout_accuracy is None:
             return {"loss": step.loss}
         return {"loss": step.loss, "held_out": step.heldout_loss, "accuracy": step.heldout_accuracy}
 
@@ -173,6 +175,7 @@ class RewardTrainer(OneModelTrainer):
         summary: dict[str, Any] = {"steps": self.done_steps}
         statistics = None
         if after is not None:
+            assert self._before is not None  # measured before the first step
             summary |= heldout_figures(self.config, self._before, after, self.heldout_rankings, self.train_rankings)
             statistics = {"before": self._before["statistics"], "after": score_statistics(after.score_N)}
         self.save_checkpoint(None if after is None else -after.loss)

@@ -10,7 +10,9 @@ from typing import Any
 
 from icegrt.config import SFTConfig
 from icegrt.data import BlendedDataset, ConcatDataset, Example, ExampleEncoder
+from icegrt.data.blend import Pair
 from icegrt.data.training_data import packed
+from icegrt.data.types import Rows
 from icegrt.metrics import SFTStep
 from icegrt.model.build import build_model
 from icegrt.model.hf.reader import HFCheckpointReader
@@ -22,10 +24,10 @@ from icegrt.training.trainer import resolve_chunk_rows, write_json
 from icegrt.utils.console import print_info
 
 
-class SFTTrainer(OneModelTrainer):
+class SFTTrainer(OneModelTrainer[SFTConfig, SFTStep]):
     """Fine-tunes a causal language model; iterating yields `SFTStep`. Arguments: see `OneModelTrainer`."""
 
-    def _build(self, pretrained: HFCheckpointReader, data: Any, heldout: Any) -> TrainableRole:
+    def _build(self, pretrained: HFCheckpointReader, data: Rows | None, heldout: Rows | None) -> TrainableRole:
         config = self.config
         sources = self._training_data(data)
         self.heldout = ConcatDataset(self._heldout_data(heldout))
@@ -34,7 +36,7 @@ class SFTTrainer(OneModelTrainer):
         model = build_model(pretrained, "lm", self.cluster, dtype=self.dtype, recompute=self.run.recompute)
         role = TrainableRole("actor", model, config.optimizer, self.total_steps)
         self.chunk_rows = resolve_chunk_rows(config.chunk_rows, pretrained.architecture, self._resumed_chunk_rows)
-        self._batches: Iterator[Any] | None = None
+        self._batches: Iterator[list[Pair]] | None = None
         self._heldout_batches = packed(self.heldout, config.token_budget, pack_group, self.cluster.share)
         self._heldout_before: float | None = None
         return role

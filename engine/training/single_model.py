@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from icegrt.config import DataSource
+from icegrt.config import DataSource, RewardConfig, SFTConfig
 from icegrt.data import EncodedDataset, stop_ids
 from icegrt.data.examples import Encoder
 from icegrt.data.training_data import encode_sources
+from icegrt.data.types import Rows, TokenizerSource
 from icegrt.errors import ConfigError, DataError
+from icegrt.metrics import RewardStep, SFTStep
 from icegrt.model.build import check_parallelism
-from icegrt.model.hf.reader import HFCheckpointReader
+from icegrt.model.hf.reader import HFCheckpointReader, ModelSource
 from icegrt.roles.role import TrainableRole
 from icegrt.training.trainer import Trainer, tokenizer_for
 
 # Encoded files or rows, each with its weight in the mix.
 EncodedSources = list[tuple[EncodedDataset, float]]
 
+ConfigT = TypeVar("ConfigT", bound=SFTConfig | RewardConfig)
+StepT = TypeVar("StepT", bound=SFTStep | RewardStep)
 
-class OneModelTrainer(Trainer):
+
+@dataclass(frozen=True)
+class OneModelInputs:
+    """Model and data of a run, as `OneModelTrainer` receives them; nothing is loaded yet."""
+
+    model: ModelSource
+    tokenizer: TokenizerSource | None
+    data: Rows | None
+    heldout: Rows | None
+
+
+class OneModelTrainer(Trainer[ConfigT, StepT]):
     """Trains one role on data that is known before training.
 
     Args:
@@ -35,23 +51,23 @@ class OneModelTrainer(Trainer):
 
     def __init__(
         self,
-        config: Any,
-        model: Any = None,
-        tokenizer: Any = None,
-        data: Any = None,
-        heldout: Any = None,
-        callbacks: Sequence[Any] = (),
+        config: ConfigT,
+        model: ModelSource | None = None,
+        tokenizer: TokenizerSource | None = None,
+        data: Rows | None = None,
+        heldout: Rows | None = None,
+        callbacks: Sequence[object] = (),
     ) -> None:
         model = model if model is not None else config.model
         if not model:
             raise ConfigError(f"{config.section}.model is empty; name the checkpoint to start from")
-        super().__init__(config, callbacks, model=model, tokenizer=tokenizer, data=data, heldout=heldout)
+        super().__init__(config, callbacks, inputs=OneModelInputs(model, tokenizer, data, heldout))
 
-    def _set_up(self, model: Any, tokenizer: Any, data: Any, heldout: Any) -> None:
-        pretrained = HFCheckpointReader(model)
+    def _set_up(self, inputs: OneModelInputs) -> None:
+        pretrained = HFCheckpointReader(inputs.model)
         architecture = pretrained.architecture
         check_parallelism(architecture, self.cluster)  # before data is encoded, which may take long
-        self.tokenizer = tokenizer_for(tokenizer, model, architecture)
+        self.tokenizer = tokenizer_for(inputs.tokenizer, inputs.model, architecture)
         self.stop_ids = stop_ids(
             self.tokenizer,
             architecture.hf_config,
@@ -59,10 +75,10 @@ class OneModelTrainer(Trainer):
             generation_config=architecture.generation_config,
         )
         self.max_length = min(self.config.max_length or architecture.context_length, architecture.context_length)
-        self.role = self._build(pretrained, data, heldout)
+        self.role = self._build(pretrained, inputs.data, inputs.heldout)
         self.roles = [self.role]
 
-    def _build(self, pretrained: HFCheckpointReader, data: Any, heldout: Any) -> TrainableRole:
+    def _build(self, pretrained: HFCheckpointReader, data: Rows | None, heldout: Rows | None) -> TrainableRole:
         """Encode the data, set `total_steps`, and build the role."""
         raise NotImplementedError
 
@@ -74,16 +90,20 @@ class OneModelTrainer(Trainer):
         """Return the message for an item that exceeds the token budget."""
         raise NotImplementedError
 
-    def _training_data(self, rows: Any) -> EncodedSources:
+    def describe(self, step: StepT) -> dict[str, float]:
+        """Return the figures of a step for the progress line."""
+        return {"loss": step.loss}
+
+    def _training_data(self, rows: Rows | None) -> EncodedSources:
         sources = self._encode("data", self.config.data, rows)
         if not sources:
             raise ConfigError(f"{self.config.section}.data names no file; give at least one source")
         return sources
 
-    def _heldout_data(self, rows: Any) -> list[EncodedDataset]:
+    def _heldout_data(self, rows: Rows | None) -> list[EncodedDataset]:
         return [items for items, _ in self._encode("heldout", self.config.heldout, rows)]
 
-    def _encode(self, key: str, files: list[DataSource], rows: Any) -> EncodedSources:
+    def _encode(self, key: str, files: list[DataSource], rows: Rows | None) -> EncodedSources:
         sources = encode_sources(f"{self.config.section}.{key}", files, rows, self._encoder())
         for items, _ in sources:
             longest = items.longest()

@@ -5,44 +5,56 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
+from typing_extensions import Self
 
 from icegrt.checkpoint.directory import read_state
 from icegrt.checkpoint.manager import Checkpoints
-from icegrt.config import RunConfig
+from icegrt.config import PPOConfig, RewardConfig, RunConfig, SFTConfig
 from icegrt.config.loader import as_dict
 from icegrt.data import check_tokenizer, load_tokenizer
 from icegrt.data.tokenizer import save_tokenizer
+from icegrt.data.types import Tokenizer, TokenizerSource
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
 from icegrt.errors import ConfigError, RunError
 from icegrt.kernels import default_chunk_rows
-from icegrt.metrics import RunLog, drop_rollouts
+from icegrt.metrics import PPOStep, RewardStep, RunLog, SFTStep, drop_rollouts
 from icegrt.metrics.sinks import check_sinks
 from icegrt.model.architecture import DTYPES, Architecture
+from icegrt.model.hf.reader import ModelSource
 from icegrt.roles.role import TrainableRole
 from icegrt.training.run_folder import CONFIG_FILE, lock_run_folder
 from icegrt.training.sigterm import capture_sigterm
 from icegrt.utils.console import is_main, print_info, progress
 from icegrt.utils.files import write_text_atomic
 
+if TYPE_CHECKING:
+    from icegrt.ppo.experience import Experience
+    from icegrt.ppo.trainer import PPOTrainer
+    from icegrt.rollout.types import Response
+
+ConfigT = TypeVar("ConfigT", bound=SFTConfig | RewardConfig | PPOConfig)
+StepT = TypeVar("StepT", bound=SFTStep | RewardStep | PPOStep)
+
 
 class Callback:
     """Hooks into a run; override any of them. Every rank calls them, after the event."""
 
-    def on_rollout(self, trainer: Any, responses: list) -> None:
+    def on_rollout(self, trainer: PPOTrainer, responses: list[Response]) -> None:
         """PPO: called when the responses of an iteration are sampled.
 
         Args:
             trainer: the trainer.
-            responses: list of `Response`, of all ranks.
+            responses: of all ranks.
         """
 
-    def on_scores(self, trainer: Any, experience: Any) -> None:
+    def on_scores(self, trainer: PPOTrainer, experience: Experience) -> None:
         """PPO: called before the update.
 
         Args:
@@ -67,7 +79,7 @@ class Callback:
         """
 
 
-class Trainer:
+class Trainer(Generic[ConfigT, StepT]):
     """Iterate it for typed metrics, or `train()` to the end. Close it, or use `with`, to release the process groups.
 
     A subclass builds its models and data in `_set_up`, which receives the inputs of its constructor.
@@ -84,10 +96,10 @@ class Trainer:
 
     unit = "steps"
     total_steps: int
-    tokenizer: Any
+    tokenizer: Tokenizer
     roles: list[TrainableRole]
 
-    def __init__(self, config: Any, callbacks: Sequence[Any] = (), **inputs: Any) -> None:
+    def __init__(self, config: ConfigT, callbacks: Sequence[object] = (), *, inputs: Any) -> None:
         self.config = config
         self.run: RunConfig = config.run
         self.callbacks = list(callbacks)
@@ -104,7 +116,7 @@ class Trainer:
         with contextlib.ExitStack() as resources:
             self._resources = resources
             self._open_run(resources)
-            self._set_up(**inputs)
+            self._set_up(inputs)
             self._restore_and_open_log()
             self._evaluate_at_start()
             self._resources = resources.pop_all()
@@ -132,7 +144,7 @@ class Trainer:
         self._resumed_chunk_rows: int | None = resumed.get("chunk_rows")
         resources.push(self._complete_checkpoint_on_exit)
 
-    def _set_up(self, **inputs: Any) -> None:
+    def _set_up(self, inputs: Any) -> None:
         """Build models and data; set `total_steps`, `tokenizer` and `roles`."""
         raise NotImplementedError
 
@@ -180,14 +192,14 @@ class Trainer:
 
     def _complete_checkpoint_on_exit(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is None or self.cluster.world_size == 1:
-            self.checkpoints.complete()
+            self.checkpoints.finish_pending()
 
     def _close_log(self) -> None:
         log, self._log = self._log, None
         if log is not None:
             log.close()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
@@ -221,7 +233,7 @@ class Trainer:
         }
         if self._log is not None:
             self._log.sync()
-        document = {"stage": self.config.section, "roles": roles, "trainer": self.state()}
+        document: dict[str, Any] = {"stage": self.config.section, "roles": roles, "trainer": self.state()}
         if self.chunk_rows is not None:
             document["chunk_rows"] = self.chunk_rows
         path = self.checkpoints.save(
@@ -232,20 +244,20 @@ class Trainer:
 
     def complete_checkpoint(self) -> None:
         """Wait until a pending checkpoint is complete on the disk. Collective."""
-        self.checkpoints.complete()
+        self.checkpoints.finish_pending()
 
     # -- running ---------------------------------------------------------------------------------------------------
 
-    def step(self) -> Any:
+    def step(self) -> StepT:
         """Take one step. Returns its metrics, which are logged."""
         raise NotImplementedError
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[StepT]:
         while self.done_steps < self.total_steps:
             yield self.step()
             self._between_steps()
 
-    def train(self) -> Any:
+    def train(self) -> dict[str, Any]:
         """Run to the end with a progress bar. Returns the result of `finish()`.
 
         SIGTERM to any rank ends the run on all ranks after the current step: a checkpoint is saved, and `SystemExit`
@@ -273,9 +285,9 @@ class Trainer:
         if not writing:
             self.complete_checkpoint()
 
-    def describe(self, step: Any) -> dict[str, float]:
+    def describe(self, step: StepT) -> dict[str, float]:
         """Return the figures of a step for the progress line."""
-        return {"loss": step.loss}
+        raise NotImplementedError
 
     def write_model(self, extra_files: dict[str, Any] | None = None) -> None:
         """Write the trained model to `<run.dir>/model`, in place of one from before a resume. Collective."""
@@ -286,8 +298,9 @@ class Trainer:
         """Write the trained model as a Hugging Face checkpoint."""
         raise NotImplementedError
 
-    def finish(self) -> Any:
+    def finish(self) -> dict[str, Any]:
         """Evaluate, save and export after the last step. Returns the summary."""
+        raise NotImplementedError
 
     def notify(self, hook: str, *args: Any) -> None:
         """Call `hook` of every callback that defines it."""
@@ -302,7 +315,7 @@ class Trainer:
             self._log.log(row)
 
 
-def tokenizer_for(tokenizer: Any, model: Any, architecture: Architecture) -> Any:
+def tokenizer_for(tokenizer: TokenizerSource | None, model: ModelSource, architecture: Architecture) -> Tokenizer:
     """Return `tokenizer`, or the one in the model's folder, checked against the model's vocabulary.
 
     Args:
@@ -313,20 +326,21 @@ def tokenizer_for(tokenizer: Any, model: Any, architecture: Architecture) -> Any
     Raises:
         ConfigError: there is no tokenizer, or it has more tokens than the model.
     """
-    if tokenizer is None or isinstance(tokenizer, (str, Path)):
+    if tokenizer is None or isinstance(tokenizer, (str, PathLike)):
         folder = tokenizer or (model if isinstance(model, (str, Path)) else None)
         if folder is None:
             raise ConfigError("a model in memory comes without a tokenizer; pass tokenizer=")
-        tokenizer = load_tokenizer(str(folder), print_info=print_info)
+        checked: Tokenizer = load_tokenizer(str(folder), print_info=print_info)
     else:
-        check_tokenizer(tokenizer, print_info=print_info)
-    if len(tokenizer) > architecture.vocab_size:
-        token = tokenizer.convert_ids_to_tokens(architecture.vocab_size)
+        checked = tokenizer
+        check_tokenizer(checked, print_info=print_info)
+    if len(checked) > architecture.vocab_size:
+        token = checked.convert_ids_to_tokens(architecture.vocab_size)
         raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary only {architecture.vocab_size}; "
+            f"the tokenizer has {len(checked)} tokens, but the model's vocabulary only {architecture.vocab_size}; "
             f"they do not belong together: the first token that is too many is {token!r}"
         )
-    return tokenizer
+    return checked
 
 
 def resolve_chunk_rows(configured: int, architecture: Architecture, resumed: int | None = None) -> int:
@@ -339,8 +353,8 @@ def resolve_chunk_rows(configured: int, architecture: Architecture, resumed: int
         architecture: of the language model.
         resumed: that of the checkpoint to resume from, which replaces a choice: other chunks round differently.
     """
-    if configured or resumed:
-        return configured or resumed
+    if chunk_rows := configured or resumed:
+        return chunk_rows
     if not torch.cuda.is_available():
         return default_chunk_rows(architecture.vocab_size)
     free = torch.tensor(torch.cuda.mem_get_info()[0], device="cuda")

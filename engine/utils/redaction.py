@@ -6,6 +6,7 @@ Applied before a configuration is saved, printed or sent to a logger, and to eve
 from __future__ import annotations
 
 import re
+from typing import Any
 
 REDACTED = "<redacted>"
 
@@ -49,7 +50,7 @@ def redact_text(text: str) -> str:
     return _ASSIGNMENT.sub(_without_value, text)
 
 
-def redact(value: object, name: object = "") -> object:
+def redact(value: Any, name: object = "") -> Any:
     """Return plain data with secrets replaced: the complete text under a secret key, parts of any other text."""
     if isinstance(value, dict):
         return {key: redact(item, name if is_secret(name) else key) for key, item in value.items()}

@@ -99,9 +99,15 @@ def nudged(model, scale: float, seed: int = 7):
     return model
 
 
+def current_cluster() -> Cluster:
+    """The cluster that the test has open."""
+    with Cluster.open() as cluster:
+        return cluster
+
+
 def role(source, head: str = "lm", *, learns: OptimizerConfig | None = None, dtype=torch.float32, **kwargs) -> Role:
     """Return a role with the weights of a transformers model. learns: the optimizer of a trainable role."""
-    model = build_model(source, head, Cluster.current(), dtype=dtype, **kwargs)
+    model = build_model(source, head, current_cluster(), dtype=dtype, **kwargs)
     return Role("role", model) if learns is None else TrainableRole("role", model, learns, 10)
 
 

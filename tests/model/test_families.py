@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from icegrt.distributed.cluster import Cluster
 from icegrt.model.build import build_model
 from icegrt.model.hf import exporter
 from icegrt.model.hf.writer import save_pretrained
@@ -56,7 +55,7 @@ def pair(request):
     """A language model of transformers, and the same one here."""
     family, changes = SHAPES[request.param]
     hf_model = tiny.causal_lm(0, family=family, **changes)
-    return hf_model, build_model(hf_model, "lm", Cluster.current(), dtype=torch.float32)
+    return hf_model, build_model(hf_model, "lm", tiny.current_cluster(), dtype=torch.float32)
 
 
 def logits(model, rows):
@@ -79,7 +78,7 @@ def test_import_and_export_change_no_bit(pair, tmp_path):
     hf_model, _ = pair
     hf_model.save_pretrained(tmp_path / "in", max_shard_size="20KB")
     assert (tmp_path / "in" / "model.safetensors.index.json").is_file()
-    model = build_model(tmp_path / "in", "lm", Cluster.current(), dtype=torch.float32)
+    model = build_model(tmp_path / "in", "lm", tiny.current_cluster(), dtype=torch.float32)
     out = save_pretrained(
         exporter.export_tensors(model, torch.float32), model.architecture, tmp_path / "out", classifier=False
     )
@@ -103,7 +102,7 @@ def test_the_decoder_agrees_with_scoring(pair):
 def test_bf16_comes_back_to_the_bit(family, tmp_path):
     hf_model = tiny.causal_lm(0, family=family).bfloat16()
     hf_model.save_pretrained(tmp_path / "in")
-    model = build_model(tmp_path / "in", "lm", Cluster.current(), dtype=torch.bfloat16)
+    model = build_model(tmp_path / "in", "lm", tiny.current_cluster(), dtype=torch.bfloat16)
     out = save_pretrained(
         exporter.export_tensors(model, torch.bfloat16), model.architecture, tmp_path / "out", classifier=False,
         dtype="bf16",

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from icegrt.distributed.cluster import Cluster
 from icegrt.errors import CheckpointError, RunError
 from icegrt.model.architecture import Architecture
 from icegrt.model.build import build_model
@@ -38,7 +37,7 @@ ROWS = [[5, 6, 7], [9], [3, 40, 2, 8, 11, 30], [7, 7], [4, 9, 46], [1] * 12]
 def pair(request):
     """A language model of transformers, and the same one here."""
     hf_model = tiny.causal_lm(0, **SHAPES[request.param])
-    return hf_model, build_model(hf_model, "lm", Cluster.current(), dtype=torch.float32)
+    return hf_model, build_model(hf_model, "lm", tiny.current_cluster(), dtype=torch.float32)
 
 
 def hidden(model, rows):
@@ -73,7 +72,7 @@ def test_a_language_model_comes_back_to_the_bit(pair, tmp_path):
     assert tiny.same(dict(reloaded.state_dict()), dict(hf_model.state_dict()))
     assert reloaded.config.tie_word_embeddings == hf_model.config.tie_word_embeddings
     assert reloaded.dtype == torch.float32 and reloaded.generation_config.eos_token_id == tiny.EOS
-    imported = build_model(out, "lm", Cluster.current(), dtype=torch.float32)
+    imported = build_model(out, "lm", tiny.current_cluster(), dtype=torch.float32)
     assert tiny.same(dict(imported.named_parameters()), dict(model.named_parameters()))
 
 
@@ -94,7 +93,7 @@ def test_a_scorer_comes_back_to_the_bit_and_scores_alike(shape, tmp_path):
 
 def test_bf16_is_exported_as_it_is_held(tmp_path):
     hf_model = tiny.causal_lm(0)
-    model = build_model(hf_model, "lm", Cluster.current(), dtype=torch.bfloat16)
+    model = build_model(hf_model, "lm", tiny.current_cluster(), dtype=torch.bfloat16)
     out = save_pretrained(
         exporter.export_tensors(model, torch.bfloat16), model.architecture, tmp_path / "out", classifier=False,
         dtype="bf16",
@@ -106,7 +105,7 @@ def test_bf16_is_exported_as_it_is_held(tmp_path):
 
 def test_a_large_export_is_cut_into_files_that_transformers_reads(tmp_path):
     hf_model = tiny.causal_lm(0)
-    model = build_model(hf_model, "lm", Cluster.current(), dtype=torch.float32)
+    model = build_model(hf_model, "lm", tiny.current_cluster(), dtype=torch.float32)
     out = save_pretrained(
         exporter.export_tensors(model, torch.float32), model.architecture, tmp_path / "out", classifier=False,
         shard_bytes=20_000,
@@ -114,7 +113,7 @@ def test_a_large_export_is_cut_into_files_that_transformers_reads(tmp_path):
     assert len(list(out.glob("model-0*-of-0*.safetensors"))) > 2 and not (out / "model.safetensors").exists()
     assert tiny.same(dict(AutoModelForCausalLM.from_pretrained(out).state_dict()), dict(hf_model.state_dict()))
     assert tiny.same(
-        dict(build_model(out, "lm", Cluster.current(), dtype=torch.float32).named_parameters()),
+        dict(build_model(out, "lm", tiny.current_cluster(), dtype=torch.float32).named_parameters()),
         dict(model.named_parameters()),
     )
     with pytest.raises(RunError, match="not an empty folder"):
@@ -164,7 +163,7 @@ def change_tensors(folder, change):
 
 def refused(folder, *words, head="lm"):
     with pytest.raises(CheckpointError) as error:
-        build_model(folder, head, Cluster.current(), dtype=torch.float32)
+        build_model(folder, head, tiny.current_cluster(), dtype=torch.float32)
     for word in (str(folder), *words):
         assert word in str(error.value)
 

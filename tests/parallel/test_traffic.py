@@ -5,7 +5,6 @@ import torch
 import torch.distributed as dist
 
 from icegrt.config import ParallelConfig
-from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
 from icegrt.ppo.trainer import PPOTrainer
 from tests.helpers import tiny_models as tiny
@@ -64,7 +63,7 @@ def measure(folder):
             totals = torch.tensor([sent_bytes[n] for n in names], dtype=torch.float64)
             dist.all_reduce(totals)
             results[name] = (dict(zip(names, totals.tolist())), derived_bytes)
-            main = Cluster.current().is_main
+            main = run.cluster.is_main
     if main:
         torch.save(results, folder / "traffic.pt")
 

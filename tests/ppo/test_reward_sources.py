@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import icegrt
-from icegrt.distributed.cluster import Cluster
 from icegrt.errors import RewardError
 from icegrt.metrics import read_metrics
 from icegrt.ppo.batch_plan import plan_batches
@@ -144,7 +143,7 @@ def gradients(responses, dropped, budget):
     config = tiny.ppo_config("unused", token_budget=budget, kl_coef=0.1, minibatches=1)
     actor, critic = learners(config)
     experience = experience_with(config, actor, critic, responses, dropped)
-    plan, updater = experience.plan, Updater(config, actor, critic, SCORER, Cluster.current())
+    plan, updater = experience.plan, Updater(config, actor, critic, SCORER, tiny.current_cluster())
     members = list(range(len(plan.batches)))
     policy, value = updater.policy_work(experience, members, 0.1), updater.critic_work(experience, members)
     counted = sum(b.n_counted_actions for b in plan.batches)
@@ -170,7 +169,7 @@ def test_a_dropped_response_is_trained_on_nowhere(cluster, budget):
 def test_a_minibatch_of_dropped_responses_is_no_step(cluster, dropped, empty):
     config = tiny.ppo_config("unused", token_budget=64, kl_coef=0.1, minibatches=2, ppo_epochs=1)
     actor, critic = learners(config)
-    updater, responses = Updater(config, actor, critic, SCORER, Cluster.current()), tiny.responses(2)
+    updater, responses = Updater(config, actor, critic, SCORER, tiny.current_cluster()), tiny.responses(2)
     updater.run(experience_with(config, actor, critic, responses, set()), 0.1, 1)  # gives Adam its momentum
     before = tiny.parameters(actor), tiny.parameters(critic)
     outcome = updater.run(experience_with(config, actor, critic, responses, dropped), 0.1, 2)

@@ -57,7 +57,8 @@ def test_wheel_contents(wheel):
             assert (path.parent / "__init__.py").exists(), f"{path.parent.name}/ has no __init__.py and is left out"
             assert f"{package}/{path.relative_to(tree / folder).as_posix()}" in names
     assert {"icegrt/brand_new/deep/__init__.py", "icegrt/brand_new/page.html"} <= set(names)
-    assert sum(name.startswith("icegrt/_C") for name in names) == 1
+    assert {"icegrt/py.typed", "icegrt/_C.pyi"} <= set(names)
+    assert sum(name.startswith("icegrt/_C.") and name.endswith(".so") for name in names) == 1
     assert any(name.endswith("licenses/LICENSE") for name in names)
     top = {name.split("/")[0] for name in names}
     assert top == {"icegrt", next(name for name in top if name.endswith(".dist-info"))}

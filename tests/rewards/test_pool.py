@@ -48,10 +48,11 @@ def wait_until_gone(pid, seconds=20.0):
 def test_scores_do_not_depend_on_the_number_of_workers(tmp_path, workers):
     samples = cases.samples(*("x" * n for n in (3, 1, 4, 1, 5, 9, 2)))
     with cases.scorers(cases.function_file(tmp_path, LENGTHS), workers=workers) as sources:
-        (source_scores,) = sources.score(samples)
-        assert source_scores.scores == [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0] and source_scores.errors == [None] * 7
+        (source_scores,) = sources.score_by_source(samples)
+        assert source_scores.score_or_nan_N == [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0]
+        assert source_scores.errors == [None] * 7
         assert (source_scores.name, source_scores.weight) == ("score", 1.0)
-        assert sources.score([])[0].scores == []
+        assert sources.score_by_source([])[0].score_or_nan_N == []
 
 
 def test_answers_to_one_prompt_reach_one_worker_together_and_in_order(tmp_path):
@@ -59,13 +60,13 @@ def test_answers_to_one_prompt_reach_one_worker_together_and_in_order(tmp_path):
     mixed = [(0, 1), (2, 0), (1, 0), (0, 0), (1, 1), (2, 1)]
     samples = [dataclasses.replace(cases.sample("x", g, group=g), index=i) for g, i in mixed]
     with cases.scorers(cases.function_file(tmp_path, body), workers=3) as sources:
-        assert sources.score(samples)[0].scores == [2011.0, 2000.0, 2000.0, 2000.0, 2011.0, 2011.0]
+        assert sources.score_by_source(samples)[0].score_or_nan_N == [2011.0, 2000.0, 2000.0, 2000.0, 2011.0, 2011.0]
 
 
 def test_a_worker_is_a_fresh_interpreter_without_torch(tmp_path):
     body = "return [float('torch' in sys.modules or 'numpy' in sys.modules or os.getppid() == 1) for s in samples]"
     with cases.scorers(cases.function_file(tmp_path, body)) as sources:
-        assert sources.score(cases.samples("a"))[0].scores == [0.0]
+        assert sources.score_by_source(cases.samples("a"))[0].score_or_nan_N == [0.0]
 
 
 def test_signals_and_event_loops_work_in_a_worker(tmp_path):
@@ -75,7 +76,7 @@ def test_signals_and_event_loops_work_in_a_worker(tmp_path):
         "    signal.alarm(0)\n    await asyncio.sleep(0)\n    return [2.0 for s in samples]"
     )
     with cases.scorers(cases.function_file(tmp_path, body)) as sources:
-        assert sources.score(cases.samples("a", "b"))[0].scores == [2.0, 2.0]
+        assert sources.score_by_source(cases.samples("a", "b"))[0].score_or_nan_N == [2.0, 2.0]
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -84,16 +85,16 @@ def test_only_the_response_at_fault_has_no_score(tmp_path, failure):
     spec = cases.function_file(tmp_path, FAILURES[failure] + LENGTHS)
     seconds = 1.0 if failure == "hangs" else 20.0
     with cases.scorers(spec, on_error="score", error_score=-1.0, timeout_seconds=seconds) as sources:
-        (source_scores,) = sources.score(samples)
+        (source_scores,) = sources.score_by_source(samples)
         assert (
-            source_scores.scores[2] == -1.0
+            source_scores.score_or_nan_N[2] == -1.0
             and source_scores.errors[2] is not None
             and "data.jsonl:3" in source_scores.errors[2]
         )
         assert source_scores.errors[:2] + source_scores.errors[3:] == [None] * 4
         good = [1.0] * 4 if failure == "too large" else [1.0, 2.0, 4.0, 5.0]
-        assert source_scores.scores[:2] + source_scores.scores[3:] == good
-        assert sources.score(cases.samples("xyz"))[0].scores == [3.0]  # the next call finds a worker
+        assert source_scores.score_or_nan_N[:2] + source_scores.score_or_nan_N[3:] == good
+        assert sources.score_by_source(cases.samples("xyz"))[0].score_or_nan_N == [3.0]  # the next call finds a worker
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_a_run_that_stops_says_why_and_where(tmp_path, failure, words):
     seconds = 1.0 if failure == "hangs" else 20.0
     with cases.scorers(cases.function_file(tmp_path, FAILURES[failure] + LENGTHS), timeout_seconds=seconds) as sources:
         with pytest.raises(RewardError, match=words):
-            sources.score(samples)
+            sources.score_by_source(samples)
 
 
 def test_a_time_out_kills_the_worker_and_what_it_started(tmp_path):
@@ -122,7 +123,7 @@ def test_a_time_out_kills_the_worker_and_what_it_started(tmp_path):
     )
     with cases.scorers(cases.function_file(tmp_path, body), timeout_seconds=2.0) as sources:
         with pytest.raises(RewardError, match="took longer than 2 s"):
-            sources.score(cases.samples("a"))
+            sources.score_by_source(cases.samples("a"))
         assert all(wait_until_gone(int(pid)) for pid in (tmp_path / "pids").read_text().split())
 
 
@@ -131,7 +132,7 @@ def test_time_outs_end_once_one_culprit_could_have_been_found(tmp_path):
     with cases.scorers(
         cases.function_file(tmp_path, "time.sleep(600)"), on_error="drop", timeout_seconds=0.5
     ) as sources:
-        (source_scores,) = sources.score(cases.samples(*"abcdefgh"))
+        (source_scores,) = sources.score_by_source(cases.samples(*"abcdefgh"))
     assert all(source_scores.errors) and all(r.score is None for r in source_scores.results)
 
 
@@ -139,13 +140,13 @@ def test_a_failing_share_cancels_the_others(tmp_path):
     body = "if samples[0].text == 'a': raise ValueError('no')\nwhile True: time.sleep(0.01)"
     with cases.scorers(cases.function_file(tmp_path, body), workers=2, timeout_seconds=600.0) as sources:
         with pytest.raises(RewardError, match="ValueError: no"):
-            sources.score(cases.samples("a", "b"))
+            sources.score_by_source(cases.samples("a", "b"))
 
 
 def test_closing_ends_every_process(tmp_path):
     body = "time.sleep(0.05)\nreturn [float(os.getpid()) for s in samples]"
     with cases.scorers(cases.function_file(tmp_path, body), workers=2) as sources:
-        pids = {int(pid) for pid in sources.score(cases.samples("a", "b"))[0].scores}
+        pids = {int(pid) for pid in sources.score_by_source(cases.samples("a", "b"))[0].score_or_nan_N}
         assert len(pids) == 2 and not any(map(gone, pids))
     assert all(map(wait_until_gone, pids))
 
@@ -155,7 +156,7 @@ def test_a_worker_in_a_loop_ends_with_a_parent_that_is_killed(tmp_path):
     spec = cases.function_file(tmp_path, f"open({str(pid_file)!r}, 'w').write(str(os.getpid()))\nwhile True: pass")
     code = (
         "import sys; sys.path[:0] = ['']\nfrom tests.helpers import reward_cases as cases\n"
-        f"cases.scorers({spec!r}).score(cases.samples('a'))"
+        f"cases.scorers({spec!r}).score_by_source(cases.samples('a'))"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2])
     while not (pid_file.exists() and pid_file.read_text()):
@@ -184,13 +185,13 @@ def test_a_worker_in_a_loop_ends_with_a_parent_that_is_killed(tmp_path):
 )
 def test_what_cannot_be_pickled_is_refused_in_words(tmp_path, body, words):
     with cases.scorers(cases.function_file(tmp_path, body)) as sources, pytest.raises(RewardError, match=words):
-        sources.score(cases.samples("a"))
+        sources.score_by_source(cases.samples("a"))
 
 
 def test_a_row_that_cannot_be_sent_says_so(tmp_path):
     with cases.scorers(cases.function_file(tmp_path, LENGTHS)) as sources:
         with pytest.raises(RewardError, match=r"data\.jsonl:1 cannot be sent.*ppo\.reward\.workers=0"):
-            sources.score(cases.samples("a", prompt="x", odd=lambda: 1))
+            sources.score_by_source(cases.samples("a", prompt="x", odd=lambda: 1))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,7 @@ def test_a_function_in_memory_is_called_here_and_keeps_its_state():
         return [1.0] * len(samples)
 
     with cases.scorers(score, workers=4) as sources:
-        sources.score(cases.samples("a", "b"))
+        sources.score_by_source(cases.samples("a", "b"))
     assert pids == [os.getpid()]
 
 
@@ -235,9 +236,9 @@ def test_a_function_in_memory_has_a_time_limit_too():
         return [1.0] * len(samples)
 
     with cases.scorers(score, timeout_seconds=0.2) as sources:
-        assert sources.score(cases.samples("fast"))[0].scores == [1.0]
+        assert sources.score_by_source(cases.samples("fast"))[0].score_or_nan_N == [1.0]
         with pytest.raises(RewardError, match=r"took longer than 0\.2 s"):
-            sources.score(cases.samples("slow"))
+            sources.score_by_source(cases.samples("slow"))
 
 
 def test_an_interrupt_in_memory_is_not_swallowed():
@@ -245,7 +246,7 @@ def test_an_interrupt_in_memory_is_not_swallowed():
         raise KeyboardInterrupt
 
     with cases.scorers(score) as sources, pytest.raises(KeyboardInterrupt):
-        sources.score(cases.samples("a"))
+        sources.score_by_source(cases.samples("a"))
 
 
 @pytest.mark.parametrize("seconds", [0.0, 20.0])
@@ -256,7 +257,7 @@ def test_an_async_function_works_where_a_loop_is_running(seconds):
 
     async def notebook():
         with cases.scorers(score, timeout_seconds=seconds) as sources:
-            return sources.score(cases.samples("a", "bb"))[0].scores
+            return sources.score_by_source(cases.samples("a", "bb"))[0].score_or_nan_N
 
     assert asyncio.run(notebook()) == [1.0, 2.0]
 
@@ -267,7 +268,7 @@ def test_an_async_function_that_raises_names_its_row():
         return [1.0 / (s.text != "bad") for s in samples]
 
     with cases.scorers(score) as sources, pytest.raises(RewardError, match=r"ZeroDivisionError.*at data\.jsonl:2"):
-        sources.score(cases.samples("a", "bad"))
+        sources.score_by_source(cases.samples("a", "bad"))
 
 
 # -- results --------------------------------------------------------------------------------------------------------
@@ -279,7 +280,7 @@ def test_results_carry_metrics_and_token_rewards(tmp_path):
         "    return [RewardResult(len(s.text), {'long': len(s.text) > 1}, [0.5] * len(s.tokens)) for s in samples]"
     )
     with cases.scorers(cases.function_file(tmp_path, body)) as sources:
-        (source_scores,) = sources.score(cases.samples("a", "bb"))
+        (source_scores,) = sources.score_by_source(cases.samples("a", "bb"))
     assert source_scores.results == [
         RewardResult(1.0, {"long": 0.0}, [0.5]),
         RewardResult(2.0, {"long": 1.0}, [0.5, 0.5]),
@@ -304,7 +305,7 @@ def test_results_carry_metrics_and_token_rewards(tmp_path):
 )
 def test_results_that_cannot_be_used(result, words):
     with cases.scorers(lambda samples: [result]) as sources, pytest.raises(RewardError, match=words):
-        sources.score(cases.samples("ab"))
+        sources.score_by_source(cases.samples("ab"))
 
 
 def test_no_opinion_is_no_error_and_is_paid_nothing():
@@ -312,10 +313,10 @@ def test_no_opinion_is_no_error_and_is_paid_nothing():
         return [RewardResult(None) if s.text == "b" else 2.0 for s in samples]
 
     with cases.scorers(score) as sources:
-        (source_scores,) = sources.score(cases.samples("a", "b"))
+        (source_scores,) = sources.score_by_source(cases.samples("a", "b"))
     assert (
         source_scores.errors == [None, None]
-        and source_scores.scores[0] == 2.0
+        and source_scores.score_or_nan_N[0] == 2.0
         and source_scores.results[1].score is None
     )
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,18 @@ from icegrt.utils.files import model_folder, read_object
 
 _INDEX = "model.safetensors.index.json"
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+class TransformersModel(Protocol):
+    """A `transformers` model in memory."""
+
+    config: Any
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+
+# The path of a Hugging Face checkpoint, or a model in memory.
+ModelSource = str | Path | TransformersModel
 
 
 class HFCheckpointReader:
@@ -38,11 +50,11 @@ class HFCheckpointReader:
         CheckpointError: names the file or key.
     """
 
-    def __init__(self, source: Any) -> None:
+    def __init__(self, source: ModelSource) -> None:
         if isinstance(source, (str, Path)):
             source = model_folder(source)
         self.where = str(source) if isinstance(source, (str, Path)) else f"the given {type(source).__name__}"
-        self._tensors: dict[str, Tensor] = {}
+        self._tensors: Mapping[str, Tensor] = {}
         self._files: dict[str, Path] = {}
         self._described: dict[str, tuple[tuple[int, ...], str]] = {}
         if isinstance(source, Path):
@@ -109,7 +121,7 @@ class HFCheckpointReader:
                 raise CheckpointError(f"{path}: holds no tensor `{name}`, which {_INDEX} says it does; copy it again")
 
 
-def _open_safetensors(path: Path):
+def _open_safetensors(path: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:

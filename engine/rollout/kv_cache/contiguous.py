@@ -31,7 +31,15 @@ class KVCache:
     """
 
     def __init__(
-        self, layers: Sequence[int], slots: int, capacity: int, kv_heads: int, head_dim: int, *, dtype, device
+        self,
+        layers: Sequence[int],
+        slots: int,
+        capacity: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         shape = (len(layers), slots, kv_heads, capacity, head_dim)
         # Masked entries still enter the arithmetic (score - inf, 0 * value), so they must be finite.
