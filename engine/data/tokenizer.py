@@ -111,11 +111,12 @@ def stop_ids(
     path = Path(folder) / "generation_config.json" if folder is not None else None
     ids_by_origin = {
         "config.json": (hf_config or {}).get("eos_token_id"),
-        "generation_config": (generation_config or {}).get("eos_token_id"),
         "sampling.stop_token_ids": list(extra),
     }
     if path is not None and path.is_file():
         ids_by_origin[str(path)] = read_object(path).get("eos_token_id")
+    else:
+        ids_by_origin["generation_config"] = (generation_config or {}).get("eos_token_id")
     ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     for where, value in ids_by_origin.items():
         for token in value if isinstance(value, list) else [] if value is None else [value]:

@@ -335,7 +335,7 @@ def tokenizer_for(tokenizer: TokenizerSource | None, model: ModelSource, archite
         checked = tokenizer
         check_tokenizer(checked, print_info=print_info)
     if len(checked) > architecture.vocab_size:
-        token = checked.convert_ids_to_tokens(architecture.vocab_size)
+        token = checked.decode([architecture.vocab_size], skip_special_tokens=False)
         raise ConfigError(
             f"the tokenizer has {len(checked)} tokens, but the model's vocabulary only {architecture.vocab_size}; "
             f"they do not belong together: the first token that is too many is {token!r}"
