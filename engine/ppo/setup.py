@@ -138,7 +138,13 @@ def build_ppo(
 
     # 2. Tokenizer and data.
     tokenizer = tokenizer_for(inputs.tokenizer, inputs.actor, architecture)
-    stops = stop_ids(tokenizer, architecture.hf_config, pretrained.folder, config.sampling.stop_token_ids)
+    stops = stop_ids(
+        tokenizer,
+        architecture.hf_config,
+        pretrained.folder,
+        config.sampling.stop_token_ids,
+        architecture.generation_config,
+    )
     context = architecture.context_length
     prompts = _encode_prompts(config, "prompts", inputs.prompts, tokenizer, context)
     eval_prompts: Sequence[Prompt] = []
@@ -169,6 +175,7 @@ def build_ppo(
     scorer = LogprobScorer(config.sampling.temperature, chunk_rows)
     actor, reference, critic = roles["actor"], roles["reference"], roles["critic"]
     engine = RolloutEngine(actor.model, tokenizer, max_batch=config.max_batch, stop_token_ids=stops)
+    reference.model.limit_vocabulary(len(tokenizer))  # as the engine limits the actor's
     reward_models = [RewardModel(spec.name, spec.weight, roles[role]) for role, spec in specs.items()]
     reward_computer = RewardComputer(reward_models, inputs.rewards.sources, tokenizer, cluster)
     return PPOComponents(

@@ -200,6 +200,7 @@ class RewardSourceGroup:
         Raises:
             RewardError: a source failed, with `on_error: stop`.
         """
+        samples = _grouped_by_prompt(samples)
         order = sorted(range(len(samples)), key=lambda i: (samples[i].group, samples[i].index))
         ordered = [samples[i] for i in order]
         scores_by_source = []
@@ -260,6 +261,20 @@ def named(specs: Sequence[RewardSpec]) -> list[RewardSpec]:
         named_specs.append(replace(spec, name=spec.name or default))
         used.add(named_specs[-1].name)
     return named_specs
+
+
+def _grouped_by_prompt(samples: list[Sample]) -> list[Sample]:
+    """Return the samples with one group for all answers to equal prompts, which may come from several rows."""
+    members: dict[tuple[int, ...], list[int]] = {}
+    for i, sample in enumerate(samples):
+        members.setdefault(tuple(sample.prompt_tokens), []).append(i)
+    grouped = list(samples)
+    for positions in members.values():
+        if len({samples[i].group for i in positions}) > 1:
+            ordered = sorted(positions, key=lambda i: (samples[i].group, samples[i].index))
+            for index, i in enumerate(ordered):
+                grouped[i] = replace(samples[i], group=samples[ordered[0]].group, index=index)
+    return grouped
 
 
 def _default_name(spec: RewardSpec) -> str:

@@ -12,7 +12,7 @@ from icegrt.checkpoint.directory import best_of, list_checkpoints
 from icegrt.config import RewardConfig
 from icegrt.data import BlendedDataset, ConcatDataset, EncodedDataset, Ranking, RankingEncoder, untied_pairs
 from icegrt.data.blend import Pair
-from icegrt.data.training_data import hold_out, packed
+from icegrt.data.training_data import exclude_heldout, hold_out, packed
 from icegrt.data.types import Rows
 from icegrt.errors import DataError
 from icegrt.metrics import RewardStep
@@ -47,6 +47,8 @@ class RewardTrainer(OneModelTrainer[RewardConfig, RewardStep]):
         sources, heldout_sources = self._training_data(data), self._heldout_data(heldout)
         if not heldout_sources and config.heldout_fraction:
             sources, heldout_sources = hold_out(sources, config.heldout_fraction, self.run.seed)
+        elif heldout_sources:
+            sources = exclude_heldout(sources, heldout_sources)
         sources = [(_drop_ties(rankings, config.tie_margin), weight) for rankings, weight in sources]
         self.blend = BlendedDataset(sources, self.run.seed)
         self.total_steps = math.ceil(self.blend.count(config.epochs) / config.batch_prompts)
@@ -196,7 +198,7 @@ def _statistics_file(statistics: dict[str, Any] | None) -> dict[str, Any]:
 
 def _drop_ties(rankings: EncodedDataset[Ranking], tie_margin: float) -> EncodedDataset[Ranking]:
     # A prompt without a pair has no loss, so its forward pass would be wasted.
-    chosen = [i for i, ranking in enumerate(rankings) if untied_pairs(ranking.scores, tie_margin)]
+    chosen = [i for i, ranking in enumerate(rankings) if untied_pairs(ranking.scores, tie_margin, ranking.responses)]
     if not chosen:
         raise DataError(
             f"{rankings.name}: no prompt has responses whose scores differ by reward.tie_margin {tie_margin:g} or "

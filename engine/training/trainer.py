@@ -19,6 +19,7 @@ from icegrt.checkpoint.manager import Checkpoints
 from icegrt.config import PPOConfig, RewardConfig, RunConfig, SFTConfig
 from icegrt.config.loader import as_dict
 from icegrt.data import check_tokenizer, load_tokenizer
+from icegrt.data.tokenizer import save_tokenizer
 from icegrt.data.types import Tokenizer, TokenizerSource
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
@@ -184,7 +185,7 @@ class Trainer(Generic[ConfigT, StepT]):
             # The log comes first: if a logger cannot start, no file of the run is written yet.
             self._log = RunLog(self.dir, resume_from_step, log_to=self.run.log_to, config=as_dict(self.config))
             self.config.save(self.dir / CONFIG_FILE)
-            self.tokenizer.save_pretrained(self.dir / "tokenizer")
+            save_tokenizer(self.tokenizer, self.dir / "tokenizer")
             drop_rollouts(self.dir, after=self.done_steps)
         if self.chunk_rows:
             print_info(f"logit chunk size: {self.chunk_rows} rows (chunk_rows; fixed for this run)")
@@ -367,9 +368,10 @@ def tokenizer_for(tokenizer: TokenizerSource | None, model: ModelSource, archite
         checked = tokenizer
         check_tokenizer(checked, print_info=print_info)
     if len(checked) > architecture.vocab_size:
+        token = checked.decode([architecture.vocab_size], skip_special_tokens=False)
         raise ConfigError(
             f"the tokenizer has {len(checked)} tokens, but the model's vocabulary only {architecture.vocab_size}; "
-            "they do not belong together"
+            f"they do not belong together: the first token that is too many is {token!r}"
         )
     return checked
 

@@ -7,10 +7,14 @@ import re
 import pytest
 import torch
 
+from icegrt.data import PromptEncoder, Row
 from icegrt.errors import ConfigError, RewardError
-from icegrt.rewards.compat import style_of
+from icegrt.rewards.compat import adapt, style_of
 from icegrt.rewards.sample import RewardResult
+from icegrt.rollout.samples import sample_of
+from icegrt.rollout.types import Response
 from tests.helpers import reward_cases as cases
+from tests.helpers import tiny_models as tiny
 
 # -- as TRL's page has them: https://huggingface.co/docs/trl/main/en/grpo_trainer ----------------------------------
 
@@ -222,3 +226,31 @@ def test_they_run_in_workers_too(tmp_path):
             [cases.sample("4", 0, ground_truth="4"), cases.sample("55", 1, ground_truth="4")]
         )
     assert source_scores.results == [RewardResult(1.0, {"length": 1.0}), RewardResult(0.0, {"length": 2.0})]
+
+
+def test_a_trl_function_gets_all_columns_and_one_form_whichever_rows_a_batch_has():
+    rows = [{"prompt": "a"}, {"prompt": [{"role": "user", "content": "b"}], "answer": "x"}, {"prompt": "c"}]
+    encoder = PromptEncoder(tiny.tokenizer(), 20)
+    prompts = encoder([Row(row, f"row {i}") for i, row in enumerate(rows)])
+    calls = []
+
+    def trl(prompts, completions, answer, **columns):
+        calls.append((prompts, completions, answer, columns))
+        return [0.0] * len(completions)
+
+    reward = adapt(trl)
+    for members in ([0], [2, 1], [0, 2]):
+        responses = [Response(i, 0, i, prompts[i].tokens, [5, 1], [0.0, 0.0], "stop") for i in members]
+        reward([sample_of(tiny.tokenizer(), r, prompts[r.prompt_index]) for r in responses])
+    assert [answers for _, _, answers, _ in calls] == [[None], [None, "x"], [None, None]]
+    assert {type(p) for prompts, _, _, _ in calls for p in prompts} == {list}
+    assert {type(c) for _, completions, _, _ in calls for c in completions} == {list}
+    assert calls[0][0] == [[{"role": "user", "content": "a"}]]
+
+
+def test_a_null_label_is_no_label():
+    sample = cases.sample("x", label=None, answer="y", reward_model={"ground_truth": None}, ground_truth="z")
+    labels = []
+    adapt(lambda queries, prompts, **more: labels.append(more["labels"]) or [0.0])([sample])
+    assert labels == [["y"]]
+    assert adapt(lambda data_source, solution_str, ground_truth: float(ground_truth == "z"))([sample]) == [1.0]

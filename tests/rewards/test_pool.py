@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -352,3 +353,56 @@ def test_a_probe_refuses_a_source_that_scores_nothing_whatever_on_error_says():
     with cases.scorers(score, on_error="drop") as sources:
         with pytest.raises(RewardError, match=r"`score` could score none of 2 answers: .*ValueError: always"):
             sources.probe(cases.samples("a", "b"))
+
+
+def test_a_worker_that_dies_between_two_calls_is_restarted(tmp_path, capsys):
+    body = "return [float(os.getpid())] * len(samples)"
+    with cases.scorers(cases.function_file(tmp_path, body), workers=1) as sources:
+        first = int(sources.score(cases.samples("x"))[0].scores[0])
+        os.kill(first, signal.SIGKILL)
+        assert wait_until_gone(first)
+        second = int(sources.score(cases.samples("x"))[0].scores[0])
+    assert second != first
+    assert "`score`: its process ended between two calls (signal SIGKILL); it is restarted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("seconds", [3e6, 1e10])
+def test_a_time_limit_beyond_what_the_system_counts_is_none(tmp_path, workers, seconds):
+    function = cases.function_file(tmp_path, LENGTHS)
+    with cases.scorers(function, workers=workers, timeout_seconds=seconds) as sources:
+        assert sources.score(cases.samples("abc"))[0].scores == [3.0]
+
+
+def test_files_with_helpers_of_one_name_get_their_own_in_workers(tmp_path):
+    functions = [file_with_helper(tmp_path / folder, value) for folder, value in (("a", 1.0), ("b", 2.0))]
+    with cases.scorers(*functions, workers=1) as sources:
+        assert [s.scores for s in sources.score(cases.samples("x"))] == [[1.0], [2.0]]
+
+
+@pytest.mark.parametrize("where", ["at the top", "inside"])
+def test_files_with_helpers_of_one_name_are_refused_in_one_process(tmp_path, where):
+    functions = [file_with_helper(tmp_path / folder, 1.0, where) for folder in ("a", "b")]
+    with pytest.raises(ConfigError, match=r"imports `helper_\w+_shared`, .*b.*but this process has another"):
+        cases.scorers(*functions, workers=0)
+
+
+def file_with_helper(folder, value, where="at the top"):
+    folder.mkdir()
+    helper = f"helper_{'top' if where == 'at the top' else 'inside'}_shared"
+    (folder / f"{helper}.py").write_text(f"VALUE = {value}\n")
+    lines = f"import {helper}\n" if where == "at the top" else ""
+    inside = "" if lines else f"    import {helper}\n"
+    (folder / "reward.py").write_text(
+        f"{lines}def score(samples):\n{inside}    return [{helper}.VALUE] * len(samples)\n"
+    )
+    return f"{folder / 'reward.py'}:score"
+
+
+def test_all_answers_to_one_prompt_are_one_group_whatever_their_rows(tmp_path):
+    body = "return [100.0 * s.group + 10 * s.index + len(samples) for s in samples]"
+    shown = [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0)]
+    samples = [dataclasses.replace(cases.sample("x", g), group=g, index=i) for g, i in shown]
+    samples = [dataclasses.replace(s, prompt_tokens=[2, 3]) if s.group < 2 else s for s in samples]  # rows 0 and 1
+    with cases.scorers(cases.function_file(tmp_path, body), workers=2) as sources:
+        assert sources.score(samples)[0].scores == [4.0, 24.0, 14.0, 34.0, 201.0]
