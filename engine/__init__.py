@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from icegrt.rollout.engine import RolloutEngine
     from icegrt.rollout.load import load_actor
     from icegrt.rollout.types import Response, Sampling
+    from icegrt.training.callbacks import Callback
     from icegrt.training.reward_model import RewardTrainer
     from icegrt.training.sft import SFTTrainer
-    from icegrt.training.trainer import Callback
 
     __version__: str
 
@@ -67,7 +67,7 @@ _HOMES = {
     "ppo.trainer": ("PPOTrainer",),
     "training.reward_model": ("RewardTrainer",),
     "training.sft": ("SFTTrainer",),
-    "training.trainer": ("Callback",),
+    "training.callbacks": ("Callback",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _LIBRARY_MODULES = ("kernels", "packing")

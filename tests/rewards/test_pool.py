@@ -358,10 +358,10 @@ def test_a_probe_refuses_a_source_that_scores_nothing_whatever_on_error_says():
 def test_a_worker_that_dies_between_two_calls_is_restarted(tmp_path, capsys):
     body = "return [float(os.getpid())] * len(samples)"
     with cases.scorers(cases.function_file(tmp_path, body), workers=1) as sources:
-        first = int(sources.score(cases.samples("x"))[0].scores[0])
+        first = int(sources.score_by_source(cases.samples("x"))[0].score_or_nan_N[0])
         os.kill(first, signal.SIGKILL)
         assert wait_until_gone(first)
-        second = int(sources.score(cases.samples("x"))[0].scores[0])
+        second = int(sources.score_by_source(cases.samples("x"))[0].score_or_nan_N[0])
     assert second != first
     assert "`score`: its process ended between two calls (signal SIGKILL); it is restarted" in capsys.readouterr().err
 
@@ -371,13 +371,13 @@ def test_a_worker_that_dies_between_two_calls_is_restarted(tmp_path, capsys):
 def test_a_time_limit_beyond_what_the_system_counts_is_none(tmp_path, workers, seconds):
     function = cases.function_file(tmp_path, LENGTHS)
     with cases.scorers(function, workers=workers, timeout_seconds=seconds) as sources:
-        assert sources.score(cases.samples("abc"))[0].scores == [3.0]
+        assert sources.score_by_source(cases.samples("abc"))[0].score_or_nan_N == [3.0]
 
 
 def test_files_with_helpers_of_one_name_get_their_own_in_workers(tmp_path):
     functions = [file_with_helper(tmp_path / folder, value) for folder, value in (("a", 1.0), ("b", 2.0))]
     with cases.scorers(*functions, workers=1) as sources:
-        assert [s.scores for s in sources.score(cases.samples("x"))] == [[1.0], [2.0]]
+        assert [s.score_or_nan_N for s in sources.score_by_source(cases.samples("x"))] == [[1.0], [2.0]]
 
 
 @pytest.mark.parametrize("where", ["at the top", "inside"])
@@ -405,4 +405,4 @@ def test_all_answers_to_one_prompt_are_one_group_whatever_their_rows(tmp_path):
     samples = [dataclasses.replace(cases.sample("x", g), group=g, index=i) for g, i in shown]
     samples = [dataclasses.replace(s, prompt_tokens=[2, 3]) if s.group < 2 else s for s in samples]  # rows 0 and 1
     with cases.scorers(cases.function_file(tmp_path, body), workers=2) as sources:
-        assert sources.score(samples)[0].scores == [4.0, 24.0, 14.0, 34.0, 201.0]
+        assert sources.score_by_source(samples)[0].score_or_nan_N == [4.0, 24.0, 14.0, 34.0, 201.0]
