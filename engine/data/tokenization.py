@@ -151,13 +151,13 @@ def _check_trained(
         )
 
 
-def _check_prefix(tokenizer: Any, conversation: Conversation, start: list[int], tokens: list[int], what: str) -> None:
+def _check_prefix(tokenizer: Any, conversation: Conversation, start: list[int], tokens: list[int], part: str) -> None:
     if tokens[: len(start)] == start:
         return
     pairs = zip(start, tokens, strict=False)
     first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(start), len(tokens)))
     raise DataError(
-        f"{conversation.where}: the chat template is not prefix-stable: {what} alone has {len(start)} tokens, and the "
+        f"{conversation.where}: the chat template is not prefix-stable: {part} alone has {len(start)} tokens, and the "
         f"whole conversation departs from them at token {first} ({tokenizer.decode(start[first : first + 8])!r} "
         f"becomes {tokenizer.decode(tokens[first : first + 8])!r}); use a template that renders earlier turns "
         "unchanged and ends its generation prompt where a token ends, mark the answers with {% generation %}, or give "
@@ -210,7 +210,7 @@ def _rendered_spans(tokenizer: Any, conversation: Conversation, tokens: list[int
     token_lists = tokenize(tokenizer, before + through, special=False)
     spans = []
     for index, start, end in zip(turns, token_lists[: len(turns)], token_lists[len(turns) :], strict=True):
-        _check_prefix(tokenizer, conversation, start, tokens, f"what comes before turn {index}")
+        _check_prefix(tokenizer, conversation, start, tokens, f"the text before turn {index}")
         _check_prefix(tokenizer, conversation, end, tokens, f"the conversation through turn {index}")
         spans.append((len(start), len(end)))
     return spans

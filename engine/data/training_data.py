@@ -77,7 +77,7 @@ def encode_prompts(
     """
     room = context - max_new_tokens
     if room < 1:
-        raise ConfigError(f"{key} {max_new_tokens} leaves no room for a prompt in the model's context of {context}")
+        raise ConfigError(f"{key} {max_new_tokens} leaves no room for a prompt: the model has context {context}")
     reason = f"context {context} - max_new_tokens {max_new_tokens} leaves {room}"
     return EncodedDataset(rows, PromptEncoder(tokenizer, room, truncation, chat=chat, limit_reason=reason), name)
 

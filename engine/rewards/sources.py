@@ -244,7 +244,7 @@ def named(specs: Sequence[RewardSpec]) -> list[RewardSpec]:
             raise ConfigError(f"{spec.key}.name: `{spec.name}` {reason}; give each source a name of its own")
         if not re.fullmatch(r"[\w.:-]*", spec.name):
             raise ConfigError(f"{spec.key}.name: expected letters, digits and any of . _ : -, got {spec.name!r}")
-    # 2. name the others; a number tells equal names apart
+    # 2. name the others; a number distinguishes equal names
     used, named_specs = {*configured, MODEL_NAME}, []
     for spec in specs:
         base = re.sub(r"[^\w.:-]", "_", _default_name(spec))
