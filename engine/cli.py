@@ -29,6 +29,7 @@ COMMANDS = {
     "ppo": "train the actor with PPO against the reward",
     "generate": "answer prompts with a model or a run",
     "export": "convert a run's checkpoint to a Hugging Face checkpoint",
+    "report": "write the report of a run, also while it goes on",
     "data": "show which text of a data file is trained on",
     "doctor": "check the machine and the installed packages",
 }
@@ -102,6 +103,11 @@ def _run(argv: list[str]) -> int:
             from icegrt.commands import data_preview
         with contextlib.suppress(SystemExit):  # argparse raises it after --help
             data_preview.main(argv[1:])
+        return OK
+    if argv[0] == "report":
+        with _required_packages("report"):
+            from icegrt.commands import report
+        report.main(argv[1:])
         return OK
     args = parse(argv)
     if "--help" in args.options:

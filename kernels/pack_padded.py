@@ -20,8 +20,8 @@ def pack_padded(input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor
 
     Args:
         input_ids: [B, L] int32 or int64.
-        attention_mask: [B, L], any dtype; 0 marks padding.
-        response_mask: [B, L], any dtype; nonzero marks a token that the policy chose.
+        attention_mask: [B, L], bool, integers, or floats of 0 and 1; 0 marks padding.
+        response_mask: [B, L], bool, integers, or floats of 0 and 1; nonzero marks a token that the policy chose.
 
     Returns:
         PaddedActions over the A chosen tokens, sequence by sequence.

@@ -17,6 +17,10 @@ from torch import Tensor
 # Legend: A, actions of the packed stream; N, sequences; B and L, extents of a padded batch.
 
 
+# A standard deviation below this share of the mean is rounding: means of fp64 sums are off by about 1e-16 of it.
+SPREAD_FLOOR = 1e-12
+
+
 @dataclass(frozen=True)
 class VocabShard:
     """This rank's slice of the vocabulary.
@@ -90,6 +94,15 @@ class Moments:
         """Population variance; 0 for an empty set."""
         return self.m2 / self.count.clamp(min=1)
 
+    @property
+    def varies(self) -> Tensor:
+        """Whether the numbers differ by more than the rounding of fp64, 0-dim bool; False for an empty set.
+
+        variance > (SPREAD_FLOOR * mean)^2
+        """
+        # Negated: the moments of NaN vary, so that what is divided by them is NaN.
+        return ~(self.variance <= (SPREAD_FLOOR * self.mean).square())
+
     def merge(self, other: Moments) -> Moments:
         """Return the moments of the union of two disjoint sets.
 
@@ -145,12 +158,24 @@ class Moments:
 
 
 _MIN, _MAX = {"merge": "min"}, {"merge": "max"}
+
+
+def _squares_about_mean(sum_name: str) -> dict[str, str]:
+    # Metadata of a sum of squared deviations from the mean of the numbers that add up to the field `sum_name`.
+    return {"merge": "m2", "sum": sum_name}
+
+
 _Stats = TypeVar("_Stats", bound="_Mergeable")
 
 
 @dataclass(frozen=True)
 class _Mergeable:
-    """merge and reduce for a dataclass of 0-dim tensors: fields add up unless their metadata names min or max."""
+    """merge and reduce for a dataclass of 0-dim tensors: fields add up unless their metadata names min, max or m2.
+
+    A field with m2 is a sum of squared deviations from the mean and merges as that of `Moments`.
+    """
+
+    count: Tensor
 
     def merge(self: _Stats, other: _Stats) -> _Stats:
         """Return the statistics of two disjoint sets of tokens together.
@@ -167,13 +192,16 @@ class _Mergeable:
         if type(other) is not type(self):
             raise TypeError(f"merge: expected {type(self).__name__}, got {type(other).__name__}")
         join: dict[str, Callable[[Tensor, Tensor], Tensor]]
-        join = {"sum": torch.add, "min": torch.minimum, "max": torch.maximum}
-        return type(self)(
-            **{
-                f.name: join[f.metadata.get("merge", "sum")](getattr(self, f.name), getattr(other, f.name))
-                for f in fields(self)
-            }
-        )
+        join = {"sum": torch.add, "min": torch.minimum, "max": torch.maximum, "m2": torch.add}
+        values = {
+            f.name: join[f.metadata.get("merge", "sum")](getattr(self, f.name), getattr(other, f.name))
+            for f in fields(self)
+        }
+        # Squared deviations from two means become those from the common mean.
+        for name, sum_name in self._squares().items():
+            mean = values[sum_name] / values["count"].clamp(min=1)
+            values[name] = self._squares_about(name, sum_name, mean) + other._squares_about(name, sum_name, mean)
+        return type(self)(**values)
 
     def reduce(self: _Stats, group: dist.ProcessGroup | None = None) -> _Stats:
         """Return the statistics over all ranks of a group. A collective: ranks without tokens call too.
@@ -186,14 +214,30 @@ class _Mergeable:
         """
         rules = {f.name: f.metadata.get("merge", "sum") for f in fields(self)}
         sums = [n for n, rule in rules.items() if rule == "sum"]
-        extremes = [n for n, rule in rules.items() if rule != "sum"]
+        extremes = [n for n, rule in rules.items() if rule in ("min", "max")]
         values = dict(zip(sums, _all_reduce([getattr(self, n) for n in sums], dist.ReduceOp.SUM, group), strict=True))
         if extremes:
             # One collective serves both extremes: the minimum is the negated maximum of the negation.
             signed = [-getattr(self, n) if rules[n] == "min" else getattr(self, n) for n in extremes]
             reduced = _all_reduce(signed, dist.ReduceOp.MAX, group)
             values |= {n: -v if rules[n] == "min" else v for n, v in zip(extremes, reduced, strict=True)}
+        squares = self._squares()
+        if squares:
+            # Each rank moves its squared deviations to the mean of all ranks; then they add up.
+            means = {name: values[sum_name] / values["count"].clamp(min=1) for name, sum_name in squares.items()}
+            moved = [self._squares_about(name, sum_name, means[name]) for name, sum_name in squares.items()]
+            values |= dict(zip(squares, _all_reduce(moved, dist.ReduceOp.SUM, group), strict=True))
         return type(self)(**values)
+
+    def _squares(self) -> dict[str, str]:
+        """Return the fields of squared deviations, each with the field of the sum that belongs to it."""
+        return {f.name: f.metadata["sum"] for f in fields(self) if f.metadata.get("merge") == "m2"}
+
+    def _squares_about(self, name: str, sum_name: str, mean: Tensor) -> Tensor:
+        """Return the squared deviations of this set from another mean."""
+        delta = getattr(self, sum_name) / self.count.clamp(min=1) - mean
+        squares: Tensor = getattr(self, name) + self.count * delta * delta
+        return squares
 
 
 def _all_reduce(values: Sequence[Tensor], op: Any, group: dist.ProcessGroup | None) -> list[Tensor]:
@@ -214,7 +258,6 @@ class PolicyStats(_Mergeable):
     Source: Schulman, "Approximating KL Divergence", 2020.
     """
 
-    count: Tensor
     weight_sum: Tensor
     loss_sum: Tensor  # the objective with all its terms, before the normalizer
     policy_loss_sum: Tensor  # its clipped-surrogate part
@@ -241,7 +284,6 @@ class ValueStats(_Mergeable):
     error = return - value
     """
 
-    count: Tensor
     weight_sum: Tensor
     loss_sum: Tensor
     clipped_sum: Tensor  # tokens whose gradient the clip removed
@@ -253,14 +295,16 @@ class ValueStats(_Mergeable):
     error_sq_sum: Tensor
     value_min: Tensor = field(metadata=_MIN)
     value_max: Tensor = field(metadata=_MAX)
+    return_m2: Tensor = field(metadata=_squares_about_mean("return_sum"))  # squared deviations from their mean
+    error_m2: Tensor = field(metadata=_squares_about_mean("error_sum"))
 
     @property
     def explained_variance(self) -> Tensor:
-        """1 - var(return - value) / var(return), 0-dim fp64; 0 if the returns do not vary."""
+        """1 - var(return - value) / var(return), 0-dim fp64; 0 if the returns do not vary (see `Moments.varies`)."""
         n = self.count.clamp(min=1)
-        total = self.return_sq_sum / n - (self.return_sum / n) ** 2
-        unexplained = self.error_sq_sum / n - (self.error_sum / n) ** 2
-        return torch.where(total > 0, 1 - unexplained / total.clamp(min=1e-30), torch.zeros_like(total))
+        returns = Moments(self.count, self.return_sum / n, self.return_m2)
+        explained = 1 - self.error_m2 / torch.where(returns.varies, self.return_m2, 1.0)
+        return torch.where(returns.varies, explained, 0.0)
 
 
 @dataclass(frozen=True)

@@ -42,12 +42,26 @@ def check_integral(op: str, name: str, x: Tensor, shape: tuple[int | None, ...],
 
 
 def check_mask(op: str, name: str, x: Tensor | None, shape: tuple[int | None, ...], like: Tensor | None = None) -> None:
-    """Raise unless x is None or a tensor of `shape`: bool, or numbers that are 0 where masked."""
+    """Raise unless x is None or a tensor of `shape`: bool, integers that are 0 where masked, or floats of 0 and 1.
+
+    The values of floats are read on the CPU only: on a device that would synchronise, and any number but 0 counts.
+    """
     if x is None:
         return
     _check_tensor(op, name, x)
     _check_shape(op, name, x, shape)
     _check_device(op, name, x, like)
+    if x.is_floating_point() and x.device.type == "cpu":
+        # A share such as 0.5 would count as 1: masks do not weigh.
+        bad = (x != 0) & (x != 1)
+        if bad.any():
+            entry = bad.nonzero()[0].tolist()
+            value = float(x[tuple(entry)])
+            where = entry[0] if len(entry) == 1 else entry
+            raise ValueError(
+                f"{op}: {name} must be 0 or 1 where it is floating point (a mask does not weigh: pass weights as "
+                f"weights), got {value} at row {where}"
+            )
 
 
 def check_number(
@@ -119,6 +133,23 @@ def check_labels_in_range(op: str, labels_A: Tensor, vocab_size: int) -> None:
         raise ValueError(
             f"{op}: labels_A must lie in [0, {vocab_size}) or be {IGNORED_LABEL}, got {int(labels_A[row])} at row {row}"
         )
+
+
+def check_finite_rows(op: str, name: str, x_A: Tensor, mask_A: Tensor | None, labels_A: Tensor | None) -> None:
+    """Raise for a CPU entry that counts and is not finite. On a device the check would synchronise.
+
+    An entry counts if its mask is not 0 and its label is not IGNORED_LABEL.
+    """
+    if x_A.device.type != "cpu":
+        return
+    bad_A = ~x_A.isfinite()
+    if mask_A is not None:
+        bad_A = bad_A & (mask_A != 0)
+    if labels_A is not None:
+        bad_A = bad_A & (labels_A != IGNORED_LABEL)
+    if bad_A.any():
+        row = int(bad_A.nonzero()[0])
+        raise ValueError(f"{op}: {name} must be finite where a token counts, got {float(x_A[row])} at row {row}")
 
 
 def check_overwritable(op: str, name: str, x: Tensor) -> None:

@@ -1,12 +1,16 @@
 """The checkpoints of a run as files: write, verify, commit, prune, recover. This module does not import torch.
 
-checkpoints/step_000040/           a complete checkpoint, renamed to this name when all of it is on the disk
+Files are written to a staging directory, fsynced and listed in a manifest. One rename then commits the checkpoint. So
+a directory with the final name is complete, whenever the process or the machine stops.
+
+checkpoints/step_000040/           a committed checkpoint; 40 is the number of finished steps
     actor/, critic/                Megatron's files, by role
     state.json                     everything but tensors
     manifest.json                  size and SHA-256 of every file above
-checkpoints/step_000045.writing/   the staging directory of a checkpoint, or the rest of one after a crash
+checkpoints/step_000045.writing/   the staging directory of a checkpoint, or what a crash left of it
 checkpoints/step_000035.damaged/   a quarantined checkpoint: it did not match its manifest on resume
-checkpoints/latest, best           one line each: the name of a complete checkpoint
+checkpoints/*.replaced, *.deleted  a checkpoint that is being replaced or deleted
+checkpoints/latest, best           text files of one line: the name of a committed checkpoint
 """
 
 from __future__ import annotations
@@ -167,15 +171,27 @@ def discard(checkpoint: Path) -> None:
     shutil.rmtree(staging_path(checkpoint), ignore_errors=True)
 
 
-def prune(run_dir: str | Path, keep: int) -> None:
-    """Update `best`, and delete all checkpoints but the last `keep` and the best one."""
+def prune(run_dir: str | Path, keep: int) -> list[str]:
+    """Update `best`, and delete all checkpoints but the last `keep` and the best one.
+
+    Returns:
+        What could not be written or deleted, one description each.
+    """
+    problems = []
     checkpoints = list_checkpoints(run_dir)
     best = best_of(checkpoints)
     if best is not None:
-        write_text_atomic(best.parent / BEST, best.name + "\n")
+        try:
+            write_text_atomic(best.parent / BEST, best.name + "\n")
+        except OSError as error:
+            problems.append(f"{best.parent / BEST}: cannot be written ({error.strerror or error})")
     for checkpoint in checkpoints[:-keep]:
         if checkpoint != best:
-            _delete(checkpoint)
+            try:
+                _delete(checkpoint)
+            except OSError as error:
+                problems.append(f"{checkpoint}: cannot be deleted ({error.strerror or error}); delete it by hand")
+    return problems
 
 
 def best_of(checkpoints: Iterable[Path]) -> Path | None:

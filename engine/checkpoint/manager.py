@@ -73,7 +73,7 @@ class Checkpoints:
         Raises:
             RunError: on all ranks, if the checkpoint cannot be written. Earlier checkpoints are unchanged.
         """
-        self.complete()
+        self.finish_pending()
         # 1. The JSON document, as text now: the objects in it change with the next step.
         target = files.checkpoint_path(self.run_dir, step)
         schedules = {role.name: role.schedule.state_dict() for role in roles}
@@ -99,7 +99,7 @@ class Checkpoints:
             writer.start()
         else:
             writer.run()
-            self.complete()
+            self.finish_pending()
         return target
 
     @property
@@ -109,11 +109,11 @@ class Checkpoints:
 
     @property
     def ready(self) -> bool:
-        """Whether this rank has written its files, so that `complete` would not delay other ranks."""
+        """Whether this rank has written its files, so that `finish_pending` would not delay other ranks."""
         return self._pending is None or not self._pending.writer.is_alive()
 
-    def complete(self) -> None:
-        """Wait for a pending checkpoint and commit it.
+    def finish_pending(self) -> None:
+        """Wait for the pending checkpoint and commit it; do nothing if none is pending. Collective.
 
         Raises:
             RunError: on all ranks, if the checkpoint cannot be written.
@@ -148,7 +148,9 @@ class Checkpoints:
         digests = {name: digest for outcome in outcomes for name, digest in outcome.digests.items()}
         files.write_manifest(staging, digests)
         files.commit(pending.target)
-        files.prune(self.run_dir, self.keep)
+        # The new checkpoint is complete: an old one that stays is no reason to end the run.
+        for problem in files.prune(self.run_dir, self.keep):
+            warn(problem)
 
     def _write_error(self, target: Path, problem: str) -> RunError:
         if self.cluster.is_main:

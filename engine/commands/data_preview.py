@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from icegrt.data.conversation import column
@@ -16,7 +15,7 @@ from icegrt.data.rows import RESPONSES, Row
 from icegrt.data.tokenizer import load_tokenizer, stop_ids
 from icegrt.errors import ConfigError
 from icegrt.utils import console
-from icegrt.utils.files import read_object
+from icegrt.utils.files import model_folder, read_object
 
 KINDS = ("examples", "rankings", "prompts")
 _NO_LIMIT = 1 << 40
@@ -69,8 +68,9 @@ def main(arguments: Sequence[str]) -> None:
             raise ConfigError(f"icegrt data preview --{name.replace('_', '-')}: expected 1 or more")
     rows = open_rows(args.file, args.rows, input_key=args.input_key, output_key=args.output_key)
     tokenizer = load_tokenizer(args.model, print_info=console.warn)
-    model_config = Path(args.model) / "config.json"
-    stops = stop_ids(tokenizer, read_object(model_config) if model_config.is_file() else {}, args.model)
+    folder = model_folder(args.model)
+    model_config = folder / "config.json"
+    stops = stop_ids(tokenizer, read_object(model_config) if model_config.is_file() else {}, folder)
     kind = args.kind or kind_of(rows[0])
     if kind == "prompts":
         if args.truncation == "right":
@@ -91,9 +91,13 @@ def main(arguments: Sequence[str]) -> None:
 
 def kind_of(row: Row) -> str:
     """Return the kind that a row's columns suggest: "rankings", "examples" or "prompts"."""
-    if any(row.get(name) is not None for name in ("responses", "chosen", "rejected")):
+    if any(row.get(name) is not None for name in ("scores", "ranks", "chosen", "rejected")):
         return "rankings"
-    return "examples" if row.get("messages") is not None or column(row, RESPONSES) else "prompts"
+    messages = row.get("messages")
+    is_answered = isinstance(messages, list) and any(
+        isinstance(message, dict) and message.get("role") == "assistant" for message in messages
+    )
+    return "examples" if is_answered or column(row, RESPONSES) else "prompts"
 
 
 def paragraphs(tokenizer: Any, item: Example | Prompt | Ranking) -> Iterator[list[Piece]]:

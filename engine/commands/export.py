@@ -41,13 +41,14 @@ def run(config: ExportConfig) -> None:
         raise RunError(f"{out}: already there, and not an empty folder; set export.out to another folder")
     checkpoint = _checkpoint_to_export(config)
     state = read_state(checkpoint)
-    if config.role not in state["roles"]:
+    role_name = _stored_role(checkpoint, config.role)
+    if role_name not in state["roles"]:
         raise ConfigError(f"export.role: {checkpoint} holds {', '.join(state['roles'])}, not {config.role}")
-    role = state["roles"][config.role]
+    role = state["roles"][role_name]
     architecture = Architecture.from_config(role["hf_config"], str(checkpoint), role.get("generation_config"))
     tokenizer = load_tokenizer(str(Path(config.run) / "tokenizer"), print_info=print_info)
     out = save_pretrained(
-        _tensors(CheckpointTensors(checkpoint / config.role), architecture, role["head"], DTYPES[config.dtype]),
+        _tensors(CheckpointTensors(checkpoint / role_name), architecture, role["head"], DTYPES[config.dtype]),
         architecture,
         config.out,
         classifier=role["head"] == "scalar",
@@ -55,14 +56,14 @@ def run(config: ExportConfig) -> None:
         tokenizer=tokenizer,
         shard_bytes=int(config.shard_gigabytes * 1e9),
     )
-    print_info(f"{config.role} at step {state['step']}: {out}")
+    print_info(f"{role_name} at step {state['step']}: {out}")
 
 
 def _checkpoint_to_export(config: ExportConfig) -> Path:
     """Return the checkpoint that `export.checkpoint` names, after verifying the files that the export reads."""
 
     def faults_of(checkpoint: Path) -> list[str]:
-        return verify(checkpoint, only=(STATE, config.role))
+        return verify(checkpoint, only=(STATE, _stored_role(checkpoint, config.role)))
 
     def damage(faults_by_checkpoint: dict[Path, list[str]]) -> CheckpointError:
         return CheckpointError("\n".join(describe_faults(*item) for item in faults_by_checkpoint.items()))
@@ -84,6 +85,14 @@ def _checkpoint_to_export(config: ExportConfig) -> Path:
     if faults := faults_of(checkpoint):
         raise damage({checkpoint: faults})
     return checkpoint
+
+
+def _stored_role(checkpoint: Path, role: str) -> str:
+    """Return the role of the checkpoint that `export.role` names: "actor" and "model" name the only role of a run."""
+    names = sorted(path.name for path in checkpoint.iterdir() if path.is_dir())
+    if role in names or role not in ("actor", "model"):
+        return role
+    return names[0] if len(names) == 1 else "actor"
 
 
 def _tensors(

@@ -12,7 +12,7 @@ from icegrt.utils.console import plain, print_info
 
 def run(config: GenerateConfig) -> None:
     """Print each prompt with its answers, or write them to `generate.out`."""
-    with rows_file(config.out) if config.out else contextlib.nullcontext() as writer:
+    with rows_file(config.out, [config.prompts]) if config.out else contextlib.nullcontext() as writer:
         count = 0
         for prompt, texts, responses in generate(config):
             count += len(texts)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from icegrt.checkpoint.directory import list_checkpoints
 from icegrt.config import GenerateConfig, SampleConfig
 from icegrt.data import ConcatDataset, EncodedDataset, Prompt, Row, open_rows, report_lengths, stop_ids
 from icegrt.data.training_data import encode_prompts
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
-from icegrt.errors import CheckpointError, ConfigError
+from icegrt.errors import ConfigError
 from icegrt.model.architecture import DTYPES
 from icegrt.model.build import build_model, check_parallelism
+from icegrt.model.hf import loader
 from icegrt.model.hf.reader import HFCheckpointReader
 from icegrt.rewards.compat import adapt
 from icegrt.rewards.error_policy import call_reward_function
@@ -39,12 +38,13 @@ def run(config: SampleConfig) -> None:
     score, key = None, "sample.score_function"
     if config.score_function:
         score = adapt(load_reward_function(config.score_function, key), key=key)
-    with Cluster.open(Layout.of(config.parallel)) as cluster, rows_file(config.out) as writer:
+    inputs = [config.prompts, config.score_function.rpartition(":")[0]]
+    with Cluster.open(Layout.of(config.parallel)) as cluster, rows_file(config.out, inputs) as writer:
         reader, tokenizer = _open_model(config, cluster)
         rows = open_rows(config.prompts, config.limit, input_key=config.input_key)
         prompts = _encode(config, reader, tokenizer, rows, name=config.prompts)
         report_lengths([prompts])
-        engine = _build_engine(config, reader, tokenizer, cluster)
+        engine = _build_rollout_engine(config, reader, tokenizer, cluster)
         sampling = Sampling.of(config.sampling, config.seed)
         if config.temperatures:
             answered = diverse_answers(engine, prompts, config.samples_per_prompt, sampling, config.temperatures)
@@ -59,7 +59,8 @@ def run(config: SampleConfig) -> None:
 
 
 def _open_model(config: SampleConfig | GenerateConfig, cluster: Cluster) -> tuple[HFCheckpointReader, Any]:
-    reader = HFCheckpointReader(model_folder(config.model))
+    reader = HFCheckpointReader(config.model)
+    loader.check(reader, "lm")  # before data is encoded, which may take long
     check_parallelism(reader.architecture, cluster)
     return reader, tokenizer_for(None, reader.folder, reader.architecture)
 
@@ -82,10 +83,11 @@ def _encode(
     )
 
 
-def _build_engine(
+def _build_rollout_engine(
     config: SampleConfig | GenerateConfig, reader: HFCheckpointReader, tokenizer: Any, cluster: Cluster
 ) -> RolloutEngine:
-    stops = stop_ids(tokenizer, reader.architecture.hf_config, reader.folder, config.sampling.stop_token_ids)
+    hf_config, folder = reader.architecture.hf_config, reader.folder
+    stops = stop_ids(tokenizer, hf_config, folder, config.sampling.stop_token_ids)
     model = build_model(reader, "lm", cluster, dtype=DTYPES[config.dtype]).eval()
     return RolloutEngine(model, tokenizer, max_batch=config.max_batch, stop_token_ids=stops)
 
@@ -149,24 +151,7 @@ def generate(config: GenerateConfig) -> Iterator[tuple[Prompt, list[str], list[R
     with Cluster.open(Layout.of(config.parallel)) as cluster:
         reader, tokenizer = _open_model(config, cluster)
         prompts = ConcatDataset([_encode(config, reader, tokenizer, rows, chat=config.chat) for rows in sources])
-        engine = _build_engine(config, reader, tokenizer, cluster)
+        engine = _build_rollout_engine(config, reader, tokenizer, cluster)
         sampling = Sampling.of(config.sampling, config.seed)
         for prompt, responses in answers(engine, prompts, config.samples_per_prompt, sampling):
             yield prompt, [engine.text(r) for r in responses], responses
-
-
-def model_folder(path: str) -> str:
-    """Return a checkpoint's folder: `path` itself, or the exported model of the run at `path`.
-
-    Raises:
-        CheckpointError: the run at `path` has no exported model yet.
-    """
-    if (Path(path) / "config.json").is_file():
-        return path
-    exported = Path(path) / "model"
-    if not exported.is_dir() and list_checkpoints(path):
-        raise CheckpointError(
-            f"{path}: an unfinished run, which has no model yet; finish it with --resume, or export its last "
-            f"checkpoint: icegrt export export.run={path} export.out=FOLDER"
-        )
-    return str(exported) if exported.is_dir() else path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
@@ -47,9 +48,20 @@ else:
 # `key` is no field specifier here: type checkers know the default of a specifier by keyword only.
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def config_class(cls: type[T]) -> type[T]:
-    """Make a frozen, keyword-only dataclass of `cls` that refuses unknown keys."""
+    """Make a frozen, keyword-only dataclass of `cls`. Its constructor checks values as the loader checks a file's.
+
+    The constructor raises `ConfigError` for a key that is unknown, mistyped or out of bounds.
+    """
     options = ConfigDict(extra="forbid", validate_default=False)
-    return cast("type[T]", dataclass(frozen=True, kw_only=True, config=options)(cls))
+    config = cast("Any", dataclass(frozen=True, kw_only=True, config=options)(cls))
+    set_values = config.__init__
+
+    @functools.wraps(set_values)
+    def __init__(self: Any, **values: Any) -> None:
+        set_values(self, **loader.checked_values(config, values))
+
+    config.__init__ = __init__
+    return cast("type[T]", config)
 
 
 def key(default: Any, help: str, *, unit: str = "", **bounds: Any) -> Any:

@@ -56,7 +56,7 @@ icegrt ppo recipe.yaml --print-config        # the resolved configuration, as YA
 In Python: `PPOConfig.load("recipe.yaml", ["ppo.kl_coef=0.1"])`. Objects are frozen; `dataclasses.replace` returns a
 changed copy.
 
-[Concepts](concepts.md) defines score, reward and task score, and lists the batch sizes of TRL and verl.
+[Concepts](concepts.md) defines the kinds of scores and rewards, and lists the batch sizes of TRL and verl.
 """
 
 

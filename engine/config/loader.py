@@ -1,5 +1,7 @@
 """Load, check, print and save the configuration classes of `schema`; every error is one `ConfigError`.
 
+Values of a file, of an override and of a constructor in Python are checked alike.
+
 This module checks values before pydantic does, for three reasons. pydantic's lax mode accepts `true` as a number and
 "5" as 5. Its messages name neither the file's line nor the unit. It builds a nested section from the defaults of its
 class, but a command has its own (`sft: {optimizer: {lr: 2e-5}}` must keep the weight decay of `sft`).
@@ -16,8 +18,6 @@ import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-
-from pydantic import ValidationError
 
 from icegrt.config.introspect import SECTIONS, SIGNS, bounds_of, config_keys, fields_of, is_section, type_text, unit_of
 from icegrt.config.strict_yaml import dump, parse
@@ -49,11 +49,36 @@ def load(cls: type[ConfigT], path: str | Path | None = None, overrides: Sequence
         except ConfigError as error:
             problems.append(f"{_COMMAND_LINE}: {str(error).removeprefix(_COMMAND_LINE + ': ')}")
     config: Any = None if problems else _build(cls, data, cls(), (cls.section,), where, problems)
+    _raise(problems)
+    return config
+
+
+def checked_values(cls: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of a configuration made in Python, in the types of their keys.
+
+    A mapping for a nested section changes the defaults that the section has in `cls`.
+
+    Raises:
+        ConfigError: lists every key that is unknown, mistyped or out of bounds.
+    """
+    fields, path = fields_of(cls), (getattr(cls, "section", "") or cls.__name__,)
+    problems: list[str] = []
+    checked = {}
+    for name, value in values.items():
+        if name not in fields:
+            problems.append(f"{_origin((), {})}: {_unknown((*path, name), cls, SECTIONS.get(path[0]))}")
+            continue
+        default = fields[name].get_default(call_default_factory=True)
+        checked[name] = _value(fields[name], value, default, (*path, name), {}, problems)
+    _raise(problems)
+    return checked
+
+
+def _raise(problems: list[str]) -> None:
     if len(problems) == 1:
         raise ConfigError(problems[0])
     if problems:
         raise ConfigError(f"{len(problems)} problems in the configuration:\n  " + "\n  ".join(problems))
-    return config
 
 
 def _read_section(cls: type[Any], path: Path) -> tuple[dict, dict[KeyPath, str]]:
@@ -173,22 +198,21 @@ def _build(cls: type[Any], data: Any, base: Any, path: KeyPath, where: dict[KeyP
             values[name] = _value(fields[name], value, values[name], key_path, where, problems)
     if len(problems) > n_problems:
         return base
-    try:
-        return cls(**values)
-    except ValidationError as error:  # a check of the class itself, such as conflicting keys
-        for item in error.errors():
-            key_path = (*path, *item["loc"])
-            problems.append(f"{_located(key_path, where)}: {item['msg'].removeprefix('Value error, ')}")
-        return base
+    return cls(**values)
 
 
 def _value(field: Any, value: Any, base: Any, path: KeyPath, where: dict[KeyPath, str], problems: list[str]) -> Any:
     kind = field.annotation
     if is_section(kind):
-        return _build(kind, value, base, path, where, problems)
+        return value if isinstance(value, kind) else _build(kind, value, base, path, where, problems)
+    if isinstance(value, tuple):  # of a configuration made in Python
+        value = list(value)
     items = typing.get_args(kind)[0] if typing.get_origin(kind) is list else None
     if items and is_section(items) and isinstance(value, list):
-        return [_build(items, v, items(), (*path, i), where, problems) for i, v in enumerate(value)]
+        return [
+            v if isinstance(v, items) else _build(items, v, items(), (*path, i), where, problems)
+            for i, v in enumerate(value)
+        ]
     try:
         return _leaf(field, value)
     except (ValueError, OverflowError) as error:

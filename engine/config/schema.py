@@ -369,7 +369,9 @@ class ExportConfig(Loadable):
 
     section = "export"
     run: str = key("", "folder of a run")
-    role: Literal["actor", "critic"] = key("actor", "the trained model to export (SFT and reward runs have only one)")
+    role: Literal["actor", "critic", "reward", "model"] = key(
+        "actor", "the trained model to export (SFT and reward runs have only one, which actor and model name too)"
+    )
     checkpoint: str = key("latest", "the checkpoint: latest, best (by held-out score or loss), or step_NNNNNN")
     out: str = key("", "folder to write; must be empty or absent")
     dtype: Literal["fp32", "bf16"] = key("fp32", "dtype of the exported weights")

@@ -1,8 +1,8 @@
-"""The order in which training sees the data: random, reproducible on any machine, resumable at any item.
+"""The order of the training data: random, reproducible on any machine, resumable at any item.
 
-`BlendedDataset` mixes weighted sources into epochs; `PromptSampler` (prompt_sampler.py) draws prompts without end. Each
-is a position in a sequence that depends on the seed alone. So its state is a few numbers, and a resumed run continues
-the sequence of an uninterrupted one.
+`BlendedDataset` mixes weighted sources into epochs. `PromptSampler` (prompt_sampler.py) draws prompts without end. The
+order of either depends only on the seed, the sizes and the weights. The state is therefore a position in that order, a
+few numbers, and a resumed run continues the order of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -35,9 +35,12 @@ def shuffled(n: int, seed: int, *stream: int) -> np.ndarray:
 class BlendedDataset:
     """Mix weighted sources into shuffled epochs of (source index, item index).
 
-    A source of weight w contributes each of its items w times per epoch. For the integer part of w, every item comes in
-    every epoch. For the fraction, a window moves through a fixed shuffle of the source, so that no item repeats before
-    all have come.
+    A source of n items and weight w contributes w * n items to an epoch, up to rounding. The integer part of w repeats
+    every item that many times in every epoch. The fraction adds a part of the items. Epoch by epoch that part moves
+    through a fixed shuffle of the source, so that no item is added again before all items were added.
+
+    Example: weight 2.5 and 4 items. Every epoch has each item twice, and two of the items once more; the next epoch
+    adds the other two.
     """
 
     def __init__(self, sources: Sequence[tuple[Sequence, float]], seed: int) -> None:

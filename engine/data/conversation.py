@@ -137,7 +137,9 @@ def column(row: Row, names: tuple[str, ...]) -> str | None:
         return names[0]
     aliases = [name for name in names[1:] if row.get(name) is not None]
     if len(aliases) > 1:
-        raise DataError(f"{row.where}: columns {_listed(aliases)} could each be the `{names[0]}`: keep one of them")
+        raise DataError(
+            f"{row.where}: columns {_shortened_list(aliases)} could each be the `{names[0]}`: keep one of them"
+        )
     return aliases[0] if aliases else None
 
 
@@ -158,7 +160,7 @@ def prompt_column(row: Row) -> str | None:
 
 def unknown_shape(row: Row, accepted: str) -> DataError:
     """Return the error for a row whose columns fit no accepted shape."""
-    columns = _listed(row.columns()) or "none"
+    columns = _shortened_list(row.columns()) or "none"
     return DataError(
         f"{row.where}: columns found: {columns}; expected {accepted}; a prompt of another name is named with input_key"
     )
@@ -265,6 +267,7 @@ def _tools(row: Row) -> list | None:
     return _without_nulls(tools) or None
 
 
-def _listed(names: list[str]) -> str:
+def _shortened_list(names: list[str]) -> str:
+    """Return the first 12 names as text, and the number of the others."""
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
     return ", ".join(f"`{name}`" for name in names[:12]) + more

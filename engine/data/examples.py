@@ -7,7 +7,7 @@ dropped, or is truncated, according to `truncation`.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
 from icegrt.data.conversation import prompt_column, prompt_conversation, training_conversation
@@ -38,17 +38,35 @@ class Example:
         return len(self.prompt) + len(self.response)
 
 
+@dataclass
+class PromptSchema:
+    """What the rows of one source of prompts have in common, whichever rows a batch has.
+
+    `columns`: the names of all columns, in the order of their first use. `is_chat`: a prompt is a list of messages.
+    """
+
+    columns: dict[str, None] = field(default_factory=dict)
+    is_chat: bool = False
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Take a row's columns and the form of its prompt into account."""
+        self.columns.update(dict.fromkeys(row))
+        self.is_chat = self.is_chat or not isinstance(row.get("prompt"), str)
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt to answer: its tokens (generation prompt included), and the row with all its columns.
 
-    If the prompt comes from a column of another name, the row has it as `prompt` too.
+    If the prompt comes from a column of another name, the row has it as `prompt` too. `schema` describes all rows of
+    the source; it is complete when the source has been encoded once.
     """
 
     tokens: list[int]
     where: str
     row: dict[str, Any]
     truncated: bool = False
+    schema: PromptSchema = field(default_factory=PromptSchema, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -128,6 +146,7 @@ class PromptEncoder:
         check_options(max_prompt, truncation, ("error", "drop", "left"))
         self.tokenizer, self.max_prompt, self.truncation, self.chat = tokenizer, max_prompt, truncation, chat
         self.limit_reason = limit_reason or f"at most {max_prompt} fit"
+        self.schema = PromptSchema()
 
     def __call__(self, rows: Sequence[Row]) -> list[Prompt | SkippedRow]:
         """Return a prompt or a `SkippedRow` for each row.
@@ -141,15 +160,16 @@ class PromptEncoder:
     def _fit(self, row: Row, tokens: list[int]) -> Prompt | SkippedRow:
         key = prompt_column(row)
         data = row.data if key in (None, "prompt") else {**row.data, "prompt": row.data[key]}
+        self.schema.add(data)
         if len(tokens) <= self.max_prompt:
-            return Prompt(tokens, row.where, data)
+            return Prompt(tokens, row.where, data, schema=self.schema)
         if self.truncation == "error":
             raise DataError(
                 f"{row.where}: prompt of {len(tokens)} tokens, but {self.limit_reason}: shorten it, lower "
                 "max_new_tokens, or set truncation to drop or left"
             )
         if self.truncation == "left":
-            return Prompt(tokens[-self.max_prompt :], row.where, data, truncated=True)
+            return Prompt(tokens[-self.max_prompt :], row.where, data, truncated=True, schema=self.schema)
         return SkippedRow(f"longer than {self.max_prompt} tokens")
 
 

@@ -99,7 +99,8 @@ def _readable_type(pa: Any, arrow_type: Any) -> Any:
     types = pa.types
     if types.is_binary(arrow_type) or types.is_large_binary(arrow_type) or types.is_fixed_size_binary(arrow_type):
         return None
-    if types.is_temporal(arrow_type) or types.is_decimal(arrow_type):
+    # pyarrow 26: casts no list with nulls alone to its own type, but to one of strings, which holds the same nulls.
+    if types.is_temporal(arrow_type) or types.is_decimal(arrow_type) or types.is_null(arrow_type):
         return pa.string()
     if types.is_dictionary(arrow_type):
         return _readable_type(pa, arrow_type.value_type)

@@ -7,7 +7,6 @@ decoding and tokenizing again can give other tokens than the policy produced.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +24,7 @@ from icegrt.data.rows import Row
 from icegrt.data.tokenization import TokenizedExample, tokenize_conversations
 from icegrt.data.tokenizer import eos_id
 from icegrt.errors import DataError
-from icegrt.utils.values import is_number
+from icegrt.utils.values import FLOAT32_MAX, is_float32_number, is_number
 
 SHAPES = "`prompt` with `responses` and `scores` or `ranks`, or `prompt` with `chosen` and `rejected`"
 
@@ -118,13 +117,18 @@ class RankingEncoder:
         return Ranking(prompt_tokens, responses, ranking.scores, ranking.where, truncated=True)
 
 
-def untied_pairs(scores: Sequence[float], margin: float = 0.0) -> list[tuple[int, int]]:
-    """Return every (winner, loser) whose scores differ, by at least `margin`; empty if all responses tie."""
+def untied_pairs(
+    scores: Sequence[float], margin: float = 0.0, responses: Sequence[list[int]] | None = None
+) -> list[tuple[int, int]]:
+    """Return every (winner, loser) whose scores differ, by at least `margin`; empty if all responses tie.
+
+    Two of `responses` with the same tokens are no pair: a model gives them one score.
+    """
     return [
         (i, j)
         for i, winner in enumerate(scores)
         for j, loser in enumerate(scores)
-        if winner > loser and winner - loser >= margin
+        if winner > loser and winner - loser >= margin and (responses is None or responses[i] != responses[j])
     ]
 
 
@@ -141,7 +145,7 @@ def _read(tokenizer: Any, row: Row) -> _RankedRow:
     if len(texts) < 2:
         raise DataError(f"{row.where}: key `responses`: expected at least 2 to compare, got {len(texts)}")
     texts = [checked_text(row, f"responses[{i}]", text) for i, text in enumerate(texts)]
-    prompt, scores = prompt_conversation(row), _scores(row, len(texts))
+    prompt, scores = prompt_conversation(row), _preferences(row, len(texts))
     conversations = [prompt.with_answer(text) for text in texts]
     hit_limit = [False] * len(texts)
     if row.get("finish_reasons") is not None:
@@ -158,7 +162,8 @@ def _list(row: Row, key: str, length: int | None = None) -> list:
     return value
 
 
-def _scores(row: Row, length: int) -> list[float]:
+def _preferences(row: Row, length: int) -> list[float]:
+    """Return a number per response, higher is better: its score, or its negated rank."""
     keys = [key for key in ("scores", "ranks") if row.get(key) is not None]
     if not keys:
         raise unknown_shape(row, SHAPES)
@@ -167,8 +172,10 @@ def _scores(row: Row, length: int) -> list[float]:
     key = keys[0]
     values = _list(row, key, length)
     for i, value in enumerate(values):
-        if not (is_number(value) and math.isfinite(value)):
-            raise DataError(f"{row.where}: key `{key}[{i}]`: expected a finite number, got {value!r}")
+        if not is_float32_number(value):
+            got = repr(value) if not isinstance(value, int) or value.bit_length() < 256 else "a larger integer"
+            limit = f" between +-{FLOAT32_MAX:.3g}, as float32 holds it" if is_number(value) and value == value else ""
+            raise DataError(f"{row.where}: key `{key}[{i}]`: expected a finite number{limit}, got {got}")
         if key == "ranks" and value < 1:
             raise DataError(f"{row.where}: key `ranks[{i}]`: expected 1 (best) or more, got {value!r}")
     return [float(value) if key == "scores" else -float(value) for value in values]
@@ -185,9 +192,14 @@ def _sampled_ids(tokenizer: Any, row: Row, texts: list[str]) -> list[list[int] |
             raise DataError(f"{row.where}: key `response_ids[{i}]`: expected a list of token ids")
         if not ids:
             raise DataError(f"{row.where}: key `response_ids[{i}]`: is empty; a response has at least one token")
-        # Ids of another tokenizer may lie in the vocabulary, and a user may edit text but not ids: the text decides.
-        in_vocabulary = all(0 <= t < vocab_size for t in ids)
-        sampled_ids.append(list(ids) if in_vocabulary and _decodes_to(tokenizer, ids, text) else None)
+        outside = next((t for t in ids if not 0 <= t < vocab_size), None)
+        if outside is not None:
+            raise DataError(
+                f"{row.where}: key `response_ids[{i}]`: token {outside} is not in the tokenizer of {vocab_size} "
+                "tokens; use the tokenizer of the model that sampled it, or remove `response_ids`"
+            )
+        # A user may edit text but not ids: the text decides.
+        sampled_ids.append(list(ids) if _decodes_to(tokenizer, ids, text) else None)
     return sampled_ids
 
 

@@ -116,11 +116,25 @@ def _plain_prompts(tokenizer: Any, conversations: Sequence[Conversation]) -> lis
                 f"{conversation.where}: key `messages` (or a `prompt` of messages) needs a chat template, and none is "
                 "in use: set `chat_template`, or give `prompt` as a string"
             )
-    eos = eos_id(tokenizer)
-    prompts = tokenize(tokenizer, [c.prompt for c in conversations], special=True)
-    # Some tokenizers append EOS to every text. A prompt that ends with EOS would end the answer: remove it.
-    return [p[:-1] if p[-1:] == [eos] and not c.prompt.endswith(tokenizer.eos_token) else p
-            for c, p in zip(conversations, prompts, strict=True)]  # fmt: skip
+    return plain_prompt_tokens(tokenizer, [c.prompt for c in conversations])
+
+
+def plain_prompt_tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Return the tokens of each prompt of plain text, with the BOS that the tokenizer adds and without a closing EOS.
+
+    A text that begins with BOS gets no second one, and a text that ends with EOS keeps its own.
+    """
+    bos, eos = getattr(tokenizer, "bos_token_id", None), tokenizer.eos_token_id
+    prompts = []
+    for text, tokens in zip(texts, tokenize(tokenizer, texts, special=True), strict=True):
+        if bos is not None and tokens[:2] == [bos, bos]:
+            tokens = tokens[1:]
+        # Some tokenizers append EOS to every text. A prompt that ends with EOS would end the answer.
+        own_eos = [eos] if eos is not None and text.endswith(tokenizer.eos_token) else []
+        if eos is not None and tokens[-len(own_eos) - 1 :] == [*own_eos, eos]:
+            tokens = tokens[:-1]
+        prompts.append(tokens)
+    return prompts
 
 
 def _render(tokenizer: Any, conversation: Conversation, messages: list[Message], generate: bool) -> str:

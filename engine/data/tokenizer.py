@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from icegrt.errors import CheckpointError
-from icegrt.utils.files import read_object
+from icegrt.utils.files import model_folder, read_object
 from icegrt.utils.text import first_line
 
 
@@ -16,7 +18,7 @@ def load_tokenizer(path: str | Path, print_info: Callable[[str], None] = warning
     """Load the tokenizer of a Hugging Face checkpoint and check it (see `check_tokenizer`).
 
     Args:
-        path: the checkpoint's folder, or a name that transformers can resolve.
+        path: the checkpoint's folder, that of a run, or a name that transformers can resolve.
         print_info: receives remarks about a usable but unusual tokenizer.
 
     Raises:
@@ -25,6 +27,8 @@ def load_tokenizer(path: str | Path, print_info: Callable[[str], None] = warning
     folder = Path(path)
     if not str(path) or (not folder.exists() and (str(path)[0] in "/.~" or str(path).count("/") > 1)):
         raise CheckpointError(f"{path or 'an empty path'}: no such folder; expected a Hugging Face checkpoint")
+    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+        path = model_folder(folder) if folder.is_dir() else path
     from transformers import AutoTokenizer
 
     try:
@@ -42,6 +46,23 @@ def load_tokenizer(path: str | Path, print_info: Callable[[str], None] = warning
         ) from error
     check_tokenizer(tokenizer, str(path), print_info)
     return tokenizer
+
+
+def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
+    """Write the files of a tokenizer to `folder`.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        # tokenizers 0.23: a failed write raises a plain Exception, "... (os error 28)" -> we raise the system's error.
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, OSError) or number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(folder)) from error
 
 
 def check_tokenizer(tokenizer: Any, name: str = "tokenizer", print_info: Callable[[str], None] = warnings.warn) -> None:
@@ -77,18 +98,25 @@ def stop_ids(
     hf_config: dict[str, Any] | None = None,
     folder: str | Path | None = None,
     extra: Sequence[int] = (),
+    generation_config: dict[str, Any] | None = None,
 ) -> list[int]:
     """Return the ids that end an answer, sorted.
 
-    They are the tokenizer's EOS and the ids that `hf_config`, `generation_config.json` in `folder` and `extra` name.
+    They are the tokenizer's EOS and the ids that `hf_config`, `generation_config` (of a model in memory),
+    `generation_config.json` in `folder` and `extra` name.
 
     Raises:
         CheckpointError: an id is none of the tokenizer's, or the file cannot be read.
     """
     path = Path(folder) / "generation_config.json" if folder is not None else None
-    ids_by_origin = {"config.json": (hf_config or {}).get("eos_token_id"), "sampling.stop_token_ids": list(extra)}
+    ids_by_origin = {
+        "config.json": (hf_config or {}).get("eos_token_id"),
+        "sampling.stop_token_ids": list(extra),
+    }
     if path is not None and path.is_file():
         ids_by_origin[str(path)] = read_object(path).get("eos_token_id")
+    else:
+        ids_by_origin["generation_config"] = (generation_config or {}).get("eos_token_id")
     ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     for where, value in ids_by_origin.items():
         for token in value if isinstance(value, list) else [] if value is None else [value]:

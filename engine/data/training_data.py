@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,9 @@ from icegrt.data.blend import shuffled
 from icegrt.data.examples import Encoder, Truncation
 from icegrt.data.rows import Row
 from icegrt.data.types import Rows, Tokenizer
-from icegrt.errors import ConfigError
+from icegrt.errors import ConfigError, DataError
 from icegrt.packing import Share
+from icegrt.utils.console import print_info, warn
 
 _CACHED_TOKENS = 2_000_000  # up to this many tokens, packed micro-batches stay in memory
 
@@ -85,20 +87,70 @@ def encode_prompts(
 def hold_out(
     sources: Sequence[tuple[EncodedDataset, float]], fraction: float, seed: int
 ) -> tuple[list[tuple[EncodedDataset, float]], list[EncodedDataset]]:
-    """Split a random `fraction` of every source's items off, at least one item and never all.
+    """Split the prompts of a random `fraction` of every source's items off, at least one item and never all.
 
-    An item is a row, so all responses of a row are on one side.
+    All items of one prompt are on one side, whichever rows and sources they come from.
 
     Returns:
         The training datasets with their weights, and the held-out datasets.
+
+    Raises:
+        DataError: every prompt of a source is held out of another one.
     """
+    # 1. Choose prompts, in a random order of each source's items.
+    prompts_by_source = [_prompt_hashes(items) for items, _ in sources]
+    heldout_prompts: set[int] = set()
+    for index, prompts in enumerate(prompts_by_source):
+        counts = Counter(prompts)
+        wanted = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
+        heldout_count = sum(counts[prompt] for prompt in heldout_prompts & counts.keys())
+        for item in shuffled(len(prompts), seed, index).tolist():
+            prompt = prompts[item]
+            if heldout_count >= wanted:
+                break
+            if prompt not in heldout_prompts and heldout_count + counts[prompt] < len(prompts):
+                heldout_prompts.add(prompt)
+                heldout_count += counts[prompt]
+    # 2. Split every source by them.
     training, heldout = [], []
-    for index, (items, weight) in enumerate(sources):
-        order = shuffled(len(items), seed, index)
-        count = min(max(1, round(fraction * len(items))), len(items) - 1)
-        heldout.append(items.subset(np.sort(order[:count])))
-        training.append((items.subset(np.sort(order[count:])), weight))
+    for (items, weight), prompts in zip(sources, prompts_by_source, strict=True):
+        is_heldout = np.array([prompt in heldout_prompts for prompt in prompts])
+        if is_heldout.any():
+            heldout.append(items.subset(np.flatnonzero(is_heldout)))
+        training.append((_training_items(items, is_heldout), weight))
+    if not heldout:
+        warn(f"{sources[0][0].name}: only one prompt, so none is held out; give held-out data to see what is learned")
     return training, heldout
+
+
+def exclude_heldout(
+    sources: Sequence[tuple[EncodedDataset, float]], heldout: Sequence[EncodedDataset]
+) -> list[tuple[EncodedDataset, float]]:
+    """Return the sources without the items whose prompt is held out, and print how many there were.
+
+    A source whose prompts are all held out stays complete, with a warning: it was given for both.
+    """
+    heldout_prompts = {prompt for items in heldout for prompt in _prompt_hashes(items)}
+    training = []
+    for items, weight in sources:
+        is_heldout = np.array([prompt in heldout_prompts for prompt in _prompt_hashes(items)])
+        if is_heldout.all():
+            warn(f"{items.name}: all of its prompts are held out too, so held-out figures do not measure learning")
+            is_heldout[:] = False
+        elif is_heldout.any():
+            print_info(f"{items.name}: {is_heldout.sum():,} of {len(items):,} rows have a held-out prompt: dropped")
+        training.append((_training_items(items, is_heldout), weight))
+    return training
+
+
+def _training_items(items: EncodedDataset, is_heldout: np.ndarray) -> EncodedDataset:
+    if is_heldout.all():
+        raise DataError(f"{items.name}: all of its prompts are held out, so nothing is left to train on; remove it")
+    return items.subset(np.flatnonzero(~is_heldout)) if is_heldout.any() else items
+
+
+def _prompt_hashes(items: EncodedDataset) -> list[int]:
+    return [hash(tuple(item.prompt)) for item in items]  # of integers: the same on all ranks
 
 
 class LazyMicroBatches(Sequence):

@@ -1,7 +1,11 @@
 """Report only the first of several rank failures.
 
 A failing rank closes its connections, so its peers fail with misleading errors. The first failing rank records its
-rank in torchrun's store before it closes anything. The others find the record and exit without output.
+rank in torchrun's store before it closes anything. The other ranks read the record and exit without output.
+
+A rank that is killed by SIGKILL (by the kernel when memory is exhausted, or by an operator) records nothing. torchrun
+then reports the signal and terminates the other ranks of its node. A peer whose connection breaks before that is the
+first to record a failure, so its error may be printed although it is only a consequence.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Alarms on the metrics of PPO. Each message has the figure, the threshold and a remedy.
 
-The most important alarm: the optimized score rises while the task score falls. An alarm whose condition lasts is
+The most important alarm: the reward-model score rises while the task score falls. An alarm whose condition lasts is
 repeated every `REPEAT_ITERATIONS`. The state consists of plain JSON types and is part of the checkpoint, so that a
 resumed run raises the same alarms as an uninterrupted one.
 """

@@ -21,7 +21,7 @@ class Evaluation:
     prompts: int
     """Number of held-out prompts."""
     score_mean: float
-    """Mean total score per response."""
+    """Mean total score per response, normalized by the moments of the run's first evaluation."""
     reward_model_score_mean: float | None = None
     """Mean score of the first reward model, before normalization."""
     function_score_mean: float | None = None
@@ -50,7 +50,7 @@ class PPOStep:
 
     # Scores and rewards.
     score_mean: float
-    """Mean total score per response, before clipping."""
+    """Mean total score per response that training pays: normalized by the running moments."""
     reward_model_score_mean: float | None = None
     """Mean score of the first reward model, before normalization; None without a reward model."""
     function_score_mean: float | None = None

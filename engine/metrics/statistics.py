@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,13 @@ __all__ = [
     "best_one_feature_baseline",
     "distinct_fraction",
     "explained_variance",
+    "has_spread",
     "pair_accuracy",
     "paired_bootstrap_ci95",
 ]
+
+# A smaller standard deviation over |mean| is the rounding of fp32 scores, not a spread.
+_LEAST_RELATIVE_STD = 1e-6
 
 FeaturePairs = Mapping[str, tuple[Any, Any]]
 
@@ -134,7 +139,7 @@ def distinct_fraction(texts: Sequence[str]) -> float:
 
 
 def explained_variance(values: Any, returns: Any) -> float:
-    """Return the fraction of the returns' variance that the values explain; 0 if the returns are constant.
+    """Return the fraction of the returns' variance that the values explain; 0 if the returns have no spread.
 
         1 - var(returns - values) / var(returns)
 
@@ -143,8 +148,23 @@ def explained_variance(values: Any, returns: Any) -> float:
     value_A, return_A = _vector("values", values), _vector("returns", returns)
     if value_A.shape != return_A.shape:
         raise ValueError(f"{value_A.size} values and {return_A.size} returns: give one of each per action")
-    variance = return_A.var() if return_A.size else 0.0
-    return float(1.0 - (return_A - value_A).var() / variance) if variance > 0 else 0.0
+    if not return_A.size or not has_spread(float(return_A.mean()), float(return_A.std())):
+        return 0.0
+    return float(1.0 - (return_A - value_A).var() / return_A.var())
+
+
+def has_spread(mean: float, std: float) -> bool:
+    """Return whether a standard deviation is large enough to divide by.
+
+        std > 1e-6 * |mean|
+
+    One number, equal numbers, and numbers that differ by fp32 rounding alone have no spread.
+
+    Args:
+        mean: of the numbers.
+        std: of the numbers; NaN and infinities are no spread.
+    """
+    return math.isfinite(std) and std > _LEAST_RELATIVE_STD * abs(mean)
 
 
 def _vector(name: str, values: Any) -> np.ndarray:

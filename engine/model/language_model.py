@@ -57,6 +57,7 @@ class LanguageModel(Trunk):
         self.architecture = architecture
         self.head_kind = head
         self.vocab_rows = rows
+        self.vocab_limit = architecture.vocab_size
         self.share_embeddings_and_output_weights = architecture.tied_embeddings and head == "lm"
         if self.post_process and head == "scalar":
             self.head = ScalarHead(config)
@@ -99,12 +100,13 @@ class LanguageModel(Trunk):
 
     @property
     def vocab_shard(self) -> VocabShard | None:
-        """This rank's slice of the vocabulary; None without tensor parallelism."""
+        """This rank's slice of the vocabulary; None if this rank holds all of it and every id counts."""
         if parallel_state.get_tensor_model_parallel_world_size() == 1:
-            return None
+            is_limited = self.vocab_limit < self.architecture.vocab_size
+            return VocabShard(None, 0, self.vocab_rows, self.vocab_limit) if is_limited else None
         rank = parallel_state.get_tensor_model_parallel_rank()
         group = parallel_state.get_tensor_model_parallel_group()
-        return VocabShard(group, rank * self.vocab_rows, self.vocab_rows, self.architecture.vocab_size)
+        return VocabShard(group, rank * self.vocab_rows, self.vocab_rows, self.vocab_limit)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Return the hidden states of a packed batch, [T, 1, H] ([T / TP, 1, H] under sequence parallelism)."""

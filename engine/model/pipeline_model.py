@@ -112,8 +112,22 @@ class PipelineModel:
 
     @property
     def vocab_shard(self) -> VocabShard | None:
-        """This rank's slice of the vocabulary; None without tensor parallelism."""
+        """This rank's slice of the vocabulary; None if this rank holds all of it and every id counts."""
         return self.chunks[-1].vocab_shard
+
+    @property
+    def vocab_limit(self) -> int:
+        """The number of ids that count: all ids of the vocabulary, or those of `limit_vocabulary`."""
+        return self.chunks[-1].vocab_limit
+
+    def limit_vocabulary(self, size: int) -> None:
+        """Leave ids >= `size` out of sampling, log-probs and losses: no text has them. A larger size changes nothing.
+
+        Many checkpoints pad the vocabulary beyond the tokenizer. Sampling and log-probs share the limit, so that the
+        policy that is trained is the one that was sampled.
+        """
+        for chunk in self.chunks:
+            chunk.vocab_limit = min(size, self.architecture.vocab_size)
 
     def gather_hidden_rows(self, hidden_T1H: Tensor) -> Tensor:
         """Return the last stage's hidden states as complete rows, [T, H], on every tensor-parallel rank."""

@@ -12,6 +12,9 @@ from icegrt.distributed.cluster import Cluster
 from icegrt.packing import PackedBatch, Share, pack
 from icegrt.rollout.types import Response
 
+_LOW_32_BITS, _LOW_64_BITS = 2**32 - 1, 2**64 - 1
+_ODD_MULTIPLIER = 0x9E3779B1  # 2^32 over the golden ratio (Knuth, The Art of Computer Programming 3, 6.4)
+
 
 @dataclass(frozen=True, eq=False)
 class ActionBatch(PackedBatch):
@@ -133,6 +136,22 @@ class BatchPlan:
         kept = self._split_A((~dropped_N).repeat_interleave(self.cu_actions.diff().long()))
         masks = [m if b.action_mask_A is None else m & b.action_mask_A for m, b in zip(kept, self.batches, strict=True)]
         return replace(self, batches=[replace(b, action_mask_A=m) for b, m in zip(self.batches, masks, strict=True)])
+
+
+def stream_seed(seed: int, stream: int) -> int:
+    """Return the seed of a stream of random numbers, below 2^64; seeds of 2^32 and more are folded.
+
+        (seed << 32) ^ stream    for seed < 2^32
+
+    Args:
+        seed: of the run, at least 0.
+        stream: number of the stream, such as the iteration.
+    """
+    folded = 0
+    for shift in range(seed.bit_length() // 32 * 32, -1, -32):
+        # An odd multiplier maps the 32-bit words to each other one to one.
+        folded = (folded * _ODD_MULTIPLIER & _LOW_32_BITS) ^ (seed >> shift & _LOW_32_BITS)
+    return ((folded << 32) ^ stream) & _LOW_64_BITS
 
 
 def plan_batches(

@@ -37,7 +37,7 @@ class EvaluationResult:
     Attributes:
         responses: the answers.
         rewards: raw scores by source.
-        total_N: total score; NaN for a dropped response.
+        total_N: total score by the moments of the run's first evaluation; NaN for a dropped response.
         kl_N: nats per response against the reference, estimated from samples; None for greedy answers.
     """
 
@@ -72,15 +72,19 @@ class EvaluationResult:
         return truncated_mask(self.responses).float()
 
     def evaluation(self, iteration: int) -> Evaluation:
-        """Return the means as a metrics record. Requires sampled answers."""
+        """Return the means as a metrics record. Requires sampled answers.
+
+        Dropped responses count in the metrics of tokens, truncation and diversity only.
+        """
         assert self.kl_N is not None
+        kept_N = ~self.rewards.dropped_N
         return Evaluation(
             iteration=iteration,
             prompts=len({r.prompt_index for r in self.responses}),
             score_mean=float(self.total_N.nanmean()),
-            reward_model_score_mean=None if self.reward_model_N is None else float(self.reward_model_N.mean()),
-            function_score_mean=None if self.function_N is None else float(self.function_N.nanmean()),
-            kl_nats_per_response=float(self.kl_N.mean()),
+            reward_model_score_mean=None if self.reward_model_N is None else float(self.reward_model_N[kept_N].mean()),
+            function_score_mean=None if self.function_N is None else float(self.function_N[kept_N].nanmean()),
+            kl_nats_per_response=float(self.kl_N[kept_N].mean()),
             response_tokens_mean=float(self.tokens_N.mean()),
             truncated_fraction=float(self.truncated_N.mean()),
             distinct_fraction=distinct_fraction([s.text for s in self.samples]),
@@ -114,7 +118,7 @@ class Evaluator:
         plan = plan_batches(responses, self.config.token_budget, cluster=self.cluster)
         rewards = self.reward_computer(plan, prompts)
         scores = total_scores(
-            self.config, self.normalizers, rewards.models, rewards.source_total_N, truncated_mask(responses)
+            self.config, self.normalizers.frozen(), rewards.models, rewards.source_total_N, truncated_mask(responses)
         )
         total_N = scores.total_N.masked_fill(rewards.dropped_N, torch.nan)
         return EvaluationResult(responses, rewards, total_N, None if greedy else self._kl(plan))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor
 from icegrt.distributed.cluster import Cluster
 from icegrt.kernels import masked_moments
 from icegrt.metrics import Evaluation, PPOStep
+from icegrt.metrics.statistics import has_spread
 from icegrt.ppo.batch_plan import BatchPlan
 from icegrt.ppo.experience import Experience
 from icegrt.ppo.rewards import RewardOutputs
 from icegrt.ppo.update import UpdateOutcome, mean_grad_norm
-from icegrt.utils.files import JsonlWriter
+from icegrt.utils.files import JsonlWriter, json_safe
 
 # Phases that are not part of an iteration's throughput.
 _NOT_THE_ITERATION = ("evaluate", "checkpoint")
@@ -69,8 +71,8 @@ def score_metrics(experience: Experience, rewards: RewardOutputs, group: dist.Pr
     return {
         "score_mean": float(total.mean),
         "score_std": float(total.variance.sqrt()),
-        "reward_model_score_mean": _mean(rewards.reward_model_N, None, group),
-        "function_score_mean": _mean(function_N, None if function_N is None else ~function_N.isnan(), group),
+        "reward_model_score_mean": _mean(rewards.reward_model_N, kept_N, group),
+        "function_score_mean": _mean(function_N, None if function_N is None else kept_N & ~function_N.isnan(), group),
         "reward_mean": _mean(reward_N, kept_N, group),
     }
 
@@ -105,10 +107,12 @@ def critic_metrics(experience: Experience, outcome: UpdateOutcome, group: dist.P
     """Return the fields of the critic: its loss, its steps, and the variance of the returns that it explains."""
     stats = outcome.value_stats.reduce(group)
     returns = masked_moments(experience.shaped.return_A.double(), experience.plan.mask_A, group=group)
-    unexplained = float(experience.moments.variance / returns.variance.clamp(min=1e-30))
+    explained = 0.0
+    if has_spread(float(returns.mean), float(returns.variance.sqrt())):
+        explained = 1.0 - float(experience.moments.variance / returns.variance)
     return {
         "value_loss": _per_token(stats, "loss_sum"),
-        "value_explained_variance": 1.0 - unexplained if float(returns.variance) > 0 else 0.0,
+        "value_explained_variance": explained,
         "grad_norm_critic": mean_grad_norm(outcome.critic),
         "lr_critic": outcome.critic[-1].lr,
     }
@@ -207,7 +211,7 @@ def write_rollouts(
                     "sequence_id": response.sequence_id,
                     "where": sample.where,
                     "sample": response.sample,
-                    "prompt": sample.row.get("prompt", sample.row.get("messages")),
+                    "prompt": _as_json(sample.row.get("prompt", sample.row.get("messages"))),
                     "text": sample.text,
                     "finish_reason": response.finish_reason,
                     "score": _number(total_N, n),
@@ -232,11 +236,23 @@ def _source_columns(rewards: RewardOutputs, n: int) -> dict[str, Any]:
         result, error = source.results[n], source.errors[n]
         column = {"score": result.score, "weight": source.weight, "error": error}
         if result.metrics:
-            column["metrics"] = dict(result.metrics)
+            column["metrics"] = _as_json(result.metrics)
         if result.token_rewards_A is not None:
             column["token_rewards"] = [_short(x) for x in result.token_rewards_A]
         columns[source.name] = column
     return {"sources": columns, "dropped": bool(rewards.dropped_N[n])}
+
+
+def _as_json(value: Any) -> Any:
+    """Return `value` as JSON types. What JSON has no type for, such as a date, becomes its text."""
+    if isinstance(value, Mapping):
+        return {str(key): _as_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(item) for item in value]
+    try:
+        return json_safe(value)
+    except (TypeError, ValueError):
+        return str(value)
 
 
 def _number(x_N: Tensor | None, n: int) -> float | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from icegrt.data import Prompt
 from icegrt.distributed.cluster import Cluster
+from icegrt.errors import RewardError
 from icegrt.ppo.batch_plan import BatchPlan
 from icegrt.ppo.scores import ModelScores
 from icegrt.ppo.scoring import score_sequences
@@ -53,14 +54,20 @@ class RewardOutputs:
     @property
     def function_N(self) -> Tensor | None:
         """The first function's or scorer's score, [N] float32, NaN without one: the metric that alarms watch."""
-        return torch.tensor(self.sources[0].scores, dtype=torch.float32) if self.sources else None
+        return torch.tensor(self.sources[0].score_or_nan_N, dtype=torch.float32) if self.sources else None
 
     @property
     def source_total_N(self) -> Tensor | None:
         """The weighted sum over functions and scorers, [N] float32; a missing score counts as 0."""
         if not self.sources:
             return None
-        weighted = [s.weight * torch.tensor(s.scores, dtype=torch.float32).nan_to_num(nan=0.0) for s in self.sources]
+        weighted = [
+            s.weight
+            * torch.tensor(s.score_or_nan_N, dtype=torch.float32).nan_to_num(
+                nan=0.0, posinf=torch.inf, neginf=-torch.inf
+            )
+            for s in self.sources
+        ]
         return torch.stack(weighted).sum(0)
 
     @property
@@ -93,12 +100,20 @@ class RewardOutputs:
         return RewardOutputs([self.samples[i] for i in index], models, sources)
 
     def values(self) -> dict[str, dict[str, list[float]]]:
-        """Return by source, then by metric, the values of the responses that have one: `score`, `metrics/NAME`."""
-        values: dict[str, dict[str, list[float]]] = {m.name: {"score": m.score_N.tolist()} for m in self.models}
+        """Return by source, then by metric, the values of the responses that have one: `score`, `metrics/NAME`.
+
+        Dropped responses have none.
+        """
+        kept_N = ~self.dropped_N
+        kept = kept_N.tolist()
+        values: dict[str, dict[str, list[float]]] = {m.name: {"score": m.score_N[kept_N].tolist()} for m in self.models}
         for source in self.sources:
-            metrics = values[source.name] = {"score": [x for x in source.scores if not math.isnan(x)]}
-            for result in source.results:
-                for name, value in result.metrics.items():
+            scores = [
+                x for x, is_kept in zip(source.score_or_nan_N, kept, strict=True) if is_kept and not math.isnan(x)
+            ]
+            metrics = values[source.name] = {"score": scores}
+            for result, is_kept in zip(source.results, kept, strict=True):
+                for name, value in result.metrics.items() if is_kept else ():
                     metrics.setdefault(f"metrics/{name}", []).append(value)
         return values
 
@@ -127,33 +142,62 @@ class RewardComputer:
             prompts: response r answers `prompts[r.prompt_index]`.
 
         Raises:
-            RewardError: a source failed, and `on_error` is `stop`.
+            RewardError: a source failed, and `on_error` is `stop`; or a score is not finite in fp32.
         """
         samples = [sample_of(self.tokenizer, r, prompts[r.prompt_index]) for r in plan.responses]
         models = [
             ModelScores(m.name, m.weight, plan.all_gather_sequences(score_sequences(m.role, plan.batches)))
             for m in self.models
         ]
-        return RewardOutputs(samples, models, self._score_with_sources(plan, samples))
+        for model in models:
+            finite_N = model.score_N.isfinite()
+            _check_scores(model.name, model.score_N, finite_N, samples, "check the reward model's weights")
+        outputs = RewardOutputs(samples, models, self._score_with_sources(plan, samples))
+        for source in outputs.sources:  # NaN: no score
+            score_N = torch.tensor(source.score_or_nan_N, dtype=torch.float32)
+            _check_scores(source.name, score_N, ~score_N.isinf(), samples, "fp32 ends at 3.4e38, so scale the scores")
+        total_N = outputs.source_total_N
+        if total_N is not None:
+            _check_scores("weighted sum", total_N, total_N.isfinite(), samples, "lower the weights of the sources")
+        return outputs
 
     def _score_with_sources(self, plan: BatchPlan, samples: list[Sample]) -> list[SourceScores]:
         """Share the prompts among data-parallel ranks, all responses to a prompt together, and gather the scores."""
         cluster = self.cluster
         if cluster.world_size == 1:
-            return self.reward_sources.score(samples)
+            return self.reward_sources.score_by_source(samples)
         ranks, rank = cluster.share.ranks, cluster.share.rank
         assignment = [[n for n, r in enumerate(plan.responses) if r.prompt_index % ranks == k] for k in range(ranks)]
         # Of the ranks that hold one model together the first calls the sources and broadcasts the scores.
         first = dist.get_process_group_ranks(cluster.model_group)[0]
         message: list[list[SourceScores] | None] = [None]
         if cluster.rank == first and assignment[rank]:
-            message = [self.reward_sources.score([samples[n] for n in assignment[rank]])]
+            message = [self.reward_sources.score_by_source([samples[n] for n in assignment[rank]])]
         dist.broadcast_object_list(message, first, group=cluster.model_group)
         scores_by_rank: list[Any] = [None] * ranks
         dist.all_gather_object(scores_by_rank, message[0], group=cluster.data_group)
         parts = [(scores, indices) for scores, indices in zip(scores_by_rank, assignment, strict=True) if scores]
         sources = range(len(parts[0][0])) if parts else ()
         return [_merge([(scores[i], indices) for scores, indices in parts], len(samples)) for i in sources]
+
+
+def _check_scores(name: str, score_N: Tensor, valid_N: Tensor, samples: Sequence[Sample], remedy: str) -> None:
+    """Raise `RewardError` for the first score that is not valid; it names the source and the row.
+
+    Args:
+        name: of the source.
+        score_N: [N] float32.
+        valid_N: [N] bool.
+        samples: the responses.
+        remedy: the end of the message.
+    """
+    if bool(valid_N.all()):
+        return
+    invalid = (~valid_N).nonzero().flatten().tolist()
+    raise RewardError(
+        f"`{name}`: {samples[invalid[0]].where}: the score of a response is {float(score_N[invalid[0]])}, not a finite "
+        f"number ({len(invalid)} of {len(samples)} scores); {remedy}"
+    )
 
 
 def _merge(parts: list[tuple[SourceScores, list[int]]], count: int) -> SourceScores:

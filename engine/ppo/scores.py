@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,7 @@ from torch import Tensor
 from icegrt.config import PPOConfig
 from icegrt.errors import ConfigError
 from icegrt.kernels import Moments, masked_moments
-
-# Lower bound of the divisor: equal scores have a standard deviation of 0.
-_LEAST_STD = 1e-6
+from icegrt.metrics.statistics import has_spread
 
 
 class RunningScoreNormalizer:
@@ -24,7 +23,7 @@ class RunningScoreNormalizer:
         score' = clip((score - shift * mean) / std, -c, c)
 
     The moments are updated with an iteration's scores before these are normalised. `start`: statistics saved with the
-    reward model. Without them, and before the first iteration, scores pass unchanged.
+    reward model. Scores are not divided while there are no moments, and if the scores so far have no spread.
     """
 
     def __init__(self, config: PPOConfig, start: dict[str, float] | None = None) -> None:
@@ -36,10 +35,11 @@ class RunningScoreNormalizer:
 
     @property
     def factor(self) -> float:
-        """The factor 1 / std; 1 while there are no moments, or if scores are not scaled."""
+        """The factor 1 / std; 1 if there are no moments, if they have no spread, or if scores are not scaled."""
         if not (self.scale and self.moments.count > 0):
             return 1.0
-        return 1.0 / max(self.moments.variance.sqrt().item(), _LEAST_STD)
+        std = self.moments.variance.sqrt().item()
+        return 1.0 / std if has_spread(self.moments.mean.item(), std) else 1.0
 
     def update(self, score_N: Tensor, group: dist.ProcessGroup | None) -> None:
         """Merge an iteration's scores into the moments, reduced over `group`. Collective."""
@@ -70,7 +70,30 @@ def _moments(count: float, mean: float, std: float) -> Moments:
 
 
 class RunningScoreNormalizers(dict[str, RunningScoreNormalizer]):
-    """One normalizer per reward model, by name."""
+    """One normalizer per reward model, by name.
+
+    Training pays scores of the running moments. Evaluations use the moments as they were at the first evaluation, so
+    that equal raw scores have equal totals in all evaluations of a run.
+    """
+
+    _frozen: dict[str, RunningScoreNormalizer] | None = None
+
+    def frozen(self) -> Mapping[str, RunningScoreNormalizer]:
+        """Return the normalizers of evaluations; the first call fixes their moments."""
+        if self._frozen is None:
+            self._frozen = {name: copy.copy(normalizer) for name, normalizer in self.items()}
+        return self._frozen
+
+    def frozen_state(self) -> dict[str, Any] | None:
+        """Return the moments of evaluations for a checkpoint, as JSON; None before the first evaluation."""
+        return None if self._frozen is None else {name: norm.state() for name, norm in self._frozen.items()}
+
+    def load_frozen_state(self, state: Mapping[str, Any] | None) -> None:
+        """Restore `frozen_state()`. None, also of an older checkpoint: the next evaluation fixes the moments."""
+        self._frozen = None
+        if state is not None:
+            for name, normalizer in self.frozen().items():
+                normalizer.load_state(state[name])
 
     def state(self) -> dict[str, Any]:
         """Return the moments of all models for a checkpoint, as JSON."""

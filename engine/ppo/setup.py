@@ -41,6 +41,7 @@ from icegrt.rollout.engine import RolloutEngine
 from icegrt.rollout.samples import sample_of
 from icegrt.rollout.types import Sampling
 from icegrt.training.trainer import resolve_chunk_rows, tokenizer_for
+from icegrt.utils.console import warn
 from icegrt.utils.files import read_object
 
 
@@ -137,7 +138,13 @@ def build_ppo(
 
     # 2. Tokenizer and data.
     tokenizer = tokenizer_for(inputs.tokenizer, inputs.actor, architecture)
-    stops = stop_ids(tokenizer, architecture.hf_config, pretrained.folder, config.sampling.stop_token_ids)
+    stops = stop_ids(
+        tokenizer,
+        architecture.hf_config,
+        pretrained.folder,
+        config.sampling.stop_token_ids,
+        architecture.generation_config,
+    )
     context = architecture.context_length
     prompts = _encode_prompts(config, "prompts", inputs.prompts, tokenizer, context)
     eval_prompts: Sequence[Prompt] = []
@@ -168,6 +175,7 @@ def build_ppo(
     scorer = LogprobScorer(config.sampling.temperature, chunk_rows)
     actor, reference, critic = roles["actor"], roles["reference"], roles["critic"]
     engine = RolloutEngine(actor.model, tokenizer, max_batch=config.max_batch, stop_token_ids=stops)
+    reference.model.limit_vocabulary(len(tokenizer))  # as the engine limits the actor's
     reward_models = [RewardModel(spec.name, spec.weight, roles[role]) for role, spec in specs.items()]
     reward_computer = RewardComputer(reward_models, inputs.rewards.sources, tokenizer, cluster)
     return PPOComponents(
@@ -221,6 +229,12 @@ def check_config(config: PPOConfig) -> None:
         raise ConfigError(
             f"ppo.kl_horizon_responses is {config.kl_horizon_responses}, too short for {responses} responses an "
             f"iteration: the coefficient could fall to zero at once. Set it above {responses}"
+        )
+    warmup, iterations = config.critic.warmup_iterations, config.iterations
+    if warmup >= iterations:
+        warn(
+            f"ppo.critic.warmup_iterations is {warmup} and ppo.iterations {iterations}: the actor takes no step. Lower "
+            "the warm-up unless the critic alone is to train"
         )
     if responses < config.minibatches:
         raise ConfigError(f"ppo.minibatches is {config.minibatches}, but an iteration has only {responses} responses")

@@ -17,7 +17,7 @@ from icegrt.kernels import masked_moments
 from icegrt.metrics import Evaluation, PPOStep, rollout_path
 from icegrt.metrics.alarms import Alarms
 from icegrt.model.hf.reader import ModelSource
-from icegrt.ppo.batch_plan import plan_batches
+from icegrt.ppo.batch_plan import plan_batches, stream_seed
 from icegrt.ppo.evaluator import EvaluationResult
 from icegrt.ppo.experience import Experience, compute_advantages
 from icegrt.ppo.metrics import ppo_step, write_rollouts
@@ -26,14 +26,15 @@ from icegrt.ppo.rewards import RewardOutputs
 from icegrt.ppo.scores import total_scores
 from icegrt.ppo.scoring import score_values
 from icegrt.ppo.setup import PPOInputs, build_ppo, check_config, check_critic, probe_reward_sources
-from icegrt.ppo.update import SkipGuard
-from icegrt.report.page import write_run_report
+from icegrt.roles.skip_guard import SkipGuard
 from icegrt.training.trainer import Trainer, write_json
 from icegrt.utils.console import print_info, warn
 
 
 class PPOTrainer(Trainer[PPOConfig, PPOStep]):
     """Trains an actor with PPO. Iterate it for one `PPOStep` per iteration, or call `train()`.
+
+    Each input is the argument if it is not None, else the key of the configuration, else the default named below.
 
     Args:
         config: keys of the `ppo` section.
@@ -46,11 +47,10 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         critic: path or model with a scalar head; default: as `critic.init` names it.
         eval_prompts: held-out prompts, in the form of `prompts`.
         callbacks: objects with any of the hooks of `Callback`.
-
-    Inputs that are None come from the configuration.
     """
 
     unit = "iterations"
+    length_key = "iterations"
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         self.total_steps = self.config.iterations
         self.alarms = Alarms(self.config)
         self.alarm_messages: list[str] = []
-        self._skip_guard = SkipGuard()
+        self._skip_guard = SkipGuard("actor", "critic")
         self._seconds: dict[str, float] = defaultdict(float)
         probe_reward_sources(parts)
 
@@ -105,6 +105,7 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         return {
             "kl": parts.kl_controller.state(),
             "scalings": parts.normalizers.state(),
+            "evaluation_scalings": parts.normalizers.frozen_state(),
             "order": parts.prompt_sampler.state(),
             "ptx": parts.ptx.state() if parts.ptx is not None else None,
             "alarms": self.alarms.state(),
@@ -120,6 +121,7 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         # An older checkpoint has moments without a name: those of its only reward model.
         nameless = dict.fromkeys([*parts.normalizers][:1], state.get("scaling"))
         parts.normalizers.load_state(state.get("scalings", nameless))
+        parts.normalizers.load_frozen_state(state.get("evaluation_scalings"))
         parts.prompt_sampler.load_state(state["order"])
         if parts.ptx is not None and state["ptx"] is not None:  # None: the saved run did not mix ptx in
             parts.ptx.load_state(state["ptx"])
@@ -135,7 +137,13 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
     # -- an iteration ----------------------------------------------------------------------------------------------
 
     def step(self) -> PPOStep:
-        """Run one PPO iteration. Returns its metrics, which are logged; alarms are printed."""
+        """Run one PPO iteration: rollout, inference and update. Collective.
+
+        It also logs the metrics and prints alarms. If they are due, it evaluates and writes a checkpoint.
+
+        Returns:
+            The metrics of the iteration, with its evaluation.
+        """
         config, parts, group = self.config, self.components, self.cluster.data_group
         iteration = self.done_steps + 1
 
@@ -150,13 +158,14 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
 
         # 2. Batch: assign responses to minibatches, ranks and micro-batches.
         with self._timed("plan"):
-            seed = (self.run.seed << 32) ^ iteration
+            seed = stream_seed(self.run.seed, iteration)
             plan = plan_batches(responses, config.token_budget, config.minibatches, cluster=self.cluster, seed=seed)
 
         # 3. Infer. Rewards come first: dropped responses are masked alike in scoring and update, or bits would differ.
         with self._timed("score"):
-            all_rewards = parts.reward_computer(plan, prompts)
-            self._require_one_score(all_rewards)
+            with _locate_reward_errors(f"iteration {iteration}"):
+                all_rewards = parts.reward_computer(plan, prompts)
+                self._require_one_score(all_rewards)
             rewards = all_rewards.select(plan.rank_assignment[plan.rank])
             plan = plan.with_masked(rewards.dropped_N)
             old_A, entropy_A = parts.scorer(parts.actor, plan.batches, entropy=True)
@@ -167,7 +176,7 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         # 4. Advantages: normalise and add up the scores, then KL penalty and GAE.
         with self._timed("shape"):
             for model in rewards.models:
-                parts.normalizers[model.name].update(model.score_N, group)
+                parts.normalizers[model.name].update(model.score_N[~rewards.dropped_N], group)
             scores = total_scores(
                 config, parts.normalizers, rewards.models, rewards.source_total_N, plan.truncated_N, rewards.dropped_N
             )
@@ -190,7 +199,8 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
             rollout_path(self.dir, iteration), iteration, self.run.seed, experience, all_rewards, self.cluster
         )
         self.done_steps = iteration
-        self._skip_guard.check(outcome)
+        self._skip_guard.check("actor", outcome.actor)
+        self._skip_guard.check("critic", outcome.critic)
         evaluation = self._evaluate_if_due(iteration)
         seconds = dict(self._seconds)
         self._seconds.clear()
@@ -225,6 +235,9 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         for message in self.alarms.check(row):
             self.alarm_messages.append(f"iteration {row.iteration}: {message}")
             warn(self.alarm_messages[-1])
+        if row.evaluation is not None and row.iteration < self.total_steps:
+            with self._timed("evaluate"):
+                self.write_report()
         # The checkpoint comes last, so that it holds this iteration's alarms. A resumed run drops metrics rows beyond
         # its checkpoint, but could not restore a missing one. The seconds count for the next iteration.
         if row.iteration == self.total_steps or _due(row.iteration, self.config.checkpoint_every):
@@ -243,7 +256,8 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         """Sample answers to the held-out prompts and score them as in training. Returns the means."""
         if not self.eval_prompts:
             raise ConfigError("nothing to evaluate on: set ppo.eval_prompts")
-        return self.assess(self.eval_prompts).evaluation(self.done_steps)
+        with _locate_reward_errors(f"evaluation after iteration {self.done_steps}"):
+            return self.assess(self.eval_prompts).evaluation(self.done_steps)
 
     def assess(self, prompts: Sequence[Prompt], samples: int = 1, *, greedy: bool = False) -> EvaluationResult:
         """Return `samples` answers per prompt with all scores; with KL unless `greedy`."""
@@ -265,13 +279,21 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         self.write_model()
         summary = {"iterations": self.done_steps, "alarms": self.alarm_messages}
         write_json(self.dir / "summary.json", summary)
-        if self.cluster.is_main:
-            write_run_report(self.dir, config=self.config)
+        self.write_report()
         return summary
 
 
 def _is_empty(source: Any) -> bool:
     return isinstance(source, str) and not source
+
+
+@contextlib.contextmanager
+def _locate_reward_errors(where: str) -> Iterator[None]:
+    """Prefix the message of a `RewardError` with the part of the run that it ends."""
+    try:
+        yield
+    except RewardError as error:
+        raise RewardError(f"{where}: {error}") from error
 
 
 def _due(iteration: int, every: int) -> bool:

@@ -16,8 +16,8 @@ import torch
 from icegrt.config import PPOConfig
 from icegrt.data import Example
 from icegrt.distributed.cluster import Cluster
-from icegrt.errors import RunError
 from icegrt.kernels import PolicyStats, ValueStats
+from icegrt.ppo.batch_plan import stream_seed
 from icegrt.ppo.experience import Experience
 from icegrt.ppo.losses import CriticLoss, PolicyLoss, PtxLoss
 from icegrt.ppo.scoring import LogprobScorer
@@ -25,15 +25,16 @@ from icegrt.roles.micro_batch import MicroBatch, merge_by_type
 from icegrt.roles.role import StepOutcome, TrainableRole
 from icegrt.training.sft_loss import NLLStats, pack_examples
 
-# Consecutive steps of one role that may be skipped for a loss or gradient that is not finite.
-_MOST_SKIPPED = 3
-
 
 @dataclass
 class UpdateOutcome:
-    """The optimizer steps of an iteration, in order, and their statistics merged by type.
+    """The optimizer steps of an iteration.
 
-    empty: steps not taken, because no action of their minibatch counts on any rank.
+    Attributes:
+        actor: the actor's steps, in order.
+        critic: the critic's steps, in order.
+        stats: loss statistics of all steps, merged per statistics class (`PolicyStats`, `ValueStats`, `NLLStats`).
+        empty: number of steps not taken, because no action of their minibatch counts on any rank.
     """
 
     actor: list[StepOutcome] = field(default_factory=list)
@@ -42,7 +43,7 @@ class UpdateOutcome:
     empty: int = 0
 
     def add(self, stats: Iterable[Any]) -> None:
-        """Merge further statistics into `stats`."""
+        """Merge statistics into `stats`, each with those of its class."""
         self.stats = merge_by_type([*self.stats.values(), *stats])
 
     @property
@@ -128,7 +129,7 @@ class Updater:
         return [MicroBatch(batch, loss) for batch in batches]
 
     def _minibatches(self, experience: Experience, iteration: int, epoch: int) -> list[list[int]]:
-        generator = torch.Generator().manual_seed((self.config.run.seed << 32) ^ (iteration << 8) ^ epoch)
+        generator = torch.Generator().manual_seed(stream_seed(self.config.run.seed, (iteration << 8) ^ epoch))
         order = torch.randperm(self.config.minibatches, generator=generator).tolist()
         return [experience.plan.minibatches[i] for i in order]
 
@@ -158,24 +159,6 @@ class Updater:
         """Return the number of actions of a minibatch that count, over all ranks."""
         (total,) = self.cluster.all_reduce_sum([sum(experience.plan.batches[i].n_counted_actions for i in members)])
         return total
-
-
-class SkipGuard:
-    """Count the consecutive skipped steps of actor and critic, over iterations."""
-
-    def __init__(self) -> None:
-        self.skipped_in_a_row = {"actor": 0, "critic": 0}
-
-    def check(self, outcome: UpdateOutcome) -> None:
-        """Take in an iteration's steps. Raises `RunError` at the third skipped step of a role in a row."""
-        for name, steps in (("actor", outcome.actor), ("critic", outcome.critic)):
-            for step in steps:
-                self.skipped_in_a_row[name] = self.skipped_in_a_row[name] + 1 if step.skipped else 0
-                if self.skipped_in_a_row[name] >= _MOST_SKIPPED:
-                    raise RunError(
-                        f"{_MOST_SKIPPED} optimizer steps in a row of the {name} had a loss or gradient that is not "
-                        "finite; lower its learning rate, and resume from the last checkpoint"
-                    )
 
 
 def mean_grad_norm(outcomes: Sequence[StepOutcome]) -> float:

@@ -1,9 +1,9 @@
 """The report of a run: `report.json`, `curves.png` and `report.html`.
 
 The page is one file without scripts or remote parts (its Content-Security-Policy forbids both), for light and dark
-screens. It begins with the verdict, which compares the optimized score with the task score: a rise of the optimized
-score alone proves nothing. A missing figure is printed as "not measured". All model text is escaped, and invisible
-characters are printed as marks.
+screens. It begins with the verdict, which compares the reward-model score with the task score: a rise of the
+reward-model score alone proves nothing. Without a reward model the total score takes its place. A missing figure is
+printed as "not measured". All model text is escaped, and invisible characters are printed as marks.
 """
 
 from __future__ import annotations
@@ -14,14 +14,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from icegrt.config import CONFIG_FILE, Loadable, PPOConfig
 from icegrt.errors import ConfigError, RunError
 from icegrt.metrics import PPOStep, read_metrics, step_from_row
 from icegrt.metrics.alarms import Alarms
 from icegrt.report.plots import ppo_panels, write_curves_png
-from icegrt.report.tables import cards, charts, example_texts, margins, outcomes, phases, settings_tables, training
+from icegrt.report.tables import (
+    cards,
+    charts,
+    example_texts,
+    margins,
+    outcomes,
+    phases,
+    render_page,
+    settings_tables,
+    training,
+)
+from icegrt.report.training_page import TITLES, write_training_report
 from icegrt.report.verdict import verdict
 from icegrt.utils.files import json_safe, write_text_atomic
 from icegrt.utils.values import is_number
@@ -29,7 +38,6 @@ from icegrt.utils.values import is_number
 __all__ = ["validated", "write_ppo_report", "write_run_report"]
 
 _NUMBER_KEY = re.compile(r"_(before|after|accuracy|pairs|fraction|response|second)$|^iterations$|^test_(ads|prompts)$")
-_TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_ppo_report(
@@ -71,7 +79,8 @@ def write_ppo_report(
     write_text_atomic(
         run_dir / "report.json", json.dumps(checked, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
     )
-    page = _page(
+    page = render_page(
+        "report.html",
         title=title,
         notes=[notes] if isinstance(notes, str) else list(notes),
         verdict=verdict(checked),
@@ -90,19 +99,25 @@ def write_ppo_report(
 
 
 def write_run_report(run_dir: str | Path, *, config: PPOConfig | None = None, title: str = "") -> Path:
-    """Write the report of a PPO run from its metrics and its `config.yaml` alone; return the path of the page.
+    """Write the report of a run from its metrics and its `config.yaml` alone; return the path of the page.
 
-    The figures before and after come from the first and the last evaluation on held-out prompts. They have no
-    intervals, because metrics are means.
+    The run may be one of PPO, SFT or reward training, finished or not. The figures of PPO before and after come from
+    the first and the last evaluation on held-out prompts. They have no intervals, because metrics are means.
 
     Raises:
-        RunError: the run has no PPO iteration yet.
+        RunError: the run has no PPO iteration and no training step yet.
     """
     run_dir = Path(run_dir)
     rows = read_metrics(run_dir)
     steps = [step_from_row(row) for row in rows if row["kind"] == "ppo"]
     if not steps:
-        raise RunError(f"{run_dir}/metrics.jsonl has no PPO iteration: a report needs a run of at least one.")
+        for kind in TITLES:
+            kind_rows = [row for row in rows if row["kind"] == kind]
+            if kind_rows:
+                return write_training_report(run_dir, kind, kind_rows, title)
+        raise RunError(
+            f"{run_dir}/metrics.jsonl has no PPO iteration and no training step: a report needs a run of at least one."
+        )
     if config is None:
         config = _saved_config(run_dir)
     evaluations = [step_from_row(row) for row in rows if row["kind"] == "evaluation"]
@@ -161,7 +176,7 @@ def _figures(steps: list[PPOStep], evaluations: list[Any], config: PPOConfig | N
         "response_tokens_mean": "response_tokens_mean",
         "truncated_fraction": "truncated_fraction",
     }
-    figures: dict[str, Any] = {"heldout_reward_name": "reward model's score" if has_reward_model else "total score"}
+    figures: dict[str, Any] = {"heldout_reward_name": "reward-model score" if has_reward_model else "total score"}
     for name, field in fields.items():
         figures[f"{name}_before"] = getattr(first, field, None)
         figures[f"{name}_after"] = getattr(last, field, None)
@@ -194,14 +209,3 @@ def _saved_config(run_dir: Path) -> PPOConfig | None:
         return PPOConfig.load(path) if path.exists() else None
     except ConfigError:
         return None
-
-
-def _page(**context: Any) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html").render(**context)

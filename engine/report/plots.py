@@ -8,13 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-__all__ = ["COLORS", "Panel", "Series", "legend", "panel_svg", "ppo_panels", "stacked_bar_svg", "write_curves_png"]
+__all__ = [
+    "COLORS",
+    "Panel",
+    "Series",
+    "legend",
+    "panel_svg",
+    "ppo_panels",
+    "series_of",
+    "stacked_bar_svg",
+    "with_data",
+    "write_curves_png",
+]
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 380, 200, 48, 10, 10, 30
@@ -52,14 +63,19 @@ def ppo_panels(rows: Sequence[dict[str, Any]], kl_target_nats_per_response: floa
     evaluations.sort(key=lambda row: row["iteration"])
 
     def trained(key: str, label: str = "training prompts") -> Series:
-        return _series(label, steps, key)
+        return series_of(label, steps, key)
 
     def heldout(key: str, label: str = "held-out prompts") -> Series:
-        return _series(label, evaluations, key, markers=True)
+        return series_of(label, evaluations, key, markers=True)
 
     target = None if kl_target_nats_per_response is None else ("target", kl_target_nats_per_response)
     panels = [
-        Panel("Score and reward", "per response", (trained("score_mean", "score"), trained("reward_mean", "reward"))),
+        Panel("Held-out score", "per response, fixed normalization", (heldout("score_mean"),)),
+        Panel(
+            "Score and reward that training pays",
+            "per response, running normalization",
+            (trained("score_mean", "score"), trained("reward_mean", "reward")),
+        ),
         Panel(
             "Reward-model score",
             "raw, per response",
@@ -91,6 +107,11 @@ def ppo_panels(rows: Sequence[dict[str, Any]], kl_target_nats_per_response: floa
             percent=True,
         ),
     ]
+    return with_data(panels)
+
+
+def with_data(panels: Sequence[Panel]) -> list[Panel]:
+    """Return the panels without series that have no finite number, and without panels that have no series then."""
     panels_with_data = []
     for panel in panels:
         series = tuple(s for s in panel.series if any(math.isfinite(y) for y in s.y))
@@ -220,8 +241,11 @@ def write_curves_png(path: str | Path, panels: Sequence[Panel], title: str = "",
     figure.savefig(path, format="png")
 
 
-def _series(label: str, rows: Sequence[dict[str, Any]], key: str, markers: bool = False) -> Series:
-    x = [float(row["iteration"]) for row in rows]
+def series_of(
+    label: str, rows: Sequence[Mapping[str, Any]], key: str, markers: bool = False, x_key: str = "iteration"
+) -> Series:
+    """Return the values of `key` in the rows as a line; long ones as means of at most MAX_POINTS bins."""
+    x = [float(row[x_key]) for row in rows]
     y = [math.nan if row.get(key) is None else float(row[key]) for row in rows]
     if len(x) > MAX_POINTS:
         size = math.ceil(len(x) / MAX_POINTS)

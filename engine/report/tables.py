@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from icegrt.config import SECTIONS, Loadable
 from icegrt.config.introspect import config_keys, value_text
 from icegrt.config.loader import as_yaml
@@ -14,13 +16,24 @@ from icegrt.metrics import PHASE_LABELS, PHASES
 from icegrt.metrics.alarms import KL_TARGET_MULTIPLE
 from icegrt.report.plots import legend, panel_svg, stacked_bar_svg
 from icegrt.report.text import arrow, breakdown, interval, number, percent, signed, visible
-from icegrt.report.verdict import Change, change_of
+from icegrt.report.verdict import Change, change_of, score_name
 from icegrt.utils.files import json_safe
 from icegrt.utils.text import duration
 from icegrt.utils.values import flatten
 
-__all__ = ["cards", "charts", "example_texts", "margins", "outcomes", "phases", "settings_tables", "training"]
+__all__ = [
+    "cards",
+    "charts",
+    "example_texts",
+    "margins",
+    "outcomes",
+    "phases",
+    "render_page",
+    "settings_tables",
+    "training",
+]
 
+_TEMPLATES = Path(__file__).parent / "templates"
 _TEXTS = ("prompt", "reference", "before", "after")
 
 
@@ -29,11 +42,12 @@ def cards(report: dict[str, Any]) -> list[dict[str, str]]:
     ppo = report.get("ppo") or {}
     prompts = ppo.get("test_ads") or ppo.get("test_prompts")
     prompts_text = f"{number(prompts, 0)} held-out prompts" if prompts else "held-out prompts"
-    score_name = ppo.get("heldout_reward_name") or "reward model's score"
     task, greedy = change_of(ppo, "task_score"), change_of(ppo, "greedy_task_score")
     return [
         _change_card("Task score", f"sampled answers, {prompts_text}", task, toned=True),
-        _change_card("Optimized score", f"{score_name}, {prompts_text}", change_of(ppo, "heldout_reward")),
+        _change_card(
+            score_name(ppo).capitalize(), f"sampled answers, {prompts_text}", change_of(ppo, "heldout_reward")
+        ),
         _change_card("Task score, greedy", f"greedy answers, {prompts_text}", greedy, toned=True),
         _kl_card(ppo.get("kl_nats_per_response"), ppo.get("kl_target_nats_per_response")),
         _change_card("General held-out loss", "nats per token, lower is better", change_of(ppo, "general_loss")),
@@ -122,7 +136,7 @@ def training(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
     if not steps:
         return []
     metrics = {
-        "score": ("score_mean", number),
+        "score that training pays": ("score_mean", number),
         "reward-model score": ("reward_model_score_mean", number),
         "task score": ("function_score_mean", number),
         "KL, nats per response": ("kl_nats_per_response", number),
@@ -188,3 +202,15 @@ def settings_tables(path: Path, settings: Sequence[Loadable] | None) -> list[dic
             rows.append({"name": name, "value": text, "changed": changed, "unit": unit, "help": meaning})
         tables.append({"section": section, "rows": rows})
     return tables
+
+
+def render_page(template: str, **context: Any) -> str:
+    """Return a page of `templates/`; text is escaped, and a missing name raises."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**context)

@@ -63,40 +63,45 @@ def change_of(ppo: Mapping[str, Any], name: str) -> Change:
     return Change(before, after, ci95, direction)
 
 
+def score_name(ppo: Mapping[str, Any]) -> str:
+    """Return the name of the score in the figures `heldout_reward_*`: reward-model score or total score."""
+    return ppo.get("heldout_reward_name") or "reward-model score"
+
+
 def verdict(report: Mapping[str, Any]) -> Verdict:
     """Return the verdict of a validated report (see `page.validated`)."""
     ppo = report.get("ppo") or {}
     task, greedy = change_of(ppo, "task_score"), change_of(ppo, "greedy_task_score")
-    optimized = change_of(ppo, "heldout_reward")
-    level, headline = _headline(task, greedy, optimized)
+    score, name = change_of(ppo, "heldout_reward"), score_name(ppo)
+    level, headline = _headline(task, greedy, score, name)
     sentences = [
         f"{label} {change.text()}."
-        for label, change in (("Task score", task), ("Greedy", greedy), ("Optimized score", optimized))
+        for label, change in (("Task score", task), ("Greedy", greedy), (name.capitalize(), score))
         if change.direction is not None
     ]
     kl, target = ppo.get("kl_nats_per_response"), ppo.get("kl_target_nats_per_response")
     if kl is not None:
         target_text = "" if target is None else f" (target {target:g})"
         sentences.append(f"KL {number(kl, 2)} nats per response{target_text}.")
-    warnings = [*_conflicts(task, greedy, optimized, level), *_drift(ppo), *_reward_model(report)]
+    warnings = [*_conflicts(task, greedy, score, name, level), *_drift(ppo), *_reward_model(report)]
     if level == "good" and warnings:
         level = "warn" if any("KL" in w or "greedy" in w for w in warnings) else level
     return Verdict(level, headline, sentences, warnings)
 
 
-def _headline(task: Change, greedy: Change, optimized: Change) -> tuple[str, str]:
+def _headline(task: Change, greedy: Change, score: Change, score_name: str) -> tuple[str, str]:
     main = task if task.direction is not None else greedy
     fallen = next((c for c in (task, greedy) if c.direction == -1), None)
-    if optimized.direction == 1 and fallen is not None and (fallen is task or task.direction != 1):
+    if score.direction == 1 and fallen is not None and (fallen is task or task.direction != 1):
         name = "task score" if fallen is task else "task score of greedy answers"
-        if optimized.has_interval and fallen.has_interval:
-            return "bad", f"PPO gamed the reward model: the optimized score rose while the {name} fell."
-        return "bad", f"The optimized score rose while the {name} fell: PPO may be gaming the reward model."
+        if score.has_interval and fallen.has_interval:
+            return "bad", f"PPO gamed the reward model: the {score_name} rose while the {name} fell."
+        return "bad", f"The {score_name} rose while the {name} fell: PPO may be gaming the reward model."
     if main.direction is None:
-        change = {1: "rose", -1: "fell", 0: "did not change"}.get(optimized.direction, "was not measured either")
+        change = {1: "rose", -1: "fell", 0: "did not change"}.get(score.direction, "was not measured either")
         return (
             "neutral",
-            f"The task score was not measured. The optimized score {change}; it alone does not show if answers got "
+            f"The task score was not measured. The {score_name} {change}; it alone does not show if answers got "
             "better.",
         )
     if not main.has_interval:
@@ -109,16 +114,16 @@ def _headline(task: Change, greedy: Change, optimized: Change) -> tuple[str, str
     }[main.direction]
 
 
-def _conflicts(task: Change, greedy: Change, optimized: Change, level: str) -> list[str]:
+def _conflicts(task: Change, greedy: Change, score: Change, score_name: str, level: str) -> list[str]:
     warnings = []
     if task.direction == 1 and greedy.direction == -1:
         warnings.append(f"The task score of greedy answers fell: {greedy.text()}.")
-    if level != "bad" and task.direction == 0 and optimized.direction == 1 and task.has_interval:
+    if level != "bad" and task.direction == 0 and score.direction == 1 and task.has_interval:
         warnings.append(
-            "The optimized score rose without a measurable gain in the task score: check if PPO games the reward model."
+            f"The {score_name} rose without a measurable gain in the task score: check if PPO games the reward model."
         )
-    if task.direction == 1 and optimized.direction == -1:
-        warnings.append("The optimized score fell while the task score rose: the two disagree.")
+    if task.direction == 1 and score.direction == -1:
+        warnings.append(f"The {score_name} fell while the task score rose: the two disagree.")
     return warnings
 
 

@@ -87,9 +87,11 @@ def _location(function: Callable[..., Any]) -> str:
 
 def _from_trl(function: Callable[..., Any], label_key: str) -> RewardFunction:
     def reward(samples: list[Sample]) -> Any:
-        chat = not isinstance(samples[0].row.get("prompt"), str)
+        # Rows differ: the batch has every column of the data, and conversations if any prompt of the data is one.
+        chat = any(s.is_chat or not isinstance(s.row.get("prompt"), str) for s in samples)
         ids = [list(s.tokens) for s in samples]
-        columns = {name: [s.row.get(name) for s in samples] for name in samples[0].row}
+        names = dict.fromkeys(name for s in samples for name in (*s.columns, *s.row))
+        columns = {name: [s.row.get(name) for s in samples] for name in names}
         for name in ("prompt", "completion", "completion_ids", "messages"):
             columns.pop(name, None)
         arguments = columns | {
@@ -143,9 +145,10 @@ def _ground_truth(sample: Sample, label_key: str) -> Any:
     if label_key:
         return _column(sample, label_key)
     nested = sample.row.get("reward_model")
-    if isinstance(nested, Mapping) and "ground_truth" in nested:
+    # A null says that the column is absent: `datasets` and Parquet give every row the columns of all rows.
+    if isinstance(nested, Mapping) and nested.get("ground_truth") is not None:
         return nested["ground_truth"]
-    if "ground_truth" in sample.row:
+    if sample.row.get("ground_truth") is not None:
         return sample.row["ground_truth"]
     raise RewardError(
         f"{sample.where}: a function of verl's form needs the column reward_model.ground_truth (or ground_truth); "
@@ -182,7 +185,7 @@ def _from_openrlhf(function: Callable[..., Any], label_key: str) -> RewardFuncti
 def _label(sample: Sample, label_key: str) -> Any:
     if label_key:
         return _column(sample, label_key)
-    return next((sample.row[name] for name in _LABEL_COLUMNS if name in sample.row), "")
+    return next((sample.row[name] for name in _LABEL_COLUMNS if sample.row.get(name) is not None), "")
 
 
 def _openrlhf_results(returned: Any, count: int) -> Any:

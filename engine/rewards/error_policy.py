@@ -11,6 +11,7 @@ from icegrt.errors import RewardError
 from icegrt.rewards.function import CallError, RewardFunction, name_of, score, start_daemon
 from icegrt.rewards.sample import RewardResult, Sample, ScoreOrFailure, ScoringFailure
 
+LONGEST_WAIT_S = 2_000_000.0
 Call = Callable[[list[Sample]], list[ScoreOrFailure]]
 
 
@@ -88,10 +89,15 @@ def call_with_timeout(seconds: float, name: str, call: Callable[..., Any], *args
     if not seconds:
         return call(*args)
     future = start_daemon(f"reward {name}", call, *args)
-    wait([future], timeout=seconds)
+    wait([future], timeout=wait_limit(seconds))
     if not future.done():
         raise CallError("timeout", timeout_message(name, seconds, args[-1] if args else []))
     return future.result()
+
+
+def wait_limit(seconds: float) -> float | None:
+    """Return a time limit as the system's calls take it. 0 and limits above 23 days are none: poll() counts 2^31 ms."""
+    return seconds if 0 < seconds <= LONGEST_WAIT_S else None
 
 
 def timeout_message(name: str, seconds: float, samples: Sequence[Sample]) -> str:

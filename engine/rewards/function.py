@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import importlib
 import importlib.util
@@ -13,6 +14,7 @@ import math
 import sys
 import threading
 import traceback
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -21,9 +23,10 @@ from typing import Any
 from icegrt.errors import ConfigError, RewardError
 from icegrt.rewards.sample import RewardResult, Sample, ScoreOrFailure, ScoringFailure
 from icegrt.utils.redaction import redact_text
+from icegrt.utils.values import FLOAT32_MAX
 
+_USER_MODULE = "icegrt_user_"
 RewardFunction = Callable[[list[Sample]], Sequence[float | RewardResult]]
-_FLOAT32_MAX = 3.4028234663852886e38  # scores become float32
 
 
 class CallError(Exception):
@@ -67,16 +70,60 @@ def load_reward_function(spec: str, key: str = "ppo.reward_function") -> RewardF
 def _import_file(path: Path, key: str):
     if not path.is_file():
         raise ConfigError(f"{key}: no file {path}")
-    name = f"icegrt_user_{path.stem}"
+    _check_helpers(path, key)
+    name = f"{_USER_MODULE}{path.stem}"
+    loaded = sys.modules.get(name)
+    if loaded is not None and Path(loaded.__file__).resolve() != path.resolve():
+        name += f"_{zlib.crc32(str(path.resolve()).encode()):08x}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     # Dataclasses and pickles of the module look it up in sys.modules. Its own imports need its folder in sys.path.
     sys.modules[name] = module
     folder = str(path.resolve().parent)
-    if folder not in sys.path:
+    if sys.path[:1] != [folder]:  # also if it stands further back: its own helpers come first
         sys.path.insert(0, folder)
     spec.loader.exec_module(module)
     return module
+
+
+def _check_helpers(path: Path, key: str) -> None:
+    """Check that no other module of this process has the name of a helper beside `path`.
+
+    Python keeps one module of a name, so that `path` would silently run with the helper of another file.
+    """
+    own = _helpers(path)
+    others = {name: module for name, module in sys.modules.items() if name in own}
+    user_files = [module.__file__ for name, module in sys.modules.items() if name.startswith(_USER_MODULE)]
+    loaded = {name: file for name, module in others.items() if (file := getattr(module, "__file__", None))}
+    for file in user_files:  # a helper that a function imports when it is called may not be loaded yet
+        loaded = {name: str(helper) for name, helper in _helpers(Path(file)).items()} | loaded
+    for name, helper in own.items():
+        if name in loaded and Path(loaded[name]).resolve() != helper:
+            raise ConfigError(
+                f"{key}: {path} imports `{name}`, {helper}, but this process has another `{name}`, {loaded[name]}; "
+                "rename one of them, or set ppo.reward.workers=1, which gives each function its own process"
+            )
+
+
+def _helpers(path: Path) -> dict[str, Path]:
+    """Return the modules beside `path` that it imports, directly or through one another."""
+    folder, helpers, pending = path.resolve().parent, {}, [path]
+    while pending:
+        try:
+            tree = ast.parse(pending.pop().read_bytes())
+        except (OSError, SyntaxError, ValueError):  # the import reports it
+            continue
+        for node in ast.walk(tree):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                modules = [node.module]
+            for name in {module.partition(".")[0] for module in modules} - {*helpers, *sys.stdlib_module_names}:
+                candidates = (folder / f"{name}.py", folder / name / "__init__.py")
+                file = next((candidate for candidate in candidates if candidate.is_file()), None)
+                if file is not None:
+                    helpers[name] = file
+                    pending.append(file)
+    return helpers
 
 
 def name_of(function: Any) -> str:
@@ -170,7 +217,7 @@ def is_finite_number(value: Any, *, boolean: bool = False) -> bool:
         number = float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         return False
-    return math.isfinite(number) and abs(number) <= _FLOAT32_MAX
+    return math.isfinite(number) and abs(number) <= FLOAT32_MAX  # scores become float32
 
 
 def run_async(awaitable: Any) -> Any:

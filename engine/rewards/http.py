@@ -23,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 
 from icegrt.config import HTTPConfig
 from icegrt.errors import ConfigError
+from icegrt.rewards.error_policy import wait_limit
 from icegrt.rewards.function import checked_result
 from icegrt.rewards.sample import RewardResult, Sample, ScoreOrFailure, ScoringFailure
 from icegrt.utils.redaction import REDACTED, redact_text
@@ -119,7 +120,7 @@ class ScoringClient:
         request = urllib.request.Request(self._url, body, self._headers, method="POST")
         timeout = _RequestError(f"no answer within {seconds:g} s (ppo.reward.http.timeout_seconds)", True)
         try:
-            with self._opener.open(request, timeout=seconds) as response:
+            with self._opener.open(request, timeout=wait_limit(seconds)) as response:
                 return self._read_body(response, deadline, timeout)
         except urllib.error.HTTPError as error:
             raise _status_error(error) from None

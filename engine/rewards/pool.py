@@ -15,9 +15,10 @@ from itertools import groupby
 from multiprocessing.connection import Connection, Pipe
 
 from icegrt.errors import ConfigError
-from icegrt.rewards.error_policy import Call, timeout_message
+from icegrt.rewards.error_policy import Call, timeout_message, wait_limit
 from icegrt.rewards.function import CallError
 from icegrt.rewards.sample import Sample, ScoreOrFailure
+from icegrt.utils.console import warn
 
 # Loading includes imports, which are slow on a busy machine even if a call is short.
 MIN_LOAD_TIMEOUT_S = 60.0
@@ -59,7 +60,7 @@ class Worker:
         try:
             connection.send(self._load_request)
             limit = self.timeout_seconds and max(self.timeout_seconds, MIN_LOAD_TIMEOUT_S)
-            if not connection.poll(limit or None):
+            if not connection.poll(wait_limit(limit)):
                 raise ConfigError(f"{self.key}: loading {self.spec} took longer than {limit:g} s")
             status, message = connection.recv()
         except (EOFError, OSError):
@@ -78,6 +79,9 @@ class Worker:
             CallError: the call failed. After a time-out or a crash the next call starts a new process.
         """
         # 1. a running process, unless `cancel` was called, perhaps during the start
+        if self._process is not None and self._process.poll() is not None and not self._cancelled:
+            reason = self._exit_reason()
+            warn(f"reward function `{self.name}`: its process ended between two calls ({reason}); it is restarted")
         if self._process is None and not self._cancelled:
             self.start()
         if self._cancelled:
@@ -95,7 +99,7 @@ class Worker:
         # 3. the answer
         try:
             self._connection.send_bytes(request)
-            if not self._connection.poll(self.timeout_seconds or None):
+            if not self._connection.poll(wait_limit(self.timeout_seconds)):
                 self.stop()
                 raise CallError("timeout", timeout_message(self.name, self.timeout_seconds, samples))
             status, result = self._connection.recv()

@@ -21,6 +21,8 @@ class Sample:
         where: file and line of the row.
         group: the same number for all responses to one prompt.
         index: the response's number among those to its prompt, from 0.
+        columns: names of all columns of the data; `row` may lack some.
+        is_chat: a prompt of the data is a list of messages; that of `row` may be text.
     """
 
     text: str
@@ -32,6 +34,8 @@ class Sample:
     where: str
     group: int
     index: int = 0
+    columns: tuple[str, ...] = ()
+    is_chat: bool = False
 
     @property
     def prompt_messages(self) -> list[dict[str, Any]]:

@@ -39,8 +39,8 @@ class SourceScores:
     errors: list[str | None]
 
     @property
-    def scores(self) -> list[float]:
-        """The score of each response; NaN if the source gave none."""
+    def score_or_nan_N(self) -> list[float]:
+        """The source score of each response; NaN if the source returned none."""
         return [math.nan if r.score is None else r.score for r in self.results]
 
 
@@ -183,16 +183,24 @@ class RewardSourceGroup:
         Raises:
             RewardError: a source fails on all samples, for any `on_error`.
         """
-        for scores in self.score(samples, warn_of_failures=False):
+        for scores in self.score_by_source(samples, warn_of_failures=False):
             if all(scores.errors):
                 raise RewardError(f"`{scores.name}` could score none of {len(samples)} answers: {scores.errors[0]}")
 
-    def score(self, samples: list[Sample], *, warn_of_failures: bool = True) -> list[SourceScores]:
-        """Return the scores of every source for the samples.
+    def score_by_source(self, samples: list[Sample], *, warn_of_failures: bool = True) -> list[SourceScores]:
+        """Score the samples with every function and HTTP scorer, one source after another.
+
+        Args:
+            samples: responses in any order; a source receives those of one prompt adjacent.
+            warn_of_failures: print a warning for each source that failed on a response.
+
+        Returns:
+            The results of each source, each in the order of `samples`.
 
         Raises:
             RewardError: a source failed, with `on_error: stop`.
         """
+        samples = _grouped_by_prompt(samples)
         order = sorted(range(len(samples)), key=lambda i: (samples[i].group, samples[i].index))
         ordered = [samples[i] for i in order]
         scores_by_source = []
@@ -253,6 +261,20 @@ def named(specs: Sequence[RewardSpec]) -> list[RewardSpec]:
         named_specs.append(replace(spec, name=spec.name or default))
         used.add(named_specs[-1].name)
     return named_specs
+
+
+def _grouped_by_prompt(samples: list[Sample]) -> list[Sample]:
+    """Return the samples with one group for all answers to equal prompts, which may come from several rows."""
+    members: dict[tuple[int, ...], list[int]] = {}
+    for i, sample in enumerate(samples):
+        members.setdefault(tuple(sample.prompt_tokens), []).append(i)
+    grouped = list(samples)
+    for positions in members.values():
+        if len({samples[i].group for i in positions}) > 1:
+            ordered = sorted(positions, key=lambda i: (samples[i].group, samples[i].index))
+            for index, i in enumerate(ordered):
+                grouped[i] = replace(samples[i], group=samples[ordered[0]].group, index=index)
+    return grouped
 
 
 def _default_name(spec: RewardSpec) -> str:

@@ -28,10 +28,11 @@ def serve(descriptor: int) -> None:
     ("load", spec, style, label_key, key) -> ("loaded", None) or ("refused", message)
     ("score", samples)                    -> ("scored", results) or ("failed", CallError)
     """
-    # The parent handles signals that go to all processes. SIGTERM gets an empty handler instead of SIG_IGN, which the
+    # The parent handles signals that go to all processes. Three get an empty handler instead of SIG_IGN, which the
     # programs that the function starts would inherit.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: None)
     threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
     connection = Connection(descriptor)
     function: RewardFunction | None = None

@@ -1,8 +1,12 @@
-"""A role: a model in one of PPO's four parts, or the one that SFT and reward training train.
+"""Roles: a loaded model with its passes over micro-batches, frozen (`Role`) or trained (`TrainableRole`).
 
-Every pass over micro-batches goes through Megatron's `get_forward_backward_func`. It moves a micro-batch to the device
-once and hands it to the callback: `fn(hidden_TH, batch)`. With `calculate_per_token_loss` the loss is (sum, count,
-stats), so K micro-batches give the gradient of one.
+PPO has the roles actor, reference, reward and critic. SFT and reward training have one role.
+
+Every pass goes through Megatron's `get_forward_backward_func`. A micro-batch is moved to the device once. The model's
+last pipeline stage then calls `fn(hidden_TH, batch)`: a reader of results, or a loss.
+
+A loss returns (sum, count, stats), and `calculate_per_token_loss` divides the gradient of all sums by all counts. So
+the gradient does not depend on how a minibatch is divided into micro-batches, up to rounding.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from torch import Tensor
 
 from icegrt.config import OptimizerConfig
 from icegrt.distributed.pipeline import all_ranks_true, broadcast_from_last_stage, broadcast_objects_from_last_stage
+from icegrt.errors import RunError
 from icegrt.model.architecture import DTYPES
 from icegrt.model.hf import exporter
 from icegrt.model.hf.writer import save_pretrained
@@ -135,15 +140,34 @@ class Role:
         )
 
 
+def check_inference_mode() -> None:
+    """Raise `RunError` in `torch.inference_mode`, whose tensors cannot enter a backward pass."""
+    if torch.is_inference_mode_enabled():
+        raise RunError(
+            "torch.inference_mode is on, so nothing can be trained; leave it before training, also in reward functions"
+        )
+
+
 class TrainableRole(Role):
-    """A model with gradients, a distributed optimizer and a learning-rate schedule, all of them Megatron's."""
+    """A model that is trained: with gradients, a distributed optimizer and a learning-rate schedule from Megatron.
+
+    `train_step` takes a whole optimizer step. `zero_gradients` and `accumulate` are its first two parts, for callers
+    that inspect gradients. All ranks call the methods together.
+
+    Attributes:
+        ddps: Megatron's data-parallel wrapper of each pipeline stage of this rank.
+        optimizer: Adam; its state is sharded over data-parallel ranks.
+        schedule: the learning rate by optimizer step.
+    """
 
     learns = True
 
+    @torch.enable_grad()
     def __init__(self, name: str, model: PipelineModel, config: OptimizerConfig, total_steps: int) -> None:
         """Wrap `model` for training; the schedule runs over `total_steps` optimizer steps."""
         from megatron.core.distributed import finalize_model_grads
 
+        check_inference_mode()
         super().__init__(name, model)
         self.ddps = ddps = wrap(model)
         for ddp in ddps:
@@ -157,7 +181,12 @@ class TrainableRole(Role):
         self.schedule = make_scheduler(config, self.optimizer, total_steps)
 
     def train_step(self, work: Sequence[MicroBatch]) -> StepOutcome:
-        """Take one optimizer step along the gradient of (sum of all losses) / (sum of all counts)."""
+        """Take one optimizer step along the gradient of (sum of all losses) / (sum of all counts).
+
+        Raises:
+            RunError: the caller or a reward function has left `torch.inference_mode` on. `torch.no_grad` has no effect.
+        """
+        check_inference_mode()
         self.zero_gradients()
         stats, losses = self.accumulate(work)
         lr = self.optimizer.param_groups[0]["lr"]
@@ -175,6 +204,7 @@ class TrainableRole(Role):
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
+    @torch.enable_grad()
     def accumulate(self, work: Sequence[MicroBatch]) -> tuple[list[Any], list[Tensor]]:
         """Run forward and backward over all micro-batches; gradients stay in the parameters' `main_grad`.
 

@@ -105,10 +105,15 @@ class Decoder:
         channel.finish()
 
     def _check(self, prompts: abc.Sequence[list[int]], sampling: Sampling) -> None:
-        context = self.model.architecture.context_length
+        context, vocab_limit = self.model.architecture.context_length, self.model.vocab_limit
         for index, prompt in enumerate(prompts):
             if not prompt:
                 raise DataError(f"prompt {index} is empty: nothing predicts its first token")
+            if not all(0 <= token < vocab_limit for token in (min(prompt), max(prompt))):
+                raise DataError(
+                    f"prompt {index} names token {min(prompt) if min(prompt) < 0 else max(prompt)}, which is not in "
+                    f"the vocabulary of {vocab_limit} tokens"
+                )
             if len(prompt) + sampling.max_new_tokens > context:
                 raise DataError(
                     f"prompt {index} has {len(prompt)} tokens; with max_new_tokens {sampling.max_new_tokens} that "
@@ -148,7 +153,7 @@ class _MicroBatch:
 
     def finish_step(self) -> list[Response]:
         """Record the sampled tokens and prepare the next step. Returns the responses that are finished."""
-        finished = self.scheduler.record(*self.runner.sampled_tokens())
+        finished = self.scheduler.record(*self.runner.collect_sampled())
         responses = [self.scheduler.running[slot].response() for slot in finished]
         self.scheduler.remove(finished, self.cache.free(finished))
         if self.is_running:

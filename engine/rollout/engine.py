@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from icegrt.data import stop_ids
+from icegrt.data.tokenization import plain_prompt_tokens
 from icegrt.data.types import Tokenizer
 from icegrt.model.pipeline_model import PipelineModel
 from icegrt.rollout.decoder import Decoder, Pair
@@ -15,7 +16,9 @@ from icegrt.rollout.types import Response, Sampling
 class RolloutEngine:
     """Generates responses with a model and its tokenizer.
 
-    A response ends with the tokenizer's EOS, an EOS of the model's configuration, or one of `stop_token_ids`.
+    A response ends with the tokenizer's EOS, an EOS of the model's configuration or generation configuration, or one of
+    `stop_token_ids`. Ids beyond the tokenizer, which pad the vocabulary of many models, are never sampled: the engine
+    limits the vocabulary of `model` to the tokenizer.
 
     Args:
         model: a model of `icegrt.load_actor`, or of a role.
@@ -31,7 +34,14 @@ class RolloutEngine:
         self, model: PipelineModel, tokenizer: Tokenizer, *, max_batch: int = 256, stop_token_ids: Sequence[int] = ()
     ) -> None:
         self.tokenizer = tokenizer
-        stops = stop_ids(tokenizer, model.architecture.hf_config, extra=stop_token_ids)
+        architecture = model.architecture
+        stops = stop_ids(
+            tokenizer,
+            architecture.hf_config,
+            extra=stop_token_ids,
+            generation_config=architecture.generation_config,
+        )
+        model.limit_vocabulary(len(tokenizer))
         self.decoder = Decoder(model, stops, max_batch)
 
     def stream(
@@ -48,13 +58,14 @@ class RolloutEngine:
         yields the whole block.
 
         Args:
-            prompts: token ids, or text, which is tokenized without a chat template.
+            prompts: token ids, or text, which is tokenized without a chat template: with one BOS, if the tokenizer
+                adds it, and without a closing EOS.
             n: number of responses per prompt.
             sampling: temperature, truncation, length and seed; None takes the defaults.
             first_sequence_id: the id of the first response of the first prompt; ids key the sampler's noise.
 
         Raises:
-            DataError: a prompt is empty, or leaves no room for the response.
+            DataError: a prompt is empty, names an id beyond the vocabulary, or leaves no room for the response.
         """
         ids, sampling = self._ids(prompts), sampling or Sampling()
         ranks = self.decoder.model.cluster.share.ranks
@@ -93,7 +104,8 @@ class RolloutEngine:
         return all_gather_responses(cluster, responses, prompts, n, first_sequence_id)
 
     def _ids(self, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
-        return [self.tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
+        texts = iter(plain_prompt_tokens(self.tokenizer, [p for p in prompts if isinstance(p, str)]))
+        return [next(texts) if isinstance(p, str) else list(p) for p in prompts]
 
 
 def _pairs(prompts: Sequence[list[int]], samples: int) -> list[Pair]:

@@ -37,10 +37,11 @@ class ForwardInput:
 class ModelRunner:
     """Runs the forward passes of one batch of sequences, and samples their next tokens.
 
-    Call `prefill` or `decode` to prepare a pass, then `forward` for every stage of this rank, then `sampled_tokens`.
+    Call `prefill` or `decode` to prepare a pass, then `forward` for every pipeline stage of this rank, then
+    `collect_sampled`.
 
     Args:
-        model: the model; its chunks are this rank's stages.
+        model: the model; `model.chunks` are this rank's pipeline stages, several if stages are interleaved.
         cache: keys and values of the sequences; slot i belongs to the i-th sequence.
         sampling: temperature, truncation and seed.
         channel: messages between pipeline ranks.
@@ -70,7 +71,13 @@ class ModelRunner:
         self._prepare_sampling(sequences)
 
     def forward(self, chunk: int) -> None:
-        """Run the prepared pass through one stage of this rank. The last stage samples and broadcasts tokens."""
+        """Run the prepared pass through one pipeline stage of this rank.
+
+        The model's last stage samples the next tokens and broadcasts them with their log-probs.
+
+        Args:
+            chunk: index of the stage in `model.chunks`.
+        """
         stage = self.model.chunks[chunk]
         sampled_rows = []
         for forward_input in self._inputs:
@@ -85,8 +92,14 @@ class ModelRunner:
             self._sampled = self._sample(torch.cat(sampled_rows))
             self.channel.broadcast_tokens(*self._sampled)
 
-    def sampled_tokens(self) -> tuple[list[int], list[float]]:
-        """Return tokens and log-probs that the last stage sampled, one per sequence. Other stages receive them."""
+    def collect_sampled(self) -> tuple[list[int], list[float]]:
+        """Return the sampled tokens and their log-probs. Call it once per prepared pass, after `forward`.
+
+        Ranks without the model's last stage receive them from its rank: a second call would wait for ever.
+
+        Returns:
+            A token id and a log-prob in nats for each sequence of the pass, in order.
+        """
         rows = self._sequence_ids_N.numel()
         token_N, logprob_N = self._sampled if self.channel.is_last else self.channel.recv_tokens(rows)
         return token_N.tolist(), logprob_N.tolist()

@@ -20,4 +20,6 @@ def sample_of(tokenizer: Tokenizer, response: Response, prompt: Prompt) -> Sampl
         where=prompt.where,
         group=response.prompt_index,
         index=response.sample,
+        columns=tuple(prompt.schema.columns),
+        is_chat=prompt.schema.is_chat,
     )

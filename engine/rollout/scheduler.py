@@ -1,6 +1,7 @@
-"""Decides which sequences run in the next forward pass, and which are finished by the tokens it sampled.
+"""The scheduling of one static batch: prefill all sequences, then decode until every sequence is finished.
 
-Holds no tensors, so it can be replaced by another policy or implementation.
+Finished sequences leave the batch between decode steps; no sequence joins it. The scheduler holds no tensors, so it can
+be replaced by another policy or implementation.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ _PREFILL_TOKENS = 8192
 
 
 class Scheduler:
-    """Runs all its sequences from one prefill on; finished ones leave the batch.
+    """Tracks which sequences of a static batch wait, run or are finished.
 
-    Sequences of one prompt must be neighbours to share its prefill.
+    `schedule_prefill` admits all sequences at once. After each forward pass `record` appends the sampled tokens, and
+    `remove` drops the finished sequences. The caller limits the size of the batch (`max_batch`) and of the KV cache.
 
     Args:
-        sequences: sequences to run.
+        sequences: sequences to run. Sequences of one prompt share its prefill if they are neighbours.
         stop_ids: token ids that end a sequence.
         max_new_tokens: number of sampled tokens that ends a sequence.
 
@@ -48,7 +50,11 @@ class Scheduler:
         return list(_split(prompts, _PREFILL_TOKENS))
 
     def record(self, tokens: abc.Sequence[int], logprobs: abc.Sequence[float]) -> list[int]:
-        """Append one sampled token to every running sequence. Returns the slots of the finished ones, ascending."""
+        """Append one sampled token to every running sequence.
+
+        Returns:
+            The slots of the sequences that this token finished, ascending.
+        """
         finished = []
         for slot, (sequence, token, logprob) in enumerate(zip(self.running, tokens, logprobs, strict=True)):
             sequence.tokens.append(token)
@@ -66,7 +72,8 @@ class Scheduler:
 
         Args:
             slots: their slots.
-            moves: (from, to) moves by which the KV cache freed the slots, in order.
+            moves: (from, to) copies of slots that the KV cache made, in order: it fills a freed slot with the last used
+                one, so that used slots stay a prefix.
         """
         for origin, target in moves:
             self.running[target] = self.running[origin]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,7 +32,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
+        is_valid = 0 <= self.temperature < math.inf and self.top_k >= 0 and 0 < self.top_p <= 1  # NaN is not
+        if not is_valid or self.max_new_tokens < 1:
             raise ConfigError(
                 f"sampling: expected temperature >= 0, top_k >= 0, 0 < top_p <= 1 and max_new_tokens >= 1, got {self}"
             )

@@ -89,7 +89,7 @@ def pack_group(rankings: list[Ranking], tie_margin: float, tail_multiple: int = 
         first = len(responses)
         prompts += [ranking.prompt] * len(ranking.responses)
         responses += ranking.responses
-        ranking_pairs = untied_pairs(ranking.scores, tie_margin)
+        ranking_pairs = untied_pairs(ranking.scores, tie_margin, ranking.responses)
         all_pairs += len(ranking.scores) * (len(ranking.scores) - 1) // 2
         prompts_with_pairs += bool(ranking_pairs)
         for winner, loser in ranking_pairs:

@@ -12,7 +12,7 @@ from icegrt.checkpoint.directory import best_of, list_checkpoints
 from icegrt.config import RewardConfig
 from icegrt.data import BlendedDataset, ConcatDataset, EncodedDataset, Ranking, RankingEncoder, untied_pairs
 from icegrt.data.blend import Pair
-from icegrt.data.training_data import hold_out, packed
+from icegrt.data.training_data import exclude_heldout, hold_out, packed
 from icegrt.data.types import Rows
 from icegrt.errors import DataError
 from icegrt.metrics import RewardStep
@@ -21,6 +21,7 @@ from icegrt.model.hf.reader import HFCheckpointReader
 from icegrt.model.hf.score_statistics import SCORE_STATISTICS, score_statistics
 from icegrt.roles.micro_batch import MicroBatch, merge_by_type
 from icegrt.roles.role import TrainableRole
+from icegrt.roles.skip_guard import SkipGuard
 from icegrt.training.ranking_loss import (
     RankingQuality,
     RankingStats,
@@ -46,6 +47,8 @@ class RewardTrainer(OneModelTrainer[RewardConfig, RewardStep]):
         sources, heldout_sources = self._training_data(data), self._heldout_data(heldout)
         if not heldout_sources and config.heldout_fraction:
             sources, heldout_sources = hold_out(sources, config.heldout_fraction, self.run.seed)
+        elif heldout_sources:
+            sources = exclude_heldout(sources, heldout_sources)
         sources = [(_drop_ties(rankings, config.tie_margin), weight) for rankings, weight in sources]
         self.blend = BlendedDataset(sources, self.run.seed)
         self.total_steps = math.ceil(self.blend.count(config.epochs) / config.batch_prompts)
@@ -59,6 +62,7 @@ class RewardTrainer(OneModelTrainer[RewardConfig, RewardStep]):
         pack = partial(pack_group, tie_margin=config.tie_margin)
         self.heldout = packed(self.heldout_rankings, config.token_budget, pack, self.cluster.share)
         self._batches: Iterator[list[Pair]] | None = None
+        self._skip_guard = SkipGuard(role.name)
         self._best_loss: float | None = None
         self._evaluations_without_improvement = 0
         self._before: dict[str, Any] | None = None
@@ -86,6 +90,7 @@ class RewardTrainer(OneModelTrainer[RewardConfig, RewardStep]):
             "without_better": self._evaluations_without_improvement,
             "best_loss": self._best_loss,
             "before": self._before,
+            "skipped_in_a_row": self._skip_guard.skipped_in_a_row,
             "stopped": self.done_steps >= self.total_steps,
         }
 
@@ -95,6 +100,7 @@ class RewardTrainer(OneModelTrainer[RewardConfig, RewardStep]):
         self._evaluations_without_improvement = state["without_better"]
         self._best_loss = state["best_loss"]
         self._before = state["before"]
+        self._skip_guard.skipped_in_a_row |= state.get("skipped_in_a_row", {})
         if state["stopped"]:
             self.total_steps = self.done_steps
 
@@ -112,7 +118,7 @@ class RewardTrainer(OneModelTrainer[RewardConfig, RewardStep]):
             [
                 stats.loss_sum,
                 sum(batch.prompts for batch in batches),
-                int((stats.difference_P > 0).sum()),
+                float((stats.difference_P > 0).sum() + 0.5 * (stats.difference_P == 0).sum()),
                 stats.difference_P.numel(),
             ]
         )
@@ -128,8 +134,11 @@ class RewardTrainer(OneModelTrainer[RewardConfig, RewardStep]):
             grad_norm=outcome.grad_norm,
         )
         self.log(row)
+        self._skip_guard.check(self.role.name, [outcome])
         if quality:
             self._stop_early_if_due(quality)
+            if self.done_steps < self.total_steps:
+                self.write_report()
             self.save_checkpoint(-quality.loss)
         self.notify("on_update", row)
         return row
@@ -142,7 +151,7 @@ class RewardTrainer(OneModelTrainer[RewardConfig, RewardStep]):
 
     def _stop_early_if_due(self, quality: RankingQuality) -> None:
         # The checkpoint of the best held-out loss is never pruned; `finish` exports its weights.
-        if self._best_loss is None or quality.loss < self._best_loss:
+        if quality.loss < (math.inf if self._best_loss is None else self._best_loss):
             self._best_loss = quality.loss
             self._evaluations_without_improvement = 0
             return
@@ -179,6 +188,7 @@ class RewardTrainer(OneModelTrainer[RewardConfig, RewardStep]):
         self.save_checkpoint(None if after is None else -after.loss)
         self.write_model(_statistics_file(statistics))
         write_json(self.dir / "summary.json", summary)
+        self.write_report()
         return summary
 
 
@@ -188,7 +198,7 @@ def _statistics_file(statistics: dict[str, Any] | None) -> dict[str, Any]:
 
 def _drop_ties(rankings: EncodedDataset[Ranking], tie_margin: float) -> EncodedDataset[Ranking]:
     # A prompt without a pair has no loss, so its forward pass would be wasted.
-    chosen = [i for i, ranking in enumerate(rankings) if untied_pairs(ranking.scores, tie_margin)]
+    chosen = [i for i, ranking in enumerate(rankings) if untied_pairs(ranking.scores, tie_margin, ranking.responses)]
     if not chosen:
         raise DataError(
             f"{rankings.name}: no prompt has responses whose scores differ by reward.tie_margin {tie_margin:g} or "

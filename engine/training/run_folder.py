@@ -7,7 +7,7 @@ import fcntl
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from icegrt.checkpoint.directory import list_checkpoints, recover
 from icegrt.config import CONFIG_FILE
 from icegrt.errors import RunError
-from icegrt.utils.console import is_main
+from icegrt.utils.console import is_main, warn
 from icegrt.utils.files import JsonlWriter, make_folders, remove_empty_folders
 
 LOCK_TIMEOUT_S = 5.0
@@ -50,7 +50,7 @@ def lock_run_folder(config: Any) -> RunLock:
     Raises:
         RunError: the folder belongs to something else, cannot be written, or is locked by another process.
     """
-    folder = Path(config.run.dir)
+    folder = Path(os.path.abspath(config.run.dir))
     if folder.is_file():
         raise RunError(f"{folder}: not a folder; set {config.section}.run.dir to another place")
     run_lock = RunLock(False, create_writable_folder(folder), None)
@@ -97,7 +97,13 @@ def _check_contents(config: Any, folder: Path) -> bool:
     except OSError as error:
         raise RunError(f"{folder}: cannot be read ({error.strerror or error})") from None
     if resume is True and not checkpoints:
-        raise RunError(f"{folder}: no checkpoint to resume from; start without --resume")
+        start = f"start again with {config.section}.run.resume=auto" if names else "start without --resume"
+        raise RunError(f"{folder}: no checkpoint to resume from; {start}")
+    if not resume and not checkpoints and CONFIG_FILE in names:
+        raise RunError(
+            f"{folder}: holds a run that ended before its first checkpoint; start it again with "
+            f"{config.section}.run.resume=auto, or set {key} to another folder"
+        )
     if not resume and names:
         raise RunError(f"{folder}: not empty; continue that run with --resume, or set {key} to another folder")
     # A run that was killed before its first checkpoint has left its configuration, or nothing but hidden files.
@@ -126,10 +132,17 @@ def create_writable_folder(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def rows_file(out: str) -> Iterator[JsonlWriter | None]:
+def rows_file(out: str, inputs: Sequence[str] = ()) -> Iterator[JsonlWriter | None]:
     """Yield a writer for a JSONL file on rank 0, and None on other ranks.
 
     If the block raises, neither the file nor its new folders remain.
+
+    Args:
+        out: the file to write.
+        inputs: files that the command reads; `out` must be none of them.
+
+    Raises:
+        RunError: `out` is an input or a folder, cannot be written, or another process is writing it.
     """
     if not is_main():
         yield None
@@ -137,6 +150,10 @@ def rows_file(out: str) -> Iterator[JsonlWriter | None]:
     path = Path(out)
     if path.is_dir():
         raise RunError(f"{path}: is a folder; name a JSONL file to write")
+    if path.exists():
+        if any(os.path.exists(read) and os.path.samefile(path, read) for read in inputs):
+            raise RunError(f"{path}: this command reads it and would replace it; name another file to write")
+        warn(f"{path}: is there already; it is replaced when all rows are written")
     new_folders = create_writable_folder(path.parent)
     try:
         with JsonlWriter(path) as writer:

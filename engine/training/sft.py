@@ -18,6 +18,7 @@ from icegrt.model.build import build_model
 from icegrt.model.hf.reader import HFCheckpointReader
 from icegrt.roles.micro_batch import MicroBatch, merge_by_type
 from icegrt.roles.role import TrainableRole
+from icegrt.roles.skip_guard import SkipGuard
 from icegrt.training.sft_loss import NLLStats, SFTLoss, heldout_loss, pack_examples, pack_group
 from icegrt.training.single_model import OneModelTrainer
 from icegrt.training.trainer import resolve_chunk_rows, write_json
@@ -37,8 +38,11 @@ class SFTTrainer(OneModelTrainer[SFTConfig, SFTStep]):
         role = TrainableRole("actor", model, config.optimizer, self.total_steps)
         self.chunk_rows = resolve_chunk_rows(config.chunk_rows, pretrained.architecture, self._resumed_chunk_rows)
         self._batches: Iterator[list[Pair]] | None = None
+        self._skip_guard = SkipGuard(role.name)
         self._heldout_batches = packed(self.heldout, config.token_budget, pack_group, self.cluster.share)
         self._heldout_before: float | None = None
+        self._heldout_after: float | None = None
+        self._evaluated_at: int | None = None
         return role
 
     def _evaluate_at_start(self) -> None:
@@ -53,12 +57,17 @@ class SFTTrainer(OneModelTrainer[SFTConfig, SFTStep]):
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs beside weights and optimizers, as JSON."""
-        return {"blend": self.blend.state(), "heldout_before": self._heldout_before}
+        return {
+            "blend": self.blend.state(),
+            "heldout_before": self._heldout_before,
+            "skipped_in_a_row": self._skip_guard.skipped_in_a_row,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore `state()`."""
         self.blend.load_state(state["blend"])
         self._heldout_before = state["heldout_before"]
+        self._skip_guard.skipped_in_a_row |= state.get("skipped_in_a_row", {})
 
     def step(self) -> SFTStep:
         """Take one optimizer step over the next batch. Returns its metrics, which are logged."""
@@ -70,6 +79,7 @@ class SFTTrainer(OneModelTrainer[SFTConfig, SFTStep]):
         loss = SFTLoss(self.role, self.chunk_rows)
         outcome = self.role.train_step([MicroBatch(batch, loss) for batch in batches])
         self.done_steps += 1
+        seconds = time.perf_counter() - started
         stats = merge_by_type(outcome.stats)[NLLStats]
         loss_sum, counted, tokens = self.cluster.all_reduce_sum(
             [stats.loss_sum, stats.tokens, sum(batch.n_tokens for batch in batches)]
@@ -78,17 +88,27 @@ class SFTTrainer(OneModelTrainer[SFTConfig, SFTStep]):
             step=self.done_steps,
             epoch=self.blend.consumed / max(self.blend.count(1.0), 1),
             loss=loss_sum / max(counted, 1),
-            heldout_loss=self.evaluate() if self._due(self.config.eval_every) else None,
+            heldout_loss=self._evaluate_if_due(),
             tokens=int(tokens),
-            tokens_per_second=tokens / (time.perf_counter() - started),
+            tokens_per_second=tokens / seconds,
             lr=outcome.lr,
             grad_norm=outcome.grad_norm,
         )
         self.log(row)
+        self._skip_guard.check(self.role.name, [outcome])
+        if row.heldout_loss is not None and self.done_steps < self.total_steps:
+            self.write_report()
         if self._due(self.config.checkpoint_every):
             self.save_checkpoint(_quality(row.heldout_loss))
         self.notify("on_update", row)
         return row
+
+    def _evaluate_if_due(self) -> float | None:
+        """Return the held-out loss every `eval_every` steps and after the last step, else None."""
+        if self.done_steps < self.total_steps and not self._due(self.config.eval_every):
+            return None
+        self._evaluated_at, self._heldout_after = self.done_steps, self.evaluate()
+        return self._heldout_after
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.done_steps % every == 0 and self.done_steps < self.total_steps
@@ -105,10 +125,12 @@ class SFTTrainer(OneModelTrainer[SFTConfig, SFTStep]):
 
     def finish(self) -> dict[str, float | None]:
         """Write the last checkpoint and `<run.dir>/model`. Returns the held-out loss before and after."""
-        summary = {"heldout_loss_before": self._heldout_before, "heldout_loss_after": self.evaluate()}
+        after = self._heldout_after if self._evaluated_at == self.done_steps else self.evaluate()
+        summary = {"heldout_loss_before": self._heldout_before, "heldout_loss_after": after}
         self.save_checkpoint(_quality(summary["heldout_loss_after"]))
         self.write_model()
         write_json(self.dir / "summary.json", summary)
+        self.write_report()
         return summary
 
 

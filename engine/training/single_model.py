@@ -68,7 +68,12 @@ class OneModelTrainer(Trainer[ConfigT, StepT]):
         architecture = pretrained.architecture
         check_parallelism(architecture, self.cluster)  # before data is encoded, which may take long
         self.tokenizer = tokenizer_for(inputs.tokenizer, inputs.model, architecture)
-        self.stop_ids = stop_ids(self.tokenizer, architecture.hf_config, pretrained.folder)
+        self.stop_ids = stop_ids(
+            self.tokenizer,
+            architecture.hf_config,
+            pretrained.folder,
+            generation_config=architecture.generation_config,
+        )
         self.max_length = min(self.config.max_length or architecture.context_length, architecture.context_length)
         self.role = self._build(pretrained, inputs.data, inputs.heldout)
         self.roles = [self.role]

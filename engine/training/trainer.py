@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
@@ -18,19 +19,22 @@ from icegrt.checkpoint.manager import Checkpoints
 from icegrt.config import PPOConfig, RewardConfig, RunConfig, SFTConfig
 from icegrt.config.loader import as_dict
 from icegrt.data import check_tokenizer, load_tokenizer
+from icegrt.data.tokenizer import save_tokenizer
 from icegrt.data.types import Tokenizer, TokenizerSource
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
+from icegrt.distributed.pipeline import all_ranks_true
 from icegrt.errors import ConfigError, RunError
 from icegrt.kernels import default_chunk_rows
 from icegrt.metrics import PPOStep, RewardStep, RunLog, SFTStep, drop_rollouts
 from icegrt.metrics.sinks import check_sinks
 from icegrt.model.architecture import DTYPES, Architecture
 from icegrt.model.hf.reader import ModelSource
-from icegrt.roles.role import TrainableRole
+from icegrt.report.page import write_run_report
+from icegrt.roles.role import TrainableRole, check_inference_mode
 from icegrt.training.run_folder import CONFIG_FILE, lock_run_folder
-from icegrt.training.sigterm import capture_sigterm
-from icegrt.utils.console import is_main, print_info, progress
+from icegrt.training.stop_signals import STOP_SIGNALS, capture_stop_signals
+from icegrt.utils.console import is_main, print_info, progress, warn
 from icegrt.utils.files import write_text_atomic
 
 if TYPE_CHECKING:
@@ -89,11 +93,13 @@ class Trainer(Generic[ConfigT, StepT]):
         cluster: process groups, rank and device.
         tokenizer: of the model that is trained.
         roles: those that train, in the order of the checkpoint; `write_model` writes the first.
+        unit, length_key: name of a step in messages, and the key that sets the number of steps.
         done_steps, total_steps: steps taken, and steps of the run. A callback may lower `total_steps`.
         chunk_rows: logit chunk size, the same in a whole run; None without a language model.
     """
 
     unit = "steps"
+    length_key = "epochs"
     total_steps: int
     tokenizer: Tokenizer
     roles: list[TrainableRole]
@@ -107,12 +113,14 @@ class Trainer(Generic[ConfigT, StepT]):
         self.chunk_rows: int | None = None
         self._log: RunLog | None = None
         self._saved_at: int | None = None
-        self._stop_requested: Callable[[], bool] = lambda: False
+        self._stop_signal: Callable[[], int] = lambda: 0
         check_sinks(self.run.log_to, f"{config.section}.run.log_to")
         if not self.run.dir:
             raise ConfigError(f"{self.config.section}.run.dir is empty; name a folder for the run")
-        self.dir = Path(self.run.dir)
-        with contextlib.ExitStack() as resources:
+        # Absolute: a reward function or a callback may change the working directory.
+        self.dir = Path(os.path.abspath(self.run.dir))
+        check_inference_mode()
+        with contextlib.ExitStack() as resources, torch.enable_grad():
             self._resources = resources
             self._open_run(resources)
             self._set_up(inputs)
@@ -142,6 +150,7 @@ class Trainer(Generic[ConfigT, StepT]):
         resumed = read_state(self._resumed_from) if self._resumed_from is not None else {}
         self._resumed_chunk_rows: int | None = resumed.get("chunk_rows")
         resources.push(self._complete_checkpoint_on_exit)
+        resources.push(self._write_report_on_failure)
 
     def _set_up(self, inputs: Any) -> None:
         """Build models and data; set `total_steps`, `tokenizer` and `roles`."""
@@ -167,13 +176,16 @@ class Trainer(Generic[ConfigT, StepT]):
             self.done_steps = self._saved_at = state["step"]
             self.load_state(state["trainer"])
             print_info(f"resumed from {self._resumed_from}: {self.done_steps} of {self.total_steps} {self.unit} done")
+            if self.done_steps > self.total_steps:
+                key = f"{self.config.section}.{self.length_key}"
+                warn(f"all {self.total_steps} {self.unit} of this configuration are done; raise {key} to train on")
         if self.cluster.is_main:
             # Before the first step there is at most an evaluation, which is repeated.
             resume_from_step = (self.done_steps or -1) if self._is_resume else None
             # The log comes first: if a logger cannot start, no file of the run is written yet.
             self._log = RunLog(self.dir, resume_from_step, log_to=self.run.log_to, config=as_dict(self.config))
             self.config.save(self.dir / CONFIG_FILE)
-            self.tokenizer.save_pretrained(self.dir / "tokenizer")
+            save_tokenizer(self.tokenizer, self.dir / "tokenizer")
             drop_rollouts(self.dir, after=self.done_steps)
         if self.chunk_rows:
             print_info(f"logit chunk size: {self.chunk_rows} rows (chunk_rows; fixed for this run)")
@@ -190,8 +202,12 @@ class Trainer(Generic[ConfigT, StepT]):
         self._resources.__exit__(type(error) if error is not None else None, error, None)
 
     def _complete_checkpoint_on_exit(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if error is None or self.cluster.world_size == 1:
-            self.checkpoints.complete()
+        if error is None or (self.cluster.world_size == 1 and not isinstance(error, KeyboardInterrupt)):
+            self.checkpoints.finish_pending()
+
+    def _write_report_on_failure(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None and not isinstance(error, KeyboardInterrupt) and self._log is not None and self.done_steps:
+            self.write_report()
 
     def _close_log(self) -> None:
         log, self._log = self._log, None
@@ -243,7 +259,7 @@ class Trainer(Generic[ConfigT, StepT]):
 
     def complete_checkpoint(self) -> None:
         """Wait until a pending checkpoint is complete on the disk. Collective."""
-        self.checkpoints.complete()
+        self.checkpoints.finish_pending()
 
     # -- running ---------------------------------------------------------------------------------------------------
 
@@ -259,10 +275,10 @@ class Trainer(Generic[ConfigT, StepT]):
     def train(self) -> dict[str, Any]:
         """Run to the end with a progress bar. Returns the result of `finish()`.
 
-        SIGTERM to any rank ends the run on all ranks after the current step: a checkpoint is saved, and `SystemExit`
-        with status 0 is raised.
+        SIGTERM, SIGINT (Ctrl-C), SIGHUP or SIGUSR1 to any rank ends the run on all ranks after the current step: a
+        checkpoint is saved, and `SystemExit` with status 0 is raised. A second signal ends the process at once.
         """
-        with capture_sigterm() as self._stop_requested:
+        with capture_stop_signals() as self._stop_signal:
             with progress(self.total_steps, self.config.section, self.unit) as bar:
                 bar.advance(self.done_steps)
                 for step in self:
@@ -272,14 +288,14 @@ class Trainer(Generic[ConfigT, StepT]):
         return summary
 
     def _between_steps(self) -> None:
-        stop, writing = self.cluster.any_rank([self._stop_requested(), not self.checkpoints.ready])
-        if stop:
+        received = [self._stop_signal() == number for number in STOP_SIGNALS]
+        *stop, writing = self.cluster.any_rank([*received, not self.checkpoints.ready])
+        if any(stop):
             if self._saved_at != self.done_steps:
                 self.save_checkpoint()
             self.complete_checkpoint()
-            print_info(
-                f"SIGTERM: saved after {self.done_steps} of {self.total_steps} {self.unit}; continue with --resume"
-            )
+            name, progress_text = STOP_SIGNALS[stop.index(True)].name, f"{self.done_steps} of {self.total_steps}"
+            print_info(f"{name}: saved after {progress_text} {self.unit}; continue with --resume")
             raise SystemExit(0)
         if not writing:
             self.complete_checkpoint()
@@ -289,7 +305,17 @@ class Trainer(Generic[ConfigT, StepT]):
         raise NotImplementedError
 
     def write_model(self, extra_files: dict[str, Any] | None = None) -> None:
-        """Write the trained model to `<run.dir>/model`, in place of one from before a resume. Collective."""
+        """Write the trained model to `<run.dir>/model`, in place of one from before a resume. Collective.
+
+        Raises:
+            RunError: a weight is not finite.
+        """
+        parameters = self.roles[0].model.parameters()
+        if not all_ranks_true(all(bool(torch.isfinite(parameter).all()) for parameter in parameters)):
+            raise RunError(
+                f"{self.dir / 'model'}: not written, because weights of the {self.roles[0].name} are not finite; lower "
+                "its learning rate, and start a new run"
+            )
         self.roles[0].save_pretrained(self.dir / "model", self.run.dtype, self.tokenizer, extra_files, replace=True)
         self.cluster.barrier()
 
@@ -300,6 +326,14 @@ class Trainer(Generic[ConfigT, StepT]):
     def finish(self) -> dict[str, Any]:
         """Evaluate, save and export after the last step. Returns the summary."""
         raise NotImplementedError
+
+    def write_report(self) -> None:
+        """Write the report of the run so far, on rank 0. A failure is a warning: the metrics are on the disk."""
+        if self.cluster.is_main:
+            try:
+                write_run_report(self.dir, config=self.config if isinstance(self.config, PPOConfig) else None)
+            except Exception as error:
+                warn(f"{self.dir / 'report.html'}: not written ({error}); `icegrt report {self.run.dir}` writes it")
 
     def notify(self, hook: str, *args: Any) -> None:
         """Call `hook` of every callback that defines it."""
@@ -334,9 +368,10 @@ def tokenizer_for(tokenizer: TokenizerSource | None, model: ModelSource, archite
         checked = tokenizer
         check_tokenizer(checked, print_info=print_info)
     if len(checked) > architecture.vocab_size:
+        token = checked.decode([architecture.vocab_size], skip_special_tokens=False)
         raise ConfigError(
             f"the tokenizer has {len(checked)} tokens, but the model's vocabulary only {architecture.vocab_size}; "
-            "they do not belong together"
+            f"they do not belong together: the first token that is too many is {token!r}"
         )
     return checked
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from icegrt.errors import CheckpointError
+from icegrt.errors import CheckpointError, RunError
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -57,13 +58,16 @@ class JsonlWriter:
     """Write rows of JSON, one per line, to a temporary file that `close` renames to `path`.
 
     Missing parent folders are created. As a context manager it removes the temporary file if the block raises.
+
+    Raises:
+        RunError: another process is writing the same file.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._partial = _partial_path(self.path)
-        self._file = open_text(self._partial, "w")
+        self._file = _open_locked(self.path, self._partial)
 
     def write(self, row: dict[str, Any]) -> None:
         """Add one row; numbers that are not finite become the strings NaN, Infinity and -Infinity."""
@@ -76,17 +80,17 @@ class JsonlWriter:
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
+            os.replace(self._partial, self.path)  # before the lock ends
             self._file.close()
         except OSError:
             self._discard()
             raise
-        os.replace(self._partial, self.path)
 
     def _discard(self) -> None:
         # On a full disk `close` fails too, because it writes the rest of the buffer. It closes the descriptor anyway.
+        self._partial.unlink(missing_ok=True)  # before the lock ends
         with contextlib.suppress(OSError):
             self._file.close()
-        self._partial.unlink(missing_ok=True)
 
     def __enter__(self) -> JsonlWriter:
         return self
@@ -96,6 +100,24 @@ class JsonlWriter:
             self.close()
         else:
             self._discard()
+
+
+def _open_locked(path: Path, partial: Path) -> TextIO:
+    """Return the emptied temporary file of `path`, locked by this process until it is closed."""
+    while True:
+        file = open_text(partial, "a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise RunError(f"{path}: another process is writing it; wait for that one, or name another file") from None
+        except OSError:  # a file system without locks
+            pass
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(partial)):
+                file.truncate(0)
+                return file
+        file.close()  # the process that held the lock has renamed or removed the file meanwhile
 
 
 def open_text(path: Path, mode: str) -> TextIO:
@@ -243,6 +265,24 @@ def restore_json(value: Any) -> Any:
     if isinstance(value, list):
         return [restore_json(v) for v in value]
     return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def model_folder(path: str | Path) -> Path:
+    """Return the folder of a Hugging Face checkpoint: `path` itself, or the exported model of the run at `path`.
+
+    Raises:
+        CheckpointError: the run at `path` has no exported model yet.
+    """
+    path = Path(path)
+    exported = path / "model"
+    if (path / "config.json").is_file() or not path.is_dir():
+        return path
+    if not exported.is_dir() and any((path / "checkpoints").glob("step_*")):
+        raise CheckpointError(
+            f"{path}: an unfinished run, which has no model yet; finish it with --resume, or export its last "
+            f"checkpoint: icegrt export export.run={path} export.out=FOLDER"
+        )
+    return exported if exported.is_dir() else path
 
 
 def read_object(path: Path) -> dict[str, Any]:

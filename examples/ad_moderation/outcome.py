@@ -76,12 +76,12 @@ class Outcome:
             notes=[
                 f"{TEST_ADS} test ads, whose templates and values occur in no training row; {SAMPLES} sampled answers "
                 "and one greedy answer each, before and after PPO. Task score: the rule checker's, from 0 to 1. "
-                "Optimized score: PPO's score, with the reward model's part normalized on its held-out data.",
+                "Total score: PPO's weighted sum, with the reward model's part normalized on its held-out data.",
             ],
             settings=settings,
         )
 
-    def _optimized_score(self, columns: dict[str, list]) -> np.ndarray:
+    def _total_score(self, columns: dict[str, list]) -> np.ndarray:
         """Return PPO's score of each answer, on the fixed scale of the statistics saved with the reward model."""
         statistics = _read(self.out / "reward" / "model" / "score_statistics.json")["after"]
         c = self.config
@@ -96,15 +96,15 @@ class Outcome:
 
     def _scores(self, document: dict[str, Any], mode: str, name: str) -> np.ndarray:
         columns = document[mode]
-        values = self._optimized_score(columns) if name == "optimized" else columns[name]
+        values = self._total_score(columns) if name == "total" else columns[name]
         return self._per_prompt(values, columns)
 
     def _ppo(self) -> dict[str, Any]:
         # 1. scores before and after, with intervals
         figures: dict[str, Any] = {"test_ads": len(self.rows), "iterations": len(self.steps)}
-        figures["heldout_reward_name"] = "weighted sum of all scores"
+        figures["heldout_reward_name"] = "total score"
         names = {
-            ("sampled", "optimized"): "heldout_reward",
+            ("sampled", "total"): "heldout_reward",
             ("sampled", "task"): "task_score",
             ("greedy", "task"): "greedy_task_score",
             ("sampled", "reward_model"): "reward_model_score",
@@ -164,7 +164,7 @@ class Outcome:
                 f"pairs ({reward['heldout_tie_fraction']:.0%} ties); best single feature, "
                 f"{reward['baseline_feature']}: {baseline:.3f} (at least 0.75, and 0.10 above it)",
             ),
-            _gain(ppo, "heldout_reward", "optimized score, sampled", 0.0),
+            _gain(ppo, "heldout_reward", "total score, sampled", 0.0),
             _gain(ppo, "task_score", "checker, sampled", 0.0),
             _gain(ppo, "greedy_task_score", "checker, greedy", -0.02),
             (kl < 2 * target, f"KL {kl:.2f} nats per response (below twice the target of {target:g})"),

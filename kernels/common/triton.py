@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..dispatch import log_launch
 from ..validate import single_backward
+from .precision import saturating_cast
 
 # Legend
 #   A         actions of the packed stream
@@ -44,8 +45,15 @@ def load_stream(pointer, index, keep):
 @triton.jit
 def bounded_exp(x, LIMIT: tl.constexpr):
     """Return exp(x), continued along its tangent beyond LIMIT."""
-    bounded = tl.minimum(x, LIMIT)
+    # Not minimum: it would turn NaN into LIMIT.
+    bounded = tl.where(x > LIMIT, LIMIT, x)
     return tl.exp(bounded) + (x - bounded) * tl.exp(tl.full((), LIMIT, tl.float32))
+
+
+@triton.jit
+def floor_logprob(logprob, FLOOR: tl.constexpr):
+    """Return a log-prob with FLOOR for -inf."""
+    return tl.where(logprob == -float("inf"), FLOOR, logprob)
 
 
 @triton.jit
@@ -160,5 +168,5 @@ class AttachTokenGradients(torch.autograd.Function):
         (grad_loss,) = upstream
         grads: list[Tensor | None] = []
         for grad_A, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
-            grads += [(grad_A * grad_loss).to(dtype), None]
+            grads += [saturating_cast(grad_A * grad_loss, dtype), None]
         return None, None, *grads

@@ -19,7 +19,8 @@ def kl_divergence(logprob_A: Tensor, ref_logprob_A: Tensor, estimator: str) -> T
         abs = |d|
 
     Source: Schulman, "Approximating KL Divergence", 2020 (joschu.net/blog/kl-approx.html). k3 continues along its
-    tangent where exp(-d) would leave fp32's range (-d > 60). The result is differentiable in both log-probs.
+    tangent where exp(-d) would leave fp32's range (-d > 60). A log-prob of -inf enters d as -1e4, as a constant. The
+    result is differentiable in both log-probs; gradients in fp16 saturate at its largest number.
 
     Args:
         logprob_A: Floating, any shape: log-probs in nats under the policy, which sampled the tokens.

@@ -9,10 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.triton import kl_estimate
+from ..common.precision import saturating_cast
+from ..common.triton import floor_logprob, kl_estimate
 from ..dispatch import log_launch
 from ..validate import single_backward
-from .reference import EXPONENT_LIMIT
+from .reference import EXPONENT_LIMIT, LOGPROB_FLOOR
 
 # Legend
 #   A      actions of the packed stream (any shape; kernels see it flat)
@@ -34,7 +35,8 @@ def kl_slope(d, ESTIMATOR: tl.constexpr, LIMIT: tl.constexpr):
     elif ESTIMATOR == "abs":
         return tl.where(d > 0.0, 1.0, 0.0) - tl.where(d < 0.0, 1.0, 0.0)
     else:
-        x = tl.minimum(-d, LIMIT)
+        # Not minimum: it would turn NaN into LIMIT.
+        x = tl.where(-d > LIMIT, LIMIT, -d)
         # -slope = exp(x) - 1 cancels near 0; its series to x^8 is exact to fp32 for |x| < 0.5.
         series = 1.0 / 120.0 + x * (1.0 / 720.0 + x * (1.0 / 5040.0 + x * (1.0 / 40320.0)))
         series = 1.0 + x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * series)))
@@ -43,13 +45,20 @@ def kl_slope(d, ESTIMATOR: tl.constexpr, LIMIT: tl.constexpr):
 
 @triton.jit
 def kl_forward_kernel(
-    logprob_ptr, ref_ptr, out_ptr, size, ESTIMATOR: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr
+    logprob_ptr,
+    ref_ptr,
+    out_ptr,
+    size,
+    ESTIMATOR: tl.constexpr,
+    LIMIT: tl.constexpr,
+    FLOOR: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Write the estimator of BLOCK tokens."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < size
-    d = tl.load(logprob_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    d -= tl.load(ref_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    d = floor_logprob(tl.load(logprob_ptr + offsets, mask=inside, other=0.0).to(tl.float32), FLOOR)
+    d -= floor_logprob(tl.load(ref_ptr + offsets, mask=inside, other=0.0).to(tl.float32), FLOOR)
     tl.store(out_ptr + offsets, kl_estimate(d, ESTIMATOR, LIMIT), mask=inside)
 
 
@@ -63,16 +72,19 @@ def kl_backward_kernel(
     size,
     ESTIMATOR: tl.constexpr,
     LIMIT: tl.constexpr,
+    FLOOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the gradients of BLOCK tokens by both log-probs, which differ in sign alone."""
+    """Write the gradients of BLOCK tokens by both log-probs; at finite log-probs they differ in sign alone."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < size
-    d = tl.load(logprob_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    d -= tl.load(ref_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    logprob = tl.load(logprob_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    ref = tl.load(ref_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    d = floor_logprob(logprob, FLOOR) - floor_logprob(ref, FLOOR)
     grad = tl.load(upstream_ptr + offsets, mask=inside, other=0.0) * kl_slope(d, ESTIMATOR, LIMIT)
-    tl.store(logprob_grad_ptr + offsets, grad, mask=inside)
-    tl.store(ref_grad_ptr + offsets, -grad, mask=inside)
+    # A log-prob of -inf is a constant.
+    tl.store(logprob_grad_ptr + offsets, tl.where(logprob == -float("inf"), 0.0, grad), mask=inside)
+    tl.store(ref_grad_ptr + offsets, tl.where(ref == -float("inf"), 0.0, -grad), mask=inside)
 
 
 class _Divergence(torch.autograd.Function):
@@ -90,9 +102,12 @@ class _Divergence(torch.autograd.Function):
         (grad_A,) = upstream
         logprob_A, ref_logprob_A = ctx.saved_tensors
         # Contiguous whatever the inputs' strides are: the kernel writes flat.
-        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (logprob_A, ref_logprob_A)]
+        # fp16 is rounded afterwards: the kernel would write infinity beyond its range.
+        inputs = (logprob_A, ref_logprob_A)
+        dtypes = [torch.float32 if x.dtype == torch.float16 else x.dtype for x in inputs]
+        grads = [torch.empty(x.shape, dtype=dtype, device=x.device) for x, dtype in zip(inputs, dtypes, strict=True)]
         _launch(kl_backward_kernel, ctx.estimator, logprob_A, ref_logprob_A, grad_A, *grads)
-        return *grads, None
+        return *(saturating_cast(grad, x.dtype) for grad, x in zip(grads, inputs, strict=True)), None
 
 
 def _launch(kernel: Any, estimator: str, *tensors: Tensor) -> None:
@@ -105,6 +120,7 @@ def _launch(kernel: Any, estimator: str, *tensors: Tensor) -> None:
                 size,
                 ESTIMATOR=estimator,
                 LIMIT=EXPONENT_LIMIT,
+                FLOOR=LOGPROB_FLOOR,
                 BLOCK=BLOCK,
                 **OPTIONS,
             )

@@ -1,11 +1,16 @@
 """Log-probs and policy loss straight from hidden states, chunk by chunk: the logit matrix [A, V] never exists.
 
-Scoring and update iterate over the chunks with one routine on the same rows with the same chunk_rows, so that at equal
-weights their log-probs agree to the bit and the ratio is exactly 1. The loss forms its gradient while a chunk's
-logits exist: three matrix products in all. The mask alone decides which rows enter the product of the logits. Rows
-without any gradient (clipped, zero advantage) are dropped before the two products of the backward.
+A chunk is `chunk_rows` consecutive rows of the R rows that the mask keeps. Its logits [C, V] exist in one buffer until
+the next chunk.
 
-What happens to a chunk's logits between the products is a `ChunkOps`: TORCH_OPS or TRITON_OPS.
+Scoring and update iterate with one routine over the same rows in the same chunks. So at equal weights their log-probs
+are bitwise identical, and the ratio is exactly 1.
+
+The loss takes three matrix products: the logits, and the gradients by hidden states and by weight. It computes both
+gradients in the forward pass, while the logits of the chunk exist. Rows without a gradient (clipped, zero advantage)
+enter only the first product.
+
+`ChunkOps` (TORCH_OPS or TRITON_OPS) holds the operations on the logits between the products.
 """
 
 from __future__ import annotations
@@ -40,15 +45,15 @@ def _iterate_chunks(head: ChunkedHead, ops: ChunkOps) -> Iterator[LogitsChunk]:
     for rows in head.chunks():
         hidden, labels = head.hidden(rows), head.labels_R[rows]
         z = head.logits(hidden)
-        local = ops.row_stats(z, labels, head.shard, head.entropy)
-        yield LogitsChunk(rows, hidden, labels, z, local, merge_row_stats(local, head.shard))
+        local = ops.row_stats(head, z, labels)
+        yield LogitsChunk(rows, hidden, labels, z, local, merge_row_stats(local, head.shard, head.temperature))
     head.release()
 
 
 def _logprob_and_entropy(head: ChunkedHead, stats: RowStats, labels: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return log-prob and entropy of rows, 0 at ignored labels."""
     ignored = labels == IGNORED_LABEL
-    logprob = stats.logprob().masked_fill(ignored, 0.0)
+    logprob = stats.logprob(head.temperature).masked_fill(ignored, 0.0)
     return logprob, stats.entropy().masked_fill(ignored, 0.0) if head.entropy else None
 
 
@@ -66,7 +71,7 @@ def _disable_autocast(x: Tensor) -> torch.autocast:
 
 @dataclass(frozen=True)
 class _ScoringCall:
-    """What the backward of linear_logprobs needs besides its tensors."""
+    """The arguments of linear_logprobs that are not tensors with a gradient, for its backward."""
 
     head: ChunkedHead
     mask_A: Tensor | None
@@ -99,14 +104,14 @@ class _LinearLogprobs(torch.autograd.Function):
         head = call.head.subset(active_A if call.mask_A is None else active_A & (call.mask_A != 0))
         stats_R = RowStats(*(head.gather_rows(x) for x in packed))
         grad_entropy_R = head.gather_rows(grad_entropy_A) if head.entropy else None
-        grads_R = TokenGrads(head.gather_rows(grad_logprob_A), grad_entropy_R).by_logits(head.temperature)
+        grads_R = TokenGrads(head.gather_rows(grad_logprob_A), grad_entropy_R)
         # 2. Three products per chunk: logits, dX and dW.
         out = Gradients(head, ctx.needs_input_grad[:2], call.buffer_VH)
         with _disable_autocast(hidden_AH):
             for rows in head.chunks():
                 hidden, labels = head.hidden(rows), head.labels_R[rows]
                 z = head.logits(hidden)
-                local = ops.recompute_stats(z, labels, head.shard)
+                local = ops.recompute_stats(head, z, labels)
                 chunk = LogitsChunk(rows, hidden, labels, z, local, stats_R.select(rows))
                 out.add(chunk, None, *ops.logits_grad(head, chunk, grads_R.select(rows), None))
             grad_AH, grad_VH = out.finish()
@@ -197,7 +202,7 @@ def _loss_and_grads(
         grads = ops.token_grads(logprob, entropy, streams_R.select(chunk.rows), objective)
         active = _active_rows(*grads)
         if active is None or active.numel():
-            dz, scale = ops.logits_grad(head, chunk, grads.by_logits(head.temperature), active)
+            dz, scale = ops.logits_grad(head, chunk, grads, active)
             # 3. The two products.
             out.add(chunk, active, dz, scale)
     empty = head.hidden_AH.new_zeros(0, dtype=head.wide)

@@ -53,7 +53,7 @@ class LogitsChunk(NamedTuple):
     rows: slice  # of the R rows
     hidden: Tensor  # [C, H] as the product reads it
     labels: Tensor  # [C]
-    logits: Tensor  # [C, v] over the temperature, as `ChunkOps.row_stats` leaves them
+    logits: Tensor  # [C, v], as `ChunkOps.row_stats` leaves them
     local: RowStats | None  # of this rank's columns; None if logits_grad needs none
     merged: RowStats  # of the full rows
 
@@ -61,12 +61,12 @@ class LogitsChunk(NamedTuple):
 class ChunkOps(NamedTuple):
     """What happens to a chunk of logits between the products. Two instances: TORCH_OPS and TRITON_OPS."""
 
-    # (logits, labels, shard, entropy) -> statistics of this rank's columns. May overwrite the logits.
-    row_stats: Callable[[Tensor, Tensor, VocabShard | None, bool], RowStats]
-    # (logits, labels, shard) -> what logits_grad needs when the merged statistics are known and the logits are new.
-    recompute_stats: Callable[[Tensor, Tensor, VocabShard | None], RowStats | None]
-    # (head, chunk, gradients [C] by log-prob and entropy of z, active [L] or None) -> (dz [L, v] in the product's
-    # dtype, a factor [L] that each row still lacks or None). May overwrite the logits.
+    # (head, logits, labels) -> statistics of this rank's columns. May overwrite the logits.
+    row_stats: Callable[[ChunkedHead, Tensor, Tensor], RowStats]
+    # (head, logits, labels) -> what logits_grad needs when the merged statistics are known and the logits are new.
+    recompute_stats: Callable[[ChunkedHead, Tensor, Tensor], RowStats | None]
+    # (head, chunk, gradients [C] by log-prob and entropy, active [L] or None) -> (dz [L, v] in the product's dtype, a
+    # factor [L] that each row still lacks or None). May overwrite the logits.
     logits_grad: Callable[[ChunkedHead, LogitsChunk, TokenGrads, Tensor | None], tuple[Tensor, Tensor | None]]
     # (log-prob, entropy, streams, objective) -> gradients of the unnormalized objective by token.
     token_grads: Callable[[Tensor, Tensor | None, PolicyStreams, PolicyObjective], TokenGrads]

@@ -37,7 +37,7 @@ def linear_logprobs(
         hidden_AH: [A, H] floating.
         weight_VH: [V, H] floating, of the same dtype unless under autocast; this rank's slice if `shard` has a group.
         labels_A: [A] int32 or int64, global ids; -100 ignores the row.
-        mask_A: [A], any dtype; 0 ignores the row, whatever it holds.
+        mask_A: [A], bool, integers, or floats of 0 and 1; 0 ignores the row, whatever it holds.
         temperature: Python number > 0.
         entropy: Whether to compute entropies.
         shard: This rank's slice of the vocabulary. None: the weight has all of it.
@@ -98,10 +98,11 @@ def linear_ppo_loss(
         hidden_AH: [A, H] floating.
         weight_VH: [V, H] floating, of the same dtype unless under autocast; this rank's slice if `shard` has a group.
         labels_A: [A] int32 or int64, global ids; a row with -100 does not count.
-        old_logprob_A: [A] floating, log-probs under the policy that sampled. None: the detached log-probs themselves.
+        old_logprob_A: [A] floating, log-probs under the policy that sampled, finite where a row counts. None: the
+            detached log-probs themselves.
         advantage_A: [A] floating.
         ref_logprob_A: [A] floating, log-probs under the reference. Required if kl_coef is not 0.
-        mask_A: [A], any dtype; a row with 0 does not count, whatever it holds.
+        mask_A: [A], bool, integers, or floats of 0 and 1; a row with 0 does not count, whatever it holds.
         weight_A: [A] floating, factor of each token's loss.
         normalizer: Number > 0 or 0-dim tensor, for example the token count over all ranks.
         clip_low: Lower clip distance of the ratio, in [0, 1].
@@ -125,8 +126,8 @@ def linear_ppo_loss(
 
     Raises:
         TypeError: An argument has a wrong type or dtype.
-        ValueError: A shape, device or range is wrong, a CPU label is outside the vocabulary, or kl_coef lacks
-            ref_logprob_A.
+        ValueError: A shape, device or range is wrong, a CPU label is outside the vocabulary, a counted old log-prob on
+            the CPU is not finite (on a device loss and gradient are then NaN), or kl_coef lacks ref_logprob_A.
     """
     op = "linear_ppo_loss"
     head = HeadInputs(hidden_AH, weight_VH, labels_A, mask_A, temperature, shard, chunk_rows, weight_grad_out)
@@ -135,6 +136,6 @@ def linear_ppo_loss(
         clip_low, clip_high, dual_clip, kl_coef, kl_estimator, kl_gradient, entropy_coef, moments, shift_mean
     )
     streams = PolicyStreams(old_logprob_A, advantage_A, ref_logprob_A, mask_A, weight_A)
-    streams = check_policy_inputs(op, hidden_AH, streams, objective, normalizer)
+    streams = check_policy_inputs(op, hidden_AH, streams, objective, normalizer, labels_A)
     run = select(op, hidden_AH, weight_VH)
     return run(replace(head, temperature=float(temperature)), streams, objective, normalizer)

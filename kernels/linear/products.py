@@ -143,10 +143,8 @@ class ChunkedHead:
         self.__dict__.pop("_buffer", None)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return [C, v] logits over the temperature, in the buffer that the next chunk overwrites."""
-        z = product(hidden, self.weight_VH.t(), out=self._buffer[: hidden.shape[0]])
-        # Divided after the product, in the wide dtype: divided before, bf16 operands would be rounded again.
-        return z if self.temperature == 1.0 else z.div_(self.temperature)
+        """Return [C, v] logits, in the buffer that the next chunk overwrites."""
+        return product(hidden, self.weight_VH.t(), out=self._buffer[: hidden.shape[0]])
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

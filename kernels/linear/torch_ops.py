@@ -12,10 +12,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..common.vocab_rows import FLOOR, RowStats, TokenGrads, empty_row_stats, finite_or_zero, locate_label
+from ..common.vocab_rows import (
+    FLOOR,
+    RowStats,
+    TokenGrads,
+    empty_row_stats,
+    finite_or_zero,
+    locate_label,
+    scale_shifted,
+)
 from ..ppo_policy_loss.inputs import PolicyObjective, PolicyStreams
 from ..ppo_policy_loss.reference import policy_terms, ppo_policy_loss
-from ..types import VocabShard
 from ..whitening.reference import whiten
 from .inputs import ChunkOps, LogitsChunk
 from .products import ChunkedHead
@@ -23,21 +30,28 @@ from .products import ChunkedHead
 # Legend
 #   C  rows of a chunk                 L  rows of a chunk that have a gradient ("active")
 #   v  rows of this rank's weight that are vocabulary
-#   z  logits over the temperature [C, v], then softmax over this rank's columns, then gradient, in one buffer
+#   z  logits [C, v], then softmax over this rank's columns, then gradient, in one buffer
 
 # Rows of a temporary that the entropy needs: a temporary of a full chunk would double the memory.
 BLOCK_ROWS = 32
 
 
-def row_stats(z: Tensor, labels: Tensor, shard: VocabShard | None, entropy: bool) -> RowStats:
+def row_stats(head: ChunkedHead, z: Tensor, labels: Tensor) -> RowStats:
     """Return local statistics of each row; leaves the row's softmax over this rank's columns in z."""
+    return _local_stats(head, z, labels, head.entropy)
+
+
+def _local_stats(head: ChunkedHead, z: Tensor, labels: Tensor, entropy: bool) -> RowStats:
     if z.shape[1] == 0:
         return empty_row_stats(z)
     # 1. What needs the logits themselves: maximum and label.
     row_max = z.amax(-1)
-    column, in_shard = locate_label(labels, shard, z.shape[1])
+    column, in_shard = locate_label(labels, head.shard, z.shape[1])
     label_logit = torch.where(in_shard, z.gather(1, column[:, None]).squeeze(1), -torch.inf)
-    # 2. Softmax in place; the maximum has the probability 1 / S.
+    # 2. Softmax in place; the maximum has the probability 1 / S. The temperature divides after the maximum is
+    #    subtracted, and after the product: bf16 operands would be rounded again.
+    if head.temperature != 1.0:
+        z.sub_(finite_or_zero(row_max)[:, None]).div_(head.temperature)
     torch.softmax(z, -1, out=z)
     sum_exp = z.amax(-1).reciprocal_()
     # 3. Softmax of a row without any finite logit is NaN: all its probabilities are 0 instead.
@@ -52,12 +66,12 @@ def row_stats(z: Tensor, labels: Tensor, shard: VocabShard | None, entropy: bool
 def _sum_exp_shifted(p: Tensor, sum_exp: Tensor) -> Tensor:
     """Return sum of exp(z - max) * (z - max), from the softmax p of the row and its sum."""
     entropy = torch.cat([torch.special.entr(rows).sum(-1) for rows in p.split(BLOCK_ROWS)])
-    return torch.where(sum_exp > 0, sum_exp * (sum_exp.log() - entropy), 0.0)
+    return torch.where(sum_exp != 0, sum_exp * (sum_exp.log() - entropy), 0.0)
 
 
-def recompute_stats(z: Tensor, labels: Tensor, shard: VocabShard | None) -> RowStats:
+def recompute_stats(head: ChunkedHead, z: Tensor, labels: Tensor) -> RowStats:
     """Return local statistics without entropy, and leave in z what `logits_grad` expects."""
-    return row_stats(z, labels, shard, False)
+    return _local_stats(head, z, labels, False)
 
 
 def logits_grad(
@@ -65,12 +79,13 @@ def logits_grad(
 ) -> tuple[Tensor, Tensor | None]:
     """Return (dz [L, v] of the active rows, a factor that each row still lacks or None), over chunk.logits.
 
-    With g and h the gradients by log-prob and by entropy, and H the entropy:
+    With g and h the gradients by log-prob and by entropy, each over the temperature, and H the entropy:
 
         dz = g (onehot - p) - h p (log p + H)
     """
     shard, dtype = head.shard, head.weight_VH.dtype
     z, labels, local, merged = chunk.logits, chunk.labels, chunk.local, chunk.merged
+    grads = grads.by_logits(head.temperature)
     # 1. Drop rows without a gradient.
     if active is not None:
         z, labels, grads = _compact_rows(z, active), labels[active], grads.select(active)
@@ -79,8 +94,8 @@ def logits_grad(
         return z.to(dtype), None
     # 2. From probabilities over this rank's columns to those over the vocabulary.
     if local is not None and shard is not None and shard.group is not None:
-        shift = (finite_or_zero(local.max) - finite_or_zero(merged.max)).clamp(min=FLOOR)
-        z.mul_(torch.where(merged.sum_exp > 0, shift.exp() * local.sum_exp / merged.sum_exp, 0.0)[:, None])
+        shift = scale_shifted(finite_or_zero(local.max) - finite_or_zero(merged.max), head.temperature).clamp(min=FLOOR)
+        z.mul_(torch.where(merged.sum_exp != 0, shift.exp() * local.sum_exp / merged.sum_exp, 0.0)[:, None])
     column, in_shard = locate_label(labels, shard, z.shape[1])
     # 3. Without an entropy term dz = -g (p - onehot). The factor -g is left to the products, whose narrow side it
     #    scales, unless a cast passes over z anyway.

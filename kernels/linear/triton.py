@@ -15,7 +15,7 @@ from ..common.vocab_rows import RowStats, TokenGrads
 from ..ppo_policy_loss.inputs import PolicyObjective, PolicyStreams
 from ..ppo_policy_loss.triton import policy_launch, ppo_policy_loss
 from ..token_logprobs.triton import Columns, ScoredRows, gradient_launch, statistics_launch
-from ..types import PPOLoss, TokenLogprobs, VocabShard
+from ..types import PPOLoss, TokenLogprobs
 from . import chunked
 from .inputs import ChunkOps, HeadInputs, LogitsChunk
 from .products import ChunkedHead
@@ -23,20 +23,20 @@ from .products import ChunkedHead
 # Legend
 #   C  rows of a chunk                 L  rows of a chunk that have a gradient ("active")
 #   v  rows of this rank's weight that are vocabulary
-#   z  logits over the temperature [C, v]
+#   z  logits [C, v]
 
 
-def _columns(z: Tensor, shard: VocabShard | None) -> Columns:
-    # z is vocabulary only and divided by the temperature already.
-    return Columns(0 if shard is None else shard.start, z.shape[1], 1.0)
+def _columns(z: Tensor, head: ChunkedHead) -> Columns:
+    # z is vocabulary only.
+    return Columns(0 if head.shard is None else head.shard.start, z.shape[1], head.temperature)
 
 
-def row_stats(z: Tensor, labels: Tensor, shard: VocabShard | None, entropy: bool) -> RowStats:
+def row_stats(head: ChunkedHead, z: Tensor, labels: Tensor) -> RowStats:
     """Return local statistics of each row; z keeps the logits."""
-    return statistics_launch(z, labels, _columns(z, shard), entropy)
+    return statistics_launch(z, labels, _columns(z, head), head.entropy)
 
 
-def recompute_stats(z: Tensor, labels: Tensor, shard: VocabShard | None) -> None:
+def recompute_stats(head: ChunkedHead, z: Tensor, labels: Tensor) -> None:
     """Return None: the gradient kernel reads the logits themselves and the statistics of the full rows."""
 
 
@@ -50,7 +50,7 @@ def logits_grad(head: ChunkedHead, chunk: LogitsChunk, grads: TokenGrads, active
         count = z.shape[0] if active is None else active.shape[0]
         out = torch.empty(count, z.shape[1], dtype=dtype, device=z.device)
     rows = ScoredRows(chunk.labels, chunk.merged, None if grads.entropy is None else chunk.merged.entropy())
-    gradient_launch(z, rows, grads, out, active, _columns(z, head.shard))
+    gradient_launch(z, rows, grads, out, active, _columns(z, head))
     return out, None
 
 

@@ -11,6 +11,7 @@ from ..types import Moments
 from ..validate import (
     KL_ESTIMATORS,
     check_choice,
+    check_finite_rows,
     check_floating,
     check_mask,
     check_moments,
@@ -68,7 +69,12 @@ class PolicyStreams:
 
 
 def check_policy_inputs(
-    op: str, like: Tensor, streams: PolicyStreams, objective: PolicyObjective, normalizer: float | Tensor
+    op: str,
+    like: Tensor,
+    streams: PolicyStreams,
+    objective: PolicyObjective,
+    normalizer: float | Tensor,
+    labels_A: Tensor | None = None,
 ) -> PolicyStreams:
     """Check the arguments that both policy losses share, and return the streams detached: they are constants."""
     shape = (like.shape[0],)
@@ -78,6 +84,8 @@ def check_policy_inputs(
         if getattr(streams, name) is not None:
             check_floating(op, name, getattr(streams, name), shape, like)
     check_mask(op, "mask_A", streams.mask_A, shape, like)
+    if streams.old_logprob_A is not None:
+        check_finite_rows(op, "old_logprob_A", streams.old_logprob_A, streams.mask_A, labels_A)
     # 2. Numbers. Coefficients may be 0-dim tensors; clip bounds are Python numbers, which kernels take by value.
     check_number(op, "normalizer", normalizer, low=0.0, above=True, like=like)
     check_plain_number(op, "clip_low", objective.clip_low, low=0.0, high=1.0)

@@ -42,12 +42,15 @@ def ppo_policy_loss(
     Ye et al. 2020 (arXiv:1912.09729). The result is differentiable in logprob_A and entropy_A.
 
     Args:
-        logprob_A: [A] floating, log-probs in nats under the policy that is trained.
-        old_logprob_A: [A] floating, log-probs under the policy that sampled. None: the detached logprob_A.
+        logprob_A: [A] floating, log-probs in nats under the policy that is trained. -inf, as of a filtered token, has
+            ratio 0 and no gradient.
+        old_logprob_A: [A] floating, log-probs under the policy that sampled, finite where a token counts. None: the
+            detached logprob_A.
         advantage_A: [A] floating.
         entropy_A: [A] floating, nats. Required if entropy_coef is not 0.
         ref_logprob_A: [A] floating, log-probs under the reference. Required if kl_coef is not 0.
-        mask_A: [A], any dtype; 0 if the token does not count. What it holds then, NaN included, has no effect.
+        mask_A: [A], bool, integers, or floats of 0 and 1; 0 if the token does not count. What it holds then, NaN
+            included, has no effect.
         weight_A: [A] floating, factor of each token's loss.
         normalizer: Number > 0 or 0-dim tensor, for example the token count over all ranks.
         clip_low: Lower clip distance of rho, in [0, 1].
@@ -65,7 +68,8 @@ def ppo_policy_loss(
 
     Raises:
         TypeError: An argument has a wrong type or dtype.
-        ValueError: A shape, device or range is wrong, or kl_coef or entropy_coef lacks its stream.
+        ValueError: A shape, device or range is wrong, kl_coef or entropy_coef lacks its stream, or a counted old
+            log-prob on the CPU is not finite. On a device loss and gradient are then NaN.
     """
     op = "ppo_policy_loss"
     validate.check_floating(op, "logprob_A", logprob_A, (None,))

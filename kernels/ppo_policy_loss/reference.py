@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.precision import widen
 from ..common.statistics import masked_sums, neutralize_masked, to_float64
-from ..kl_divergence.reference import kl_divergence, safe_exp, safe_expm1
+from ..kl_divergence.reference import floor_logprob, kl_divergence, safe_exp, safe_expm1
 from ..types import PolicyStats, PPOLoss
 from ..validate import wide_dtype
 from ..whitening.reference import whiten
@@ -38,8 +39,11 @@ def policy_terms(
 ) -> PolicyTerms:
     """Return the objective of each token and its terms. The advantage is whitened already; the mask is not applied."""
     advantage_A, ref_logprob_A = streams.advantage_A, streams.ref_logprob_A
-    # 1. Clipped surrogate. On-policy the ratio is 1 and only its gradient matters.
+    # 1. Clipped surrogate. On-policy the ratio is 1 and only its gradient matters. An old log-prob that is not finite
+    #    makes loss and gradient NaN.
+    logprob_A = floor_logprob(logprob_A)
     old_A = logprob_A.detach() if streams.old_logprob_A is None else streams.old_logprob_A
+    old_A = torch.where(old_A.isfinite(), old_A, torch.nan)
     log_ratio_A = logprob_A - old_A
     ratio_A = safe_exp(log_ratio_A)
     unclipped_A = -advantage_A * ratio_A
@@ -82,7 +86,7 @@ def ppo_policy_loss(
 
     def masked(x_A: Tensor) -> Tensor:
         # Select, do not multiply: 0 * NaN is NaN.
-        return torch.where(keep_A, x_A, 0).to(dtype)
+        return widen(torch.where(keep_A, x_A, 0), dtype)
 
     def masked_optional(x_A: Tensor | None) -> Tensor | None:
         return None if x_A is None else masked(x_A)
@@ -127,7 +131,7 @@ def _policy_stats(
         "ratio_sum": terms.ratio,
         "entropy_sum": torch.zeros_like(terms.loss) if entropy_A is None else entropy_A,
         "ref_kl_sum": terms.ref_kl,
-        "logprob_sum": logprob_A,
+        "logprob_sum": floor_logprob(logprob_A),
         "advantage_sum": advantage_A,
         "advantage_sq_sum": advantage_A * advantage_A,
     }

@@ -21,6 +21,7 @@ from ..common.triton import (
     bounded_exp,
     exp_minus_tangent,
     fill_absent,
+    floor_logprob,
     fold_statistics,
     kl_estimate,
     load_scalar,
@@ -30,7 +31,7 @@ from ..common.triton import (
 )
 from ..common.vocab_rows import TokenGrads
 from ..dispatch import log_launch
-from ..kl_divergence.reference import EXPONENT_LIMIT
+from ..kl_divergence.reference import EXPONENT_LIMIT, LOGPROB_FLOOR
 from ..types import PolicyStats, PPOLoss
 from .inputs import PolicyObjective, PolicyStreams
 
@@ -56,7 +57,7 @@ def kl_to_reference(d, ESTIMATOR: tl.constexpr, RAW: tl.constexpr, LIMIT: tl.con
             slope = tl.zeros_like(d) + 1.0
         elif ESTIMATOR == "k3":
             # No series near 0: this slope is added to the surrogate's, beside which the lost digits are nothing.
-            slope = 1.0 - tl.exp(tl.minimum(-d, LIMIT))
+            slope = 1.0 - tl.exp(tl.where(-d > LIMIT, LIMIT, -d))
         elif ESTIMATOR == "abs":
             slope = tl.where(d > 0.0, 1.0, tl.where(d < 0.0, -1.0, 0.0))
     return value, slope
@@ -97,6 +98,7 @@ def ppo_policy_loss_kernel(
     ESTIMATOR: tl.constexpr,
     RAW: tl.constexpr,
     LIMIT: tl.constexpr,
+    FLOOR: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -106,9 +108,13 @@ def ppo_policy_loss_kernel(
     index = block * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
     keep = inside & (tl.load(mask_ptr + index, mask=index < mask_size, other=1) != 0)
-    logprob = load_stream(logprob_ptr, index, keep)
+    raw_logprob = load_stream(logprob_ptr, index, keep)
+    logprob = floor_logprob(raw_logprob, FLOOR)
+    # An old log-prob that is not finite makes loss and gradient NaN.
+    old = load_stream(old_ptr, index, keep & (index < old_size))
+    old = tl.where(tl.abs(old) < float("inf"), old, float("nan"))
     # Without an old log-prob the step is on-policy: the ratio is 1.
-    old = tl.where(index < old_size, load_stream(old_ptr, index, keep & (index < old_size)), logprob)
+    old = tl.where(index < old_size, old, logprob)
     entropy = load_stream(entropy_ptr, index, keep & (index < entropy_size))
     weight = load_stream(weight_ptr, index, keep & (index < weight_size))
     weight = tl.where(index < weight_size, weight, tl.where(keep, 1.0, 0.0))
@@ -132,19 +138,20 @@ def ppo_policy_loss_kernel(
     ceiling = -advantage * dual_clip
     dual = (advantage < 0.0) & (policy > ceiling)
     policy = tl.where(dual, ceiling, policy)
-    slope = tl.where(clipped | dual, 0.0, -advantage * tl.exp(tl.minimum(log_ratio, LIMIT)))
+    slope = tl.where(clipped | dual, 0.0, -advantage * tl.exp(tl.where(log_ratio > LIMIT, LIMIT, log_ratio)))
 
     # 4. KL against the reference and entropy.
     has_ref = keep & (index < ref_size)
-    kl, kl_slope = kl_to_reference(logprob - load_stream(ref_ptr, index, has_ref), ESTIMATOR, RAW, LIMIT)
+    ref = floor_logprob(load_stream(ref_ptr, index, has_ref), FLOOR)
+    kl, kl_slope = kl_to_reference(logprob - ref, ESTIMATOR, RAW, LIMIT)
     kl, kl_slope = tl.where(has_ref, kl, 0.0), tl.where(has_ref, kl_slope, 0.0)
     entropy_weight = load_scalar(entropy_coef, ENTROPY_POINTER)
     kl_weight = load_scalar(kl_coef, KL_POINTER)
     loss = policy + kl_weight * kl - entropy_weight * entropy
 
-    # 5. Gradients. Masked tokens get a 0, not the buffer's content.
+    # 5. Gradients. Masked tokens get a 0, not the buffer's content; a log-prob of -inf is a constant.
     token_scale = weight / load_scalar(normalizer, NORMALIZER_POINTER)
-    grad = (slope + kl_weight * kl_slope) * token_scale
+    grad = tl.where(raw_logprob == -float("inf"), 0.0, (slope + kl_weight * kl_slope) * token_scale)
     tl.store(grad_logprob_ptr + index, tl.where(keep, grad, 0.0), mask=inside)
     tl.store(grad_entropy_ptr + index, tl.where(keep, -entropy_weight * token_scale, 0.0), mask=index < entropy_size)
 
@@ -225,6 +232,7 @@ def policy_launch(
                 ESTIMATOR=objective.kl_estimator,
                 RAW=objective.kl_gradient == "raw",
                 LIMIT=EXPONENT_LIMIT,
+                FLOOR=LOGPROB_FLOOR,
                 WIDTH=width,
                 BLOCK=BLOCK,
                 **OPTIONS,

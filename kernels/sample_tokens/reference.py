@@ -111,7 +111,7 @@ def sample_tokens(
         # 2. Take the maximum, of this rank or of all.
         if shard is None or shard.group is None:
             token_N = perturbed.max(dim=-1).indices  # the first of equal maxima
-            return token_N, local_rows(z, token_N, shard, False).stats.logprob()
+            return token_N, local_rows(z, token_N, shard, 1.0, False).stats.logprob(1.0)
         return merge_draws(_best_candidate(z, perturbed, start), shard)
 
 

@@ -196,6 +196,8 @@ def sample_tokens_kernel(
             last_key, last_id = _narrow_to_target(
                 row_ptr, columns, temperature, row_max, last_key, last_id, top_k, False, BLOCK
             )
+        # Widened first: Triton passes a top_p below 2.4e-7 as int32, which 2^53 does not fit.
+        top_p = top_p.to(tl.int64)
         if top_p < TOP_P_UNITS:
             share = top_p.to(tl.float64) / TOP_P_UNITS
             last_key, last_id = _narrow_to_target(
@@ -281,7 +283,7 @@ def sample_tokens(
     # 3. Log-probs, of this rank's rows or after the merge of all ranks' candidates.
     perturbed_N, logit_N, max_N, sum_exp_N = statistics
     if shard is None or shard.group is None:
-        return token_N, label_logprob(logit_N, max_N, sum_exp_N)
+        return token_N, label_logprob(logit_N, max_N, sum_exp_N, 1.0)
     if columns == 0:
         token_N.fill_(torch.iinfo(torch.int64).max)
     return merge_draws(Draw(perturbed_N, token_N, logit_N, max_N.double() + sum_exp_N.double().log()), shard)

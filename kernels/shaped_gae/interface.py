@@ -32,17 +32,19 @@ def shaped_gae(
 ) -> ShapedGAE:
     """Return KL-shaped rewards, generalised advantages, returns, KL per response and moments of the advantages.
 
-    Within each sequence, over its unmasked tokens t, with T the last of them:
+    Within each sequence, over its unmasked tokens t, with T the last of them and t+1 the next unmasked token:
 
-        reward_t = -kl_coef * kl_t + token_reward_t + (score if t = T else 0)
+        reward_t = -kl_coef * kl_t + token_reward_t + (score_n if t = T else 0)
         delta_t = reward_t + gamma * V_{t+1} - V_t
         advantage_t = delta_t + gamma * lam * advantage_{t+1}
         return_t = advantage_t + V_t
 
+    Beyond T, V_{T+1} is `bootstrap_N` of the sequence (0 without it), and advantage_{T+1} is 0.
+
     Source: Schulman et al. 2016 (arXiv:1506.02438); the reward is that of Ziegler et al. 2019 (arXiv:1909.08593).
 
     Args:
-        score_N: [N] floating, the reward model's score of each sequence; 0 for one without an unmasked action.
+        score_N: [N] floating, the total score of each sequence, from all sources; 0 if it has no unmasked action.
         value_A: [A] floating, values V.
         logprob_A: [A] floating, log-probs in nats under the policy that sampled.
         ref_logprob_A: [A] floating, log-probs under the reference. None only if kl_coef is 0.
@@ -51,8 +53,9 @@ def shaped_gae(
         kl_estimator: "k1", "k2", "k3" or "abs" (see `kl_divergence`).
         gamma: Discount, in [0, 1].
         lam: The lambda of GAE, in [0, 1].
-        bootstrap_N: [N] floating, V after the last token; pass 0 for sequences that ended. None: 0.
-        mask_A: [A], any dtype; 0 masks an entry. The recursion passes through it unchanged, whatever it holds.
+        bootstrap_N: [N] floating, V beyond the last unmasked token; pass 0 for sequences that ended. None: 0.
+        mask_A: [A], bool, integers, or floats of 0 and 1; 0 masks an entry. The recursion passes through masked entries
+            unchanged, whatever they hold.
         token_reward_A: [A] floating, rewards by token.
 
     Returns:
@@ -91,7 +94,7 @@ def shaped_gae(
         _check_boundaries(op, cu_actions, shape[0])
     inputs = GAEInputs(score_N, value_A, logprob_A, ref_logprob_A, cu_actions, bootstrap_N, mask_A, token_reward_A)
     coefficients = GAECoefficients(kl_coef, kl_estimator, float(gamma), float(lam))
-    # 3. Run, and look at what only the result tells cheaply.
+    # 3. Run, then check the scores: only the result shows cheaply if one has no unmasked action.
     shaped = select(op, value_A, score_N, logprob_A, ref_logprob_A, token_reward_A)(inputs, coefficients)
     if on_cpu:
         _check_scores(op, shaped, inputs)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..common.streams import may_be_nonzero
-from ..kl_divergence.reference import kl_divergence
+from ..kl_divergence.reference import estimate_kl
 from ..types import ShapedGAE
 from ..validate import wide_dtype
 from ..whitening.reference import masked_moments
@@ -43,7 +43,7 @@ def shaped_gae(inputs: GAEInputs, coefficients: GAECoefficients) -> ShapedGAE:
     if inputs.ref_logprob_A is None:
         kl_R = torch.zeros(index_R.shape[0], dtype=dtype, device=value_A.device)
     else:
-        kl_R = kl_divergence(counted(inputs.logprob_A), counted(inputs.ref_logprob_A), coefficients.kl_estimator)
+        kl_R = estimate_kl(counted(inputs.logprob_A) - counted(inputs.ref_logprob_A), coefficients.kl_estimator)
     reward_R = -kl_coef * kl_R if may_be_nonzero(kl_coef) else torch.zeros_like(kl_R)
     if inputs.token_reward_A is not None:
         reward_R = reward_R + counted(inputs.token_reward_A)

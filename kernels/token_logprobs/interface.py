@@ -25,12 +25,13 @@ def token_logprobs(
         logprob = z[label] - log sum exp(z)
         entropy = -sum p log p
 
+    A row with NaN has a log-prob, an entropy and a gradient of NaN. A row of -inf has log-prob -inf and entropy 0.
     The result is differentiable in logits_AV.
 
     Args:
         logits_AV: [A, V] floating, any strides; this rank's slice if `shard` has a group.
         labels_A: [A] int32 or int64, global ids; -100 ignores the row (log-prob 0, no gradient).
-        temperature: Python number > 0, applied in fp32.
+        temperature: Python number > 0. It divides in fp32, after the row's maximum is subtracted.
         entropy: Whether to compute entropies.
         shard: This rank's slice of the vocabulary. None: the columns are the vocabulary.
         inplace_backward: Allow backward to write the gradient over the logits' memory, which saves an [A, V] buffer

@@ -27,7 +27,7 @@ from ..validate import IGNORED_LABEL, single_backward
 #   C  rows of a chunk, or all A rows          L  rows of a chunk that have a gradient ("active")
 #   logits   [C, V], any strides               labels, statistics, gradients by token: [C]
 #   columns  [start, start + valid) are the global ids of this rank's vocabulary; later columns are padding
-#   z        logits / temperature, fp32
+#   z        logits, fp32
 
 FORWARD_BLOCK, BACKWARD_BLOCK = 4096, 4096
 # Contraction into fma is requested by name: Triton's default for it differs between releases.
@@ -72,15 +72,17 @@ def token_logprobs_forward(
             column = first + tl.arange(0, BLOCK)
             z = tl.load(base + column.to(tl.int64) * column_stride, mask=column < valid, other=float("-inf"))
             z = z.to(tl.float32)
-            if SCALED:
-                # div_rn is IEEE division, as PyTorch's: the default division rounds differently.
-                z = tl.div_rn(z, temperature)
             new_max = tl.maximum(row_max, tl.max(z, axis=0))
             safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
             shift = tl.where(row_max == float("-inf"), 0.0, row_max - safe_max)
+            distance = z - safe_max
+            if SCALED:
+                # After the subtraction: the quotient of a logit of -1e4 would be rounded by up to 5e-4. div_rn is IEEE
+                # division, as PyTorch's: the default division rounds differently.
+                shift = tl.div_rn(shift, temperature)
+                distance = tl.div_rn(distance, temperature)
             # Before the first finite logit sum_exp is 0, so any finite factor will do.
             scale = tl.exp(shift)
-            distance = z - safe_max
             weight = tl.exp(distance)
             if ENTROPY:
                 # sum exp(z - m) (z - m) needs both factors moved to the new maximum.
@@ -93,8 +95,6 @@ def token_logprobs_forward(
         label_column = label - start
         in_shard = (label_column >= 0) & (label_column < valid)
         label_logit = tl.load(base + label_column * column_stride, mask=in_shard, other=float("-inf")).to(tl.float32)
-        if SCALED:
-            label_logit = tl.div_rn(label_logit, temperature)
         tl.store(max_ptr + row, row_max)
         tl.store(sum_exp_ptr + row, sum_exp)
         tl.store(label_logit_ptr + row, label_logit)
@@ -145,13 +145,13 @@ def token_logprobs_backward(
         # 3. Recompute log p from the logits and the row's statistics.
         base = logits_ptr + row * row_stride
         z = tl.load(base + column.to(tl.int64) * column_stride, mask=column < valid, other=float("-inf"))
-        z = z.to(tl.float32)
+        distance = z.to(tl.float32) - tl.load(max_ptr + row)
         if SCALED:
-            z = tl.div_rn(z, temperature)
-            # Chain rule: d z / d logits = 1 / temperature.
+            distance = tl.div_rn(distance, temperature)
+            # Chain rule: d distance / d logits = 1 / temperature.
             grad_logprob = tl.div_rn(grad_logprob, temperature)
             grad_entropy = tl.div_rn(grad_entropy, temperature)
-        logp = (z - tl.load(max_ptr + row)) - tl.load(log_sum_exp_ptr + row)
+        logp = distance - tl.load(log_sum_exp_ptr + row)
         p = tl.exp(logp)
         # 4. inner = g + h (log p + H), with 0 for log p where p is 0.
         inner = tl.zeros((BLOCK,), tl.float32) + grad_logprob
@@ -224,7 +224,8 @@ def gradient_launch(
             logits_CV,
             rows.labels.contiguous(),
             finite_or_zero(rows.stats.max),
-            rows.stats.sum_exp.log(),
+            # A row without any finite logit has p = 0, not NaN.
+            rows.stats.sum_exp.log().nan_to_num(nan=torch.nan, neginf=torch.inf, posinf=torch.inf),
             grad_logprob if rows.entropy is None else rows.entropy,
             grad_logprob,
             grad_logprob if grads.entropy is None else grads.entropy.contiguous(),
@@ -258,12 +259,12 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         start, valid = (0, logits_AV.shape[1]) if shard is None else (shard.start, shard.valid)
         columns = Columns(start, valid, temperature)
-        stats = merge_row_stats(statistics_launch(logits_AV, labels_A, columns, entropy), shard)
+        stats = merge_row_stats(statistics_launch(logits_AV, labels_A, columns, entropy), shard, temperature)
         ignored_A = labels_A == IGNORED_LABEL
         entropy_A = stats.entropy().masked_fill(ignored_A, 0.0) if entropy else None
         ctx.save_for_backward(logits_AV, labels_A, *stats, entropy_A)
         ctx.columns, ctx.inplace = columns, inplace
-        return stats.logprob().masked_fill(ignored_A, 0.0), entropy_A
+        return stats.logprob(temperature).masked_fill(ignored_A, 0.0), entropy_A
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:

@@ -36,7 +36,8 @@ def value_loss(
         return_A: [A] floating, targets.
         clip: Number > 0, in units of the value. None: plain squared error.
         normalizer: Number > 0 or 0-dim tensor, for example the token count over all ranks.
-        mask_A: [A], any dtype; 0 if the token does not count. What it holds then, NaN included, has no effect.
+        mask_A: [A], bool, integers, or floats of 0 and 1; 0 if the token does not count. What it holds then, NaN
+            included, has no effect.
         weight_A: [A] floating, factor of each token's loss.
 
     Returns:

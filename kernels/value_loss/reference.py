@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..common.precision import widen
 from ..common.statistics import masked_sums, neutralize_masked, to_float64
 from ..types import ValueLoss, ValueStats
 from ..validate import wide_dtype
+from ..whitening.reference import masked_moments
 from .inputs import ValueStreams
 
 # Legend: A, actions of the packed stream; every stream is [A].
@@ -20,7 +22,7 @@ def value_loss(value_A: Tensor, streams: ValueStreams, clip: float | None, norma
 
     def masked(x_A: Tensor) -> Tensor:
         # Select, do not multiply: 0 * NaN is NaN.
-        return torch.where(keep_A, x_A, 0).to(dtype)
+        return widen(torch.where(keep_A, x_A, 0), dtype)
 
     # 1. Squared error, and that of the clipped value where it is larger.
     value_A, return_A = masked(value_A), masked(streams.return_A)
@@ -53,5 +55,10 @@ def value_loss(value_A: Tensor, streams: ValueStreams, clip: float | None, norma
             "value_min": neutralize_masked(value_A, keep_A, torch.inf).amin(),
             "value_max": neutralize_masked(value_A, keep_A, -torch.inf).amax(),
         }
-        stats = ValueStats(**masked_sums(columns, keep_A), **to_float64(extremes))
+        # Squares of deviations are taken about the mean: sums of squares lose a spread that is small beside it.
+        squares = {
+            "return_m2": masked_moments(return_A, keep_A).m2,
+            "error_m2": masked_moments(error_A, keep_A).m2,
+        }
+        stats = ValueStats(**masked_sums(columns, keep_A), **to_float64(extremes), **squares)
     return ValueLoss(loss.to(dtype), stats)

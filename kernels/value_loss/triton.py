@@ -1,6 +1,7 @@
 """The clipped value loss in Triton: loss, statistics and gradient of every token in one launch, without atomics.
 
-Programs write rows of statistics, which `common.triton.fold` adds in order, as for the policy loss.
+Programs write rows of statistics, which `common.triton.fold` adds in order, as for the policy loss. The moments of
+returns and errors, for the explained variance, are two launches of masked_moments.
 """
 
 from __future__ import annotations
@@ -25,18 +26,20 @@ from ..common.triton import (
 )
 from ..dispatch import log_launch
 from ..types import ValueLoss, ValueStats
+from ..whitening.triton import masked_moments
 from .inputs import ValueStreams
 
 # Legend
 #   A         actions of the packed stream; every stream is [A]
 #   *_size    extent of an optional stream: A, or 0 if it is absent
 #   BLOCK     tokens of one program
-#   partials  [programs, WIDTH] fp32, one row of statistics per program, columns in the order of ValueStats
+#   partials  [programs, WIDTH] fp32, one row of statistics per program, columns in the order of NAMES
 
 BLOCK = 1024
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 SUMS = sum("merge" not in f.metadata for f in fields(ValueStats))
-COLUMNS = len(fields(ValueStats))
+NAMES = tuple(f.name for f in fields(ValueStats) if f.metadata.get("merge") != "m2")
+COLUMNS = len(NAMES)
 
 
 @triton.jit
@@ -85,7 +88,7 @@ def value_loss_kernel(
     grad = slope * weight / load_scalar(normalizer, NORMALIZER_POINTER)
     tl.store(grad_ptr + index, tl.where(keep, grad, 0.0), mask=inside)
 
-    # 4. Statistics, one column for each field of ValueStats: 10 sums, a minimum and a maximum.
+    # 4. Statistics, one column for each of NAMES: 10 sums, a minimum and a maximum.
     row = tl.zeros((WIDTH,), tl.float32)
     row = set_column(row, tl.sum(tl.where(keep, 1.0, 0.0)), 0, WIDTH)
     row = set_column(row, tl.sum(weight), 1, WIDTH)
@@ -135,6 +138,11 @@ def value_loss(value_A: Tensor, streams: ValueStreams, clip: float | None, norma
                 **OPTIONS,
             )
     stats, loss = fold_statistics(partials, normalizer, SUMS)
-    values = stats[:COLUMNS].unbind()
-    result = ValueStats(**{f.name: x for f, x in zip(fields(ValueStats), values, strict=True)})
-    return ValueLoss(AttachTokenGradients.apply("value_loss", loss, value_A, grad_A), result)
+    # 4. Moments in fp64. Their mean also replaces the sums, which programs add in fp32.
+    return_A = streams.return_A.float()
+    returns = masked_moments(return_A, streams.mask_A, None)
+    errors = masked_moments(return_A - constant_A.float(), streams.mask_A, None)
+    values = dict(zip(NAMES, stats[:COLUMNS].unbind(), strict=True))
+    for name, moments in (("return", returns), ("error", errors)):
+        values |= {f"{name}_sum": moments.mean * moments.count, f"{name}_m2": moments.m2}
+    return ValueLoss(AttachTokenGradients.apply("value_loss", loss, value_A, grad_A), ValueStats(**values))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -21,8 +23,8 @@ def masked_moments(x: Tensor, mask: Tensor | None = None, group: dist.ProcessGro
 
     Args:
         x: Floating, any shape.
-        mask: The shape of x, any dtype; 0 if the entry does not count. What it holds then, NaN included, has no
-            effect. None: all entries count.
+        mask: The shape of x, bool, integers, or floats of 0 and 1; 0 if the entry does not count. What it holds then,
+            NaN included, has no effect. None: all entries count.
         group: Process group to merge over. A collective: ranks without entries must call too. None: this rank only.
 
     Returns:
@@ -38,10 +40,10 @@ def masked_moments(x: Tensor, mask: Tensor | None = None, group: dist.ProcessGro
     return select(op, x)(x.detach(), mask, group)
 
 
-def whiten(x: Tensor, moments: Moments, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
-    """Return x whitened by the population variance of `moments`.
+def whiten(x: Tensor, moments: Moments, *, shift_mean: bool = True, eps: float = 1e-8, correction: int = 0) -> Tensor:
+    """Return x whitened by the variance of `moments`.
 
-        white = (x - mean) * rsqrt(m2 / count + eps)
+        white = (x - mean) * rsqrt(m2 / (count - correction) + eps)
 
     Without `shift_mean` the mean is added again. Source: lm-human-preferences (Ziegler et al. 2019), which shifts
     advantages and does not shift rewards. The result is differentiable in x; the moments are constants.
@@ -51,13 +53,14 @@ def whiten(x: Tensor, moments: Moments, *, shift_mean: bool = True, eps: float =
         moments: Moments on the device of x, of any set of entries.
         shift_mean: Whether the result lacks the mean.
         eps: Number >= 0, added to the variance.
+        correction: 0 for the population variance, 1 for Bessel's. A single entry has a variance of 0 with both.
 
     Returns:
         Tensor of the shape of x, fp32 (fp64 if x is).
 
     Raises:
         TypeError: x is not a floating tensor, or moments are not Moments.
-        ValueError: eps < 0, or the moments are on another device.
+        ValueError: eps < 0, correction is neither 0 nor 1, or the moments are on another device.
     """
     op = "whiten"
     validate.check_floating(op, "x", x, (None,) * getattr(x, "ndim", 1))
@@ -65,4 +68,9 @@ def whiten(x: Tensor, moments: Moments, *, shift_mean: bool = True, eps: float =
         raise TypeError(f"{op}: moments must be Moments, got None")
     validate.check_moments(op, moments, x)
     validate.check_plain_number(op, "eps", eps, low=0.0)
+    if correction not in (0, 1):
+        raise ValueError(f"{op}: correction must be 0 or 1, got {correction!r}")
+    if correction:
+        # Backends divide m2 by the count, at least 1, and read the count for nothing else.
+        moments = replace(moments, count=moments.count - correction)
     return select(op, x)(x, moments, shift_mean=shift_mean, eps=eps)

@@ -1,8 +1,10 @@
 """Checkpoints as files: damage is named, a kill at any instant costs at most the checkpoint that was being written."""
 
+import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -125,6 +127,22 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
         assert pointed(tmp_path, "latest") == names(tmp_path)[-1] == f"step_{step:06d}"
         assert pointed(tmp_path, "best") == ("step_000001" if step == 1 else "step_000002")
     assert names(tmp_path) == ["step_000002", "step_000005", "step_000006"]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_reported_and_the_others_go(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    rename = os.replace
+
+    def busy(source, target):
+        if Path(source).name == "step_000001":
+            raise OSError(errno.EBUSY, "Device or resource busy", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", busy)
+    (problem,) = files.prune(tmp_path, 1)
+    assert "step_000001: cannot be deleted (Device or resource busy); delete it by hand" in problem
+    assert names(tmp_path) == ["step_000001", "step_000003"]
 
 
 def test_without_evaluations_there_is_no_best(tmp_path):

@@ -6,6 +6,8 @@ import sys
 import pytest
 
 from icegrt import cli
+from icegrt.commands.data_preview import kind_of
+from icegrt.data import Row
 from tests.helpers.data_rows import CHAT, PLAIN, make_tokenizer
 from tests.helpers.terminal import run_on_terminal
 
@@ -60,3 +62,17 @@ def test_colour_on_a_terminal_and_nothing_else_of_an_escape(files, monkeypatch):
     out, _ = run_on_terminal(command, environment={"TERM": "xterm-256color", "COLUMNS": "100"})
     assert b"\x1b[1;32m[/bold]no<|im_end|>\x1b[0m" in out and b"[red]ask" in out
     assert b"\x1b[31m" not in out and b"\x1b[2J" not in out and b"title" not in out
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        ({"messages": [{"role": "user", "content": "a"}]}, "prompts"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "examples"),
+        ({"prompt": "a", "responses": ["b", "c"]}, "prompts"),
+        ({"prompt": "a", "responses": ["b", "c"], "scores": [1, 0]}, "rankings"),
+        ({"prompt": "a", "answer": "b"}, "prompts"),
+    ],
+)
+def test_the_kind_of_rows_follows_from_what_they_hold(data, kind):
+    assert kind_of(Row(data, "row 0")) == kind

@@ -226,6 +226,32 @@ def test_all_problems_are_reported_at_once(recipe):
     assert all(f"recipe.yaml:{line}: " in message for line in (2, 3, 4))
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: PPOConfig(kl_coef=float("inf")), ("ppo.kl_coef", "got inf", "a number >= 0")),
+        (lambda: PPOConfig(reward_model_weight=float("nan")), ("ppo.reward_model_weight", "got nan")),
+        (lambda: PPOConfig(kl_coef=-1.0), ("ppo.kl_coef", ">= 0")),
+        (lambda: PPOConfig(iterations=True), ("ppo.iterations", "got true")),
+        (lambda: PPOConfig(kl_coeff=1), ("ppo.kl_coeff is not a key", "did you mean ppo.kl_coef?")),
+        (lambda: PPOConfig(optimizer={"beta1": 1.0}), ("ppo.optimizer.beta1", "got 1.0", "< 1")),
+        (lambda: PPOConfig(ptx_data=[{"pth": "a"}]), ("ppo.ptx_data[0].pth", "did you mean ppo.ptx_data[0].path?")),
+        (lambda: DataSource(weight=0), ("DataSource.weight", "> 0")),
+        (lambda: dataclasses.replace(SFTConfig(), epochs=float("nan")), ("sft.epochs", "got nan")),
+        (lambda: SFTConfig(epochs=-1, max_length="x"), ("2 problems", "sft.epochs", "sft.max_length")),
+    ],
+)
+def test_a_configuration_made_in_python_is_checked_as_a_file_is(make, words):
+    with pytest.raises(ConfigError) as error_info:
+        make()
+    assert all(word in str(error_info.value) for word in words), str(error_info.value)
+
+
+def test_a_mapping_in_python_changes_the_defaults_of_its_section():
+    config = SFTConfig(optimizer={"lr": 2e-5}, data=({"path": "a.jsonl"}, DataSource(path="b.jsonl")))
+    assert config == SFTConfig.load(None, ["sft.optimizer.lr=2e-5", "sft.data=[{path: a.jsonl}, {path: b.jsonl}]"])
+
+
 def test_anchors_and_merge_keys_share_values_but_not_overrides(recipe):
     path = recipe(
         "ppo:\n  critic: {optimizer: &o {lr: 3e-4, beta1: 0.5}}\n  optimizer:\n    <<: *o\n    lr: 1e-6\n"

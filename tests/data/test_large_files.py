@@ -73,6 +73,17 @@ def test_parquet_times_become_text_and_bytes_are_left_out(tmp_path, capsys):
     assert "binary columns are dropped: image" in capsys.readouterr().err
 
 
+def test_parquet_columns_without_a_value_are_null(tmp_path):
+    turn = {"role": "user", "content": "a", "tool_calls": None, "parts": [None], "at": datetime(2020, 1, 2)}
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"messages": [[turn]] * 2, "tags": [[None, None], []], "none": [None, None]}), path)
+    text = turn | {"at": "2020-01-02 00:00:00.000000"}
+    assert [row.data for row in open_rows(path)] == [
+        {"messages": [text], "tags": [None, None], "none": None},
+        {"messages": [text], "tags": [], "none": None},
+    ]
+
+
 def test_a_full_disk_is_not_blamed_on_the_parquet_file(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     path = tmp_path / "rows.parquet"

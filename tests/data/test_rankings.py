@@ -2,7 +2,8 @@
 
 import pytest
 
-from icegrt.data import untied_pairs
+from icegrt.data import EncodedDataset, RankingEncoder, untied_pairs
+from icegrt.data.training_data import exclude_heldout, hold_out
 from icegrt.errors import DataError
 from tests.helpers.data_rows import make_tokenizer, row, text
 from tests.helpers.encoding import encode_prompt, encode_ranking, encode_rankings, read_rows
@@ -44,8 +45,8 @@ def test_sampled_ids_are_used_verbatim():
     assert ranking.responses == [[a, b, eos], [a, b]]
 
 
-@pytest.mark.parametrize("ids", [[10**6], [-1], [1, 2, 3]])
-def test_foreign_or_stale_ids_give_way_to_the_text(plain, ids):
+def test_stale_ids_give_way_to_the_text(plain):
+    ids = [1, 2, 3]
     ranking = encode_ranking(plain, row(prompt="p", responses=["a", "b"], scores=[0, 1], response_ids=[ids, ids]), 9)
     assert [text(plain, r) for r in ranking.responses] == ["a<|im_end|>", "b<|im_end|>"]
 
@@ -84,6 +85,12 @@ R2 = dict(prompt="p", responses=["a", "b"])
         (dict(prompt="p", chosen=[{"role": "user"}], rejected="b"), "key `chosen`: expected a string, got list"),
         (dict(prompt="", chosen="a", rejected="b"), "key `prompt`: is empty"),
         (R2 | dict(scores=[1, 2], response_ids=[[1]]), "key `response_ids`: 1 entries for 2 responses"),
+        (R2 | dict(scores=[1, 2], response_ids=[[1], [10**6]]), r"key `response_ids\[1\]`: token 1000000 is not in"),
+        (R2 | dict(scores=[1, 2], response_ids=[[-1], [1]]), r"key `response_ids\[0\]`: token -1 is not in"),
+        (R2 | dict(scores=[1, 10**400]), r"key `scores\[1\]`: .*\+-3.4e\+38, as float32 .*got a larger integer"),
+        (R2 | dict(scores=[1, -1.8e308]), r"key `scores\[1\]`: expected a finite number between .*, got -inf"),
+        (R2 | dict(scores=[1, -1.7e308]), r"key `scores\[1\]`: expected a finite number between .*, got -1.7e\+308"),
+        (R2 | dict(ranks=[1, 10**400]), r"key `ranks\[1\]`: expected a finite number"),
         (R2 | dict(scores=[1, 2], response_ids=[[1], []]), r"key `response_ids\[1\]`: is empty"),
         (R2 | dict(scores=[1, 2], response_ids=[[1], ["x"]]), r"`response_ids\[1\]`: expected a list of token ids"),
         (R2 | dict(scores=[1, 2], finish_reasons=["stop"]), "key `finish_reasons`: 1 entries for 2 responses"),
@@ -99,3 +106,28 @@ def test_many_rankings(plain):
     rows = read_rows([R2 | {"prompt": "p" * n, "scores": [0, n]} for n in (1, 8, 2)])
     assert [r.where for r in encode_rankings(plain, rows, 9, truncation="drop")] == ["row 0", "row 2"]
     assert encode_rankings(plain, rows, 20) == [encode_ranking(plain, r, 20) for r in rows]
+
+
+def test_answers_with_the_same_tokens_are_no_pair():
+    assert untied_pairs([2.0, 1.0, 1.5], 0.0, [[5, 1], [5, 1], [6, 1]]) == [(0, 2), (2, 1)]
+    assert untied_pairs([2.0, 1.0], 0.0, [[5, 1], [5, 1]]) == []
+
+
+def test_a_held_out_prompt_is_in_no_training_row(plain):
+    def dataset(*prompts):
+        rows = [row(prompt=p, responses=["a", "b"], scores=[0, i]) for i, p in enumerate(prompts, 1)]
+        return EncodedDataset(rows, RankingEncoder(plain, 20), "rows")
+
+    sources = [(dataset(*"abcdabcdee"), 1.0), (dataset(*"bcdxyz"), 2.0)]
+    for seed in range(8):
+        training, heldout = hold_out(sources, 0.3, seed)
+        parts = [items for items, _ in training]
+        trained, kept = ({tuple(r.prompt) for items in side for r in items} for side in (parts, heldout))
+        assert trained and kept and not trained & kept
+        assert sum(map(len, heldout + parts)) == 16 and [weight for _, weight in training] == [1.0, 2.0]
+    ((_, _),), heldout = hold_out([(dataset(*"aaa"), 1.0)], 0.3, 0)
+    assert heldout == []
+    ((left, _),) = exclude_heldout(sources[:1], [dataset("a", "e")])
+    assert {plain.decode(r.prompt) for r in left} == {"b", "c", "d"}
+    ((left, _),) = exclude_heldout(sources[:1], [dataset(*"abcde")])  # given for both
+    assert len(left) == 10

@@ -1,8 +1,11 @@
 """Checks of the tokenizer and the tokens that end an answer."""
 
+import errno
+
 import pytest
 
 from icegrt.data import ExampleEncoder, RankingEncoder, check_tokenizer, load_tokenizer, stop_ids
+from icegrt.data.tokenizer import save_tokenizer
 from icegrt.errors import CheckpointError
 from tests.helpers.data_rows import (
     PLAIN,
@@ -61,3 +64,13 @@ def test_a_turn_ends_at_whatever_token_ends_an_answer():
     assert text(tokenizer, encoded.response) == "b<|im_end|>\n<bos>"
     (ranking,) = RankingEncoder(tokenizer, 100, stop_ids=[turn_end])([row(prompt="a", chosen="b", rejected="c")])
     assert [text(tokenizer, r) for r in ranking.responses] == ["b<|im_end|>", "c<|im_end|>"]
+
+
+def test_a_full_disk_is_the_systems_error(tmp_path):
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            raise Exception("No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match="No space left") as error_info:
+        save_tokenizer(Tokenizer(), tmp_path)
+    assert (error_info.value.errno, error_info.value.filename) == (errno.ENOSPC, str(tmp_path))

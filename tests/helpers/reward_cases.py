@@ -17,7 +17,7 @@ def sample(text="hello", number=0, group=None, tokens=None, **row):
         text=text,
         tokens=[5] * len(text) if tokens is None else tokens,
         prompt=f"<user>q{number}<assistant>",
-        prompt_tokens=[2, 3],
+        prompt_tokens=[2, 10 + (number if group is None else group), 3],
         finish_reason="stop",
         row=row or {"prompt": f"q{number}"},
         where=f"data.jsonl:{number + 1}",

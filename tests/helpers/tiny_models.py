@@ -36,8 +36,8 @@ PROMPTS = [{"prompt": word} for word in WORDS]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token per character, a pad token other than EOS, and a chat template."""
-    characters = "abcdefghijklmnopqrstuvwxyz0123456789 .,!?'-"
+    """Return a tokenizer with one token per character, VOCAB in all, a pad token and a chat template."""
+    characters = "abcdefghijklmnopqrstuvwxyz0123456789 .,!?'-" + "ABCDEFGHIJKLM"
     vocab = {token: index for index, token in enumerate((*SPECIAL, "<unk>", *characters))}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")

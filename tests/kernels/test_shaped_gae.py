@@ -188,11 +188,15 @@ def test_bits_repeat_and_depend_on_neither_neighbours_nor_threads():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_and_masks_that_are_numbers(backend, dtype):
     streams = [x.to(dtype) if x.is_floating_point() else x for x in gae_streams([5, 3], dtype=torch.float64)]
-    mask = torch.tensor([2.0, 0.0, 1.0, 1.0, -1.0, 1.0, 1.0, 0.0])
+    mask = torch.tensor([2, 0, 1, 1, -1, 1, 1, 0])
     out = shaped_gae(*streams, kl_coef=torch.tensor(0.1), mask_A=mask)
     advantage, *_ = naive_gae(*widen(streams), kl_coef=torch.tensor(0.1).item(), gamma=1.0, lam=0.95, mask=mask)
     assert out.advantage_A.dtype == torch.float32
     assert worst(out.advantage_A, advantage) < 1e-5
+    of_floats = shaped_gae(*streams, kl_coef=torch.tensor(0.1), mask_A=(mask != 0).to(dtype))
+    assert torch.equal(of_floats.advantage_A, out.advantage_A)
+    with pytest.raises(ValueError, match=r"mask_A must be 0 or 1 where it is floating point .* got 2.0 at row 0"):
+        shaped_gae(*streams, kl_coef=torch.tensor(0.1), mask_A=mask.to(dtype))
 
 
 @pytest.mark.parametrize(

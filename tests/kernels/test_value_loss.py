@@ -1,9 +1,13 @@
 """value_loss: the recipe's formula, its clip, its mask, and enough statistics for the explained variance."""
 
+import math
+
 import pytest
 import torch
 
-from icegrt.kernels import value_loss
+from icegrt.kernels import use_backend, value_loss
+
+SPLITS = slice(0, 1), slice(1, 700), slice(700, 1500)
 
 
 def test_formula_and_gradient():
@@ -43,6 +47,44 @@ def test_mask_weights_and_statistics():
         for r, n in ((slice(0, 11), 11), (slice(11, 30), 19))
     ]
     torch.testing.assert_close(halves[0].stats.merge(halves[1].stats).explained_variance, out.stats.explained_variance)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("constant", [0.1, -3.3e7, 0.0])
+def test_constant_returns_explain_nothing(backend, constant):
+    """Rounding of the sums is no variance: 1 minus a quotient of rounding errors is about -1e9."""
+    returns, value = torch.full((1500,), constant), torch.linspace(-1, 1, 1500)
+    with use_backend(backend):
+        parts = [value_loss(value[r], None, returns[r], clip=None, normalizer=1.0).stats for r in SPLITS]
+    assert all(part.explained_variance == 0 for part in parts)
+    assert parts[0].merge(parts[1]).merge(parts[2]).explained_variance == 0
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
+def test_explained_variance_of_returns_far_from_zero(share):
+    """Returns of 1e6 +- 1e-3, of whose deviation the values explain a share; split and merged too."""
+    deviation = 1e-3 * torch.randn(1500, dtype=torch.float64)
+    returns, value = 1e6 + deviation, 1e6 + share * deviation
+    whole, *parts = (
+        value_loss(value[r], None, returns[r], clip=None, normalizer=1.0).stats for r in (slice(None), *SPLITS)
+    )
+    expected = pytest.approx(1 - (1 - share) ** 2, abs=1e-5)
+    assert whole.explained_variance.item() == expected
+    assert parts[0].merge(parts[1]).merge(parts[2]).explained_variance.item() == expected
+
+
+def test_explained_variance_of_fp32_on_every_backend():
+    deviation = 1e-3 * torch.randn(1500)
+    returns = 1.0 + deviation
+    for backend in ("reference", "triton"):
+        with use_backend(backend):
+            stats = value_loss(1.0 + 0.5 * (returns - 1.0), None, returns, clip=None, normalizer=1.0).stats
+        assert stats.explained_variance.item() == pytest.approx(0.75, abs=1e-4), backend
+
+
+def test_explained_variance_of_nan_is_nan():
+    stats = value_loss(torch.ones(3), None, torch.tensor([1.0, math.nan, 2.0]), clip=None, normalizer=1.0).stats
+    assert stats.explained_variance.isnan()
 
 
 def test_empty_and_dtypes():

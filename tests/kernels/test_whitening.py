@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from icegrt.kernels import Moments, masked_moments, whiten
+from icegrt.kernels import Moments, masked_moments, value_loss, whiten
 
 
 def test_moments_of_parts_merge_to_those_of_the_whole():
@@ -43,6 +43,37 @@ def test_whiten_with_and_without_the_mean():
     assert abs(white.mean()) < 1e-5 and white.var(correction=0).item() == pytest.approx(1, abs=1e-5)
     unshifted = whiten(x, moments, shift_mean=False)
     assert unshifted.mean().item() == pytest.approx(x.mean().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_bessels_variance(shift):
+    x, mask = torch.randn(5), torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0])
+    kept = x[mask != 0].double()
+    white = whiten(x, masked_moments(x, mask), shift_mean=shift, eps=0.0, correction=1)
+    expected = (x.double() - kept.mean()) / kept.std(correction=1) + (0 if shift else kept.mean())
+    torch.testing.assert_close(white.double(), expected, rtol=1e-6, atol=1e-6)
+    single = masked_moments(torch.tensor([3.0]))
+    assert whiten(torch.tensor([3.0]), single, correction=1) == 0
+    with pytest.raises(ValueError, match="whiten: correction must be 0 or 1, got 2"):
+        whiten(x, single, correction=2)
+
+
+def test_moments_vary_beyond_rounding_only():
+    for constant in (0.1, -3e8, 0.0):
+        assert not masked_moments(torch.full((1000,), constant)).varies
+        assert not masked_moments(torch.full((1000,), constant, dtype=torch.float64)).varies
+    assert not masked_moments(torch.zeros(0)).varies
+    assert masked_moments(1e6 + 1e-3 * torch.randn(100, dtype=torch.float64)).varies
+    assert masked_moments(torch.tensor([0.0, 1e-30])).varies
+    assert masked_moments(torch.tensor([1.0, torch.nan])).varies  # what it divides is NaN, not a constant
+
+
+@pytest.mark.parametrize("bad", [0.5, -1.0, torch.nan])
+def test_masks_do_not_weigh(bad):
+    with pytest.raises(ValueError, match=r"mask must be 0 or 1 where it is floating point .* at row \[1, 0\]"):
+        masked_moments(torch.ones(2, 2), torch.tensor([[1.0, 0.0], [bad, 1.0]]))
+    with pytest.raises(ValueError, match=r"mask_A must be 0 or 1 where it is floating point .* at row 1"):
+        value_loss(torch.ones(2), None, torch.ones(2), clip=None, normalizer=1.0, mask_A=torch.tensor([1.0, bad]))
 
 
 def test_errors_name_the_argument():

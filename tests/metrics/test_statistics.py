@@ -11,6 +11,7 @@ from icegrt.metrics.statistics import (
     best_one_feature_baseline,
     distinct_fraction,
     explained_variance,
+    has_spread,
     pair_accuracy,
     paired_bootstrap_ci95,
 )
@@ -102,3 +103,11 @@ def test_explained_variance():
     assert explained_variance(np.zeros(1000), returns) == pytest.approx(0.0)
     assert explained_variance(-returns, returns) == pytest.approx(-3.0)
     assert explained_variance(returns, np.ones(1000)) == 0.0 == explained_variance([], [])
+
+
+def test_a_spread_is_relative_to_the_mean():
+    assert explained_variance([0.0, 0.1, 0.2], [-8e8, -8e8, -8e8 + 64.0]) == 0.0  # fp32 rounding of a constant
+    assert explained_variance([1e-9, 3e-9], [1e-9, 3e-9]) == 1.0
+    assert explained_variance([5.0], [3.0]) == 0.0
+    assert has_spread(1e6, 2.0) and not has_spread(1e6, 0.5) and has_spread(0.0, 1e-12)
+    assert not any(has_spread(0.0, std) for std in (0.0, float("nan"), float("inf")))

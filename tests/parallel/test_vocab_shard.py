@@ -19,6 +19,7 @@ from icegrt.kernels import (
     sample_tokens,
     token_logprobs,
     use_backend,
+    value_loss,
 )
 
 VOCAB, PADDED, ROWS, WIDTH = 37, 44, 23, 6
@@ -215,6 +216,13 @@ def check_reductions(rank, world):
     assert stats.count == sum(range(world)) and stats.logprob_diff_abs_max == world - 1
     assert stats.ratio_max.item() == pytest.approx(math.exp(-1)), stats.ratio_max
     assert stats.ratio_min.item() == pytest.approx(math.exp(1 - world)), stats.ratio_min
+    # Squared deviations about each rank's mean become those about the common mean; rank 0 has no token.
+    deviation = torch.linspace(-1e-3, 1e-3, 40, dtype=torch.float64)
+    per_rank = 40 // (world - 1)
+    returns = 1e6 + deviation[(rank - 1) * per_rank : rank * per_rank] if rank else deviation[:0]
+    values = 1e6 + 0.5 * (returns - 1e6)
+    stats = value_loss(values, None, returns, clip=None, normalizer=1.0).stats.reduce()
+    assert stats.count == 40 and stats.explained_variance.item() == pytest.approx(0.75, abs=1e-6)
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -286,7 +286,7 @@ def test_a_loss_that_overflows_under_a_finite_gradient_skips_the_step(models):
 
 def test_three_spoilt_actor_steps_in_a_row_end_the_run(trainer):
     def spoil(run, experience):
-        experience.old_logprob_A[0] = math.nan
+        experience.shaped.advantage_A[0] = math.nan
 
     run = trainer(ppo_epochs=1, minibatches=1, callbacks=[OnScores(spoil)])
     before = tiny.parameters(run.actor)

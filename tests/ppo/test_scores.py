@@ -35,6 +35,19 @@ def test_scores_are_taken_as_they_are_until_there_are_statistics():
     assert torch.allclose(scaling.apply(score_N), score_N / 4.0)
 
 
+@pytest.mark.parametrize("scores", [[3.0], [0.1] * 7, [1e6] * 5, [1e6, 1e6 + 0.0625], [0.0, 0.0]])
+def test_scores_without_a_spread_are_not_divided(scores):
+    scaling = RunningScoreNormalizer(tiny.ppo_config("unused", score_clip=0.0))
+    scaling.update(torch.tensor(scores), None)
+    assert scaling.factor == 1.0 and torch.equal(scaling.apply(torch.tensor(scores)), torch.tensor(scores))
+
+
+def test_a_small_spread_beside_a_small_mean_is_divided_by():
+    scaling = RunningScoreNormalizer(tiny.ppo_config("unused", score_clip=0.0))
+    scaling.update(torch.tensor([1e-9, 3e-9]), None)
+    assert torch.allclose(scaling.apply(torch.tensor([1e-9, 3e-9])), torch.tensor([1.0, 3.0]))
+
+
 def test_the_adaptive_controller_follows_ziegler():
     config = tiny.ppo_config(
         "unused", kl_control="adaptive", kl_coef=0.2, kl_target_nats_per_response=6.0, kl_horizon_responses=1000

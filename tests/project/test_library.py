@@ -299,6 +299,9 @@ def test_the_readmes_commands_and_links_exist():
         if words[0] == "data":  # its own words, not keys of a configuration: tests/test_data_preview.py runs it
             assert words[1] == "preview"
             continue
+        if words[0] == "report":  # its word is a folder
+            assert words[1:] == ["runs/ppo"]
+            continue
         args = parse(words)
         if args.command in SECTIONS and args.config is None:
             SECTIONS[args.command].load(None, args.overrides)

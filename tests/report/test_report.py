@@ -155,12 +155,12 @@ def test_an_empty_report_says_not_measured(tmp_path):
     ("changes", "level", "words"),
     [
         ({}, "good", "PPO raised the task score."),
-        (FELL, "bad", "PPO gamed the reward model: the optimized score rose while the task score fell."),
+        (FELL, "bad", "PPO gamed the reward model: the reward-model score rose while the task score fell."),
         ({"task_score_gain_ci95": [-0.01, 0.05]}, "neutral", "no measurable difference"),
         (
             {"task_score_gain_ci95": [-0.01, 0.05], "greedy_task_score_gain_ci95": [-0.1, -0.02]},
             "bad",
-            "the optimized score rose while the task score of greedy answers fell",
+            "the reward-model score rose while the task score of greedy answers fell",
         ),
         (FELL | {"heldout_reward_gain_ci95": [-0.3, -0.1]}, "bad", "PPO lowered the task score."),
         (FELL | {"task_score_gain_ci95": None}, "bad", "may be gaming"),

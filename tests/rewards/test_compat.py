@@ -7,10 +7,14 @@ import re
 import pytest
 import torch
 
+from icegrt.data import PromptEncoder, Row
 from icegrt.errors import ConfigError, RewardError
-from icegrt.rewards.compat import style_of
+from icegrt.rewards.compat import adapt, style_of
 from icegrt.rewards.sample import RewardResult
+from icegrt.rollout.samples import sample_of
+from icegrt.rollout.types import Response
 from tests.helpers import reward_cases as cases
+from tests.helpers import tiny_models as tiny
 
 # -- as TRL's page has them: https://huggingface.co/docs/trl/main/en/grpo_trainer ----------------------------------
 
@@ -120,7 +124,7 @@ def test_a_function_of_no_known_form_is_refused(function):
 
 def score_with(function, samples, **entry):
     with cases.scorers(cases.RewardSpec(function=function, **entry)) as sources:
-        (source_scores,) = sources.score(samples)
+        (source_scores,) = sources.score_by_source(samples)
     assert source_scores.name == getattr(function, "__name__", "")
     return source_scores
 
@@ -129,11 +133,12 @@ def test_trl_gets_text_for_plain_prompts_and_messages_for_conversations():
     plain = [cases.sample("<answer>4</answer>", prompt="2+2?", ground_truth="<answer>4</answer>", tokens=[7, 8])]
     chat = [cases.sample("<answer>4</answer>", prompt=[{"role": "user", "content": "2+2?"}])]
     for function in (trl_by_tokens, trl_as_the_page_spells_it):
-        assert score_with(function, plain).scores == [2.0]
-    assert score_with(trl_by_reference, plain).scores == [1.0]
-    assert score_with(trl_async, plain).scores == [1.0]
-    assert score_with(trl_format, chat).scores == [1.0]
-    assert score_with(trl_format, [cases.sample("4", messages=[{"role": "user", "content": "2+2?"}])]).scores == [0.0]
+        assert score_with(function, plain).score_or_nan_N == [2.0]
+    assert score_with(trl_by_reference, plain).score_or_nan_N == [1.0]
+    assert score_with(trl_async, plain).score_or_nan_N == [1.0]
+    assert score_with(trl_format, chat).score_or_nan_N == [1.0]
+    four = [cases.sample("4", messages=[{"role": "user", "content": "2+2?"}])]
+    assert score_with(trl_format, four).score_or_nan_N == [0.0]
 
 
 def test_trl_sees_every_column_but_the_prompt():
@@ -142,7 +147,7 @@ def test_trl_sees_every_column_but_the_prompt():
         assert set(columns) == {"completion_ids", "task", "level"} and columns["level"] == [3]
         return [1.0]
 
-    assert score_with(reward, [cases.sample("4", prompt="2+2?", task="math", level=3)]).scores == [1.0]
+    assert score_with(reward, [cases.sample("4", prompt="2+2?", task="math", level=3)]).score_or_nan_N == [1.0]
 
 
 def test_none_of_trl_is_a_task_of_another_function():
@@ -154,17 +159,17 @@ def test_none_of_trl_is_a_task_of_another_function():
 @pytest.mark.parametrize("row", [{"reward_model": {"style": "rule", "ground_truth": "4"}}, {"ground_truth": "4"}])
 def test_verl_gets_its_columns_and_may_return_a_dict(row):
     samples = [cases.sample("4", 0, **row, data_source="gsm8k", extra_info={"turns": 2}), cases.sample("5", 1, **row)]
-    assert score_with(verl_length, samples).scores == [0.01, 0.01]
-    assert score_with(verl_async, samples).scores == [0.25, 0.25]
-    assert score_with(verl_batch, samples).scores == [1.0, 0.0]
-    assert score_with(verl_turns, samples).scores == [1.0, 1.0]
+    assert score_with(verl_length, samples).score_or_nan_N == [0.01, 0.01]
+    assert score_with(verl_async, samples).score_or_nan_N == [0.25, 0.25]
+    assert score_with(verl_batch, samples).score_or_nan_N == [1.0, 0.0]
+    assert score_with(verl_turns, samples).score_or_nan_N == [1.0, 1.0]
     source_scores = score_with(compute_score, samples)
     assert source_scores.results == [RewardResult(1.0, {"acc": 1.0, "turns": 2.0}), RewardResult(0.0, {"acc": 0.0})]
 
 
 def test_openrlhf_gets_whole_texts_and_may_return_a_tensor_or_a_dict():
     samples = [cases.sample("4", 0, label="4"), cases.sample("5", 1, label="4")]
-    assert score_with(openrlhf_tensor, samples).scores == [float(len(s.prompt) + 1) for s in samples]
+    assert score_with(openrlhf_tensor, samples).score_or_nan_N == [float(len(s.prompt) + 1) for s in samples]
     source_scores = score_with(openrlhf_dict, samples)
     assert source_scores.results == [
         RewardResult(1.0, {"right": 1.0, "share": 0.5}),
@@ -174,8 +179,8 @@ def test_openrlhf_gets_whole_texts_and_may_return_a_tensor_or_a_dict():
 
 def test_a_label_may_stand_in_any_column():
     samples = [cases.sample("4", solution="4")]
-    assert score_with(openrlhf_dict, samples, label_key="solution").scores == [1.0]
-    assert score_with(compute_score, samples, label_key="solution").scores == [1.0]
+    assert score_with(openrlhf_dict, samples, label_key="solution").score_or_nan_N == [1.0]
+    assert score_with(compute_score, samples, label_key="solution").score_or_nan_N == [1.0]
     for function in (openrlhf_dict, compute_score):
         with pytest.raises(RewardError, match=r"data\.jsonl:1: no column `gold`.*found solution"):
             score_with(function, samples, label_key="gold")
@@ -188,7 +193,7 @@ def test_the_style_may_be_said():
         return 0.5
 
     samples = [cases.sample("4", ground_truth="4")]
-    assert score_with(odd, samples, style="verl").scores == [0.5]
+    assert score_with(odd, samples, style="verl").score_or_nan_N == [0.5]
     with pytest.raises(RewardError, match="TypeError"):
         score_with(ours, samples, style="trl")
 
@@ -217,7 +222,35 @@ def test_they_run_in_workers_too(tmp_path):
     )
     spec = cases.function_file(tmp_path, body, name="compute_score")
     with cases.scorers(spec, workers=2) as sources:
-        (source_scores,) = sources.score(
+        (source_scores,) = sources.score_by_source(
             [cases.sample("4", 0, ground_truth="4"), cases.sample("55", 1, ground_truth="4")]
         )
     assert source_scores.results == [RewardResult(1.0, {"length": 1.0}), RewardResult(0.0, {"length": 2.0})]
+
+
+def test_a_trl_function_gets_all_columns_and_one_form_whichever_rows_a_batch_has():
+    rows = [{"prompt": "a"}, {"prompt": [{"role": "user", "content": "b"}], "answer": "x"}, {"prompt": "c"}]
+    encoder = PromptEncoder(tiny.tokenizer(), 20)
+    prompts = encoder([Row(row, f"row {i}") for i, row in enumerate(rows)])
+    calls = []
+
+    def trl(prompts, completions, answer, **columns):
+        calls.append((prompts, completions, answer, columns))
+        return [0.0] * len(completions)
+
+    reward = adapt(trl)
+    for members in ([0], [2, 1], [0, 2]):
+        responses = [Response(i, 0, i, prompts[i].tokens, [5, 1], [0.0, 0.0], "stop") for i in members]
+        reward([sample_of(tiny.tokenizer(), r, prompts[r.prompt_index]) for r in responses])
+    assert [answers for _, _, answers, _ in calls] == [[None], [None, "x"], [None, None]]
+    assert {type(p) for prompts, _, _, _ in calls for p in prompts} == {list}
+    assert {type(c) for _, completions, _, _ in calls for c in completions} == {list}
+    assert calls[0][0] == [[{"role": "user", "content": "a"}]]
+
+
+def test_a_null_label_is_no_label():
+    sample = cases.sample("x", label=None, answer="y", reward_model={"ground_truth": None}, ground_truth="z")
+    labels = []
+    adapt(lambda queries, prompts, **more: labels.append(more["labels"]) or [0.0])([sample])
+    assert labels == [["y"]]
+    assert adapt(lambda data_source, solution_str, ground_truth: float(ground_truth == "z"))([sample]) == [1.0]

@@ -262,9 +262,9 @@ def test_as_a_source_it_obeys_on_error():
         entry = cases.RewardSpec(url=endpoint.url, key="ppo.reward.sources[0]")
         for on_error, expected in (("score", RewardResult(-1.0)), ("drop", RewardResult(None))):
             with cases.scorers(entry, on_error=on_error, error_score=-1.0, http=http) as sources:
-                (source_scores,) = sources.score(cases.samples("a", "bad"))
+                (source_scores,) = sources.score_by_source(cases.samples("a", "bad"))
             assert source_scores.results == [RewardResult(2.0), expected] and source_scores.errors[0] is None
             assert "returned None for data.jsonl:2" in source_scores.errors[1]
         with cases.scorers(entry, http=http) as sources:
             with pytest.raises(RewardError, match=r"returned None for data\.jsonl:2"):
-                sources.score(cases.samples("a", "bad"))
+                sources.score_by_source(cases.samples("a", "bad"))

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -47,10 +48,11 @@ def wait_until_gone(pid, seconds=20.0):
 def test_scores_do_not_depend_on_the_number_of_workers(tmp_path, workers):
     samples = cases.samples(*("x" * n for n in (3, 1, 4, 1, 5, 9, 2)))
     with cases.scorers(cases.function_file(tmp_path, LENGTHS), workers=workers) as sources:
-        (source_scores,) = sources.score(samples)
-        assert source_scores.scores == [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0] and source_scores.errors == [None] * 7
+        (source_scores,) = sources.score_by_source(samples)
+        assert source_scores.score_or_nan_N == [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0]
+        assert source_scores.errors == [None] * 7
         assert (source_scores.name, source_scores.weight) == ("score", 1.0)
-        assert sources.score([])[0].scores == []
+        assert sources.score_by_source([])[0].score_or_nan_N == []
 
 
 def test_answers_to_one_prompt_reach_one_worker_together_and_in_order(tmp_path):
@@ -58,13 +60,13 @@ def test_answers_to_one_prompt_reach_one_worker_together_and_in_order(tmp_path):
     mixed = [(0, 1), (2, 0), (1, 0), (0, 0), (1, 1), (2, 1)]
     samples = [dataclasses.replace(cases.sample("x", g, group=g), index=i) for g, i in mixed]
     with cases.scorers(cases.function_file(tmp_path, body), workers=3) as sources:
-        assert sources.score(samples)[0].scores == [2011.0, 2000.0, 2000.0, 2000.0, 2011.0, 2011.0]
+        assert sources.score_by_source(samples)[0].score_or_nan_N == [2011.0, 2000.0, 2000.0, 2000.0, 2011.0, 2011.0]
 
 
 def test_a_worker_is_a_fresh_interpreter_without_torch(tmp_path):
     body = "return [float('torch' in sys.modules or 'numpy' in sys.modules or os.getppid() == 1) for s in samples]"
     with cases.scorers(cases.function_file(tmp_path, body)) as sources:
-        assert sources.score(cases.samples("a"))[0].scores == [0.0]
+        assert sources.score_by_source(cases.samples("a"))[0].score_or_nan_N == [0.0]
 
 
 def test_signals_and_event_loops_work_in_a_worker(tmp_path):
@@ -74,7 +76,7 @@ def test_signals_and_event_loops_work_in_a_worker(tmp_path):
         "    signal.alarm(0)\n    await asyncio.sleep(0)\n    return [2.0 for s in samples]"
     )
     with cases.scorers(cases.function_file(tmp_path, body)) as sources:
-        assert sources.score(cases.samples("a", "b"))[0].scores == [2.0, 2.0]
+        assert sources.score_by_source(cases.samples("a", "b"))[0].score_or_nan_N == [2.0, 2.0]
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -83,16 +85,16 @@ def test_only_the_response_at_fault_has_no_score(tmp_path, failure):
     spec = cases.function_file(tmp_path, FAILURES[failure] + LENGTHS)
     seconds = 1.0 if failure == "hangs" else 20.0
     with cases.scorers(spec, on_error="score", error_score=-1.0, timeout_seconds=seconds) as sources:
-        (source_scores,) = sources.score(samples)
+        (source_scores,) = sources.score_by_source(samples)
         assert (
-            source_scores.scores[2] == -1.0
+            source_scores.score_or_nan_N[2] == -1.0
             and source_scores.errors[2] is not None
             and "data.jsonl:3" in source_scores.errors[2]
         )
         assert source_scores.errors[:2] + source_scores.errors[3:] == [None] * 4
         good = [1.0] * 4 if failure == "too large" else [1.0, 2.0, 4.0, 5.0]
-        assert source_scores.scores[:2] + source_scores.scores[3:] == good
-        assert sources.score(cases.samples("xyz"))[0].scores == [3.0]  # the next call finds a worker
+        assert source_scores.score_or_nan_N[:2] + source_scores.score_or_nan_N[3:] == good
+        assert sources.score_by_source(cases.samples("xyz"))[0].score_or_nan_N == [3.0]  # the next call finds a worker
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_a_run_that_stops_says_why_and_where(tmp_path, failure, words):
     seconds = 1.0 if failure == "hangs" else 20.0
     with cases.scorers(cases.function_file(tmp_path, FAILURES[failure] + LENGTHS), timeout_seconds=seconds) as sources:
         with pytest.raises(RewardError, match=words):
-            sources.score(samples)
+            sources.score_by_source(samples)
 
 
 def test_a_time_out_kills_the_worker_and_what_it_started(tmp_path):
@@ -121,7 +123,7 @@ def test_a_time_out_kills_the_worker_and_what_it_started(tmp_path):
     )
     with cases.scorers(cases.function_file(tmp_path, body), timeout_seconds=2.0) as sources:
         with pytest.raises(RewardError, match="took longer than 2 s"):
-            sources.score(cases.samples("a"))
+            sources.score_by_source(cases.samples("a"))
         assert all(wait_until_gone(int(pid)) for pid in (tmp_path / "pids").read_text().split())
 
 
@@ -130,7 +132,7 @@ def test_time_outs_end_once_one_culprit_could_have_been_found(tmp_path):
     with cases.scorers(
         cases.function_file(tmp_path, "time.sleep(600)"), on_error="drop", timeout_seconds=0.5
     ) as sources:
-        (source_scores,) = sources.score(cases.samples(*"abcdefgh"))
+        (source_scores,) = sources.score_by_source(cases.samples(*"abcdefgh"))
     assert all(source_scores.errors) and all(r.score is None for r in source_scores.results)
 
 
@@ -138,13 +140,13 @@ def test_a_failing_share_cancels_the_others(tmp_path):
     body = "if samples[0].text == 'a': raise ValueError('no')\nwhile True: time.sleep(0.01)"
     with cases.scorers(cases.function_file(tmp_path, body), workers=2, timeout_seconds=600.0) as sources:
         with pytest.raises(RewardError, match="ValueError: no"):
-            sources.score(cases.samples("a", "b"))
+            sources.score_by_source(cases.samples("a", "b"))
 
 
 def test_closing_ends_every_process(tmp_path):
     body = "time.sleep(0.05)\nreturn [float(os.getpid()) for s in samples]"
     with cases.scorers(cases.function_file(tmp_path, body), workers=2) as sources:
-        pids = {int(pid) for pid in sources.score(cases.samples("a", "b"))[0].scores}
+        pids = {int(pid) for pid in sources.score_by_source(cases.samples("a", "b"))[0].score_or_nan_N}
         assert len(pids) == 2 and not any(map(gone, pids))
     assert all(map(wait_until_gone, pids))
 
@@ -154,7 +156,7 @@ def test_a_worker_in_a_loop_ends_with_a_parent_that_is_killed(tmp_path):
     spec = cases.function_file(tmp_path, f"open({str(pid_file)!r}, 'w').write(str(os.getpid()))\nwhile True: pass")
     code = (
         "import sys; sys.path[:0] = ['']\nfrom tests.helpers import reward_cases as cases\n"
-        f"cases.scorers({spec!r}).score(cases.samples('a'))"
+        f"cases.scorers({spec!r}).score_by_source(cases.samples('a'))"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2])
     while not (pid_file.exists() and pid_file.read_text()):
@@ -183,13 +185,13 @@ def test_a_worker_in_a_loop_ends_with_a_parent_that_is_killed(tmp_path):
 )
 def test_what_cannot_be_pickled_is_refused_in_words(tmp_path, body, words):
     with cases.scorers(cases.function_file(tmp_path, body)) as sources, pytest.raises(RewardError, match=words):
-        sources.score(cases.samples("a"))
+        sources.score_by_source(cases.samples("a"))
 
 
 def test_a_row_that_cannot_be_sent_says_so(tmp_path):
     with cases.scorers(cases.function_file(tmp_path, LENGTHS)) as sources:
         with pytest.raises(RewardError, match=r"data\.jsonl:1 cannot be sent.*ppo\.reward\.workers=0"):
-            sources.score(cases.samples("a", prompt="x", odd=lambda: 1))
+            sources.score_by_source(cases.samples("a", prompt="x", odd=lambda: 1))
 
 
 @pytest.mark.parametrize(
@@ -224,7 +226,7 @@ def test_a_function_in_memory_is_called_here_and_keeps_its_state():
         return [1.0] * len(samples)
 
     with cases.scorers(score, workers=4) as sources:
-        sources.score(cases.samples("a", "b"))
+        sources.score_by_source(cases.samples("a", "b"))
     assert pids == [os.getpid()]
 
 
@@ -234,9 +236,9 @@ def test_a_function_in_memory_has_a_time_limit_too():
         return [1.0] * len(samples)
 
     with cases.scorers(score, timeout_seconds=0.2) as sources:
-        assert sources.score(cases.samples("fast"))[0].scores == [1.0]
+        assert sources.score_by_source(cases.samples("fast"))[0].score_or_nan_N == [1.0]
         with pytest.raises(RewardError, match=r"took longer than 0\.2 s"):
-            sources.score(cases.samples("slow"))
+            sources.score_by_source(cases.samples("slow"))
 
 
 def test_an_interrupt_in_memory_is_not_swallowed():
@@ -244,7 +246,7 @@ def test_an_interrupt_in_memory_is_not_swallowed():
         raise KeyboardInterrupt
 
     with cases.scorers(score) as sources, pytest.raises(KeyboardInterrupt):
-        sources.score(cases.samples("a"))
+        sources.score_by_source(cases.samples("a"))
 
 
 @pytest.mark.parametrize("seconds", [0.0, 20.0])
@@ -255,7 +257,7 @@ def test_an_async_function_works_where_a_loop_is_running(seconds):
 
     async def notebook():
         with cases.scorers(score, timeout_seconds=seconds) as sources:
-            return sources.score(cases.samples("a", "bb"))[0].scores
+            return sources.score_by_source(cases.samples("a", "bb"))[0].score_or_nan_N
 
     assert asyncio.run(notebook()) == [1.0, 2.0]
 
@@ -266,7 +268,7 @@ def test_an_async_function_that_raises_names_its_row():
         return [1.0 / (s.text != "bad") for s in samples]
 
     with cases.scorers(score) as sources, pytest.raises(RewardError, match=r"ZeroDivisionError.*at data\.jsonl:2"):
-        sources.score(cases.samples("a", "bad"))
+        sources.score_by_source(cases.samples("a", "bad"))
 
 
 # -- results --------------------------------------------------------------------------------------------------------
@@ -278,7 +280,7 @@ def test_results_carry_metrics_and_token_rewards(tmp_path):
         "    return [RewardResult(len(s.text), {'long': len(s.text) > 1}, [0.5] * len(s.tokens)) for s in samples]"
     )
     with cases.scorers(cases.function_file(tmp_path, body)) as sources:
-        (source_scores,) = sources.score(cases.samples("a", "bb"))
+        (source_scores,) = sources.score_by_source(cases.samples("a", "bb"))
     assert source_scores.results == [
         RewardResult(1.0, {"long": 0.0}, [0.5]),
         RewardResult(2.0, {"long": 1.0}, [0.5, 0.5]),
@@ -303,7 +305,7 @@ def test_results_carry_metrics_and_token_rewards(tmp_path):
 )
 def test_results_that_cannot_be_used(result, words):
     with cases.scorers(lambda samples: [result]) as sources, pytest.raises(RewardError, match=words):
-        sources.score(cases.samples("ab"))
+        sources.score_by_source(cases.samples("ab"))
 
 
 def test_no_opinion_is_no_error_and_is_paid_nothing():
@@ -311,10 +313,10 @@ def test_no_opinion_is_no_error_and_is_paid_nothing():
         return [RewardResult(None) if s.text == "b" else 2.0 for s in samples]
 
     with cases.scorers(score) as sources:
-        (source_scores,) = sources.score(cases.samples("a", "b"))
+        (source_scores,) = sources.score_by_source(cases.samples("a", "b"))
     assert (
         source_scores.errors == [None, None]
-        and source_scores.scores[0] == 2.0
+        and source_scores.score_or_nan_N[0] == 2.0
         and source_scores.results[1].score is None
     )
 
@@ -351,3 +353,56 @@ def test_a_probe_refuses_a_source_that_scores_nothing_whatever_on_error_says():
     with cases.scorers(score, on_error="drop") as sources:
         with pytest.raises(RewardError, match=r"`score` could score none of 2 answers: .*ValueError: always"):
             sources.probe(cases.samples("a", "b"))
+
+
+def test_a_worker_that_dies_between_two_calls_is_restarted(tmp_path, capsys):
+    body = "return [float(os.getpid())] * len(samples)"
+    with cases.scorers(cases.function_file(tmp_path, body), workers=1) as sources:
+        first = int(sources.score(cases.samples("x"))[0].scores[0])
+        os.kill(first, signal.SIGKILL)
+        assert wait_until_gone(first)
+        second = int(sources.score(cases.samples("x"))[0].scores[0])
+    assert second != first
+    assert "`score`: its process ended between two calls (signal SIGKILL); it is restarted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("seconds", [3e6, 1e10])
+def test_a_time_limit_beyond_what_the_system_counts_is_none(tmp_path, workers, seconds):
+    function = cases.function_file(tmp_path, LENGTHS)
+    with cases.scorers(function, workers=workers, timeout_seconds=seconds) as sources:
+        assert sources.score(cases.samples("abc"))[0].scores == [3.0]
+
+
+def test_files_with_helpers_of_one_name_get_their_own_in_workers(tmp_path):
+    functions = [file_with_helper(tmp_path / folder, value) for folder, value in (("a", 1.0), ("b", 2.0))]
+    with cases.scorers(*functions, workers=1) as sources:
+        assert [s.scores for s in sources.score(cases.samples("x"))] == [[1.0], [2.0]]
+
+
+@pytest.mark.parametrize("where", ["at the top", "inside"])
+def test_files_with_helpers_of_one_name_are_refused_in_one_process(tmp_path, where):
+    functions = [file_with_helper(tmp_path / folder, 1.0, where) for folder in ("a", "b")]
+    with pytest.raises(ConfigError, match=r"imports `helper_\w+_shared`, .*b.*but this process has another"):
+        cases.scorers(*functions, workers=0)
+
+
+def file_with_helper(folder, value, where="at the top"):
+    folder.mkdir()
+    helper = f"helper_{'top' if where == 'at the top' else 'inside'}_shared"
+    (folder / f"{helper}.py").write_text(f"VALUE = {value}\n")
+    lines = f"import {helper}\n" if where == "at the top" else ""
+    inside = "" if lines else f"    import {helper}\n"
+    (folder / "reward.py").write_text(
+        f"{lines}def score(samples):\n{inside}    return [{helper}.VALUE] * len(samples)\n"
+    )
+    return f"{folder / 'reward.py'}:score"
+
+
+def test_all_answers_to_one_prompt_are_one_group_whatever_their_rows(tmp_path):
+    body = "return [100.0 * s.group + 10 * s.index + len(samples) for s in samples]"
+    shown = [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0)]
+    samples = [dataclasses.replace(cases.sample("x", g), group=g, index=i) for g, i in shown]
+    samples = [dataclasses.replace(s, prompt_tokens=[2, 3]) if s.group < 2 else s for s in samples]  # rows 0 and 1
+    with cases.scorers(cases.function_file(tmp_path, body), workers=2) as sources:
+        assert sources.score(samples)[0].scores == [4.0, 24.0, 14.0, 34.0, 201.0]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from icegrt.data.tokenization import plain_prompt_tokens
 from icegrt.errors import ConfigError, DataError
 from icegrt.ppo.batch_plan import plan_batches
 from icegrt.ppo.scoring import LogprobScorer
@@ -13,6 +14,7 @@ from icegrt.rollout.scheduler import Scheduler
 from icegrt.rollout.sequence import Sequence
 from icegrt.rollout.types import Sampling
 from tests.helpers import tiny_models as tiny
+from tests.helpers.data_rows import make_tokenizer
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -219,3 +221,44 @@ def test_a_retired_slot_is_taken_over_by_the_last_one():
     assert cache.free([0, 2]) == [(3, 2), (2, 0)]
     assert cache.used == 2 and cache.lengths[:2].tolist() == [3, 2]
     assert torch.equal(cache.keys[0, 0, 0], k[4:7, 0]) and torch.equal(cache.values[0, 1, 0, :2], -k[1:3, 0])
+
+
+def test_an_eos_of_the_generation_config_of_a_model_in_memory_ends_answers(cluster):
+    model = tiny.causal_lm(0)
+    model.generation_config.eos_token_id = [tiny.EOS, 40]
+    engine = RolloutEngine(tiny.role(model).model, tiny.tokenizer())
+    assert engine.decoder.stop_ids == {tiny.EOS, 40}
+
+
+def test_text_prompts_have_one_bos_and_no_closing_eos(actor):
+    tokenizer = make_tokenizer(bos=True, bos_token="<bos>")
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    letters = tokenizer.convert_tokens_to_ids(["a", "b"])
+    assert plain_prompt_tokens(tokenizer, ["ab", "<bos>ab"]) == [[bos, *letters]] * 2
+    assert plain_prompt_tokens(tokenizer, ["ab<|im_end|>"]) == [[bos, *letters, eos]]
+
+
+@pytest.mark.parametrize("known", [48, 61])
+def test_ids_beyond_the_tokenizer_are_neither_sampled_nor_counted(known):
+    model = tiny.causal_lm(0)
+    with torch.no_grad():
+        model.lm_head.weight[48:] *= 4  # most of the probability lies beyond the 48 tokens
+    role = tiny.role(model)
+    role.model.limit_vocabulary(known)
+    responses = list(Decoder(role.model, STOPS).stream(PROMPTS[:2], 4, SAMPLING))
+    assert any(token >= 48 for r in responses for token in r.tokens) == (known > 48)
+    for response in responses:
+        with torch.no_grad():
+            logits = model(torch.tensor([response.prompt + response.tokens])).logits[0, len(response.prompt) - 1 : -1]
+        expected = logits[:, :known].log_softmax(-1).gather(1, torch.tensor(response.tokens)[:, None]).squeeze(1)
+        torch.testing.assert_close(torch.tensor(response.logprobs), expected, atol=2e-5, rtol=0)
+    planned = plan_batches(responses, 64, 1)
+    scored_A, _ = LogprobScorer(1.0, 16)(role, planned.batches)
+    rolled_A = torch.tensor([x for r in planned.local_responses for x in r.logprobs])
+    torch.testing.assert_close(scored_A, rolled_A, atol=1e-4, rtol=0)  # PPO trains on the distribution it sampled
+
+
+@pytest.mark.parametrize("token", [-1, 61])
+def test_a_prompt_with_an_id_beyond_the_vocabulary_is_refused(actor, token):
+    with pytest.raises(DataError, match=f"prompt 1 names token {token}, which is not in the vocabulary of 61"):
+        list(Decoder(actor.model, STOPS).stream([[5], [6, token]], 1, SAMPLING))

@@ -6,10 +6,12 @@ import math
 import pytest
 from safetensors.torch import load_file
 
+import icegrt
 from icegrt import cli
 from icegrt.config import PPOConfig, RewardConfig, SFTConfig
 from icegrt.errors import DataError
 from icegrt.metrics import read_metrics, step_from_row
+from icegrt.model.hf.score_statistics import saved_statistics
 from icegrt.ppo.trainer import PPOTrainer
 from icegrt.training.reward_model import RewardTrainer
 from icegrt.training.sft import SFTTrainer
@@ -131,6 +133,32 @@ def test_export_of_a_run_is_its_model_to_the_bit(recipe, tmp_path):
         assert same_files(tmp_path / stage, recipe / stage / "model")
     assert cli.main(["export", f"export.run={recipe}/ppo", f"export.out={tmp_path}/v", "export.role=critic"]) == 0
     assert load_file(tmp_path / "v" / "model.safetensors")["score.weight"].shape == (1, 32)
+
+
+def test_a_run_with_one_model_is_exported_by_any_name_of_it(recipe, tmp_path, capsys):
+    weights = (recipe / "reward" / "model" / "model.safetensors").read_bytes()
+    for role in ("actor", "model", "reward"):
+        keys = [f"export.run={recipe}/reward", f"export.out={tmp_path}/{role}", f"export.role={role}"]
+        assert cli.main(["export", *keys]) == 0
+        assert (tmp_path / role / "model.safetensors").read_bytes() == weights
+    for run, role in (("reward", "critic"), ("ppo", "reward"), ("sft", "reward")):
+        keys = [f"export.run={recipe}/{run}", f"export.out={tmp_path}/no", f"export.role={role}"]
+        assert cli.main(["export", *keys]) == 2
+        assert f"not {role}" in capsys.readouterr().err
+
+
+def test_a_run_stands_for_its_model_wherever_a_model_is_named(recipe, home, tmp_path):
+    keys = cases.ppo_keys(home, tmp_path / "ppo", f"ppo.actor={recipe}/sft", f"ppo.reward_model={recipe}/reward")
+    assert cli.main(["ppo", *keys, "ppo.iterations=1", f"ppo.reference={recipe}/sft", "ppo.eval_every=0"]) == 0
+    assert cli.main(["sft", *cases.sft_keys(home, tmp_path / "sft", f"sft.model={recipe}/sft")]) == 0
+    assert cli.main(["data", "preview", str(home.prompts), "--model", f"{recipe}/sft"]) == 0
+    assert saved_statistics(recipe / "reward") == saved_statistics(recipe / "reward" / "model") is not None
+    assert icegrt.load_actor(recipe / "sft").architecture.vocab_size == tiny_models.VOCAB
+
+
+def test_generate_with_a_reward_model_says_what_it_is(recipe, capsys):
+    assert cli.main(["generate", f"generate.model={recipe}/reward", "generate.prompt=a"]) == 2
+    assert "a reward model or critic" in capsys.readouterr().err
 
 
 def test_resuming_a_finished_run_changes_nothing(recipe, home):

@@ -4,7 +4,9 @@ import os
 
 import pytest
 
-from icegrt.utils.files import make_folders, remove_empty_folders, staged_folder, write_text_atomic
+from icegrt.errors import RunError
+from icegrt.training.run_folder import rows_file
+from icegrt.utils.files import JsonlWriter, make_folders, remove_empty_folders, staged_folder, write_text_atomic
 
 
 def names(folder):
@@ -70,3 +72,26 @@ def test_created_folders_can_be_taken_back(tmp_path):
     (tmp_path / "a" / "keep").write_text("x")
     remove_empty_folders(created)
     assert names(tmp_path / "a") == ["keep"]
+
+
+def test_one_file_has_one_writer(tmp_path):
+    with JsonlWriter(tmp_path / "rows") as first:
+        first.write({"a": 1})
+        with pytest.raises(RunError, match="rows: another process is writing it"):
+            JsonlWriter(tmp_path / "rows")
+    assert (tmp_path / "rows").read_text() == '{"a": 1}\n'
+    (tmp_path / ".rows.partial").write_text("left by a killed process\n")
+    with JsonlWriter(tmp_path / "rows") as second:
+        second.write({"a": 2})
+    assert (tmp_path / "rows").read_text() == '{"a": 2}\n' and len(list(tmp_path.iterdir())) == 1
+
+
+def test_rows_replace_a_file_with_a_word_and_never_an_input(tmp_path, capsys):
+    path = tmp_path / "rows"
+    path.write_text("old\n")
+    with pytest.raises(RunError, match="this command reads it and would replace it"), rows_file(str(path), [str(path)]):
+        pass
+    assert path.read_text() == "old\n"
+    with rows_file(str(path), ["", "absent"]) as writer:
+        writer.write({})
+    assert path.read_text() == "{}\n" and "rows: is there already" in capsys.readouterr().err

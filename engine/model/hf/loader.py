@@ -58,6 +58,11 @@ def _missing_message(source: HFCheckpointReader, name: str) -> str:
             f"{source.where}: no value head (`score.weight`). This is a language model, not a reward model: train one "
             "with `icegrt reward`, or choose a new head explicitly (`ppo.critic.init=actor`)"
         )
+    if name == "lm_head.weight" and "score.weight" in source.names():
+        return (
+            f"{source.where}: a reward model or critic (it has `score.weight` and no `lm_head.weight`), not a language "
+            "model: it scores answers and cannot write any; name the actor's checkpoint"
+        )
     return f"{source.where}: tensor `{name}` is missing; copy the checkpoint again, or fix config.json"
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from icegrt.errors import CheckpointError
 from icegrt.model.architecture import Architecture
-from icegrt.utils.files import read_object
+from icegrt.utils.files import model_folder, read_object
 
 _INDEX = "model.safetensors.index.json"
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -38,7 +38,8 @@ class HFCheckpointReader:
     and runs no code of the checkpoint.
 
     Args:
-        source: path of a folder with `config.json` and safetensors, or a `transformers` model.
+        source: path of a folder with `config.json` and safetensors, of a run that has ended, or a `transformers`
+            model.
 
     Attributes:
         architecture: sizes and family of the model.
@@ -50,13 +51,15 @@ class HFCheckpointReader:
     """
 
     def __init__(self, source: ModelSource) -> None:
+        if isinstance(source, (str, Path)):
+            source = model_folder(source)
         self.where = str(source) if isinstance(source, (str, Path)) else f"the given {type(source).__name__}"
         self._tensors: Mapping[str, Tensor] = {}
         self._files: dict[str, Path] = {}
         self._described: dict[str, tuple[tuple[int, ...], str]] = {}
-        if isinstance(source, (str, Path)):
+        if isinstance(source, Path):
             self.architecture = Architecture.from_pretrained(source)
-            self.folder: Path | None = Path(source)
+            self.folder: Path | None = source
             self._find_tensors(self.folder)
         elif hasattr(source, "state_dict") and hasattr(source, "config"):
             generation = getattr(source, "generation_config", None)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from icegrt.errors import CheckpointError
-from icegrt.utils.files import read_object
+from icegrt.utils.files import model_folder, read_object
 
 SCORE_STATISTICS = "score_statistics.json"
 
@@ -17,12 +17,12 @@ def saved_statistics(reward_model: Any) -> dict[str, float] | None:
     """Return count, mean and std of a reward model's scores from its folder; None if they are not saved.
 
     Args:
-        reward_model: path of a Hugging Face folder; a model in memory has no statistics.
+        reward_model: path of a Hugging Face folder or of a run; a model in memory has no statistics.
 
     Raises:
         CheckpointError: the file is not valid.
     """
-    path = Path(reward_model) / SCORE_STATISTICS if isinstance(reward_model, (str, Path)) else None
+    path = model_folder(reward_model) / SCORE_STATISTICS if isinstance(reward_model, (str, Path)) else None
     if path is None or not path.is_file():
         return None
     statistics = read_object(path).get("after")

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from icegrt.data.tokenizer import save_tokenizer
 from icegrt.errors import RunError
 from icegrt.model.architecture import DTYPES, Architecture
 from icegrt.model.hf import mapping
@@ -83,7 +84,7 @@ def _write_documents(
     for name, document in extra_files.items():
         _write_json(folder / name, document)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
 
 
 def _hf_config(architecture: Architecture, classifier: bool, dtype: str, tokenizer: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ MUTANTS = (
         "common.triton",
         "bounded_exp",
         "k3 overflows",
-        "tl.minimum(x, LIMIT)",
+        "tl.where(x > LIMIT, LIMIT, x)",
         "x",
         check_kl,
         kernel="kl_forward_kernel",

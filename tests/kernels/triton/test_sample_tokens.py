@@ -74,6 +74,15 @@ def test_truncation(options):
     check_tokens(150, 6, temperature=0.8, **options)
 
 
+@pytest.mark.parametrize("top_p", [1e-7, 1e-12, 2.4e-7, 1 - 2**-53])
+def test_top_p_at_the_ends_of_its_range(top_p):
+    """A tiny top_p keeps the largest logit alone, and is passed to the kernel as a number of another width."""
+    torch.manual_seed(0)
+    logits = torch.randn(6, 150)
+    token = draw_as_reference(logits, temperature=0.8, top_p=top_p)
+    assert torch.equal(token, logits.argmax(-1)) == (top_p < 0.5)
+
+
 def check_truncation_among_equals():
     logits = torch.zeros(12, 6)
     for options, survivors in (({"top_k": 2}, 2), ({"top_p": 0.4}, 3), ({"top_k": 4, "top_p": 0.5}, 2)):
