@@ -88,7 +88,7 @@ def test_an_unknown_command(refused):
 CONFLICTS = {
     "truncated sampling": (["ppo.sampling.top_k=5"], ["ppo.sampling.top_k", "Set top_k=0"]),
     "greedy sampling": (["ppo.sampling.temperature=0"], ["ppo.sampling.temperature must be above 0"]),
-    "no room for an answer": (["ppo.sampling.max_new_tokens=64"], ["max_new_tokens 64", "context is 64"]),
+    "no room for an answer": (["ppo.sampling.max_new_tokens=64"], ["max_new_tokens 64", "context 64"]),
     "reuse with several epochs": (["ppo.reuse_update_logprob=true"], ["ppo.ppo_epochs=1 and ppo.minibatches=1"]),
     "ptx without data": (["ppo.ptx_coef=1"], ["ppo.ptx_data names no file"]),
     "too many minibatches": (["ppo.minibatches=100"], ["ppo.minibatches is 100", "8 responses"]),

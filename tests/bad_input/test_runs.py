@@ -76,7 +76,7 @@ def test_a_missing_data_file(home, refused, run_dir):
         ("ppo.sampling.temperature=0", ["ppo.sampling.temperature", "greedy"]),
         ("ppo.reward_model=", ["ppo.critic.init", "no reward model"]),
         ("ppo.token_budget=20", ["ppo.token_budget is 20", "prompts.jsonl:"]),
-        ("ppo.sampling.max_new_tokens=64", ["max_new_tokens 64", "context is 64"]),
+        ("ppo.sampling.max_new_tokens=64", ["max_new_tokens 64", "context 64"]),
         ("ppo.reuse_update_logprob=true", ["ppo.reuse_update_logprob", "ppo.ppo_epochs=1"]),
         ("ppo.ptx_coef=0.5", ["ppo.ptx_coef", "ppo.ptx_data"]),
         ("ppo.minibatches=99", ["ppo.minibatches is 99", "8 responses"]),
