@@ -79,7 +79,7 @@ class Worker:
             CallError: the call failed. After a time-out or a crash the next call starts a new process.
         """
         # 1. a running process, unless `cancel` was called, perhaps during the start
-        if self._process is not None and self._process.poll() is not None and not self._cancelled:
+        if not self._cancelled and self._ended_between_calls():
             reason = self._exit_reason()
             warn(f"reward function `{self.name}`: its process ended between two calls ({reason}); it is restarted")
         if self._process is None and not self._cancelled:
@@ -112,6 +112,10 @@ class Worker:
         if status == "failed":
             raise result
         return result
+
+    def _ended_between_calls(self) -> bool:
+        # No request is open, so a readable pipe means that its other end is closed. The process may still be exiting.
+        return self._process is not None and (self._process.poll() is not None or self._connection.poll(0))
 
     def cancel(self) -> None:
         """Kill the process from another thread; later calls of `score` raise."""
