@@ -55,9 +55,7 @@ def _backward(
     if dtype is None:
         wide = wide_dtype(total, weight_H)
         widened = None if grad_total is None else grad_total.to(wide)
-        grad_x, grad_weight_H = _backward(
-            grad.to(wide), widened, total.to(wide), weight_H.to(wide), scale_S, weighted
-        )
+        grad_x, grad_weight_H = _backward(grad.to(wide), widened, total.to(wide), weight_H.to(wide), scale_S, weighted)
         narrow = None if grad_weight_H is None else saturating_cast(grad_weight_H, weight_H.dtype)
         return saturating_cast(grad_x, total.dtype), narrow
     rows, total = _rows(total)

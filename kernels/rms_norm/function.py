@@ -72,9 +72,7 @@ class _RMSNorm(torch.autograd.Function):
         return None, grad_x, grad_x if ctx.added else None, grad_weight_H, None
 
 
-def run(
-    steps: Steps, x: Tensor, residual: Tensor | None, weight_H: Tensor, eps: float
-) -> tuple[Tensor, Tensor | None]:
+def run(steps: Steps, x: Tensor, residual: Tensor | None, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
     """Return (norm, sum or None). Without a gradient to form, the step runs alone: the same bits, less overhead."""
     if torch.is_grad_enabled() and (
         x.requires_grad or weight_H.requires_grad or (residual is not None and residual.requires_grad)

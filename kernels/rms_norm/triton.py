@@ -1,4 +1,4 @@
-"""The norms in Triton: one launch forward, one backward, and one that adds up the weight's gradient, without atomics."""
+"""The norms in Triton: one launch forward, one backward, and a sum of the weight's gradient, without atomics."""
 
 from __future__ import annotations
 
@@ -252,9 +252,7 @@ def _backward(
         partials = torch.empty(programs, width, dtype=torch.float32, device=total.device)
     if size:
         grad_total = None if grad_total is None else grad_total.contiguous()
-        _backward_step(
-            grad.contiguous(), grad_total, total, weight_H.contiguous(), scale_S, grad_x, partials, layout
-        )
+        _backward_step(grad.contiguous(), grad_total, total, weight_H.contiguous(), scale_S, grad_x, partials, layout)
     grad_weight_H = None if partials is None else saturating_cast(partials.sum(0), weight_H.dtype)
     return saturating_cast(grad_x, total.dtype), grad_weight_H
 
