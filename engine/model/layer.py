@@ -68,8 +68,8 @@ class PackedSelfAttention(SelfAttention):
         """
         # 1. Groups of the fused projection: the queries of a group, its key and its value.
         qkv, _ = self.linear_qkv(hidden_states)
-        groups, width = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
-        qkv_TGMD = qkv.view(qkv.shape[0], groups, -1, width)
+        width = self.hidden_size_per_attention_head
+        qkv_TGMD = qkv.view(qkv.shape[0], self.num_query_groups_per_partition, -1, width)
         cos_TR, sin_TR = rotary_pos_emb.unbind()
         # 2. Rotate. A norm by head comes before the rotation, and reads the heads in place.
         if self.q_layernorm is None:

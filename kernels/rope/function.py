@@ -81,7 +81,8 @@ class _RopeQKV(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
         single_backward("rope_qkv")
-        grads = Heads(*(neighbours(x).unflatten(1, (ctx.shape[1], -1)) for x in upstream))
+        groups = ctx.shape[1]
+        grads = Heads(*(neighbours(x).unflatten(1, (groups, x.shape[1] // groups)) for x in upstream))
         out = gradient_like(grads.q, ctx.shape)
         _run(ctx.step, grads, Heads.of_projection(out), *ctx.saved_tensors, True)
         return None, saturating_cast(out, grads.q.dtype), None, None
@@ -112,7 +113,7 @@ def _rotate_qkv(step: Step, qkv_TGMD: Tensor, cos_TR: Tensor, sin_TR: Tensor) ->
         )
     )
     _run(step, Heads.of_projection(neighbours(qkv_TGMD)), to, cos_TR, sin_TR, False)
-    q, k, v = (x.view(tokens, -1, width) for x in (to.q, to.k, to.v))
+    q, k, v = (x.flatten(1, 2) for x in (to.q, to.k, to.v))
     return q, k, v
 
 

@@ -99,14 +99,15 @@ class KVCache:
         slots, offsets = self._slots[: self.used], self.lengths[: self.used] - 1
         keys[slots, :, offsets] = k_NHD
         values[slots, :, offsets] = v_NHD
+        # The queries of a group are rows of one head: its keys and values are read once, and never copied per query.
+        grouped = q_NHD.unflatten(1, (keys.shape[1], -1))
         out = scaled_dot_product_attention(
-            q_NHD.unsqueeze(2),
+            grouped,
             keys[: self.used, :, : self._longest],
             values[: self.used, :, : self._longest],
             attn_mask=self._mask(window),
-            enable_gqa=q_NHD.shape[1] != k_NHD.shape[1],
         )
-        return out.squeeze(2)
+        return out.flatten(1, 2)
 
     def _mask(self, window: int | None) -> Tensor:
         # All layers of a step with the same window share a mask.
