@@ -13,22 +13,31 @@ from ..dispatch import log_launch
 from .function import Forward, Steps, row_strides, run
 
 # Legend
-#   H         elements of a row; BLOCK of them are loaded, the next power of two
-#   S         rows; ROWS of them are one tile
+#   H, width  elements of a row, read in CHUNKS chunks of BLOCK
+#   S, rows   rows; ROWS of them are one tile
 #   partials  [programs, H] fp32, the weight's gradient over the tiles of a program
 # Row i of x starts at (i // inner) * outer_stride + (i % inner) * inner_stride; all other tensors are contiguous.
 
-TILE = 2048  # elements of a tile of short rows; a longer row is a tile of its own
+TILE = 2048  # elements of a tile of short rows
+# Longer rows are read twice, in chunks.
+# Triton 3.6 to 3.9 spill registers on sm_80, sm_90 or sm_100 if a program keeps 8192 elements or more.
+LONGEST_BLOCK = 4096
 PROGRAMS = 512  # of the backward, at most; a constant, so that the sums have the same bits on every device
 # Operations per element, for the declared cost.
 FORWARD_FLOPS, BACKWARD_FLOPS = 4, 9
 
 
-def tile(width: int) -> tuple[int, int, dict[str, int | bool]]:
-    """Return ROWS, BLOCK and the launch options for rows of `width` elements."""
-    block = triton.next_power_of_2(max(1, width))
-    rows = max(1, TILE // block)
-    return rows, block, {"num_warps": 4 if block <= TILE else min(16, block // 512), "enable_fp_fusion": True}
+def tile(width: int) -> tuple[dict[str, int], dict[str, int | bool]]:
+    """Return the constants ROWS, BLOCK and CHUNKS, and the launch options, for rows of `width` elements."""
+    block = min(triton.next_power_of_2(max(1, width)), LONGEST_BLOCK)
+    constants = {"ROWS": max(1, TILE // block), "BLOCK": block, "CHUNKS": max(1, triton.cdiv(width, block))}
+    return constants, {"num_warps": 4 if block <= TILE else 16, "enable_fp_fusion": True}
+
+
+@triton.jit
+def load_rows(pointer, start, column, inside):
+    """Return elements of a tile in fp32, 0 outside; `start` are offsets of the rows."""
+    return tl.load(pointer + start + column[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -48,25 +57,38 @@ def rms_norm_forward_kernel(
     ADD: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
     """Write the norm of ROWS rows, or of their sums with a residual, and 1 / rms of each."""
-    # 1. Load the rows. With ADD, what is normalised is the rounded sum.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    inside = (row < rows)[:, None] & (column < width)[None, :]
-    source = (row // inner) * outer_stride + (row % inner) * inner_stride
-    index = row[:, None] * width + column[None, :]
-    x = tl.load(x_ptr + source[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    if ADD:
-        x += tl.load(residual_ptr + index, mask=inside, other=0.0).to(tl.float32)
-        total = x.to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + index, total, mask=inside)
-        x = total.to(tl.float32)
-    # 2. Normalise.
-    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / width + eps)
-    weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
-    tl.store(out_ptr + index, x * scale[:, None] * weight[None, :], mask=inside)
+    start = row[:, None] * width
+    source = ((row // inner) * outer_stride + (row % inner) * inner_stride)[:, None]
+    # 1. The mean of squares. With ADD, what is normalised is the rounded sum.
+    squares = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for chunk in range(CHUNKS):
+        column = chunk * BLOCK + tl.arange(0, BLOCK)
+        inside = (row < rows)[:, None] & (column < width)[None, :]
+        total = load_rows(x_ptr, source, column, inside)
+        if ADD:
+            total += load_rows(residual_ptr, start, column, inside)
+            rounded = total.to(sum_ptr.dtype.element_ty)
+            tl.store(sum_ptr + start + column[None, :], rounded, mask=inside)
+            total = rounded.to(tl.float32)
+        squares += tl.sum(total * total, axis=1)
+    scale = 1.0 / tl.sqrt(squares / width + eps)
     tl.store(scale_ptr + row, scale, mask=row < rows)
+    # 2. Normalise. A single chunk is still at hand; a program reads back what its own threads wrote.
+    for chunk in range(CHUNKS):
+        column = chunk * BLOCK + tl.arange(0, BLOCK)
+        inside = (row < rows)[:, None] & (column < width)[None, :]
+        if CHUNKS > 1:
+            if ADD:
+                total = load_rows(sum_ptr, start, column, inside)
+            else:
+                total = load_rows(x_ptr, source, column, inside)
+        weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+        tl.store(out_ptr + start + column[None, :], total * scale[:, None] * weight[None, :], mask=inside)
 
 
 @triton.jit
@@ -88,6 +110,7 @@ def rms_norm_backward_kernel(
     WEIGHTED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
     """Write the gradient by every tile's rows of this program, and their part of the weight's gradient.
 
@@ -95,30 +118,50 @@ def rms_norm_backward_kernel(
 
         grad_x = scale * (g - n * mean(g * n)) + grad_sum,   grad_weight = sum of grad * n
     """
-    column = tl.arange(0, BLOCK)
-    weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+    partial_ptr = partials_ptr + tl.program_id(0).to(tl.int64) * width
     part = tl.zeros((BLOCK,), tl.float32)
-    # Tiles are far apart, so that programs of one wave read neighbouring memory.
+    # Tiles of a program are far apart, so that programs of one wave read neighbouring memory.
     for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
         row = tl.cast(number, tl.int64) * ROWS + tl.arange(0, ROWS)
-        inside = (row < rows)[:, None] & (column < width)[None, :]
-        source = (row // inner) * outer_stride + (row % inner) * inner_stride
-        index = row[:, None] * width + column[None, :]
-        x = tl.load(x_ptr + source[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr + index, mask=inside, other=0.0).to(tl.float32)
+        start = row[:, None] * width
+        source = ((row // inner) * outer_stride + (row % inner) * inner_stride)[:, None]
         scale = tl.load(scale_ptr + row, mask=row < rows, other=0.0)[:, None]
-        normed = x * scale
-        scaled = grad * weight[None, :]
-        mean = tl.sum(scaled * normed, axis=1) / width
-        grad_x = scale * (scaled - normed * mean[:, None])
-        if ADD:
-            grad_x += tl.load(grad_sum_ptr + index, mask=inside, other=0.0).to(tl.float32)
-        tl.store(grad_x_ptr + index, grad_x, mask=inside)
-        if WEIGHTED:
-            part += tl.sum(grad * normed, axis=0)
-    if WEIGHTED:
-        offset = tl.program_id(0).to(tl.int64) * width
-        tl.store(partials_ptr + offset + column, part, mask=column < width)
+        # 1. mean(g * n), over all chunks of a row
+        products = tl.zeros((ROWS,), tl.float32)
+        grad = tl.zeros((ROWS, BLOCK), tl.float32)
+        normed = tl.zeros((ROWS, BLOCK), tl.float32)
+        for chunk in range(CHUNKS):
+            column = chunk * BLOCK + tl.arange(0, BLOCK)
+            inside = (row < rows)[:, None] & (column < width)[None, :]
+            weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+            grad = load_rows(grad_ptr, start, column, inside)
+            normed = load_rows(x_ptr, source, column, inside) * scale
+            products += tl.sum(grad * weight[None, :] * normed, axis=1)
+        mean = (products / width)[:, None]
+        # 2. The gradients. A single chunk is still at hand.
+        for chunk in range(CHUNKS):
+            column = chunk * BLOCK + tl.arange(0, BLOCK)
+            inside = (row < rows)[:, None] & (column < width)[None, :]
+            weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+            if CHUNKS > 1:
+                grad = load_rows(grad_ptr, start, column, inside)
+                normed = load_rows(x_ptr, source, column, inside) * scale
+            grad_x = scale * (grad * weight[None, :] - normed * mean)
+            if ADD:
+                grad_x += load_rows(grad_sum_ptr, start, column, inside)
+            tl.store(grad_x_ptr + start + column[None, :], grad_x, mask=inside)
+            if WEIGHTED:
+                addend = tl.sum(grad * normed, axis=0)
+                if CHUNKS > 1:
+                    # The part of a long row is in memory. Its first tile writes, later ones add.
+                    if number >= tl.num_programs(0):
+                        addend += tl.load(partial_ptr + column, mask=column < width, other=0.0)
+                    tl.store(partial_ptr + column, addend, mask=column < width)
+                else:
+                    part += addend
+    if WEIGHTED and CHUNKS == 1:
+        column = tl.arange(0, BLOCK)
+        tl.store(partial_ptr + column, part, mask=column < width)
 
 
 def _forward_cost(
@@ -150,10 +193,10 @@ def _forward_step(
     eps: float,
 ) -> None:
     size, width = scale_S.shape[0], weight_H.shape[0]
-    rows, block, options = tile(width)
+    constants, options = tile(width)
     with torch.cuda.device_of(x):
         log_launch("rms_norm_forward", "triton")
-        rms_norm_forward_kernel[(triton.cdiv(size, rows),)](
+        rms_norm_forward_kernel[(triton.cdiv(size, constants["ROWS"]),)](
             x,
             x if residual is None else residual,
             weight_H,
@@ -165,8 +208,7 @@ def _forward_step(
             *layout,
             eps,
             ADD=residual is not None,
-            ROWS=rows,
-            BLOCK=block,
+            **constants,
             **options,
         )
 
@@ -201,8 +243,8 @@ def _backward_step(
     layout: list[int],
 ) -> None:
     size, width = scale_S.shape[0], weight_H.shape[0]
-    rows, block, options = tile(width)
-    tiles = triton.cdiv(size, rows)
+    constants, options = tile(width)
+    tiles = triton.cdiv(size, constants["ROWS"])
     with torch.cuda.device_of(grad):
         log_launch("rms_norm_backward", "triton")
         rms_norm_backward_kernel[(min(tiles, PROGRAMS),)](
@@ -219,8 +261,7 @@ def _backward_step(
             tiles,
             ADD=grad_total is not None,
             WEIGHTED=partials is not None,
-            ROWS=rows,
-            BLOCK=block,
+            **constants,
             **options,
         )
 
@@ -248,7 +289,7 @@ def _backward(
     width, size = weight_H.shape[0], scale_S.shape[0]
     partials = None
     if weighted:
-        programs = min(triton.cdiv(size, tile(width)[0]), PROGRAMS)
+        programs = min(triton.cdiv(size, tile(width)[0]["ROWS"]), PROGRAMS)
         partials = torch.empty(programs, width, dtype=torch.float32, device=total.device)
     if size:
         grad_total = None if grad_total is None else grad_total.contiguous()
