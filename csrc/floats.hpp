@@ -10,8 +10,9 @@
 
 // A function marked ICEGRT_SIMD is compiled for several instruction sets; the loader selects one when the module loads.
 // Its templates must be inlined into it, so they are marked ICEGRT_INLINE.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define ICEGRT_SIMD __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+// Only the levels of x86-64 go by features; a name of a processor would match that maker's alone.
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
+#define ICEGRT_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define ICEGRT_SIMD
 #endif

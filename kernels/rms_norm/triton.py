@@ -19,8 +19,8 @@ from .function import Forward, Steps, row_strides, run
 # Row i of x starts at (i // inner) * outer_stride + (i % inner) * inner_stride; all other tensors are contiguous.
 
 TILE = 2048  # elements of a tile of short rows
-# Longer rows are read twice, in chunks.
-# Triton 3.6 to 3.9 spill registers on sm_80, sm_90 or sm_100 if a program keeps 8192 elements or more.
+# Rows beyond LONGEST_BLOCK are read twice, in chunks of TILE.
+# Triton 3.6 to 3.9 spill registers on sm_80, sm_90 or sm_100 with longer blocks, longer chunks or fewer warps.
 LONGEST_BLOCK = 4096
 PROGRAMS = 512  # of the backward, at most; a constant, so that the sums have the same bits on every device
 # Operations per element, for the declared cost.
@@ -29,9 +29,11 @@ FORWARD_FLOPS, BACKWARD_FLOPS = 4, 9
 
 def tile(width: int) -> tuple[dict[str, int], dict[str, int | bool]]:
     """Return the constants ROWS, BLOCK and CHUNKS, and the launch options, for rows of `width` elements."""
-    block = min(triton.next_power_of_2(max(1, width)), LONGEST_BLOCK)
+    block = triton.next_power_of_2(max(1, width))
+    if block > LONGEST_BLOCK:
+        block = min(TILE, LONGEST_BLOCK)
     constants = {"ROWS": max(1, TILE // block), "BLOCK": block, "CHUNKS": max(1, triton.cdiv(width, block))}
-    return constants, {"num_warps": 4 if block <= TILE else 16, "enable_fp_fusion": True}
+    return constants, {"num_warps": 4 if width <= TILE else 8 if block <= TILE else 16, "enable_fp_fusion": True}
 
 
 @triton.jit
