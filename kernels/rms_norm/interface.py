@@ -29,8 +29,8 @@ def rms_norm(x: Tensor, weight_H: Tensor, *, eps: float = 1e-5) -> Tensor:
         TypeError: An argument has a wrong type or dtype.
         ValueError: A shape, device or range is wrong.
     """
-    eps = _check("rms_norm", x, None, weight_H, eps)
-    normed: Tensor = select("rms_norm", x, weight_H)(x, weight_H, eps)
+    _check("rms_norm", x, weight_H, eps)
+    normed: Tensor = select("rms_norm", x, weight_H)(x, weight_H, float(eps))
     return normed
 
 
@@ -56,18 +56,17 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight_H: Tensor, *, eps: float = 
         TypeError: An argument has a wrong type or dtype.
         ValueError: A shape, device or range is wrong.
     """
-    eps = _check("add_rms_norm", x, residual, weight_H, eps)
-    normed, total = select("add_rms_norm", x, residual, weight_H)(x, residual, weight_H, eps)
+    op = "add_rms_norm"
+    _check(op, x, weight_H, eps)
+    validate.check_floating(op, "residual", residual, tuple(x.shape), x)
+    if residual.dtype != x.dtype:
+        raise TypeError(f"{op}: residual must be {x.dtype} like x, got {residual.dtype}")
+    normed, total = select(op, x, residual, weight_H)(x, residual, weight_H, float(eps))
     return normed, total
 
 
-def _check(op: str, x: Tensor, residual: Tensor | None, weight_H: Tensor, eps: float) -> float:
+def _check(op: str, x: Tensor, weight_H: Tensor, eps: float) -> None:
     validate.check_floating(op, "weight_H", weight_H, (None,))
     rows = (None,) * (x.dim() - 1) if isinstance(x, Tensor) else ()
     validate.check_floating(op, "x", x, (*rows, weight_H.shape[0]), weight_H)
-    if residual is not None or op == "add_rms_norm":
-        validate.check_floating(op, "residual", residual, tuple(x.shape), x)
-        if residual.dtype != x.dtype:
-            raise TypeError(f"{op}: residual must be {x.dtype} like x, got {residual.dtype}")
     validate.check_plain_number(op, "eps", eps, low=0.0)
-    return float(eps)

@@ -19,11 +19,10 @@ _NO_HEADS = (0,) * 7
 def _step(source: Heads, to: Heads, cos_TR: Tensor, sin_TR: Tensor, inverse: bool) -> None:
     dtype = dtype_name(*source, *to)
     if dtype is None:  # fp16, also with a gradient in fp32: widened, and rounded as it is written
-        wide = Heads(*(None if x is None else x.float() for x in source))
-        out = Heads(*(None if x is None else torch.empty_like(x, dtype=torch.float32) for x in to))
+        wide, out = (Heads(x.q.float(), x.k.float(), None if x.v is None else x.v.float()) for x in (source, to))
         _step(wide, out, cos_TR, sin_TR, inverse)
         for x, result in zip(to, out, strict=True):
-            if x is not None:
+            if x is not None and result is not None:
                 x.copy_(result)
         return
     log_launch("rope", "cpp")

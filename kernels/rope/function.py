@@ -65,7 +65,8 @@ class _Rope(torch.autograd.Function):
         single_backward("rope")
         grad_q, grad_k = map(neighbours, upstream)
         out_q, out_k = (gradient_like(x, x.shape) for x in upstream)
-        _run(ctx.step, _as_heads(grad_q, grad_k), _as_heads(out_q, out_k), *ctx.saved_tensors, True)
+        cos_TR, sin_TR = ctx.saved_tensors
+        _run(ctx.step, _as_heads(grad_q, grad_k), _as_heads(out_q, out_k), cos_TR, sin_TR, True)
         return None, saturating_cast(out_q, grad_q.dtype), saturating_cast(out_k, grad_k.dtype), None, None
 
 
@@ -84,7 +85,8 @@ class _RopeQKV(torch.autograd.Function):
         groups = ctx.shape[1]
         grads = Heads(*(neighbours(x).unflatten(1, (groups, x.shape[1] // groups)) for x in upstream))
         out = gradient_like(grads.q, ctx.shape)
-        _run(ctx.step, grads, Heads.of_projection(out), *ctx.saved_tensors, True)
+        cos_TR, sin_TR = ctx.saved_tensors
+        _run(ctx.step, grads, Heads.of_projection(out), cos_TR, sin_TR, True)
         return None, saturating_cast(out, grads.q.dtype), None, None
 
 
@@ -106,15 +108,12 @@ def _rotate(step: Step, q_TND: Tensor, k_TGD: Tensor, cos_TR: Tensor, sin_TR: Te
 
 def _rotate_qkv(step: Step, qkv_TGMD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     tokens, groups, heads, width = qkv_TGMD.shape
-    to = Heads(
-        *(
-            torch.empty((tokens, groups, size, width), dtype=qkv_TGMD.dtype, device=qkv_TGMD.device)
-            for size in (heads - 2, 1, 1)
-        )
+    q, k, v = (
+        torch.empty((tokens, groups, size, width), dtype=qkv_TGMD.dtype, device=qkv_TGMD.device)
+        for size in (heads - 2, 1, 1)
     )
-    _run(step, Heads.of_projection(neighbours(qkv_TGMD)), to, cos_TR, sin_TR, False)
-    q, k, v = (x.flatten(1, 2) for x in (to.q, to.k, to.v))
-    return q, k, v
+    _run(step, Heads.of_projection(neighbours(qkv_TGMD)), Heads(q, k, v), cos_TR, sin_TR, False)
+    return q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)
 
 
 def run(step: Step, q_TND: Tensor, k_TGD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor]:
