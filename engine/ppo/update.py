@@ -16,6 +16,7 @@ import torch
 from icegrt.config import PPOConfig
 from icegrt.data import Example
 from icegrt.distributed.cluster import Cluster
+from icegrt.distributed.pipeline import fetch_from_last_stage
 from icegrt.kernels import PolicyStats, ValueStats
 from icegrt.ppo.batch_plan import stream_seed
 from icegrt.ppo.experience import Experience
@@ -106,12 +107,16 @@ class Updater:
                     self._actor_step(experience, members, kl_coef, ptx[step] if ptx else (), outcome)
                 if epoch < self.config.critic_epochs:
                     self._critic_step(experience, members, outcome)
+        # The statistics stay on the device of the last pipeline stage until here.
+        outcome.stats = fetch_from_last_stage(outcome.stats)
         return outcome
 
-    def policy_work(self, experience: Experience, members: Sequence[int], kl_coef: float) -> list[MicroBatch]:
-        """Return the micro-batches `members` with the actor's loss."""
+    def policy_work(
+        self, experience: Experience, members: Sequence[int], kl_coef: float, *, may_clip: bool = True
+    ) -> list[MicroBatch]:
+        """Return the micro-batches `members` with the actor's loss; `may_clip`: the actor has moved since scoring."""
         moments = experience.moments.to(self.actor.device) if self.config.whiten_advantages else None
-        loss = PolicyLoss(self.config, self.actor, kl_coef, moments, self.scorer)
+        loss = PolicyLoss(self.config, self.actor, kl_coef, moments, self.scorer, may_clip)
         batches = experience.plan.action_batches(
             members,
             old_logprob_A=experience.old_logprob_A,
@@ -136,7 +141,7 @@ class Updater:
     def _actor_step(
         self, experience: Experience, members: list[int], kl_coef: float, ptx: Sequence[Example], outcome: UpdateOutcome
     ) -> None:
-        work = self.policy_work(experience, members, kl_coef)
+        work = self.policy_work(experience, members, kl_coef, may_clip=bool(outcome.actor))
         if ptx:
             work += self._ptx_work(ptx, self._counted_actions(experience, members))
         step = self.actor.train_step(work)
