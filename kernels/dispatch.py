@@ -116,6 +116,11 @@ def play_device(kind: str, played: str) -> Iterator[None]:
         _played.reset(token)
 
 
+def played_kind(kind: str) -> str:
+    """Return the kind of device that tensors of a kind count as."""
+    return _played.get().get(kind, kind)
+
+
 @contextlib.contextmanager
 def record_launches() -> Iterator[list[tuple[str, str]]]:
     """Record every kernel that any thread launches inside the `with`.
@@ -177,7 +182,7 @@ def select(op: str, *tensors: Tensor | None) -> Callable[..., Any]:
 
 
 def _resolve_backend(op: str, device: str, supported: bool) -> tuple[str, str]:
-    device = _played.get().get(device, device)
+    device = played_kind(device)
     # 1. A backend that is named must run.
     requested, source = _requested_backend(op)
     if requested != "auto":

@@ -159,7 +159,8 @@ def test_declared_costs_are_what_the_interpreter_counts(monkeypatch, dtype):
                 assert counted == (cost.bytes_read, cost.bytes_written), (op, name)
             assert cost.flops > 0
             names.add(name)
-    assert names == STEPS == set(OPERATORS)
+    of_kernels = {name for name, op in OPERATORS.items() if op.launch.__module__.startswith("icegrt.kernels")}
+    assert names == STEPS == of_kernels
 
 
 def test_every_operation_with_a_triton_backend_is_covered():
