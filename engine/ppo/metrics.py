@@ -182,9 +182,7 @@ def moments_of(x: Tensor, mask: Tensor | None, cluster: Cluster) -> Moments:
         cluster: the ranks.
     """
     device = cluster.device
-    return masked_moments(
-        x.to(device).double(), None if mask is None else mask.to(device), group=cluster.data_group
-    )
+    return masked_moments(x.to(device).double(), None if mask is None else mask.to(device), group=cluster.data_group)
 
 
 def _reduced(stats: Any, cluster: Cluster) -> Any:

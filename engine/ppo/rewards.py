@@ -242,6 +242,7 @@ class RewardComputer:
         cluster = self.cluster
         if cluster.world_size == 1:
             return scores or []
+        cluster.barrier()  # sources may take as long as they need
         message = [scores]
         dist.broadcast_object_list(
             message, dist.get_process_group_ranks(cluster.model_group)[0], group=cluster.model_group
