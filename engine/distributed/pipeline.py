@@ -10,10 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from icegrt.kernels.common.collectives import communication_device
 
-def all_ranks_true(value: bool) -> bool:
-    """Return whether `value` is true on every rank. Collective."""
-    flag = torch.tensor([int(value)])
+
+def all_ranks_true(value: bool | Tensor) -> bool:
+    """Return whether `value`, a bool or a 0-dim tensor, is true on every rank. Collective; the host waits once."""
+    flag = torch.as_tensor(value).int()
+    flag = flag.to(communication_device(None, flag.device))
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag)
 

@@ -25,7 +25,7 @@ class Experience:
     Attributes:
         plan: micro-batches, with the actions of dropped responses masked.
         scores: per response.
-        old_logprob_A, entropy_A, ref_logprob_A, value_A: [A] float32 over this rank's whole action stream, on the device.
+        old_logprob_A, entropy_A, ref_logprob_A, value_A: [A] float32 over this rank's action stream, on the device.
         shaped: advantages, returns and rewards per token, KL per response, on the device.
         moments: whitening moments of the advantages over all ranks.
     """

@@ -47,7 +47,7 @@ class LogprobScorer:
 
 
 def score_values(role: Role, batches: Sequence[PackedBatch]) -> tuple[Tensor, Tensor]:
-    """Return the critic's values before every action, [A], and after every sequence's last token, [N], on the device."""
+    """Return values before every action, [A], and after every sequence's last token, [N]; on the device."""
 
     def read(hidden_TH: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         return role.model.head(hidden_TH[batch.action_rows_A]), role.model.head(hidden_TH[batch.last_rows_N])

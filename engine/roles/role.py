@@ -235,9 +235,9 @@ class TrainableRole(Role):
         stats = self._run(self.ddps, pairs, collect, forward_only=False)
         return stats, losses
 
-    def _is_finite(self, losses: Sequence[Tensor]) -> bool:
-        """Return whether losses and gradients of this rank are finite; the host waits for the device once."""
+    def _is_finite(self, losses: Sequence[Tensor]) -> bool | Tensor:
+        """Return whether losses and gradients of this rank are finite, 0-dim bool on the device."""
         # A loss may overflow while its gradient does not, and the reverse.
         sums = [buffer.grad_data.sum() for ddp in self.ddps for buffer in ddp.buffers]
         numbers = [x.double() for x in (*losses, *sums)]
-        return bool(torch.stack(numbers).isfinite().all()) if numbers else True
+        return torch.stack(numbers).isfinite().all() if numbers else True
