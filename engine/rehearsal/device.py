@@ -83,6 +83,7 @@ def rehearsed_gpu(watcher: Watcher, memory_bytes: int) -> Iterator[None]:
         patches.set(torch.cuda, "mem_get_info", lambda *args: (memory_bytes - watcher.device_bytes, memory_bytes))
         patches.set(torch.cuda, "synchronize", lambda *args, **kwargs: watcher.record_sync("torch.cuda.synchronize"))
         patches.set(torch.cuda, "empty_cache", lambda: None)
+        patches.set(torch.cuda, "get_device_capability", lambda *args: (9, 0))
         patches.set(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
         for name in ("Stream", "Event", "current_stream", "default_stream"):
             patches.set(torch.cuda, name, _Stream)

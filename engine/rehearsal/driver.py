@@ -14,6 +14,7 @@ from icegrt.config import PPOConfig
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.cpu_backend import Patches
 from icegrt.distributed.layout import Layout
+from icegrt.distributed.pipeline import fetch
 from icegrt.errors import ConfigError
 from icegrt.model.architecture import Architecture
 from icegrt.model.build import build_parallel_model
@@ -179,25 +180,22 @@ class _Iteration:
         return len(first)
 
     def infer(self, plan: BatchPlan) -> None:
-        """Score with reward models, actor, reference and critic, in the order of the trainer."""
+        """Score with reward models, critic, actor and reference, in the order of the trainer."""
+        scores = fetch([score_sequences(self.roles[role], plan.batches) for role in self.specs])
         self.models = [
-            ModelScores(
-                spec.name, spec.weight, plan.all_gather_sequences(score_sequences(self.roles[role], plan.batches))
-            )
-            for role, spec in self.specs.items()
+            ModelScores(spec.name, spec.weight, plan.all_gather_sequences(score_N))
+            for spec, score_N in zip(self.specs.values(), scores, strict=True)
         ]
+        self.value_A, self.last_value_N = score_values(self.critic, plan.batches)
         self.old_A, self.entropy_A = self.scorer(self.actor, plan.batches, entropy=True)
         self.ref_A, _ = self.scorer(self.reference, plan.batches)
-        self.value_A, self.last_value_N = score_values(self.critic, plan.batches)
 
     def advantages(self, plan: BatchPlan) -> Experience:
         """Normalise the scores, and run KL penalty and GAE."""
         config, group = self.config, self.cluster.data_group
-        local = [
-            ModelScores(m.name, m.weight, m.score_N[plan.rank_assignment[plan.rank]].float().cpu()) for m in self.models
-        ]
+        local = [ModelScores(m.name, m.weight, m.score_N[plan.rank_assignment[plan.rank]]) for m in self.models]
         for model in local:
-            self.normalizers[model.name].update(model.score_N, group)
+            self.normalizers[model.name].update(model.score_N.to(self.cluster.device), group)
         scores = total_scores(config, self.normalizers, local, None, plan.truncated_N)
         kl_coef = self.kl_controller.coef
         shaped = compute_advantages(

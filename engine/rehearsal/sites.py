@@ -59,7 +59,9 @@ def _shown_file(path: str) -> str | None:
     if path.startswith("<"):
         return None
     resolved = str(Path(path).resolve())
-    if resolved.startswith(_HERE) or (_SHOWN_OF_TORCH not in resolved and any(part in resolved for part in _HIDDEN)):
+    if resolved.startswith(_HERE) and not resolved.endswith("/driver.py"):
+        return None
+    if resolved.endswith("/distributed/cpu_backend.py") or (_SHOWN_OF_TORCH not in resolved and any(part in resolved for part in _HIDDEN)):
         return None
     for folder, package in ((_PACKAGE, "icegrt"), (_PACKAGE.parent / "kernels", "icegrt/kernels")):
         if resolved.startswith(f"{folder}/"):

@@ -322,6 +322,11 @@ class Watcher(TorchDispatchMode):
         x, indices = args[0], args[1]
         if not x.is_meta:
             return NotImplemented
+        if func is not aten.index.Tensor and _fills(args, kwargs):
+            # CUDA turns a number that is put where a mask is set into masked_fill_, which waits for nothing.
+            mask = next(index for index in indices if index is not None)
+            mask = mask.view(mask.shape + (1,) * (x.dim() - mask.dim()))
+            return self._run(aten.masked_fill_.Scalar, (x, mask, 0), {}, [x, mask])
         resolved: list[Tensor | None] = []
         for index in indices:
             if index is not None and not index.is_meta:
@@ -373,6 +378,21 @@ def _is_view(func: Any) -> bool:
 
 
 _view_of_operator: dict[Any, bool] = {}
+
+
+def _fills(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Return whether an index_put_ puts one number where the mask of the leading dimensions is set."""
+    indices, value = args[1], args[2]
+    accumulate = args[3] if len(args) > 3 else kwargs.get("accumulate", False)
+    masks = [index for index in indices if index is not None]
+    return (
+        value.numel() == 1
+        and not accumulate
+        and len(masks) == 1
+        and indices[0] is masks[0]
+        and masks[0].is_meta
+        and masks[0].dtype == torch.bool
+    )
 
 
 def _in_backward() -> bool:
