@@ -21,6 +21,7 @@ from icegrt.rehearsal import collectives, costs, shadows
 from icegrt.rehearsal.collectives import DeviceMismatch
 from icegrt.rehearsal.counts import TO_DEVICE, TO_HOST, Copy, PhaseCounts, Transfer
 from icegrt.rehearsal.memory import KV_CACHE, LOGITS, TEMPORARY, Ledger
+from icegrt.rehearsal.outcomes import Outcomes
 from icegrt.rehearsal.sites import Site, current_site
 
 aten = torch.ops.aten
@@ -44,6 +45,11 @@ class Watcher(TorchDispatchMode):
 
     _entered: list[Watcher] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would import its compiler, and enter and leave it around every operation.
+        return False
+
     def __init__(self, device_type: str = "meta", rounding: int = 512) -> None:
         super().__init__()
         self.phases: dict[str, PhaseCounts] = {}
@@ -51,6 +57,7 @@ class Watcher(TorchDispatchMode):
         self.device, self.host = Ledger(rounding), Ledger()
         self._device_type = device_type
         self._pinned: set[int] = set()
+        self._outcomes = Outcomes()
         # Shapes that the next messages of Megatron's pipeline announce, in order, by rank of the pipeline.
         self.expected_shapes: dict[int, list[list[int]]] = {}
         self._handlers = {
@@ -149,13 +156,16 @@ class Watcher(TorchDispatchMode):
                 return result
         if on_device:
             self._check_devices(func, tensors)
-        return self._run(func, args, kwargs, tensors)
+        return self._run(func, args, kwargs, tensors, on_device)
 
-    def _run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], tensors: Sequence[Tensor]) -> Any:
+    def _run(
+        self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], tensors: Sequence[Tensor], on_device: bool = True
+    ) -> Any:
         """Run an operation, and count it if it is the device's."""
-        result = func(*args, **kwargs)
+        is_remembered = on_device and self._device_type == "meta"
+        result = self._outcomes.run(func, args, kwargs) if is_remembered else func(*args, **kwargs)
         outputs = [result] if isinstance(result, Tensor) else _tensors((result,), {})
-        if not any(self._is_device(x) for x in (*outputs, *tensors)):
+        if not on_device and not any(self._is_device(x) for x in outputs):
             for x in outputs:
                 self.host.add(x.untyped_storage(), current_site, False, _in_backward)
             return result
@@ -307,7 +317,7 @@ class Watcher(TorchDispatchMode):
         values = self._values(args[0])
         if kwargs.get("output_size") is None:
             self.record_sync("repeat_interleave")
-        out = self._device_integers(values.repeat_interleave(values))
+        out = self._device_integers(torch.repeat_interleave(values))
         self._count(func, args, args[:1], [out])
         return out
 
