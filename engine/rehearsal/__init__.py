@@ -1,1 +1,1 @@
-"""Rehearsal: the engine at real size without a GPU. The meta device plays the GPU, and a watcher counts what it does."""
+"""Rehearsal: the engine at real size without a GPU. The meta device plays the GPU, and a watcher counts."""

@@ -14,7 +14,7 @@ from icegrt.kernels.common.operators import Cost, device_operator, tensor_bytes
 from icegrt.rehearsal.shadows import values_of
 
 _HALF = (torch.float16, torch.bfloat16)
-# flash-attn 2: the sum of out * gradient, the kernel, and the conversion of dQ; grouped heads add two sums, of dK and dV.
+# flash-attn 2: the sum of out * gradient, the kernel, the conversion of dQ; grouped heads add the sums of dK and dV.
 _BACKWARD_LAUNCHES, _GROUP_LAUNCHES = 3, 2
 
 
@@ -135,23 +135,72 @@ def scaled_dot_product_attention(
     is the plain formula, whose operations are counted one by one.
     """
     fused = (attn_mask is None and query.dtype in _HALF) or not enable_gqa
-    if not fused or torch.is_grad_enabled():
+    if not fused:
         out, _ = torch.ops.aten._scaled_dot_product_attention_math(
             query, key, value, attn_mask, 0.0, is_causal, None, enable_gqa=enable_gqa
         )
         return out
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    _dense_step(query, key, value, attn_mask, out, is_causal)
-    return out
+    attended: Tensor = _DenseAttention.apply(query, key, value, attn_mask, is_causal)
+    return attended
 
 
-def _dense_cost(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, is_causal: bool) -> Cost:
-    pairs = q.shape[0] * q.shape[2] * k.shape[2] // (2 if is_causal else 1)
-    return Cost.of_pass([q, k, v, mask], [out], 4 * q.shape[1] * q.shape[3] * pairs)
+class _DenseAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        _dense_step(q, k, v, mask, out, lse, is_causal)
+        ctx.save_for_backward(q, k, v, mask, out, lse)
+        ctx.is_causal = is_causal
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, out, lse = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        _dense_backward_step(upstream[0].contiguous(), q, k, v, mask, out, lse, dq, dk, dv, ctx.is_causal)
+        return dq, dk, dv, None, None
+
+
+def _dense_pairs(q: Tensor, k: Tensor, is_causal: bool) -> int:
+    return q.shape[0] * q.shape[2] * k.shape[2] // (2 if is_causal else 1)
+
+
+def _dense_cost(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, is_causal: bool
+) -> Cost:
+    return Cost.of_pass([q, k, v, mask], [out, lse], 4 * q.shape[1] * q.shape[3] * _dense_pairs(q, k, is_causal))
 
 
 @device_operator(
-    "attention_dense(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor(a!) out, bool is_causal)", _dense_cost
+    "attention_dense(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor(a!) out, Tensor(b!) lse, bool is_causal)",
+    _dense_cost,
 )
 def _dense_step(*args: Any) -> None:
     raise NotImplementedError("attention_dense is an operator of rehearsals: it computes nothing")
+
+
+def _dense_backward_cost(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    is_causal: bool,
+) -> Cost:
+    flops = 10 * q.shape[1] * q.shape[3] * _dense_pairs(q, k, is_causal)
+    return Cost.of_pass([grad, q, k, v, mask, out, lse], [dq, dk, dv], flops, launches=_BACKWARD_LAUNCHES)
+
+
+@device_operator(
+    "attention_dense_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor lse, "
+    "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, bool is_causal)",
+    _dense_backward_cost,
+)
+def _dense_backward_step(*args: Any) -> None:
+    raise NotImplementedError("attention_dense_backward is an operator of rehearsals: it computes nothing")

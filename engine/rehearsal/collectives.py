@@ -46,8 +46,8 @@ _NO_META_KERNEL = ("allgather_into_tensor_coalesced_", "reduce_scatter_tensor_co
 def run(watcher: Watcher, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Count a collective, and return its result. Raises if a tensor is not where the group communicates."""
     name = func._schema.name.partition("::")[2]
-    group = next(x for x in args if isinstance(x, torch.ScriptObject))
-    group = dist.ProcessGroup.unbox(group)
+    boxed: Any = next(x for x in args if isinstance(x, torch.ScriptObject))
+    group: Any = dist.ProcessGroup.unbox(boxed)
     outputs, inputs = _operands(name, args)
     for x in (*outputs, *inputs):
         if x.device.type not in {device.type for device in group._device_types}:

@@ -1,8 +1,8 @@
 """The meta device in the role of a GPU, and a world of ranks of which this process is one.
 
-Inside `rehearsed_gpu` the names `torch.cuda.*`, `Tensor.is_cuda` and `device="cuda"` mean the meta device, whose tensors
-have shapes and no data. Inside `rehearsed_world` the process groups are fake: a collective returns at once. Nothing is
-patched outside the blocks.
+Inside `rehearsed_gpu` the names `torch.cuda.*`, `Tensor.is_cuda` and `device="cuda"` mean the meta device, whose
+tensors have shapes and no data. Inside `rehearsed_world` the process groups are fake: a collective returns at once.
+Nothing is patched outside the blocks.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def rehearsed_gpu(watcher: Watcher, memory_bytes: int) -> Iterator[None]:
             patches.set(torch.cuda, name, _Stream)
         patches.set(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
         # 2. Tensors.
-        is_cuda = torch.Tensor.is_cuda
+        is_cuda: Any = torch.Tensor.is_cuda
         patches.set(torch.Tensor, "is_cuda", property(lambda tensor: tensor.is_meta or is_cuda.__get__(tensor)))
         patches.set(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor.to(META))
         patches.set(torch.Tensor, "pin_memory", lambda tensor, *args: watcher.pinned_copy(tensor))
@@ -151,7 +151,7 @@ def rehearsed_world(layout: Layout, rank: int, world_size: int, gpus_per_node: i
 
 
 def _object_collective(name: str) -> Any:
-    """Return a collective of Python objects that moves a byte tensor, and in which every rank has this rank's object."""
+    """Return a collective of Python objects that is counted, and in which every rank has this rank's object."""
 
     def broadcast(objects: list[Any], src: int = 0, group: Any = None, **kwargs: Any) -> None:
         Watcher.current().record_object_collective(name, group, objects)

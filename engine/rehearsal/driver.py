@@ -135,19 +135,23 @@ class _Iteration:
         rewards = RewardComposition.of(config, None)
         inputs = setup.PPOInputs(config.actor, None, rewards, config.prompts, config.reference or None, None, None)
         with _models_without_weights():
-            models = setup.build_models(config, _ConfigReader(config.actor), inputs, cluster)
+            source: Any = _ConfigReader(config.actor)
+            models = setup.build_models(config, source, inputs, cluster)
         for model in models.values():
             for parameter in model.parameters():
                 watcher.device.label(parameter, memory.PARAMETERS)
         self.roles = self._build_roles(models)
-        self.actor, self.reference, self.critic = (self.roles[name] for name in ("actor", "reference", "critic"))
+        self.actor, self.critic = self.roles["actor"], self.roles["critic"]
+        self.reference = self.roles["reference"]
         self.specs = rewards.models
         self.normalizers = RunningScoreNormalizers(
             {spec.name: RunningScoreNormalizer(config) for spec in self.specs.values()}
         )
         chunk_rows = resolve_chunk_rows(config.chunk_rows, self.actor.model.architecture)
         self.scorer = LogprobScorer(config.sampling.temperature, chunk_rows)
-        self.updater = Updater(config, self.actor, self.critic, self.scorer, cluster)
+        actor: Any = self.actor
+        critic: Any = self.critic
+        self.updater = Updater(config, actor, critic, self.scorer, cluster)
         self.kl_controller = kl_controller(config)
 
     def _build_roles(self, models: dict[str, PipelineModel]) -> dict[str, Role]:
@@ -215,7 +219,9 @@ class _Iteration:
 def _models_without_weights() -> Iterator[None]:
     """Let `ppo.setup` build models from `config.json` alone."""
 
-    def build(source: Any, head: Any, cluster: Cluster, *, dtype: Any, new_head: bool = False, recompute: str = "none"):
+    def build(
+        source: Any, head: Any, cluster: Cluster, *, dtype: Any, new_head: bool = False, recompute: str = "none"
+    ) -> PipelineModel:
         return build_parallel_model(source.architecture, head, cluster, dtype=dtype, recompute=recompute)
 
     patches = Patches()

@@ -48,7 +48,7 @@ class Hardware:
 
 
 # Launches take 2 microseconds at best (a CUDA graph takes less; PyTorch in Python takes several times more). Networks
-# are those of the makers' reference nodes, one adapter per GPU: HDR 200 Gbit/s (A100), NDR 400 Gbit/s (H100, H200, B200).
+# are those of the maker's reference nodes, one adapter per GPU: 200 Gbit/s (A100), 400 Gbit/s (H100, H200, B200).
 PRESETS = {
     "a100-80": Hardware(
         "a100-80", 80e9, 312e12, 19.5e12, 2.039e12, 300e9, 25e9, 32e9, 2e-6,

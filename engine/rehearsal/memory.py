@@ -66,6 +66,7 @@ class Ledger:
         self._blocks: list[Block] = []
         # Block + 1 where it is allocated, its negative where it is freed.
         self._events = array("q")
+        self._totals = array("q")  # bytes after each event
         self.bytes = 0
 
     def add(
@@ -82,6 +83,7 @@ class Ledger:
         self._live[key] = number
         self._events.append(number + 1)
         self.bytes += size
+        self._totals.append(self.bytes)
         weakref.finalize(storage, self._free, key, number, in_backward).atexit = False
         return block
 
@@ -104,16 +106,10 @@ class Ledger:
 
     def peak(self, start: int = 0, stop: int | None = None) -> Peak:
         """Return the peak between two moments; what was alive at `start` counts."""
-        stop = len(self._events) if stop is None else stop
-        total = highest = 0
-        moment = start
-        for index in range(stop):
-            event = self._events[index]
-            total += self._blocks[abs(event) - 1].bytes * (1 if event > 0 else -1)
-            if index >= start and total > highest:
-                highest, moment = total, index + 1
-            elif index + 1 == start:
-                highest, moment = total, start
+        # Bytes after each event of the span; those at its start come first.
+        totals = [self._totals[start - 1] if start else 0, *self._totals[start:stop]]
+        highest = max(totals)
+        moment = start + totals.index(highest)
         alive: set[int] = set()
         for event in self._events[:moment]:
             if event > 0:
@@ -133,5 +129,6 @@ class Ledger:
         block = self._blocks[number]
         self._events.append(-number - 1)
         self.bytes -= block.bytes
+        self._totals.append(self.bytes)
         if block.is_saved and block.category == TEMPORARY and in_backward():
             block.category = ACTIVATIONS

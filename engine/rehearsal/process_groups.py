@@ -1,4 +1,4 @@
-"""The process groups of a rank: how many, of which ranks, which of them communicate, and how many sockets that takes."""
+"""The process groups of a rank: their ranks, which of them communicate, and the sockets that they take."""
 
 from __future__ import annotations
 

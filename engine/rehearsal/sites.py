@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FrameType
 from typing import NamedTuple
 
 _HERE = str(Path(__file__).resolve().parent)
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Optimizers of torch are code that a reader of the report wants to see; the rest of torch is machinery.
 _SHOWN_OF_TORCH = "/torch/optim/"
-_HIDDEN = ("/torch/", "/contextlib.py", "/functools.py", "<", "/unittest/")
+_HIDDEN = ("/torch/", "/contextlib.py", "/functools.py", "/unittest/")
 
 
 class Site(NamedTuple):
@@ -38,7 +38,7 @@ _sites: dict[tuple[CodeType, int | None], Site] = {}
 
 def current_site() -> Site:
     """Return the innermost line that is shown; calls from the same line are equal."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         file = _file_of_code.get(code, "")
@@ -59,9 +59,10 @@ def _shown_file(path: str) -> str | None:
     if path.startswith("<"):
         return None
     resolved = str(Path(path).resolve())
-    if resolved.startswith(_HERE) and not resolved.endswith("/driver.py"):
+    is_own_tool = resolved.startswith(_HERE) and not resolved.endswith("/driver.py")
+    if is_own_tool or resolved.endswith("/distributed/cpu_backend.py"):
         return None
-    if resolved.endswith("/distributed/cpu_backend.py") or (_SHOWN_OF_TORCH not in resolved and any(part in resolved for part in _HIDDEN)):
+    if _SHOWN_OF_TORCH not in resolved and any(part in resolved for part in _HIDDEN):
         return None
     for folder, package in ((_PACKAGE, "icegrt"), (_PACKAGE.parent / "kernels", "icegrt/kernels")):
         if resolved.startswith(f"{folder}/"):

@@ -10,7 +10,7 @@ import contextlib
 import pickle
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,19 +20,13 @@ from icegrt.kernels.common.operators import NAMESPACE, OPERATORS
 from icegrt.rehearsal import collectives, costs, shadows
 from icegrt.rehearsal.collectives import DeviceMismatch
 from icegrt.rehearsal.counts import TO_DEVICE, TO_HOST, Copy, PhaseCounts, Transfer
-from icegrt.rehearsal.memory import KV_CACHE, LOGITS, TEMPORARY, Ledger
+from icegrt.rehearsal.memory import TEMPORARY, Ledger
+from icegrt.rehearsal.operations import category_of, in_backward, is_view, puts_number, tensors_of
 from icegrt.rehearsal.outcomes import Outcomes
 from icegrt.rehearsal.sites import Site, current_site
 
 aten = torch.ops.aten
 META, CPU = torch.device("meta"), torch.device("cpu")
-# Functions whose allocations have a category of their own: (end of the file's name, function).
-_CATEGORY_OF_SITE = {
-    ("linear/products.py", "_buffer"): LOGITS,
-    ("linear/triton.py", "logits_grad"): LOGITS,
-    ("model/language_model.py", "logits_NV"): LOGITS,
-    ("kv_cache/contiguous.py", "__init__"): KV_CACHE,
-}
 
 
 class Watcher(TorchDispatchMode):
@@ -43,7 +37,7 @@ class Watcher(TorchDispatchMode):
         rounding: of device storages, in bytes.
     """
 
-    _entered: list[Watcher] = []
+    _entered: ClassVar[list[Watcher]] = []
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -143,7 +137,7 @@ class Watcher(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = _tensors(args, kwargs)
+        tensors = tensors_of(args, kwargs)
         if func.namespace == "c10d":
             return collectives.run(self, func, args, kwargs)
         on_device = any(self._is_device(x) for x in tensors)
@@ -164,10 +158,10 @@ class Watcher(TorchDispatchMode):
         """Run an operation, and count it if it is the device's."""
         is_remembered = on_device and self._device_type == "meta"
         result = self._outcomes.run(func, args, kwargs) if is_remembered else func(*args, **kwargs)
-        outputs = [result] if isinstance(result, Tensor) else _tensors((result,), {})
+        outputs = [result] if isinstance(result, Tensor) else tensors_of((result,), {})
         if not on_device and not any(self._is_device(x) for x in outputs):
             for x in outputs:
-                self.host.add(x.untyped_storage(), current_site, False, _in_backward)
+                self.host.add(x.untyped_storage(), current_site, False, in_backward)
             return result
         if self._device_type == "meta":
             shadows.follow(func, args, kwargs, outputs)
@@ -178,17 +172,20 @@ class Watcher(TorchDispatchMode):
         counts = self.counts
         site: Site | None = None
         for x in outputs:
-            saved = torch.is_grad_enabled() and not _in_backward()
-            block = self.device.add(x.untyped_storage(), current_site, saved, _in_backward)
+            saved = torch.is_grad_enabled() and not in_backward()
+            block = self.device.add(x.untyped_storage(), current_site, saved, in_backward)
             if block is not None and block.category == TEMPORARY:
                 site = block.site
-                block.category = _category(site)
-        if _is_view(func):
+                block.category = category_of(site)
+        if is_view(func):
             return
         name = func._schema.name.partition("::")[2]
         if func.namespace == NAMESPACE and name in OPERATORS:
             cost = OPERATORS[name].cost(*args)
-            counts.vector_flops += cost.flops
+            if name.startswith("attention_"):
+                self.add_product(cost.flops, next(x.dtype for x in tensors if x.is_floating_point()))
+            else:
+                counts.vector_flops += cost.flops
             launched, read, written = cost.launches, cost.bytes_read, cost.bytes_written
         else:
             launched = costs.launches(name, args)
@@ -205,7 +202,7 @@ class Watcher(TorchDispatchMode):
         """Count FLOPs of tensor cores. Under a backward, grad mode is on where a forward is computed again."""
         name = str(dtype).removeprefix("torch.")
         self.counts.product_flops[name] += flops
-        if _in_backward() and torch.is_grad_enabled():
+        if in_backward() and torch.is_grad_enabled():
             self.counts.recomputed_flops[name] += flops
 
     def _is_device(self, x: Tensor) -> bool:
@@ -292,7 +289,7 @@ class Watcher(TorchDispatchMode):
     def _device_integers(self, values: Tensor) -> Tensor:
         out = torch.empty(values.shape, dtype=values.dtype, device=META)
         shadows.set_values(out, values)
-        self.device.add(out.untyped_storage(), current_site, False, _in_backward)
+        self.device.add(out.untyped_storage(), current_site, False, in_backward)
         return out
 
     def _sized(self, func: Any, tensors: Sequence[Tensor], out: Tensor) -> Tensor:
@@ -332,7 +329,7 @@ class Watcher(TorchDispatchMode):
         x, indices = args[0], args[1]
         if not x.is_meta:
             return NotImplemented
-        if func is not aten.index.Tensor and _fills(args, kwargs):
+        if func is not aten.index.Tensor and puts_number(args, kwargs):
             # CUDA turns a number that is put where a mask is set into masked_fill_, which waits for nothing.
             mask = next(index for index in indices if index is not None)
             mask = mask.view(mask.shape + (1,) * (x.dim() - mask.dim()))
@@ -348,7 +345,7 @@ class Watcher(TorchDispatchMode):
             else:
                 resolved.append(index)
         args = (x, resolved, *args[2:])
-        tensors = _tensors(args, kwargs)
+        tensors = tensors_of(args, kwargs)
         self._check_devices(func, tensors)
         return self._run(func, args, kwargs, tensors)
 
@@ -356,7 +353,7 @@ class Watcher(TorchDispatchMode):
 
     def _allocate_pinned(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
         out: Tensor = func(*args, **kwargs)
-        self.host.add(out.untyped_storage(), current_site, False, _in_backward)
+        self.host.add(out.untyped_storage(), current_site, False, in_backward)
         self._pin(out)
         return out
 
@@ -364,53 +361,3 @@ class Watcher(TorchDispatchMode):
         key = x.untyped_storage()._cdata
         self._pinned.add(key)
         weakref.finalize(x.untyped_storage(), self._pinned.discard, key).atexit = False
-
-
-def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return the tensors among arguments, those in lists too, in order."""
-    out: list[Tensor] = []
-    for x in (*args, *kwargs.values()):
-        if isinstance(x, Tensor):
-            out.append(x)
-        elif isinstance(x, (list, tuple)):
-            out += _tensors(x, {})
-    return out
-
-
-def _is_view(func: Any) -> bool:
-    """Return whether an operator returns a view of its input and launches nothing."""
-    cached = _view_of_operator.get(func)
-    if cached is None:
-        returns = func._schema.returns
-        alias = returns[0].alias_info if returns else None
-        cached = _view_of_operator[func] = alias is not None and not alias.is_write
-    return cached
-
-
-_view_of_operator: dict[Any, bool] = {}
-
-
-def _fills(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Return whether an index_put_ puts one number where the mask of the leading dimensions is set."""
-    indices, value = args[1], args[2]
-    accumulate = args[3] if len(args) > 3 else kwargs.get("accumulate", False)
-    masks = [index for index in indices if index is not None]
-    return (
-        value.numel() == 1
-        and not accumulate
-        and len(masks) == 1
-        and indices[0] is masks[0]
-        and masks[0].is_meta
-        and masks[0].dtype == torch.bool
-    )
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-def _category(site: Site) -> str:
-    for (file, function), category in _CATEGORY_OF_SITE.items():
-        if function == site.function and site.file.endswith(file):
-            return category
-    return TEMPORARY

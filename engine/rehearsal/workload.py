@@ -1,4 +1,4 @@
-"""The lengths of an iteration's prompts and responses: given, drawn from a distribution, or read from a prompts file."""
+"""The lengths of an iteration's prompts and responses, given or drawn from a distribution."""
 
 from __future__ import annotations
 
