@@ -33,6 +33,7 @@ from icegrt.model.pipeline_model import PipelineModel
 from icegrt.packing import PackedBatch
 from icegrt.roles.micro_batch import LossOutput, MicroBatch
 from icegrt.roles.optimizer import finalize_gradients, make_optimizer, make_scheduler, wait_for_param_gather, wrap
+from icegrt.roles.stage_shapes import known_shapes
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ class Role:
             num_microbatches=len(work),
             seq_length=max(batch.tokens_T.numel() for batch, _ in work),
             micro_batch_size=1,
+            **known_shapes([batch for batch, _ in work], self.model.config),
             **options,
         )
 
