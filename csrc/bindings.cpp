@@ -178,6 +178,7 @@ void py_swiglu_backward(const std::string& dtype, Address gate_up, Address grad,
     using T = decltype(zero);
     swiglu_backward<T>({at<T>(gate_up), at<T>(grad), at<T>(grad_gate_up), rows, width}, threads);
   });
+}
 
 // A view of an array of the scheduler, which stays alive with it; valid until the next plan.
 template <typename T>
@@ -291,6 +292,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("rope", &py_rope, without_gil, "Write rotated queries and keys, and values as they are.");
   m.def("swiglu_forward", &py_swiglu_forward, without_gil, "Write silu(gate) * up of rows.");
   m.def("swiglu_backward", &py_swiglu_backward, without_gil, "Write the gradients by gate and up.");
-
   def_scheduler(m);
 }

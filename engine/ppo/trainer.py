@@ -9,20 +9,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from icegrt.config import PPOConfig
 from icegrt.data import Example, Prompt
 from icegrt.data.types import Rows, TokenizerSource
+from icegrt.distributed.pipeline import fetch
 from icegrt.errors import ConfigError, RewardError
-from icegrt.kernels import masked_moments
 from icegrt.metrics import Evaluation, PPOStep, rollout_path
 from icegrt.metrics.alarms import Alarms
 from icegrt.model.hf.reader import ModelSource
-from icegrt.ppo.batch_plan import plan_batches, stream_seed
+from icegrt.ppo.batch_plan import BatchPlan, plan_batches, stream_seed
 from icegrt.ppo.evaluator import EvaluationResult
 from icegrt.ppo.experience import Experience, compute_advantages
-from icegrt.ppo.metrics import ppo_step, write_rollouts
+from icegrt.ppo.metrics import moments_of, ppo_step, rollout_rows
 from icegrt.ppo.reward_sources import RewardArgument, RewardComposition
 from icegrt.ppo.rewards import RewardOutputs
+from icegrt.ppo.rollout_writer import RolloutWriter
 from icegrt.ppo.scores import total_scores
 from icegrt.ppo.scoring import score_values
 from icegrt.ppo.setup import PPOInputs, build_ppo, check_config, check_critic, probe_reward_sources
@@ -89,6 +92,8 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         self.alarm_messages: list[str] = []
         self._skip_guard = SkipGuard("actor", "critic")
         self._seconds: dict[str, float] = defaultdict(float)
+        self._rollout_writer = RolloutWriter()
+        self._resources.callback(self._rollout_writer.close)
         probe_reward_sources(parts)
 
     def _evaluate_at_start(self) -> None:
@@ -161,22 +166,26 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
             seed = stream_seed(self.run.seed, iteration)
             plan = plan_batches(responses, config.token_budget, config.minibatches, cluster=self.cluster, seed=seed)
 
-        # 3. Infer. Rewards come first: dropped responses are masked alike in scoring and update, or bits would differ.
+        # 3. Infer, while reward functions and HTTP scorers run.
         with self._timed("score"):
             with _locate_reward_errors(f"iteration {iteration}"):
-                all_rewards = parts.reward_computer(plan, prompts)
+                pending = parts.reward_computer.start(plan, prompts)
+            value_A, last_value_N = score_values(parts.critic, plan.batches)
+            old_A, entropy_A, ref_A = self._score_policies(plan)
+            with _locate_reward_errors(f"iteration {iteration}"):
+                all_rewards = pending.finish()
                 self._require_one_score(all_rewards)
             rewards = all_rewards.select(plan.rank_assignment[plan.rank])
-            plan = plan.with_masked(rewards.dropped_N)
-            old_A, entropy_A = parts.scorer(parts.actor, plan.batches, entropy=True)
-            assert entropy_A is not None
-            ref_A, _ = parts.scorer(parts.reference, plan.batches)
-            value_A, last_value_N = score_values(parts.critic, plan.batches)
+            if bool(all_rewards.dropped_N.any()):
+                # Dropped responses are masked alike in scoring and update, or bits would differ.
+                plan = plan.with_masked(rewards.dropped_N)
+                old_A, entropy_A, ref_A = self._score_policies(plan)
 
         # 4. Advantages: normalise and add up the scores, then KL penalty and GAE.
         with self._timed("shape"):
             for model in rewards.models:
-                parts.normalizers[model.name].update(model.score_N[~rewards.dropped_N], group)
+                kept_score_N = model.score_N[~rewards.dropped_N].to(self.cluster.device)
+                parts.normalizers[model.name].update(kept_score_N, group)
             scores = total_scores(
                 config, parts.normalizers, rewards.models, rewards.source_total_N, plan.truncated_N, rewards.dropped_N
             )
@@ -193,11 +202,11 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
             outcome = parts.updater.run(experience, kl_coef, iteration, self._draw_ptx(iteration))
 
         # 6. Control the KL coefficient, and record the iteration.
-        kl = masked_moments(shaped.kl_N.double(), ~rewards.dropped_N, group=group)
+        kl = fetch(moments_of(shaped.kl_N, ~rewards.dropped_N, self.cluster))
         parts.kl_controller.update(float(kl.mean), int(kl.count))
-        write_rollouts(
-            rollout_path(self.dir, iteration), iteration, self.run.seed, experience, all_rewards, self.cluster
-        )
+        rows = rollout_rows(iteration, self.run.seed, experience, all_rewards, self.cluster)
+        if self.cluster.is_main:
+            self._rollout_writer.submit(rollout_path(self.dir, iteration), rows)
         self.done_steps = iteration
         self._skip_guard.check("actor", outcome.actor)
         self._skip_guard.check("critic", outcome.critic)
@@ -208,6 +217,14 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         self._finish_iteration(row)
         self.notify("on_update", row)
         return row
+
+    def _score_policies(self, plan: BatchPlan) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log-probs and entropies under the actor, and log-probs under the reference, [A] each."""
+        parts = self.components
+        old_A, entropy_A = parts.scorer(parts.actor, plan.batches, entropy=True)
+        assert entropy_A is not None
+        ref_A, _ = parts.scorer(parts.reference, plan.batches)
+        return old_A, entropy_A, ref_A
 
     def _require_one_score(self, rewards: RewardOutputs) -> None:
         """Raise `RewardError` if every response of every rank was dropped."""
@@ -270,6 +287,16 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         if step.function_score_mean is not None:
             figures["function"] = step.function_score_mean
         return figures
+
+    def save_checkpoint(self, quality: float | None = None) -> Path:
+        """Write a checkpoint now, after the responses of its iterations. Collective."""
+        self._rollout_writer.flush()
+        return super().save_checkpoint(quality)
+
+    def write_report(self) -> None:
+        """Write the report of the run so far, on rank 0, after the responses that it shows."""
+        self._rollout_writer.flush()
+        super().write_report()
 
     def save_pretrained(self, out: str | Path) -> Path:
         """Write the actor as a Hugging Face checkpoint."""

@@ -26,8 +26,8 @@ class Cost:
     Attributes:
         launches: Kernels that it launches.
         flops: Elementary operations on numbers; an exponential, a logarithm or a quotient counts as one.
-        bytes_read: Bytes of its inputs, each counted once per pass over it.
-        bytes_written: Bytes of its outputs.
+        bytes_read: Bytes that it reads, each counted once, however often a cache returns it.
+        bytes_written: Bytes that it writes, each counted once.
     """
 
     launches: int

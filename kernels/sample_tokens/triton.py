@@ -303,11 +303,10 @@ def _sample_cost(
     top_p: float,
 ) -> Cost:
     truncations = ((top_k > 0) + (top_p < 1.0)) if noisy else 0
-    # A truncation first takes the maximum of the row.
-    passes = 1 + (truncations > 0) + TRUNCATION_PASSES * truncations
     elements = logits_NV.shape[0] * columns
-    read = passes * elements * logits_NV.element_size() + tensor_bytes(sequence_ids) + tensor_bytes(positions)
-    flops = elements * (DRAW_FLOPS + (passes - 1) * TRUNCATION_FLOPS)
+    # The passes of a truncation read the row from the cache.
+    read = elements * logits_NV.element_size() + tensor_bytes(sequence_ids) + tensor_bytes(positions)
+    flops = elements * (DRAW_FLOPS + truncations * TRUNCATION_PASSES * TRUNCATION_FLOPS)
     return Cost(1, flops, read, tensor_bytes(token_N) + tensor_bytes(statistics_4N))
 
 

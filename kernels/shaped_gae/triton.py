@@ -308,10 +308,10 @@ def _gae_cost(
     # Log-probs are read where there is a reference alone.
     reads = [score_N, value_A, cu_actions, bootstrap_N, mask_A, token_reward_A, kl_coef_ptr]
     reads += [] if ref_logprob_A is None else [logprob_A, ref_logprob_A]
-    # The maps of chunks and the moments of tiles are written and read back.
-    scratch = [maps, moments, sync]
-    writes = [advantage_A, return_A, reward_A, kl_N]
-    return Cost.of_pass(reads + scratch, writes + scratch, FLOPS * value_A.numel())
+    # The moments of tiles and, at most, the maps of chunks are read back.
+    reads += [maps, moments[3:], sync]
+    writes = [advantage_A, return_A, reward_A, kl_N, maps, moments, sync]
+    return Cost.of_pass(reads, writes, FLOPS * value_A.numel())
 
 
 @device_operator(

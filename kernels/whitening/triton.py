@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.operators import Cost, device_operator, tensor_bytes
+from ..common.operators import Cost, device_operator
 from ..common.streams import mask_bytes
 from ..dispatch import log_launch
 from ..types import Moments
@@ -120,10 +120,8 @@ def masked_moments(x: Tensor, mask: Tensor | None, group: dist.ProcessGroup | No
 
 
 def _moments_cost(x: Tensor, mask: Tensor | None, buffer: Tensor, done: Tensor) -> Cost:
-    # Sum, difference, square and sum of every entry. Every partial is written, read twice and merged.
-    partials = buffer[3:]
-    read = tensor_bytes(x) + tensor_bytes(mask) + 2 * tensor_bytes(partials) + tensor_bytes(done)
-    return Cost(1, 4 * x.numel() + 2 * partials.numel(), read, tensor_bytes(buffer) + tensor_bytes(done))
+    # Sum, difference, square and sum of every entry. The partials are read back by the last program.
+    return Cost.of_pass([x, mask, buffer[3:], done], [buffer, done], 4 * x.numel())
 
 
 @device_operator(
