@@ -73,22 +73,29 @@ def measure(rounds: int, threads: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainers = {dtype: trainer(Path(folder), dtype, rounds + 1) for dtype in DTYPES}
         seconds: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
+        cpu_seconds: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
         phases: dict[str, list[dict[str, float]]] = {dtype: [] for dtype in DTYPES}
         for round_ in range(rounds + 1):
             for dtype, each in trainers.items():
-                begin = time.perf_counter()
+                begin, cpu_begin = time.perf_counter(), time.process_time()
                 row = each.step()
                 if round_:  # the first iteration fills caches
                     seconds[dtype].append(time.perf_counter() - begin)
+                    cpu_seconds[dtype].append(time.process_time() - cpu_begin)
                     phases[dtype].append(row.seconds_by_phase)
         for each in trainers.values():
             each.close()
     for dtype in DTYPES:
         names = phases[dtype][0]
         parts = ", ".join(f"{n} {statistics.median(p.get(n, 0.0) for p in phases[dtype]):.3f}" for n in names)
-        print(f"{dtype}: {statistics.median(seconds[dtype]):.3f} s [{min(seconds[dtype]):.3f}]  {parts}")
-    quotient = statistics.median(b / a for a, b in zip(seconds["fp32"], seconds["bf16"], strict=True))
-    print(f"bf16 / fp32: {quotient:.2f} (median of {rounds} pairs), target at most {TARGET}")
+        cpu = statistics.median(cpu_seconds[dtype])
+        print(f"{dtype}: {statistics.median(seconds[dtype]):.3f} s, {cpu:.3f} s of the processor  {parts}")
+    quotient, cpu_quotient = (
+        statistics.median(b / a for a, b in zip(each["fp32"], each["bf16"], strict=True))
+        for each in (seconds, cpu_seconds)
+    )
+    print(f"bf16 / fp32: {quotient:.2f}, of the processor's time {cpu_quotient:.2f} (medians of {rounds} pairs)")
+    print(f"target: at most {TARGET}")
 
 
 def profile(threads: int) -> None:
