@@ -10,6 +10,8 @@
 #include "arrays.hpp"
 #include "balance.hpp"
 #include "pack.hpp"
+#include "paged_attention.hpp"
+#include "paged_kv.hpp"
 #include "rms_norm.hpp"
 #include "rope.hpp"
 #include "scheduler_invariants.hpp"
@@ -144,6 +146,39 @@ void py_rms_norm_backward(const std::string& dtype, const Rows& rows, Address gr
                           at<Wide<T>>(scale), at<T>(grad_x), nullptr},
                          at<Wide<T>>(grad_weight), threads);
   });
+}
+
+// Strides are in elements of `bytes` bytes: rows and heads of keys, then of values; blocks of both caches.
+void py_write_kv(int64_t bytes, const std::array<Address, 4>& tensors, const std::array<int64_t, 6>& strides,
+                 const std::array<int64_t, 4>& pages, Address slots, int64_t rows, int64_t threads) {
+  const auto part = [&](int64_t i) {
+    return PageWrite{at<const char>(tensors[i]), at<char>(tensors[i + 2]), strides[2 * i] * bytes,
+                     strides[2 * i + 1] * bytes, strides[i + 4] * bytes};
+  };
+  write_kv(part(0), part(1), {pages[0], pages[1], pages[2], pages[3] * bytes}, {at<const int32_t>(slots), rows}, threads);
+}
+
+// Sizes are in bytes: of a part, of a block with its stride, and of its content.
+void py_copy_blocks(Address cache, int64_t parts, int64_t blocks, const std::array<int64_t, 3>& sizes, Address from,
+                    Address to, int64_t copies, int64_t threads) {
+  copy_blocks(at<char>(cache), parts, blocks, sizes[0], sizes[1], sizes[2], {at<const int32_t>(from), copies},
+              {at<const int32_t>(to), copies}, threads);
+}
+
+void py_paged_attention(const std::string& dtype, const std::array<Address, 8>& tensors,
+                        const std::array<int64_t, 7>& strides, const std::array<int64_t, 9>& sizes, double scale,
+                        int64_t max_length, int64_t threads) {
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const auto array = [&](int64_t i) { return at<const int32_t>(tensors[i]); };
+    paged_attention<T>({at<const T>(tensors[0]), at<T>(tensors[1]), at<const T>(tensors[2]), at<const T>(tensors[3]),
+                        array(4), array(5), array(6), array(7), strides[0], strides[1], strides[2], strides[3],
+                        strides[4], strides[5], strides[6], sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5],
+                        sizes[6], sizes[7], sizes[8], scale},
+                       max_length, threads);
+  };
+  if (dtype == "float16") return run(Float16());
+  with_dtype(dtype, run);
 }
 
 // Heads by group, and strides between tokens, groups and heads, of the source and of the result.
@@ -290,6 +325,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("rms_norm_forward", &py_rms_norm_forward, without_gil, "Write the norm of rows, and their sums with a residual.");
   m.def("rms_norm_backward", &py_rms_norm_backward, without_gil, "Write the gradients by rows and by the weight.");
   m.def("rope", &py_rope, without_gil, "Write rotated queries and keys, and values as they are.");
+  m.def("write_kv", &py_write_kv, without_gil, "Write keys and values of rows to slots of their caches.");
+  m.def("copy_blocks", &py_copy_blocks, without_gil, "Copy blocks of all parts of a cache.");
+  m.def("paged_attention", &py_paged_attention, without_gil, "Write the attention of rows over pages.");
   m.def("swiglu_forward", &py_swiglu_forward, without_gil, "Write silu(gate) * up of rows.");
   m.def("swiglu_backward", &py_swiglu_backward, without_gil, "Write the gradients by gate and up.");
   def_scheduler(m);

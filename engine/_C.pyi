@@ -68,6 +68,39 @@ def rms_norm_backward(
     threads: int,
     /,
 ) -> None: ...
+def write_kv(
+    element_bytes: int,
+    tensors: tuple[int, int, int, int],
+    strides: tuple[int, ...],
+    pages: tuple[int, ...],
+    slots: int,
+    rows: int,
+    threads: int,
+    /,
+) -> None: ...
+def copy_blocks(
+    cache: int,
+    parts: int,
+    blocks: int,
+    sizes: tuple[int, int, int],
+    copy_from: int,
+    copy_to: int,
+    copies: int,
+    threads: int,
+    /,
+) -> None: ...
+
+# dtype may be "float16" too.
+def paged_attention(
+    dtype: str,
+    tensors: tuple[int, ...],
+    strides: tuple[int, ...],
+    sizes: tuple[int, ...],
+    scale: float,
+    max_length: int,
+    threads: int,
+    /,
+) -> None: ...
 def rope(
     dtype: str,
     source: tuple[int, ...],

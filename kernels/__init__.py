@@ -9,6 +9,8 @@ from .dispatch import available_backends, describe, record_launches, use_backend
 from .kl_divergence import kl_divergence
 from .linear import default_chunk_rows, linear_logprobs, linear_ppo_loss
 from .pack_padded import pack_padded
+from .paged_attention import paged_attention
+from .paged_kv import copy_blocks, write_kv
 from .ppo_policy_loss import ppo_policy_loss
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope, rope_qkv
@@ -42,6 +44,7 @@ __all__ = [
     "VocabShard",
     "add_rms_norm",
     "available_backends",
+    "copy_blocks",
     "default_chunk_rows",
     "describe",
     "kl_divergence",
@@ -49,6 +52,7 @@ __all__ = [
     "linear_ppo_loss",
     "masked_moments",
     "pack_padded",
+    "paged_attention",
     "ppo_policy_loss",
     "record_launches",
     "rms_norm",
@@ -61,4 +65,5 @@ __all__ = [
     "use_backend",
     "value_loss",
     "whiten",
+    "write_kv",
 ]

@@ -92,6 +92,21 @@ IMPLEMENTATIONS = MappingProxyType(
             "cpp": "swiglu.cpp:swiglu",
             "reference": "swiglu.reference:swiglu",
         },
+        "write_kv": {
+            "triton": "paged_kv.triton:write_kv",
+            "cpp": "paged_kv.cpp:write_kv",
+            "reference": "paged_kv.reference:write_kv",
+        },
+        "copy_blocks": {
+            "triton": "paged_kv.triton:copy_blocks",
+            "cpp": "paged_kv.cpp:copy_blocks",
+            "reference": "paged_kv.reference:copy_blocks",
+        },
+        "paged_attention": {
+            "triton": "paged_attention.triton:paged_attention",
+            "cpp": "paged_attention.cpp:paged_attention",
+            "reference": "paged_attention.reference:paged_attention",
+        },
         "pack_padded": {"reference": "pack_padded:pack_rows"},
     }
 )

@@ -1,0 +1,147 @@
+// Attention of rows over the pages of their sequences: grouped queries, sliding windows, chunks of prompts.
+//
+//   out = sum_t p_t value_t,   p = softmax(scale * query . key_t),   t in [length - window, length)
+//
+// Tokens are split at multiples of kSplit. A split has a softmax of its own (maximum, sum, weighted values); splits are
+// merged in order. All sums have an order that depends on a row's length and window alone: neither other rows nor block
+// numbers, block sizes or threads change its bits.
+#pragma once
+
+#include <atomic>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "check.hpp"
+#include "float16.hpp"
+
+namespace icegrt {
+
+constexpr int64_t kSplit = 256;    // tokens; as in kernels/paged_attention/triton.py
+constexpr int64_t kVectorLanes = 16;
+constexpr int64_t kHeadsAtOnce = 4;  // queries of a group that share one pass over keys and values
+
+// Strides in elements. Head h of row t starts at t * token + h * head; a block of the cache is contiguous.
+template <typename T>
+struct PagedAttention {
+  const T* q;
+  T* out;
+  const T *keys, *values;
+  const int32_t *tables, *lengths, *table_rows, *row_starts;  // the last two may be absent
+  int64_t q_token, q_head, out_token, out_head, key_block, value_block, table_row;
+  int64_t rows, sequences, heads, groups, width, blocks, block_size, table_rows_size, window;  // window 0: none
+  double scale;
+
+  const int32_t* table(int64_t sequence) const {
+    return tables + (table_rows ? table_rows[sequence] : sequence) * table_row;
+  }
+};
+
+// A row, and the tokens [first, last) that it attends to.
+struct AttendingRow {
+  int64_t row, sequence, first, last;
+};
+
+// Buffers of a thread: elements of heads are padded to whole vectors.
+template <typename W>
+struct AttentionScratch {
+  explicit AttentionScratch(int64_t padded)
+      : query(size(padded)), scores(size(kSplit)), split(size(padded)), total(size(padded)) {}
+
+  static size_t size(int64_t width) { return static_cast<size_t>(kHeadsAtOnce * width); }
+
+  std::vector<W> query, scores, split, total;
+};
+
+// Attends with the heads of one group; one function for each instruction set.
+template <typename T>
+using Attend = void (*)(const PagedAttention<T>&, const AttendingRow&, int64_t, AttentionScratch<Wide<T>>&);
+
+// All functions with vectors are inlined: GCC warns that they have another ABI under each set.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
+namespace plain {
+#include "paged_attention_rows.hpp"
+}
+
+#if defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 12
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+namespace avx2 {
+#include "paged_attention_rows.hpp"
+}
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4")
+namespace avx512 {
+#include "paged_attention_rows.hpp"
+}
+#pragma GCC pop_options
+
+template <typename T>
+Attend<T> attend_here() {
+  if (__builtin_cpu_supports("x86-64-v4")) return avx512::attend_group<T>;
+  return __builtin_cpu_supports("x86-64-v3") ? avx2::attend_group<T> : plain::attend_group<T>;
+}
+#else
+template <typename T>
+Attend<T> attend_here() {
+  return plain::attend_group<T>;
+}
+#endif
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+
+// Checks tables and lengths, and returns the rows with the tokens of each.
+template <typename T>
+std::vector<AttendingRow> attending_rows(const PagedAttention<T>& a, int64_t max_length) {
+  std::vector<AttendingRow> rows;
+  rows.reserve(static_cast<size_t>(a.rows));
+  for (int64_t s = 0; s < a.sequences; ++s) {
+    const int64_t begin = a.row_starts ? a.row_starts[s] : s, end = a.row_starts ? a.row_starts[s + 1] : s + 1;
+    require(0 <= begin && begin <= end && end <= a.rows, "row_starts must not decrease and lie within the ", a.rows,
+            " rows, got ", begin, " then ", end, " at index ", s);
+    const int64_t length = a.lengths[s];
+    require(length <= max_length, "lengths_S must be at most max_length ", max_length, ", got ", length,
+            " at sequence ", s);
+    const int64_t table_row = a.table_rows ? a.table_rows[s] : s;
+    require(0 <= table_row && table_row < a.table_rows_size, "table_rows_S must name one of the ", a.table_rows_size,
+            " rows of block_tables, got ", table_row, " for sequence ", s);
+    int64_t lowest = length;
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t last = std::max<int64_t>(0, length - (end - 1 - row));
+      const int64_t first = a.window > 0 ? std::max<int64_t>(0, last - a.window) : 0;
+      rows.push_back({row, s, first, last});
+      lowest = std::min(lowest, first);
+    }
+    for (int64_t w = lowest / a.block_size; begin < end && w * a.block_size < length; ++w) {
+      const int32_t block = a.table(s)[w];
+      require(0 <= block && block < a.blocks, "block_tables must name one of the ", a.blocks, " blocks, got ", block,
+              " for sequence ", s);
+    }
+  }
+  return rows;
+}
+
+template <typename T>
+void paged_attention(const PagedAttention<T>& a, int64_t max_length, int64_t threads) {
+  const std::vector<AttendingRow> rows = attending_rows(a, max_length);
+  int64_t tokens = 0;
+  for (const AttendingRow& r : rows) tokens += r.last - r.first;
+  // Lengths differ, so threads take the next row and group when they are free.
+  const int64_t padded = (a.width + kVectorLanes - 1) / kVectorLanes * kVectorLanes, items = static_cast<int64_t>(rows.size()) * a.groups;
+  const int64_t workers = std::max<int64_t>(1, std::min(threads, items));
+  std::vector<AttentionScratch<Wide<T>>> scratch(static_cast<size_t>(workers), AttentionScratch<Wide<T>>(padded));
+  const Attend<T> attend = attend_here<T>();
+  std::atomic<int64_t> next{0};
+  parallel_for(workers, tokens * a.heads * a.width / workers, workers, [&](int64_t worker, int64_t) {
+    for (int64_t i = next.fetch_add(1); i < items; i = next.fetch_add(1)) {
+      attend(a, rows[static_cast<size_t>(i / a.groups)], i % a.groups, scratch[static_cast<size_t>(worker)]);
+    }
+  });
+}
+
+}  // namespace icegrt
