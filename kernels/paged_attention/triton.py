@@ -20,12 +20,13 @@ from .cost import attention_cost, merge_cost
 from .inputs import SPLIT, Pages, Rows
 
 # Legend
-#   T, N, G, D  rows, query heads, key/value heads, elements of a head (width)
+#   T, N, G, D  rows, query heads, key/value heads, elements of a head (WIDTH; BLOCK is the next power of two)
 #   GROUP       queries of a key/value head, N / G
-#   K           tokens of a block (block_size)
+#   K           tokens of a block (PAGE)
 #   pair        a row and one query of the group: ROWS * GROUP of the PAIRS lines of a tile are in use
 #   peak, total, acc  of a pair: the maximum of its scores (base 2), the sum of their exponentials, weighted values
-# Within a block of a cache all is contiguous. Offsets into a cache, and of rows, are int64.
+# Within a block of a cache all is contiguous. Its strides are in rows of D elements: the compiler then knows that
+# offsets are multiples of D, and loads whole vectors. Offsets into a cache, and of rows, are int64.
 
 LOG2_E = 1.4426950408889634
 PAIRS_OF_CHUNKS = 64
@@ -54,14 +55,14 @@ def attend_split(
     starts,
     ends,
     group,
-    width,
-    block_size,
     key_stride_b,
     value_stride_b,
     scale,
     PAIRS: tl.constexpr,
     TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Return (peak, total, acc) of a tile over the tokens [first, last); pair i sees those of [starts[i], ends[i])."""
@@ -73,10 +74,12 @@ def attend_split(
         # 1. Where the tokens are.
         position = token + tl.arange(0, TOKENS)
         inside = (position >= first) & (position < last)
-        block = tl.load(table_ptr + position // block_size, mask=inside, other=0).to(tl.int64)
-        offset = (group * block_size + position % block_size) * width
-        moved = inside[:, None] & (column < width)[None, :]
-        key = tl.load(key_ptr + (block * key_stride_b + offset)[:, None] + column[None, :], mask=moved, other=0.0)
+        block = tl.load(table_ptr + position // PAGE, mask=inside, other=0).to(tl.int64)
+        offset = group * PAGE + position % PAGE
+        moved = inside[:, None] & (column < WIDTH)[None, :]
+        key = tl.load(
+            key_ptr + ((block * key_stride_b + offset) * WIDTH)[:, None] + column[None, :], mask=moved, other=0.0
+        )
         # 2. Scores in base 2.
         if WIDE:
             key = key.to(tl.float32)
@@ -90,7 +93,9 @@ def attend_split(
         probs = tl.exp2(scores - finite[:, None])
         total = total * keep + tl.sum(probs, axis=1)
         # 4. The weighted values.
-        value = tl.load(value_ptr + (block * value_stride_b + offset)[:, None] + column[None, :], mask=moved, other=0.0)
+        value = tl.load(
+            value_ptr + ((block * value_stride_b + offset) * WIDTH)[:, None] + column[None, :], mask=moved, other=0.0
+        )
         if WIDE:
             value = value.to(tl.float32)
         acc = tl.dot(probs.to(value.dtype), value, acc * keep[:, None], input_precision="ieee")
@@ -111,8 +116,6 @@ def paged_attention_kernel(
     parts_ptr,
     sums_ptr,
     sequences,
-    width,
-    block_size,
     max_length,
     window,
     scale,
@@ -130,7 +133,9 @@ def paged_attention_kernel(
     PAIRS: tl.constexpr,
     SPLIT: tl.constexpr,
     TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Attend with a tile of rows of one sequence. SPLITS: one split, to parts; 0: all splits, to out."""
@@ -166,7 +171,7 @@ def paged_attention_kernel(
     highest = tl.max(tl.where(used, ends, 0), axis=0)
     # 3. The queries.
     column = tl.arange(0, BLOCK)
-    moved = used[:, None] & (column < width)[None, :]
+    moved = used[:, None] & (column < WIDTH)[None, :]
     q_offset = pair_row.to(tl.int64) * q_stride_t + pair_head * q_stride_h
     q = tl.load(q_ptr + q_offset[:, None] + column[None, :], mask=moved, other=0.0)
     if WIDE:
@@ -196,21 +201,21 @@ def paged_attention_kernel(
             starts,
             ends,
             group,
-            width,
-            block_size,
             key_stride_b,
             value_stride_b,
             scale,
             PAIRS,
             TOKENS,
+            WIDTH,
             BLOCK,
+            PAGE,
             WIDE,
         )
         peak, total, acc = merge(peak, total, acc, next_peak, next_total, next_acc)
     # 5. The part of the split, or the result.
     if SPLITS > 0:
         part = (pair_row.to(tl.int64) * tl.num_programs(1) * GROUP + pair_head) * SPLITS + tl.program_id(2)
-        tl.store(parts_ptr + part[:, None] * width + column[None, :], acc, mask=moved)
+        tl.store(parts_ptr + part[:, None] * WIDTH + column[None, :], acc, mask=moved)
         tl.store(sums_ptr + part * 2, peak, mask=used)
         tl.store(sums_ptr + part * 2 + 1, total, mask=used)
     else:
@@ -226,7 +231,6 @@ def merge_splits_kernel(
     sums_ptr,
     lengths_ptr,
     out_ptr,
-    width,
     max_length,
     window,
     out_stride_t,
@@ -235,6 +239,7 @@ def merge_splits_kernel(
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     SPLIT: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Merge the splits of a row, for the queries of one key/value head."""
@@ -246,7 +251,7 @@ def merge_splits_kernel(
     head = tl.arange(0, HEADS)
     used = head < GROUP
     column = tl.arange(0, BLOCK)
-    moved = used[:, None] & (column < width)[None, :]
+    moved = used[:, None] & (column < WIDTH)[None, :]
     part = (row.to(tl.int64) * tl.num_programs(1) * GROUP + group * GROUP + head) * SPLITS
     # 2. In order, from nothing.
     peak = tl.full((HEADS,), -float("inf"), tl.float32)
@@ -255,7 +260,7 @@ def merge_splits_kernel(
     for split in range(start // SPLIT, tl.cdiv(end, SPLIT)):
         next_peak = tl.load(sums_ptr + (part + split) * 2, mask=used, other=0.0)
         next_total = tl.load(sums_ptr + (part + split) * 2 + 1, mask=used, other=1.0)
-        next_acc = tl.load(parts_ptr + (part + split)[:, None] * width + column[None, :], mask=moved, other=0.0)
+        next_acc = tl.load(parts_ptr + (part + split)[:, None] * WIDTH + column[None, :], mask=moved, other=0.0)
         peak, total, acc = merge(peak, total, acc, next_peak, next_total, next_acc)
     # 3. The result.
     out = tl.where(end > 0, acc / tl.where(end > 0, total, 1.0)[:, None], 0.0)
@@ -270,14 +275,14 @@ def constants(heads: int, groups: int, width: int, dtype: torch.dtype, chunks: b
     # Triton's interpreter multiplies bf16 wrongly. It is asked here, because kernels are compiled per constant.
     wide = dtype == torch.float32 or os.environ.get("TRITON_INTERPRET") == "1"
     pairs = max(16, triton.next_power_of_2(group), PAIRS_OF_CHUNKS if chunks and not wide else 16)
-    # Triton 3.6 to 3.9 spill registers on sm_80, sm_90 or sm_100 with more tokens or fewer warps.
-    tokens = max(16, min(32, 4096 // block)) if not wide else 16
+    tokens = 64 if block <= 128 and not wide else 32
     return {"GROUP": group, "PAIRS": pairs, "TOKENS": tokens, "BLOCK": block, "WIDE": wide}
 
 
-def options(block: int) -> dict[str, int | bool]:
-    """Return the launch options for heads of `block` elements."""
-    return {"num_warps": 4 if block <= 64 else 8, "num_stages": 2, **OPTIONS}
+def options(block: int, pairs: int) -> dict[str, int | bool]:
+    """Return the launch options for heads of `block` elements and tiles of `pairs`."""
+    # Triton 3.6 to 3.9 spill registers on sm_80, sm_90 or sm_100 with fewer warps.
+    return {"num_warps": 8 if block * pairs >= 64 * 128 or block > 128 else 4, "num_stages": 2, **OPTIONS}
 
 
 @device_operator(
@@ -323,22 +328,22 @@ def _attend(
             q if parts is None else parts,
             q if sums is None else sums,
             sequences,
-            width,
-            block_size,
             max_length,
             window,
             scale * LOG2_E,
             *q.stride()[:2],
             *target.stride()[:2],
-            key_cache.stride(0),
-            value_cache.stride(0),
+            key_cache.stride(0) // width,
+            value_cache.stride(0) // width,
             tables.stride(0),
             CHUNKS=row_starts is not None,
             TABLE_ROWS=table_rows is not None,
             SPLITS=splits,
             SPLIT=SPLIT,
+            WIDTH=width,
+            PAGE=block_size,
             **chosen,
-            **options(int(chosen["BLOCK"])),
+            **options(int(chosen["BLOCK"]), int(chosen["PAIRS"])),
         )
 
 
@@ -359,7 +364,6 @@ def _merge(parts: Tensor, sums: Tensor, lengths: Tensor, out: Tensor, max_length
             sums,
             lengths,
             out,
-            width,
             max_length,
             window,
             *out.stride()[:2],
@@ -367,6 +371,7 @@ def _merge(parts: Tensor, sums: Tensor, lengths: Tensor, out: Tensor, max_length
             GROUP=group,
             HEADS=triton.next_power_of_2(group),
             SPLIT=SPLIT,
+            WIDTH=width,
             BLOCK=block,
             **MERGE_OPTIONS,
         )

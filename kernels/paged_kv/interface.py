@@ -85,6 +85,8 @@ def check_caches(op: str, key_cache_BGKD: Tensor, value_cache_BGKD: Tensor) -> N
     for name, cache in (("key_cache_BGKD", key_cache_BGKD), ("value_cache_BGKD", value_cache_BGKD)):
         if not cache[:1].is_contiguous():
             raise ValueError(f"{op}: each block of {name} must be contiguous, got strides {cache.stride()}")
+        if cache.stride(0) % max(1, cache.shape[3]):
+            raise ValueError(f"{op}: blocks of {name} must lie a multiple of {cache.shape[3]} elements apart")
         if cache.requires_grad:
             raise ValueError(f"{op}: {name} must not require a gradient: it is written in place")
 

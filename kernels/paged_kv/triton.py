@@ -62,6 +62,12 @@ def write_kv_kernel(
 
 
 @triton.jit
+def copied_size(source, target, blocks, size):
+    """Return the elements that a copy moves: none if one of its blocks does not exist."""
+    return tl.where((source >= 0) & (source < blocks) & (target >= 0) & (target < blocks), size, 0)
+
+
+@triton.jit
 def copy_blocks_kernel(
     cache_ptr,
     from_ptr,
@@ -80,13 +86,13 @@ def copy_blocks_kernel(
     staging = staging_ptr + tl.program_id(1).to(tl.int64) * copies * size + column
     for copy in range(copies):
         source, target = tl.load(from_ptr + copy).to(tl.int64), tl.load(to_ptr + copy)
-        copied = (column < size) & (source >= 0) & (source < blocks) & (target >= 0) & (target < blocks)
+        copied = column < copied_size(source, target, blocks, size)
         x = tl.load(cache + source * cache_stride_b, mask=copied)
         tl.store(staging + tl.cast(copy, tl.int64) * size, x, mask=copied)
     tl.debug_barrier()  # another thread may write what this one read
     for copy in range(copies):
         source, target = tl.load(from_ptr + copy), tl.load(to_ptr + copy).to(tl.int64)
-        copied = (column < size) & (source >= 0) & (source < blocks) & (target >= 0) & (target < blocks)
+        copied = column < copied_size(source, target, blocks, size)
         x = tl.load(staging + tl.cast(copy, tl.int64) * size, mask=copied)
         tl.store(cache + target * cache_stride_b, x, mask=copied)
 

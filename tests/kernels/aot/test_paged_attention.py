@@ -22,14 +22,15 @@ def types(kernel, dtype):
 
 @EVERY_GENERATION
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize(("width", "heads", "groups"), [(64, 4, 4), (64, 9, 3), (128, 32, 8), (256, 8, 1)])
+@pytest.mark.parametrize(("width", "heads", "groups"), [(64, 9, 3), (100, 12, 2), (128, 32, 8), (256, 8, 1)])
 @pytest.mark.parametrize(("chunks", "splits"), [(True, 0), (False, 0), (False, 8)])
 def test_paged_attention(capability, dtype, width, heads, groups, chunks, splits):
     chosen = module.constants(heads, groups, width, DTYPES[dtype], chunks)
-    constants = {"CHUNKS": chunks, "TABLE_ROWS": True, "SPLITS": splits, "SPLIT": SPLIT, **chosen}
+    constants = {"CHUNKS": chunks, "TABLE_ROWS": True, "SPLITS": splits, "SPLIT": SPLIT} | chosen
+    constants |= {"WIDTH": width, "PAGE": 16}
     kernel = module.paged_attention_kernel
     assert_nothing_spills(
-        kernel, capability, constants, module.options(chosen["BLOCK"]), True, **types(kernel, dtype)
+        kernel, capability, constants, module.options(chosen["BLOCK"], chosen["PAIRS"]), True, **types(kernel, dtype)
     )
 
 
@@ -37,7 +38,10 @@ def test_paged_attention(capability, dtype, width, heads, groups, chunks, splits
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize(("width", "group"), [(64, 9), (128, 16), (256, 8)])
 def test_merge_splits(capability, dtype, width, group):
-    constants = {"SPLITS": 8, "GROUP": group, "HEADS": triton.next_power_of_2(group), "SPLIT": SPLIT, "BLOCK": width}
+    constants = {"SPLITS": 8, "GROUP": group, "HEADS": triton.next_power_of_2(group), "SPLIT": SPLIT} | {
+        "WIDTH": width,
+        "BLOCK": width,
+    }
     kernel = module.merge_splits_kernel
     for aligned in (True, False):
         assert_nothing_spills(kernel, capability, constants, module.MERGE_OPTIONS, aligned, **types(kernel, dtype))
