@@ -214,12 +214,12 @@ def paged_attention_kernel(
         peak, total, acc = merge(peak, total, acc, next_peak, next_total, next_acc)
     # 5. The part of the split, or the result.
     if SPLITS > 0:
-        part = (pair_row.to(tl.int64) * tl.num_programs(1) * GROUP + pair_head) * SPLITS + tl.program_id(2)
+        part = (pair_row.to(tl.int64) * tl.num_programs(1) * GROUP + pair_head) * SPLITS + first_split
         tl.store(parts_ptr + part[:, None] * WIDTH + column[None, :], acc, mask=moved)
         tl.store(sums_ptr + part * 2, peak, mask=used)
         tl.store(sums_ptr + part * 2 + 1, total, mask=used)
     else:
-        out = tl.where((ends > 0)[:, None], acc / tl.where(ends > 0, total, 1.0)[:, None], 0.0)
+        out = tl.where((ends > 0)[:, None], acc / total[:, None], 0.0)
         out = tl.where(known[:, None], out, float("nan"))
         out_offset = pair_row.to(tl.int64) * out_stride_t + pair_head * out_stride_h
         tl.store(out_ptr + out_offset[:, None] + column[None, :], out, mask=moved)
@@ -263,7 +263,7 @@ def merge_splits_kernel(
         next_acc = tl.load(parts_ptr + (part + split)[:, None] * WIDTH + column[None, :], mask=moved, other=0.0)
         peak, total, acc = merge(peak, total, acc, next_peak, next_total, next_acc)
     # 3. The result.
-    out = tl.where(end > 0, acc / tl.where(end > 0, total, 1.0)[:, None], 0.0)
+    out = tl.where(end > 0, acc / total[:, None], 0.0)
     out = tl.where(length <= max_length, out, float("nan"))
     out_offset = row.to(tl.int64) * out_stride_t + (group * GROUP + head) * out_stride_h
     tl.store(out_ptr + out_offset[:, None] + column[None, :], out, mask=moved)
@@ -275,14 +275,15 @@ def constants(heads: int, groups: int, width: int, dtype: torch.dtype, chunks: b
     # Triton's interpreter multiplies bf16 wrongly. It is asked here, because kernels are compiled per constant.
     wide = dtype == torch.float32 or os.environ.get("TRITON_INTERPRET") == "1"
     pairs = max(16, triton.next_power_of_2(group), PAIRS_OF_CHUNKS if chunks and not wide else 16)
-    tokens = 64 if block <= 128 and not wide else 32
+    # Triton 3.6 to 3.9 spill registers on sm_80, sm_90 or sm_100 with more tokens, or with fewer warps below.
+    tokens = 16 if wide else 64 if block * pairs <= 16 * 128 else 32
     return {"GROUP": group, "PAIRS": pairs, "TOKENS": tokens, "BLOCK": block, "WIDE": wide}
 
 
 def options(block: int, pairs: int) -> dict[str, int | bool]:
     """Return the launch options for heads of `block` elements and tiles of `pairs`."""
-    # Triton 3.6 to 3.9 spill registers on sm_80, sm_90 or sm_100 with fewer warps.
-    return {"num_warps": 8 if block * pairs >= 64 * 128 or block > 128 else 4, "num_stages": 2, **OPTIONS}
+    warps = 4 if block * pairs <= 16 * 128 else 8 if block * pairs <= 64 * 128 else 16
+    return {"num_warps": warps, "num_stages": 2, **OPTIONS}
 
 
 @device_operator(

@@ -3,8 +3,12 @@
 The interpreter truncates where a device rounds to bf16: half precision is an input here, compared loosely.
 """
 
+import contextlib
+
+import numpy as np
 import pytest
 import torch
+from triton.runtime import interpreter
 
 from icegrt.kernels import paged_attention, record_launches, use_backend
 from tests.helpers.kernel_cases import module_constants, virtual_rows
@@ -59,6 +63,34 @@ def check_bits(split=64, **keywords):
         assert torch.equal(chunk, whole[1:2])
 
 
+@contextlib.contextmanager
+def products_by_row():
+    """Let the interpreter's products round once: numpy's differ in bits with the place of a row, a device's do not."""
+    product = interpreter.InterpreterBuilder.create_dot
+
+    def rounded_once(self, a, b, d, *options):
+        out = a.data.astype(np.float64) @ b.data.astype(np.float64) + d.data
+        return interpreter.TensorHandle(out.astype(np.float32), d.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = rounded_once
+    try:
+        yield
+    finally:
+        interpreter.InterpreterBuilder.create_dot = product
+
+
+def check_bits_of_chunks(window=33):
+    """A prompt in one chunk, and in chunks of other rows: other tiles, and other first tokens."""
+    case = draw([120], [120])
+    with module_constants("paged_attention", SPLIT=64), products_by_row():
+        whole = case.attend("triton", window=window)
+        for rows, end in ((1, 120), (7, 64), (40, 101)):
+            part = case.only(0)
+            part.q, part.row_counts = case.q[end - rows : end], [rows]
+            part.lengths, starts = torch.tensor([end]).int(), torch.tensor([0, rows]).int()
+            assert torch.equal(part.attend("triton", window=window, row_starts=starts), whole[end - rows : end])
+
+
 @pytest.mark.parametrize("window", [None, 1, 70])
 def test_decode(window):
     check_decode(window=window)
@@ -100,6 +132,11 @@ def test_a_length_above_the_maximum_is_nan():
 @pytest.mark.parametrize("window", [None, 90])
 def test_bits_depend_on_the_row_alone(window):
     check_bits(window=window)
+
+
+def test_bits_of_a_row_do_not_depend_on_its_chunk():
+    check_bits_of_chunks()
+    check_bits_of_chunks(window=None)
 
 
 def test_views_and_static_memory():
