@@ -163,6 +163,7 @@ class Watcher(TorchDispatchMode):
         if not on_device and not any(self._is_device(x) for x in outputs):
             for x in outputs:
                 self._track(self.host, x)
+            self._count_on_host(func, args)
             return result
         if self._device_type == "meta":
             shadows.follow(func, args, kwargs, outputs)
@@ -198,6 +199,11 @@ class Watcher(TorchDispatchMode):
         flops = costs.product_flops(name, args)
         if flops:
             self.add_product(flops, costs.product_dtype(name, args))
+
+    def _count_on_host(self, func: Any, args: Sequence[Any]) -> None:
+        name = func._schema.name.partition("::")[2]
+        if not is_view(func) and costs.launches(name, args):
+            self.counts.host_operations[name, current_site()] += costs.launches(name, args)
 
     def add_product(self, flops: int, dtype: torch.dtype) -> None:
         """Count FLOPs of tensor cores. Under a backward, grad mode is on where a forward is computed again."""
@@ -255,6 +261,7 @@ class Watcher(TorchDispatchMode):
         target, source = args[0], args[1]
         if self._device_type != "meta" or target.is_meta == source.is_meta:
             return NotImplemented
+        self._count_on_host(func, args)
         non_blocking = bool(args[2] if len(args) > 2 else kwargs.get("non_blocking"))
         if target.is_meta:
             self._record_copy_to_device(source, non_blocking)
