@@ -61,6 +61,7 @@ class PhaseCounts:
 
     Attributes:
         launches: kernels by (operator, line).
+        backward_launches: their part that a backward pass launches.
         syncs: waits of the host for the device by (reason, line).
         copies: between host and device.
         product_flops: of matrix products and attention, by dtype.
@@ -74,6 +75,7 @@ class PhaseCounts:
     """
 
     launches: Counter[tuple[str, Site]] = field(default_factory=Counter)
+    backward_launches: Counter[tuple[str, Site]] = field(default_factory=Counter)
     syncs: Counter[tuple[str, Site]] = field(default_factory=Counter)
     copies: dict[Copy, Total] = field(default_factory=lambda: defaultdict(Total))
     product_flops: Counter[str] = field(default_factory=Counter)

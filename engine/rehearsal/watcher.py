@@ -193,7 +193,10 @@ class Watcher(TorchDispatchMode):
             launched = costs.launches(name, args)
             read, written = costs.traffic(name, tensors, outputs, launched)
         if launched:
-            counts.launches[name, site or current_site()] += launched
+            key = name, site or current_site()
+            counts.launches[key] += launched
+            if in_backward():
+                counts.backward_launches[key] += launched
         counts.bytes_read += read
         counts.bytes_written += written
         flops = costs.product_flops(name, args)
