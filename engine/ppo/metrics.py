@@ -16,7 +16,7 @@ from icegrt.distributed.pipeline import fetch
 from icegrt.kernels import Moments, masked_moments
 from icegrt.metrics import Evaluation, PPOStep
 from icegrt.metrics.statistics import has_spread
-from icegrt.packing import copy_to_device
+from icegrt.packing.transfer import copy_to_device
 from icegrt.ppo.batch_plan import BatchPlan
 from icegrt.ppo.experience import Experience
 from icegrt.ppo.rewards import RewardOutputs
