@@ -16,8 +16,10 @@ from icegrt.kernels import Moments
 from icegrt.model.architecture import Architecture
 from icegrt.model.build import build_parallel_model
 from icegrt.packing import pack
-from icegrt.ppo.batch_plan import ActionBatch
+from icegrt.ppo import experience
+from icegrt.ppo.batch_plan import ActionBatch, plan_batches
 from icegrt.ppo.losses import CriticLoss, PolicyLoss, PtxLoss
+from icegrt.ppo.scores import Scores
 from icegrt.ppo.scoring import LogprobScorer, score_sequences, score_values
 from icegrt.roles.micro_batch import MicroBatch, merge_by_type
 from icegrt.roles.role import Role, TrainableRole
@@ -147,6 +149,26 @@ def test_the_optimizer_reads_one_number_whatever_the_number_of_parameters(roles)
     assert list(watch.syncs.values()) == [1]
     # Multi-tensor kernels: no operation runs once per parameter, but for the masters that are copied back.
     assert watch.launches["lerp_.Scalar"] + watch.launches["addcdiv_.Scalar"] == 0
+
+
+def test_advantages_are_computed_where_the_values_are(monkeypatch):
+    responses = tiny.responses(9)
+    plan = plan_batches(responses, 48).with_masked(torch.arange(9) == 4)
+    actions, arguments = sum(len(r.tokens) for r in responses), []
+
+    def kernel(*args, **kwargs):
+        arguments.extend([*args, kwargs["bootstrap_N"], kwargs["mask_A"], kwargs["token_reward_A"]])
+
+    monkeypatch.setattr(experience, "shaped_gae", kernel)
+    stream_A, scores = torch.empty(actions, device=META), Scores(torch.zeros(9), [], None)
+    config = PPOConfig(bootstrap_truncated=True)
+    with DeviceWatch() as watch:
+        experience.compute_advantages(
+            config, 0.1, plan, scores, stream_A, stream_A, stream_A, stream_A[:9], torch.zeros(actions)
+        )
+    assert watch.syncs == {}
+    check_one_copy_each(watch, 1)
+    assert len(arguments) == 8 and all(x.device == META for x in arguments)
 
 
 @pytest.mark.parametrize("wait", ["item", "cpu", "nonzero", "copy"])
