@@ -231,7 +231,8 @@ def _print_interrupted(argv: list[str]) -> None:
         auto = f"{argv[0]}.run.resume="
         kept = [arg for arg in argv if arg != "--resume" and not arg.startswith(auto)]
         start = "the same torchrun command with" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "run"
-        hint = f"; to continue from the last checkpoint, {start}: icegrt {shlex.join([*kept, f'{auto}auto'])}"
+        command = shlex.join([*kept, f"{auto}auto"])
+        hint = f"; to continue, from the last checkpoint if there is one, {start}: icegrt {command}"
     print(f"interrupted{hint}", file=sys.stderr, flush=True)
 
 

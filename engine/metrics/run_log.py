@@ -8,6 +8,7 @@ before training. Only rank 0 opens a `RunLog`: records are already reduced over 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -69,7 +70,7 @@ class RunLog:
             write_text_atomic(self.path, "".join(json_line(row) for row in rows))
         self._sinks = open_sinks(log_to, self.dir, config or {}, resume_from_step is not None)
         # Unbuffered: what the disk refuses stays in `_unwritten`, and a line is continued where the disk became full.
-        self._file = open(self.path, "ab", buffering=0)
+        self._file = io.FileIO(self.path, "ab")
         self._unwritten = b""
         self._warned: set[str] = set()
 
@@ -96,7 +97,7 @@ class RunLog:
 
     def _write(self) -> None:
         while self._unwritten:
-            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) or 0 :]
 
     def sync(self) -> None:
         """Flush all rows to the disk.

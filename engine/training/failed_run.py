@@ -65,5 +65,5 @@ def kept_note(section: str, folder: Path, step: int, total: int, unit: str) -> s
     if not checkpoints:
         return f"kept: no checkpoint, after {step} of {total} {unit}; start again with {section}.run.resume=auto"
     kept = read_state(checkpoints[-1])["step"]
-    lost = f" ({step - kept} more are lost)" if kept < step else ""
-    return f"kept: {kept} of {total} {unit}{lost}, in {checkpoints[-1]}; continue with --resume"
+    done = f" ({step} were done)" if kept < step else ""
+    return f"kept: {kept} of {total} {unit}{done}, in {checkpoints[-1]}; continue with --resume"

@@ -28,10 +28,10 @@ from icegrt.training.ranking_loss import (
     pack_group,
     pack_rankings,
 )
-from icegrt.training.reward_summary import heldout_figures
+from icegrt.training.reward_summary import heldout_figures, surprises
 from icegrt.training.single_model import OneModelTrainer
 from icegrt.training.trainer import write_json
-from icegrt.utils.console import print_info
+from icegrt.utils.console import print_info, warn
 
 
 class RewardTrainer(OneModelTrainer[RewardConfig, RewardStep]):
@@ -180,7 +180,10 @@ class RewardTrainer(OneModelTrainer[RewardConfig, RewardStep]):
         statistics = None
         if after is not None:
             assert self._before is not None  # measured before the first step
-            summary |= heldout_figures(self.config, self._before, after, self.heldout_rankings, self.train_rankings)
+            figures = heldout_figures(self.config, self._before, after, self.heldout_rankings, self.train_rankings)
+            summary |= figures
+            for message in surprises(figures):
+                warn(message)
             statistics = {"before": self._before["statistics"], "after": score_statistics(after.score_N)}
         self.save_checkpoint(None if after is None else -after.loss)
         self.write_model(_statistics_file(statistics))

@@ -212,7 +212,7 @@ def rows_file(out: str, inputs: Sequence[str] = ()) -> Iterator[JsonlWriter | No
     if path.exists():
         if any(os.path.exists(read) and os.path.samefile(path, read) for read in inputs):
             raise RunError(f"{path}: this command reads it and would replace it; name another file to write")
-        warn(f"{path}: is there already; it is replaced when all rows are written")
+        warn(f"{path}: is there already and is replaced when all rows are written; name another file to keep it")
     new_folders = create_writable_folder(path.parent)
     try:
         with JsonlWriter(path) as writer:

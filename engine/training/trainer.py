@@ -78,6 +78,7 @@ class Trainer(Generic[ConfigT, StepT]):
         self._written_at: int | None = None
         self._boundary: StepBoundary | None = None
         self._run_lock: RunLock | None = None
+        self._report_is_missing = False
         self._stop_signal: Callable[[], int] = lambda: 0
         check_sinks(self.run.log_to, f"{config.section}.run.log_to")
         if not self.run.dir:
@@ -317,12 +318,16 @@ class Trainer(Generic[ConfigT, StepT]):
         raise NotImplementedError
 
     def write_report(self) -> None:
-        """Write the report of the run so far, on rank 0. A failure is a warning: the metrics are on the disk."""
+        """Write the report of the run so far, on rank 0. A failure is one warning: the metrics are on the disk."""
         if self.cluster.is_main:
             try:
                 write_run_report(self.dir, config=self.config if isinstance(self.config, PPOConfig) else None)
+                self._report_is_missing = False
             except Exception as error:
-                warn(f"{self.dir / 'report.html'}: not written ({error}); `icegrt report {self.run.dir}` writes it")
+                if not self._report_is_missing:
+                    command = f"`icegrt report {self.run.dir}` writes it"
+                    warn(f"{self.dir / 'report.html'}: not written ({error}); the run goes on, and {command}")
+                self._report_is_missing = True
 
     def notify(self, hook: str, *args: Any) -> None:
         """Call `hook` of every callback that defines it."""
