@@ -100,9 +100,7 @@ class OneModelTrainer(Trainer[ConfigT, StepT]):
         """Return the rows of the next step. Raises `RunError` beyond the last one."""
         batch = next(self._batches, None)
         if batch is None:
-            raise RunError(
-                f"all steps of {self.config.section}.epochs={self.config.epochs:g} are done; raise it to go on"
-            )
+            raise RunError(f"all {self.total_steps} steps are done; raise {self.config.section}.epochs to train on")
         return batch
 
     def _training_data(self, rows: Rows | None) -> EncodedSources:

@@ -185,7 +185,7 @@ class Trainer(Generic[ConfigT, StepT]):
         boundary = self._boundary
         if not isinstance(error, Exception) or boundary is None:
             return
-        # Other ranks may be gone. Weights beside skipped steps are those that led there. What failed once fails again.
+        # Other ranks may be gone; weights beside skipped steps are those that led there; a failed write fails again.
         can_save = self.cluster.world_size == 1 and not any(self._skip_guard.skipped_in_a_row.values())
         if boundary.step not in (0, self._written_at) and can_save and boundary.is_in_memory(self.roles):
             try:
@@ -205,8 +205,6 @@ class Trainer(Generic[ConfigT, StepT]):
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self.close(error)
-
-    # -- state that subclasses add ---------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs beside weights and optimizers, as JSON."""

@@ -145,7 +145,7 @@ def fsync_path(path: Path) -> None:
 
 def _name(error: BaseException, path: Path) -> None:
     """Name the file in the error of a full disk: a write knows its descriptor only."""
-    if isinstance(error, OSError) and error.filename is None:
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
         error.filename = str(path)
 
 
