@@ -309,7 +309,7 @@ def test_a_reward_model_that_should_not_be_trusted_is_announced(home, tmp_path, 
         "hold out more prompts (reward.heldout or reward.heldout_fraction)"
     ]
     (worse,) = [line for line in lines if "best single feature" in line]
-    assert "right on 0.500 of the held-out pairs, its best single feature (length) on 1.000" in worse
+    assert "right on 0.500 of the held-out pairs, its best single feature (length (higher)) on 1.000" in worse
 
 
 def test_a_reward_model_better_than_its_features_on_many_pairs_is_not_announced():
