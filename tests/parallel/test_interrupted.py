@@ -43,9 +43,8 @@ def wait_for_steps(process, run, steps):
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("launched", LAUNCHERS)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "number"), [*((stage, signal.SIGINT) for stage in STAGES), ("ppo", signal.SIGHUP)])
 def test_a_signal_from_the_terminal_saves_and_the_next_command_finishes(stage, launched, number, home, tmp_path):
     stage_keys, endless, shortened = STAGES[stage]
     run = tmp_path / "run"
