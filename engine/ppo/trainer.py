@@ -253,11 +253,11 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
             response = plan.local_responses[n]
             role = self.components.roles[name]
             what = "a value" if name == "critic" else "a log-prob"
-            fault = "are not finite" if not weights_are_finite(role) else "are finite, so its activations overflow"
+            weights = "are finite" if weights_are_finite(role) else "are not finite"
             raise RunError(
                 f"iteration {iteration}: the {name} gives {what} of {float(x_A[action])} to token "
                 f"{action - int(plan.cu_actions[n]) + 1} of response {response.sequence_id} "
-                f"({prompts[response.prompt_index].where}); its weights {fault}. {_REMEDY[name]}"
+                f"({prompts[response.prompt_index].where}); its weights {weights}. {_REMEDY[name]}"
             )
 
     def _require_one_score(self, rewards: RewardOutputs) -> None:
