@@ -44,7 +44,7 @@ class RewardOutputs:
         models: raw scores of each reward model.
         sources: results and errors of each function and HTTP scorer.
         source_seconds: how long this rank's functions and scorers took, beside inference.
-        wait_seconds: how long inference waited for those of all ranks.
+        wait_seconds: how long the models waited for those of all ranks.
     """
 
     samples: list[Sample]

@@ -34,6 +34,9 @@ def test_tensors_of_the_host_share_a_copy_and_others_stay():
         moved = copy_to_device({"a": TENSORS[0], "there": there, "b": TENSORS[1]}, META, non_blocking=True)
     assert list(moved) == ["a", "there", "b"] and moved["there"] is there
     assert sum(watch.copies.values()) == 1 and not watch.blocking_copies
+    with DeviceWatch() as watch:
+        assert copy_to_device({"there": there}, META) == {"there": there}
+    assert not watch.copies and not watch.blocking_copies
 
 
 def test_a_batch_without_a_device_is_not_copied():
