@@ -104,6 +104,30 @@ def test_logprob_is_that_of_token_logprobs():
     torch.testing.assert_close(logprob, token_logprobs(logits, token, temperature=0.7).logprob_A)
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 9}, {"top_p": 0.9}], ids=str)
+def test_logits_far_from_zero_lose_no_digits(options):
+    """Logits of -1e4 at a temperature of 0.7 are drawn as the same logits around 0 are, in fp64."""
+    logits = torch.randn(4096, 300, generator=torch.Generator().manual_seed(0)) - 1e4
+    near_zero = logits.double() + 1e4
+    token, logprob = draw(logits, 0.7, **options)
+    expected, truth = draw(near_zero, 0.7, **options)
+    assert torch.equal(token, expected)
+    assert (logprob.double() - truth).abs().max() < 2e-6
+
+
+def test_a_row_with_nan_has_a_token_of_the_vocabulary(tmp_path):
+    """A sharded vocabulary too: its ranks merge candidates, and NaN equals nothing."""
+    logits = torch.zeros(2, 6)
+    logits[0, 4] = torch.nan
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        shard = VocabShard(torch.distributed.group.WORLD, 0, 6, 6)
+        for token, logprob in (draw(logits), draw(logits, shard=shard)):
+            assert token[0] == 4 and logprob.isnan().tolist() == [True, False]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_greedy_ties_infinities_padding_and_empty_batches():
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [-torch.inf, -torch.inf, 2.0, -torch.inf]])
     token, logprob = draw(logits, 0.0)

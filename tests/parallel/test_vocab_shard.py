@@ -161,8 +161,10 @@ def check_sampling_exchange(shard, columns):
     logits[:, 20] = logits[:, 3]  # equals on different ranks
     random_state = {"seed": 3, "sequence_ids": torch.arange(rows), "positions": torch.zeros(rows, dtype=torch.long)}
     plain, gather = [], dist.all_gather
-    for options in ({}, {"top_k": 3}, {"top_p": 0.6}, {"top_k": 7, "top_p": 0.9}):
-        expected, logprob = sample_tokens(logits[:, :VOCAB], temperature=0.9, **random_state, **options)
+    for options in ({}, {"offset": -1e4}, {"top_k": 3}, {"top_p": 0.6}, {"top_k": 7, "top_p": 0.9}):
+        # Far from 0 too: a rank's own rounding of a quotient of -1e4 would move its candidate.
+        rows_logits = logits + options.pop("offset", 0.0)
+        expected, logprob = sample_tokens(rows_logits[:, :VOCAB], temperature=0.9, **random_state, **options)
         gathered_sizes = []
 
         def counted(parts, x, group, gathered_sizes=gathered_sizes):
@@ -172,7 +174,7 @@ def check_sampling_exchange(shard, columns):
         dist.all_gather = counted
         try:
             token, local_logprob = sample_tokens(
-                logits[:, columns], temperature=0.9, shard=shard, **random_state, **options
+                rows_logits[:, columns], temperature=0.9, shard=shard, **random_state, **options
             )
         finally:
             dist.all_gather = gather

@@ -116,6 +116,22 @@ def test_all_negative_infinite_and_tied_logits():
     check_negative_infinite_and_tied_logits()
 
 
+def check_far_from_zero():
+    """Logits of -1e4 at a temperature of 0.7 are drawn as the same logits around 0 are, in fp64."""
+    logits = torch.randn(3000, 40, generator=torch.Generator().manual_seed(0)) - 1e4
+    near_zero = logits.double() + 1e4
+    ids, positions = torch.arange(3000), torch.zeros(3000, dtype=torch.long)
+    expected, _ = draw(near_zero, "reference", ids=ids, positions=positions, temperature=0.7)
+    token, logprob = draw(logits, ids=ids, positions=positions, temperature=0.7)
+    assert torch.equal(token, expected)
+    truth = (near_zero / 0.7).log_softmax(-1).gather(1, token[:, None]).squeeze(1)
+    assert (logprob.double() - truth).abs().max() < 2e-6
+
+
+def test_logits_far_from_zero_lose_no_digits():
+    check_far_from_zero()
+
+
 def check_padding():
     padded = torch.zeros(30, 96)
     padded[:, 70:] = 100.0
