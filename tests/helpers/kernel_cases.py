@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from icegrt.kernels import dispatch, use_backend
+from icegrt.kernels import dispatch, kl_divergence, shaped_gae, use_backend
 
 
 def widen(value):
@@ -99,3 +99,16 @@ def naive_gae(score, value, logprob, ref, cu, *, kl_coef, gamma, lam, bootstrap=
             advantage[t], returns[t], reward[t] = carry, carry + float(value[t]), r
             following = float(value[t])
     return tuple(torch.tensor(x, dtype=torch.float64) for x in (advantage, returns, reward, kl))
+
+
+def check_filtered_tokens(estimator):
+    """Assert that shaped_gae penalises log-probs of -inf by what kl_divergence returns for them."""
+    logprob = torch.tensor([-torch.inf, -1.0, -torch.inf, -1.0, -2.0, -1.5])
+    ref = torch.tensor([-1.0, -torch.inf, -torch.inf, -2.0, -1.0, -1.5])
+    zeros = torch.zeros(6)
+    out = shaped_gae(zeros[:1], zeros, logprob, ref, torch.tensor([0, 6]), kl_coef=0.5, kl_estimator=estimator)
+    with use_backend("reference"):
+        kl = kl_divergence(logprob, ref, estimator)
+    assert kl.isfinite().all() and out.advantage_A.isfinite().all()
+    torch.testing.assert_close(out.reward_A, -0.5 * kl)
+    torch.testing.assert_close(out.kl_N, kl.sum()[None])
