@@ -162,12 +162,18 @@ class RewardComputer:
         return outputs
 
     def _score_with_sources(self, plan: BatchPlan, samples: list[Sample]) -> list[SourceScores]:
-        """Share the prompts among data-parallel ranks, all responses to a prompt together, and gather the scores."""
+        """Share the prompts among data-parallel ranks, all responses to a prompt together, and gather the scores.
+
+        Equal prompts of several rows are one prompt, as in one process.
+        """
         cluster = self.cluster
         if cluster.world_size == 1:
             return self.reward_sources.score_by_source(samples)
         ranks, rank = cluster.share.ranks, cluster.share.rank
-        assignment = [[n for n, r in enumerate(plan.responses) if r.prompt_index % ranks == k] for k in range(ranks)]
+        owner: dict[tuple[int, ...], int] = {}
+        assignment: list[list[int]] = [[] for _ in range(ranks)]
+        for n, (sample, response) in enumerate(zip(samples, plan.responses, strict=True)):
+            assignment[owner.setdefault(tuple(sample.prompt_tokens), response.prompt_index % ranks)].append(n)
         # Of the ranks that hold one model together the first calls the sources and broadcasts the scores.
         first = dist.get_process_group_ranks(cluster.model_group)[0]
         message: list[list[SourceScores] | None] = [None]
