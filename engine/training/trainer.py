@@ -19,7 +19,7 @@ from icegrt.checkpoint.manager import Checkpoints
 from icegrt.config import PPOConfig, RewardConfig, RunConfig, SFTConfig
 from icegrt.config.loader import as_dict
 from icegrt.data import check_tokenizer, load_tokenizer
-from icegrt.data.tokenizer import save_tokenizer
+from icegrt.data.tokenizer import check_vocabulary, save_tokenizer
 from icegrt.data.types import Tokenizer, TokenizerSource
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
@@ -329,12 +329,7 @@ def tokenizer_for(tokenizer: TokenizerSource | None, model: ModelSource, archite
     else:
         checked = tokenizer
         check_tokenizer(checked, print_info=print_info)
-    if len(checked) > architecture.vocab_size:
-        token = checked.decode([architecture.vocab_size], skip_special_tokens=False)
-        raise ConfigError(
-            f"the tokenizer has {len(checked)} tokens, but the model's vocabulary only {architecture.vocab_size}; "
-            f"they do not belong together: the first token that is too many is {token!r}"
-        )
+    check_vocabulary(checked, architecture.vocab_size)
     return checked
 
 

@@ -191,7 +191,8 @@ def shaped_gae_kernel(
 
     # 8. The state at the end of each row: start at the sequence's end, apply the maps of the chunks in between.
     score = tl.load(score_ptr + n, mask=real, other=0.0)
-    advantage_in = score * 0.0
+    # Not score * 0.0: a score that is not finite would reach kl_N.
+    advantage_in = tl.zeros((ROWS,), tl.float32)
     pending_in = score + gamma * tl.load(bootstrap_ptr + n, mask=real & (n < bootstrap_size), other=0.0)
     untaken_in = advantage_in + 1.0
     kl_in = advantage_in

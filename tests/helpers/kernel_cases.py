@@ -7,6 +7,7 @@ import sys
 import torch
 
 from icegrt.kernels import dispatch, kl_divergence, shaped_gae, use_backend
+from icegrt.kernels.sample_tokens.reference import exponential_noise, row_keys
 
 
 def widen(value):
@@ -112,3 +113,21 @@ def check_filtered_tokens(estimator):
     assert kl.isfinite().all() and out.advantage_A.isfinite().all()
     torch.testing.assert_close(out.reward_A, -0.5 * kl)
     torch.testing.assert_close(out.kl_N, kl.sum()[None])
+
+
+def near_ties(rows, temperature, level=-1e4, columns=40):
+    """Return logits near `level` whose two candidates nearly tie under the noise of seed 0, and the tokens drawn.
+
+    Row n has the sequence id n and position 0. The winner is ahead by 2e-5 to 6e-4, computed in fp64; a quotient of
+    -1e4 in fp32 is off by up to 5e-4.
+    """
+    ids = torch.arange(4 * rows)
+    gumbel = -exponential_noise(row_keys(0, ids, torch.zeros_like(ids)), 0, columns).double().log()
+    logits = torch.full((4 * rows, columns), -torch.inf)
+    logits[:, 3] = level
+    logits[:, 20] = (level + temperature * (gumbel[:, 3] - gumbel[:, 20])).float()
+    perturbed = logits.double() / temperature + gumbel
+    ahead = (perturbed[:, 3] - perturbed[:, 20]).abs()
+    ids = ids[(ahead > 2e-5) & (ahead < 6e-4)][:rows]
+    assert len(ids) == rows
+    return logits[ids], ids, perturbed[ids].argmax(-1)

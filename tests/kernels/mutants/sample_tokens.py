@@ -61,9 +61,9 @@ MUTANTS = (
     Mutant(
         MODULE,
         KERNEL,
-        "logits are perturbed in fp32",
-        "perturbed = z.to(tl.float64)",
-        "perturbed = z.to(tl.float32)",
+        "logits are divided in fp32",
+        "perturbed * inverse_temperature",
+        "(perturbed * inverse_temperature).to(tl.float32)",
         check_far_from_zero,
     ),
     Mutant(
