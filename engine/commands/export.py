@@ -107,4 +107,9 @@ def _tensors(
     reader: CheckpointTensors, architecture: Architecture, head: str, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     for spec in mapping.parameter_mapping(architecture, head):
-        yield from exporter.exported(spec, [reader.read(spec.name)], architecture, dtype)
+        weight = reader.read(spec.name)
+        if not bool(torch.isfinite(weight).all()):
+            raise CheckpointError(
+                f"{reader.folder}: `{spec.name}` holds NaN or infinity; export a checkpoint from before training broke"
+            )
+        yield from exporter.exported(spec, [weight], architecture, dtype)

@@ -23,7 +23,6 @@ from icegrt.data.tokenizer import check_vocabulary, save_tokenizer
 from icegrt.data.types import Tokenizer, TokenizerSource
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
-from icegrt.distributed.pipeline import all_ranks_true
 from icegrt.errors import ConfigError, RunError
 from icegrt.kernels import default_chunk_rows
 from icegrt.metrics import PPOStep, RewardStep, RunLog, SFTStep, drop_rollouts
@@ -272,12 +271,6 @@ class Trainer(Generic[ConfigT, StepT]):
         Raises:
             RunError: a weight is not finite.
         """
-        parameters = self.roles[0].model.parameters()
-        if not all_ranks_true(all(bool(torch.isfinite(parameter).all()) for parameter in parameters)):
-            raise RunError(
-                f"{self.dir / 'model'}: not written, because weights of the {self.roles[0].name} are not finite; lower "
-                "its learning rate, and start a new run"
-            )
         self.roles[0].save_pretrained(self.dir / "model", self.run.dtype, self.tokenizer, extra_files, replace=True)
         self.cluster.barrier()
 

@@ -109,6 +109,27 @@ def test_nan_that_counts_reaches_loss_and_gradient(backend, stream):
 
 
 @STREAM_BACKENDS
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_reference_of_nan_reaches_loss_and_gradient(backend, estimator):
+    ref = with_entry(torch.full((4,), -1.0), 1, NAN)
+    options = {"ref_logprob_A": ref, "kl_coef": 0.1, "kl_estimator": estimator}
+    streams = (torch.full((4,), -1.2), torch.full((4,), -1.0), torch.ones(4))
+    out, grad = policy_loss(backend, *streams, **options)
+    assert out.loss.isnan() and grad.isnan().tolist() == [False, True, False, False]
+    out, grad = policy_loss(backend, *streams, **options, mask_A=torch.tensor([1, 0, 1, 1]))
+    assert out.loss.isfinite() and grad.isfinite().all()
+
+
+@LINEAR_BACKENDS
+def test_a_reference_of_nan_reaches_the_linear_loss_and_its_gradients(backend):
+    problem = linear_problem()
+    ref = with_entry(torch.full((4,), -1.0), 1, NAN)
+    out, hidden_grad, weight_grad = linear_loss(backend, *problem, ref_logprob_A=ref, kl_coef=0.1, chunk_rows=2)
+    assert out.loss.isnan() and weight_grad.isnan().all()
+    assert hidden_grad.isnan().all(1).tolist() == [False, True, False, False]
+
+
+@STREAM_BACKENDS
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 def test_nan_reaches_the_gradient_of_an_estimator_that_is_not_linear(backend, estimator):
     leaf = torch.tensor([NAN, -1.0], requires_grad=True)

@@ -1,0 +1,183 @@
+"""Guards that all stages share, from checkpoint folders and from models in memory."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import icegrt
+from icegrt import cli
+from icegrt.checkpoint.directory import checkpoints_dir
+from icegrt.config import PPOConfig, RewardConfig, SFTConfig
+from icegrt.errors import RunError
+from icegrt.ppo.trainer import PPOTrainer
+from icegrt.training.reward_model import RewardTrainer
+from icegrt.training.sft import SFTTrainer
+from tests.helpers import stage_cases as cases
+from tests.helpers import tiny_models as tiny
+
+STAGES = ("sft", "reward", "ppo")
+FORMS = ("folder", "memory")
+EVERY_STAGE = pytest.mark.parametrize("stage", STAGES)
+EVERY_FORM = pytest.mark.parametrize("form", FORMS)
+
+
+def build(stage, form, home, folder, *keys, callbacks=()):
+    """Return a trainer of two steps; the models, data and reward are files of `home`, or the same objects in memory."""
+    kind, config, base, rows = {
+        "sft": (SFTTrainer, SFTConfig, cases.sft_keys, cases.sft_rows),
+        "reward": (RewardTrainer, RewardConfig, cases.reward_keys, cases.ranking_rows),
+        "ppo": (PPOTrainer, PPOConfig, cases.ppo_keys, cases.prompt_rows),
+    }[stage]
+    if stage == "reward":
+        keys = ("epochs=1", *keys)
+    settings = config.load(None, base(home, folder, *(f"{stage}.{key}" for key in keys)))
+    inputs = {"callbacks": callbacks}
+    if form == "memory":
+        inputs |= {"tokenizer": tiny.tokenizer(), ("prompts" if stage == "ppo" else "data"): rows()}
+        if stage == "ppo":
+            inputs |= {"actor": tiny.causal_lm(), "reward": [tiny.scorer(), cases.share_of_a]}
+        else:
+            inputs |= {"model": tiny.causal_lm()}
+    return kind(settings, **inputs)
+
+
+def weights(run):
+    return {name: p.detach().clone() for role in run.roles for name, p in tiny.parameters(role).items()}
+
+
+def assert_same_bits(results):
+    first, *others = results
+    for other in others:
+        assert all(torch.equal(other[name], weight) for name, weight in first.items())
+
+
+@EVERY_STAGE
+def test_a_model_in_memory_trains_to_the_bits_of_its_folder_with_autograd_left_off_by_others(stage, home, tmp_path):
+    class LeavesAutogradOff:
+        def on_update(self, run, *figures):
+            torch.set_grad_enabled(False)
+
+    results = []
+    for form in FORMS:
+        for enabled, callbacks in ((True, ()), (False, ()), (True, [LeavesAutogradOff()])):
+            try:
+                with torch.set_grad_enabled(enabled):
+                    with build(stage, form, home, tmp_path / str(len(results)), callbacks=callbacks) as run:
+                        list(run)
+                        results.append(weights(run))
+            finally:
+                torch.set_grad_enabled(True)
+    assert_same_bits(results)
+
+
+@EVERY_STAGE
+@EVERY_FORM
+def test_inference_mode_is_refused_by_name(stage, form, home, tmp_path):
+    with torch.inference_mode(), pytest.raises(RunError, match="inference_mode is on"):
+        build(stage, form, home, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@EVERY_STAGE
+@EVERY_FORM
+def test_seeds_beyond_32_bits_train_and_differ(stage, form, home, tmp_path):
+    losses = []
+    for seed in (1, 1 + 2**32, 2**64 + 1):
+        with build(stage, form, home, tmp_path / str(seed), f"run.seed={seed}") as run:
+            losses.append([step.score_mean if stage == "ppo" else step.loss for step in run])
+    assert len({tuple(x) for x in losses}) == 3
+
+
+@EVERY_FORM
+def test_the_engine_takes_seeds_beyond_32_bits_with_autograd_left_on_or_off(form, home):
+    model = icegrt.load_actor(home.actor if form == "folder" else tiny.causal_lm())
+    engine = icegrt.RolloutEngine(model, tiny.tokenizer())
+    answers = {}
+    for seed in (1, 1 + 2**32, 20261128123456, 2**64 + 2):
+        for enabled in (True, False):
+            with torch.set_grad_enabled(enabled):
+                responses = engine.generate([[5, 6]], 4, icegrt.Sampling(max_new_tokens=8, seed=seed))
+            answers.setdefault(seed, []).append([r.tokens for r in responses])
+    assert all(on == off for on, off in answers.values())
+    assert len({str(x) for x in answers.values()}) == 4
+
+
+@EVERY_STAGE
+@EVERY_FORM
+def test_a_callback_that_changes_the_working_directory_moves_no_file(stage, form, home, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    class Leaves:
+        def on_update(self, run, *figures):
+            os.chdir(tmp_path / "elsewhere")
+
+    with build(stage, form, home, "run", "run.checkpoint_in_background=false", callbacks=[Leaves()]) as run:
+        run.train()
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert (tmp_path / "run" / "model").is_dir() and (tmp_path / "run" / "report.html").is_file()
+
+
+@EVERY_STAGE
+@EVERY_FORM
+def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run(stage, form, home, tmp_path, monkeypatch, capsys):
+    rename = os.replace
+
+    def busy(source, target):
+        if Path(source).name == "step_000001" and Path(target).name != "step_000001":
+            raise OSError(16, "Device or resource busy", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", busy)
+    every = {"sft": "checkpoint_every=1", "reward": "eval_every=1", "ppo": "checkpoint_every=1"}[stage]
+    with build(stage, form, home, tmp_path / "run", every, "keep_checkpoints=1") as run:
+        steps = 0
+        for _ in run:
+            steps += 1
+            run.save_checkpoint()  # without a quality: the first one is not kept as the best
+        run.finish()
+    assert steps == 2 and (tmp_path / "run" / "model").is_dir()
+    assert {"step_000001", "step_000002"} <= {path.name for path in checkpoints_dir(tmp_path / "run").iterdir()}
+    if stage != "reward":
+        assert "step_000001: cannot be deleted" in capsys.readouterr().err
+
+
+@EVERY_STAGE
+@EVERY_FORM
+def test_two_runs_do_not_write_one_folder(stage, form, home, tmp_path):
+    with build(stage, form, home, tmp_path / "run") as run:
+        with pytest.raises(RunError, match="run"):
+            build(stage, form, home, tmp_path / "run", "run.resume=auto")
+        assert len(list(run)) == 2
+
+
+@EVERY_STAGE
+@EVERY_FORM
+def test_weights_that_are_not_finite_are_written_nowhere(stage, form, home, tmp_path, capsys):
+    with build(stage, form, home, tmp_path / "run") as run:
+        run.step()
+        next(run.roles[0].model.parameters()).data.view(-1)[3] = float("-inf")
+        with pytest.raises(RunError, match=rf"{tmp_path}/python: not written, .* weights of the .* not finite"):
+            run.save_pretrained(tmp_path / "python")
+        with pytest.raises(RunError, match=r"run/model: not written, .* weights of the .* not finite"):
+            run.write_model()
+        run.save_checkpoint()
+        run.complete_checkpoint()
+        role = run.roles[0].name
+    argv = ["export", f"export.run={tmp_path}/run", f"export.out={tmp_path}/command", f"export.role={role}"]
+    assert cli.main(argv) == 2
+    assert "holds NaN or infinity; export a checkpoint from before" in capsys.readouterr().err
+    assert not any((tmp_path / name).exists() for name in ("python", "run/model", "command"))
+
+
+@EVERY_STAGE
+@EVERY_FORM
+def test_a_warm_up_of_nearly_the_whole_run_trains_from_the_first_step(stage, form, home, tmp_path):
+    with build(stage, form, home, tmp_path / "run", "optimizer.warmup_fraction=0.99") as run:
+        before = weights(run)
+        step = run.step()
+        after = weights(run)
+    assert (step.lr_actor if stage == "ppo" else step.lr) > 0
+    assert any(not torch.equal(after[name], weight) for name, weight in before.items())
