@@ -84,10 +84,10 @@ def test_inference_mode_is_refused_by_name(stage, form, home, tmp_path):
 @EVERY_FORM
 def test_seeds_beyond_32_bits_train_and_differ(stage, form, home, tmp_path):
     losses = []
-    for seed in (1, 1 + 2**32, 2**64 + 1):
+    for seed in (1, 1 + 2**32):
         with build(stage, form, home, tmp_path / str(seed), f"run.seed={seed}") as run:
             losses.append([step.score_mean if stage == "ppo" else step.loss for step in run])
-    assert len({tuple(x) for x in losses}) == 3
+    assert losses[0] != losses[1]
 
 
 @EVERY_FORM
@@ -126,22 +126,18 @@ def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run(stage, form, home,
     rename = os.replace
 
     def busy(source, target):
-        if Path(source).name == "step_000001" and Path(target).name != "step_000001":
+        if Path(source).name == "step_000001":
             raise OSError(16, "Device or resource busy", str(source))
         rename(source, target)
 
     monkeypatch.setattr(os, "replace", busy)
     every = {"sft": "checkpoint_every=1", "reward": "eval_every=1", "ppo": "checkpoint_every=1"}[stage]
     with build(stage, form, home, tmp_path / "run", every, "keep_checkpoints=1") as run:
-        steps = 0
-        for _ in run:
-            steps += 1
-            run.save_checkpoint()  # without a quality: the first one is not kept as the best
+        assert len(list(run)) == 2
         run.finish()
-    assert steps == 2 and (tmp_path / "run" / "model").is_dir()
+    assert (tmp_path / "run" / "model").is_dir()
     assert {"step_000001", "step_000002"} <= {path.name for path in checkpoints_dir(tmp_path / "run").iterdir()}
-    if stage != "reward":
-        assert "step_000001: cannot be deleted" in capsys.readouterr().err
+    assert "step_000001: cannot be deleted (Device or resource busy)" in capsys.readouterr().err
 
 
 @EVERY_STAGE
