@@ -1,15 +1,18 @@
 """Guards that all stages share, from checkpoint folders and from models in memory."""
 
+import errno
 import os
+import resource
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import normalizers
 
 import icegrt
 from icegrt import cli
 from icegrt.checkpoint.directory import checkpoints_dir
-from icegrt.config import PPOConfig, RewardConfig, SFTConfig
+from icegrt.config import CriticConfig, PPOConfig, RewardConfig, SFTConfig
 from icegrt.errors import RunError
 from icegrt.ppo.trainer import PPOTrainer
 from icegrt.training.reward_model import RewardTrainer
@@ -23,7 +26,7 @@ EVERY_STAGE = pytest.mark.parametrize("stage", STAGES)
 EVERY_FORM = pytest.mark.parametrize("form", FORMS)
 
 
-def build(stage, form, home, folder, *keys, callbacks=()):
+def build(stage, form, home, folder, *keys, callbacks=(), tokenizer=None):
     """Return a trainer of two steps; the models, data and reward are files of `home`, or the same objects in memory."""
     kind, config, base, rows = {
         "sft": (SFTTrainer, SFTConfig, cases.sft_keys, cases.sft_rows),
@@ -35,7 +38,7 @@ def build(stage, form, home, folder, *keys, callbacks=()):
     settings = config.load(None, base(home, folder, *(f"{stage}.{key}" for key in keys)))
     inputs = {"callbacks": callbacks}
     if form == "memory":
-        inputs |= {"tokenizer": tiny.tokenizer(), ("prompts" if stage == "ppo" else "data"): rows()}
+        inputs |= {"tokenizer": tokenizer or tiny.tokenizer(), ("prompts" if stage == "ppo" else "data"): rows()}
         if stage == "ppo":
             inputs |= {"actor": tiny.causal_lm(), "reward": [tiny.scorer(), cases.share_of_a]}
         else:
@@ -177,3 +180,56 @@ def test_a_warm_up_of_nearly_the_whole_run_trains_from_the_first_step(stage, for
         after = weights(run)
     assert (step.lr_actor if stage == "ppo" else step.lr) > 0
     assert any(not torch.equal(after[name], weight) for name, weight in before.items())
+
+
+@EVERY_STAGE
+@EVERY_FORM
+def test_a_run_that_diverges_ends_with_its_cause_and_writes_no_model(stage, form, home, tmp_path):
+    keys = ["optimizer.lr=1e19", "optimizer.clip_grad=0", "optimizer.warmup_fraction=0"]
+    keys += ["iterations=6", "kl_coef=0"] if stage == "ppo" else ["epochs=8"]
+    keys += ["patience=0"] if stage == "reward" else []
+    with pytest.raises(RunError, match=r"steps in a row of the \w+ had a loss or gradient that .* not finite"):
+        with build(stage, form, home, tmp_path / "run", *keys) as run:
+            run.train()
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@EVERY_FORM
+@pytest.mark.parametrize("entry", ["ppo", "engine"])
+def test_ids_beyond_the_tokenizer_are_sampled_nowhere(entry, form, home, tmp_path):
+    """A model of 80 ids whose probability lies on those that the tokenizer of 61 lacks."""
+    model, tokenizer = tiny.causal_lm(vocab_size=80), tiny.tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight[61:] = 3 * model.lm_head.weight[5]
+    source = cases.save_model(tmp_path / "padded", model, tokenizer) if form == "folder" else model
+    if entry == "engine":
+        engine = icegrt.RolloutEngine(icegrt.load_actor(source), tokenizer)
+        responses = [r.tokens for r in engine.generate([[5, 6]], 16, icegrt.Sampling(max_new_tokens=8))]
+    else:
+        config = tiny.ppo_config(tmp_path / "run", iterations=1, critic=CriticConfig(init="actor"))
+        with PPOTrainer(config, source, tokenizer, cases.share_of_a, cases.prompt_rows()) as run:
+            step = run.step()
+        assert step.rollout_logprob_gap_max < 1e-4 and abs(step.kl_nats_per_response) < 1e-6
+        rows = cases.read_jsonl(tmp_path / "run" / "rollouts" / "iteration_00001.jsonl")
+        responses = [row["response_ids"] for row in rows]
+    sampled = torch.tensor([token for tokens in responses for token in tokens])
+    assert len(sampled) > 8 and sampled.max() < 61
+
+
+@EVERY_STAGE
+@EVERY_FORM
+def test_a_disk_that_is_full_while_the_tokenizer_is_written_is_one_system_error(stage, form, home, tmp_path):
+    tokenizer = tiny.tokenizer()
+    rules = [normalizers.Replace("#" * 300 + str(i), "") for i in range(400)]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(rules)
+    if form == "folder":
+        home = cases.make_home(tmp_path / "home")
+        tokenizer.save_pretrained(home.actor)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))  # room for the configuration, not for the tokenizer
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            build(stage, form, home, tmp_path / "run", tokenizer=tokenizer if form == "memory" else None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno == errno.EFBIG and error.value.filename == str(tmp_path / "run" / "tokenizer")
