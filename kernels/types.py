@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .common.collectives import communication_device
+
 # Legend: A, actions of the packed stream; N, sequences; B and L, extents of a padded batch.
 
 
@@ -151,8 +153,10 @@ class Moments:
             Moments of the union.
         """
         packed = torch.stack([self.count, self.mean, self.m2])
+        packed = packed.to(communication_device(group, packed.device))
         parts = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, packed, group=group)
+        parts = [part.to(self.count.device) for part in parts]
         # Merged in rank order: an all-reduce would add in an order of its own.
         total = Moments(*parts[0].unbind())
         for part in parts[1:]:
@@ -245,9 +249,10 @@ class _Mergeable:
 
 def _all_reduce(values: Sequence[Tensor], op: Any, group: dist.ProcessGroup | None) -> list[Tensor]:
     # One collective for all values, however many they are.
-    packed = torch.stack(list(values))
+    stacked = torch.stack(list(values))
+    packed = stacked.to(communication_device(group, stacked.device))
     dist.all_reduce(packed, op=op, group=group)
-    return list(packed.unbind())
+    return list(packed.to(stacked.device).unbind())
 
 
 @dataclass(frozen=True)

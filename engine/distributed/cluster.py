@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,14 +21,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from icegrt.distributed import failure
+from icegrt.distributed.control import Control
 from icegrt.distributed.cpu_backend import cpu_backend
 from icegrt.distributed.layout import Layout, check_world_size
 from icegrt.distributed.megatron import load_megatron
+from icegrt.distributed.monitor import HangMonitor
 from icegrt.errors import ConfigError, RunError
 from icegrt.packing import Share
 
-# Rank 0 may write a large model, or wait for a slow reward function, while the others wait in a collective.
-COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)
+# Of NCCL. Work of unknown length (files, reward functions, uneven rollouts) ends in a wait of `Control`, which has a
+# limit of its own, before the next collective.
+NCCL_TIMEOUT = datetime.timedelta(minutes=10)
+# Of gloo, on the CPU, where a step may take long.
+GLOO_TIMEOUT = datetime.timedelta(hours=2)
 _CLOSE_TIMEOUT_S = 2.0
 _opening_numbers = count()
 
@@ -41,12 +47,18 @@ class Cluster:
         rank: global rank, from 0.
         world_size: number of ranks.
         device: this rank's device.
+        pipeline_return_group: this rank's pipeline, for messages from a later to an earlier stage.
+        control: messages between all ranks; None in a process alone.
+        monitor: names a rank that hangs; None in a process alone.
     """
 
     layout: Layout
     rank: int
     world_size: int
     device: torch.device
+    pipeline_return_group: dist.ProcessGroup = field(repr=False)
+    control: Control | None = field(repr=False)
+    monitor: HangMonitor | None = field(repr=False)
     _stack: contextlib.ExitStack = field(repr=False)
     _users: int = 1
 
@@ -125,60 +137,58 @@ class Cluster:
             tail_multiple=layout.tensor if layout.sequence_parallel else 1,
         )
 
-    # -- small collectives over CPU tensors and plain values -------------------------------------------------------
+    # -- small collectives of a data-parallel group, on the device that its group communicates on ------------------
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
-        """Return `x` of every data-parallel rank, in the order of ranks. Collective.
+        """Return `x` of every data-parallel rank on the CPU, in the order of ranks. Collective.
 
         Args:
-            x: [n, ...] on the CPU; n may differ between ranks.
+            x: [n, ...]; n may differ between ranks.
         """
         ranks = dist.get_world_size(self.data_group)
         if ranks == 1:
             return [x]
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks)]
-        dist.all_gather(sizes, torch.tensor([x.shape[0]]), group=self.data_group)
-        counts = [int(size) for size in sizes]
-        padded = x.new_zeros(max(counts), *x.shape[1:])
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(ranks)]
+        dist.all_gather(sizes, torch.tensor([x.shape[0]], device=self.device), group=self.data_group)
+        counts = torch.cat(sizes).tolist()
+        padded = x.new_zeros(max(counts), *x.shape[1:], device=self.device)
         padded[: x.shape[0]] = x
         parts = [torch.empty_like(padded) for _ in range(ranks)]
         dist.all_gather(parts, padded, group=self.data_group)
-        return [part[:count] for part, count in zip(parts, counts, strict=True)]
+        return [part[:count].cpu() for part, count in zip(parts, counts, strict=True)]
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Return the sums of `values` over data-parallel ranks, in fp64. Collective."""
-        sums = torch.tensor([float(v) for v in values], dtype=torch.float64)
+        sums = torch.tensor([float(v) for v in values], dtype=torch.float64, device=self.device)
         dist.all_reduce(sums, group=self.data_group)
         return sums.tolist()
 
+    # -- messages of all ranks, which wait for each other as long as it takes --------------------------------------
+
     def any_rank(self, flags: Sequence[bool]) -> list[bool]:
         """Return for each flag whether it is set on any rank. Collective over all ranks."""
-        if self.world_size == 1:
-            return list(flags)
-        maxima = torch.tensor([int(flag) for flag in flags])
-        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-        return [bool(flag) for flag in maxima]
+        return list(flags) if self.control is None else self.control.any_rank(flags)
 
     def gather_to_main(self, value: Any) -> list[Any]:
         """Return `value` of every rank in the order of ranks, on rank 0; an empty list elsewhere. Collective."""
-        if self.world_size == 1:
-            return [value]
-        values = [None] * self.world_size if self.is_main else None
-        dist.gather_object(value, values)
-        return values or []
+        return [value] if self.control is None else self.control.gather(value)
 
     def broadcast_from_main(self, value: Any) -> Any:
         """Return rank 0's `value` on every rank. Collective."""
-        if self.world_size == 1:
-            return value
-        message = [value]
-        dist.broadcast_object_list(message, src=0)
-        return message[0]
+        return value if self.control is None else self.control.broadcast(value)
 
     def barrier(self) -> None:
-        """Wait until every rank has reached this call."""
-        if self.world_size > 1:
-            dist.all_reduce(torch.zeros(1))
+        """Wait until every rank has reached this call.
+
+        Call it between work of unknown length and the next collective: NCCL gives up after `NCCL_TIMEOUT`.
+        """
+        if self.control is not None:
+            self.control.any_rank()
+
+    def enter_phase(self, name: str) -> None:
+        """Name what the run does from now on, for the notice about a rank that hangs."""
+        if self.monitor is not None:
+            self.monitor.phase = name
 
 
 def _start(layout: Layout) -> Cluster:
@@ -196,20 +206,55 @@ def _start(layout: Layout) -> Cluster:
 
         stack.enter_context(cpu_backend())
         device = local_device()
+        store = _opening_store()
+        timeout = NCCL_TIMEOUT if device.type == "cuda" else GLOO_TIMEOUT
         if not dist.is_initialized():
-            _init_process_group(world_size, rank, device)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, world_size=world_size, rank=rank, timeout=timeout)
             stack.callback(dist.destroy_process_group)
         parallel_state.initialize_model_parallel(
             layout.tensor,
             layout.pipeline,
             layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
-            create_gloo_process_groups=True,
-            distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT.total_seconds() // 60),
+            # On a GPU every group is NCCL's alone. A gloo group of W ranks opens W - 1 sockets per rank.
+            create_gloo_process_groups=device.type != "cuda",
+            distributed_timeout_minutes=int(timeout.total_seconds() // 60),
         )
         stack.callback(_destroy_model_parallel)
         _seed_trackers(device)
+        return_group = parallel_state.get_pipeline_model_parallel_group()
+        if device.type == "cuda" and layout.pipeline > 1:
+            # NCCL serves the sends and receives of two ranks in one queue: each direction needs a group of its own.
+            ranks = dist.get_process_group_ranks(return_group)
+            return_group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
+        control = monitor = None
+        if world_size > 1:
+            control = Control(_connection(store, "control"), rank, world_size)
+            monitor = HangMonitor(Control(_connection(store, "monitor"), rank, world_size), _print_notice)
+            stack.callback(monitor.stop)
         cleanup = stack.pop_all()
-    return Cluster(layout, rank, world_size, device, cleanup)
+    return Cluster(layout, rank, world_size, device, return_group, control, monitor, cleanup)
+
+
+def _print_notice(text: str) -> None:
+    # Any rank may print it, also when rank 0 is the one that hangs.
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _opening_store() -> dist.Store:
+    """Return a store for this opening: torchrun's with a prefix, or a local one for a process alone."""
+    if "MASTER_ADDR" not in os.environ:  # one process without a launcher needs no port
+        return dist.HashStore()
+    # Every opening has a prefix of its own: a second one would read the addresses of the first. torchrun keeps its
+    # store, with the addresses of ended ranks, when it restarts ranks.
+    restarts, world_size = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("WORLD_SIZE", "1")
+    prefix = f"icegrt/{restarts}/{world_size}/{next(_opening_numbers)}"
+    return dist.PrefixStore(prefix, failure.rendezvous_store())
+
+
+def _connection(store: dist.Store, purpose: str) -> dist.Store:
+    """Return a connection of its own to `store`: a wait would hold back other users of the same connection."""
+    return dist.PrefixStore(purpose, store.clone())
 
 
 def _run_with_timeout(cleanup: Callable[[], None]) -> None:
@@ -260,16 +305,3 @@ def local_device() -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-def _init_process_group(world_size: int, rank: int, device: torch.device) -> None:
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "MASTER_ADDR" in os.environ:
-        # Every opening has a prefix of its own: a second one would read the addresses of the first. torchrun keeps its
-        # store, with the addresses of ended ranks, when it restarts ranks.
-        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        prefix = f"icegrt/{restarts}/{world_size}/{next(_opening_numbers)}"
-        store = dist.PrefixStore(prefix, failure.rendezvous_store())
-    else:  # one process without a launcher needs no port
-        store = dist.HashStore()
-    dist.init_process_group(backend, store=store, world_size=world_size, rank=rank, timeout=COLLECTIVE_TIMEOUT)

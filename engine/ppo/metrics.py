@@ -13,6 +13,7 @@ from torch import Tensor
 
 from icegrt.distributed.cluster import Cluster
 from icegrt.kernels import masked_moments
+from icegrt.kernels.common.collectives import communication_device
 from icegrt.metrics import Evaluation, PPOStep
 from icegrt.metrics.statistics import has_spread
 from icegrt.ppo.batch_plan import BatchPlan
@@ -176,6 +177,7 @@ def _mean(x: Tensor | None, mask: Tensor | None, group: dist.ProcessGroup) -> fl
 def _maximum(x: Tensor, group: dist.ProcessGroup) -> float:
     """Return the largest entry over all ranks. Entries are at least 0; a rank may have none."""
     largest = x.max() if x.numel() else torch.zeros(())
+    largest = largest.to(communication_device(group, largest.device))
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     return float(largest)
 

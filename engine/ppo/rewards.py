@@ -179,6 +179,7 @@ class RewardComputer:
         message: list[list[SourceScores] | None] = [None]
         if cluster.rank == first and assignment[rank]:
             message = [self.reward_sources.score_by_source([samples[n] for n in assignment[rank]])]
+        cluster.barrier()  # sources may take as long as they need
         dist.broadcast_object_list(message, first, group=cluster.model_group)
         scores_by_rank: list[Any] = [None] * ranks
         dist.all_gather_object(scores_by_rank, message[0], group=cluster.data_group)

@@ -246,6 +246,7 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
 
     @contextlib.contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
+        self.cluster.enter_phase(f"{phase} of iteration {self.done_steps + 1}")
         started = time.perf_counter()
         yield
         self._seconds[phase] += time.perf_counter() - started

@@ -64,7 +64,9 @@ def make_optimizer(config: OptimizerConfig, ddps: list[Any], model_config: Any) 
         params_dtype=model_config.params_dtype,
         use_distributed_optimizer=True,
     )
-    optimizer = get_megatron_optimizer(settings, list(ddps))
+    # On a GPU there is no gloo group; checkpoints gather states over NCCL.
+    gloo = not next(ddps[0].parameters()).is_cuda
+    optimizer = get_megatron_optimizer(settings, list(ddps), use_gloo_process_groups=gloo)
     for inner in inner_optimizers(optimizer):
         _index_as_ordered(inner)
     return optimizer

@@ -81,7 +81,8 @@ class Decoder:
     def _decode(self, sequences: list[Sequence], sampling: Sampling) -> Iterator[Response]:
         parameter = next(self.model.parameters())
         chunks = range(len(self.model.chunks))
-        channel = PipelineChannel(self.model.config.hidden_size, parameter.dtype, parameter.device, len(chunks) > 1)
+        group = self.model.cluster.pipeline_return_group
+        channel = PipelineChannel(self.model.config.hidden_size, parameter.dtype, parameter.device, group)
         bounds = [len(sequences) * i // channel.stages for i in range(channel.stages + 1)]
         micro_batches = [
             _MicroBatch(self.model, sequences[start:stop], self.stop_ids, sampling, channel)

@@ -42,6 +42,7 @@ def all_gather_responses(
     """
     gathered = list(responses)
     if cluster.share.ranks > 1:
+        cluster.barrier()  # the longest response of another rank may take long
         messages = cluster.all_gather(_encode(gathered))
         gathered = [r for message in messages for r in _decode(message, prompts, samples, first_sequence_id)]
     return sorted(gathered, key=lambda r: (r.prompt_index, r.sample))

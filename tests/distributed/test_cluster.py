@@ -53,7 +53,7 @@ def test_a_rank_may_take_as_long_in_every_group():
         groups = [opened.data_group, opened.model_group, torch.distributed.group.WORLD]
         # torch has no public reader of a group's timeout.
         patience = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
-    assert patience == {cluster.COLLECTIVE_TIMEOUT}
+    assert patience == {cluster.GLOO_TIMEOUT}
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from icegrt.kernels.common.collectives import communication_device
 from icegrt.model.architecture import Architecture
 from icegrt.model.hf.mapping import ParameterSpec, parameter_mapping, shard_slices
 
@@ -54,7 +55,8 @@ def _gathered(
         for spec in parameter_mapping(model.architecture, model.head_kind):
             yield spec, [local_tensors[spec.name]]
         return
-    # 2. The rank that holds a parameter sends it to the first rank of its pipeline.
+    # 2. The rank that holds a parameter sends it to the first rank of its pipeline, on the device of the group.
+    device = communication_device(pipeline_group, torch.device("cpu"))
     shapes: list[Any] = [None] * len(stages)
     local_shapes = {name: (tuple(x.shape), x.dtype) for name, x in local_tensors.items()}
     dist.all_gather_object(shapes, local_shapes, group=pipeline_group)
@@ -62,12 +64,12 @@ def _gathered(
     for spec in parameter_mapping(model.architecture, model.head_kind):
         stage = next(s for s in range(len(stages)) if spec.name in shapes[s])
         if dist.get_rank(pipeline_group) == stage:
-            shard = local_tensors[spec.name].cpu().contiguous()
+            shard = local_tensors[spec.name].to(device).contiguous()
             if stage > 0:
                 dist.send(shard, stages[0], group=pipeline_group)
         elif is_first:
             shape, dtype = shapes[stage][spec.name]
-            shard = torch.empty(shape, dtype=dtype)
+            shard = torch.empty(shape, dtype=dtype, device=device)
             dist.recv(shard, stages[stage], group=pipeline_group)
         # 3. Rank 0 gathers the shards of the first stage.
         if is_first:
