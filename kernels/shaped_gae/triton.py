@@ -191,8 +191,8 @@ def shaped_gae_kernel(
 
     # 8. The state at the end of each row: start at the sequence's end, apply the maps of the chunks in between.
     score = tl.load(score_ptr + n, mask=real, other=0.0)
-    # Triton 3.9: zeros in place of score * 0.0 spill registers on sm_90 -> only advantages start from the score. One that
-    # is not finite makes them NaN (a CPU gives NaN or infinity), and does not reach kl_N.
+    # Triton 3.9: zeros in place of score * 0.0 spill registers on sm_90 -> only advantages start from the score. One
+    # that is not finite makes them NaN (a CPU gives NaN or infinity), and does not reach kl_N.
     zero = tl.zeros((ROWS,), tl.float32)
     advantage_in = score * 0.0
     pending_in = score + gamma * tl.load(bootstrap_ptr + n, mask=real & (n < bootstrap_size), other=0.0)

@@ -17,6 +17,7 @@ from icegrt.errors import RunError
 from icegrt.ppo.trainer import PPOTrainer
 from icegrt.training.reward_model import RewardTrainer
 from icegrt.training.sft import SFTTrainer
+from icegrt.utils.files import JsonlWriter
 from tests.helpers import stage_cases as cases
 from tests.helpers import tiny_models as tiny
 
@@ -233,3 +234,47 @@ def test_a_disk_that_is_full_while_the_tokenizer_is_written_is_one_system_error(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error.value.errno == errno.EFBIG and error.value.filename == str(tmp_path / "run" / "tokenizer")
+
+
+@pytest.mark.parametrize("command", ["sample", "generate"])
+def test_a_file_that_is_written_or_read_by_others_is_no_output(command, home, tmp_path, capsys):
+    prompts = Path(cases.write_jsonl(tmp_path / "prompts.jsonl", cases.prompt_rows()))
+    text = prompts.read_text()
+    keys = [f"{command}.model={home.actor}", f"{command}.prompts={prompts}", f"{command}.sampling.max_new_tokens=4"]
+    with JsonlWriter(tmp_path / "rows.jsonl") as other:
+        other.write({"a": 1})
+        assert cli.main([command, *keys, f"{command}.out={tmp_path}/rows.jsonl"]) == 2
+        assert "rows.jsonl: another process is writing it" in capsys.readouterr().err
+    assert (tmp_path / "rows.jsonl").read_text() == '{"a": 1}\n'
+    assert cli.main([command, *keys, f"{command}.out={prompts}"]) == 2
+    assert "this command reads it and would replace it" in capsys.readouterr().err and prompts.read_text() == text
+
+
+def test_an_export_replaces_no_folder(home, tmp_path, capsys):
+    with build("sft", "folder", home, tmp_path / "run") as run:
+        run.step()
+        run.save_checkpoint()
+        run.complete_checkpoint()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    for out in ("out", "run"):
+        assert cli.main(["export", f"export.run={tmp_path}/run", f"export.out={tmp_path}/{out}"]) == 2
+        assert "already there, and not an empty folder" in capsys.readouterr().err
+    assert cases.files_under(tmp_path / "out") == ["notes.txt"]
+
+
+@pytest.mark.parametrize(("stage", "role"), [("sft", "actor"), ("reward", "reward"), ("ppo", "critic")])
+def test_an_export_on_a_full_disk_leaves_nothing(stage, role, home, tmp_path, capsys):
+    with build(stage, "folder", home, tmp_path / "run") as run:
+        run.step()
+        run.save_checkpoint()
+        run.complete_checkpoint()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        keys = [f"export.run={tmp_path}/run", f"export.out={tmp_path}/out", f"export.role={role}"]
+        assert cli.main(["export", *keys]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "out: cannot be written (File too large)" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
