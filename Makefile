@@ -5,8 +5,8 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.icegrt-installed
 # BENCH_OPTIONS=--quick takes seconds instead of minutes.
 BENCH_OPTIONS ?=
-BENCHES = $(sort $(patsubst %.py,%,$(notdir $(wildcard bench/kernels/bench_*.py))))
-RUN_BENCHES = for name in $(BENCHES); do echo "== $$name"; $(PY) -m bench.kernels.$$name $(BENCH_OPTIONS) || status=1; done
+BENCHES = $(sort $(subst /,.,$(patsubst %.py,%,$(wildcard bench/*/bench_*.py))))
+RUN_BENCHES = for name in $(BENCHES); do echo "== $$name"; $(PY) -m $$name $(BENCH_OPTIONS) || status=1; done
 # Two workers of one thread each: ranks and workers would otherwise fight over the cores.
 TEST_OPTIONS ?= -q -n 2 --dist loadfile
 # Ahead-of-time compilation has a process of its own: Triton interprets kernels in the others.

@@ -8,6 +8,7 @@
 #include "arrays.hpp"
 #include "balance.hpp"
 #include "pack.hpp"
+#include "scheduler_invariants.hpp"
 #include "shaped_gae.hpp"
 
 namespace py = pybind11;
@@ -98,10 +99,104 @@ void def_shaped_gae(py::module_& m, const char* name) {
         "Write rewards, advantages, returns and KL to the output arrays; return (count, mean, m2) of the advantages.");
 }
 
+// A view of an array of the scheduler, which stays alive with it; valid until the next plan.
+template <typename T>
+py::array_t<T> borrowed(const std::vector<T>& values, int64_t size, const py::object& owner) {
+  return py::array_t<T>(static_cast<py::ssize_t>(size), values.data(), owner);
+}
+
+py::dict py_plan(const py::object& self) {
+  auto& scheduler = self.cast<BlockScheduler&>();
+  const StepPlan* plan;
+  {
+    py::gil_scoped_release release;
+    plan = &scheduler.plan();
+  }
+  py::dict out;
+  out["n_decodes"] = plan->n_decodes;
+  out["tokens_T"] = borrowed(plan->tokens, plan->n_rows, self);
+  out["positions_T"] = borrowed(plan->positions, plan->n_rows, self);
+  out["cache_slots_T"] = borrowed(plan->cache_slots, plan->n_rows, self);
+  out["row_starts"] = borrowed(plan->row_starts, plan->n_scheduled + 1, self);
+  out["lengths_S"] = borrowed(plan->lengths, plan->n_scheduled, self);
+  out["table_rows_S"] = borrowed(plan->table_rows, plan->n_scheduled, self);
+  out["sample_rows_N"] = borrowed(plan->sample_rows, plan->n_samples, self);
+  out["sample_slots_N"] = borrowed(plan->sample_slots, plan->n_samples, self);
+  out["sample_positions_N"] = borrowed(plan->sample_positions, plan->n_samples, self);
+  out["sample_ids_N"] = borrowed(plan->sample_ids, plan->n_samples, self);
+  out["copy_from_C"] = borrowed(plan->copy_from, plan->n_copies, self);
+  out["copy_to_C"] = borrowed(plan->copy_to, plan->n_copies, self);
+  out["update_entries_U"] = borrowed(plan->update_entries, plan->n_updates, self);
+  out["update_blocks_U"] = borrowed(plan->update_blocks, plan->n_updates, self);
+  return out;
+}
+
+py::dict py_scheduler_stats(const BlockScheduler& scheduler) {
+  const SchedulerStats& stats = scheduler.stats();
+  py::dict out;
+  out["prompt_tokens"] = stats.prompt_tokens;
+  out["reused_tokens"] = stats.reused_tokens;
+  out["shared_tokens"] = stats.shared_tokens;
+  out["recomputed_tokens"] = stats.recomputed_tokens;
+  out["preemptions"] = stats.preemptions;
+  out["copies"] = stats.copies;
+  return out;
+}
+
+void def_scheduler(py::module_& m) {
+  py::class_<BlockScheduler>(m, "BlockScheduler")
+      .def(py::init([](int32_t n_blocks, int32_t block_size, int32_t max_sequences, int32_t max_length,
+                       int32_t token_budget, bool longest_first, bool reuse_prefixes) {
+             const Order order = longest_first ? Order::kLongestRemaining : Order::kFirstCome;
+             return std::make_unique<BlockScheduler>(SchedulerLimits{n_blocks, block_size, max_sequences, max_length,
+                                                                     token_budget, order, reuse_prefixes});
+           }),
+           py::arg("n_blocks"), py::arg("block_size"), py::arg("max_sequences"), py::arg("max_length"),
+           py::arg("token_budget"), py::arg("longest_first"), py::arg("reuse_prefixes"))
+      .def("submit",
+           [](BlockScheduler& self, const std::vector<int64_t>& ids, const py::array& prompt, int64_t max_new_tokens) {
+             const Span<int32_t> tokens = view<int32_t>("prompt", prompt);
+             self.submit(ids, tokens.data, tokens.size, max_new_tokens);
+           })
+      .def("plan", &py_plan)
+      .def("complete",
+           [](BlockScheduler& self, const py::array& tokens, const py::array& finished) {
+             const Span<int32_t> token_view = view<int32_t>("token_N", tokens);
+             const Span<uint8_t> finished_view = view<uint8_t>("finished_N", finished);
+             require(finished_view.size == token_view.size, "finished_N: expected ", token_view.size, " entries, got ",
+                     finished_view.size);
+             py::gil_scoped_release release;
+             return self.complete(token_view.data, finished_view.data, token_view.size);
+           })
+      .def("abort", &BlockScheduler::abort)
+      .def("resume", &BlockScheduler::resume)
+      .def("remove", &BlockScheduler::remove)
+      .def("forget_cache", &BlockScheduler::forget_cache)
+      .def("check_invariants", &BlockScheduler::check_invariants)
+      .def("tokens",
+           [](const BlockScheduler& self, int64_t id) {
+             return to_numpy(std::vector<int32_t>(self.tokens(id)));
+           })
+      .def("is_finished", &BlockScheduler::is_finished)
+      .def("stats", &py_scheduler_stats)
+      .def_property_readonly("block_table",
+                             [](const py::object& self) {
+                               const auto& scheduler = self.cast<const BlockScheduler&>();
+                               const auto& limits = scheduler.limits();
+                               return py::array_t<int32_t>({limits.max_sequences, scheduler.max_blocks()},
+                                                           scheduler.block_table().data(), self);
+                             })
+      .def_property_readonly("n_running", &BlockScheduler::n_running)
+      .def_property_readonly("n_waiting", &BlockScheduler::n_waiting)
+      .def_property_readonly("n_in_flight", &BlockScheduler::n_in_flight)
+      .def_property_readonly("blocks_available", [](const BlockScheduler& self) { return self.pool().available(); })
+      .def_property_readonly("blocks_reusable", [](const BlockScheduler& self) { return self.pool().reusable(); });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Packing, balancing and CPU kernels on raw arrays. The public functions: icegrt.packing, icegrt.kernels.";
+  m.doc() = "Packing, balancing and CPU kernels on raw arrays. The public functions: icegrt.packing, icegrt.kernels, icegrt.scheduling.";
   m.def("pack", &py_pack, py::arg("prompt_tokens"), py::arg("prompt_offsets"), py::arg("response_tokens"),
         py::arg("response_offsets"), py::arg("mask_offsets"), py::arg("tail_multiple"), py::arg("tail_token"),
         "Pack ragged prompts and responses into a token stream and an action stream.");
@@ -110,4 +205,5 @@ PYBIND11_MODULE(_C, m) {
         "Assign sequences; return (micro-batches per rank, order, offsets, tokens per micro-batch).");
   def_shaped_gae<float>(m, "shaped_gae_float32");
   def_shaped_gae<double>(m, "shaped_gae_float64");
+  def_scheduler(m);
 }

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # from the lines above it, not from its line's neighbours.
 LAYERS = (
     ("_C", "errors"),
-    ("utils", "packing", "kernels"),
+    ("utils", "packing", "scheduling", "kernels"),
     ("config",),
     ("distributed", "metrics", "rewards", "data"),
     ("model", "report"),
@@ -29,7 +29,7 @@ LAYERS = (
 )
 # Names that only some of the packages above them may import.
 ONLY_FROM = {
-    "_C": {"packing", "rollout", "data"},
+    "_C": {"packing", "scheduling", "rollout", "data"},
 }
 # The library part: usable without the engine's dependencies.
 LIGHT = ("icegrt", "icegrt.kernels", "icegrt.packing", "icegrt.scheduling")
