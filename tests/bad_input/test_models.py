@@ -1,4 +1,4 @@
-"""Models in memory: the checks that checkpoint folders pass, at every entry point."""
+"""Models in memory pass the checks of checkpoint folders, at every entry point."""
 
 import contextlib
 
@@ -53,14 +53,17 @@ OPENED = [(f"{name}, lm", build, tiny.causal_lm) for name, build in LANGUAGE_MOD
 OPENED += [(f"{name}, scorer", build, tiny.scorer) for name, build in SCORERS.items()]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("form", ["folder", "memory"])
+@pytest.mark.parametrize(("bad", "dtype"), [(float("nan"), torch.float32), (float("-inf"), torch.bfloat16)])
 @pytest.mark.parametrize(("build", "model"), [c[1:] for c in OPENED], ids=[c[0] for c in OPENED])
-def test_a_weight_that_is_not_finite_is_refused_by_name(build, model, bad, dtype, run_dir):
+def test_a_weight_that_is_not_finite_is_refused_by_name(build, model, bad, dtype, form, run_dir, tmp_path):
     broken = model().to(dtype)
     with torch.no_grad():
         broken.get_parameter(UP)[5, 3] = bad
-    with pytest.raises(CheckpointError, match=f"the given Llama.*: tensor `{UP}` holds NaN or infinity"):
+    where = "the given Llama"
+    if form == "folder":
+        where = broken = cases.save_model(tmp_path / "broken", broken, tiny.tokenizer())
+    with pytest.raises(CheckpointError, match=f"{where}.*: tensor `{UP}` holds NaN or infinity"):
         build(run_dir, broken, tiny.tokenizer())
     assert not run_dir.exists() and not run_dir.parent.exists()
 
@@ -108,10 +111,13 @@ def test_every_stage_ends_answers_at_the_eos_ids_of_the_generation_config(build,
     assert sorted(stops) == [tiny.EOS, EXTRA_EOS]
 
 
+@pytest.mark.parametrize("form", ["folder", "memory"])
 @pytest.mark.parametrize("build", [sft, reward, ppo, engine], ids=lambda build: build.__name__)
-def test_an_eos_id_beyond_the_tokenizer_is_refused(build, run_dir):
+def test_an_eos_id_beyond_the_tokenizer_is_refused(build, form, run_dir, tmp_path):
     model = tiny.causal_lm(vocab_size=80)
     model.generation_config.eos_token_id = 70
-    with pytest.raises(CheckpointError, match="generation_config names token 70 as EOS, but the tokenizer has only 61"):
+    if form == "folder":
+        model = cases.save_model(tmp_path / "model", model, tiny.tokenizer())
+    with pytest.raises(CheckpointError, match=r"generation_config.* names token 70 as EOS, .* has only 61"):
         build(run_dir, model, tiny.tokenizer())
     assert not run_dir.parent.exists()
