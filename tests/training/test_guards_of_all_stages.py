@@ -1,6 +1,7 @@
 """Guards that all stages share, from checkpoint folders and from models in memory."""
 
 import errno
+import json
 import os
 import resource
 from pathlib import Path
@@ -248,6 +249,21 @@ def test_a_file_that_is_written_or_read_by_others_is_no_output(command, home, tm
     assert (tmp_path / "rows.jsonl").read_text() == '{"a": 1}\n'
     assert cli.main([command, *keys, f"{command}.out={prompts}"]) == 2
     assert "this command reads it and would replace it" in capsys.readouterr().err and prompts.read_text() == text
+
+
+@EVERY_FORM
+def test_models_and_exports_keep_the_eos_ids_of_the_generation_config(form, home, tmp_path):
+    model, tokenizer = tiny.causal_lm(), tiny.tokenizer()
+    model.generation_config.eos_token_id = [tiny.EOS, 40]
+    source = cases.save_model(tmp_path / "start", model, tokenizer) if form == "folder" else model
+    config = SFTConfig.load(None, cases.sft_keys(home, tmp_path / "run"))
+    with SFTTrainer(config, source, tokenizer) as run:
+        run.train()
+    assert cli.main(["export", f"export.run={tmp_path}/run", f"export.out={tmp_path}/out"]) == 0
+    for folder in (tmp_path / "run" / "model", tmp_path / "out"):
+        written = json.loads((folder / "generation_config.json").read_text())
+        assert written["eos_token_id"] == [tiny.EOS, 40]
+        assert icegrt.RolloutEngine(icegrt.load_actor(folder), tokenizer).decoder.stop_ids == {tiny.EOS, 40}
 
 
 def test_an_export_replaces_no_folder(home, tmp_path, capsys):
