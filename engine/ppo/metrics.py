@@ -197,6 +197,9 @@ def write_rollouts(
     """Write one row per response of all ranks: text, ids, finish reason, scores, KL, advantages, log-probs.
 
     A collective; rank 0 writes. `rewards`: scores of all ranks' responses.
+
+    Raises:
+        OSError: on rank 0, if the file cannot be written. No part of it remains.
     """
     plan, function_N = experience.plan, rewards.function_N
     total_N = plan.all_gather_sequences(experience.scores.total_N)

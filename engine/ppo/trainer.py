@@ -9,15 +9,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from icegrt.config import PPOConfig
 from icegrt.data import Example, Prompt
 from icegrt.data.types import Rows, TokenizerSource
-from icegrt.errors import ConfigError, RewardError
+from icegrt.errors import ConfigError, RewardError, RunError
 from icegrt.kernels import masked_moments
 from icegrt.metrics import Evaluation, PPOStep, rollout_path
 from icegrt.metrics.alarms import Alarms
 from icegrt.model.hf.reader import ModelSource
-from icegrt.ppo.batch_plan import plan_batches, stream_seed
+from icegrt.ppo.batch_plan import BatchPlan, plan_batches, stream_seed
 from icegrt.ppo.evaluator import EvaluationResult
 from icegrt.ppo.experience import Experience, compute_advantages
 from icegrt.ppo.metrics import ppo_step, write_rollouts
@@ -26,9 +29,16 @@ from icegrt.ppo.rewards import RewardOutputs
 from icegrt.ppo.scores import total_scores
 from icegrt.ppo.scoring import score_values
 from icegrt.ppo.setup import PPOInputs, build_ppo, check_config, check_critic, probe_reward_sources
+from icegrt.roles.role import weights_are_finite
 from icegrt.roles.skip_guard import SkipGuard
 from icegrt.training.trainer import Trainer, write_json
 from icegrt.utils.console import print_info, warn
+
+_REMEDY = {
+    "actor": "Lower ppo.optimizer.lr, or set ppo.run.dtype=fp32",
+    "critic": "Lower ppo.critic.optimizer.lr, or set ppo.run.dtype=fp32",
+    "reference": "Set ppo.reference to a sound checkpoint, or ppo.run.dtype=fp32",
+}
 
 
 class PPOTrainer(Trainer[PPOConfig, PPOStep]):
@@ -88,6 +98,7 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         self.alarms = Alarms(self.config)
         self.alarm_messages: list[str] = []
         self._skip_guard = SkipGuard("actor", "critic")
+        self._rollouts_are_missing = False
         self._seconds: dict[str, float] = defaultdict(float)
         probe_reward_sources(parts)
 
@@ -146,6 +157,7 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         """
         config, parts, group = self.config, self.components, self.cluster.data_group
         iteration = self.done_steps + 1
+        self._begin_step()
 
         # 1. Draw prompts, and roll out: the actor samples responses to them.
         with self._timed("rollout"):
@@ -172,6 +184,7 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
             assert entropy_A is not None
             ref_A, _ = parts.scorer(parts.reference, plan.batches)
             value_A, last_value_N = score_values(parts.critic, plan.batches)
+            self._check_logprobs(iteration, plan, prompts, actor=old_A, reference=ref_A, critic=value_A)
 
         # 4. Advantages: normalise and add up the scores, then KL penalty and GAE.
         with self._timed("shape"):
@@ -195,9 +208,7 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         # 6. Control the KL coefficient, and record the iteration.
         kl = masked_moments(shaped.kl_N.double(), ~rewards.dropped_N, group=group)
         parts.kl_controller.update(float(kl.mean), int(kl.count))
-        write_rollouts(
-            rollout_path(self.dir, iteration), iteration, self.run.seed, experience, all_rewards, self.cluster
-        )
+        self._write_rollouts(iteration, experience, all_rewards)
         self.done_steps = iteration
         self._skip_guard.check("actor", outcome.actor)
         self._skip_guard.check("critic", outcome.critic)
@@ -208,6 +219,46 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         self._finish_iteration(row)
         self.notify("on_update", row)
         return row
+
+    def _write_rollouts(self, iteration: int, experience: Experience, rewards: RewardOutputs) -> None:
+        """Write the responses of an iteration. A full disk is one warning: the run can do without the file."""
+        path = rollout_path(self.dir, iteration)
+        try:
+            write_rollouts(path, iteration, self.run.seed, experience, rewards, self.cluster)
+        except OSError as error:
+            if not self._rollouts_are_missing:
+                warn(f"{path}: not written ({error.strerror or error}); the run goes on, make room on the disk")
+            self._rollouts_are_missing = True
+
+    def _check_logprobs(self, iteration: int, plan: BatchPlan, prompts: Sequence[Prompt], **streams_A: Tensor) -> None:
+        """Raise `RunError` if a log-prob or value of a counted token is no number, before losses and KL receive it.
+
+        Args:
+            iteration: for the message.
+            plan: this rank's responses.
+            prompts: of the iteration.
+            streams_A: by what is named in the message. An infinite log-prob of the reference is valid.
+
+        Shape:
+            streams_A: (A) each, on the CPU.
+        """
+        for name, x_A in streams_A.items():
+            bad_A = x_A.isnan() if name == "reference" else ~x_A.isfinite()
+            if plan.mask_A is not None:
+                bad_A = bad_A & plan.mask_A
+            if not bool(bad_A.any()):
+                continue
+            action = int(bad_A.nonzero()[0])
+            n = int(torch.searchsorted(plan.cu_actions, action, right=True)) - 1
+            response = plan.local_responses[n]
+            role = self.components.roles[name]
+            what = "a value" if name == "critic" else "a log-prob"
+            weights = "are finite" if weights_are_finite(role) else "are not finite"
+            raise RunError(
+                f"iteration {iteration}: the {name} gives {what} of {float(x_A[action])} to token "
+                f"{action - int(plan.cu_actions[n]) + 1} of response {response.sequence_id} "
+                f"({prompts[response.prompt_index].where}); its weights {weights}. {_REMEDY[name]}"
+            )
 
     def _require_one_score(self, rewards: RewardOutputs) -> None:
         """Raise `RewardError` if every response of every rank was dropped."""

@@ -56,12 +56,16 @@ class Role:
 
     All ranks call the same methods, each with the batches of its data-parallel rank. Callbacks run on the last pipeline
     stage alone, which has the head; their results are broadcast to the other stages.
+
+    Attributes:
+        weight_changes: number of changes of the weights that have begun; a failed run reads from it what is whole.
     """
 
     learns = False
 
     def __init__(self, name: str, model: PipelineModel) -> None:
         self.name = name
+        self.weight_changes = 0
         self.model = model
         self.device = model.device
         model.requires_grad_(self.learns).train(self.learns)
@@ -101,7 +105,7 @@ class Role:
         Raises:
             RunError: a weight is not finite.
         """
-        if not all_ranks_true(all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())):
+        if not all_ranks_true(weights_are_finite(self)):
             raise RunError(
                 f"{out}: not written, because weights of the {self.name} are not finite; lower its learning rate, and "
                 "start a new run"
@@ -147,6 +151,11 @@ class Role:
             micro_batch_size=1,
             **options,
         )
+
+
+def weights_are_finite(role: Role) -> bool:
+    """Return whether all weights that this rank holds are finite."""
+    return all(bool(torch.isfinite(parameter).all()) for parameter in role.model.parameters())
 
 
 def check_inference_mode() -> None:
@@ -203,6 +212,7 @@ class TrainableRole(Role):
         finite = all(bool(torch.isfinite(loss)) for loss in losses) and self._gradients_are_finite()
         if not all_ranks_true(finite):
             return StepOutcome(stats, math.nan, lr, skipped=True)
+        self.weight_changes += 1
         _, grad_norm, _ = self.optimizer.step()
         self.schedule.step(increment=1)
         return StepOutcome(stats, float(grad_norm or 0.0), lr, skipped=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 from icegrt.checkpoint.directory import best_of, list_checkpoints
 from icegrt.config import RewardConfig
 from icegrt.data import BlendedDataset, ConcatDataset, EncodedDataset, Ranking, RankingEncoder, untied_pairs
-from icegrt.data.blend import Pair
 from icegrt.data.training_data import exclude_heldout, hold_out, packed
 from icegrt.data.types import Rows
 from icegrt.errors import DataError
@@ -30,10 +28,10 @@ from icegrt.training.ranking_loss import (
     pack_group,
     pack_rankings,
 )
-from icegrt.training.reward_summary import heldout_figures
+from icegrt.training.reward_summary import heldout_figures, surprises
 from icegrt.training.single_model import OneModelTrainer
 from icegrt.training.trainer import write_json
-from icegrt.utils.console import print_info
+from icegrt.utils.console import print_info, warn
 
 
 class RewardTrainer(OneModelTrainer[RewardConfig, RewardStep]):
@@ -61,7 +59,7 @@ class RewardTrainer(OneModelTrainer[RewardConfig, RewardStep]):
         self.heldout_rankings = ConcatDataset(heldout_sources)
         pack = partial(pack_group, tie_margin=config.tie_margin)
         self.heldout = packed(self.heldout_rankings, config.token_budget, pack, self.cluster.share)
-        self._batches: Iterator[list[Pair]] | None = None
+        self._batches = self.blend.batches(config.batch_prompts, config.epochs)  # starts where `load_state` puts it
         self._skip_guard = SkipGuard(role.name)
         self._best_loss: float | None = None
         self._evaluations_without_improvement = 0
@@ -110,9 +108,8 @@ class RewardTrainer(OneModelTrainer[RewardConfig, RewardStep]):
 
     def step(self) -> RewardStep:
         """Take one optimizer step over the next prompts. Returns its metrics, which are logged."""
-        if self._batches is None:
-            self._batches = self.blend.batches(self.config.batch_prompts, self.config.epochs)
-        rankings = [self.blend.item(pair) for pair in next(self._batches)]
+        self._begin_step()
+        rankings = [self.blend.item(pair) for pair in self._next_batch()]
         batches = pack_rankings(rankings, self.config.token_budget, self.config.tie_margin, self.cluster.share)
         loss = RewardModelLoss(self.role)
         outcome = self.role.train_step([MicroBatch(batch, loss) for batch in batches])
@@ -201,7 +198,10 @@ class RewardTrainer(OneModelTrainer[RewardConfig, RewardStep]):
         summary: dict[str, Any] = {"steps": self.done_steps}
         if after is not None:
             assert self._before is not None  # measured before the first step
-            summary |= heldout_figures(self.config, self._before, after, self.heldout_rankings, self.train_rankings)
+            figures = heldout_figures(self.config, self._before, after, self.heldout_rankings, self.train_rankings)
+            summary |= figures
+            for message in surprises(figures):
+                warn(message)
         self.save_checkpoint(None if after is None else -after.loss)
         self.write_model(_statistics_file(self._statistics()))
         write_json(self.dir / "summary.json", summary)

@@ -208,3 +208,36 @@ def test_a_relative_folder_stays_where_the_run_began(tmp_path, monkeypatch):
         run.train()
     assert not list((tmp_path / "elsewhere").iterdir())
     assert len(list((tmp_path / "run" / "rollouts").iterdir())) == 2 and (tmp_path / "run" / "model").is_dir()
+
+
+# -- log-probs and values that are no numbers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("actor", r"the actor gives a log-prob of nan to token \d+ of response \d+ \(.*; its weights are not finite"),
+        ("reference", r"the reference gives a log-prob of nan .* Set ppo\.reference"),
+        ("critic", r"the critic gives a value of nan .* Lower ppo\.critic\.optimizer\.lr"),
+    ],
+)
+def test_a_log_prob_or_value_that_is_no_number_is_named_with_its_role_and_response(name, message, tmp_path):
+    class BreaksWeights:
+        def on_rollout(self, run, responses):
+            with torch.no_grad():
+                next(run.components.roles[name].model.parameters()).fill_(math.nan)
+
+    with trainer(tmp_path / "run") as run:
+        run.callbacks.append(BreaksWeights())
+        with pytest.raises(RunError, match="^iteration 1: " + message):
+            run.step()
+
+
+def test_an_iteration_that_draws_more_prompts_than_there_are_says_so_once(tmp_path, capsys):
+    with trainer(tmp_path / "run", prompts=tiny.PROMPTS[:3], iterations=2) as run:
+        list(run)
+    err = capsys.readouterr().err
+    assert err.count("ppo.prompts_per_iteration is 4, but there are 3 prompts") == 1
+    with trainer(tmp_path / "enough", prompts=tiny.PROMPTS[:4]):
+        pass
+    assert "but there are" not in capsys.readouterr().err

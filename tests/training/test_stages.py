@@ -14,6 +14,7 @@ from icegrt.metrics import read_metrics, step_from_row
 from icegrt.model.hf.score_statistics import saved_statistics
 from icegrt.ppo.trainer import PPOTrainer
 from icegrt.training.reward_model import RewardTrainer
+from icegrt.training.reward_summary import surprises
 from icegrt.training.sft import SFTTrainer
 from tests.helpers import stage_cases as cases
 from tests.helpers import tiny_models
@@ -323,6 +324,27 @@ def test_an_easy_reward_rises(home, tmp_path):
     with trainer(PPOTrainer, PPOConfig, cases.ppo_keys(home, tmp_path / "run", *keys)) as ppo:
         scores = [step.function_score_mean for step in ppo]
     assert max(scores[:2]) < 0.1 and min(scores[-2:]) > 0.4, scores  # by chance one token in 61 is an a
+
+
+def test_a_reward_model_that_should_not_be_trusted_is_announced(home, tmp_path, capsys):
+    # The chosen answer is always the longer one; without a learning rate the model does not find out.
+    pairs = [{"prompt": p, "chosen": "abcdef", "rejected": "ab"} for p in cases.PROMPTS]
+    data = f"[{{path: {cases.write_jsonl(tmp_path / 'pairs.jsonl', pairs)}}}]"
+    keys = cases.reward_keys(home, tmp_path / "run", f"reward.data={data}", f"reward.heldout={data}")
+    assert cli.main(["reward", *keys, "reward.epochs=1", "reward.optimizer.lr=0"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "judged on" in line] == [
+        "warning: the reward model is judged on 8 held-out pairs only, so its accuracy of 0.500 may be off by 0.35; "
+        "hold out more prompts (reward.heldout or reward.heldout_fraction)"
+    ]
+    (worse,) = [line for line in lines if "best single feature" in line]
+    assert "right on 0.500 of the held-out pairs, its best single feature (length (higher)) on 1.000" in worse
+
+
+def test_a_reward_model_better_than_its_features_on_many_pairs_is_not_announced():
+    figures = {"heldout_pairs": 50, "heldout_accuracy": 0.8, "baseline_accuracy": 0.8, "baseline_feature": "length"}
+    assert surprises(figures) == []
+    assert surprises({"heldout_pairs": 0, "heldout_accuracy": None}) == []
 
 
 def test_an_accuracy_on_no_pair_is_not_reported(home, tmp_path, capsys):
