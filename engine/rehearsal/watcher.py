@@ -21,7 +21,7 @@ from icegrt.rehearsal import collectives, costs, shadows
 from icegrt.rehearsal.collectives import DeviceMismatch
 from icegrt.rehearsal.counts import TO_DEVICE, TO_HOST, Copy, PhaseCounts, Transfer
 from icegrt.rehearsal.memory import TEMPORARY, Ledger
-from icegrt.rehearsal.operations import category_of, in_backward, is_view, puts_number, tensors_of
+from icegrt.rehearsal.operations import category_of, in_backward, in_recomputation, is_view, puts_number, tensors_of
 from icegrt.rehearsal.outcomes import Outcomes
 from icegrt.rehearsal.sites import Site, current_site
 
@@ -209,10 +209,10 @@ class Watcher(TorchDispatchMode):
             self.counts.host_operations[name, current_site()] += costs.launches(name, args)
 
     def add_product(self, flops: int, dtype: torch.dtype) -> None:
-        """Count FLOPs of tensor cores. Under a backward, grad mode is on where a forward is computed again."""
+        """Count FLOPs of tensor cores, and those of a forward pass that a backward pass repeats."""
         name = str(dtype).removeprefix("torch.")
         self.counts.product_flops[name] += flops
-        if in_backward() and torch.is_grad_enabled():
+        if in_recomputation():
             self.counts.recomputed_flops[name] += flops
 
     def _track(self, ledger: Ledger, x: Tensor) -> None:

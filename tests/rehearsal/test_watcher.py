@@ -125,6 +125,14 @@ def test_products_count_flops_and_launches():
     assert sum(n for (name, _), n in counts.launches.items() if name == "mm") == 2
 
 
+def test_recomputed_products_are_not_useful(tmp_path):
+    model = write_model(tmp_path / "model")
+    plain = rehearse_rank(small_config(model)).watcher.phases[ACTOR]
+    again = rehearse_rank(small_config(model, "ppo.run.recompute=full")).watcher.phases[ACTOR]
+    extra = sum(again.product_flops.values()) - sum(plain.product_flops.values())
+    assert sum(plain.recomputed_flops.values()) == 0 < extra == sum(again.recomputed_flops.values())
+
+
 def test_nothing_is_patched_outside(tmp_path):
     names = ("is_available", "synchronize", "current_device", "Stream", "device_of", "mem_get_info")
     before = [getattr(torch.cuda, name) for name in names] + [torch.tensor, torch.Tensor.cuda, torch.Tensor.type]
