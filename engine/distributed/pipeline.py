@@ -1,19 +1,22 @@
-"""Collectives of a role: agreement of all ranks, and broadcasts of results from the last pipeline stage."""
+"""Collectives of a role: agreement of all ranks, and results of the last pipeline stage for all stages."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from icegrt.kernels.common.collectives import communication_device
 
-def all_ranks_true(value: bool) -> bool:
-    """Return whether `value` is true on every rank. Collective."""
-    flag = torch.tensor([int(value)])
+
+def all_ranks_true(value: bool | Tensor) -> bool:
+    """Return whether `value`, a bool or a 0-dim tensor, is true on every rank. Collective; the host waits once."""
+    flag = torch.as_tensor(value).int()
+    flag = flag.to(communication_device(None, flag.device))
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag)
 
@@ -25,36 +28,65 @@ def _pipeline() -> tuple[Any, int]:
     return group, dist.get_process_group_ranks(group)[-1]
 
 
-def broadcast_from_last_stage(results: list[tuple[Tensor, ...]], count: int) -> list[tuple[Tensor, ...]]:
-    """Return the last stage's results on every stage. Collective over the pipeline; three broadcasts in all.
+def broadcast_from_last_stage(
+    results: list[tuple[Tensor, ...]], sizes: Sequence[tuple[int, ...]], device: torch.device
+) -> list[tuple[Tensor, ...]]:
+    """Return the last stage's results on every stage. Collective over the pipeline; one broadcast.
 
     Args:
-        results: on the last stage `count` tuples of one length, of fp32 vectors on the CPU; empty on other stages.
-        count: number of tuples.
+        results: on the last stage a tuple of fp32 vectors for each of `sizes`; empty on other stages.
+        sizes: the number of entries of every vector.
+        device: of the results.
     """
     group, last = _pipeline()
     if dist.get_world_size(group) == 1:
         return results
-    width = torch.tensor([len(results[0]) if results else 0])
-    dist.broadcast(width, last, group=group)
-    sizes = torch.zeros(count, int(width), dtype=torch.int64)
-    if results:
-        sizes = torch.tensor([[x.numel() for x in row] for row in results])
-    dist.broadcast(sizes, last, group=group)
-    flat = torch.cat([x for row in results for x in row]) if results else torch.empty(int(sizes.sum()))
+    counts = [size for row in sizes for size in row]
+    flat = torch.cat([x for row in results for x in row]) if results else torch.empty(sum(counts), device=device)
     dist.broadcast(flat, last, group=group)
-    parts = iter(flat.split(sizes.flatten().tolist()))
-    return [tuple(next(parts) for _ in range(int(width))) for _ in range(count)]
+    parts = iter(flat.split(counts))
+    return [tuple(next(parts) for _ in row) for row in sizes]
 
 
-def broadcast_objects_from_last_stage(objects: list[Any]) -> list[Any]:
-    """Return the last stage's objects on every stage, with their tensors on the CPU. Collective over the pipeline."""
+def fetch_from_last_stage(objects: Any) -> Any:
+    """Return the last stage's objects on every stage, with their tensors on the host. Collective over the pipeline.
+
+    The host waits for the device once, and the pipeline has one broadcast.
+    """
     group, last = _pipeline()
+    objects = fetch(objects)
     if dist.get_world_size(group) == 1:
         return objects
-    message = [_tree_map(objects, _to_wire)]
+    message = [tree_map(objects, _to_wire)]
     dist.broadcast_object_list(message, src=last, group=group)
-    return _tree_map(message[0], _from_wire)
+    return tree_map(message[0], _from_wire)
+
+
+def fetch(objects: Any) -> Any:
+    """Return objects with copies of their tensors on the host, which waits for the device once.
+
+    Args:
+        objects: lists, tuples, dicts and dataclasses, nested, of numbers and tensors. Integers are below 2^53.
+    """
+    tensors: list[Tensor] = []
+
+    def find(x: Any) -> Any:
+        if isinstance(x, Tensor) and x.device.type != "cpu":
+            tensors.append(x)
+        return x
+
+    tree_map(objects, find)
+    if not tensors:
+        return objects
+    # fp64 holds all narrower numbers, so one vector carries tensors of every dtype.
+    flat = torch.cat([x.detach().flatten().double() for x in tensors]).cpu()
+    parts = iter(flat.split([x.numel() for x in tensors]))
+
+    def take(x: Any) -> Any:
+        is_remote = isinstance(x, Tensor) and x.device.type != "cpu"
+        return next(parts).to(x.dtype).view(x.shape) if is_remote else x
+
+    return tree_map(objects, take)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,18 +98,19 @@ class _Scalar:
 
 
 def _to_wire(x: Any) -> Any:
-    if not isinstance(x, Tensor):
-        return x
-    return x.cpu() if x.dim() else _Scalar(x.item(), x.dtype)
+    return _Scalar(x.item(), x.dtype) if isinstance(x, Tensor) and not x.dim() else x
 
 
 def _from_wire(x: Any) -> Any:
     return torch.tensor(x.value, dtype=x.dtype) if isinstance(x, _Scalar) else x
 
 
-def _tree_map(value: Any, function: Callable[[Any], Any]) -> Any:
+def tree_map(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Return `value` with `function` applied to the leaves of its lists, tuples, dicts and dataclasses, in order."""
     if isinstance(value, (list, tuple)):
-        return type(value)(_tree_map(x, function) for x in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, _Scalar):
-        return type(value)(*(_tree_map(getattr(value, f.name), function) for f in dataclasses.fields(value)))
+        return type(value)(tree_map(x, function) for x in value)
+    if isinstance(value, dict):
+        return {key: tree_map(x, function) for key, x in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, (_Scalar, type)):
+        return type(value)(*(tree_map(getattr(value, f.name), function) for f in dataclasses.fields(value)))
     return function(value)

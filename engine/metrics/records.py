@@ -125,7 +125,11 @@ class PPOStep:
     dropped_responses: int = 0
     """Responses dropped from the update because a source failed on them."""
     seconds_by_phase: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Seconds of each phase; the keys are `PHASES`."""
+    """Seconds of each phase; the keys are `PHASES`. Phases follow each other."""
+    reward_source_seconds: float = 0.0
+    """Seconds of reward functions and HTTP scorers of rank 0, beside the inference of the models."""
+    reward_wait_seconds: float = 0.0
+    """Seconds that the models of rank 0 waited at the end of inference for the functions and scorers of all ranks."""
     evaluation: Evaluation | None = None
     """The evaluation after this iteration, if there was one."""
 

@@ -197,7 +197,8 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 def _pipeline_settings(layout: Layout) -> dict[str, Any]:
-    settings: dict[str, Any] = {"pipeline_model_parallel_size": layout.pipeline}
+    # Megatron 0.16: waits for the device after every batched message, against a race of old torch versions -> off.
+    settings: dict[str, Any] = {"pipeline_model_parallel_size": layout.pipeline, "batch_p2p_sync": False}
     if layout.virtual_pipeline > 1:
         settings["virtual_pipeline_model_parallel_size"] = layout.virtual_pipeline
         # Megatron 0.16: batched messages of two pipeline ranks reach the wrong micro-batch -> batching is off.

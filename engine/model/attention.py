@@ -41,7 +41,8 @@ class AttentionMetadata:
     """How the rows of a stream attend. Megatron's layers pass it on as their `packed_seq_params`.
 
     Attributes:
-        lengths: lengths of the sequences in stream order (training and prefill).
+        lengths: lengths of the sequences in stream order (training and prefill), on the host.
+        cu_seqlens: their int32 offsets, N + 1 of them, on the device; None: flash-attn's offsets are copied there.
         prefill_writer: receives the keys and values of a prefill.
         cache: keys and values of a decode step; the stream then has one row per running sequence.
         qkv_format: the one field that Megatron reads.
@@ -51,6 +52,7 @@ class AttentionMetadata:
     # that it does not know, and rotate by the stream's positions.
     qkv_format: str = "stream"
     lengths: list[int] = field(default_factory=list)
+    cu_seqlens: Tensor | None = None
     prefill_writer: PrefillWriter | None = None
     cache: Cache | None = None
 
@@ -77,12 +79,20 @@ class PackedAttention(nn.Module):
         else:
             if metadata.prefill_writer is not None:
                 metadata.prefill_writer.write(self.layer, k_THD, v_THD, metadata.lengths)
-            out = packed_causal_attention(q_THD, k_THD, v_THD, metadata.lengths, self.window)
+            out = packed_causal_attention(
+                q_THD, k_THD, v_THD, metadata.lengths, self.window, cu_seqlens=metadata.cu_seqlens
+            )
         return out.reshape(out.shape[0], 1, -1)
 
 
 def packed_causal_attention(
-    q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, lengths: list[int], window: int | None = None
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THD: Tensor,
+    lengths: list[int],
+    window: int | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Return causal attention within each sequence of a stream.
 
@@ -95,13 +105,15 @@ def packed_causal_attention(
         v_THD: values, [T, kv_heads, d].
         lengths: lengths of the sequences; they sum to T.
         window: how many tokens a token attends to, itself included; None attends to all before it.
+        cu_seqlens: offsets of the sequences, [N + 1] int32, on the device. Without them flash-attn's call waits for a
+            copy of `lengths` to the device.
 
     Returns:
         [T, heads, d], in the dtype of the queries.
     """
     varlen = flash_attention() if q_THD.is_cuda and q_THD.dtype in _FLASH_DTYPES else None
     if varlen is not None:
-        return flash_varlen_attention(varlen, q_THD, k_THD, v_THD, lengths, window)
+        return flash_varlen_attention(varlen, q_THD, k_THD, v_THD, lengths, window, cu_seqlens=cu_seqlens)
     if len(set(lengths)) == 1:
         return _equal_lengths(q_THD, k_THD, v_THD, lengths[0], window)
     per_sequence = [tensor.split(lengths) for tensor in (q_THD, k_THD, v_THD)]
@@ -143,10 +155,19 @@ def _window_block(q: Tensor, k: Tensor, v: Tensor, start: int, window: int, grou
 
 
 def flash_varlen_attention(
-    attend: Callable, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, lengths: list[int], window: int | None = None
+    attend: Callable,
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THD: Tensor,
+    lengths: list[int],
+    window: int | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Return `packed_causal_attention` by one call of `attend`, which is flash-attn's `flash_attn_varlen_func`."""
-    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=q_THD.device)
+    ends = cu_seqlens
+    if ends is None:
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(q_THD.device)
     longest = max(lengths)
     # flash-attn's window excludes the current token.
     sides = {} if window is None else {"window_size": (window - 1, 0)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
@@ -23,6 +25,25 @@ class LMHead(nn.Module):
         """Return the entry for Megatron's dist_checkpointing, sharded along the vocabulary."""
         key = f"{prefix}weight"
         return {key: make_tp_sharded_tensor_for_checkpoint(self.weight, key, allow_shape_mismatch=True)}
+
+
+class AddedToMainGrad(torch.autograd.Function):
+    """The identity on a parameter whose gradient a kernel adds to `main_grad` itself.
+
+    Megatron 0.16: DDP counts a parameter as ready in a hook that needs a gradient, and adds it to `main_grad` unless
+    the parameter is marked -> the parameter is marked and gets a gradient that nobody reads.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.weight = weight
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Tensor:
+        ctx.weight.grad_added_to_main_grad = True
+        return torch.empty_like(ctx.weight)
 
 
 class ScalarHead(nn.Module):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from icegrt.kernels import VocabShard
 from icegrt.model.architecture import Architecture, HeadKind
 from icegrt.model.attention import AttentionMetadata
-from icegrt.model.heads import LMHead, ScalarHead
+from icegrt.model.heads import AddedToMainGrad, LMHead, ScalarHead
 from icegrt.model.hf.mapping import EMBEDDING
 from icegrt.model.trunk import Trunk
 from icegrt.packing import PackedBatch
@@ -93,6 +93,21 @@ class LanguageModel(Trunk):
         # A call, not an attribute: DDP's forward hook waits for an overlapped parameter all-gather of this weight.
         return self.head()
 
+    def lm_weight_and_grad(self) -> tuple[Tensor, Tensor | None]:
+        """Return the output projection for a loss, and the fp32 buffer [V / TP, H] that its backward adds dW to.
+
+        Autograd would round dW to the weight's dtype in every micro-batch. None: the weight is fp32, or no backward
+        follows.
+        """
+        weight = self.lm_weight_VH
+        buffer = getattr(weight, "main_grad", None) if torch.is_grad_enabled() and weight.requires_grad else None
+        if buffer is None or buffer.dtype == weight.dtype:
+            return weight, None
+        if self.share_embeddings_and_output_weights and self.pre_process:
+            # DDP's hook still has to add the embedding's part, so the parameter must not be marked.
+            return weight.detach().requires_grad_(), buffer
+        return AddedToMainGrad.apply(weight), buffer
+
     def scale_head(self, factor: float) -> None:
         """Multiply all later outputs of a scalar head by `factor`. A stage without a head does nothing."""
         if self.post_process:
@@ -110,8 +125,8 @@ class LanguageModel(Trunk):
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Return the hidden states of a packed batch, [T, 1, H] ([T / TP, 1, H] under sequence parallelism)."""
-        lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()
-        return self(batch.tokens_T, batch.positions_T, AttentionMetadata(lengths=lengths))
+        metadata = AttentionMetadata(lengths=batch.lengths, cu_seqlens=batch.cu_seqlens)
+        return self(batch.tokens_T, batch.positions_T, metadata)
 
     def decode(self, tokens_T: Tensor, positions_T: Tensor, metadata: AttentionMetadata) -> Tensor:
         """Return hidden states of prefill or decode rows, [T, 1, H], without sequence parallelism.

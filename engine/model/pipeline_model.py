@@ -110,6 +110,10 @@ class PipelineModel:
         """The output projection, [V / TP, H]."""
         return self.chunks[-1].lm_weight_VH
 
+    def lm_weight_and_grad(self) -> tuple[Tensor, Tensor | None]:
+        """Return the output projection for a loss, [V / TP, H], and the fp32 buffer for its gradient or None."""
+        return self.chunks[-1].lm_weight_and_grad()
+
     @property
     def vocab_shard(self) -> VocabShard | None:
         """This rank's slice of the vocabulary; None if this rank holds all of it and every id counts."""

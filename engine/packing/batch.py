@@ -10,9 +10,10 @@ as make T a multiple of `tail_multiple`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from torch import Tensor
 
 from icegrt import _C
 from icegrt.packing.arrays import Integers, flatten, integer
+from icegrt.packing.transfer import copy_to_device
+
+_Batch = TypeVar("_Batch", bound="PackedBatch")
 
 __all__ = ["PackedBatch", "pack", "unpack"]
 
@@ -27,6 +31,8 @@ __all__ = ["PackedBatch", "pack", "unpack"]
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
     """N sequences as two packed streams: T tokens, A actions. Suffixes name the first dimension.
+
+    Lengths are lists on the host, wherever the tensors are: reading them never waits for a device.
 
     Attributes:
         tokens_T: int64, prompt and response tokens of every sequence end to end, then the tail.
@@ -39,6 +45,9 @@ class PackedBatch:
         action_mask_A: bool, False for tool or observation tokens inside a response; None: every action counts.
         max_seqlen: tokens of the longest sequence or of the tail.
         tail_tokens: number of alignment tokens at the end of the token stream.
+        lengths: tokens of each sequence, then of the tail if there is one.
+        response_lengths: actions of each sequence.
+        counted_rows_R: int64, the entries of the action stream that count, ascending; None: all count.
     """
 
     tokens_T: Tensor
@@ -51,6 +60,18 @@ class PackedBatch:
     action_mask_A: Tensor | None
     max_seqlen: int
     tail_tokens: int
+    lengths: list[int] = field(init=False)
+    response_lengths: list[int] = field(init=False)
+    counted_rows_R: Tensor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        mask_A = self.action_mask_A
+        self._set("lengths", self.cu_seqlens.diff().tolist())
+        self._set("response_lengths", self.cu_actions.diff().tolist())
+        self._set("counted_rows_R", None if mask_A is None else mask_A.nonzero().squeeze(1))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def n_sequences(self) -> int:
@@ -69,13 +90,30 @@ class PackedBatch:
 
     @property
     def n_counted_actions(self) -> int:
-        """Number of actions that count in means: the mask's sum. Synchronizes if the mask is on a device."""
-        return self.n_actions if self.action_mask_A is None else int(self.action_mask_A.sum())
+        """Number of actions that count in means: the mask's sum."""
+        return self.n_actions if self.counted_rows_R is None else self.counted_rows_R.numel()
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
-        """Return the batch with every tensor on `device`."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **{name: x.to(device, non_blocking=non_blocking) for name, x in tensors.items()})
+    @property
+    def counted_index(self) -> Tensor | slice:
+        """The entries of the action stream that count, as an index: `counted_rows_R`, or slice(None)."""
+        return slice(None) if self.counted_rows_R is None else self.counted_rows_R
+
+    def to(self: _Batch, device: torch.device | str, *, non_blocking: bool = False) -> _Batch:
+        """Return the batch with every tensor on `device`: one copy for all that are on the host.
+
+        Args:
+            device: where to.
+            non_blocking: the host does not wait for the copy, which is from pinned memory.
+        """
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved = copy.copy(self)
+        for name, x in copy_to_device(tensors, torch.device(device), non_blocking=non_blocking).items():
+            moved._set(name, x)
+        return moved
+
+    def extended(self, kind: type[_Batch], **columns: Any) -> _Batch:
+        """Return the same sequences as a batch of a subclass, whose further fields are `columns`."""
+        return kind(**{f.name: getattr(self, f.name) for f in fields(PackedBatch) if f.init}, **columns)
 
     def split_actions(self, x_A: Tensor) -> list[Tensor]:
         """Return views of `x_A`, one per sequence, in order.
@@ -88,7 +126,7 @@ class PackedBatch:
         """
         if x_A.ndim == 0 or x_A.shape[0] != self.n_actions:
             raise ValueError(f"x_A: expected a first dimension of {self.n_actions} actions, got {tuple(x_A.shape)}")
-        return list(torch.split(x_A, torch.diff(self.cu_actions).tolist())) if self.n_sequences else []
+        return list(torch.split(x_A, self.response_lengths)) if self.n_sequences else []
 
 
 def pack(
@@ -140,8 +178,7 @@ def pack(
 
 def unpack(batch: PackedBatch) -> tuple[list[Tensor], list[Tensor]]:
     """Return the prompts and responses of a batch, N int64 views of the token stream each: the inverse of `pack`."""
-    offsets = batch.cu_seqlens.tolist()[: batch.n_sequences + 1]
-    n_actions = torch.diff(batch.cu_actions).tolist()
-    response_starts = [end - n for end, n in zip(offsets[1:], n_actions)]
-    prompts = [batch.tokens_T[start:end] for start, end in zip(offsets, response_starts)]
-    return prompts, [batch.tokens_T[start:end] for start, end in zip(response_starts, offsets[1:])]
+    sequences = batch.tokens_T.split(batch.lengths)[: batch.n_sequences]
+    starts = [len(tokens) - n for tokens, n in zip(sequences, batch.response_lengths, strict=True)]
+    prompts = [tokens[:start] for tokens, start in zip(sequences, starts, strict=True)]
+    return prompts, [tokens[start:] for tokens, start in zip(sequences, starts, strict=True)]

@@ -85,7 +85,7 @@ class BatchPlan:
         """
         parts = {name: self._split_A(x_A) for name, x_A in streams_A.items()}
         return [
-            ActionBatch(**vars(self.batches[i]), **{name: part[i] for name, part in parts.items()}) for i in members
+            self.batches[i].extended(ActionBatch, **{name: part[i] for name, part in parts.items()}) for i in members
         ]
 
     def _split_A(self, x_A: Tensor) -> tuple[Tensor, ...]:

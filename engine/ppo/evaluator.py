@@ -15,6 +15,7 @@ from torch import Tensor
 from icegrt.config import PPOConfig
 from icegrt.data import Prompt
 from icegrt.distributed.cluster import Cluster
+from icegrt.distributed.pipeline import fetch
 from icegrt.metrics import Evaluation
 from icegrt.metrics.statistics import distinct_fraction
 from icegrt.ppo.batch_plan import BatchPlan, plan_batches, truncated_mask
@@ -116,12 +117,14 @@ class Evaluator:
             sampling = dataclasses.replace(sampling, temperature=0.0)
         responses = self.engine.generate([p.tokens for p in prompts], samples, sampling)
         plan = plan_batches(responses, self.config.token_budget, cluster=self.cluster)
-        rewards = self.reward_computer(plan, prompts)
+        pending = self.reward_computer.start(plan, prompts)
+        kl_N = None if greedy else self._kl(plan)
+        rewards = pending.finish()
         scores = total_scores(
             self.config, self.normalizers.frozen(), rewards.models, rewards.source_total_N, truncated_mask(responses)
         )
         total_N = scores.total_N.masked_fill(rewards.dropped_N, torch.nan)
-        return EvaluationResult(responses, rewards, total_N, None if greedy else self._kl(plan))
+        return EvaluationResult(responses, rewards, total_N, kl_N)
 
     def _kl(self, plan: BatchPlan) -> Tensor:
         """Return log p_actor - log p_reference of each response, [N] nats in global order. Collective."""
@@ -129,5 +132,5 @@ class Evaluator:
         reference_A, _ = self.scorer(self.reference, plan.batches)
         lengths_N = plan.cu_actions.diff().long()
         response_A = torch.arange(lengths_N.numel()).repeat_interleave(lengths_N)
-        kl_N = torch.zeros(lengths_N.numel()).index_add(0, response_A, actor_A - reference_A)
+        kl_N = torch.zeros(lengths_N.numel()).index_add(0, response_A, fetch(actor_A - reference_A))
         return plan.all_gather_sequences(kl_N)

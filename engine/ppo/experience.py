@@ -13,6 +13,7 @@ from torch import Tensor
 
 from icegrt.config import PPOConfig
 from icegrt.kernels import Moments, ShapedGAE, shaped_gae
+from icegrt.packing.transfer import copy_to_device
 from icegrt.ppo.batch_plan import BatchPlan
 from icegrt.ppo.scores import Scores
 
@@ -24,8 +25,8 @@ class Experience:
     Attributes:
         plan: micro-batches, with the actions of dropped responses masked.
         scores: per response.
-        old_logprob_A, entropy_A, ref_logprob_A, value_A: [A] float32 over this rank's whole action stream, on the CPU.
-        shaped: advantages, returns and rewards per token, KL per response.
+        old_logprob_A, entropy_A, ref_logprob_A, value_A: [A] float32 over this rank's action stream, on the device.
+        shaped: advantages, returns and rewards per token, KL per response, on the device.
         moments: whitening moments of the advantages over all ranks.
     """
 
@@ -52,6 +53,8 @@ def compute_advantages(
 ) -> ShapedGAE:
     """Return KL penalty, GAE advantages, returns and this rank's moments, in one pass over the action stream.
 
+    It runs on the device of the values, where what comes from the host (scores, offsets, masks) is copied.
+
     Args:
         config: kl_in, kl_estimator, gamma, lam and bootstrap_truncated are read.
         kl_coef: of the KL penalty if `kl_in` is "reward".
@@ -63,18 +66,22 @@ def compute_advantages(
         last_value_N: [N], after every response's last token.
         token_reward_A: [A], added to the rewards; None: nothing.
     """
-    bootstrap_N = torch.where(plan.truncated_N, last_value_N, 0.0) if config.bootstrap_truncated else None
+    host = {"total_N": scores.total_N, "cu_actions": plan.cu_actions, "truncated_N": plan.truncated_N}
+    host |= {} if plan.mask_A is None else {"mask_A": plan.mask_A}
+    host |= {} if token_reward_A is None else {"token_reward_A": token_reward_A}
+    inputs = copy_to_device(host, value_A.device, non_blocking=True)
+    bootstrap_N = torch.where(inputs["truncated_N"], last_value_N, 0.0) if config.bootstrap_truncated else None
     return shaped_gae(
-        scores.total_N,
+        inputs["total_N"],
         value_A,
         old_logprob_A,
         ref_logprob_A,
-        plan.cu_actions,
+        inputs["cu_actions"],
         kl_coef=kl_coef if config.kl_in == "reward" else 0.0,
         kl_estimator=config.kl_estimator,
         gamma=config.gamma,
         lam=config.lam,
         bootstrap_N=bootstrap_N,
-        mask_A=plan.mask_A,
-        token_reward_A=token_reward_A,
+        mask_A=inputs.get("mask_A"),
+        token_reward_A=inputs.get("token_reward_A"),
     )

@@ -21,6 +21,7 @@ class PolicyLoss:
     """The actor's clipped surrogate, with KL in the loss and an entropy bonus as configured; counted per action.
 
     moments: whitening moments of the advantages over all ranks, on the actor's device; None: advantages as they are.
+    may_clip: whether the actor may have moved since it was scored. If not, every ratio is 1 and no row is clipped.
     """
 
     config: PPOConfig
@@ -28,13 +29,15 @@ class PolicyLoss:
     kl_coef: float
     moments: Moments | None
     scorer: LogprobScorer
+    may_clip: bool = True
 
     def __call__(self, hidden_TH: Tensor, batch: ActionBatch) -> LossOutput:
         config, model = self.config, self.actor.model
         kl_in_loss = config.kl_in == "loss" and self.kl_coef > 0
+        weight_VH, weight_grad_VH = model.lm_weight_and_grad()
         out = linear_ppo_loss(
             hidden_TH[batch.action_rows_A],
-            model.lm_weight_VH,
+            weight_VH,
             batch.action_tokens_A,
             None if config.reuse_update_logprob else batch.old_logprob_A,
             batch.advantage_A,
@@ -51,6 +54,9 @@ class PolicyLoss:
             moments=self.moments,
             shard=model.vocab_shard,
             chunk_rows=self.scorer.chunk_rows,
+            weight_grad_out=weight_grad_VH,
+            rows_R=batch.counted_index,
+            drop_inactive=self.may_clip,
         )
         return LossOutput(out.loss, batch.n_counted_actions, out.stats)
 
@@ -65,7 +71,7 @@ class PtxLoss:
 
     def __call__(self, hidden_TH: Tensor, batch: PackedBatch) -> LossOutput:
         nll = response_nll(self.actor, hidden_TH, batch, self.chunk_rows)
-        return LossOutput(nll * self.scale, 0, NLLStats(float(nll.detach()), batch.n_counted_actions))
+        return LossOutput(nll * self.scale, 0, NLLStats(nll.detach().double(), batch.n_counted_actions))
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,15 +12,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from icegrt.distributed.cluster import Cluster
-from icegrt.kernels import masked_moments
-from icegrt.kernels.common.collectives import communication_device
+from icegrt.distributed.pipeline import fetch
+from icegrt.kernels import Moments, masked_moments
 from icegrt.metrics import Evaluation, PPOStep
 from icegrt.metrics.statistics import has_spread
+from icegrt.packing.transfer import copy_to_device
 from icegrt.ppo.batch_plan import BatchPlan
 from icegrt.ppo.experience import Experience
 from icegrt.ppo.rewards import RewardOutputs
 from icegrt.ppo.update import UpdateOutcome, mean_grad_norm
-from icegrt.utils.files import JsonlWriter, json_safe
+from icegrt.utils.files import json_safe
 
 # Phases that are not part of an iteration's throughput.
 _NOT_THE_ITERATION = ("evaluate", "checkpoint")
@@ -50,31 +51,39 @@ def ppo_step(
         evaluation: if there was one in this iteration.
         cluster: the ranks.
     """
+    # Figures stay on the device until all are computed.
+    figures = fetch(
+        {
+            **score_metrics(experience, rewards, cluster),
+            **policy_metrics(experience, rewards, outcome, cluster),
+            **critic_metrics(experience, outcome, cluster),
+            **throughput_metrics(experience.plan, seconds, cluster),
+        }
+    )
     return PPOStep(
         iteration=iteration,
         kl_coef=kl_coef,
-        **score_metrics(experience, rewards, cluster.data_group),
+        **{name: float(x) if isinstance(x, Tensor) else x for name, x in figures.items()},
         **source_metrics(rewards, cluster.data_group),
-        **policy_metrics(experience, rewards, outcome, cluster),
-        **critic_metrics(experience, outcome, cluster.data_group),
-        **throughput_metrics(experience.plan, seconds, cluster),
+        reward_source_seconds=rewards.source_seconds,
+        reward_wait_seconds=rewards.wait_seconds,
         skipped_steps=outcome.skipped,
         empty_steps=outcome.empty,
         evaluation=evaluation,
     )
 
 
-def score_metrics(experience: Experience, rewards: RewardOutputs, group: dist.ProcessGroup) -> dict[str, Any]:
+def score_metrics(experience: Experience, rewards: RewardOutputs, cluster: Cluster) -> dict[str, Any]:
     """Return the fields of scores and rewards, per response."""
     kept_N, function_N = ~rewards.dropped_N, rewards.function_N
-    reward_N = _sum_by_response(experience.shaped.reward_A, experience.plan.cu_actions)
-    total = masked_moments(experience.scores.total_N.double(), kept_N, group=group)
+    reward_N = _sum_by_response(experience.shaped.reward_A, experience.plan.cu_actions.to(cluster.device))
+    total = moments_of(experience.scores.total_N, kept_N, cluster)
     return {
-        "score_mean": float(total.mean),
-        "score_std": float(total.variance.sqrt()),
-        "reward_model_score_mean": _mean(rewards.reward_model_N, kept_N, group),
-        "function_score_mean": _mean(function_N, None if function_N is None else kept_N & ~function_N.isnan(), group),
-        "reward_mean": _mean(reward_N, kept_N, group),
+        "score_mean": total.mean,
+        "score_std": total.variance.sqrt(),
+        "reward_model_score_mean": _mean(rewards.reward_model_N, kept_N, cluster),
+        "function_score_mean": _mean(function_N, None if function_N is None else kept_N & ~function_N.isnan(), cluster),
+        "reward_mean": _mean(reward_N, kept_N, cluster),
     }
 
 
@@ -82,35 +91,38 @@ def policy_metrics(
     experience: Experience, rewards: RewardOutputs, outcome: UpdateOutcome, cluster: Cluster
 ) -> dict[str, Any]:
     """Return the fields of the actor: distance from the reference, entropy, advantages, and its update."""
-    group, counted_A = cluster.data_group, experience.plan.mask_A
-    stats = outcome.policy_stats.reduce(group) if outcome.policy_stats is not None else None
+    mask_A = experience.plan.mask_A
+    counted_A = None if mask_A is None else mask_A.to(cluster.device)
+    stats = _reduced(outcome.policy_stats, cluster) if outcome.policy_stats is not None else None
     ptx_loss_sum, ptx_tokens = cluster.all_reduce_sum([outcome.ptx_stats.loss_sum, outcome.ptx_stats.tokens])
     rollout_logprob_A = torch.tensor([x for r in experience.plan.local_responses for x in r.logprobs])
-    gap_A = (rollout_logprob_A - experience.old_logprob_A).abs()
+    gap_A = (rollout_logprob_A.to(cluster.device) - experience.old_logprob_A).abs()
     return {
-        "kl_nats_per_response": _mean(experience.shaped.kl_N, ~rewards.dropped_N, group),
-        "entropy_nats_per_token": _mean(experience.entropy_A, counted_A, group),
+        "kl_nats_per_response": _mean(experience.shaped.kl_N, ~rewards.dropped_N, cluster),
+        "entropy_nats_per_token": _mean(experience.entropy_A, counted_A, cluster),
         "clip_fraction": _per_token(stats, "clipped_sum"),
-        "ratio_min": float(stats.ratio_min) if stats else 1.0,
-        "ratio_max": float(stats.ratio_max) if stats else 1.0,
+        "ratio_min": stats.ratio_min if stats else 1.0,
+        "ratio_max": stats.ratio_max if stats else 1.0,
         "approx_kl_nats_per_token": _per_token(stats, "kl_old_new_sum"),
         "policy_loss": _per_token(stats, "loss_sum"),
         "ptx_loss": ptx_loss_sum / ptx_tokens if ptx_tokens else None,
-        "advantage_mean": float(experience.moments.mean),
-        "advantage_std": float(experience.moments.variance.sqrt()),
+        "advantage_mean": experience.moments.mean,
+        "advantage_std": experience.moments.variance.sqrt(),
         "grad_norm_actor": mean_grad_norm(outcome.actor) if outcome.actor else 0.0,
         "lr_actor": outcome.actor[-1].lr if outcome.actor else 0.0,
-        "rollout_logprob_gap_max": _maximum(gap_A if counted_A is None else gap_A * counted_A, group),
+        "rollout_logprob_gap_max": _maximum(gap_A if counted_A is None else gap_A * counted_A, cluster),
     }
 
 
-def critic_metrics(experience: Experience, outcome: UpdateOutcome, group: dist.ProcessGroup) -> dict[str, Any]:
+def critic_metrics(experience: Experience, outcome: UpdateOutcome, cluster: Cluster) -> dict[str, Any]:
     """Return the fields of the critic: its loss, its steps, and the variance of the returns that it explains."""
-    stats = outcome.value_stats.reduce(group)
-    returns = masked_moments(experience.shaped.return_A.double(), experience.plan.mask_A, group=group)
+    stats = _reduced(outcome.value_stats, cluster)
+    returns, advantages = fetch(
+        (moments_of(experience.shaped.return_A, experience.plan.mask_A, cluster), experience.moments)
+    )
     explained = 0.0
     if has_spread(float(returns.mean), float(returns.variance.sqrt())):
-        explained = 1.0 - float(experience.moments.variance / returns.variance)
+        explained = 1.0 - float(advantages.variance / returns.variance)
     return {
         "value_loss": _per_token(stats, "loss_sum"),
         "value_explained_variance": explained,
@@ -121,13 +133,13 @@ def critic_metrics(experience: Experience, outcome: UpdateOutcome, group: dist.P
 
 def throughput_metrics(plan: BatchPlan, seconds: dict[str, float], cluster: Cluster) -> dict[str, Any]:
     """Return the fields of response lengths, padding and time."""
-    lengths = masked_moments(plan.cu_actions.diff().double(), group=cluster.data_group)
+    lengths = fetch(moments_of(plan.cu_actions.diff(), None, cluster))
     response_tokens = round(float(lengths.mean) * int(lengths.count))
     padding, computed = cluster.all_reduce_sum([plan.tail_tokens, plan.n_tokens])
     elapsed = sum(s for phase, s in seconds.items() if phase not in _NOT_THE_ITERATION)
     return {
         "response_tokens_mean": float(lengths.mean),
-        "truncated_fraction": _mean(plan.truncated_N, None, cluster.data_group),
+        "truncated_fraction": _mean(plan.truncated_N, None, cluster),
         "response_tokens": response_tokens,
         "response_tokens_per_second": response_tokens / elapsed,
         "padding_fraction": padding / computed,
@@ -169,21 +181,39 @@ def source_metrics(rewards: RewardOutputs, group: dist.ProcessGroup | None) -> d
     }
 
 
-def _mean(x: Tensor | None, mask: Tensor | None, group: dist.ProcessGroup) -> float | None:
+def moments_of(x: Tensor, mask: Tensor | None, cluster: Cluster) -> Moments:
+    """Return the fp64 moments over all ranks of the entries under `mask` (None: all entries). Collective.
+
+    Args:
+        x: any shape and dtype, on the host or the device, where the moments are computed.
+        mask: bool, of the shape of `x`.
+        cluster: the ranks.
+    """
+    device = cluster.device
+    return masked_moments(x.to(device).double(), None if mask is None else mask.to(device), group=cluster.data_group)
+
+
+def _reduced(stats: Any, cluster: Cluster) -> Any:
+    """Return statistics over all ranks; they were fetched to the host, and are reduced on the device."""
+    values = copy_to_device(vars(stats), cluster.device)
+    return replace(stats, **values).reduce(cluster.data_group)
+
+
+def _mean(x: Tensor | None, mask: Tensor | None, cluster: Cluster) -> Tensor | None:
     """Return the mean over all ranks of the entries under `mask` (None: all entries); None without a tensor."""
-    return None if x is None else float(masked_moments(x.double(), mask, group=group).mean)
+    return None if x is None else moments_of(x, mask, cluster).mean
 
 
-def _maximum(x: Tensor, group: dist.ProcessGroup) -> float:
+def _maximum(x: Tensor, cluster: Cluster) -> Tensor:
     """Return the largest entry over all ranks. Entries are at least 0; a rank may have none."""
-    largest = x.max() if x.numel() else torch.zeros(())
-    largest = largest.to(communication_device(group, largest.device))
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    return float(largest)
+    largest = x.max() if x.numel() else x.new_zeros(())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=cluster.data_group)
+    return largest
 
 
-def _per_token(stats: Any, name: str) -> float:
-    return float(getattr(stats, name) / stats.count) if stats is not None and float(stats.count) else 0.0
+def _per_token(stats: Any, name: str) -> Tensor | float:
+    """Return a sum of `stats` per token that counts; 0 without any."""
+    return 0.0 if stats is None else torch.where(stats.count > 0, getattr(stats, name) / stats.count.clamp(min=1), 0.0)
 
 
 def _sum_by_response(x_A: Tensor, cu_actions: Tensor) -> Tensor:
@@ -191,45 +221,40 @@ def _sum_by_response(x_A: Tensor, cu_actions: Tensor) -> Tensor:
     return ends[cu_actions[1:].long()] - ends[cu_actions[:-1].long()]
 
 
-def write_rollouts(
-    path: Path, iteration: int, seed: int, experience: Experience, rewards: RewardOutputs, cluster: Cluster
-) -> None:
-    """Write one row per response of all ranks: text, ids, finish reason, scores, KL, advantages, log-probs.
+def rollout_rows(
+    iteration: int, seed: int, experience: Experience, rewards: RewardOutputs, cluster: Cluster
+) -> Iterator[dict[str, Any]]:
+    """Return one row per response of all ranks: text, ids, finish reason, scores, KL, advantages, log-probs.
 
-    A collective; rank 0 writes. `rewards`: scores of all ranks' responses.
-
-    Raises:
-        OSError: on rank 0, if the file cannot be written. No part of it remains.
+    A collective, after which any thread may form the rows. `rewards`: scores of all ranks' responses.
     """
     plan, function_N = experience.plan, rewards.function_N
+    local_kl_N, advantage_A = fetch((experience.shaped.kl_N, experience.shaped.advantage_A))
     total_N = plan.all_gather_sequences(experience.scores.total_N)
-    kl_N = plan.all_gather_sequences(experience.shaped.kl_N)
-    advantages = plan.all_gather_actions(experience.shaped.advantage_A)
-    if not cluster.is_main:
-        return
-    with JsonlWriter(path) as writer:
-        for n, (response, sample) in enumerate(zip(plan.responses, rewards.samples, strict=True)):
-            writer.write(
-                {
-                    "iteration": iteration,
-                    "seed": seed,
-                    "sequence_id": response.sequence_id,
-                    "where": sample.where,
-                    "sample": response.sample,
-                    "prompt": _as_json(sample.row.get("prompt", sample.row.get("messages"))),
-                    "text": sample.text,
-                    "finish_reason": response.finish_reason,
-                    "score": _number(total_N, n),
-                    "reward_model_score": _number(rewards.reward_model_N, n),
-                    "function_score": _number(function_N, n),
-                    **_source_columns(rewards, n),
-                    "kl_nats": _number(kl_N, n),
-                    "prompt_ids": response.prompt,
-                    "response_ids": response.tokens,
-                    "advantages": [_short(x) for x in advantages[n].tolist()],
-                    "logprobs": [_short(x) for x in response.logprobs],
-                }
-            )
+    kl_N = plan.all_gather_sequences(local_kl_N)
+    advantages = plan.all_gather_actions(advantage_A)
+    return (
+        {
+            "iteration": iteration,
+            "seed": seed,
+            "sequence_id": response.sequence_id,
+            "where": sample.where,
+            "sample": response.sample,
+            "prompt": _as_json(sample.row.get("prompt", sample.row.get("messages"))),
+            "text": sample.text,
+            "finish_reason": response.finish_reason,
+            "score": _number(total_N, n),
+            "reward_model_score": _number(rewards.reward_model_N, n),
+            "function_score": _number(function_N, n),
+            **_source_columns(rewards, n),
+            "kl_nats": _number(kl_N, n),
+            "prompt_ids": response.prompt,
+            "response_ids": response.tokens,
+            "advantages": [_short(x) for x in advantages[n].tolist()],
+            "logprobs": [_short(x) for x in response.logprobs],
+        }
+        for n, (response, sample) in enumerate(zip(plan.responses, rewards.samples, strict=True))
+    )
 
 
 def _source_columns(rewards: RewardOutputs, n: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from icegrt.data import Prompt
 from icegrt.distributed.cluster import Cluster
+from icegrt.distributed.pipeline import fetch
 from icegrt.errors import RewardError
 from icegrt.ppo.batch_plan import BatchPlan
 from icegrt.ppo.scores import ModelScores
 from icegrt.ppo.scoring import score_sequences
+from icegrt.rewards.function import start_daemon
 from icegrt.rewards.sample import Sample
 from icegrt.rewards.sources import RewardSourceGroup, SourceScores
 from icegrt.roles.role import Role
@@ -40,11 +43,15 @@ class RewardOutputs:
         samples: the responses as reward functions receive them.
         models: raw scores of each reward model.
         sources: results and errors of each function and HTTP scorer.
+        source_seconds: how long this rank's functions and scorers took, beside inference.
+        wait_seconds: how long the models waited for those of all ranks.
     """
 
     samples: list[Sample]
     models: list[ModelScores]
     sources: list[SourceScores]
+    source_seconds: float = 0.0
+    wait_seconds: float = 0.0
 
     @property
     def reward_model_N(self) -> Tensor | None:
@@ -97,7 +104,7 @@ class RewardOutputs:
             replace(s, results=[s.results[i] for i in index], errors=[s.errors[i] for i in index]) for s in self.sources
         ]
         models = [replace(m, score_N=m.score_N[list(index)]) for m in self.models]
-        return RewardOutputs([self.samples[i] for i in index], models, sources)
+        return replace(self, samples=[self.samples[i] for i in index], models=models, sources=sources)
 
     def values(self) -> dict[str, dict[str, list[float]]]:
         """Return by source, then by metric, the values of the responses that have one: `score`, `metrics/NAME`.
@@ -122,6 +129,68 @@ class RewardOutputs:
         return {s.name: sum(error is not None for error in s.errors) for s in self.sources}
 
 
+class PendingRewards:
+    """Scores of which those of functions and HTTP scorers may still be on their way; `finish` returns all.
+
+    They run in a thread beside the caller, unless a function needs the main thread: it then runs in `finish`.
+
+    Args:
+        computer: the sources.
+        plan: the responses.
+        samples: the responses as the sources receive them.
+    """
+
+    def __init__(self, computer: RewardComputer, plan: BatchPlan, samples: list[Sample]) -> None:
+        self._computer, self._plan, self._samples = computer, plan, samples
+        self._models: list[ModelScores] = []
+        self._seconds = 0.0
+        self._future = None
+        if computer.reward_sources and not computer.reward_sources.needs_main_thread:
+            self._future = start_daemon("reward sources", self._call_sources)
+
+    def score_with_models(self) -> None:
+        """Run the reward models. Collective."""
+        roles = self._computer.models
+        scores = fetch([score_sequences(m.role, self._plan.batches) for m in roles])
+        self._models = [
+            ModelScores(m.name, m.weight, self._plan.all_gather_sequences(score_N))
+            for m, score_N in zip(roles, scores, strict=True)
+        ]
+
+    def finish(self) -> RewardOutputs:
+        """Wait for the functions and scorers, and return all scores of all ranks, in global order. Collective.
+
+        Raises:
+            RewardError: a source failed, and `on_error` is `stop`; or a score is not finite in fp32.
+        """
+        samples = self._samples
+        for model in self._models:
+            finite_N = model.score_N.isfinite()
+            _check_scores(model.name, model.score_N, finite_N, samples, "check the reward model's weights")
+        started = time.perf_counter()
+        local_scores = self._call_sources() if self._future is None else self._future.result()
+        sources = self._computer.gather_sources(self._plan, samples, local_scores)
+        waited = time.perf_counter() - started
+        outputs = RewardOutputs(samples, self._models, sources, self._seconds, waited)
+        for source in outputs.sources:  # NaN: no score
+            score_N = torch.tensor(source.score_or_nan_N, dtype=torch.float32)
+            _check_scores(source.name, score_N, ~score_N.isinf(), samples, "fp32 ends at 3.4e38, so scale the scores")
+        total_N = outputs.source_total_N
+        if total_N is not None:
+            _check_scores("weighted sum", total_N, total_N.isfinite(), samples, "lower the weights of the sources")
+        return outputs
+
+    def _call_sources(self) -> list[SourceScores] | None:
+        """Return the sources' scores of this rank's part of the samples; None if it has none."""
+        members = self._computer.source_members(self._plan, self._samples)
+        started = time.perf_counter()
+        scores = None
+        if members is not None:
+            scores = self._computer.reward_sources.score_by_source([self._samples[n] for n in members])
+        self._seconds = time.perf_counter() - started
+        return scores
+
+
 class RewardComputer:
     """Scores the responses of all ranks.
 
@@ -144,46 +213,53 @@ class RewardComputer:
         Raises:
             RewardError: a source failed, and `on_error` is `stop`; or a score is not finite in fp32.
         """
-        samples = [sample_of(self.tokenizer, r, prompts[r.prompt_index]) for r in plan.responses]
-        models = [
-            ModelScores(m.name, m.weight, plan.all_gather_sequences(score_sequences(m.role, plan.batches)))
-            for m in self.models
-        ]
-        for model in models:
-            finite_N = model.score_N.isfinite()
-            _check_scores(model.name, model.score_N, finite_N, samples, "check the reward model's weights")
-        outputs = RewardOutputs(samples, models, self._score_with_sources(plan, samples))
-        for source in outputs.sources:  # NaN: no score
-            score_N = torch.tensor(source.score_or_nan_N, dtype=torch.float32)
-            _check_scores(source.name, score_N, ~score_N.isinf(), samples, "fp32 ends at 3.4e38, so scale the scores")
-        total_N = outputs.source_total_N
-        if total_N is not None:
-            _check_scores("weighted sum", total_N, total_N.isfinite(), samples, "lower the weights of the sources")
-        return outputs
+        return self.start(plan, prompts).finish()
 
-    def _score_with_sources(self, plan: BatchPlan, samples: list[Sample]) -> list[SourceScores]:
-        """Share the prompts among data-parallel ranks, all responses to a prompt together, and gather the scores.
+    def start(self, plan: BatchPlan, prompts: Sequence[Prompt]) -> PendingRewards:
+        """Start the functions and HTTP scorers, and run the reward models beside them; arguments as above. Collective.
+
+        The caller may compute on until it calls `finish()`.
+        """
+        samples = [sample_of(self.tokenizer, r, prompts[r.prompt_index]) for r in plan.responses]
+        pending = PendingRewards(self, plan, samples)
+        pending.score_with_models()
+        return pending
+
+    def _assignment(self, plan: BatchPlan, samples: list[Sample]) -> list[list[int]]:
+        """Return for each data-parallel rank the responses that its sources score: all responses to a prompt.
 
         Equal prompts of several rows are one prompt, as in one process.
         """
+        owner: dict[tuple[int, ...], int] = {}
+        assignment: list[list[int]] = [[] for _ in range(self.cluster.share.ranks)]
+        for n, (sample, response) in enumerate(zip(samples, plan.responses, strict=True)):
+            rank = owner.setdefault(tuple(sample.prompt_tokens), response.prompt_index % len(assignment))
+            assignment[rank].append(n)
+        return assignment
+
+    def source_members(self, plan: BatchPlan, samples: list[Sample]) -> list[int] | None:
+        """Return the responses that this rank's sources score; None if there are none, or another rank does it."""
+        members = self._assignment(plan, samples)[self.cluster.share.rank]
+        # Of the ranks that hold one model together the first calls the sources.
+        is_first = self.cluster.rank == dist.get_process_group_ranks(self.cluster.model_group)[0]
+        return members if is_first and (members or self.cluster.world_size == 1) else None
+
+    def gather_sources(
+        self, plan: BatchPlan, samples: list[Sample], scores: list[SourceScores] | None
+    ) -> list[SourceScores]:
+        """Return every source's scores of all responses from those of each rank. Collective."""
         cluster = self.cluster
         if cluster.world_size == 1:
-            return self.reward_sources.score_by_source(samples)
-        ranks, rank = cluster.share.ranks, cluster.share.rank
-        owner: dict[tuple[int, ...], int] = {}
-        assignment: list[list[int]] = [[] for _ in range(ranks)]
-        for n, (sample, response) in enumerate(zip(samples, plan.responses, strict=True)):
-            assignment[owner.setdefault(tuple(sample.prompt_tokens), response.prompt_index % ranks)].append(n)
-        # Of the ranks that hold one model together the first calls the sources and broadcasts the scores.
-        first = dist.get_process_group_ranks(cluster.model_group)[0]
-        message: list[list[SourceScores] | None] = [None]
-        if cluster.rank == first and assignment[rank]:
-            message = [self.reward_sources.score_by_source([samples[n] for n in assignment[rank]])]
+            return scores or []
         cluster.barrier()  # sources may take as long as they need
-        dist.broadcast_object_list(message, first, group=cluster.model_group)
-        scores_by_rank: list[Any] = [None] * ranks
+        message = [scores]
+        dist.broadcast_object_list(
+            message, dist.get_process_group_ranks(cluster.model_group)[0], group=cluster.model_group
+        )
+        scores_by_rank: list[Any] = [None] * cluster.share.ranks
         dist.all_gather_object(scores_by_rank, message[0], group=cluster.data_group)
-        parts = [(scores, indices) for scores, indices in zip(scores_by_rank, assignment, strict=True) if scores]
+        pairs = zip(scores_by_rank, self._assignment(plan, samples), strict=True)
+        parts = [(scores, indices) for scores, indices in pairs if scores]
         sources = range(len(parts[0][0])) if parts else ()
         return [_merge([(scores[i], indices) for scores, indices in parts], len(samples)) for i in sources]
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from icegrt.config import PPOConfig
+from icegrt.distributed.pipeline import fetch
 from icegrt.errors import ConfigError
 from icegrt.kernels import Moments, masked_moments
 from icegrt.metrics.statistics import has_spread
@@ -42,8 +43,8 @@ class RunningScoreNormalizer:
         return 1.0 / std if has_spread(self.moments.mean.item(), std) else 1.0
 
     def update(self, score_N: Tensor, group: dist.ProcessGroup | None) -> None:
-        """Merge an iteration's scores into the moments, reduced over `group`. Collective."""
-        self.moments = self.moments.merge(masked_moments(score_N.double().cpu(), group=group))
+        """Merge an iteration's scores, on the device of the group, into the moments of all its ranks. Collective."""
+        self.moments = self.moments.merge(fetch(masked_moments(score_N.double(), group=group)))
 
     def apply(self, score_N: Tensor) -> Tensor:
         """Return normalised and clipped scores, [N] float32."""

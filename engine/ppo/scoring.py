@@ -26,7 +26,7 @@ class LogprobScorer:
     def __call__(
         self, role: Role, batches: Sequence[PackedBatch], *, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the log-probs (and entropies) of all actions under `role`, [A] float32 on the CPU."""
+        """Return the log-probs (and entropies) of all actions under `role`, [A] float32 on the role's device."""
 
         def read(hidden_TH: Tensor, batch: PackedBatch) -> tuple[Tensor, ...]:
             out = linear_logprobs(
@@ -38,30 +38,32 @@ class LogprobScorer:
                 entropy=entropy,
                 shard=role.model.vocab_shard,
                 chunk_rows=self.chunk_rows,
+                rows_R=batch.counted_index,
             )
             return (out.logprob_A, out.entropy_A) if entropy else (out.logprob_A,)
 
-        columns = _concatenate(role.score(batches, read))
+        columns = _concatenate(role.score(batches, read, lambda batch: (batch.n_actions,) * (1 + entropy)))
         return columns[0], columns[1] if entropy else None
 
 
 def score_values(role: Role, batches: Sequence[PackedBatch]) -> tuple[Tensor, Tensor]:
-    """Return the critic's values before every action, [A], and after every sequence's last token, [N]."""
+    """Return values before every action, [A], and after every sequence's last token, [N]; on the device."""
 
     def read(hidden_TH: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         return role.model.head(hidden_TH[batch.action_rows_A]), role.model.head(hidden_TH[batch.last_rows_N])
 
-    value_A, last_value_N = _concatenate(role.score(batches, read))
+    rows = role.score(batches, read, lambda batch: (batch.n_actions, batch.n_sequences))
+    value_A, last_value_N = _concatenate(rows)
     return value_A, last_value_N
 
 
 def score_sequences(role: Role, batches: Sequence[PackedBatch]) -> Tensor:
-    """Return the reward model's score of every sequence, read at its last token, [N]."""
+    """Return the reward model's score of every sequence, read at its last token, [N] on the device."""
 
     def read(hidden_TH: Tensor, batch: PackedBatch) -> tuple[Tensor]:
         return (role.model.head(hidden_TH[batch.last_rows_N]),)
 
-    return _concatenate(role.score(batches, read))[0]
+    return _concatenate(role.score(batches, read, lambda batch: (batch.n_sequences,)))[0]
 
 
 def _concatenate(rows: list[tuple[Tensor, ...]]) -> list[Tensor]:

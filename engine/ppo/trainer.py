@@ -15,17 +15,18 @@ from torch import Tensor
 from icegrt.config import PPOConfig
 from icegrt.data import Example, Prompt
 from icegrt.data.types import Rows, TokenizerSource
+from icegrt.distributed.pipeline import fetch
 from icegrt.errors import ConfigError, RewardError, RunError
-from icegrt.kernels import masked_moments
 from icegrt.metrics import Evaluation, PPOStep, rollout_path
 from icegrt.metrics.alarms import Alarms
 from icegrt.model.hf.reader import ModelSource
 from icegrt.ppo.batch_plan import BatchPlan, plan_batches, stream_seed
 from icegrt.ppo.evaluator import EvaluationResult
 from icegrt.ppo.experience import Experience, compute_advantages
-from icegrt.ppo.metrics import ppo_step, write_rollouts
+from icegrt.ppo.metrics import moments_of, ppo_step, rollout_rows
 from icegrt.ppo.reward_sources import RewardArgument, RewardComposition
 from icegrt.ppo.rewards import RewardOutputs
+from icegrt.ppo.rollout_writer import RolloutWriter
 from icegrt.ppo.scores import total_scores
 from icegrt.ppo.scoring import score_values
 from icegrt.ppo.setup import PPOInputs, build_ppo, check_config, check_critic, probe_reward_sources
@@ -98,8 +99,9 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         self.alarms = Alarms(self.config)
         self.alarm_messages: list[str] = []
         self._skip_guard = SkipGuard("actor", "critic")
-        self._rollouts_are_missing = False
         self._seconds: dict[str, float] = defaultdict(float)
+        self._rollout_writer = RolloutWriter()
+        self._resources.callback(self._rollout_writer.close)
         probe_reward_sources(parts)
 
     def _evaluate_at_start(self) -> None:
@@ -173,23 +175,27 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
             seed = stream_seed(self.run.seed, iteration)
             plan = plan_batches(responses, config.token_budget, config.minibatches, cluster=self.cluster, seed=seed)
 
-        # 3. Infer. Rewards come first: dropped responses are masked alike in scoring and update, or bits would differ.
+        # 3. Infer, while reward functions and HTTP scorers run.
         with self._timed("score"):
             with _locate_reward_errors(f"iteration {iteration}"):
-                all_rewards = parts.reward_computer(plan, prompts)
+                pending = parts.reward_computer.start(plan, prompts)
+            value_A, last_value_N = score_values(parts.critic, plan.batches)
+            old_A, entropy_A, ref_A = self._score_policies(plan)
+            with _locate_reward_errors(f"iteration {iteration}"):
+                all_rewards = pending.finish()
                 self._require_one_score(all_rewards)
             rewards = all_rewards.select(plan.rank_assignment[plan.rank])
-            plan = plan.with_masked(rewards.dropped_N)
-            old_A, entropy_A = parts.scorer(parts.actor, plan.batches, entropy=True)
-            assert entropy_A is not None
-            ref_A, _ = parts.scorer(parts.reference, plan.batches)
-            value_A, last_value_N = score_values(parts.critic, plan.batches)
+            if bool(all_rewards.dropped_N.any()):
+                # Dropped responses are masked alike in scoring and update, or bits would differ.
+                plan = plan.with_masked(rewards.dropped_N)
+                old_A, entropy_A, ref_A = self._score_policies(plan)
             self._check_logprobs(iteration, plan, prompts, actor=old_A, reference=ref_A, critic=value_A)
 
         # 4. Advantages: normalise and add up the scores, then KL penalty and GAE.
         with self._timed("shape"):
             for model in rewards.models:
-                parts.normalizers[model.name].update(model.score_N[~rewards.dropped_N], group)
+                kept_score_N = model.score_N[~rewards.dropped_N].to(self.cluster.device)
+                parts.normalizers[model.name].update(kept_score_N, group)
             scores = total_scores(
                 config, parts.normalizers, rewards.models, rewards.source_total_N, plan.truncated_N, rewards.dropped_N
             )
@@ -206,9 +212,11 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
             outcome = parts.updater.run(experience, kl_coef, iteration, self._draw_ptx(iteration))
 
         # 6. Control the KL coefficient, and record the iteration.
-        kl = masked_moments(shaped.kl_N.double(), ~rewards.dropped_N, group=group)
+        kl = fetch(moments_of(shaped.kl_N, ~rewards.dropped_N, self.cluster))
         parts.kl_controller.update(float(kl.mean), int(kl.count))
-        self._write_rollouts(iteration, experience, all_rewards)
+        rows = rollout_rows(iteration, self.run.seed, experience, all_rewards, self.cluster)
+        if self.cluster.is_main:
+            self._rollout_writer.submit(rollout_path(self.dir, iteration), rows)
         self.done_steps = iteration
         self._skip_guard.check("actor", outcome.actor)
         self._skip_guard.check("critic", outcome.critic)
@@ -220,15 +228,13 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         self.notify("on_update", row)
         return row
 
-    def _write_rollouts(self, iteration: int, experience: Experience, rewards: RewardOutputs) -> None:
-        """Write the responses of an iteration. A full disk is one warning: the run can do without the file."""
-        path = rollout_path(self.dir, iteration)
-        try:
-            write_rollouts(path, iteration, self.run.seed, experience, rewards, self.cluster)
-        except OSError as error:
-            if not self._rollouts_are_missing:
-                warn(f"{path}: not written ({error.strerror or error}); the run goes on, make room on the disk")
-            self._rollouts_are_missing = True
+    def _score_policies(self, plan: BatchPlan) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log-probs and entropies under the actor, and log-probs under the reference, [A] each."""
+        parts = self.components
+        old_A, entropy_A = parts.scorer(parts.actor, plan.batches, entropy=True)
+        assert entropy_A is not None
+        ref_A, _ = parts.scorer(parts.reference, plan.batches)
+        return old_A, entropy_A, ref_A
 
     def _check_logprobs(self, iteration: int, plan: BatchPlan, prompts: Sequence[Prompt], **streams_A: Tensor) -> None:
         """Raise `RunError` if a log-prob or value of a counted token is no number, before losses and KL receive it.
@@ -240,14 +246,18 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
             streams_A: by what is named in the message. An infinite log-prob of the reference is valid.
 
         Shape:
-            streams_A: (A) each, on the CPU.
+            streams_A: (A) each, on the device.
         """
+        bad = {name: x_A.isnan() if name == "reference" else ~x_A.isfinite() for name, x_A in streams_A.items()}
+        if plan.mask_A is not None:
+            mask_A = plan.mask_A.to(self.cluster.device, non_blocking=True)
+            bad = {name: bad_A & mask_A for name, bad_A in bad.items()}
+        # The host waits for the device once, unless there is something to report.
+        has_bad = dict(zip(bad, torch.stack([bad_A.any() for bad_A in bad.values()]).tolist(), strict=True))
         for name, x_A in streams_A.items():
-            bad_A = x_A.isnan() if name == "reference" else ~x_A.isfinite()
-            if plan.mask_A is not None:
-                bad_A = bad_A & plan.mask_A
-            if not bool(bad_A.any()):
+            if not has_bad[name]:
                 continue
+            bad_A = bad[name]
             action = int(bad_A.nonzero()[0])
             n = int(torch.searchsorted(plan.cu_actions, action, right=True)) - 1
             response = plan.local_responses[n]
@@ -321,6 +331,16 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         if step.function_score_mean is not None:
             figures["function"] = step.function_score_mean
         return figures
+
+    def save_checkpoint(self, quality: float | None = None) -> Path:
+        """Write a checkpoint now, after the responses of its iterations. Collective."""
+        self._rollout_writer.flush()
+        return super().save_checkpoint(quality)
+
+    def write_report(self) -> None:
+        """Write the report of the run so far, on rank 0, after the responses that it shows."""
+        self._rollout_writer.flush()
+        super().write_report()
 
     def save_pretrained(self, out: str | Path) -> Path:
         """Write the actor as a Hugging Face checkpoint."""

@@ -7,8 +7,9 @@ layout. The order of the minibatches is drawn anew in every epoch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ import torch
 from icegrt.config import PPOConfig
 from icegrt.data import Example
 from icegrt.distributed.cluster import Cluster
+from icegrt.distributed.pipeline import fetch_from_last_stage
 from icegrt.kernels import PolicyStats, ValueStats
+from icegrt.packing import PackedBatch
 from icegrt.ppo.batch_plan import stream_seed
 from icegrt.ppo.experience import Experience
 from icegrt.ppo.losses import CriticLoss, PolicyLoss, PtxLoss
@@ -93,25 +96,33 @@ class Updater:
             ptx: one batch of examples per actor step, or none.
         """
         outcome = UpdateOutcome()
+        counted = self._counted_actions(experience)
+        ptx_work = self._ptx_work(ptx)
         warming_up = iteration <= self.config.critic.warmup_iterations
         actor_epochs = 0 if warming_up else self.config.ppo_epochs
         for epoch in range(max(actor_epochs, self.config.critic_epochs)):
-            for number, members in enumerate(self._minibatches(experience, iteration, epoch)):
-                if not self._counted_actions(experience, members):
+            for number, minibatch in enumerate(self._minibatch_order(iteration, epoch)):
+                members, actions = experience.plan.minibatches[minibatch], counted[minibatch]
+                if not actions:
                     # All its responses were dropped. A step would still change the weights, by Adam's momentum.
                     outcome.empty += (epoch < actor_epochs) + (epoch < self.config.critic_epochs)
                     continue
                 if epoch < actor_epochs:
                     step = epoch * self.config.minibatches + number
-                    self._actor_step(experience, members, kl_coef, ptx[step] if ptx else (), outcome)
+                    mixed = ptx_work[step](actions) if ptx_work else []
+                    self._actor_step(experience, members, kl_coef, mixed, outcome)
                 if epoch < self.config.critic_epochs:
                     self._critic_step(experience, members, outcome)
+        # The statistics stay on the device of the last pipeline stage until here.
+        outcome.stats = fetch_from_last_stage(outcome.stats)
         return outcome
 
-    def policy_work(self, experience: Experience, members: Sequence[int], kl_coef: float) -> list[MicroBatch]:
-        """Return the micro-batches `members` with the actor's loss."""
+    def policy_work(
+        self, experience: Experience, members: Sequence[int], kl_coef: float, *, may_clip: bool = True
+    ) -> list[MicroBatch]:
+        """Return the micro-batches `members` with the actor's loss; `may_clip`: the actor has moved since scoring."""
         moments = experience.moments.to(self.actor.device) if self.config.whiten_advantages else None
-        loss = PolicyLoss(self.config, self.actor, kl_coef, moments, self.scorer)
+        loss = PolicyLoss(self.config, self.actor, kl_coef, moments, self.scorer, may_clip)
         batches = experience.plan.action_batches(
             members,
             old_logprob_A=experience.old_logprob_A,
@@ -128,37 +139,50 @@ class Updater:
         )
         return [MicroBatch(batch, loss) for batch in batches]
 
-    def _minibatches(self, experience: Experience, iteration: int, epoch: int) -> list[list[int]]:
+    def _minibatch_order(self, iteration: int, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(stream_seed(self.config.run.seed, (iteration << 8) ^ epoch))
-        order = torch.randperm(self.config.minibatches, generator=generator).tolist()
-        return [experience.plan.minibatches[i] for i in order]
+        order: list[int] = torch.randperm(self.config.minibatches, generator=generator).tolist()
+        return order
 
     def _actor_step(
-        self, experience: Experience, members: list[int], kl_coef: float, ptx: Sequence[Example], outcome: UpdateOutcome
+        self,
+        experience: Experience,
+        members: list[int],
+        kl_coef: float,
+        ptx: Sequence[MicroBatch],
+        outcome: UpdateOutcome,
     ) -> None:
-        work = self.policy_work(experience, members, kl_coef)
-        if ptx:
-            work += self._ptx_work(ptx, self._counted_actions(experience, members))
-        step = self.actor.train_step(work)
+        work = self.policy_work(experience, members, kl_coef, may_clip=bool(outcome.actor))
+        step = self.actor.train_step([*work, *ptx])
         outcome.actor.append(step)
         outcome.add(merge_by_type(step.stats).values())
 
-    def _ptx_work(self, examples: Sequence[Example], actions: float) -> list[MicroBatch]:
-        batches = pack_examples(examples, self.config.token_budget, self.cluster.share)
-        # Megatron divides the whole step by the number of actions; `scale` turns that into a mean over ptx tokens.
-        (tokens,) = self.cluster.all_reduce_sum([sum(batch.n_counted_actions for batch in batches)])
-        loss = PtxLoss(self.actor, self.config.ptx_coef * actions / max(tokens, 1), self.scorer.chunk_rows)
-        return [MicroBatch(batch, loss) for batch in batches]
+    def _ptx_work(self, ptx: Sequence[Sequence[Example]]) -> list[Callable[[float], list[MicroBatch]]]:
+        """Return for each actor step a function from its number of actions to its micro-batches of ptx text."""
+        packed = [pack_examples(examples, self.config.token_budget, self.cluster.share) for examples in ptx]
+        tokens = self._sum_over_ranks([sum(batch.n_counted_actions for batch in batches) for batches in packed])
+
+        def work(batches: Sequence[PackedBatch], tokens: float, actions: float) -> list[MicroBatch]:
+            # Megatron divides the whole step by the number of actions; `scale` turns that into a mean over ptx tokens.
+            loss = PtxLoss(self.actor, self.config.ptx_coef * actions / max(tokens, 1), self.scorer.chunk_rows)
+            return [MicroBatch(batch, loss) for batch in batches]
+
+        return [partial(work, batches, total) for batches, total in zip(packed, tokens, strict=True)]
 
     def _critic_step(self, experience: Experience, members: list[int], outcome: UpdateOutcome) -> None:
         step = self.critic.train_step(self.critic_work(experience, members))
         outcome.critic.append(step)
         outcome.add(step.stats)
 
-    def _counted_actions(self, experience: Experience, members: list[int]) -> float:
-        """Return the number of actions of a minibatch that count, over all ranks."""
-        (total,) = self.cluster.all_reduce_sum([sum(experience.plan.batches[i].n_counted_actions for i in members)])
-        return total
+    def _counted_actions(self, experience: Experience) -> list[float]:
+        """Return the number of actions of each minibatch that count, over all ranks."""
+        plan = experience.plan
+        return self._sum_over_ranks(
+            [sum(plan.batches[i].n_counted_actions for i in members) for members in plan.minibatches]
+        )
+
+    def _sum_over_ranks(self, counts: list[int]) -> list[float]:
+        return self.cluster.all_reduce_sum(counts) if counts else []
 
 
 def mean_grad_norm(outcomes: Sequence[StepOutcome]) -> float:

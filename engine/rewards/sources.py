@@ -90,6 +90,11 @@ class Scorer(Protocol):
     name: str
     weight: float
 
+    @property
+    def needs_main_thread(self) -> bool:
+        """Whether `score` calls the function in the thread that calls it, which must be the main thread."""
+        ...
+
     def start(self) -> None:
         """Load the function. Raises `ConfigError` if that fails."""
 
@@ -111,6 +116,10 @@ class FunctionScorer:
         self._spec, self._config = spec, config
         self._function: Callable | None = None
         self._pool: WorkerPool | None = None
+
+    @property
+    def needs_main_thread(self) -> bool:
+        return self._function is not None and not self._config.timeout_seconds
 
     def start(self) -> None:
         spec, config = self._spec, self._config
@@ -145,6 +154,8 @@ class HTTPScorer:
         self.name, self.weight = spec.name, spec.weight
         self._client = ScoringClient(spec.name, spec.url, config.http, key=spec.key, seed=seed)
 
+    needs_main_thread = False
+
     def start(self) -> None: ...
 
     def score(self, samples: list[Sample], collect_failures: bool) -> list[ScoreOrFailure]:
@@ -161,6 +172,11 @@ class RewardSourceGroup:
 
     def __bool__(self) -> bool:
         return bool(self.scorers)
+
+    @property
+    def needs_main_thread(self) -> bool:
+        """Whether `score_by_source` must run in the main thread, for a function that runs there without a limit."""
+        return any(scorer.needs_main_thread for scorer in self.scorers)
 
     @classmethod
     def of(cls, specs: Sequence[RewardSpec], config: RewardCallConfig, seed: int = 0) -> RewardSourceGroup:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from icegrt.config import OptimizerConfig
 from icegrt.model.pipeline_model import PipelineModel
@@ -69,7 +74,65 @@ def make_optimizer(config: OptimizerConfig, ddps: list[Any], model_config: Any) 
     optimizer = get_megatron_optimizer(settings, list(ddps), use_gloo_process_groups=gloo)
     for inner in inner_optimizers(optimizer):
         _index_as_ordered(inner)
+        _use_multi_tensor_kernels(inner)
+    if is_torch_adam(optimizer):
+        # Megatron 0.16: without Transformer Engine and apex the norm of every single gradient is read on the host -> a
+        # wait per parameter. Ours is read once.
+        optimizer.get_grad_norm = partial(grad_norm, optimizer)
     return optimizer
+
+
+def is_torch_adam(optimizer: Any) -> bool:
+    """Return whether Megatron fell back to torch's Adam, because neither Transformer Engine nor apex is installed."""
+    return all(isinstance(inner.optimizer, torch.optim.Adam) for inner in inner_optimizers(optimizer))
+
+
+def _use_multi_tensor_kernels(optimizer: Any) -> None:
+    # torch chooses them by itself on CUDA. Named here, they are also what a rehearsal of a GPU counts.
+    adam = optimizer.optimizer
+    if isinstance(adam, torch.optim.Adam):
+        for group in adam.param_groups:
+            group["foreach"] = any(parameter.device.type != "cpu" for parameter in group["params"]) or None
+
+
+@torch.no_grad()
+def grad_norm(optimizer: Any) -> float:
+    """Return the norm of all ranks' gradients. Collective; the host waits for the device once.
+
+    norm = sqrt(sum over ranks of (norm of the norms of a rank's gradients)^2)
+    """
+    grads = [grad for inner in inner_optimizers(optimizer) for grad in inner.get_main_grads_for_grad_norm()]
+    total = torch.zeros(1, device=_device_of(optimizer))
+    if grads:
+        total += torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) ** 2.0
+    dist.all_reduce(total, group=optimizer.get_grad_stats_parallel_group())
+    return float(total.item() ** 0.5)
+
+
+def _device_of(optimizer: Any) -> torch.device:
+    return inner_optimizers(optimizer)[0].buffers[0].grad_data.device
+
+
+def finalize_gradients(model: list[Any], num_tokens: Tensor, **options: Any) -> None:
+    """Sum the gradients over ranks and divide them by the number of entries that count over all ranks. Collective.
+
+    Megatron's schedules call it after the last micro-batch.
+
+    Args:
+        model: the DDP wrappers of this rank's stages.
+        num_tokens: 0-dim int, this pipeline's number on its last stage; 0 on other stages.
+        options: of Megatron's `finalize_model_grads`.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.distributed import finalize_model_grads
+
+    finalize_model_grads(model, None, **options)
+    # Megatron 0.16: reads the number on the host to skip a division by 0 -> a wait. We divide by 1 then.
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    dist.broadcast(num_tokens, dist.get_process_group_ranks(pipeline)[-1], group=pipeline)
+    dist.all_reduce(num_tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    for ddp in model:
+        ddp.scale_gradients(1.0 / num_tokens.clamp(min=1))
 
 
 def inner_optimizers(optimizer: Any) -> list[Any]:

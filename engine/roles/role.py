@@ -2,8 +2,9 @@
 
 PPO has the roles actor, reference, reward and critic. SFT and reward training have one role.
 
-Every pass goes through Megatron's `get_forward_backward_func`. A micro-batch is moved to the device once. The model's
-last pipeline stage then calls `fn(hidden_TH, batch)`: a reader of results, or a loss.
+Every pass goes through Megatron's `get_forward_backward_func`. A micro-batch is copied to the device once, while the
+one before it is computed. The model's last pipeline stage then calls `fn(hidden_TH, batch)`: a reader of results, or a
+loss. The host never waits for the device within a pass: results, losses and statistics stay there.
 
 A loss returns (sum, count, stats), and `calculate_per_token_loss` divides the gradient of all sums by all counts. So
 the gradient does not depend on how a minibatch is divided into micro-batches, up to rounding.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import tee
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from icegrt.config import OptimizerConfig
-from icegrt.distributed.pipeline import all_ranks_true, broadcast_from_last_stage, broadcast_objects_from_last_stage
+from icegrt.distributed.pipeline import all_ranks_true, broadcast_from_last_stage
 from icegrt.errors import RunError
 from icegrt.model.architecture import DTYPES
 from icegrt.model.hf import exporter
@@ -31,7 +32,8 @@ from icegrt.model.hf.writer import save_pretrained
 from icegrt.model.pipeline_model import PipelineModel
 from icegrt.packing import PackedBatch
 from icegrt.roles.micro_batch import LossOutput, MicroBatch
-from icegrt.roles.optimizer import make_optimizer, make_scheduler, wait_for_param_gather, wrap
+from icegrt.roles.optimizer import finalize_gradients, make_optimizer, make_scheduler, wait_for_param_gather, wrap
+from icegrt.roles.stage_shapes import known_shapes
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class StepOutcome:
     """The result of an optimizer step.
 
     Attributes:
-        stats: statistics of this pipeline's micro-batches, in order.
+        stats: statistics of this pipeline's micro-batches, in order, on the device of its last stage; other stages
+            have none. `distributed.pipeline.fetch_from_last_stage` brings them to the hosts of all stages.
         grad_norm: before clipping; NaN if the step was skipped.
         lr: the learning rate of the step.
         skipped: a loss or gradient was not finite, and no weight changed.
@@ -72,24 +75,28 @@ class Role:
 
     @torch.no_grad()
     def score(
-        self, batches: Sequence[PackedBatch], read: Callable[[Tensor, Any], tuple[Tensor, ...]]
+        self,
+        batches: Sequence[PackedBatch],
+        read: Callable[[Tensor, Any], tuple[Tensor, ...]],
+        sizes: Callable[[Any], tuple[int, ...]],
     ) -> list[tuple[Tensor, ...]]:
         """Run forward passes without gradients.
 
         Args:
             batches: micro-batches on the CPU.
             read: `read(hidden_TH, batch)` returns as many vectors for each batch.
+            sizes: `sizes(batch)` returns the number of entries of each of them.
 
         Returns:
-            What `read` returned, in order, as fp32 on the CPU of every rank of the pipeline.
+            What `read` returned, in order, as fp32 on the device of every rank of the pipeline.
         """
 
         def collect(vectors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return tuple(x.float().cpu() for x in vectors)
+            return tuple(x.float() for x in vectors)
 
         work = [(batch, read) for batch in batches]
         rows = self._run(self.model.chunks, work, collect, forward_only=True, collect_non_loss_data=True)
-        return broadcast_from_last_stage(rows, len(batches))
+        return broadcast_from_last_stage(rows, [sizes(batch) for batch in batches], self.device)
 
     def save_pretrained(
         self,
@@ -140,8 +147,8 @@ class Role:
             return getattr(chunk, "module", chunk).hidden(batch), on_output
 
         # Virtual stages read the same micro-batches, each at its own pace: `tee` keeps those that one has yet to read.
-        on_device = ((batch.to(self.device), callback) for batch, callback in work)
-        iterators = list(tee(on_device, len(chunks)))
+        on_device = ((batch.to(self.device, non_blocking=True), callback) for batch, callback in work)
+        iterators = list(tee(_one_ahead(on_device), len(chunks)))
         return get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
@@ -149,13 +156,24 @@ class Role:
             num_microbatches=len(work),
             seq_length=max(batch.tokens_T.numel() for batch, _ in work),
             micro_batch_size=1,
+            **known_shapes([batch for batch, _ in work], self.model.config),
             **options,
         )
 
 
+def _one_ahead(items: Iterable[Any]) -> Iterator[Any]:
+    """Yield each item when the one after it exists already: its copy to the device then overlaps with a computation."""
+    ahead: list[Any] = []
+    for item in items:
+        yield from ahead
+        ahead = [item]
+    yield from ahead
+
+
 def weights_are_finite(role: Role) -> bool:
     """Return whether all weights that this rank holds are finite."""
-    return all(bool(torch.isfinite(parameter).all()) for parameter in role.model.parameters())
+    flags = [torch.isfinite(parameter).all() for parameter in role.model.parameters()]
+    return bool(torch.stack(flags).all()) if flags else True
 
 
 def check_inference_mode() -> None:
@@ -183,8 +201,6 @@ class TrainableRole(Role):
     @torch.enable_grad()
     def __init__(self, name: str, model: PipelineModel, config: OptimizerConfig, total_steps: int) -> None:
         """Wrap `model` for training; the schedule runs over `total_steps` optimizer steps."""
-        from megatron.core.distributed import finalize_model_grads
-
         check_inference_mode()
         super().__init__(name, model)
         self.ddps = ddps = wrap(model)
@@ -194,7 +210,7 @@ class TrainableRole(Role):
             # Clear the nodes when the role goes.
             weakref.finalize(self, ddp.grad_accs.clear)
         model.register_param_gather(lambda: wait_for_param_gather(ddps))
-        model.config.finalize_model_grads_func = finalize_model_grads
+        model.config.finalize_model_grads_func = finalize_gradients
         self.optimizer = make_optimizer(config, ddps, model.config)
         self.schedule = make_scheduler(config, self.optimizer, total_steps)
 
@@ -208,9 +224,7 @@ class TrainableRole(Role):
         self.zero_gradients()
         stats, losses = self.accumulate(work)
         lr = self.optimizer.param_groups[0]["lr"]
-        # A loss may overflow while its gradient does not, and the reverse.
-        finite = all(bool(torch.isfinite(loss)) for loss in losses) and self._gradients_are_finite()
-        if not all_ranks_true(finite):
+        if not all_ranks_true(self._is_finite(losses)):
             return StepOutcome(stats, math.nan, lr, skipped=True)
         self.weight_changes += 1
         _, grad_norm, _ = self.optimizer.step()
@@ -230,17 +244,22 @@ class TrainableRole(Role):
         With several data-parallel ranks `main_grad` is complete only in this rank's shard of the optimizer.
 
         Returns:
-            The losses' statistics on every rank of the pipeline, and the detached losses on its last stage.
+            The losses' statistics and the detached losses, on the device of the pipeline's last stage; other stages
+            have none.
         """
         losses: list[Tensor] = []
 
         def collect(output: LossOutput) -> tuple[Tensor, Tensor, Any]:
             losses.append(output.sum.detach())
-            return output.sum, torch.tensor(output.count, dtype=torch.int, device=self.device), output.stats
+            return output.sum, torch.full((), output.count, dtype=torch.int, device=self.device), output.stats
 
         pairs = [(item.batch, item.loss) for item in work]
         stats = self._run(self.ddps, pairs, collect, forward_only=False)
-        return broadcast_objects_from_last_stage(stats), losses
+        return stats, losses
 
-    def _gradients_are_finite(self) -> bool:
-        return all(bool(torch.isfinite(buffer.grad_data.sum())) for ddp in self.ddps for buffer in ddp.buffers)
+    def _is_finite(self, losses: Sequence[Tensor]) -> bool | Tensor:
+        """Return whether losses and gradients of this rank are finite, 0-dim bool on the device."""
+        # A loss may overflow while its gradient does not, and the reverse.
+        sums = [buffer.grad_data.sum() for ddp in self.ddps for buffer in ddp.buffers]
+        numbers = [x.double() for x in (*losses, *sums)]
+        return torch.stack(numbers).isfinite().all() if numbers else True

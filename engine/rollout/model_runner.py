@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import abc
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -108,11 +109,14 @@ class ModelRunner:
         device = self.channel.device
         prompts = [sequences[0].prompt for sequences in batch]
         lengths, copies = [len(prompt) for prompt in prompts], [len(sequences) for sequences in batch]
-        last_rows = torch.tensor(lengths, device=device).cumsum(0) - 1
+        cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        last_rows = cu_seqlens[1:].long() - 1
         return ForwardInput(
             torch.tensor([token for prompt in prompts for token in prompt], device=device),
             torch.cat([torch.arange(length, device=device) for length in lengths]),
-            AttentionMetadata(lengths=lengths, prefill_writer=self.cache.allocate(lengths, copies)),
+            AttentionMetadata(
+                lengths=lengths, cu_seqlens=cu_seqlens, prefill_writer=self.cache.allocate(lengths, copies)
+            ),
             last_rows.repeat_interleave(torch.tensor(copies, device=device)),
         )
 

@@ -17,6 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from icegrt.data import Ranking, untied_pairs
 from icegrt.distributed.cluster import Cluster
+from icegrt.distributed.pipeline import fetch
 from icegrt.packing import PackedBatch, Share, pack
 from icegrt.roles.micro_batch import LossOutput
 from icegrt.roles.role import Role
@@ -52,9 +53,9 @@ class RankedBatch(PackedBatch):
 
 @dataclass(frozen=True)
 class RankingStats:
-    """loss_sum: over prompts; difference_P: score of the winner - score of the loser, on the CPU."""
+    """loss_sum: over prompts, 0-dim fp64; difference_P: score of the winner - score of the loser."""
 
-    loss_sum: float
+    loss_sum: Tensor
     difference_P: Tensor
 
     def merge(self, other: RankingStats) -> RankingStats:
@@ -97,8 +98,8 @@ def pack_group(rankings: list[Ranking], tie_margin: float, tail_multiple: int = 
             weights.append(1.0 / len(ranking_pairs))
             margins.append(ranking.scores[winner] - ranking.scores[loser])
     index = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
-    return RankedBatch(
-        **vars(pack(prompts, responses, tail_multiple=tail_multiple)),
+    return pack(prompts, responses, tail_multiple=tail_multiple).extended(
+        RankedBatch,
         winners_P=index[:, 0],
         losers_P=index[:, 1],
         weight_P=torch.tensor(weights),
@@ -118,7 +119,7 @@ def ranking_loss(score_N: Tensor, batch: RankedBatch) -> LossOutput:
     difference_P = score_N[batch.winners_P] - score_N[batch.losers_P]
     # 0 * score keeps a micro-batch without pairs attached to the scores, so that it has a backward pass.
     loss = -(logsigmoid(difference_P) * batch.weight_P).sum() + 0.0 * score_N.sum()
-    return LossOutput(loss, batch.prompts, RankingStats(float(loss.detach()), difference_P.detach().cpu()))
+    return LossOutput(loss, batch.prompts, RankingStats(loss.detach().double(), difference_P.detach()))
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def evaluate_ranking(role: Role, batches: Sequence[RankedBatch], cluster: Cluste
     margins: list[Tensor] = []
     for start in range(0, len(batches), _EVALUATION_BATCHES):
         part = batches[start : start + _EVALUATION_BATCHES]
-        part_scores = [score_N for (score_N,) in role.score(part, read)]
+        part_scores = fetch([score_N for (score_N,) in role.score(part, read, lambda batch: (batch.n_sequences,))])
         losses += [ranking_loss(score_N, batch) for score_N, batch in zip(part_scores, part, strict=True)]
         scores += part_scores
         margins += [batch.margin_P for batch in part]

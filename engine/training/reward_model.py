@@ -12,6 +12,7 @@ from icegrt.config import RewardConfig
 from icegrt.data import BlendedDataset, ConcatDataset, EncodedDataset, Ranking, RankingEncoder, untied_pairs
 from icegrt.data.training_data import exclude_heldout, hold_out, packed
 from icegrt.data.types import Rows
+from icegrt.distributed.pipeline import fetch_from_last_stage
 from icegrt.errors import DataError
 from icegrt.metrics import RewardStep
 from icegrt.model.build import build_model
@@ -114,7 +115,7 @@ class RewardTrainer(OneModelTrainer[RewardConfig, RewardStep]):
         loss = RewardModelLoss(self.role)
         outcome = self.role.train_step([MicroBatch(batch, loss) for batch in batches])
         self.done_steps += 1
-        stats = merge_by_type(outcome.stats)[RankingStats]
+        stats = fetch_from_last_stage(merge_by_type(outcome.stats))[RankingStats]
         loss_sum, prompts, right, pairs = self.cluster.all_reduce_sum(
             [
                 stats.loss_sum,

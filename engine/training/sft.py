@@ -11,6 +11,7 @@ from icegrt.config import SFTConfig
 from icegrt.data import BlendedDataset, ConcatDataset, Example, ExampleEncoder
 from icegrt.data.training_data import packed
 from icegrt.data.types import Rows
+from icegrt.distributed.pipeline import fetch_from_last_stage
 from icegrt.metrics import SFTStep
 from icegrt.model.build import build_model
 from icegrt.model.hf.reader import HFCheckpointReader
@@ -77,7 +78,7 @@ class SFTTrainer(OneModelTrainer[SFTConfig, SFTStep]):
         outcome = self.role.train_step([MicroBatch(batch, loss) for batch in batches])
         self.done_steps += 1
         seconds = time.perf_counter() - started
-        stats = merge_by_type(outcome.stats)[NLLStats]
+        stats = fetch_from_last_stage(merge_by_type(outcome.stats))[NLLStats]
         loss_sum, counted, tokens = self.cluster.all_reduce_sum(
             [stats.loss_sum, stats.tokens, sum(batch.n_tokens for batch in batches)]
         )

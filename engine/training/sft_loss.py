@@ -9,6 +9,7 @@ from torch import Tensor
 
 from icegrt.data import Example
 from icegrt.distributed.cluster import Cluster
+from icegrt.distributed.pipeline import fetch
 from icegrt.kernels import linear_logprobs
 from icegrt.packing import PackedBatch, Share, pack
 from icegrt.roles.micro_batch import LossOutput
@@ -17,9 +18,9 @@ from icegrt.roles.role import Role
 
 @dataclass(frozen=True)
 class NLLStats:
-    """loss_sum: -log p summed over response tokens, nats; tokens: how many count."""
+    """loss_sum: -log p summed over response tokens, nats, 0-dim fp64 on the device; tokens: how many count."""
 
-    loss_sum: float = 0.0
+    loss_sum: Tensor | float = 0.0
     tokens: int = 0
 
     def merge(self, other: NLLStats) -> NLLStats:
@@ -36,18 +37,21 @@ class SFTLoss:
 
     def __call__(self, hidden_TH: Tensor, batch: PackedBatch) -> LossOutput:
         loss, tokens = response_nll(self.role, hidden_TH, batch, self.chunk_rows), batch.n_counted_actions
-        return LossOutput(loss, tokens, NLLStats(float(loss.detach()), tokens))
+        return LossOutput(loss, tokens, NLLStats(loss.detach().double(), tokens))
 
 
 def response_nll(role: Role, hidden_TH: Tensor, batch: PackedBatch, chunk_rows: int | None) -> Tensor:
     """Return -log p of the response tokens, summed, at temperature 1: the loss of SFT and of ptx mixing."""
+    weight_VH, weight_grad_VH = role.model.lm_weight_and_grad()
     out = linear_logprobs(
         hidden_TH[batch.action_rows_A],
-        role.model.lm_weight_VH,
+        weight_VH,
         batch.action_tokens_A,
         mask_A=batch.action_mask_A,
         shard=role.model.vocab_shard,
         chunk_rows=chunk_rows,
+        weight_grad_out=weight_grad_VH,
+        rows_R=batch.counted_index,
     )
     return -out.logprob_A.sum()
 
@@ -74,6 +78,7 @@ def heldout_loss(role: Role, batches: Sequence[PackedBatch], chunk_rows: int | N
     def read(hidden_TH: Tensor, batch: PackedBatch) -> tuple[Tensor]:
         return (response_nll(role, hidden_TH, batch, chunk_rows).reshape(1),)
 
-    local_sum = sum(float(total) for (total,) in role.score(batches, read))
+    totals = fetch([total for (total,) in role.score(batches, read, lambda batch: (1,))])
+    local_sum = sum(map(float, totals))
     total, count = cluster.all_reduce_sum([local_sum, sum(batch.n_counted_actions for batch in batches)])
     return total / max(count, 1)

@@ -15,6 +15,7 @@ enter only the first product.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -64,9 +65,9 @@ def _score_rows(head: ChunkedHead, ops: ChunkOps) -> RowStats:
     return RowStats(*(torch.cat(packed, dim=1) if packed else empty))
 
 
-def _disable_autocast(x: Tensor) -> torch.autocast:
-    # Autocast would run the products in bf16, logits included.
-    return torch.autocast(x.device.type, enabled=False)
+def _disable_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    # Autocast would run the products in bf16, logits included. The meta device has none.
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,14 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden_AH, weight_VH, packed = ctx.saved_tensors
         call, ops = ctx.call, ctx.call.ops
         grad_logprob_A, grad_entropy_A = upstream
-        # 1. Rows without an upstream gradient are dropped before the logits are computed again.
-        active_A = grad_logprob_A != 0
-        if call.head.entropy:
-            active_A = active_A | (grad_entropy_A != 0)
-        head = call.head.subset(active_A if call.mask_A is None else active_A & (call.mask_A != 0))
+        # 1. Rows without an upstream gradient are dropped before the logits are computed again. Where the caller named
+        #    the rows, the host does not wait to learn which these are: they add zeros.
+        head = call.head
+        if not head.rows_known:
+            active_A = grad_logprob_A != 0
+            if head.entropy:
+                active_A = active_A | (grad_entropy_A != 0)
+            head = head.subset(active_A if call.mask_A is None else active_A & (call.mask_A != 0))
         stats_R = RowStats(*(head.gather_rows(x) for x in packed))
         grad_entropy_R = head.gather_rows(grad_entropy_A) if head.entropy else None
         grads_R = TokenGrads(head.gather_rows(grad_logprob_A), grad_entropy_R)
@@ -200,7 +204,7 @@ def _loss_and_grads(
             continue
         # 2. Gradient of each token, then of its logits; rows whose gradient is 0 enter no further product.
         grads = ops.token_grads(logprob, entropy, streams_R.select(chunk.rows), objective)
-        active = _active_rows(*grads)
+        active = _active_rows(*grads) if head.drop_inactive else None
         if active is None or active.numel():
             dz, scale = ops.logits_grad(head, chunk, grads, active)
             # 3. The two products.

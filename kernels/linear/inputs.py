@@ -45,6 +45,8 @@ class HeadInputs:
     shard: VocabShard | None
     chunk_rows: int | None  # None: a default that depends on V and the device
     weight_grad_out: Tensor | None  # [V, H] buffer that backward adds dW to; None: autograd gets dW
+    rows_R: Tensor | slice | None = None  # the rows that count, if the host knows them; slice(None): all
+    drop_inactive: bool = True  # on a device: leave rows without a gradient out of the backward's products
 
 
 class LogitsChunk(NamedTuple):
@@ -95,6 +97,7 @@ def check_head_inputs(op: str, head: HeadInputs) -> None:
     chunk_rows = head.chunk_rows
     if chunk_rows is not None and (isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int) or chunk_rows < 1):
         raise ValueError(f"{op}: chunk_rows must be an int >= 1 or None, got {chunk_rows!r}")
+    _check_rows(op, head)
     # 3. The gradient buffer: dW is summed in the wide dtype, and a narrower buffer would round every addition.
     buffer = head.weight_grad_out
     if buffer is not None:
@@ -105,7 +108,32 @@ def check_head_inputs(op: str, head: HeadInputs) -> None:
                 f"{op}: weight_grad_out must be a {wanted} buffer that requires no gradient, got "
                 f"{buffer.dtype} with requires_grad={buffer.requires_grad}"
             )
+        if not (torch.is_grad_enabled() and weight_VH.requires_grad):
+            raise ValueError(
+                f"{op}: weight_grad_out must be None where no backward can follow (no_grad, or a weight that requires "
+                "no gradient): nothing would be added to it"
+            )
     # 4. Labels, of unmasked rows only.
     vocab_size = weight_VH.shape[0] if head.shard is None else head.shard.vocab_size
     masked_A = labels_A if head.mask_A is None else torch.where(head.mask_A != 0, labels_A, IGNORED_LABEL)
     check_labels_in_range(op, masked_A, vocab_size)
+
+
+def _check_rows(op: str, head: HeadInputs) -> None:
+    """Raise if rows_R is no index, or on a CPU if it differs from the rows that mask and labels keep."""
+    rows_R, labels_A = head.rows_R, head.labels_A
+    if rows_R is None:
+        return
+    if isinstance(rows_R, slice):
+        if rows_R != slice(None):
+            raise ValueError(f"{op}: rows_R must be an index tensor, slice(None) or None, got {rows_R}")
+    else:
+        check_integral(op, "rows_R", rows_R, (None,), labels_A)
+    if labels_A.device.type == "cpu":
+        keep_A = labels_A != IGNORED_LABEL
+        keep_A = keep_A if head.mask_A is None else keep_A & (head.mask_A != 0)
+        listed_A = torch.zeros_like(keep_A)
+        listed_A[rows_R] = True
+        if not torch.equal(listed_A, keep_A):
+            row = int((listed_A != keep_A).nonzero()[0])
+            raise ValueError(f"{op}: rows_R must be the rows that mask_A and labels_A keep; they differ at row {row}")

@@ -23,6 +23,7 @@ def linear_logprobs(
     shard: VocabShard | None = None,
     chunk_rows: int | None = None,
     weight_grad_out: Tensor | None = None,
+    rows_R: Tensor | slice | None = None,
 ) -> TokenLogprobs:
     """Return `token_logprobs` of hidden @ weight.T, chunk by chunk; masked rows never enter the product.
 
@@ -43,7 +44,9 @@ def linear_logprobs(
         shard: This rank's slice of the vocabulary. None: the weight has all of it.
         chunk_rows: Rows of logits at a time. None: a default that depends on V and the kind of device alone.
         weight_grad_out: [V, H] fp32 buffer that backward adds dW to. Then weight_VH.grad_added_to_main_grad is set and
-            autograd gets no dW.
+            autograd gets no dW. Only where a backward can follow.
+        rows_R: [R] int64, the rows that mask_A and labels_A keep, ascending, or slice(None) for all rows. It has no
+            effect on the result: on a device the host need not wait to learn how many rows count.
 
     Returns:
         TokenLogprobs: `logprob_A` and `entropy_A` (or None), [A] in nats, fp32 (fp64 if an input is), 0 at ignored
@@ -51,10 +54,11 @@ def linear_logprobs(
 
     Raises:
         TypeError: An argument has a wrong type or dtype.
-        ValueError: A shape, device or range is wrong, or a CPU label is outside the vocabulary.
+        ValueError: A shape, device or range is wrong, a CPU label is outside the vocabulary, rows_R on the CPU are
+            other rows than mask_A and labels_A keep, or weight_grad_out is given where no backward can follow.
     """
     op = "linear_logprobs"
-    head = HeadInputs(hidden_AH, weight_VH, labels_A, mask_A, temperature, shard, chunk_rows, weight_grad_out)
+    head = HeadInputs(hidden_AH, weight_VH, labels_A, mask_A, temperature, shard, chunk_rows, weight_grad_out, rows_R)
     check_head_inputs(op, head)
     run = select(op, hidden_AH, weight_VH)
     return run(replace(head, temperature=float(temperature)), bool(entropy))
@@ -84,6 +88,8 @@ def linear_ppo_loss(
     shard: VocabShard | None = None,
     chunk_rows: int | None = None,
     weight_grad_out: Tensor | None = None,
+    rows_R: Tensor | slice | None = None,
+    drop_inactive: bool = True,
 ) -> PPOLoss:
     """Return `ppo_policy_loss` of `linear_logprobs`, in three matrix products and one pass over chunks.
 
@@ -118,7 +124,12 @@ def linear_ppo_loss(
         shard: This rank's slice of the vocabulary. None: the weight has all of it.
         chunk_rows: Rows of logits at a time. None: a default that depends on V and the kind of device alone.
         weight_grad_out: [V, H] fp32 buffer that backward adds dW to. Then weight_VH.grad_added_to_main_grad is set and
-            autograd gets no dW.
+            autograd gets no dW. Only where a backward can follow.
+        rows_R: [R] int64, the rows that mask_A and labels_A keep, ascending, or slice(None) for all rows. It has no
+            effect on the result: on a device the host need not wait to learn how many rows count.
+        drop_inactive: Whether rows without a gradient (clipped, zero advantage) are left out of the products of the
+            backward. On a device the host then waits once per chunk: pass False where no row is clipped, as in the
+            first step from the policy that sampled. A CPU always leaves them out.
 
     Returns:
         PPOLoss: `loss`, 0-dim fp32 (fp64 if an input is), this rank's sum over the normalizer, differentiable in
@@ -127,10 +138,23 @@ def linear_ppo_loss(
     Raises:
         TypeError: An argument has a wrong type or dtype.
         ValueError: A shape, device or range is wrong, a CPU label is outside the vocabulary, a counted old log-prob on
-            the CPU is not finite (on a device loss and gradient are then NaN), or kl_coef lacks ref_logprob_A.
+            the CPU is not finite (on a device loss and gradient are then NaN), kl_coef lacks ref_logprob_A, rows_R on
+            the CPU are other rows than mask_A and labels_A keep, or weight_grad_out is given where no backward can
+            follow.
     """
     op = "linear_ppo_loss"
-    head = HeadInputs(hidden_AH, weight_VH, labels_A, mask_A, temperature, shard, chunk_rows, weight_grad_out)
+    head = HeadInputs(
+        hidden_AH,
+        weight_VH,
+        labels_A,
+        mask_A,
+        temperature,
+        shard,
+        chunk_rows,
+        weight_grad_out,
+        rows_R,
+        bool(drop_inactive),
+    )
     check_head_inputs(op, head)
     objective = PolicyObjective(
         clip_low, clip_high, dual_clip, kl_coef, kl_estimator, kl_gradient, entropy_coef, moments, shift_mean

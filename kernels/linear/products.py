@@ -70,6 +70,8 @@ class ChunkedHead:
     entropy: bool
     shard: VocabShard | None
     chunk_rows: int
+    rows_known: bool = False  # the caller named the rows that count: none of them is ignored
+    drop_inactive: bool = True  # rows without a gradient enter no product of the backward
 
     @classmethod
     def of(cls, head: HeadInputs, entropy: bool) -> ChunkedHead:
@@ -78,8 +80,8 @@ class ChunkedHead:
         dtype = _product_dtype(hidden_AH, weight_VH)
         # Rows of the vocabulary are a prefix, so leaving out the padding costs no copy.
         weight = weight_VH.detach()[: weight_VH.shape[0] if shard is None else shard.valid].to(dtype)
-        index_R = None
-        if head.mask_A is not None:
+        index_R = head.rows_R if isinstance(head.rows_R, Tensor) else None
+        if head.mask_A is not None and head.rows_R is None:
             # nonzero makes the host wait for the device once: the number of rows decides how many chunks there are.
             index_R = ((head.mask_A != 0) & (head.labels_A != IGNORED_LABEL)).nonzero().squeeze(1)
         return cls(
@@ -92,6 +94,8 @@ class ChunkedHead:
             entropy=entropy,
             shard=shard,
             chunk_rows=head.chunk_rows or default_chunk_rows(weight_VH.shape[0], hidden_AH.device.type),
+            rows_known=head.rows_R is not None,
+            drop_inactive=head.drop_inactive or hidden_AH.device.type == "cpu",
         )
 
     @cached_property
@@ -128,7 +132,11 @@ class ChunkedHead:
         labels = self.labels_R[chunk]
         rows = self.hidden_AH[chunk if self.index_R is None else self.index_R[chunk]].to(self.weight_VH.dtype)
         # With an index the ignored rows are gone. Without one, a CPU looks for them; a GPU would have to wait.
-        if self.index_R is None and (labels.device.type != "cpu" or (labels == IGNORED_LABEL).any()):
+        if (
+            self.index_R is None
+            and not self.rows_known
+            and (labels.device.type != "cpu" or (labels == IGNORED_LABEL).any())
+        ):
             # An ignored row may hold NaN, and 0 * NaN would reach dW through the product.
             rows = rows.masked_fill((labels == IGNORED_LABEL)[:, None], 0.0)
         return rows

@@ -56,7 +56,7 @@ def _local_stats(head: ChunkedHead, z: Tensor, labels: Tensor, entropy: bool) ->
     sum_exp = z.amax(-1).reciprocal_()
     # 3. Softmax of a row without any finite logit is NaN: all its probabilities are 0 instead.
     no_logit = row_max == -torch.inf
-    if z.is_cuda or no_logit.any():
+    if z.device.type != "cpu" or no_logit.any():
         z.masked_fill_(no_logit[:, None], 0.0)
         sum_exp = sum_exp.masked_fill(no_logit, 0.0)
     sum_exp_shifted = _sum_exp_shifted(z, sum_exp) if entropy else torch.zeros_like(row_max)

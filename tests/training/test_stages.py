@@ -222,9 +222,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(home, tmp_path, kind, c
         run.train()
     assert same_files(uninterrupted / "model", parts / "model")
     assert summary(uninterrupted) == summary(parts)
-    clock = ("tokens_per_second", "response_tokens_per_second", "seconds_by_phase")
     rows = [
-        [{k: v for k, v in r.items() if k not in clock} for r in read_metrics(run)] for run in (uninterrupted, parts)
+        [{k: v for k, v in r.items() if "second" not in k} for r in read_metrics(run)] for run in (uninterrupted, parts)
     ]
     assert rows[0] == rows[1]
 
