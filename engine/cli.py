@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from icegrt.distributed import failure
-from icegrt.errors import ConfigError, RunError, UserError
+from icegrt.errors import ConfigError, RunError, UserError, attach_note, note_of
 from icegrt.utils import console
 from icegrt.utils.redaction import redact_text
 
@@ -85,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not is_user_error or os.environ.get("ICEGRT_DEBUG", "0") not in ("", "0"):
             if failure.several_ranks():
                 print(f"[rank {os.environ['RANK']}] failed:", file=sys.stderr, flush=True)
+            if not hasattr(error, "add_note") and note_of(error):  # Python 3.10: the traceback lacks it
+                print(note_of(error), file=sys.stderr, flush=True)
             raise
         _print_error(error)
         return USAGE
@@ -148,10 +150,12 @@ def _disk_errors_as_run_errors() -> Iterator[None]:
         if error.errno not in _DISK_ERRORS:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        raise RunError(
+        refusal = RunError(
             f"{where}{error.strerror} while the command was writing; files finished before are complete: make room or "
-            "repair the disk, and start it again (with --resume if it was training)"
-        ) from error
+            "repair the disk, and start it again"
+        )
+        attach_note(refusal, note_of(error))
+        raise refusal from error
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -221,7 +225,8 @@ def _required_packages(command: str) -> Iterator[None]:
 def _print_error(error: UserError) -> None:
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f"[rank {rank}] "
-    print(f"{where}error: {console.plain(redact_text(str(error)))}", file=sys.stderr, flush=True)
+    for line in filter(None, (f"{where}error: {redact_text(str(error))}", note_of(error))):
+        print(console.plain(line), file=sys.stderr, flush=True)
 
 
 def _print_interrupted(argv: list[str]) -> None:
@@ -229,9 +234,12 @@ def _print_interrupted(argv: list[str]) -> None:
         return
     hint = ""
     if argv and argv[0] in RESUMABLE:
-        resumed = shlex.join([*(arg for arg in argv if arg != "--resume"), "--resume"])
+        # `auto` is right whether there is a checkpoint yet or not.
+        auto = f"{argv[0]}.run.resume="
+        kept = [arg for arg in argv if arg != "--resume" and not arg.startswith(auto)]
         start = "the same torchrun command with" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "run"
-        hint = f"; to resume from the last checkpoint, {start}: icegrt {resumed}"
+        command = shlex.join([*kept, f"{auto}auto"])
+        hint = f"; to continue, from the last checkpoint if there is one, {start}: icegrt {command}"
     print(f"interrupted{hint}", file=sys.stderr, flush=True)
 
 

@@ -26,3 +26,15 @@ class RewardError(UserError, RuntimeError):
 
 class RunError(UserError, RuntimeError):
     """A run that cannot start or continue: its folder is not empty or not writable, or the loss is not finite."""
+
+
+def attach_note(error: BaseException, note: str) -> None:
+    """Attach a line to an error. The command prints it below the message, Python 3.11 and later below the traceback."""
+    error.icegrt_note = note  # type: ignore[attr-defined]
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+
+
+def note_of(error: BaseException) -> str:
+    """Return the line that `attach_note` has attached; empty without one."""
+    return getattr(error, "icegrt_note", "")

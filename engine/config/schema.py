@@ -85,11 +85,18 @@ class ParallelConfig:
 class RunConfig:
     """Settings that all training commands share."""
 
-    dir: str = key("", "folder of the run: metrics, checkpoints, exported model; must be empty unless resume is set")
+    dir: str = key(
+        "", "folder of the run: metrics, checkpoints, exported model; must be empty unless resume or overwrite is set"
+    )
     resume: Literal[False, True, "auto"] = key(
         False,
         "resume from the last complete checkpoint in dir; auto: start from the beginning if there is none (a restart "
         "by torchrun --max-restarts uses auto)",
+    )
+    overwrite: bool = key(
+        False,
+        "replace an earlier run in dir: its files are removed when the new run has begun, other files in dir stay; "
+        "not with resume=true (with resume=auto: only a run without a checkpoint is replaced)",
     )
     checkpoint_in_background: Literal[False, True, "auto"] = key(
         "auto", "copy the state to host memory and train while it is written; auto: on a GPU only"

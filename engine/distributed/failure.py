@@ -66,11 +66,13 @@ def exit_on_peer_failure() -> Iterator[None]:
         yield
         return
     done = threading.Event()
-    threading.Thread(target=_watch, args=(done,), daemon=True).start()
+    watcher = threading.Thread(target=_watch, args=(done,), daemon=True)
+    watcher.start()
     try:
         yield
     finally:
         done.set()
+        watcher.join(_POLL_INTERVAL_S)  # a thread that is in C++ when the interpreter exits would abort the process
 
 
 def _watch(done: threading.Event) -> None:

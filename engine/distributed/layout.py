@@ -82,9 +82,14 @@ def check_world_size(layout: Layout, world_size: int) -> None:
     if world_size % layout.model == 0:
         return
     multiple = math.ceil(world_size / layout.model) * layout.model
+    if world_size == 1:
+        raise ConfigError(
+            f"{layout} needs {layout.model} ranks, and this process is the only one. Start it with torchrun "
+            f"--nproc-per-node {layout.model} -m icegrt ..., or set {nearest(layout, 1, lambda _: True)}"
+        )
     raise ConfigError(
-        f"torchrun started {world_size} rank{'s' * (world_size > 1)}, which {layout} ({layout.model} per model) does "
-        f"not divide. Start {multiple} ranks, or with {world_size} set {nearest(layout, world_size, lambda _: True)}"
+        f"torchrun started {world_size} ranks, which {layout} ({layout.model} per model) does not divide. Start "
+        f"{multiple} ranks, or with {world_size} set {nearest(layout, world_size, lambda _: True)}"
     )
 
 

@@ -129,7 +129,7 @@ class PPOStep:
     reward_source_seconds: float = 0.0
     """Seconds of reward functions and HTTP scorers of rank 0, beside the inference of the models."""
     reward_wait_seconds: float = 0.0
-    """Seconds of inference in which only reward functions and HTTP scorers, of any rank, were still running."""
+    """Seconds that the models of rank 0 waited at the end of inference for the functions and scorers of all ranks."""
     evaluation: Evaluation | None = None
     """The evaluation after this iteration, if there was one."""
 

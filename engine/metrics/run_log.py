@@ -7,6 +7,8 @@ before training. Only rank 0 opens a `RunLog`: records are already reduced over 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -17,7 +19,8 @@ from typing import Any
 from icegrt.errors import DataError, RunError
 from icegrt.metrics.records import KINDS, Step
 from icegrt.metrics.sinks import open_sinks
-from icegrt.utils.files import json_line, json_safe, open_text, restore_json, write_text_atomic
+from icegrt.utils.console import warn
+from icegrt.utils.files import json_line, json_safe, restore_json, write_text_atomic
 
 __all__ = ["RunLog", "drop_rollouts", "read_metrics", "rollout_path"]
 
@@ -66,34 +69,72 @@ class RunLog:
             rows = [row for row in read_metrics(self.dir) if _index(row) <= resume_from_step]
             write_text_atomic(self.path, "".join(json_line(row) for row in rows))
         self._sinks = open_sinks(log_to, self.dir, config or {}, resume_from_step is not None)
-        self._file = open_text(self.path, "a")
+        # Unbuffered: what the disk refuses stays in `_unwritten`, and a line is continued where the disk became full.
+        self._file = io.FileIO(self.path, "ab")
+        self._unwritten = b""
+        self._warned: set[str] = set()
 
     def log(self, step: Step) -> None:
-        """Write a record to all loggers: as a line of JSON, flushed, and as scalars."""
+        """Write a record to all loggers: as a line of JSON, flushed, and as scalars.
+
+        A full disk is a warning: the line follows when there is room again, at the latest in `sync`.
+        """
         row = {"kind": KINDS[type(step)], **json_safe(step)}
-        self._file.write(json_line(row))
-        self._file.flush()
+        self._unwritten += json_line(row).encode("utf-8", "backslashreplace")
+        try:
+            self._write()
+        except OSError as error:
+            self._warn_once(f"{self.path}: rows wait in memory ({error.strerror or error}); make room on the disk")
         restored = restore_json(row)
         if self._tensorboard:
-            self._log_scalars(restored)
+            try:
+                self._log_scalars(restored)
+            except OSError as error:  # of its writing thread, which has ended then
+                self._tensorboard = False
+                warn(f"TensorBoard gets no more metrics ({error.strerror or error}); {METRICS_FILE} does")
         for sink in self._sinks:
             sink.write(dict(_scalars(row["kind"], restored)), _index(row))
 
+    def _write(self) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) or 0 :]
+
     def sync(self) -> None:
-        """Flush all rows to the disk."""
-        # A checkpoint is committed after its rows: they could not be restored from it.
-        os.fsync(self._file.fileno())
+        """Flush all rows to the disk.
+
+        Raises:
+            RunError: the disk is full. A checkpoint is committed after its rows: they could not be restored from it.
+        """
+        try:
+            self._write()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise RunError(
+                f"{self.path}: cannot be written ({error.strerror or error}), so no checkpoint is written either; the "
+                "ones before it are whole, so make room or repair the disk, and resume"
+            ) from None
 
     def close(self) -> None:
         """Close all loggers. Closing twice does nothing."""
-        self._file.close()
+        if not self._file.closed:
+            try:
+                self._write()
+            except OSError as error:
+                rows = self._unwritten.count(b"\n")
+                warn(f"{self.path}: the last {rows} rows are not in it ({error.strerror or error})")
+            self._file.close()
         for sink in self._sinks:
             sink.close()
         self._sinks = []
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-        self._tensorboard = False
+        writer, self._writer, self._tensorboard = self._writer, None, False
+        if writer is not None:
+            with contextlib.suppress(OSError):  # reported before
+                writer.close()
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warn(message)
 
     def __enter__(self) -> RunLog:
         return self

@@ -2,6 +2,5 @@
 
 from icegrt.packing.balance import Plan, Share, balance
 from icegrt.packing.batch import PackedBatch, pack, unpack
-from icegrt.packing.transfer import copy_to_device
 
-__all__ = ["PackedBatch", "Plan", "Share", "balance", "copy_to_device", "pack", "unpack"]
+__all__ = ["PackedBatch", "Plan", "Share", "balance", "pack", "unpack"]

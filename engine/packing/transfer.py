@@ -26,6 +26,8 @@ def copy_to_device(
     if device.type == "cpu":
         return {name: x.to(device) for name, x in tensors.items()}
     host = {name: x for name, x in tensors.items() if x.device.type == "cpu"}
+    if not host:
+        return dict(tensors)
     buffer, starts = join(list(host.values()), pin=non_blocking and torch.cuda.is_available())
     on_device = split(buffer.to(device, non_blocking=non_blocking), list(host.values()), starts)
     return {**tensors, **dict(zip(host, on_device, strict=True))}

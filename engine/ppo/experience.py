@@ -13,7 +13,7 @@ from torch import Tensor
 
 from icegrt.config import PPOConfig
 from icegrt.kernels import Moments, ShapedGAE, shaped_gae
-from icegrt.packing import copy_to_device
+from icegrt.packing.transfer import copy_to_device
 from icegrt.ppo.batch_plan import BatchPlan
 from icegrt.ppo.scores import Scores
 

@@ -16,7 +16,7 @@ from icegrt.distributed.pipeline import fetch
 from icegrt.kernels import Moments, masked_moments
 from icegrt.metrics import Evaluation, PPOStep
 from icegrt.metrics.statistics import has_spread
-from icegrt.packing import copy_to_device
+from icegrt.packing.transfer import copy_to_device
 from icegrt.ppo.batch_plan import BatchPlan
 from icegrt.ppo.experience import Experience
 from icegrt.ppo.rewards import RewardOutputs
@@ -51,14 +51,20 @@ def ppo_step(
         evaluation: if there was one in this iteration.
         cluster: the ranks.
     """
+    # Figures stay on the device until all are computed.
+    figures = fetch(
+        {
+            **score_metrics(experience, rewards, cluster),
+            **policy_metrics(experience, rewards, outcome, cluster),
+            **critic_metrics(experience, outcome, cluster),
+            **throughput_metrics(experience.plan, seconds, cluster),
+        }
+    )
     return PPOStep(
         iteration=iteration,
         kl_coef=kl_coef,
-        **score_metrics(experience, rewards, cluster),
+        **{name: float(x) if isinstance(x, Tensor) else x for name, x in figures.items()},
         **source_metrics(rewards, cluster.data_group),
-        **policy_metrics(experience, rewards, outcome, cluster),
-        **critic_metrics(experience, outcome, cluster),
-        **throughput_metrics(experience.plan, seconds, cluster),
         reward_source_seconds=rewards.source_seconds,
         reward_wait_seconds=rewards.wait_seconds,
         skipped_steps=outcome.skipped,
@@ -73,8 +79,8 @@ def score_metrics(experience: Experience, rewards: RewardOutputs, cluster: Clust
     reward_N = _sum_by_response(experience.shaped.reward_A, experience.plan.cu_actions.to(cluster.device))
     total = moments_of(experience.scores.total_N, kept_N, cluster)
     return {
-        "score_mean": float(total.mean),
-        "score_std": float(total.variance.sqrt()),
+        "score_mean": total.mean,
+        "score_std": total.variance.sqrt(),
         "reward_model_score_mean": _mean(rewards.reward_model_N, kept_N, cluster),
         "function_score_mean": _mean(function_N, None if function_N is None else kept_N & ~function_N.isnan(), cluster),
         "reward_mean": _mean(reward_N, kept_N, cluster),
@@ -95,13 +101,13 @@ def policy_metrics(
         "kl_nats_per_response": _mean(experience.shaped.kl_N, ~rewards.dropped_N, cluster),
         "entropy_nats_per_token": _mean(experience.entropy_A, counted_A, cluster),
         "clip_fraction": _per_token(stats, "clipped_sum"),
-        "ratio_min": float(stats.ratio_min) if stats else 1.0,
-        "ratio_max": float(stats.ratio_max) if stats else 1.0,
+        "ratio_min": stats.ratio_min if stats else 1.0,
+        "ratio_max": stats.ratio_max if stats else 1.0,
         "approx_kl_nats_per_token": _per_token(stats, "kl_old_new_sum"),
         "policy_loss": _per_token(stats, "loss_sum"),
         "ptx_loss": ptx_loss_sum / ptx_tokens if ptx_tokens else None,
-        "advantage_mean": float(experience.moments.mean),
-        "advantage_std": float(experience.moments.variance.sqrt()),
+        "advantage_mean": experience.moments.mean,
+        "advantage_std": experience.moments.variance.sqrt(),
         "grad_norm_actor": mean_grad_norm(outcome.actor) if outcome.actor else 0.0,
         "lr_actor": outcome.actor[-1].lr if outcome.actor else 0.0,
         "rollout_logprob_gap_max": _maximum(gap_A if counted_A is None else gap_A * counted_A, cluster),
@@ -111,10 +117,12 @@ def policy_metrics(
 def critic_metrics(experience: Experience, outcome: UpdateOutcome, cluster: Cluster) -> dict[str, Any]:
     """Return the fields of the critic: its loss, its steps, and the variance of the returns that it explains."""
     stats = _reduced(outcome.value_stats, cluster)
-    returns = moments_of(experience.shaped.return_A, experience.plan.mask_A, cluster)
+    returns, advantages = fetch(
+        (moments_of(experience.shaped.return_A, experience.plan.mask_A, cluster), experience.moments)
+    )
     explained = 0.0
     if has_spread(float(returns.mean), float(returns.variance.sqrt())):
-        explained = 1.0 - float(experience.moments.variance / returns.variance)
+        explained = 1.0 - float(advantages.variance / returns.variance)
     return {
         "value_loss": _per_token(stats, "loss_sum"),
         "value_explained_variance": explained,
@@ -125,7 +133,7 @@ def critic_metrics(experience: Experience, outcome: UpdateOutcome, cluster: Clus
 
 def throughput_metrics(plan: BatchPlan, seconds: dict[str, float], cluster: Cluster) -> dict[str, Any]:
     """Return the fields of response lengths, padding and time."""
-    lengths = moments_of(plan.cu_actions.diff(), None, cluster)
+    lengths = fetch(moments_of(plan.cu_actions.diff(), None, cluster))
     response_tokens = round(float(lengths.mean) * int(lengths.count))
     padding, computed = cluster.all_reduce_sum([plan.tail_tokens, plan.n_tokens])
     elapsed = sum(s for phase, s in seconds.items() if phase not in _NOT_THE_ITERATION)
@@ -191,20 +199,21 @@ def _reduced(stats: Any, cluster: Cluster) -> Any:
     return replace(stats, **values).reduce(cluster.data_group)
 
 
-def _mean(x: Tensor | None, mask: Tensor | None, cluster: Cluster) -> float | None:
+def _mean(x: Tensor | None, mask: Tensor | None, cluster: Cluster) -> Tensor | None:
     """Return the mean over all ranks of the entries under `mask` (None: all entries); None without a tensor."""
-    return None if x is None else float(moments_of(x, mask, cluster).mean)
+    return None if x is None else moments_of(x, mask, cluster).mean
 
 
-def _maximum(x: Tensor, cluster: Cluster) -> float:
+def _maximum(x: Tensor, cluster: Cluster) -> Tensor:
     """Return the largest entry over all ranks. Entries are at least 0; a rank may have none."""
     largest = x.max() if x.numel() else x.new_zeros(())
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=cluster.data_group)
-    return float(largest)
+    return largest
 
 
-def _per_token(stats: Any, name: str) -> float:
-    return float(getattr(stats, name) / stats.count) if stats is not None and float(stats.count) else 0.0
+def _per_token(stats: Any, name: str) -> Tensor | float:
+    """Return a sum of `stats` per token that counts; 0 without any."""
+    return 0.0 if stats is None else torch.where(stats.count > 0, getattr(stats, name) / stats.count.clamp(min=1), 0.0)
 
 
 def _sum_by_response(x_A: Tensor, cu_actions: Tensor) -> Tensor:

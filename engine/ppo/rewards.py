@@ -44,7 +44,7 @@ class RewardOutputs:
         models: raw scores of each reward model.
         sources: results and errors of each function and HTTP scorer.
         source_seconds: how long this rank's functions and scorers took, beside inference.
-        wait_seconds: how long inference waited for those of all ranks.
+        wait_seconds: how long the models waited for those of all ranks.
     """
 
     samples: list[Sample]
@@ -169,7 +169,7 @@ class PendingRewards:
             _check_scores(model.name, model.score_N, finite_N, samples, "check the reward model's weights")
         started = time.perf_counter()
         local_scores = self._call_sources() if self._future is None else self._future.result()
-        sources = self._computer.gather_sources(self._plan, local_scores, len(samples))
+        sources = self._computer.gather_sources(self._plan, samples, local_scores)
         waited = time.perf_counter() - started
         outputs = RewardOutputs(samples, self._models, sources, self._seconds, waited)
         for source in outputs.sources:  # NaN: no score
@@ -182,7 +182,7 @@ class PendingRewards:
 
     def _call_sources(self) -> list[SourceScores] | None:
         """Return the sources' scores of this rank's part of the samples; None if it has none."""
-        members = self._computer.source_members(self._plan)
+        members = self._computer.source_members(self._plan, self._samples)
         started = time.perf_counter()
         scores = None
         if members is not None:
@@ -225,20 +225,29 @@ class RewardComputer:
         pending.score_with_models()
         return pending
 
-    def _assignment(self, plan: BatchPlan) -> list[list[int]]:
-        """Return for each data-parallel rank the responses that its sources score: all responses to a prompt."""
-        ranks = self.cluster.share.ranks
-        return [[n for n, r in enumerate(plan.responses) if r.prompt_index % ranks == k] for k in range(ranks)]
+    def _assignment(self, plan: BatchPlan, samples: list[Sample]) -> list[list[int]]:
+        """Return for each data-parallel rank the responses that its sources score: all responses to a prompt.
 
-    def source_members(self, plan: BatchPlan) -> list[int] | None:
+        Equal prompts of several rows are one prompt, as in one process.
+        """
+        owner: dict[tuple[int, ...], int] = {}
+        assignment: list[list[int]] = [[] for _ in range(self.cluster.share.ranks)]
+        for n, (sample, response) in enumerate(zip(samples, plan.responses, strict=True)):
+            rank = owner.setdefault(tuple(sample.prompt_tokens), response.prompt_index % len(assignment))
+            assignment[rank].append(n)
+        return assignment
+
+    def source_members(self, plan: BatchPlan, samples: list[Sample]) -> list[int] | None:
         """Return the responses that this rank's sources score; None if there are none, or another rank does it."""
-        members = self._assignment(plan)[self.cluster.share.rank]
+        members = self._assignment(plan, samples)[self.cluster.share.rank]
         # Of the ranks that hold one model together the first calls the sources.
         is_first = self.cluster.rank == dist.get_process_group_ranks(self.cluster.model_group)[0]
         return members if is_first and (members or self.cluster.world_size == 1) else None
 
-    def gather_sources(self, plan: BatchPlan, scores: list[SourceScores] | None, count: int) -> list[SourceScores]:
-        """Return every source's scores of all `count` responses from those of each rank. Collective."""
+    def gather_sources(
+        self, plan: BatchPlan, samples: list[Sample], scores: list[SourceScores] | None
+    ) -> list[SourceScores]:
+        """Return every source's scores of all responses from those of each rank. Collective."""
         cluster = self.cluster
         if cluster.world_size == 1:
             return scores or []
@@ -249,10 +258,10 @@ class RewardComputer:
         )
         scores_by_rank: list[Any] = [None] * cluster.share.ranks
         dist.all_gather_object(scores_by_rank, message[0], group=cluster.data_group)
-        pairs = zip(scores_by_rank, self._assignment(plan), strict=True)
+        pairs = zip(scores_by_rank, self._assignment(plan, samples), strict=True)
         parts = [(scores, indices) for scores, indices in pairs if scores]
         sources = range(len(parts[0][0])) if parts else ()
-        return [_merge([(scores[i], indices) for scores, indices in parts], count) for i in sources]
+        return [_merge([(scores[i], indices) for scores, indices in parts], len(samples)) for i in sources]
 
 
 def _check_scores(name: str, score_N: Tensor, valid_N: Tensor, samples: Sequence[Sample], remedy: str) -> None:

@@ -59,4 +59,5 @@ class RolloutWriter:
         except Exception as error:
             if not self._has_warned:
                 self._has_warned = True
-                warn(f"{path}: not written ({error}); the run goes on without the responses that cannot be written")
+                reason = error.strerror or error if isinstance(error, OSError) else error
+                warn(f"{path}: not written ({reason}); the run goes on, make room on the disk")

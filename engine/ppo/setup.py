@@ -147,6 +147,12 @@ def build_ppo(
     )
     context = architecture.context_length
     prompts = _encode_prompts(config, "prompts", inputs.prompts, tokenizer, context)
+    if config.prompts_per_iteration > len(prompts):
+        warn(
+            f"ppo.prompts_per_iteration is {config.prompts_per_iteration}, but there are {len(prompts)} prompts: an "
+            f"iteration draws some of them several times. Add prompts, or lower it to {len(prompts)} and raise "
+            "ppo.samples_per_prompt"
+        )
     eval_prompts: Sequence[Prompt] = []
     if inputs.eval_prompts is not None:
         eval_prompts = _encode_prompts(

@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from icegrt.config import PPOConfig
 from icegrt.data import Example, Prompt
 from icegrt.data.types import Rows, TokenizerSource
 from icegrt.distributed.pipeline import fetch
-from icegrt.errors import ConfigError, RewardError
+from icegrt.errors import ConfigError, RewardError, RunError
 from icegrt.metrics import Evaluation, PPOStep, rollout_path
 from icegrt.metrics.alarms import Alarms
 from icegrt.model.hf.reader import ModelSource
@@ -29,9 +30,16 @@ from icegrt.ppo.rollout_writer import RolloutWriter
 from icegrt.ppo.scores import total_scores
 from icegrt.ppo.scoring import score_values
 from icegrt.ppo.setup import PPOInputs, build_ppo, check_config, check_critic, probe_reward_sources
+from icegrt.roles.role import weights_are_finite
 from icegrt.roles.skip_guard import SkipGuard
 from icegrt.training.trainer import Trainer, write_json
 from icegrt.utils.console import print_info, warn
+
+_REMEDY = {
+    "actor": "Lower ppo.optimizer.lr, or set ppo.run.dtype=fp32",
+    "critic": "Lower ppo.critic.optimizer.lr, or set ppo.run.dtype=fp32",
+    "reference": "Set ppo.reference to a sound checkpoint, or ppo.run.dtype=fp32",
+}
 
 
 class PPOTrainer(Trainer[PPOConfig, PPOStep]):
@@ -151,6 +159,7 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         """
         config, parts, group = self.config, self.components, self.cluster.data_group
         iteration = self.done_steps + 1
+        self._begin_step()
 
         # 1. Draw prompts, and roll out: the actor samples responses to them.
         with self._timed("rollout"):
@@ -180,6 +189,7 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
                 # Dropped responses are masked alike in scoring and update, or bits would differ.
                 plan = plan.with_masked(rewards.dropped_N)
                 old_A, entropy_A, ref_A = self._score_policies(plan)
+            self._check_logprobs(iteration, plan, prompts, actor=old_A, reference=ref_A, critic=value_A)
 
         # 4. Advantages: normalise and add up the scores, then KL penalty and GAE.
         with self._timed("shape"):
@@ -225,6 +235,40 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         assert entropy_A is not None
         ref_A, _ = parts.scorer(parts.reference, plan.batches)
         return old_A, entropy_A, ref_A
+
+    def _check_logprobs(self, iteration: int, plan: BatchPlan, prompts: Sequence[Prompt], **streams_A: Tensor) -> None:
+        """Raise `RunError` if a log-prob or value of a counted token is no number, before losses and KL receive it.
+
+        Args:
+            iteration: for the message.
+            plan: this rank's responses.
+            prompts: of the iteration.
+            streams_A: by what is named in the message. An infinite log-prob of the reference is valid.
+
+        Shape:
+            streams_A: (A) each, on the device.
+        """
+        bad = {name: x_A.isnan() if name == "reference" else ~x_A.isfinite() for name, x_A in streams_A.items()}
+        if plan.mask_A is not None:
+            mask_A = plan.mask_A.to(self.cluster.device, non_blocking=True)
+            bad = {name: bad_A & mask_A for name, bad_A in bad.items()}
+        # The host waits for the device once, unless there is something to report.
+        has_bad = dict(zip(bad, torch.stack([bad_A.any() for bad_A in bad.values()]).tolist(), strict=True))
+        for name, x_A in streams_A.items():
+            if not has_bad[name]:
+                continue
+            bad_A = bad[name]
+            action = int(bad_A.nonzero()[0])
+            n = int(torch.searchsorted(plan.cu_actions, action, right=True)) - 1
+            response = plan.local_responses[n]
+            role = self.components.roles[name]
+            what = "a value" if name == "critic" else "a log-prob"
+            weights = "are finite" if weights_are_finite(role) else "are not finite"
+            raise RunError(
+                f"iteration {iteration}: the {name} gives {what} of {float(x_A[action])} to token "
+                f"{action - int(plan.cu_actions[n]) + 1} of response {response.sequence_id} "
+                f"({prompts[response.prompt_index].where}); its weights {weights}. {_REMEDY[name]}"
+            )
 
     def _require_one_score(self, rewards: RewardOutputs) -> None:
         """Raise `RewardError` if every response of every rank was dropped."""

@@ -34,6 +34,9 @@ FREE = frozenset(
         "is_pinned",
         "is_same_size",
         "record_stream",
+        "_local_scalar_dense",
+        # Of a number that is put into a tensor: CUDA keeps it on the host.
+        "scalar_tensor",
     }
 )
 # Sorts and scans are several kernels each: a histogram or a partial scan, and passes over the keys.

@@ -61,6 +61,7 @@ class PhaseCounts:
 
     Attributes:
         launches: kernels by (operator, line).
+        backward_launches: their part that a backward pass launches.
         syncs: waits of the host for the device by (reason, line).
         copies: between host and device.
         product_flops: of matrix products and attention, by dtype.
@@ -68,11 +69,13 @@ class PhaseCounts:
         vector_flops: of the engine's own kernels, in fp32.
         bytes_read, bytes_written: in device memory.
         transfers: collectives; bytes are those of this rank's tensors.
+        host_operations: operators on host tensors, and `copy_` between host and device, by (operator, line).
         host_items: numbers read from host tensors, which wait for nothing.
         spans: moments of the device and the host ledger at which the phase began and ended (start, stop, start, stop).
     """
 
     launches: Counter[tuple[str, Site]] = field(default_factory=Counter)
+    backward_launches: Counter[tuple[str, Site]] = field(default_factory=Counter)
     syncs: Counter[tuple[str, Site]] = field(default_factory=Counter)
     copies: dict[Copy, Total] = field(default_factory=lambda: defaultdict(Total))
     product_flops: Counter[str] = field(default_factory=Counter)
@@ -81,6 +84,7 @@ class PhaseCounts:
     bytes_read: int = 0
     bytes_written: int = 0
     transfers: dict[Transfer, Total] = field(default_factory=lambda: defaultdict(Total))
+    host_operations: Counter[tuple[str, Site]] = field(default_factory=Counter)
     host_items: int = 0
     spans: list[tuple[int, int, int, int]] = field(default_factory=list)
 

@@ -59,43 +59,56 @@ class _LoneControl:
 
 
 @contextlib.contextmanager
+def rehearsed_device(watcher: Watcher) -> Iterator[Patches]:
+    """Let the meta device be the engine's device, as the CPU is on a machine without a GPU.
+
+    Args:
+        watcher: records what patched functions do; it is entered separately.
+
+    Yields:
+        The patches, for more of them.
+    """
+    load_megatron()
+    patches = Patches()
+    try:
+        apply_device(patches, META)
+        patches.set(torch.cuda, "synchronize", lambda *args, **kwargs: watcher.record_sync("torch.cuda.synchronize"))
+        patches.set(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
+        patches.set(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor.to(META))
+        patches.set(torch.Tensor, "pin_memory", lambda tensor, *args: watcher.pinned_copy(tensor))
+        # torch.tensor(..., device="meta") drops the data unseen. On a GPU it is a tensor of the host and a copy.
+        patches.set(torch, "tensor", _via_host(torch.tensor))
+        patches.set(torch, "as_tensor", _via_host(torch.as_tensor))
+        yield patches
+    finally:
+        patches.undo()
+
+
+@contextlib.contextmanager
 def rehearsed_gpu(watcher: Watcher, memory_bytes: int) -> Iterator[None]:
     """Let the meta device play a GPU with `memory_bytes` of memory while the block runs.
 
     Args:
-        watcher: is told of what patched functions do; it must be entered separately.
+        watcher: records what patched functions do; it is entered separately.
         memory_bytes: of the GPU.
     """
-    load_megatron()
-    from torch.optim import optimizer as torch_optimizer
+    with rehearsed_device(watcher) as patches, play_device("meta", "cuda"):
+        from torch.optim import optimizer as torch_optimizer
 
-    from icegrt.model import attention
-    from icegrt.rollout.kv_cache import contiguous
+        from icegrt.model import attention
+        from icegrt.rollout.kv_cache import contiguous
 
-    patches = Patches()
-    stack = contextlib.ExitStack()
-    stack.callback(patches.undo)
-    with stack:
-        apply_device(patches, META)
-        stack.enter_context(play_device("meta", "cuda"))
         # 1. torch.cuda.
         patches.set(torch.cuda, "is_available", lambda: True)
         patches.set(torch.cuda, "mem_get_info", lambda *args: (memory_bytes - watcher.device_bytes, memory_bytes))
-        patches.set(torch.cuda, "synchronize", lambda *args, **kwargs: watcher.record_sync("torch.cuda.synchronize"))
         patches.set(torch.cuda, "empty_cache", lambda: None)
         patches.set(torch.cuda, "get_device_capability", lambda *args: (9, 0))
-        patches.set(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
         for name in ("Stream", "Event", "current_stream", "default_stream"):
             patches.set(torch.cuda, name, _Stream)
         patches.set(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
         # 2. Tensors.
         is_cuda: Any = torch.Tensor.is_cuda
         patches.set(torch.Tensor, "is_cuda", property(lambda tensor: tensor.is_meta or is_cuda.__get__(tensor)))
-        patches.set(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor.to(META))
-        patches.set(torch.Tensor, "pin_memory", lambda tensor, *args: watcher.pinned_copy(tensor))
-        # torch.tensor(..., device="meta") drops the data unseen. On a GPU it is a tensor of the host and a copy.
-        patches.set(torch, "tensor", _via_host(torch.tensor))
-        patches.set(torch, "as_tensor", _via_host(torch.as_tensor))
         # 3. What the GPU would choose: multi-tensor kernels of the optimizer, flash-attn, fused attention.
         supported = torch_optimizer._get_foreach_kernels_supported_devices
         patches.set(torch_optimizer, "_get_foreach_kernels_supported_devices", lambda: [*supported(), "meta"])
@@ -124,6 +137,8 @@ def rehearsed_world(layout: Layout, rank: int, world_size: int, gpus_per_node: i
     """
     if dist.is_initialized():
         raise RunError("this process has process groups already; rehearse in a process of its own")
+    load_megatron()
+    from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     variables = {
@@ -143,11 +158,21 @@ def rehearsed_world(layout: Layout, rank: int, world_size: int, gpus_per_node: i
         patches.set(cluster_module, "HangMonitor", _LoneControl)
         for name in ("broadcast_object_list", "all_gather_object", "gather_object"):
             patches.set(dist, name, _object_collective(name))
+        patches.set(parallel_state, "create_group", _without_backend(parallel_state.create_group))
         dist.init_process_group("meta:fake", store=FakeStore(), rank=rank, world_size=world_size)
         stack.callback(dist.destroy_process_group)
         cluster = Cluster.open(layout)
         stack.callback(cluster.close)  # without the error: no other rank waits to hear of it
         yield cluster
+
+
+def _without_backend(create_group: Any) -> Any:
+    """Return Megatron's function that creates a group, with the default backend for every group: the fake one."""
+
+    def create(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+        return create_group(*args, **kwargs)
+
+    return create
 
 
 def _object_collective(name: str) -> Any:

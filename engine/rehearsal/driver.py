@@ -247,8 +247,7 @@ def _given_lengths(watcher: Watcher, workload: Workload, stop: int) -> Iterator[
 
     def collected(runner: ModelRunner) -> tuple[list[int], list[float]]:
         tokens, logprobs = collect(runner)
-        ids, positions = (shadows.values_of(x) for x in (runner._sequence_ids_N, runner._next_positions_N))
-        assert ids is not None and positions is not None
+        ids, positions = (_known(x) for x in (runner._sequence_ids_N, runner._next_positions_N))
         for row, (number, position) in enumerate(zip(ids.tolist(), positions.tolist(), strict=True)):
             is_last = position - workload.prompts[number // workload.samples] >= workload.decode_steps
             tokens[row] = stop if is_last else 1
@@ -261,6 +260,12 @@ def _given_lengths(watcher: Watcher, workload: Workload, stop: int) -> Iterator[
     finally:
         stack.close()
         patches.undo()
+
+
+def _known(x: torch.Tensor) -> torch.Tensor:
+    values = shadows.values_of(x) if x.is_meta else x
+    assert values is not None, "the values come from the host"
+    return values
 
 
 @contextlib.contextmanager

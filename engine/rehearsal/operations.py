@@ -64,6 +64,12 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def in_recomputation() -> bool:
+    """Return whether a backward pass computes a forward pass again: autograd is then at the checkpoint's node."""
+    node = torch._C._current_autograd_node()
+    return node is not None and "Checkpoint" in node.name()
+
+
 def category_of(site: Site) -> str:
     """Return the category of what a line allocates."""
     for (file, function), category in _CATEGORY_OF_SITE.items():

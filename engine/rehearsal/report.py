@@ -168,8 +168,8 @@ def assumptions(rehearsal: Rehearsal) -> Iterator[str]:
     yield (
         f"{hardware.name}: {hardware.memory_bytes / 1e9:.0f} GB, of which {RESERVED:.0%} are left for the CUDA "
         f"context, NCCL and gaps; {hardware.bf16_flops / 1e12:.0f} TFLOP/s bf16, {hardware.fp32_flops / 1e12:.1f} "
-        f"fp32; memory {hardware.memory_bandwidth / 1e12:.2f} TB/s, links {hardware.link_bandwidth / 1e9:.0f} GB/s, network "
-        f"{hardware.network_bandwidth / 1e9:.0f} GB/s, host {hardware.host_bandwidth / 1e9:.0f} GB/s, launch "
+        f"fp32; memory {hardware.memory_bandwidth / 1e12:.2f} TB/s, links {hardware.link_bandwidth / 1e9:.0f} GB/s, "
+        f"network {hardware.network_bandwidth / 1e9:.0f} GB/s, host {hardware.host_bandwidth / 1e9:.0f} GB/s, launch "
         f"{hardware.launch_seconds * 1e6:.0f} us. Source: {hardware.source}."
     )
     yield (

@@ -21,7 +21,7 @@ from icegrt.rehearsal import collectives, costs, shadows
 from icegrt.rehearsal.collectives import DeviceMismatch
 from icegrt.rehearsal.counts import TO_DEVICE, TO_HOST, Copy, PhaseCounts, Transfer
 from icegrt.rehearsal.memory import TEMPORARY, Ledger
-from icegrt.rehearsal.operations import category_of, in_backward, is_view, puts_number, tensors_of
+from icegrt.rehearsal.operations import category_of, in_backward, in_recomputation, is_view, puts_number, tensors_of
 from icegrt.rehearsal.outcomes import Outcomes
 from icegrt.rehearsal.sites import Site, current_site
 
@@ -108,6 +108,7 @@ class Watcher(TorchDispatchMode):
     def pinned_copy(self, x: Tensor) -> Tensor:
         """Return a copy of a host tensor in memory that counts as page-locked."""
         copy = torch.empty_like(x).copy_(x)
+        self._track(self.host, copy)
         self._pin(copy)
         return copy
 
@@ -161,7 +162,8 @@ class Watcher(TorchDispatchMode):
         outputs = [result] if isinstance(result, Tensor) else tensors_of((result,), {})
         if not on_device and not any(self._is_device(x) for x in outputs):
             for x in outputs:
-                self.host.add(x.untyped_storage(), current_site, False, in_backward)
+                self._track(self.host, x)
+            self._count_on_host(func, args)
             return result
         if self._device_type == "meta":
             shadows.follow(func, args, kwargs, outputs)
@@ -191,19 +193,31 @@ class Watcher(TorchDispatchMode):
             launched = costs.launches(name, args)
             read, written = costs.traffic(name, tensors, outputs, launched)
         if launched:
-            counts.launches[name, site or current_site()] += launched
+            key = name, site or current_site()
+            counts.launches[key] += launched
+            if in_backward():
+                counts.backward_launches[key] += launched
         counts.bytes_read += read
         counts.bytes_written += written
         flops = costs.product_flops(name, args)
         if flops:
             self.add_product(flops, costs.product_dtype(name, args))
 
+    def _count_on_host(self, func: Any, args: Sequence[Any]) -> None:
+        name = func._schema.name.partition("::")[2]
+        if not is_view(func) and costs.launches(name, args):
+            self.counts.host_operations[name, current_site()] += costs.launches(name, args)
+
     def add_product(self, flops: int, dtype: torch.dtype) -> None:
-        """Count FLOPs of tensor cores. Under a backward, grad mode is on where a forward is computed again."""
+        """Count FLOPs of tensor cores, and those of a forward pass that a backward pass repeats."""
         name = str(dtype).removeprefix("torch.")
         self.counts.product_flops[name] += flops
-        if in_backward() and torch.is_grad_enabled():
+        if in_recomputation():
             self.counts.recomputed_flops[name] += flops
+
+    def _track(self, ledger: Ledger, x: Tensor) -> None:
+        saved = ledger is self.device and torch.is_grad_enabled() and not in_backward()
+        ledger.add(x.untyped_storage(), current_site, saved, in_backward)
 
     def _is_device(self, x: Tensor) -> bool:
         return x.device.type == self._device_type
@@ -238,15 +252,19 @@ class Watcher(TorchDispatchMode):
             self._record_copy_to_device(x, bool(kwargs.get("non_blocking")))
             out = torch.empty(x.shape, dtype=kwargs.get("dtype") or x.dtype, device=META)
             self._keep_values(out, x)
+            self._track(self.device, out)
             return out
         is_blocking = not kwargs.get("non_blocking")
         self._record_copy_to_host(x, False, is_blocking)
-        return self._values(x).to(kwargs.get("dtype") or x.dtype)
+        on_host = self._values(x).to(kwargs.get("dtype") or x.dtype)
+        self._track(self.host, on_host)
+        return on_host
 
     def _copy_into(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         target, source = args[0], args[1]
         if self._device_type != "meta" or target.is_meta == source.is_meta:
             return NotImplemented
+        self._count_on_host(func, args)
         non_blocking = bool(args[2] if len(args) > 2 else kwargs.get("non_blocking"))
         if target.is_meta:
             self._record_copy_to_device(source, non_blocking)
@@ -289,7 +307,7 @@ class Watcher(TorchDispatchMode):
     def _device_integers(self, values: Tensor) -> Tensor:
         out = torch.empty(values.shape, dtype=values.dtype, device=META)
         shadows.set_values(out, values)
-        self.device.add(out.untyped_storage(), current_site, False, in_backward)
+        self._track(self.device, out)
         return out
 
     def _sized(self, func: Any, tensors: Sequence[Tensor], out: Tensor) -> Tensor:
@@ -353,7 +371,7 @@ class Watcher(TorchDispatchMode):
 
     def _allocate_pinned(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
         out: Tensor = func(*args, **kwargs)
-        self.host.add(out.untyped_storage(), current_site, False, in_backward)
+        self._track(self.host, out)
         self._pin(out)
         return out
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from icegrt.errors import ConfigError
 from icegrt.rollout.types import Response
 
-_TOKEN = 1  # of every prompt and response: its value decides nothing
+# Token ids, which decide no count; different ones give a real model different scores.
+_TOKENS = 61
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Workload:
 
     def prompt_tokens(self) -> list[list[int]]:
         """Return the prompts."""
-        return [[_TOKEN] * length for length in self.prompts]
+        return [_tokens(n, length) for n, length in enumerate(self.prompts)]
 
     def full_responses(self) -> list[Response]:
         """Return all responses at their full lengths, as the batches of inference and update have them."""
@@ -81,9 +82,13 @@ class Workload:
                 n % self.samples,
                 n,
                 prompts[n // self.samples],
-                [_TOKEN] * length,
+                _tokens(n + 1, length),
                 [0.0] * length,
                 "stop",
             )
             for n, length in enumerate(self.responses)
         ]
+
+
+def _tokens(number: int, length: int) -> list[int]:
+    return [1 + (number * number + position * (number + 3)) % _TOKENS for position in range(length)]

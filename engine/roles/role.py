@@ -59,12 +59,16 @@ class Role:
 
     All ranks call the same methods, each with the batches of its data-parallel rank. Callbacks run on the last pipeline
     stage alone, which has the head; their results are broadcast to the other stages.
+
+    Attributes:
+        weight_changes: number of changes of the weights that have begun; a failed run reads from it what is whole.
     """
 
     learns = False
 
     def __init__(self, name: str, model: PipelineModel) -> None:
         self.name = name
+        self.weight_changes = 0
         self.model = model
         self.device = model.device
         model.requires_grad_(self.learns).train(self.learns)
@@ -103,7 +107,16 @@ class Role:
         *,
         replace: bool = False,
     ) -> Path:
-        """Write the model as a Hugging Face checkpoint in `dtype`; arguments as in `model.hf.writer`. Collective."""
+        """Write the model as a Hugging Face checkpoint in `dtype`; arguments as in `model.hf.writer`. Collective.
+
+        Raises:
+            RunError: a weight is not finite.
+        """
+        if not all_ranks_true(weights_are_finite(self)):
+            raise RunError(
+                f"{out}: not written, because weights of the {self.name} are not finite; lower its learning rate, and "
+                "start a new run"
+            )
         return save_pretrained(
             exporter.export_tensors(self.model, DTYPES[dtype]),
             self.model.architecture,
@@ -157,6 +170,12 @@ def _one_ahead(items: Iterable[Any]) -> Iterator[Any]:
     yield from ahead
 
 
+def weights_are_finite(role: Role) -> bool:
+    """Return whether all weights that this rank holds are finite."""
+    flags = [torch.isfinite(parameter).all() for parameter in role.model.parameters()]
+    return bool(torch.stack(flags).all()) if flags else True
+
+
 def check_inference_mode() -> None:
     """Raise `RunError` in `torch.inference_mode`, whose tensors cannot enter a backward pass."""
     if torch.is_inference_mode_enabled():
@@ -207,6 +226,7 @@ class TrainableRole(Role):
         lr = self.optimizer.param_groups[0]["lr"]
         if not all_ranks_true(self._is_finite(losses)):
             return StepOutcome(stats, math.nan, lr, skipped=True)
+        self.weight_changes += 1
         _, grad_norm, _ = self.optimizer.step()
         self.schedule.step(increment=1)
         return StepOutcome(stats, float(grad_norm or 0.0), lr, skipped=False)

@@ -35,5 +35,5 @@ class SkipGuard:
             if self.skipped_in_a_row[name] >= MOST_SKIPPED:
                 raise RunError(
                     f"{MOST_SKIPPED} optimizer steps in a row of the {name} had a loss or gradient that is not "
-                    "finite; lower its learning rate, and resume from the last checkpoint"
+                    "finite; lower its learning rate"
                 )

@@ -15,6 +15,7 @@ from icegrt.metrics.statistics import accuracy_by_margin, best_one_feature_basel
 from icegrt.training.ranking_loss import RankedBatch, RankingQuality, pack_group, pack_rankings
 
 _BASELINE_PROMPTS = 4096  # most training prompts that the baseline is fitted on
+_FEW_PAIRS = 50  # below it the 95% interval of an accuracy, at most 0.98 / sqrt(pairs), is wider than 0.14
 
 
 def heldout_figures(
@@ -50,6 +51,28 @@ def heldout_figures(
         name, accuracy = best_one_feature_baseline(_feature_pairs(training_batches), _feature_pairs(heldout_batches))
         figures |= {"baseline_feature": name, "baseline_accuracy": accuracy}
     return figures
+
+
+def surprises(figures: dict[str, Any]) -> list[str]:
+    """Return in words why the held-out accuracy should not be trusted, each with a remedy; usually nothing.
+
+    Args:
+        figures: of `heldout_figures`.
+    """
+    messages = []
+    pairs, accuracy = figures["heldout_pairs"], figures["heldout_accuracy"]
+    if 0 < pairs < _FEW_PAIRS:
+        messages.append(
+            f"the reward model is judged on {pairs} held-out pairs only, so its accuracy of {accuracy:.3f} may be off "
+            f"by {0.98 / pairs**0.5:.2f}; hold out more prompts (reward.heldout or reward.heldout_fraction)"
+        )
+    if pairs and accuracy < figures["baseline_accuracy"]:
+        messages.append(
+            f"the reward model is right on {accuracy:.3f} of the held-out pairs, its best single feature "
+            f"({figures['baseline_feature']}) on {figures['baseline_accuracy']:.3f}: PPO would learn that feature. Add "
+            "rankings in which it does not decide, or train longer"
+        )
+    return messages
 
 
 def _feature_pairs(batches: Sequence[RankedBatch]) -> dict[str, tuple[np.ndarray, np.ndarray]]:

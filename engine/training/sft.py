@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from icegrt.config import SFTConfig
 from icegrt.data import BlendedDataset, ConcatDataset, Example, ExampleEncoder
-from icegrt.data.blend import Pair
 from icegrt.data.training_data import packed
 from icegrt.data.types import Rows
 from icegrt.distributed.pipeline import fetch_from_last_stage
@@ -38,7 +36,7 @@ class SFTTrainer(OneModelTrainer[SFTConfig, SFTStep]):
         model = build_model(pretrained, "lm", self.cluster, dtype=self.dtype, recompute=self.run.recompute)
         role = TrainableRole("actor", model, config.optimizer, self.total_steps)
         self.chunk_rows = resolve_chunk_rows(config.chunk_rows, pretrained.architecture, self._resumed_chunk_rows)
-        self._batches: Iterator[list[Pair]] | None = None
+        self._batches = self.blend.batches(config.batch_sequences, config.epochs)  # starts where `load_state` puts it
         self._skip_guard = SkipGuard(role.name)
         self._heldout_batches = packed(self.heldout, config.token_budget, pack_group, self.cluster.share)
         self._heldout_before: float | None = None
@@ -72,10 +70,9 @@ class SFTTrainer(OneModelTrainer[SFTConfig, SFTStep]):
 
     def step(self) -> SFTStep:
         """Take one optimizer step over the next batch. Returns its metrics, which are logged."""
-        if self._batches is None:
-            self._batches = self.blend.batches(self.config.batch_sequences, self.config.epochs)
+        self._begin_step()
         started = time.perf_counter()
-        examples = [self.blend.item(pair) for pair in next(self._batches)]
+        examples = [self.blend.item(pair) for pair in self._next_batch()]
         batches = pack_examples(examples, self.config.token_budget, self.cluster.share)
         loss = SFTLoss(self.role, self.chunk_rows)
         outcome = self.role.train_step([MicroBatch(batch, loss) for batch in batches])

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from icegrt.config import DataSource, RewardConfig, SFTConfig
 from icegrt.data import EncodedDataset, stop_ids
+from icegrt.data.blend import Pair
 from icegrt.data.examples import Encoder
 from icegrt.data.training_data import encode_sources
 from icegrt.data.types import Rows, TokenizerSource
-from icegrt.errors import ConfigError, DataError
+from icegrt.errors import ConfigError, DataError, RunError
 from icegrt.metrics import RewardStep, SFTStep
 from icegrt.model.build import check_parallelism
 from icegrt.model.hf.reader import HFCheckpointReader, ModelSource
@@ -48,6 +49,7 @@ class OneModelTrainer(Trainer[ConfigT, StepT]):
     """
 
     role: TrainableRole
+    _batches: Iterator[list[Pair]]
 
     def __init__(
         self,
@@ -93,6 +95,13 @@ class OneModelTrainer(Trainer[ConfigT, StepT]):
     def describe(self, step: StepT) -> dict[str, float]:
         """Return the figures of a step for the progress line."""
         return {"loss": step.loss}
+
+    def _next_batch(self) -> list[Pair]:
+        """Return the rows of the next step. Raises `RunError` beyond the last one."""
+        batch = next(self._batches, None)
+        if batch is None:
+            raise RunError(f"all {self.total_steps} steps are done; raise {self.config.section}.epochs to train on")
+        return batch
 
     def _training_data(self, rows: Rows | None) -> EncodedSources:
         sources = self._encode("data", self.config.data, rows)

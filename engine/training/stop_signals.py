@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from icegrt.utils.console import is_main
+from icegrt.utils.console import announce_stop, bars_after_stop
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 # Launchers forward a signal that the terminal has sent already: later ones within this time are the same request.
@@ -33,7 +33,8 @@ def capture_stop_signals() -> Iterator[Callable[[], int]]:
     numbers = [number for number in numbers if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, first.receive) for number in numbers}
     try:
-        yield lambda: first.number
+        with bars_after_stop():
+            yield lambda: first.number
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -51,18 +52,13 @@ class _FirstSignal:
             self._silence_terminals()
         if not self.number:
             self.number, self._received_at = number, time.monotonic()
-            if is_main():
-                self._announce(signal.Signals(number).name)
+            name = signal.Signals(number).name
+            announce_stop(f"{name}: saving after this step; a second one leaves at once")
         elif time.monotonic() - self._received_at > SAME_REQUEST_S:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-
-    def _announce(self, name: str) -> None:
-        # `print` is not reentrant, and the signal may arrive inside of one.
-        with contextlib.suppress(OSError):
-            os.write(2, f"\n{name}: saving after this step; a second one leaves at once\n".encode())
 
     def _silence_terminals(self) -> None:
         # Writes to a terminal that has gone fail, and would end the run before it is saved.

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,12 +19,11 @@ from icegrt.checkpoint.manager import Checkpoints
 from icegrt.config import PPOConfig, RewardConfig, RunConfig, SFTConfig
 from icegrt.config.loader import as_dict
 from icegrt.data import check_tokenizer, load_tokenizer
-from icegrt.data.tokenizer import save_tokenizer
+from icegrt.data.tokenizer import check_vocabulary, save_tokenizer
 from icegrt.data.types import Tokenizer, TokenizerSource
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
-from icegrt.distributed.pipeline import all_ranks_true
-from icegrt.errors import ConfigError, RunError
+from icegrt.errors import ConfigError, RunError, attach_note
 from icegrt.kernels import default_chunk_rows
 from icegrt.metrics import PPOStep, RewardStep, RunLog, SFTStep, drop_rollouts
 from icegrt.metrics.sinks import check_sinks
@@ -32,13 +31,12 @@ from icegrt.model.architecture import DTYPES, Architecture
 from icegrt.model.hf.reader import ModelSource
 from icegrt.report.page import write_run_report
 from icegrt.roles.role import TrainableRole, check_inference_mode
-from icegrt.training.run_folder import CONFIG_FILE, lock_run_folder
+from icegrt.roles.skip_guard import SkipGuard
+from icegrt.training.failed_run import StepBoundary, kept_note
+from icegrt.training.run_folder import RunLock, lock_run_folder, save_config
 from icegrt.training.stop_signals import STOP_SIGNALS, capture_stop_signals
 from icegrt.utils.console import is_main, print_info, progress, warn
 from icegrt.utils.files import write_text_atomic
-
-if TYPE_CHECKING:
-    pass
 
 ConfigT = TypeVar("ConfigT", bound=SFTConfig | RewardConfig | PPOConfig)
 StepT = TypeVar("StepT", bound=SFTStep | RewardStep | PPOStep)
@@ -65,6 +63,7 @@ class Trainer(Generic[ConfigT, StepT]):
     total_steps: int
     tokenizer: Tokenizer
     roles: list[TrainableRole]
+    _skip_guard: SkipGuard
 
     def __init__(self, config: ConfigT, callbacks: Sequence[object] = (), *, inputs: Any) -> None:
         self.config = config
@@ -75,6 +74,10 @@ class Trainer(Generic[ConfigT, StepT]):
         self.chunk_rows: int | None = None
         self._log: RunLog | None = None
         self._saved_at: int | None = None
+        self._written_at: int | None = None
+        self._boundary: StepBoundary | None = None
+        self._run_lock: RunLock | None = None
+        self._report_is_missing = False
         self._stop_signal: Callable[[], int] = lambda: 0
         check_sinks(self.run.log_to, f"{config.section}.run.log_to")
         if not self.run.dir:
@@ -84,20 +87,22 @@ class Trainer(Generic[ConfigT, StepT]):
         check_inference_mode()
         with contextlib.ExitStack() as resources, torch.enable_grad():
             self._resources = resources
-            self._open_run(resources)
+            self._open_run(resources, inputs)
             self._set_up(inputs)
             self._restore_and_open_log()
             self._evaluate_at_start()
             self._resources = resources.pop_all()
 
-    def _open_run(self, resources: contextlib.ExitStack) -> None:
+    def _open_run(self, resources: contextlib.ExitStack, inputs: Any) -> None:
         """Lock the run's folder, open the cluster, and choose the checkpoint to resume from."""
         layout = Layout.of(self.config.parallel)
         is_resume = False
         if is_main():
-            run_lock = lock_run_folder(self.config)
-            resources.callback(run_lock.release)
-            is_resume = run_lock.is_resume
+            # Rows in memory are no files of an earlier run.
+            sources = [value for value in vars(inputs).values() if not isinstance(value, list)]
+            self._run_lock = lock_run_folder(self.config, sources)
+            resources.callback(self._run_lock.release)
+            is_resume = self._run_lock.is_resume
         self.cluster = resources.enter_context(Cluster.open(layout))
         resources.callback(self._close_log)
         self._is_resume: bool = self.cluster.broadcast_from_main(is_resume)
@@ -113,6 +118,7 @@ class Trainer(Generic[ConfigT, StepT]):
         self._resumed_chunk_rows: int | None = resumed.get("chunk_rows")
         resources.push(self._complete_checkpoint_on_exit)
         resources.push(self._write_report_on_failure)
+        resources.push(self._save_on_failure)
 
     def _set_up(self, inputs: Any) -> None:
         """Build models and data; set `total_steps`, `tokenizer` and `roles`."""
@@ -135,7 +141,7 @@ class Trainer(Generic[ConfigT, StepT]):
         """Restore the checkpoint into models and data, write the configuration, and open the log."""
         if self._resumed_from is not None:
             state = self.checkpoints.load(self._resumed_from, self.roles)
-            self.done_steps = self._saved_at = state["step"]
+            self.done_steps = self._saved_at = self._written_at = state["step"]
             self.load_state(state["trainer"])
             print_info(f"resumed from {self._resumed_from}: {self.done_steps} of {self.total_steps} {self.unit} done")
             if self.done_steps > self.total_steps:
@@ -146,7 +152,9 @@ class Trainer(Generic[ConfigT, StepT]):
             resume_from_step = (self.done_steps or -1) if self._is_resume else None
             # The log comes first: if a logger cannot start, no file of the run is written yet.
             self._log = RunLog(self.dir, resume_from_step, log_to=self.run.log_to, config=as_dict(self.config))
-            self.config.save(self.dir / CONFIG_FILE)
+            save_config(self.config, self.dir)
+            assert self._run_lock is not None  # rank 0 holds it
+            self._run_lock.begin()
             save_tokenizer(self.tokenizer, self.dir / "tokenizer")
             drop_rollouts(self.dir, after=self.done_steps)
         if self.chunk_rows:
@@ -171,6 +179,21 @@ class Trainer(Generic[ConfigT, StepT]):
         if error is not None and not isinstance(error, KeyboardInterrupt) and self._log is not None and self.done_steps:
             self.write_report()
 
+    def _save_on_failure(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        """Save the last whole step if a failure has left it in memory, and attach to the error what is kept."""
+        boundary = self._boundary
+        if not isinstance(error, Exception) or boundary is None:
+            return
+        # Other ranks may be gone; weights beside skipped steps are those that led there; a failed write fails again.
+        can_save = self.cluster.world_size == 1 and not any(self._skip_guard.skipped_in_a_row.values())
+        if boundary.step not in (0, self._written_at) and can_save and boundary.is_in_memory(self.roles):
+            try:
+                self._write_checkpoint(boundary.step, None, boundary.document())
+                self.complete_checkpoint()
+            except Exception as problem:  # the error that ends the run is the one to report
+                warn(f"the last {self.unit[:-1]} is not saved: {problem}")
+        attach_note(error, kept_note(self.config.section, self.dir, boundary.step, self.total_steps, self.unit))
+
     def _close_log(self) -> None:
         log, self._log = self._log, None
         if log is not None:
@@ -181,8 +204,6 @@ class Trainer(Generic[ConfigT, StepT]):
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self.close(error)
-
-    # -- state that subclasses add ---------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs beside weights and optimizers, as JSON."""
@@ -200,6 +221,10 @@ class Trainer(Generic[ConfigT, StepT]):
         Returns:
             The folder of the checkpoint.
         """
+        return self._write_checkpoint(self.done_steps, quality, {})
+
+    def _write_checkpoint(self, step: int, quality: float | None, replaced: dict[str, Any]) -> Path:
+        """Write the checkpoint of `step`; `replaced` takes the place of present state. Collective."""
         roles = {
             r.name: {
                 "head": r.model.head_kind,
@@ -208,15 +233,16 @@ class Trainer(Generic[ConfigT, StepT]):
             }
             for r in self.roles
         }
+        self._written_at = step
         if self._log is not None:
             self._log.sync()
         document: dict[str, Any] = {"stage": self.config.section, "roles": roles, "trainer": self.state()}
         if self.chunk_rows is not None:
             document["chunk_rows"] = self.chunk_rows
         path = self.checkpoints.save(
-            self.done_steps, self.roles, document, quality, lambda path: self.notify("on_checkpoint", path)
+            step, self.roles, document | replaced, quality, lambda path: self.notify("on_checkpoint", path)
         )
-        self._saved_at = self.done_steps
+        self._saved_at = step
         return path
 
     def complete_checkpoint(self) -> None:
@@ -272,12 +298,6 @@ class Trainer(Generic[ConfigT, StepT]):
         Raises:
             RunError: a weight is not finite.
         """
-        parameters = self.roles[0].model.parameters()
-        if not all_ranks_true(all(bool(torch.isfinite(parameter).all()) for parameter in parameters)):
-            raise RunError(
-                f"{self.dir / 'model'}: not written, because weights of the {self.roles[0].name} are not finite; lower "
-                "its learning rate, and start a new run"
-            )
         self.roles[0].save_pretrained(self.dir / "model", self.run.dtype, self.tokenizer, extra_files, replace=True)
         self.cluster.barrier()
 
@@ -290,12 +310,16 @@ class Trainer(Generic[ConfigT, StepT]):
         raise NotImplementedError
 
     def write_report(self) -> None:
-        """Write the report of the run so far, on rank 0. A failure is a warning: the metrics are on the disk."""
+        """Write the report of the run so far, on rank 0. A failure is one warning: the metrics are on the disk."""
         if self.cluster.is_main:
             try:
                 write_run_report(self.dir, config=self.config if isinstance(self.config, PPOConfig) else None)
+                self._report_is_missing = False
             except Exception as error:
-                warn(f"{self.dir / 'report.html'}: not written ({error}); `icegrt report {self.run.dir}` writes it")
+                if not self._report_is_missing:
+                    command = f"`icegrt report {self.run.dir}` writes it"
+                    warn(f"{self.dir / 'report.html'}: not written ({error}); the run goes on, and {command}")
+                self._report_is_missing = True
 
     def notify(self, hook: str, *args: Any) -> None:
         """Call `hook` of every callback that defines it."""
@@ -304,8 +328,14 @@ class Trainer(Generic[ConfigT, StepT]):
             if method is not None:
                 method(self, *args)
 
+    def _begin_step(self) -> None:
+        """Record the state that a failure of this step shall leave."""
+        self._boundary = StepBoundary.before_step(self.done_steps, self.roles, self.state())
+
     def log(self, row: Any) -> None:
-        """Write a row of metrics; it is the same on all ranks, and rank 0 writes."""
+        """Write a row of metrics; it is the same on all ranks, and rank 0 writes. It makes a step whole."""
+        if self._boundary is not None:
+            self._boundary = StepBoundary.after_step(self.done_steps, self.roles)
         if self._log is not None:
             self._log.log(row)
 
@@ -329,12 +359,7 @@ def tokenizer_for(tokenizer: TokenizerSource | None, model: ModelSource, archite
     else:
         checked = tokenizer
         check_tokenizer(checked, print_info=print_info)
-    if len(checked) > architecture.vocab_size:
-        token = checked.decode([architecture.vocab_size], skip_special_tokens=False)
-        raise ConfigError(
-            f"the tokenizer has {len(checked)} tokens, but the model's vocabulary only {architecture.vocab_size}; "
-            f"they do not belong together: the first token that is too many is {token!r}"
-        )
+    check_vocabulary(checked, architecture.vocab_size)
     return checked
 
 

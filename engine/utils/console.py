@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from icegrt.utils.text import duration
 
-FIRST_LINE_S, NEXT_LINE_S = 2.0, 10.0
+FIRST_LINE_S, NEXT_LINE_S, REDRAW_S = 2.0, 10.0, 0.1
 # 1. escape sequences (CSI, OSC and two-byte ones); 2. control characters except tab and newline, and the marks that
 # reverse the direction of the text after them, which can make a line read as another.
 _ESCAPES = re.compile(r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x1b\x9b]\[?[0-?]*[ -/]*[@-~]?")
@@ -26,6 +26,7 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]
 
 _quiet: ContextVar[bool] = ContextVar("icegrt_quiet", default=False)
 _open_display: ContextVar[Any] = ContextVar("icegrt_progress", default=None)
+_stopping = False  # a stop signal has been announced: bars are not drawn any more
 
 
 def plain(text: Any) -> str:
@@ -59,6 +60,29 @@ def is_terminal(stream: TextIO) -> bool:
         return stream.isatty() and os.environ.get("TERM") != "dumb"
     except (AttributeError, ValueError):  # a replacement without isatty, or a closed stream
         return False
+
+
+def announce_stop(text: str) -> None:
+    """Print a line in a signal handler on rank 0, in place of the progress bars, which are not drawn again."""
+    global _stopping
+    if not is_main():
+        return
+    display = _open_display.get()
+    _stopping = True
+    # The cursor is in the last line of the bars; rich moves it up by one less than their number, and erases, later.
+    start, end = ("\r\x1b[2K", "\n" * len(display.tasks)) if display is not None else ("\n", "\n")
+    with contextlib.suppress(OSError):  # `print` is not reentrant, and the signal may arrive inside of one
+        os.write(2, f"{start}{text}{end}".encode())
+
+
+@contextlib.contextmanager
+def bars_after_stop() -> Iterator[None]:
+    """Let bars be drawn again when the block, which received stop signals, has ended."""
+    global _stopping
+    try:
+        yield
+    finally:
+        _stopping = False
 
 
 def print_info(text: Any = "") -> None:
@@ -175,12 +199,18 @@ class _Bar(Progress):
 
     def __init__(self, display: Any, *args: Any):
         super().__init__(*args)
-        self._display = display
+        self._display, self._next_draw = display, 0.0
         self._task = display.add_task(self.label, total=self.total, note="")
 
     def _show(self) -> None:
+        if _stopping:
+            return
         note = "  ".join(filter(None, (self.count(), self.rate(), self.time_left(), self._fields)))
         self._display.update(self._task, completed=self.done, note=note)
+        # The display has no thread of its own: one would draw the bar below the message of a stop signal.
+        if self._clock() >= self._next_draw:
+            self._next_draw = self._clock() + REDRAW_S
+            self._display.refresh()
 
     def close(self) -> None:
         self._display.remove_task(self._task)
@@ -228,9 +258,23 @@ def _display() -> Iterator[Any]:
         rich_progress.BarColumn(bar_width=24),
         rich_progress.TextColumn("{task.fields[note]}", markup=False),
     )
+
+    class Bars:
+        def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+            if not _stopping:
+                yield from display.get_renderables()
+
+    class Display(rich_progress.Progress):
+        def get_renderable(self) -> Any:
+            return Bars()  # evaluated at every print, also at those between two calls of `refresh`
+
     # The display prints other lines above the bars, unless stdout is redirected.
-    display = rich_progress.Progress(
-        *columns, console=Console(file=sys.stderr), transient=True, redirect_stdout=is_terminal(sys.stdout)
+    display = Display(
+        *columns,
+        console=Console(file=sys.stderr),
+        transient=True,
+        auto_refresh=False,
+        redirect_stdout=is_terminal(sys.stdout),
     )
     token = _open_display.set(display)
     try:

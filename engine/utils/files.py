@@ -47,9 +47,10 @@ def write_text_atomic(path: str | Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
+        _name(error, path)
         raise
     fsync_path(path.parent)
 
@@ -71,7 +72,11 @@ class JsonlWriter:
 
     def write(self, row: dict[str, Any]) -> None:
         """Add one row; numbers that are not finite become the strings NaN, Infinity and -Infinity."""
-        self._file.write(json_line(row))
+        try:
+            self._file.write(json_line(row))
+        except OSError as error:
+            _name(error, self.path)
+            raise
 
     def close(self) -> None:
         """Sync the file and rename it to its final name. Closing twice does nothing."""
@@ -82,8 +87,9 @@ class JsonlWriter:
             os.fsync(self._file.fileno())
             os.replace(self._partial, self.path)  # before the lock ends
             self._file.close()
-        except OSError:
+        except OSError as error:
             self._discard()
+            _name(error, self.path)
             raise
 
     def _discard(self) -> None:
@@ -135,6 +141,12 @@ def fsync_path(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _name(error: BaseException, path: Path) -> None:
+    """Name the file in the error of a full disk: a write knows its descriptor only."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        error.filename = str(path)
 
 
 def _partial_path(path: Path) -> Path:

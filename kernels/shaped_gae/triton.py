@@ -17,6 +17,8 @@ runs. Neither timing nor the batch around a sequence enters its arithmetic: the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -24,9 +26,9 @@ from torch import Tensor
 
 from ..common.operators import Cost, device_operator
 from ..common.streams import mask_bytes
-from ..common.triton import kl_estimate, value_and_pointer
+from ..common.triton import floor_logprob, kl_estimate, value_and_pointer
 from ..dispatch import log_launch
-from ..kl_divergence.reference import EXPONENT_LIMIT
+from ..kl_divergence.reference import EXPONENT_LIMIT, LOGPROB_FLOOR
 from ..types import Moments, ShapedGAE
 from ..validate import KL_ESTIMATORS
 from ..whitening.triton import finish_moments
@@ -112,6 +114,7 @@ def shaped_gae_kernel(
     kl_coef_size,
     estimator,
     LIMIT: tl.constexpr,
+    FLOOR: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     LOOKBACK: tl.constexpr,
@@ -141,8 +144,8 @@ def shaped_gae_kernel(
     keep = keep & (tl.load(mask_ptr + t, mask=keep & (t < mask_size), other=1) != 0)
     value = tl.load(value_ptr + t, mask=keep, other=0.0)
     has_ref = keep & (t < reference_size)
-    difference = tl.load(logprob_ptr + t, mask=has_ref, other=0.0)
-    difference -= tl.load(ref_logprob_ptr + t, mask=has_ref, other=0.0)
+    difference = floor_logprob(tl.load(logprob_ptr + t, mask=has_ref, other=0.0), FLOOR)
+    difference -= floor_logprob(tl.load(ref_logprob_ptr + t, mask=has_ref, other=0.0), FLOOR)
     # 4. Rewards without the score. The estimator is a run-time number: all four are in the binary.
     kl = difference
     if estimator == 1:
@@ -154,7 +157,7 @@ def shaped_gae_kernel(
     coef = kl_coef
     if kl_coef_size > 0:
         coef = tl.load(kl_coef_ptr)
-    # A coefficient of 0 takes the penalty out, also where it is infinite.
+    # A coefficient of 0 takes the penalty out, also where it is not finite.
     reward = tl.where(coef != 0.0, -coef * kl, 0.0) + tl.load(
         token_reward_ptr + t, mask=keep & (t < token_reward_size), other=0.0
     )
@@ -193,10 +196,13 @@ def shaped_gae_kernel(
 
     # 8. The state at the end of each row: start at the sequence's end, apply the maps of the chunks in between.
     score = tl.load(score_ptr + n, mask=real, other=0.0)
+    # Triton 3.9: zeros in place of score * 0.0 spill registers on sm_90 -> only advantages start from the score. One
+    # that is not finite makes them NaN (a CPU gives NaN or infinity), and does not reach kl_N.
+    zero = tl.zeros((ROWS,), tl.float32)
     advantage_in = score * 0.0
     pending_in = score + gamma * tl.load(bootstrap_ptr + n, mask=real & (n < bootstrap_size), other=0.0)
-    untaken_in = advantage_in + 1.0
-    kl_in = advantage_in
+    untaken_in = zero + 1.0
+    kl_in = zero
     reach = tl.max(tl.where(chunk <= last_chunk, chunk, 0), axis=0)
     for start in range(0, reach, LOOKBACK):
         past = start + group[None, :]
@@ -289,29 +295,15 @@ def _gae_cost(
     logprob_A: Tensor | None,
     ref_logprob_A: Tensor | None,
     cu_actions: Tensor,
-    bootstrap_N: Tensor | None,
-    mask_A: Tensor | None,
-    token_reward_A: Tensor | None,
-    kl_coef_ptr: Tensor | None,
-    advantage_A: Tensor,
-    return_A: Tensor,
-    reward_A: Tensor,
-    kl_N: Tensor,
-    maps: Tensor,
-    moments: Tensor,
-    sync: Tensor,
-    kl_coef: float,
-    gamma: float,
-    lam: float,
-    estimator: int,
+    *others: Any,
 ) -> Cost:
+    optional, (*writes, maps, moments, sync) = others[:4], others[4:11]
+    reads = [score_N, value_A, cu_actions, *optional]
     # Log-probs are read where there is a reference alone.
-    reads = [score_N, value_A, cu_actions, bootstrap_N, mask_A, token_reward_A, kl_coef_ptr]
     reads += [] if ref_logprob_A is None else [logprob_A, ref_logprob_A]
     # The moments of tiles and, at most, the maps of chunks are read back.
     reads += [maps, moments[3:], sync]
-    writes = [advantage_A, return_A, reward_A, kl_N, maps, moments, sync]
-    return Cost.of_pass(reads, writes, FLOPS * value_A.numel())
+    return Cost.of_pass(reads, [*writes, maps, moments, sync], FLOPS * value_A.numel())
 
 
 @device_operator(
@@ -391,6 +383,7 @@ def _gae_step(
             extent(kl_coef_ptr),
             estimator,
             LIMIT=EXPONENT_LIMIT,
+            FLOOR=LOGPROB_FLOOR,
             ROWS=ROWS,
             CHUNK=CHUNK,
             LOOKBACK=LOOKBACK,

@@ -129,7 +129,7 @@ def test_places_that_cannot_be_written_or_hold_something(home, refused, run_dir,
         refused(["ppo", *cases.ppo_keys(home, path)], path)
     run_dir.mkdir(parents=True)
     (run_dir / "notes.txt").write_text("mine")
-    refused(["ppo", *cases.ppo_keys(home, run_dir)], run_dir, "not empty", "--resume")
+    refused(["ppo", *cases.ppo_keys(home, run_dir)], run_dir, "not empty, and not the folder of a run")
     refused(["ppo", *cases.ppo_keys(home, tmp_path / "gone"), "--resume"], "no checkpoint to resume from")
 
 

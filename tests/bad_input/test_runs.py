@@ -211,7 +211,7 @@ def test_places_that_cannot_be_written(home, refused, tmp_path):
 def test_a_folder_that_holds_something_is_not_touched(home, refused, run_dir):
     run_dir.mkdir(parents=True)
     (run_dir / "notes.txt").write_text("mine")
-    refused("ppo", cases.ppo_keys(home, run_dir), run_dir, "not empty", "--resume", "ppo.run.dir")
+    refused("ppo", cases.ppo_keys(home, run_dir), run_dir, "not empty, and not the folder of a run", "ppo.run.dir")
 
 
 def test_resuming_without_a_checkpoint(home, refused, run_dir):

@@ -182,7 +182,7 @@ def test_a_run_is_neither_resumed_from_nothing_nor_started_over_another(tmp_path
             make(tmp_path / "run", True)
         (tmp_path / "full").mkdir(exist_ok=True)
         (tmp_path / "full" / "anything").touch()
-        with pytest.raises(RunError, match="not empty; continue that run with --resume"):
+        with pytest.raises(RunError, match="not empty, and not the folder of a run"):
             make(tmp_path / "full", False)
         writing = files.checkpoints_dir(tmp_path / "half") / "step_000001.writing"
         writing.mkdir(parents=True, exist_ok=True)

@@ -119,11 +119,12 @@ def test_interrupting_says_how_to_resume(stages, capsys, monkeypatch):
     stages.error = KeyboardInterrupt()
     assert cli.main(["ppo", "ppo.run.dir=a b"]) == 130
     assert capsys.readouterr().err == (
-        "interrupted; to resume from the last checkpoint, run: icegrt ppo 'ppo.run.dir=a b' --resume\n"
+        "interrupted; to continue, from the last checkpoint if there is one, run: icegrt ppo 'ppo.run.dir=a b' "
+        "ppo.run.resume=auto\n"
     )
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["ppo", "--resume"]) == 130
-    assert "the same torchrun command with: icegrt ppo --resume" in capsys.readouterr().err
+    assert "the same torchrun command with: icegrt ppo ppo.run.resume=auto\n" in capsys.readouterr().err
     assert cli.main(["sample"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
@@ -178,7 +179,7 @@ def test_help_of_a_command_has_every_key_and_option(name, capsys, stages):
 
 
 def test_commands_are_the_stages_and_those_without_a_configuration():
-    assert list(cli.COMMANDS) == [*SECTIONS, "report", "data", "doctor"]
+    assert list(cli.COMMANDS) == [*SECTIONS, "report", "rehearse", "data", "doctor"]
 
 
 def test_exit_codes_of_the_process():

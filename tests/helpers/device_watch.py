@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,6 +35,15 @@ class DeviceWatch(TorchDispatchMode):
         self.blocking_copies: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
         self.launches: Counter[str] = Counter()
+        self._constructors = _Constructors(self.blocking_copies)
+
+    def __enter__(self):
+        self._constructors.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        self._constructors.__exit__(*exception)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -73,6 +83,20 @@ class DeviceWatch(TorchDispatchMode):
             is_view = bool(returns) and returns[0].alias_info is not None and not returns[0].alias_info.is_write
             if not is_view and not func.__name__.startswith(("empty", "detach")):
                 self.launches[func.__name__] += 1
+        return out
+
+
+class _Constructors(TorchFunctionMode):
+    """Counts tensors that are made on the device from numbers: their copy blocks, and no dispatch mode sees it."""
+
+    def __init__(self, copies: Counter[str]) -> None:
+        super().__init__()
+        self.copies = copies
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor) and out.is_meta and not isinstance(args[0], torch.Tensor):
+            self.copies[_place()] += 1
         return out
 
 

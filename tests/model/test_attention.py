@@ -2,6 +2,7 @@
 
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -44,6 +45,22 @@ def test_flash_attention_is_called_with_the_boundaries_of_the_stream():
     out = attention.flash_varlen_attention(varlen, q, k, v, LENGTHS)
     assert arguments == {"cu": [0, 3, 4, 11, 14], "same": True, "longest": (7, 7), "causal": True}
     torch.testing.assert_close(out, attention.packed_causal_attention(q, k, v, LENGTHS))
+
+
+def test_flash_attention_reads_the_offsets_of_the_batch_in_every_layer(monkeypatch):
+    received = []
+
+    def varlen(q, k, v, cu_q, cu_k, *args, **kwargs):
+        received.extend([cu_q, cu_k])
+        return q
+
+    monkeypatch.setattr(attention, "packed_causal_attention", partial(attention.flash_varlen_attention, varlen))
+    cu_seqlens = torch.tensor([0, 3, 4, 11, 14], dtype=torch.int32)
+    metadata = attention.AttentionMetadata(lengths=LENGTHS, cu_seqlens=cu_seqlens)
+    config = types.SimpleNamespace(window_size=None)
+    for layer in (1, 2):
+        attention.PackedAttention(config, layer)(*(x[:, None] for x in streams()), packed_seq_params=metadata)
+    assert len(received) == 4 and all(offsets is cu_seqlens for offsets in received)
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 5, 7, 20])

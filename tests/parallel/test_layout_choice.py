@@ -18,8 +18,16 @@ def test_a_layout_that_divides_the_ranks_is_taken(world):
                 check_world_size(layout, world)
                 check_model(layout, world, **MODEL)
             else:
-                with pytest.raises(ConfigError, match=f"{world} rank"):
+                with pytest.raises(ConfigError, match=f"{world} rank" if world > 1 else "the only one"):
                     check_world_size(layout, world)
+
+
+def test_a_process_without_torchrun_does_not_blame_torchrun():
+    with pytest.raises(ConfigError) as refused:
+        check_world_size(Layout(2), 1)
+    text = str(refused.value)
+    assert text.startswith("tensor 2 x pipeline 1 needs 2 ranks, and this process is the only one")
+    assert "torchrun started" not in text and "--nproc-per-node 2 -m icegrt" in text
 
 
 def test_the_nearest_layouts_of_a_world_size_are_named():

@@ -14,6 +14,7 @@ from icegrt.metrics import read_metrics, step_from_row
 from icegrt.model.hf.score_statistics import saved_statistics
 from icegrt.ppo.trainer import PPOTrainer
 from icegrt.training.reward_model import RewardTrainer
+from icegrt.training.reward_summary import surprises
 from icegrt.training.sft import SFTTrainer
 from tests.helpers import stage_cases as cases
 from tests.helpers import tiny_models
@@ -141,10 +142,39 @@ def test_a_run_with_one_model_is_exported_by_any_name_of_it(recipe, tmp_path, ca
         keys = [f"export.run={recipe}/reward", f"export.out={tmp_path}/{role}", f"export.role={role}"]
         assert cli.main(["export", *keys]) == 0
         assert (tmp_path / role / "model.safetensors").read_bytes() == weights
+        assert same_files(tmp_path / role, recipe / "reward" / "model")  # the statistics of its scores included
     for run, role in (("reward", "critic"), ("ppo", "reward"), ("sft", "reward")):
         keys = [f"export.run={recipe}/{run}", f"export.out={tmp_path}/no", f"export.role={role}"]
         assert cli.main(["export", *keys]) == 2
         assert f"not {role}" in capsys.readouterr().err
+
+
+def test_an_export_has_the_score_statistics_of_its_own_checkpoint(home, tmp_path, capsys):
+    """Also of a run that has not ended, by the command and from Python, and after a resume."""
+    keys = cases.reward_keys(home, tmp_path / "run", "reward.eval_every=2", "reward.epochs=2")
+
+    def exported(name):
+        out = f"{tmp_path}/{name}"
+        assert cli.main(["export", f"export.run={tmp_path}/run", f"export.out={out}", "export.role=reward"]) == 0
+        return saved_statistics(out)
+
+    with trainer(RewardTrainer, RewardConfig, keys) as reward:
+        for _ in range(2):
+            reward.step()
+        scores = reward.evaluate().score_N.double()
+        reward.complete_checkpoint()
+        assert exported("evaluated")["mean"] == pytest.approx(scores.mean().item())
+        reward.save_pretrained(tmp_path / "python")
+        assert saved_statistics(tmp_path / "python") == saved_statistics(tmp_path / "evaluated")
+        assert "score_statistics" not in capsys.readouterr().err
+    with trainer(RewardTrainer, RewardConfig, [*keys, "reward.run.resume=true"]) as reward:
+        reward.save_pretrained(tmp_path / "resumed")
+        assert saved_statistics(tmp_path / "resumed") == saved_statistics(tmp_path / "evaluated")
+        reward.step()
+        reward.save_checkpoint()
+        reward.complete_checkpoint()
+    assert exported("between evaluations") is None
+    assert "no score_statistics.json, because held-out scores were not evaluated" in capsys.readouterr().err
 
 
 def test_a_run_stands_for_its_model_wherever_a_model_is_named(recipe, home, tmp_path):
@@ -293,6 +323,27 @@ def test_an_easy_reward_rises(home, tmp_path):
     with trainer(PPOTrainer, PPOConfig, cases.ppo_keys(home, tmp_path / "run", *keys)) as ppo:
         scores = [step.function_score_mean for step in ppo]
     assert max(scores[:2]) < 0.1 and min(scores[-2:]) > 0.4, scores  # by chance one token in 61 is an a
+
+
+def test_a_reward_model_that_should_not_be_trusted_is_announced(home, tmp_path, capsys):
+    # The chosen answer is always the longer one; without a learning rate the model does not find out.
+    pairs = [{"prompt": p, "chosen": "abcdef", "rejected": "ab"} for p in cases.PROMPTS]
+    data = f"[{{path: {cases.write_jsonl(tmp_path / 'pairs.jsonl', pairs)}}}]"
+    keys = cases.reward_keys(home, tmp_path / "run", f"reward.data={data}", f"reward.heldout={data}")
+    assert cli.main(["reward", *keys, "reward.epochs=1", "reward.optimizer.lr=0"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "judged on" in line] == [
+        "warning: the reward model is judged on 8 held-out pairs only, so its accuracy of 0.500 may be off by 0.35; "
+        "hold out more prompts (reward.heldout or reward.heldout_fraction)"
+    ]
+    (worse,) = [line for line in lines if "best single feature" in line]
+    assert "right on 0.500 of the held-out pairs, its best single feature (length (higher)) on 1.000" in worse
+
+
+def test_a_reward_model_better_than_its_features_on_many_pairs_is_not_announced():
+    figures = {"heldout_pairs": 50, "heldout_accuracy": 0.8, "baseline_accuracy": 0.8, "baseline_feature": "length"}
+    assert surprises(figures) == []
+    assert surprises({"heldout_pairs": 0, "heldout_accuracy": None}) == []
 
 
 def test_an_accuracy_on_no_pair_is_not_reported(home, tmp_path, capsys):

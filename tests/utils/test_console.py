@@ -208,3 +208,38 @@ def test_styled_pieces_show_markup_and_lose_escapes(capsys, monkeypatch):
     with console.quiet():
         console.styled([("a", "bold")])
     assert capsys.readouterr().out == ""
+
+
+STOPPED = """
+import os, signal
+from icegrt.training.stop_signals import capture_stop_signals
+from icegrt.utils import console
+class Clock:
+    now = 0.0
+    def __call__(self):
+        Clock.now += 0.5
+        return Clock.now
+with capture_stop_signals():
+    with console.progress(9, "outer", "steps", clock=Clock()) as outer:
+        outer.advance()
+        with console.progress(9, "inner", "rows", clock=Clock()) as inner:
+            inner.advance()
+            os.kill(os.getpid(), signal.SIGINT)
+            inner.advance()
+            console.print_info("in between")
+        outer.advance()
+console.print_info("saved")
+with console.progress(9, "later", "steps", clock=Clock()) as bar:
+    bar.advance()
+"""
+
+
+def test_no_bar_is_drawn_after_the_message_of_a_stop_signal():
+    display, _ = on_terminal(STOPPED)
+    before, _, after = display.partition("SIGINT: saving after this step; a second one leaves at once\r\n\r\n")
+    assert "outer" in before and "inner" in before and "━" in before
+    stopped, _, later = after.partition("saved")
+    assert "━" not in stopped and "in between" in stopped
+    # What rich erases on its way up are the empty lines below the message.
+    assert stopped.partition("in between")[0].count("\x1b[1A") <= 1
+    assert "━" in later

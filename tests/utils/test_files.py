@@ -94,4 +94,8 @@ def test_rows_replace_a_file_with_a_word_and_never_an_input(tmp_path, capsys):
     assert path.read_text() == "old\n"
     with rows_file(str(path), ["", "absent"]) as writer:
         writer.write({})
-    assert path.read_text() == "{}\n" and "rows: is there already" in capsys.readouterr().err
+    assert (
+        path.read_text() == "{}\n"
+        and "rows: is there already and is replaced when all rows are written; name another file"
+        in capsys.readouterr().err
+    )
