@@ -39,14 +39,21 @@ def attention_cost(
     entries = -(-max_length // block_size) - (max_length - read) // block_size
     cached = 2 * sequences * read * groups * width * key_cache.element_size()
     reads = sum(map(tensor_bytes, (q, lengths, table_rows, row_starts))) + cached + sequences * entries * 4
-    writes = sum(map(tensor_bytes, (out, parts, sums)))
+    parts_size = 0 if parts is None else _parts_bytes(parts, max_length, window)
+    writes = tensor_bytes(out) + parts_size
     # Two products, and for every score a scale, two comparisons of the maximum, a difference, a power and a sum.
     return Cost(1, q.shape[0] * q.shape[1] * seen * (4 * width + 6), reads, writes)
 
 
 def merge_cost(parts: Tensor, sums: Tensor, lengths: Tensor, out: Tensor, max_length: int, window: int) -> Cost:
     """Return the cost of the launch that merges splits."""
-    rows, heads, splits, width = parts.shape
-    seen = splits - (max_length - window) // SPLIT if 0 < window < max_length else splits
-    reads = rows * heads * seen * (width + 2) * 4 + tensor_bytes(lengths)
-    return Cost(1, rows * heads * seen * (3 * width + 8), reads, tensor_bytes(out))
+    bytes_read = _parts_bytes(parts, max_length, window)
+    # A product and a fused one for every element, beside the maximum and the powers of a part.
+    return Cost(1, bytes_read // 4 * 3, bytes_read + tensor_bytes(lengths), tensor_bytes(out))
+
+
+def _parts_bytes(parts: Tensor, max_length: int, window: int) -> int:
+    """Return the bytes of the parts, with two numbers each, that a row of max_length tokens has."""
+    rows, heads, _, width = parts.shape
+    splits = -(-max_length // SPLIT) - max(0, max_length - window) // SPLIT * (window > 0)
+    return rows * heads * splits * (width + 2) * parts.element_size()

@@ -180,13 +180,13 @@ def paged_attention_kernel(
     if TABLE_ROWS:
         table = tl.load(table_rows_ptr + sequence)
     table_ptr = tables_ptr + table.to(tl.int64) * table_stride
-    # 4. One split, or all in order. A split that no pair sees is not merged later, nor written.
+    # 4. One split, counted from the first that the row sees, or all in order.
     first_split, last_split = lowest // SPLIT, tl.cdiv(highest, SPLIT)
     if SPLITS > 0:
-        split = tl.program_id(2)
-        if (split < first_split) | (split >= last_split):
+        first_split += tl.program_id(2)
+        if first_split >= last_split:
             return
-        first_split, last_split = split, split + 1
+        last_split = first_split + 1
     peak = tl.full((PAIRS,), -float("inf"), tl.float32)
     total = tl.zeros((PAIRS,), tl.float32)
     acc = tl.zeros((PAIRS, BLOCK), tl.float32)
@@ -214,7 +214,7 @@ def paged_attention_kernel(
         peak, total, acc = merge(peak, total, acc, next_peak, next_total, next_acc)
     # 5. The part of the split, or the result.
     if SPLITS > 0:
-        part = (pair_row.to(tl.int64) * tl.num_programs(1) * GROUP + pair_head) * SPLITS + first_split
+        part = (pair_row.to(tl.int64) * tl.num_programs(1) * GROUP + pair_head) * SPLITS + tl.program_id(2)
         tl.store(parts_ptr + part[:, None] * WIDTH + column[None, :], acc, mask=moved)
         tl.store(sums_ptr + part * 2, peak, mask=used)
         tl.store(sums_ptr + part * 2 + 1, total, mask=used)
@@ -257,7 +257,7 @@ def merge_splits_kernel(
     peak = tl.full((HEADS,), -float("inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
     acc = tl.zeros((HEADS, BLOCK), tl.float32)
-    for split in range(start // SPLIT, tl.cdiv(end, SPLIT)):
+    for split in range(0, tl.cdiv(end, SPLIT) - start // SPLIT):
         next_peak = tl.load(sums_ptr + (part + split) * 2, mask=used, other=0.0)
         next_total = tl.load(sums_ptr + (part + split) * 2 + 1, mask=used, other=1.0)
         next_acc = tl.load(parts_ptr + (part + split)[:, None] * WIDTH + column[None, :], mask=moved, other=0.0)
@@ -381,6 +381,8 @@ def _merge(parts: Tensor, sums: Tensor, lengths: Tensor, out: Tensor, max_length
 def paged_attention(q_TND: Tensor, pages: Pages, rows: Rows, scale: float, out: Tensor) -> None:
     """Write the attention of rows; see the public function."""
     splits = triton.cdiv(rows.max_length, SPLIT)
+    if rows.window:  # the tokens before the first whole split of a window, and that split and its successors
+        splits = min(splits, 1 + triton.cdiv(rows.window - 1, SPLIT))
     arguments = (q_TND, pages.keys_BGKD, pages.values_BGKD, pages.tables, rows.lengths_S, pages.table_rows_S)
     if rows.starts is not None or splits <= 1:
         _attend(*arguments, rows.starts, out, None, None, rows.max_length, rows.window, scale)

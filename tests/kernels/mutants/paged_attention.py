@@ -92,13 +92,13 @@ MUTANTS = (
     mutant(
         KERNEL,
         "the last split is lost",
-        "(split < first_split) | (split >= last_split)",
-        "(split < first_split) | (split >= last_split - 1)",
+        "first_split >= last_split",
+        "first_split >= last_split - 1",
     ),
     mutant(
         KERNEL,
         "splits share one place",
-        "(pair_row.to(tl.int64) * tl.num_programs(1) * GROUP + pair_head) * SPLITS + first_split",
+        "(pair_row.to(tl.int64) * tl.num_programs(1) * GROUP + pair_head) * SPLITS + tl.program_id(2)",
         "(pair_row.to(tl.int64) * tl.num_programs(1) * GROUP + pair_head) * SPLITS",
     ),
     mutant(KERNEL, "a length above the maximum passes", "ends <= max_length", "ends <= ends", check_too_long, {}),
@@ -106,12 +106,14 @@ MUTANTS = (
     mutant(
         MERGE,
         "splits before the window are merged",
-        "start // SPLIT",
-        "0 * start",
+        "tl.cdiv(end, SPLIT) - start // SPLIT",
+        "tl.cdiv(end, SPLIT)",
         check_decode,
         SMALL | {"lengths": (150, 200), "window": 5},
     ),
-    mutant(MERGE, "the last split is not merged", "tl.cdiv(end, SPLIT)", "end // SPLIT"),
+    mutant(
+        MERGE, "the last split is not merged", "tl.cdiv(end, SPLIT) - start // SPLIT", "end // SPLIT - start // SPLIT"
+    ),
     mutant(MERGE, "a length above the maximum passes", "length <= max_length", "length <= length", check_too_long, {}),
     mutant(
         "attend_split",

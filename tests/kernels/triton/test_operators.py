@@ -10,10 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 from icegrt.kernels import (
+    copy_blocks,
     kl_divergence,
     linear_logprobs,
     linear_ppo_loss,
     masked_moments,
+    paged_attention,
     ppo_policy_loss,
     record_launches,
     sample_tokens,
@@ -22,6 +24,7 @@ from icegrt.kernels import (
     use_backend,
     value_loss,
     whiten,
+    write_kv,
 )
 from icegrt.kernels.common.operators import OPERATORS, Cost, device_operator
 from icegrt.kernels.dispatch import IMPLEMENTATIONS, play_device
@@ -30,10 +33,13 @@ A, V, H = 13, 70, 8
 LABELS = torch.arange(A)
 # Kernel steps that a public call launches without an operator of its own would be missing here.
 STEPS = {
+    "copy_blocks",
     "fold_statistics",
     "kl_backward_kernel",
     "kl_forward_kernel",
     "masked_moments_kernel",
+    "merge_splits",
+    "paged_attention",
     "ppo_policy_loss",
     "sample_tokens_kernel",
     "shaped_gae_kernel",
@@ -41,6 +47,7 @@ STEPS = {
     "token_logprobs_forward",
     "value_loss",
     "whiten_kernel",
+    "write_kv",
 }
 
 
@@ -136,7 +143,41 @@ def calls(dtype):
     }
 
 
+def paged_calls(dtype, device="cpu"):
+    """Return calls on pages: all sequences have the greatest length, and blocks of their own, as costs assume."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype).to(device)
+
+    def integers(*values):
+        return torch.tensor(values, dtype=torch.int32).to(device)
+
+    k, v, keys, values, cache = draw(5, 2, 8), draw(5, 2, 8), draw(70, 2, 16, 8), draw(70, 2, 16, 8), draw(3, 9, 40)
+    slots, copy_from, copy_to = integers(3, 70, 5, 16, 90), integers(3, 4), integers(5, 6)
+    tables, one_row, chunks = integers(*range(70)).view(2, 35), draw(2, 6, 8), draw(9, 6, 8)
+    starts, rows = integers(0, 3, 9), integers(1, 0)
+
+    def attend(q, length, **keywords):
+        # The block tables and lengths of every call have memory of their own.
+        pages = (keys, values, tables.clone(), integers(length, length))
+        return paged_attention(q, *pages, max_length=length, **keywords)
+
+    return {
+        "write_kv": lambda: write_kv(k, v, keys, values, slots),
+        "copy_blocks": lambda: copy_blocks(cache, copy_from, copy_to),
+        "paged_attention": lambda: [
+            attend(one_row, 33),
+            attend(one_row, 550, table_rows_S=rows),
+            attend(one_row, 550, window=20),
+            attend(chunks, 550, row_starts=starts),
+        ],
+    }
+
+
 def backward(result):
+    if result is None or isinstance(result, list):  # written in place, or without a gradient
+        return
     for value in [result] if isinstance(result, torch.Tensor) else [*vars(result).values()]:
         if isinstance(value, torch.Tensor) and value.requires_grad:
             value.sum().backward(retain_graph=True)
@@ -145,7 +186,7 @@ def backward(result):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_declared_costs_are_what_the_interpreter_counts(monkeypatch, dtype):
     names = set()
-    for op, call in calls(dtype).items():
+    for op, call in (calls(dtype) | paged_calls(dtype)).items():
         with use_backend("triton"), Measured(monkeypatch) as measured, record_launches() as launches:
             backward(call())
         assert sum(cost.launches for _, cost, _, _ in measured.calls) == len(launches) > 0, op
@@ -164,7 +205,9 @@ def test_declared_costs_are_what_the_interpreter_counts(monkeypatch, dtype):
 
 
 def test_every_operation_with_a_triton_backend_is_covered():
-    assert set(calls(torch.float32)) == {op for op, backends in IMPLEMENTATIONS.items() if "triton" in backends}
+    assert set(calls(torch.float32) | paged_calls(torch.float32)) == {
+        op for op, backends in IMPLEMENTATIONS.items() if "triton" in backends
+    }
 
 
 class Operators(TorchDispatchMode):
@@ -203,8 +246,8 @@ def on_meta(dtype):
 
 
 def test_meta_tensors_launch_the_operators_of_real_ones():
-    real = calls(torch.float32)
-    for op, call in on_meta(torch.float32).items():
+    real = calls(torch.float32) | paged_calls(torch.float32)
+    for op, call in (on_meta(torch.float32) | paged_calls(torch.float32, "meta")).items():
         recorded = []
         for kind in (play_device("meta", "cuda"), contextlib.nullcontext()):
             run = call if not recorded else real[op]
