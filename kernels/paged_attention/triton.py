@@ -29,7 +29,7 @@ from .inputs import SPLIT, Pages, Rows
 # offsets are multiples of D, and loads whole vectors. Offsets into a cache, and of rows, are int64.
 
 LOG2_E = 1.4426950408889634
-PAIRS_OF_CHUNKS = 64
+PAIRS_OF_CHUNKS = 64  # a half for heads of more than 128 elements
 OPTIONS = {"enable_fp_fusion": False}
 MERGE_OPTIONS = {"num_warps": 4, **OPTIONS}
 MERGE_TILE = 2048  # elements of the queries that a program merges
@@ -274,16 +274,17 @@ def constants(heads: int, groups: int, width: int, dtype: torch.dtype, chunks: b
     group, block = heads // groups, max(16, triton.next_power_of_2(width))
     # Triton's interpreter multiplies bf16 wrongly. It is asked here, because kernels are compiled per constant.
     wide = dtype == torch.float32 or os.environ.get("TRITON_INTERPRET") == "1"
-    pairs = max(16, triton.next_power_of_2(group), PAIRS_OF_CHUNKS if chunks and not wide else 16)
-    # Triton 3.6 to 3.9 spill registers on sm_80, sm_90 or sm_100 with more tokens, or with fewer warps below.
+    # Triton 3.6 to 3.9 spill registers on sm_80, sm_90 or sm_100 with more pairs or tokens, or with fewer warps below.
+    tile = PAIRS_OF_CHUNKS if block <= 128 else PAIRS_OF_CHUNKS // 2
+    pairs = max(16, triton.next_power_of_2(group), tile if chunks and not wide else 16)
     tokens = 16 if wide else 64 if block * pairs <= 16 * 128 else 32
     return {"GROUP": group, "PAIRS": pairs, "TOKENS": tokens, "BLOCK": block, "WIDE": wide}
 
 
-def options(block: int, pairs: int) -> dict[str, int | bool]:
-    """Return the launch options for heads of `block` elements and tiles of `pairs`."""
-    warps = 4 if block * pairs <= 16 * 128 else 8 if block * pairs <= 64 * 128 else 16
-    return {"num_warps": warps, "num_stages": 2, **OPTIONS}
+def options(constants: dict[str, int | bool]) -> dict[str, int | bool]:
+    """Return the launch options for constants of the kernel."""
+    few = constants["BLOCK"] * constants["PAIRS"] <= 16 * (64 if constants["WIDE"] else 128)
+    return {"num_warps": 4 if few else 8, "num_stages": 2, **OPTIONS}
 
 
 @device_operator(
@@ -344,7 +345,7 @@ def _attend(
             WIDTH=width,
             PAGE=block_size,
             **chosen,
-            **options(int(chosen["BLOCK"]), int(chosen["PAIRS"])),
+            **options(chosen),
         )
 
 

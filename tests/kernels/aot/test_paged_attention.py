@@ -29,9 +29,7 @@ def test_paged_attention(capability, dtype, width, heads, groups, chunks, splits
     constants = {"CHUNKS": chunks, "TABLE_ROWS": True, "SPLITS": splits, "SPLIT": SPLIT} | chosen
     constants |= {"WIDTH": width, "PAGE": 16}
     kernel = module.paged_attention_kernel
-    assert_nothing_spills(
-        kernel, capability, constants, module.options(chosen["BLOCK"], chosen["PAIRS"]), True, **types(kernel, dtype)
-    )
+    assert_nothing_spills(kernel, capability, constants, module.options(chosen), True, **types(kernel, dtype))
 
 
 @EVERY_GENERATION
