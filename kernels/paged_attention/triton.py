@@ -274,7 +274,7 @@ def constants(heads: int, groups: int, width: int, dtype: torch.dtype, chunks: b
     group, block = heads // groups, max(16, triton.next_power_of_2(width))
     # Triton's interpreter multiplies bf16 wrongly. It is asked here, because kernels are compiled per constant.
     wide = dtype == torch.float32 or os.environ.get("TRITON_INTERPRET") == "1"
-    # Triton 3.6 to 3.9 spill registers on sm_80, sm_90 or sm_100 with more pairs or tokens, or with fewer warps below.
+    # Triton 3.6 to 3.9 spill registers on sm_80, sm_90 or sm_100 with more pairs, tokens or stages, or fewer warps.
     tile = PAIRS_OF_CHUNKS if block <= 128 else PAIRS_OF_CHUNKS // 2
     pairs = max(16, triton.next_power_of_2(group), tile if chunks and not wide else 16)
     tokens = 16 if wide else 64 if block * pairs <= 16 * 128 else 32
@@ -284,7 +284,7 @@ def constants(heads: int, groups: int, width: int, dtype: torch.dtype, chunks: b
 def options(constants: dict[str, int | bool]) -> dict[str, int | bool]:
     """Return the launch options for constants of the kernel."""
     few = constants["BLOCK"] * constants["PAIRS"] <= 16 * (64 if constants["WIDE"] else 128)
-    return {"num_warps": 4 if few else 8, "num_stages": 2, **OPTIONS}
+    return {"num_warps": 4 if few else 8, "num_stages": 1 if constants["WIDE"] else 2, **OPTIONS}
 
 
 @device_operator(
