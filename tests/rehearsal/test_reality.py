@@ -6,12 +6,14 @@ every allocation, and knows nothing of the watcher.
 """
 
 import contextlib
+import gc
 import pickle
 from collections import Counter, defaultdict
 from unittest import mock
 
 import pytest
 import torch
+from triton.runtime import interpreter
 
 from icegrt.distributed.cluster import Cluster
 from icegrt.kernels.dispatch import play_device
@@ -55,15 +57,29 @@ def multi_tensor_kernels(megatron_optimizer):
         group["foreach"] = True
 
 
+def without_cycles(launch):
+    """A launch in Triton's interpreter that leaves no reference cycles, which would keep its arguments alive."""
+
+    def launch_and_collect(self, *args, **kwargs):
+        launch(self, *args, **kwargs)
+        gc.collect()
+
+    return launch_and_collect
+
+
 @contextlib.contextmanager
 def same_backends(device_type):
+    executor = interpreter.GridExecutor
     with (
         play_device(device_type, "cuda"),  # Triton, in its interpreter
         mock.patch.object(attention, "scaled_dot_product_attention", plain_attention),
         mock.patch.object(contiguous, "scaled_dot_product_attention", plain_attention),
         mock.patch.object(optimizer, "_use_multi_tensor_kernels", multi_tensor_kernels),
+        mock.patch.object(executor, "__call__", without_cycles(executor.__call__)),
     ):
+        gc.freeze()  # collections look at what is new
         yield
+        gc.unfreeze()
 
 
 def filled_model(architecture, head, cluster, **options):
