@@ -30,17 +30,22 @@ from tests.helpers.device_watch import META, DeviceWatch, meta_cluster
 
 # Megatron's pipeline schedule reads it; the engine ignores the warning when it loads Megatron.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-MICRO_BATCHES, CHUNK = 3, 64
+MICRO_BATCHES, CHUNK = 4, 64
 SCORER = LogprobScorer(1.0, CHUNK)
 
 
-@pytest.fixture(
-    scope="module", params=[(Layout(), False), (Layout(tensor=2, pipeline=2), True)], ids=["one", "tp2-pp2"]
-)
+LAYOUTS = {
+    "pp2": (Layout(pipeline=2), False),
+    "tp2-virtual": (Layout(tensor=2, pipeline=2, virtual_pipeline=2), True),
+}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
 def roles(request):
     """Actor, critic and reference of the last of four ranks, which has the heads."""
-    layout, tied = request.param
-    architecture = Architecture.from_config(tiny.model_config("qwen2", tie_word_embeddings=tied).to_dict())
+    layout, tied = LAYOUTS[request.param]
+    changes = {"tie_word_embeddings": tied, "num_hidden_layers": layout.stages}
+    architecture = Architecture.from_config(tiny.model_config("qwen2", **changes).to_dict())
     with meta_cluster(layout, world_size=4, rank=3) as cluster:
 
         def model(head):
