@@ -67,8 +67,15 @@ inline T k3(T d) {
   return std::expm1(bounded) + (x - bounded) * std::exp(T(60)) - x;
 }
 
+// A log-prob of -inf, as of a filtered token, enters differences as -1e4, so that every estimator stays finite.
 template <typename T>
-inline T estimate(KLEstimator estimator, T d) {
+inline T floored(T logprob) {
+  return logprob == -std::numeric_limits<T>::infinity() ? T(-1e4) : logprob;
+}
+
+template <typename T>
+inline T estimate(KLEstimator estimator, T logprob, T ref_logprob) {
+  const T d = floored(logprob) - floored(ref_logprob);
   switch (estimator) {
     case KLEstimator::k1: return d;
     case KLEstimator::k2: return T(0.5) * d * d;
@@ -145,7 +152,7 @@ class ShapedGAE {
 
   T penalty(int64_t i, double& kl) const {
     if (!in_.ref_logprob.data) return 0;
-    const T x = estimate(E, in_.logprob[i] - in_.ref_logprob[i]);
+    const T x = estimate(E, in_.logprob[i], in_.ref_logprob[i]);
     kl += x;
     return in_.kl_coef == 0 ? T(0) : -in_.kl_coef * x;  // 0 * infinity would be NaN
   }
@@ -191,7 +198,7 @@ class ShapedGAE {
       for (int j = 0; j < kLanes; ++j) value[j] = values[low + j];
       if (ref) {
         T x[kLanes];
-        for (int j = 0; j < kLanes; ++j) x[j] = estimate(E, logprob[low + j] - ref[low + j]);
+        for (int j = 0; j < kLanes; ++j) x[j] = estimate(E, logprob[low + j], ref[low + j]);
         for (int j = 0; j < kLanes; ++j) kl_sums[j] += x[j];
         if (coef != 0) {
           for (int j = 0; j < kLanes; ++j) reward[j] = -coef * x[j];

@@ -100,7 +100,10 @@ class Moments:
     def varies(self) -> Tensor:
         """Whether the numbers differ by more than the rounding of fp64, 0-dim bool; False for an empty set.
 
-        variance > (SPREAD_FLOOR * mean)^2
+            variance > (SPREAD_FLOOR * mean)^2
+
+        Kernels take fp64, in which 1e6 +- 1e-3 is a spread. A caller that knows its numbers to be fp32 needs a higher
+        floor, as equal numbers differ by 1e-7 of the mean there.
         """
         # Negated: the moments of NaN vary, so that what is divided by them is NaN.
         return ~(self.variance <= (SPREAD_FLOOR * self.mean).square())

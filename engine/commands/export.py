@@ -25,6 +25,7 @@ from icegrt.data import load_tokenizer
 from icegrt.errors import CheckpointError, ConfigError, RunError
 from icegrt.model.architecture import DTYPES, Architecture
 from icegrt.model.hf import exporter, mapping
+from icegrt.model.hf.score_statistics import SCORE_STATISTICS
 from icegrt.model.hf.writer import save_pretrained
 from icegrt.utils.console import is_main, print_info, warn
 
@@ -47,6 +48,12 @@ def run(config: ExportConfig) -> None:
     role = state["roles"][role_name]
     architecture = Architecture.from_config(role["hf_config"], str(checkpoint), role.get("generation_config"))
     tokenizer = load_tokenizer(str(Path(config.run) / "tokenizer"), print_info=print_info)
+    extra_files = {}
+    if state["stage"] == "reward":
+        if statistics := state["trainer"].get("score_statistics"):
+            extra_files[SCORE_STATISTICS] = statistics
+        else:
+            warn(f"{checkpoint}: no {SCORE_STATISTICS}, because held-out scores were not evaluated at this step")
     out = save_pretrained(
         _tensors(CheckpointTensors(checkpoint / role_name), architecture, role["head"], DTYPES[config.dtype]),
         architecture,
@@ -54,6 +61,7 @@ def run(config: ExportConfig) -> None:
         classifier=role["head"] == "scalar",
         dtype=config.dtype,
         tokenizer=tokenizer,
+        extra_files=extra_files,
         shard_bytes=int(config.shard_gigabytes * 1e9),
     )
     print_info(f"{role_name} at step {state['step']}: {out}")
@@ -99,4 +107,9 @@ def _tensors(
     reader: CheckpointTensors, architecture: Architecture, head: str, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     for spec in mapping.parameter_mapping(architecture, head):
-        yield from exporter.exported(spec, [reader.read(spec.name)], architecture, dtype)
+        weight = reader.read(spec.name)
+        if not bool(torch.isfinite(weight).all()):
+            raise CheckpointError(
+                f"{reader.folder}: `{spec.name}` holds NaN or infinity; export a checkpoint from before training broke"
+            )
+        yield from exporter.exported(spec, [weight], architecture, dtype)

@@ -2,12 +2,13 @@
 
 Accepted rows: a prompt with `responses` and `scores` (higher is better) or `ranks` (1 is best); or `chosen` and
 `rejected`, strings beside a prompt or lists of messages. If `response_ids` holds the sampled tokens, those are used:
-decoding and tokenizing again can give other tokens than the policy produced.
+decoding and tokenizing again can give other tokens than the policy produced. Ids that do not decode to the response's
+text give way to the text; ids that the tokenizer lacks do so with a warning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from icegrt.data.rows import Row
 from icegrt.data.tokenization import TokenizedExample, tokenize_conversations
 from icegrt.data.tokenizer import eos_id
 from icegrt.errors import DataError
+from icegrt.utils.console import warn
 from icegrt.utils.values import FLOAT32_MAX, is_float32_number, is_number
 
 SHAPES = "`prompt` with `responses` and `scores` or `ranks`, or `prompt` with `chosen` and `rejected`"
@@ -74,6 +76,7 @@ class RankingEncoder:
         check_options(max_length, truncation)
         self.tokenizer, self.max_length, self.truncation = tokenizer, max_length, truncation
         self.stop_ids = frozenset(stop_ids)
+        self._has_warned = False
 
     def __call__(self, rows: Sequence[Row]) -> list[Ranking | SkippedRow]:
         """Return a ranking or a `SkippedRow` for each row.
@@ -81,12 +84,21 @@ class RankingEncoder:
         Raises:
             DataError: a row cannot be used; it names file, line and key.
         """
-        ranked_rows = [_read(self.tokenizer, row) for row in rows]
+        ranked_rows = [_read(self.tokenizer, row, self._warn_of_unknown_id) for row in rows]
         conversations = [conversation for ranked in ranked_rows for conversation in ranked.conversations]
         tokenized = iter(tokenize_conversations(self.tokenizer, conversations, self.stop_ids))
         return [
             self._fit(self._ranking(ranked, [next(tokenized) for _ in ranked.conversations])) for ranked in ranked_rows
         ]
+
+    def _warn_of_unknown_id(self, where: str, token: int) -> None:
+        """Warn of the first response id that the tokenizer lacks."""
+        if not self._has_warned:
+            self._has_warned = True
+            warn(
+                f"{where}: token {token} is not in the tokenizer of {len(self.tokenizer)} tokens; responses with such "
+                "ids are tokenized from their text. Use the tokenizer of the model that sampled them to keep the ids"
+            )
 
     def _ranking(self, ranked: _RankedRow, tokenized: list[TokenizedExample]) -> Ranking:
         stops = {eos_id(self.tokenizer), *self.stop_ids}
@@ -132,7 +144,7 @@ def untied_pairs(
     ]
 
 
-def _read(tokenizer: Any, row: Row) -> _RankedRow:
+def _read(tokenizer: Any, row: Row, warn_of_unknown_id: Callable[[str, int], None]) -> _RankedRow:
     has_list = row.get("responses") is not None
     has_pair = row.get("chosen") is not None and row.get("rejected") is not None
     if has_list and has_pair:
@@ -150,7 +162,7 @@ def _read(tokenizer: Any, row: Row) -> _RankedRow:
     hit_limit = [False] * len(texts)
     if row.get("finish_reasons") is not None:
         hit_limit = [reason == "length" for reason in _list(row, "finish_reasons", len(texts))]
-    return _RankedRow(row, conversations, scores, _sampled_ids(tokenizer, row, texts), hit_limit)
+    return _RankedRow(row, conversations, scores, _sampled_ids(tokenizer, row, texts, warn_of_unknown_id), hit_limit)
 
 
 def _list(row: Row, key: str, length: int | None = None) -> list:
@@ -181,7 +193,9 @@ def _preferences(row: Row, length: int) -> list[float]:
     return [float(value) if key == "scores" else -float(value) for value in values]
 
 
-def _sampled_ids(tokenizer: Any, row: Row, texts: list[str]) -> list[list[int] | None]:
+def _sampled_ids(
+    tokenizer: Any, row: Row, texts: list[str], warn_of_unknown_id: Callable[[str, int], None]
+) -> list[list[int] | None]:
     """Return each response's `response_ids` if they decode to its text, else None."""
     if row.get("response_ids") is None:
         return [None] * len(texts)
@@ -194,12 +208,9 @@ def _sampled_ids(tokenizer: Any, row: Row, texts: list[str]) -> list[list[int] |
             raise DataError(f"{row.where}: key `response_ids[{i}]`: is empty; a response has at least one token")
         outside = next((t for t in ids if not 0 <= t < vocab_size), None)
         if outside is not None:
-            raise DataError(
-                f"{row.where}: key `response_ids[{i}]`: token {outside} is not in the tokenizer of {vocab_size} "
-                "tokens; use the tokenizer of the model that sampled it, or remove `response_ids`"
-            )
+            warn_of_unknown_id(f"{row.where}: key `response_ids[{i}]`", outside)
         # A user may edit text but not ids: the text decides.
-        sampled_ids.append(list(ids) if _decodes_to(tokenizer, ids, text) else None)
+        sampled_ids.append(list(ids) if outside is None and _decodes_to(tokenizer, ids, text) else None)
     return sampled_ids
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from icegrt.errors import CheckpointError
+from icegrt.errors import CheckpointError, ConfigError
 from icegrt.utils.files import model_folder, read_object
 from icegrt.utils.text import first_line
 
@@ -80,6 +80,20 @@ def check_tokenizer(tokenizer: Any, name: str = "tokenizer", print_info: Callabl
         )
     elif tokenizer.pad_token_id is None:
         print_info(f"{name}: no pad token; none is needed here, as nothing is padded")
+
+
+def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+    """Check that a model's vocabulary holds all tokens of a tokenizer.
+
+    Raises:
+        ConfigError: names the first token that is too many.
+    """
+    if len(tokenizer) > vocab_size:
+        token = tokenizer.decode([vocab_size], skip_special_tokens=False)
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary only {vocab_size}; they do not "
+            f"belong together: the first token that is too many is {token!r}"
+        )
 
 
 def eos_id(tokenizer: Any, name: str = "tokenizer") -> int:

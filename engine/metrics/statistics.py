@@ -158,7 +158,9 @@ def has_spread(mean: float, std: float) -> bool:
 
         std > 1e-6 * |mean|
 
-    One number, equal numbers, and numbers that differ by fp32 rounding alone have no spread.
+    One number, equal numbers, and numbers that differ by fp32 rounding alone have no spread. The floor is that of
+    scores, values and returns, which models compute in fp32, where equal numbers differ by 1e-7 of the mean. Kernels
+    have their own, `Moments.varies`, for numbers that may be fp64.
 
     Args:
         mean: of the numbers.

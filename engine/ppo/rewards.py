@@ -226,10 +226,15 @@ class RewardComputer:
         return pending
 
     def _assignment(self, plan: BatchPlan, samples: list[Sample]) -> list[list[int]]:
-        """Return for each data-parallel rank the responses that its sources score: all responses to a prompt."""
+        """Return for each data-parallel rank the responses that its sources score: all responses to a prompt.
+
+        Equal prompts of several rows are one prompt, as in one process.
+        """
         assignment: list[list[int]] = [[] for _ in range(self.cluster.share.ranks)]
-        for n, (_, response) in enumerate(zip(samples, plan.responses, strict=True)):
-            assignment[response.prompt_index % len(assignment)].append(n)
+        owner: dict[tuple[int, ...], int] = {}
+        for n, (sample, response) in enumerate(zip(samples, plan.responses, strict=True)):
+            rank = owner.setdefault(tuple(sample.prompt_tokens), response.prompt_index % len(assignment))
+            assignment[rank].append(n)
         return assignment
 
     def source_members(self, plan: BatchPlan, samples: list[Sample]) -> list[int] | None:

@@ -107,7 +107,16 @@ class Role:
         *,
         replace: bool = False,
     ) -> Path:
-        """Write the model as a Hugging Face checkpoint in `dtype`; arguments as in `model.hf.writer`. Collective."""
+        """Write the model as a Hugging Face checkpoint in `dtype`; arguments as in `model.hf.writer`. Collective.
+
+        Raises:
+            RunError: a weight is not finite.
+        """
+        if not all_ranks_true(weights_are_finite(self)):
+            raise RunError(
+                f"{out}: not written, because weights of the {self.name} are not finite; lower its learning rate, and "
+                "start a new run"
+            )
         return save_pretrained(
             exporter.export_tensors(self.model, DTYPES[dtype]),
             self.model.architecture,

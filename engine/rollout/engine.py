@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from icegrt.data import stop_ids
 from icegrt.data.tokenization import plain_prompt_tokens
+from icegrt.data.tokenizer import check_vocabulary
 from icegrt.data.types import Tokenizer
 from icegrt.model.pipeline_model import PipelineModel
 from icegrt.rollout.decoder import Decoder, Pair
@@ -27,6 +28,7 @@ class RolloutEngine:
         stop_token_ids: more token ids that end a response.
 
     Raises:
+        ConfigError: the tokenizer has more tokens than the model.
         DataError: there is no stop token.
     """
 
@@ -35,6 +37,7 @@ class RolloutEngine:
     ) -> None:
         self.tokenizer = tokenizer
         architecture = model.architecture
+        check_vocabulary(tokenizer, architecture.vocab_size)
         stops = stop_ids(
             tokenizer,
             architecture.hf_config,

@@ -65,12 +65,13 @@ class RewardTrainer(OneModelTrainer[RewardConfig, RewardStep]):
         self._best_loss: float | None = None
         self._evaluations_without_improvement = 0
         self._before: dict[str, Any] | None = None
+        self._scores_by_step: dict[int, dict[str, float]] = {}  # of the last evaluation alone
         return role
 
     def _evaluate_at_start(self) -> None:
         quality = self.evaluate() if self._before is None else None
         if quality is not None:
-            statistics = score_statistics(quality.score_N)
+            statistics = self._scores_by_step[self.done_steps]
             self._before = {"loss": quality.loss, "accuracy": quality.accuracy, "statistics": statistics}
 
     def _encoder(self) -> RankingEncoder:
@@ -89,6 +90,7 @@ class RewardTrainer(OneModelTrainer[RewardConfig, RewardStep]):
             "without_better": self._evaluations_without_improvement,
             "best_loss": self._best_loss,
             "before": self._before,
+            "score_statistics": self._statistics(),
             "skipped_in_a_row": self._skip_guard.skipped_in_a_row,
             "stopped": self.done_steps >= self.total_steps,
         }
@@ -99,6 +101,8 @@ class RewardTrainer(OneModelTrainer[RewardConfig, RewardStep]):
         self._evaluations_without_improvement = state["without_better"]
         self._best_loss = state["best_loss"]
         self._before = state["before"]
+        if statistics := state.get("score_statistics"):
+            self._scores_by_step = {self.done_steps: statistics["after"]}
         self._skip_guard.skipped_in_a_row |= state.get("skipped_in_a_row", {})
         if state["stopped"]:
             self.total_steps = self.done_steps
@@ -162,11 +166,26 @@ class RewardTrainer(OneModelTrainer[RewardConfig, RewardStep]):
 
     def evaluate(self) -> RankingQuality | None:
         """Return held-out loss, accuracy and scores; None without held-out data."""
-        return evaluate_ranking(self.role, self.heldout, self.cluster) if self.heldout else None
+        if not self.heldout:
+            return None
+        quality = evaluate_ranking(self.role, self.heldout, self.cluster)
+        self._scores_by_step = {self.done_steps: score_statistics(quality.score_N)}
+        return quality
+
+    def _statistics(self) -> dict[str, Any] | None:
+        """Return the statistics of held-out scores before training and now; None if this step was not evaluated."""
+        scores = self._scores_by_step.get(self.done_steps)
+        return {"before": self._before["statistics"], "after": scores} if self._before and scores else None
 
     def save_pretrained(self, out: str | Path, statistics: dict[str, Any] | None = None) -> Path:
-        """Write an `AutoModelForSequenceClassification` with one label, and `statistics` of its scores as JSON."""
-        return self.role.save_pretrained(out, self.run.dtype, self.tokenizer, _statistics_file(statistics))
+        """Write an `AutoModelForSequenceClassification` with one label.
+
+        Args:
+            out: the folder.
+            statistics: of its scores, for `score_statistics.json`. Default: those of an evaluation at this step.
+        """
+        files = _statistics_file(statistics or self._statistics())
+        return self.role.save_pretrained(out, self.run.dtype, self.tokenizer, files)
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the best weights; write the last checkpoint and `<run.dir>/model`. Returns the summary."""
@@ -178,16 +197,14 @@ class RewardTrainer(OneModelTrainer[RewardConfig, RewardStep]):
             self.checkpoints.load_weights(best, self.roles)
         after = self.evaluate()
         summary: dict[str, Any] = {"steps": self.done_steps}
-        statistics = None
         if after is not None:
             assert self._before is not None  # measured before the first step
             figures = heldout_figures(self.config, self._before, after, self.heldout_rankings, self.train_rankings)
             summary |= figures
             for message in surprises(figures):
                 warn(message)
-            statistics = {"before": self._before["statistics"], "after": score_statistics(after.score_N)}
         self.save_checkpoint(None if after is None else -after.loss)
-        self.write_model(_statistics_file(statistics))
+        self.write_model(_statistics_file(self._statistics()))
         write_json(self.dir / "summary.json", summary)
         self.write_report()
         return summary

@@ -19,11 +19,10 @@ from icegrt.checkpoint.manager import Checkpoints
 from icegrt.config import PPOConfig, RewardConfig, RunConfig, SFTConfig
 from icegrt.config.loader import as_dict
 from icegrt.data import check_tokenizer, load_tokenizer
-from icegrt.data.tokenizer import save_tokenizer
+from icegrt.data.tokenizer import check_vocabulary, save_tokenizer
 from icegrt.data.types import Tokenizer, TokenizerSource
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
-from icegrt.distributed.pipeline import all_ranks_true
 from icegrt.errors import ConfigError, RunError, attach_note
 from icegrt.kernels import default_chunk_rows
 from icegrt.metrics import PPOStep, RewardStep, RunLog, SFTStep, drop_rollouts
@@ -31,7 +30,7 @@ from icegrt.metrics.sinks import check_sinks
 from icegrt.model.architecture import DTYPES, Architecture
 from icegrt.model.hf.reader import ModelSource
 from icegrt.report.page import write_run_report
-from icegrt.roles.role import TrainableRole, check_inference_mode, weights_are_finite
+from icegrt.roles.role import TrainableRole, check_inference_mode
 from icegrt.roles.skip_guard import SkipGuard
 from icegrt.training.failed_run import StepBoundary, kept_note
 from icegrt.training.run_folder import RunLock, lock_run_folder, save_config
@@ -299,11 +298,6 @@ class Trainer(Generic[ConfigT, StepT]):
         Raises:
             RunError: a weight is not finite.
         """
-        if not all_ranks_true(weights_are_finite(self.roles[0])):
-            raise RunError(
-                f"{self.dir / 'model'}: not written, because weights of the {self.roles[0].name} are not finite; lower "
-                "its learning rate, and start a new run"
-            )
         self.roles[0].save_pretrained(self.dir / "model", self.run.dtype, self.tokenizer, extra_files, replace=True)
         self.cluster.barrier()
 
@@ -365,12 +359,7 @@ def tokenizer_for(tokenizer: TokenizerSource | None, model: ModelSource, archite
     else:
         checked = tokenizer
         check_tokenizer(checked, print_info=print_info)
-    if len(checked) > architecture.vocab_size:
-        token = checked.decode([architecture.vocab_size], skip_special_tokens=False)
-        raise ConfigError(
-            f"the tokenizer has {len(checked)} tokens, but the model's vocabulary only {architecture.vocab_size}; "
-            f"they do not belong together: the first token that is too many is {token!r}"
-        )
+    check_vocabulary(checked, architecture.vocab_size)
     return checked
 
 

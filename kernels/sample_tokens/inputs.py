@@ -21,6 +21,11 @@ class Distribution:
         """Whether top_k or top_p can drop a column."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1.0)
 
+    @property
+    def scale(self) -> float:
+        """What divides the logits: the temperature, and 1 where that is 0."""
+        return self.temperature or 1.0
+
 
 @dataclass(frozen=True)
 class NoiseKey:
@@ -34,7 +39,7 @@ class NoiseKey:
 class Draw(NamedTuple):
     """One rank's candidate for each row, from its own columns [N]."""
 
-    perturbed: Tensor  # the best perturbed logit
+    perturbed: Tensor  # the best perturbed logit, fp64
     token: Tensor  # its global id; the largest int64 if the rank has no column
     logit: Tensor  # its plain logit
-    logsumexp: Tensor  # log-sum-exp of this rank's columns
+    logsumexp: Tensor  # log-sum-exp of this rank's logits over the temperature, fp64

@@ -4,6 +4,9 @@ The noise of a candidate is a hash of (seed, sequence id, position, global vocab
 the split of the vocabulary over ranks are not hashed, so the token does not depend on them. A rank sends its best
 perturbed logit, that candidate's id and plain logit, and its log-sum-exp, never its logits; top-k and top-p send what
 truncation.py describes.
+
+The temperature divides what is left of a logit after the peak of its row, as in vocab_rows.py. Perturbed logits are
+fp64 instead: the peak of a sharded row would cost one more gather, and 1e-12 of a quotient of -1e4 moves no arg-max.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from .truncation import gather_ranks, truncate, truncate_sharded
 # Legend
 #   N  rows, one for each sequence             V  columns of this rank's slice, padding included
 #   R  ranks of the shard's group              v  columns of this rank's slice that are vocabulary
-#   z  logits over the temperature, -inf where top-k or top-p drops them, [N, v] fp32 or fp64
+#   z  logits, -inf where top-k or top-p drops them, [N, v] fp32 or fp64
 
 _WORD = 1 << 64
 # Odd multipliers of two hashes: splitmix64 (Steele, Lea and Flood 2014) for rows, and for candidates a 32-bit mixer in
@@ -84,15 +87,15 @@ def exponential_noise(keys: tuple[Tensor, Tensor], start: int, size: int) -> Ten
     return u.add_(0.5).mul_(-(2.0**-31)).clamp_(min=-(1 - 2.0**-24)).log1p_().neg_()
 
 
-def merge_draws(local: Draw, shard: VocabShard) -> tuple[Tensor, Tensor]:
+def merge_draws(local: Draw, temperature: float, shard: VocabShard) -> tuple[Tensor, Tensor]:
     """Return (token_N, logprob_N) of the full rows. One all-gather of four numbers per row, merged in fp64."""
     # An id is exact in fp64. The largest int64, of a rank without columns, rounds up and loses to every id.
     packed = torch.stack([x.double() for x in local])
     best_RN, token_RN, logit_RN, logsumexp_RN = gather_ranks(packed, shard).unbind(1)
-    # Among equal maxima the lowest id wins, as on a single rank.
-    token_N, rank_N = torch.where(best_RN == best_RN.amax(0), token_RN, torch.inf).min(0)
+    # Among equal maxima the lowest id wins, as on a single rank. NaN is the greatest, as in torch.max.
+    token_N, rank_N = torch.where((best_RN == best_RN.amax(0)) | best_RN.isnan(), token_RN, torch.inf).min(0)
     logit_N = logit_RN.gather(0, rank_N[None]).squeeze(0)
-    return token_N.long(), (logit_N - torch.logsumexp(logsumexp_RN, 0)).to(local.logit.dtype)
+    return token_N.long(), (logit_N / temperature - torch.logsumexp(logsumexp_RN, 0)).to(local.logit.dtype)
 
 
 def sample_tokens(
@@ -106,35 +109,33 @@ def sample_tokens(
         perturbed = z
         if distribution.temperature > 0 and z.shape[1]:
             noise = exponential_noise(row_keys(key.seed, key.sequence_ids, key.positions), start, z.shape[1])
-            # In fp32 the noise's buffer takes the sum; in fp64 the logarithm must be fp64 too.
-            perturbed = noise.log_().neg_().add_(z) if z.dtype == torch.float32 else z - noise.to(z.dtype).log()
+            # In fp64 the logarithm must be fp64 too.
+            perturbed = z.to(torch.float64, copy=True).div_(distribution.scale).sub_(noise.to(z.dtype).log_())
         # 2. Take the maximum, of this rank or of all.
         if shard is None or shard.group is None:
             token_N = perturbed.max(dim=-1).indices  # the first of equal maxima
-            return token_N, local_rows(z, token_N, shard, 1.0, False).stats.logprob(1.0)
-        return merge_draws(_best_candidate(z, perturbed, start), shard)
+            return token_N, local_rows(z, token_N, shard, distribution.scale, False).stats.logprob(distribution.scale)
+        return merge_draws(_best_candidate(z, perturbed, start, distribution.scale), distribution.scale, shard)
 
 
 def sampling_logits(logits_NV: Tensor, distribution: Distribution, shard: VocabShard | None) -> Tensor:
-    """Return z: valid columns over the temperature, -inf where top-k or top-p drops them."""
-    temperature = distribution.temperature
+    """Return z: logits of valid columns, -inf where top-k or top-p drops them."""
     if shard is not None:
         logits_NV = logits_NV[:, : shard.valid]
     z = logits_NV.to(wide_dtype(logits_NV))
-    if temperature > 0 and temperature != 1.0:
-        z = z / temperature
     if distribution.truncates:
         if shard is None or shard.group is None:
-            return truncate(z, distribution.top_k, distribution.top_p)
-        return truncate_sharded(z, distribution.top_k, distribution.top_p, shard)
+            return truncate(z, distribution)
+        return truncate_sharded(z, distribution, shard)
     return z
 
 
-def _best_candidate(z: Tensor, perturbed: Tensor, start: int) -> Draw:
+def _best_candidate(z: Tensor, perturbed: Tensor, start: int, temperature: float) -> Draw:
     if z.shape[1] == 0:
         # A rank that has only padding takes part with a candidate that loses to every other.
         lowest = z.new_full((z.shape[0],), -torch.inf)
         token = torch.full_like(lowest, torch.iinfo(torch.int64).max, dtype=torch.int64)
         return Draw(lowest, token, lowest, lowest)
     best, column = perturbed.max(dim=-1)
-    return Draw(best, column + start, z.gather(1, column[:, None]).squeeze(1), torch.logsumexp(z.double(), -1))
+    logsumexp = torch.logsumexp(z.double() / temperature, -1)
+    return Draw(best, column + start, z.gather(1, column[:, None]).squeeze(1), logsumexp)

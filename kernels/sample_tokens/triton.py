@@ -22,7 +22,7 @@ from .reference import merge_draws, sampling_logits
 # Legend
 #   N  rows, one for each program              V  columns of this rank's slice, padding included
 #   columns  columns that are vocabulary       start  global id of the first of them
-#   z        logits over the temperature, fp32 key    order key (int64) or hash key (uint64)
+#   z        logits, fp32                      key    order key (int64) or hash key (uint64)
 #   (last_key, last_id)  a column survives truncation if its key is above last_key, or equal with an id <= last_id
 
 # Wide blocks: one program has a row, and every block costs it several reductions over all its warps.
@@ -76,11 +76,22 @@ def gumbel(bits):
 
 
 @triton.jit
-def _load_z(row_ptr, column, columns, temperature):
-    """Return logits over the temperature, -inf beyond the vocabulary."""
-    z = tl.load(row_ptr + column, mask=column < columns, other=-float("inf")).to(tl.float32)
-    # div_rn is IEEE division, as PyTorch's: the default division rounds differently and could move an arg-max.
-    return tl.div_rn(z, tl.full(z.shape, 0.0, tl.float32) + temperature)
+def _load_z(row_ptr, column, columns):
+    """Return logits, -inf beyond the vocabulary."""
+    return tl.load(row_ptr + column, mask=column < columns, other=-float("inf")).to(tl.float32)
+
+
+@triton.jit
+def _over_temperature(shifted, temperature):
+    """Return differences of logits over the temperature."""
+    # div_rn is IEEE division, as PyTorch's: the default division rounds differently.
+    return tl.div_rn(shifted, tl.full(shifted.shape, 0.0, tl.float32) + temperature)
+
+
+@triton.jit
+def _mass(shifted, temperature):
+    """Return exp(shifted / temperature) in fp64."""
+    return tl.exp(_over_temperature(shifted, temperature)).to(tl.float64)
 
 
 @triton.jit
@@ -110,9 +121,9 @@ def _narrow_to_target(
     if WEIGHTED:
         mass = tl.zeros((BLOCK,), tl.float64)
         for begin in range(0, columns, BLOCK):
-            z = _load_z(row_ptr, begin + lane, columns, temperature)
+            z = _load_z(row_ptr, begin + lane, columns)
             alive = _survives(_order_key(z), begin + lane, last_key, last_id) & (begin + lane < columns)
-            mass += tl.where(alive, tl.exp(z - row_max), 0.0).to(tl.float64)
+            mass += tl.where(alive, _mass(z - row_max, temperature), 0.0)
         target = target * tl.sum(mass, axis=0)
     # 2. The key of the last value that is kept, bit by bit from the highest of 32.
     new_key = last_key * 0
@@ -121,11 +132,11 @@ def _narrow_to_target(
         raised = new_key + step
         mass = tl.zeros((BLOCK,), tl.float64)
         for begin in range(0, columns, BLOCK):
-            z = _load_z(row_ptr, begin + lane, columns, temperature)
+            z = _load_z(row_ptr, begin + lane, columns)
             key = _order_key(z)
             alive = _survives(key, begin + lane, last_key, last_id) & (begin + lane < columns) & (key >= raised)
             if WEIGHTED:
-                mass += tl.where(alive, tl.exp(z - row_max), 0.0).to(tl.float64)
+                mass += tl.where(alive, _mass(z - row_max, temperature), 0.0)
             else:
                 mass += alive.to(tl.float64)
         new_key = tl.where(tl.sum(mass, axis=0) >= target, raised, new_key)
@@ -133,11 +144,11 @@ def _narrow_to_target(
     # 3. What lies above that value.
     above = tl.zeros((BLOCK,), tl.float64)
     for begin in range(0, columns, BLOCK):
-        z = _load_z(row_ptr, begin + lane, columns, temperature)
+        z = _load_z(row_ptr, begin + lane, columns)
         key = _order_key(z)
         alive = _survives(key, begin + lane, last_key, last_id) & (begin + lane < columns) & (key > new_key)
         if WEIGHTED:
-            above += tl.where(alive, tl.exp(z - row_max), 0.0).to(tl.float64)
+            above += tl.where(alive, _mass(z - row_max, temperature), 0.0)
         else:
             above += alive.to(tl.float64)
     before = tl.sum(above, axis=0)
@@ -145,11 +156,11 @@ def _narrow_to_target(
     new_id = new_key * 0 - 1
     equals_before = new_key * 0
     for begin in range(0, columns, BLOCK):
-        z = _load_z(row_ptr, begin + lane, columns, temperature)
+        z = _load_z(row_ptr, begin + lane, columns)
         key = _order_key(z)
         equal = _survives(key, begin + lane, last_key, last_id) & (begin + lane < columns) & (key == new_key)
         rank = equals_before + tl.cumsum(equal.to(tl.int64), axis=0) - 1
-        one = tl.exp(z - row_max).to(tl.float64) if WEIGHTED else tl.full((BLOCK,), 1.0, tl.float64)
+        one = _mass(z - row_max, temperature) if WEIGHTED else tl.full((BLOCK,), 1.0, tl.float64)
         fits = equal & (before + rank.to(tl.float64) * one < target)
         new_id = tl.maximum(new_id, tl.max(tl.where(fits, begin + lane, -1), axis=0).to(tl.int64))
         equals_before += tl.sum(equal.to(tl.int64), axis=0)
@@ -189,7 +200,7 @@ def sample_tokens_kernel(
     if TRUNCATE:
         maxima = tl.full((BLOCK,), -float("inf"), tl.float32)
         for begin in range(0, columns, BLOCK):
-            maxima = tl.maximum(maxima, _load_z(row_ptr, begin + lane, columns, temperature))
+            maxima = tl.maximum(maxima, _load_z(row_ptr, begin + lane, columns))
         row_max = tl.max(maxima, axis=0)
         row_max = tl.where(row_max == -float("inf"), 0.0, row_max)
         if top_k > 0:
@@ -204,20 +215,21 @@ def sample_tokens_kernel(
                 row_ptr, columns, temperature, row_max, last_key, last_id, share, True, BLOCK
             )
 
-    # 2. One pass: the best perturbed logit, and the log-sum-exp of the plain ones.
-    best = tl.full((), -float("inf"), tl.float32)
+    # 2. One pass: the best perturbed logit in fp64, and the log-sum-exp of the plain ones.
+    inverse_temperature = 1.0 / (tl.full((), 0.0, tl.float64) + temperature)
+    best = tl.full((), -float("inf"), tl.float64)
     best_logit = tl.full((), -float("inf"), tl.float32)
     token = last_key * 0 + start
     online_max = tl.full((), -float("inf"), tl.float32)
     sum_exp = tl.full((), 0.0, tl.float32)
     for begin in range(0, columns, BLOCK):
         column = begin + lane
-        z = _load_z(row_ptr, column, columns, temperature)
+        z = _load_z(row_ptr, column, columns)
         if TRUNCATE:
             z = tl.where(_survives(_order_key(z), column, last_key, last_id), z, -float("inf"))
-        perturbed = z
+        perturbed = z.to(tl.float64)
         if noisy > 0:
-            perturbed = z + gumbel(candidate_hash(key, start + column))
+            perturbed = perturbed * inverse_temperature + gumbel(candidate_hash(key, start + column)).to(tl.float64)
         highest = tl.max(perturbed, axis=0)
         # Among equals the lowest id of the block, and of blocks the first.
         best_column = tl.min(tl.where((perturbed == highest) & (column < columns), column, 2147483647), axis=0)
@@ -228,7 +240,8 @@ def sample_tokens_kernel(
         # Online log-sum-exp: -inf is never subtracted from itself.
         new_max = tl.maximum(online_max, tl.max(z, axis=0))
         safe_max = tl.where(new_max == -float("inf"), 0.0, new_max)
-        sum_exp = sum_exp * tl.exp(online_max - safe_max) + tl.sum(tl.exp(z - safe_max), axis=0)
+        sum_exp *= tl.exp((online_max - safe_max) / temperature)
+        sum_exp += tl.sum(tl.exp(_over_temperature(z - safe_max, temperature)), axis=0)
         online_max = new_max
     tl.store(token_ptr + n, token)
     tl.store(perturbed_ptr + n, best)
@@ -248,7 +261,7 @@ def sample_tokens(
     #    samples from what is left. The arg-max at temperature 0 needs neither temperature nor truncation.
     if sharded and distribution.truncates:
         logits_NV = sampling_logits(logits_NV, distribution, shard)
-        distribution = Distribution(1.0, 0, 1.0)
+        distribution = Distribution(distribution.temperature, 0, 1.0)
     elif not noisy:
         distribution = Distribution(1.0, 0, 1.0)
     # 2. Launch.
@@ -256,7 +269,8 @@ def sample_tokens(
     columns = logits_NV.shape[1] if shard is None else shard.valid
     start = 0 if shard is None else shard.start
     token_N = torch.empty(N, dtype=torch.int64, device=device)
-    statistics = torch.empty(4, N, dtype=torch.float32, device=device)
+    perturbed_N = torch.empty(N, dtype=torch.float64, device=device)
+    statistics = torch.empty(3, N, dtype=torch.float32, device=device)
     rows = logits_NV if logits_NV.stride(1) == 1 else logits_NV.contiguous()
     if N:
         with torch.cuda.device_of(rows):
@@ -266,6 +280,7 @@ def sample_tokens(
                 key.sequence_ids.contiguous(),
                 key.positions.contiguous(),
                 token_N,
+                perturbed_N,
                 *statistics,
                 rows.stride(0),
                 columns,
@@ -281,9 +296,11 @@ def sample_tokens(
                 **OPTIONS,
             )
     # 3. Log-probs, of this rank's rows or after the merge of all ranks' candidates.
-    perturbed_N, logit_N, max_N, sum_exp_N = statistics
+    logit_N, max_N, sum_exp_N = statistics
+    temperature = distribution.scale
     if shard is None or shard.group is None:
-        return token_N, label_logprob(logit_N, max_N, sum_exp_N, 1.0)
+        return token_N, label_logprob(logit_N, max_N, sum_exp_N, temperature)
     if columns == 0:
         token_N.fill_(torch.iinfo(torch.int64).max)
-    return merge_draws(Draw(perturbed_N, token_N, logit_N, max_N.double() + sum_exp_N.double().log()), shard)
+    logsumexp_N = max_N.double() / temperature + sum_exp_N.double().log()
+    return merge_draws(Draw(perturbed_N, token_N, logit_N, logsumexp_N), temperature, shard)

@@ -13,29 +13,32 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..types import VocabShard
+from .inputs import Distribution
 
 # Legend
 #   N  rows      R  ranks of the shard's group      v  columns of this rank's slice that are vocabulary
-#   z  logits over the temperature, [N, v]          key  int64 [N, v] that orders as z does
+#   z  logits, [N, v]                               key  int64 [N, v] that orders as z does
 
 
-def truncate(z: Tensor, top_k: int, top_p: float) -> Tensor:
+def truncate(z: Tensor, distribution: Distribution) -> Tensor:
     """Return z [N, V] with -inf in the columns that are dropped."""
+    top_k, top_p = distribution.top_k, distribution.top_p
     # A stable sort keeps equals in the order of their ids.
     ordered, index = torch.sort(z, dim=-1, descending=True, stable=True)
     if top_k and top_k < z.shape[1]:
         ordered[:, top_k:] = -torch.inf
     if top_p < 1.0:
         # A column stays if the mass before it is below top_p; the largest always stays.
-        mass = torch.softmax(ordered.double(), dim=-1)
+        mass = torch.softmax(ordered.double() / distribution.temperature, dim=-1)
         drop = mass.cumsum(-1) - mass >= top_p
         drop[:, 0] = False
         ordered = ordered.masked_fill(drop, -torch.inf)
     return torch.empty_like(z).scatter_(1, index, ordered)
 
 
-def truncate_sharded(z: Tensor, top_k: int, top_p: float, shard: VocabShard) -> Tensor:
+def truncate_sharded(z: Tensor, distribution: Distribution, shard: VocabShard) -> Tensor:
     """Return `truncate` of this rank's valid columns. A collective over shard.group."""
+    top_k, top_p = distribution.top_k, distribution.top_p
     # 1. The global maximum, to which the masses are relative.
     row_max = gather_ranks(z.amax(-1) if z.shape[1] else z.new_full((z.shape[0],), -torch.inf), shard).amax(0)
     key = order_key(z)
@@ -46,7 +49,8 @@ def truncate_sharded(z: Tensor, top_k: int, top_p: float, shard: VocabShard) -> 
         kept = _keep_leading(key, kept, torch.ones_like(z, dtype=torch.float64), target, shard)
     # 3. top-p over what top-k left: the weight is a probability mass.
     if top_p < 1.0:
-        weight = (z.double() - torch.where(row_max == -torch.inf, 0.0, row_max.double())[:, None]).exp()
+        shifted = z.double() - torch.where(row_max == -torch.inf, 0.0, row_max.double())[:, None]
+        weight = (shifted / distribution.temperature).exp()
         target = top_p * gather_ranks(torch.where(kept, weight, 0.0).sum(-1), shard).sum(0)
         kept = _keep_leading(key, kept, weight, target, shard)
     return z.masked_fill(~kept, -torch.inf)

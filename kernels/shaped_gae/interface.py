@@ -50,7 +50,7 @@ def shaped_gae(
         ref_logprob_A: [A] floating, log-probs under the reference. None only if kl_coef is 0.
         cu_actions: [N + 1] int32 or int64, from 0, non-decreasing, at most A. Entries beyond its last are slack.
         kl_coef: Number or 0-dim tensor, reward per nat.
-        kl_estimator: "k1", "k2", "k3" or "abs" (see `kl_divergence`).
+        kl_estimator: "k1", "k2", "k3" or "abs" (see `kl_divergence`, also for a log-prob of -inf).
         gamma: Discount, in [0, 1].
         lam: The lambda of GAE, in [0, 1].
         bootstrap_N: [N] floating, V beyond the last unmasked token; pass 0 for sequences that ended. None: 0.

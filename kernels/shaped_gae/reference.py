@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..common.streams import may_be_nonzero
-from ..kl_divergence.reference import estimate_kl
+from ..kl_divergence.reference import estimate_kl, floor_logprob
 from ..types import ShapedGAE
 from ..validate import wide_dtype
 from ..whitening.reference import masked_moments
@@ -39,11 +39,12 @@ def shaped_gae(inputs: GAEInputs, coefficients: GAECoefficients) -> ShapedGAE:
     def counted(x_A: Tensor) -> Tensor:
         return x_A[index_R].to(dtype)
 
-    # 2. Rewards. With a coefficient of 0 an infinite KL must not become NaN.
+    # 2. Rewards. With a coefficient of 0 a KL that is not finite must not become NaN.
     if inputs.ref_logprob_A is None:
         kl_R = torch.zeros(index_R.shape[0], dtype=dtype, device=value_A.device)
     else:
-        kl_R = estimate_kl(counted(inputs.logprob_A) - counted(inputs.ref_logprob_A), coefficients.kl_estimator)
+        logprob_R, ref_logprob_R = (floor_logprob(counted(x)) for x in (inputs.logprob_A, inputs.ref_logprob_A))
+        kl_R = estimate_kl(logprob_R - ref_logprob_R, coefficients.kl_estimator)
     reward_R = -kl_coef * kl_R if may_be_nonzero(kl_coef) else torch.zeros_like(kl_R)
     if inputs.token_reward_A is not None:
         reward_R = reward_R + counted(inputs.token_reward_A)

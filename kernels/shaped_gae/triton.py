@@ -23,9 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.streams import mask_bytes
-from ..common.triton import kl_estimate
+from ..common.triton import floor_logprob, kl_estimate
 from ..dispatch import log_launch
-from ..kl_divergence.reference import EXPONENT_LIMIT
+from ..kl_divergence.reference import EXPONENT_LIMIT, LOGPROB_FLOOR
 from ..types import Moments, ShapedGAE
 from ..validate import KL_ESTIMATORS
 from ..whitening.triton import finish_moments
@@ -109,6 +109,7 @@ def shaped_gae_kernel(
     kl_coef_size,
     estimator,
     LIMIT: tl.constexpr,
+    FLOOR: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     LOOKBACK: tl.constexpr,
@@ -138,8 +139,8 @@ def shaped_gae_kernel(
     keep = keep & (tl.load(mask_ptr + t, mask=keep & (t < mask_size), other=1) != 0)
     value = tl.load(value_ptr + t, mask=keep, other=0.0)
     has_ref = keep & (t < reference_size)
-    difference = tl.load(logprob_ptr + t, mask=has_ref, other=0.0)
-    difference -= tl.load(ref_logprob_ptr + t, mask=has_ref, other=0.0)
+    difference = floor_logprob(tl.load(logprob_ptr + t, mask=has_ref, other=0.0), FLOOR)
+    difference -= floor_logprob(tl.load(ref_logprob_ptr + t, mask=has_ref, other=0.0), FLOOR)
     # 4. Rewards without the score. The estimator is a run-time number: all four are in the binary.
     kl = difference
     if estimator == 1:
@@ -151,7 +152,7 @@ def shaped_gae_kernel(
     coef = kl_coef
     if kl_coef_size > 0:
         coef = tl.load(kl_coef_ptr)
-    # A coefficient of 0 takes the penalty out, also where it is infinite.
+    # A coefficient of 0 takes the penalty out, also where it is not finite.
     reward = tl.where(coef != 0.0, -coef * kl, 0.0) + tl.load(
         token_reward_ptr + t, mask=keep & (t < token_reward_size), other=0.0
     )
@@ -190,10 +191,13 @@ def shaped_gae_kernel(
 
     # 8. The state at the end of each row: start at the sequence's end, apply the maps of the chunks in between.
     score = tl.load(score_ptr + n, mask=real, other=0.0)
+    # Triton 3.9: zeros in place of score * 0.0 spill registers on sm_90 -> only advantages start from the score. One
+    # that is not finite makes them NaN (a CPU gives NaN or infinity), and does not reach kl_N.
+    zero = tl.zeros((ROWS,), tl.float32)
     advantage_in = score * 0.0
     pending_in = score + gamma * tl.load(bootstrap_ptr + n, mask=real & (n < bootstrap_size), other=0.0)
-    untaken_in = advantage_in + 1.0
-    kl_in = advantage_in
+    untaken_in = zero + 1.0
+    kl_in = zero
     reach = tl.max(tl.where(chunk <= last_chunk, chunk, 0), axis=0)
     for start in range(0, reach, LOOKBACK):
         past = start + group[None, :]
@@ -300,6 +304,7 @@ def shaped_gae(inputs: GAEInputs, coefficients: GAECoefficients) -> ShapedGAE:
             extent(kl_coef_tensor),
             KL_ESTIMATORS.index(coefficients.kl_estimator),
             LIMIT=EXPONENT_LIMIT,
+            FLOOR=LOGPROB_FLOOR,
             ROWS=ROWS,
             CHUNK=CHUNK,
             LOOKBACK=LOOKBACK,

@@ -32,8 +32,9 @@ def value_loss(value_A: Tensor, streams: ValueStreams, clip: float | None, norma
     clipped_A = torch.zeros_like(keep_A)
     if clip is not None and streams.old_value_A is not None:
         old_A = masked(streams.old_value_A)
-        bounded_A = (old_A + (value_A - old_A).clamp(-clip, clip) - return_A).square()
-        clipped_A = bounded_A > worst_A
+        bounded_A = (old_A + _clipped(value_A - old_A, clip) - return_A).square()
+        # An old value of NaN compares as false, and must make loss and gradient NaN.
+        clipped_A = (bounded_A > worst_A) | old_A.isnan()
         worst_A = torch.where(clipped_A, bounded_A, worst_A)
     loss_A = 0.5 * worst_A * weight_A
     loss = loss_A.sum() / normalizer
@@ -62,3 +63,8 @@ def value_loss(value_A: Tensor, streams: ValueStreams, clip: float | None, norma
         }
         stats = ValueStats(**masked_sums(columns, keep_A), **to_float64(extremes), **squares)
     return ValueLoss(loss.to(dtype), stats)
+
+
+def _clipped(x: Tensor, clip: float) -> Tensor:
+    # Not clamp: its gradient at NaN is 0.
+    return torch.where(x > clip, clip, torch.where(x < -clip, -clip, x))

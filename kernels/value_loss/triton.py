@@ -78,13 +78,14 @@ def value_loss_kernel(
     step = tl.minimum(tl.maximum(value - old, -clip), clip)
     clipped_error = old + step - target
     plain, bounded = error * error, clipped_error * clipped_error
-    clipped = (bounded > plain) & (index < old_size)
+    # An old value of NaN compares as false, and must make loss and gradient NaN.
+    clipped = ((bounded > plain) | (old != old)) & (index < old_size)
     worst = tl.where(clipped, bounded, plain)
 
     # 3. The gradient. If the clipped error is larger, the clip is active and the slope is 0. Rounding of old + step can
     #    make it larger within the clip too: the slope is then that of the unclipped error.
-    within_clip = tl.abs(value - old) <= clip
-    slope = tl.where(clipped, tl.where(within_clip, clipped_error, 0.0), -error)
+    beyond_clip = tl.abs(value - old) > clip
+    slope = tl.where(clipped, tl.where(beyond_clip, 0.0, clipped_error), -error)
     grad = slope * weight / load_scalar(normalizer, NORMALIZER_POINTER)
     tl.store(grad_ptr + index, tl.where(keep, grad, 0.0), mask=inside)
 

@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from icegrt.config import SECTIONS, DataSource, GenerateConfig, PPOConfig, SFTConfig, config_class, key
+from icegrt.config import (
+    SECTIONS,
+    DataSource,
+    ExportConfig,
+    GenerateConfig,
+    PPOConfig,
+    RewardConfig,
+    SampleConfig,
+    SFTConfig,
+    config_class,
+    key,
+)
 from icegrt.config.docs import help_text, markdown
 from icegrt.config.introspect import config_keys
 from icegrt.config.loader import as_yaml, load, save
@@ -239,6 +250,12 @@ def test_all_problems_are_reported_at_once(recipe):
         (lambda: DataSource(weight=0), ("DataSource.weight", "> 0")),
         (lambda: dataclasses.replace(SFTConfig(), epochs=float("nan")), ("sft.epochs", "got nan")),
         (lambda: SFTConfig(epochs=-1, max_length="x"), ("2 problems", "sft.epochs", "sft.max_length")),
+        (lambda: RewardConfig(tie_marign=0.1), ("reward.tie_marign", "did you mean reward.tie_margin?")),
+        (lambda: RewardConfig(optimizer={"lr": float("inf")}), ("reward.optimizer.lr", "got inf")),
+        (lambda: SampleConfig(sampling={"temperature": float("nan")}), ("sample.sampling.temperature", "got nan")),
+        (lambda: GenerateConfig(max_bacth=1), ("generate.max_bacth", "did you mean generate.max_batch?")),
+        (lambda: ExportConfig(shard_gigabytes=float("inf")), ("export.shard_gigabytes", "got inf")),
+        (lambda: ExportConfig(rol="actor"), ("export.rol", "did you mean export.role?")),
     ],
 )
 def test_a_configuration_made_in_python_is_checked_as_a_file_is(make, words):

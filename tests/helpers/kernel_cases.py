@@ -6,7 +6,8 @@ import sys
 
 import torch
 
-from icegrt.kernels import dispatch, use_backend
+from icegrt.kernels import dispatch, kl_divergence, shaped_gae, use_backend
+from icegrt.kernels.sample_tokens.reference import exponential_noise, row_keys
 
 
 def widen(value):
@@ -99,3 +100,34 @@ def naive_gae(score, value, logprob, ref, cu, *, kl_coef, gamma, lam, bootstrap=
             advantage[t], returns[t], reward[t] = carry, carry + float(value[t]), r
             following = float(value[t])
     return tuple(torch.tensor(x, dtype=torch.float64) for x in (advantage, returns, reward, kl))
+
+
+def check_filtered_tokens(estimator):
+    """Assert that shaped_gae penalises log-probs of -inf by what kl_divergence returns for them."""
+    logprob = torch.tensor([-torch.inf, -1.0, -torch.inf, -1.0, -2.0, -1.5])
+    ref = torch.tensor([-1.0, -torch.inf, -torch.inf, -2.0, -1.0, -1.5])
+    zeros = torch.zeros(6)
+    out = shaped_gae(zeros[:1], zeros, logprob, ref, torch.tensor([0, 6]), kl_coef=0.5, kl_estimator=estimator)
+    with use_backend("reference"):
+        kl = kl_divergence(logprob, ref, estimator)
+    assert kl.isfinite().all() and out.advantage_A.isfinite().all()
+    torch.testing.assert_close(out.reward_A, -0.5 * kl)
+    torch.testing.assert_close(out.kl_N, kl.sum()[None])
+
+
+def near_ties(rows, temperature, level=-1e4, columns=40):
+    """Return logits near `level` whose two candidates nearly tie under the noise of seed 0, and the tokens drawn.
+
+    Row n has the sequence id n and position 0. The winner is ahead by 2e-5 to 6e-4, computed in fp64; a quotient of
+    -1e4 in fp32 is off by up to 5e-4.
+    """
+    ids = torch.arange(4 * rows)
+    gumbel = -exponential_noise(row_keys(0, ids, torch.zeros_like(ids)), 0, columns).double().log()
+    logits = torch.full((4 * rows, columns), -torch.inf)
+    logits[:, 3] = level
+    logits[:, 20] = (level + temperature * (gumbel[:, 3] - gumbel[:, 20])).float()
+    perturbed = logits.double() / temperature + gumbel
+    ahead = (perturbed[:, 3] - perturbed[:, 20]).abs()
+    ids = ids[(ahead > 2e-5) & (ahead < 6e-4)][:rows]
+    assert len(ids) == rows
+    return logits[ids], ids, perturbed[ids].argmax(-1)

@@ -5,6 +5,7 @@ import torch
 
 from icegrt.kernels import VocabShard, sample_tokens, token_logprobs
 from icegrt.kernels.sample_tokens.reference import exponential_noise, row_keys
+from tests.helpers.kernel_cases import near_ties
 
 
 def draw(logits, temperature=1.0, seed=0, ids=None, positions=None, **options):
@@ -102,6 +103,30 @@ def test_logprob_is_that_of_token_logprobs():
     logits = torch.randn(20, 1000).bfloat16()
     token, logprob = draw(logits, 0.7)
     torch.testing.assert_close(logprob, token_logprobs(logits, token, temperature=0.7).logprob_A)
+
+
+def test_logits_far_from_zero_lose_no_digits():
+    """The draw and its log-prob are those of fp64, also between candidates whose quotients fp32 would round."""
+    logits, ids, expected = near_ties(1000, 1.7)
+    for options in ({}, {"top_k": 2}, {"top_p": 0.9999}):
+        token, logprob = draw(logits, 1.7, ids=ids, positions=torch.zeros_like(ids), **options)
+        both = (logits.double() / 1.7).softmax(-1).amax(-1) < 0.9999  # neither candidate is truncated
+        assert torch.equal(token[both], expected[both]) and both.sum() > 900
+        truth = (logits.double() / 1.7).log_softmax(-1).gather(1, token[:, None]).squeeze(1)
+        assert (logprob.double() - truth)[both].abs().max() < 2e-6
+
+
+def test_a_row_with_nan_has_a_token_of_the_vocabulary(tmp_path):
+    """A sharded vocabulary too: its ranks merge candidates, and NaN equals nothing."""
+    logits = torch.zeros(2, 6)
+    logits[0, 4] = torch.nan
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        shard = VocabShard(torch.distributed.group.WORLD, 0, 6, 6)
+        for token, logprob in (draw(logits), draw(logits, shard=shard)):
+            assert token[0] == 4 and logprob.isnan().tolist() == [True, False]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_greedy_ties_infinities_padding_and_empty_batches():

@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icegrt.kernels import available_backends, masked_moments, record_launches, shaped_gae, use_backend
-from tests.helpers.kernel_cases import assert_within_budget, drawn_mask, gae_streams, naive_gae, widen, worst
+from icegrt.kernels.validate import KL_ESTIMATORS
+from tests.helpers.kernel_cases import (
+    assert_within_budget,
+    check_filtered_tokens,
+    drawn_mask,
+    gae_streams,
+    naive_gae,
+    widen,
+    worst,
+)
 
 # Triton has its own tests: tests/kernels/triton/test_shaped_gae.py.
 BACKENDS = [backend for backend in available_backends("shaped_gae") if backend != "triton"]
@@ -116,10 +125,16 @@ def test_kl_is_reported_unscaled_and_inputs_are_left_alone(backend):
     assert out.advantage_A.dtype == out.reward_A.dtype == torch.float32 and not out.advantage_A.requires_grad
 
 
-def test_a_coefficient_of_zero_takes_the_penalty_out_even_where_it_is_infinite(backend):
+def test_a_coefficient_of_zero_takes_the_penalty_out_even_where_it_is_not_finite(backend):
     zeros = torch.zeros(2)
-    out = shaped_gae(zeros[:1], zeros, zeros, zeros - torch.inf, torch.tensor([0, 2]), kl_coef=0.0)
-    assert (out.reward_A == 0).all() and out.kl_N.isinf().all()
+    out = shaped_gae(zeros[:1], zeros, zeros, zeros + torch.nan, torch.tensor([0, 2]), kl_coef=0.0)
+    assert (out.reward_A == 0).all() and out.kl_N.isnan().all()
+
+
+@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
+def test_filtered_tokens_have_the_kl_of_kl_divergence(backend, estimator):
+    """A log-prob of -inf, of the policy, the reference or both, gives a finite KL."""
+    check_filtered_tokens(estimator)
 
 
 def test_critic_returns_include_the_kl_like_the_advantages(backend):

@@ -57,6 +57,8 @@ def worker(rank, world, path):
     check_sampling_exchange(shard, slice(start, stop))
     if importlib.util.find_spec("triton") and not torch.cuda.is_available():
         check_triton_draws(shard, slice(start, stop))
+        check_bad_rows(shard, slice(start, stop), "triton")
+    check_bad_rows(shard, slice(start, stop), "reference")
     check_reductions(rank, world)
     dist.destroy_process_group()
 
@@ -161,8 +163,10 @@ def check_sampling_exchange(shard, columns):
     logits[:, 20] = logits[:, 3]  # equals on different ranks
     random_state = {"seed": 3, "sequence_ids": torch.arange(rows), "positions": torch.zeros(rows, dtype=torch.long)}
     plain, gather = [], dist.all_gather
-    for options in ({}, {"top_k": 3}, {"top_p": 0.6}, {"top_k": 7, "top_p": 0.9}):
-        expected, logprob = sample_tokens(logits[:, :VOCAB], temperature=0.9, **random_state, **options)
+    for options in ({}, {"offset": -1e4}, {"top_k": 3}, {"top_p": 0.6}, {"top_k": 7, "top_p": 0.9}):
+        # Far from 0 too: a rank's own rounding of a quotient of -1e4 would move its candidate.
+        rows_logits = logits + options.pop("offset", 0.0)
+        expected, logprob = sample_tokens(rows_logits[:, :VOCAB], temperature=0.9, **random_state, **options)
         gathered_sizes = []
 
         def counted(parts, x, group, gathered_sizes=gathered_sizes):
@@ -172,7 +176,7 @@ def check_sampling_exchange(shard, columns):
         dist.all_gather = counted
         try:
             token, local_logprob = sample_tokens(
-                logits[:, columns], temperature=0.9, shard=shard, **random_state, **options
+                rows_logits[:, columns], temperature=0.9, shard=shard, **random_state, **options
             )
         finally:
             dist.all_gather = gather
@@ -199,6 +203,26 @@ def check_triton_draws(shard, columns):
         assert torch.equal(token, expected), options
         torch.testing.assert_close(local_logprob, logprob, rtol=1e-5, atol=1e-5)
         equal_on_all_ranks(local_logprob)
+
+
+def check_bad_rows(shard, columns, backend):
+    """NaN and -inf in a column of one rank alone give on every rank what they give without a shard."""
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.tensor([0, 30, 2, 30, 3])
+    weight = torch.randn(PADDED, 5, generator=generator)
+    weight[20, 1], weight[:, 2], weight[30, 3] = math.nan, -math.inf, -math.inf
+    expected = token_logprobs(weight[:VOCAB].t(), labels, temperature=0.7, entropy=True)
+    assert expected.logprob_A.isnan().tolist() == [False, True, False, False, False]
+    assert expected.logprob_A[2:4].tolist() == [-math.inf, -math.inf]
+    logits = weight[columns].t().clone().requires_grad_()
+    with use_backend(backend):
+        out = token_logprobs(logits, labels, temperature=0.7, entropy=True, shard=shard)
+    (out.logprob_A[[0, 1, 3, 4]].sum() + out.entropy_A.sum()).backward()
+    for x, whole in zip((out.logprob_A, out.entropy_A), (expected.logprob_A, expected.entropy_A), strict=True):
+        torch.testing.assert_close(x, whole, rtol=1e-5, atol=1e-5, equal_nan=True)
+        equal_on_all_ranks(x.nan_to_num(nan=123.0))
+    grad = logits.grad[:, : shard.valid]
+    assert grad[1].isnan().all() and grad[[0, 2, 3, 4]].isfinite().all() and (grad[2] == 0).all()
 
 
 def check_reductions(rank, world):

@@ -16,6 +16,7 @@ from icegrt.metrics import read_metrics
 from icegrt.ppo.batch_plan import stream_seed
 from icegrt.ppo.trainer import PPOTrainer
 from tests.helpers import tiny_models as tiny
+from tests.helpers.stage_cases import save_model
 
 FROZEN = {
     "optimizer": OptimizerConfig(lr=0.0),
@@ -23,6 +24,18 @@ FROZEN = {
     "eval_every": 1,
     "checkpoint_every": 2,
 }
+
+
+EVERY_FORM = pytest.mark.parametrize("form", ["folder", "memory"])
+
+
+def scorer(form, folder, head=None):
+    """Return a reward model, as a folder or in memory. head: what its head is filled with."""
+    model = tiny.scorer(1)
+    if head is not None:
+        with torch.no_grad():
+            model.score.weight.fill_(head)
+    return save_model(folder / "scorer", model, tiny.tokenizer()) if form == "folder" else model
 
 
 def trainer(folder, reward=None, prompts=tiny.PROMPTS, **changes):
@@ -43,8 +56,9 @@ def evaluations(folder):
 # -- scores of evaluations ---------------------------------------------------------------------------------------------
 
 
-def test_without_learning_all_evaluations_have_the_same_score(tmp_path):
-    with trainer(tmp_path / "run", tiny.scorer(1), iterations=6, **FROZEN) as run:
+@EVERY_FORM
+def test_without_learning_all_evaluations_have_the_same_score(form, tmp_path):
+    with trainer(tmp_path / "run", scorer(form, tmp_path), iterations=6, **FROZEN) as run:
         steps = list(run)
     rows = evaluations(tmp_path / "run")
     assert [row["iteration"] for row in rows] == list(range(7))
@@ -80,7 +94,8 @@ def test_a_resumed_run_keeps_the_normalisation_of_its_evaluations(older, tmp_pat
 # -- dropped rows ------------------------------------------------------------------------------------------------------
 
 
-def test_a_dropped_response_counts_in_no_score(tmp_path):
+@EVERY_FORM
+def test_a_dropped_response_counts_in_no_score(form, tmp_path):
     def fails(samples):
         return [math.nan if s.row["prompt"] in ("sale", "buy now") else 1.0 for s in samples]
 
@@ -88,7 +103,7 @@ def test_a_dropped_response_counts_in_no_score(tmp_path):
         return [100.0 if s.row["prompt"] in ("sale", "buy now") else 1.0 for s in samples]
 
     changes = {"prompts_per_iteration": 10, "samples_per_prompt": 1, "eval_every": 1, "on_error": "drop"}
-    with trainer(tmp_path / "run", [tiny.scorer(1), outlier, fails], **changes) as run:
+    with trainer(tmp_path / "run", [scorer(form, tmp_path), outlier, fails], **changes) as run:
         (step,) = list(run)
         (normalizer,) = run.components.normalizers.values()
     with open(tmp_path / "run" / "rollouts" / "iteration_00001.jsonl") as file:
@@ -104,11 +119,9 @@ def test_a_dropped_response_counts_in_no_score(tmp_path):
 # -- scores that are no numbers, and scores without a spread -----------------------------------------------------------
 
 
-def test_a_reward_model_without_a_finite_score_is_named_and_leaves_the_moments_alone(tmp_path):
-    scorer = tiny.scorer(1)
-    with torch.no_grad():
-        scorer.score.weight.fill_(3e38)
-    with trainer(tmp_path / "run", scorer) as run:
+@EVERY_FORM
+def test_a_reward_model_without_a_finite_score_is_named_and_leaves_the_moments_alone(form, tmp_path):
+    with trainer(tmp_path / "run", scorer(form, tmp_path, head=3e38)) as run:
         with pytest.raises(RewardError, match=r"^iteration 1: `reward_model`: row \d+: .* not a finite number"):
             run.step()
         (normalizer,) = run.components.normalizers.values()
@@ -121,9 +134,10 @@ def test_a_weighted_sum_beyond_fp32_is_refused(tmp_path):
             run.step()
 
 
-def test_a_single_score_is_paid_as_it_is(tmp_path):
+@EVERY_FORM
+def test_a_single_score_is_paid_as_it_is(form, tmp_path):
     changes = {"prompts_per_iteration": 1, "samples_per_prompt": 1, "minibatches": 1, "score_clip": 0.0}
-    with trainer(tmp_path / "run", tiny.scorer(1), **changes) as run:
+    with trainer(tmp_path / "run", scorer(form, tmp_path), **changes) as run:
         (step,) = list(run)
     assert step.score_mean == pytest.approx(step.reward_model_score_mean, abs=1e-6)
 

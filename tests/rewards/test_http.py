@@ -192,6 +192,13 @@ def test_a_server_that_trickles_is_given_up_like_one_that_is_silent():
     stop.set()
 
 
+@pytest.mark.parametrize("seconds", [3e6, 1e10])
+def test_a_time_limit_beyond_what_the_system_counts_is_none(seconds):
+    with cases.http_scorer(lambda body: (200, {"scores": [1.5] * len(body["samples"])})) as endpoint:
+        results = scorer(endpoint.url, timeout_seconds=seconds).score(cases.samples("a", "b"))
+    assert results == [RewardResult(1.5)] * 2
+
+
 def test_a_broken_connection_is_a_message():
     def hang_up(handler):
         handler.send_response(200)

@@ -142,10 +142,39 @@ def test_a_run_with_one_model_is_exported_by_any_name_of_it(recipe, tmp_path, ca
         keys = [f"export.run={recipe}/reward", f"export.out={tmp_path}/{role}", f"export.role={role}"]
         assert cli.main(["export", *keys]) == 0
         assert (tmp_path / role / "model.safetensors").read_bytes() == weights
+        assert same_files(tmp_path / role, recipe / "reward" / "model")  # the statistics of its scores included
     for run, role in (("reward", "critic"), ("ppo", "reward"), ("sft", "reward")):
         keys = [f"export.run={recipe}/{run}", f"export.out={tmp_path}/no", f"export.role={role}"]
         assert cli.main(["export", *keys]) == 2
         assert f"not {role}" in capsys.readouterr().err
+
+
+def test_an_export_has_the_score_statistics_of_its_own_checkpoint(home, tmp_path, capsys):
+    """Also of a run that has not ended, by the command and from Python, and after a resume."""
+    keys = cases.reward_keys(home, tmp_path / "run", "reward.eval_every=2", "reward.epochs=2")
+
+    def exported(name):
+        out = f"{tmp_path}/{name}"
+        assert cli.main(["export", f"export.run={tmp_path}/run", f"export.out={out}", "export.role=reward"]) == 0
+        return saved_statistics(out)
+
+    with trainer(RewardTrainer, RewardConfig, keys) as reward:
+        for _ in range(2):
+            reward.step()
+        scores = reward.evaluate().score_N.double()
+        reward.complete_checkpoint()
+        assert exported("evaluated")["mean"] == pytest.approx(scores.mean().item())
+        reward.save_pretrained(tmp_path / "python")
+        assert saved_statistics(tmp_path / "python") == saved_statistics(tmp_path / "evaluated")
+        assert "score_statistics" not in capsys.readouterr().err
+    with trainer(RewardTrainer, RewardConfig, [*keys, "reward.run.resume=true"]) as reward:
+        reward.save_pretrained(tmp_path / "resumed")
+        assert saved_statistics(tmp_path / "resumed") == saved_statistics(tmp_path / "evaluated")
+        reward.step()
+        reward.save_checkpoint()
+        reward.complete_checkpoint()
+    assert exported("between evaluations") is None
+    assert "no score_statistics.json, because held-out scores were not evaluated" in capsys.readouterr().err
 
 
 def test_a_run_stands_for_its_model_wherever_a_model_is_named(recipe, home, tmp_path):

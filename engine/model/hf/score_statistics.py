@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,16 @@ def saved_statistics(reward_model: Any) -> dict[str, float] | None:
     if path is None or not path.is_file():
         return None
     statistics = read_object(path).get("after")
-    keys = ("count", "mean", "std")
-    if not isinstance(statistics, dict) or not all(isinstance(statistics.get(k), (int, float)) for k in keys):
+    if not isinstance(statistics, dict) or not all(_is_finite(statistics.get(k)) for k in ("count", "mean", "std")):
         raise CheckpointError(
-            f"{path}: expected `after` with count, mean and std; remove the file to start without them"
+            f"{path}: expected `after` with finite count, mean and std; remove the file to start without them"
         )
     return statistics
+
+
+def _is_finite(number: Any) -> bool:
+    # Compared, not converted: JSON also holds integers that no float does.
+    return isinstance(number, (int, float)) and abs(number) <= sys.float_info.max
 
 
 def score_statistics(score_N: torch.Tensor) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from tests.kernels.mutants.mutation import Mutant
 from tests.kernels.triton.test_sample_tokens import (
+    check_far_from_zero,
     check_negative_infinite_and_tied_logits,
     check_padding,
     check_row_offsets_beyond_int32,
@@ -40,13 +41,30 @@ MUTANTS = (
     ),
     Mutant(
         MODULE,
-        "_load_z",
-        "the temperature is left out",
-        "tl.div_rn(z, tl.full(z.shape, 0.0, tl.float32) + temperature)",
-        "z",
+        KERNEL,
+        "the temperature is left out of the draw",
+        "perturbed * inverse_temperature",
+        "perturbed",
+        check_tokens,
+        {"temperature": 0.3},
+    ),
+    Mutant(
+        MODULE,
+        "_over_temperature",
+        "the temperature is left out of the log-prob",
+        "tl.div_rn(shifted, tl.full(shifted.shape, 0.0, tl.float32) + temperature)",
+        "shifted",
         check_tokens,
         {"temperature": 0.3},
         kernel=KERNEL,
+    ),
+    Mutant(
+        MODULE,
+        KERNEL,
+        "logits are divided in fp32",
+        "perturbed * inverse_temperature",
+        "(perturbed * inverse_temperature).to(tl.float32)",
+        check_far_from_zero,
     ),
     Mutant(
         MODULE,

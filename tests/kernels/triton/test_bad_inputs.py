@@ -6,13 +6,17 @@ import pytest
 import torch
 
 from icegrt.kernels import (
+    available_backends,
     kl_divergence,
     linear_logprobs,
     linear_ppo_loss,
+    masked_moments,
     ppo_policy_loss,
+    shaped_gae,
     token_logprobs,
     use_backend,
     value_loss,
+    whiten,
 )
 from icegrt.kernels.ppo_policy_loss import inputs
 
@@ -105,6 +109,27 @@ def test_nan_that_counts_reaches_loss_and_gradient(backend, stream):
 
 
 @STREAM_BACKENDS
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_reference_of_nan_reaches_loss_and_gradient(backend, estimator):
+    ref = with_entry(torch.full((4,), -1.0), 1, NAN)
+    options = {"ref_logprob_A": ref, "kl_coef": 0.1, "kl_estimator": estimator}
+    streams = (torch.full((4,), -1.2), torch.full((4,), -1.0), torch.ones(4))
+    out, grad = policy_loss(backend, *streams, **options)
+    assert out.loss.isnan() and grad.isnan().tolist() == [False, True, False, False]
+    out, grad = policy_loss(backend, *streams, **options, mask_A=torch.tensor([1, 0, 1, 1]))
+    assert out.loss.isfinite() and grad.isfinite().all()
+
+
+@LINEAR_BACKENDS
+def test_a_reference_of_nan_reaches_the_linear_loss_and_its_gradients(backend):
+    problem = linear_problem()
+    ref = with_entry(torch.full((4,), -1.0), 1, NAN)
+    out, hidden_grad, weight_grad = linear_loss(backend, *problem, ref_logprob_A=ref, kl_coef=0.1, chunk_rows=2)
+    assert out.loss.isnan() and weight_grad.isnan().all()
+    assert hidden_grad.isnan().all(1).tolist() == [False, True, False, False]
+
+
+@STREAM_BACKENDS
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 def test_nan_reaches_the_gradient_of_an_estimator_that_is_not_linear(backend, estimator):
     leaf = torch.tensor([NAN, -1.0], requires_grad=True)
@@ -121,6 +146,79 @@ def test_nan_values_reach_the_value_loss_and_its_gradient(backend):
         out = value_loss(leaf, torch.zeros(3), torch.ones(3), normalizer=1.0)
     out.loss.backward()
     assert out.loss.isnan() and leaf.grad.isnan().tolist() == [False, True, False]
+
+
+@STREAM_BACKENDS
+@pytest.mark.parametrize("clip", [0.2, None])
+@pytest.mark.parametrize("stream", ["value", "old_value", "return"])
+def test_nan_in_any_stream_of_the_value_loss_reaches_loss_and_gradient(backend, stream, clip):
+    streams = {"value": torch.tensor([1.0, 0.5, 2.0]), "old_value": torch.zeros(3), "return": torch.ones(3)}
+    streams[stream] = with_entry(streams[stream], 1, NAN)
+    counts = stream != "old_value" or clip is not None  # without a clip no old value is read
+    for mask, reaches in ((None, counts), (torch.tensor([1, 0, 1]), False)):
+        leaf = streams["value"].clone().requires_grad_()
+        old = None if clip is None else streams["old_value"]
+        with use_backend(backend):
+            out = value_loss(leaf, old, streams["return"], clip=clip, normalizer=1.0, mask_A=mask)
+        out.loss.backward()
+        assert out.loss.isnan() == reaches and leaf.grad.isnan().tolist() == [False, reaches, False]
+
+
+@STREAM_BACKENDS
+def test_nan_that_counts_reaches_moments_and_whitening(backend):
+    x, mask = torch.tensor([1.0, NAN, 3.0]), torch.tensor([1, 0, 1])
+    with use_backend(backend):
+        counted, masked = masked_moments(x), masked_moments(x, mask)
+        infinite = masked_moments(torch.tensor([1.0, INF]))
+        white = whiten(x, masked)
+        assert whiten(torch.ones(2), counted).isnan().all()
+        bessel = whiten(torch.tensor([1.0, 3.0]), masked, correction=1)
+    assert counted.count == 3 and counted.mean.isnan() and counted.m2.isnan() and counted.varies
+    assert infinite.mean == INF and infinite.m2.isnan()
+    assert (masked.count, masked.mean, masked.m2) == (2, 2.0, 2.0)
+    torch.testing.assert_close(white, torch.tensor([-1.0, NAN, 1.0]), equal_nan=True)
+    torch.testing.assert_close(bessel, torch.tensor([-1.0, 1.0]) / 2**0.5)
+
+
+GAE_BACKENDS = pytest.mark.parametrize("backend", available_backends("shaped_gae"))
+
+
+@GAE_BACKENDS
+@pytest.mark.parametrize("stream", ["score", "value", "logprob", "ref_logprob", "token_reward", "bootstrap"])
+def test_nan_that_counts_reaches_the_advantages_of_its_own_response(backend, stream):
+    """It reaches the tokens up to its own, since advantages sum over later ones, and no other response."""
+    streams = {name: torch.zeros(5) for name in ("value", "logprob", "ref_logprob", "token_reward")}
+    streams |= {"score": torch.zeros(2), "bootstrap": torch.zeros(2)}
+    streams[stream] = with_entry(streams[stream], 0 if stream in ("score", "bootstrap") else 1, NAN)
+    score, bootstrap, token_reward = (streams.pop(name) for name in ("score", "bootstrap", "token_reward"))
+    options = {"kl_coef": 0.1, "bootstrap_N": bootstrap, "token_reward_A": token_reward}
+    with use_backend(shaped_gae=backend):
+        out = shaped_gae(score, *streams.values(), torch.tensor([0, 3, 5]), **options)
+    last = 2 if stream in ("score", "bootstrap") else 1
+    assert out.advantage_A.isnan().tolist() == [t <= last for t in range(5)]
+    assert out.moments.mean.isnan() and out.kl_N.isnan().tolist() == ["logprob" in stream, False]
+
+
+MASKED_OPERATIONS = {
+    "linear_logprobs": lambda mask: linear_logprobs(*linear_problem()[:3], mask_A=mask),
+    "linear_ppo_loss": lambda mask: linear_ppo_loss(*linear_problem(), normalizer=1.0, mask_A=mask),
+    "ppo_policy_loss": lambda mask: ppo_policy_loss(*torch.zeros(3, 4), normalizer=1.0, mask_A=mask),
+    "value_loss": lambda mask: value_loss(*torch.zeros(3, 4), normalizer=1.0, mask_A=mask),
+    "shaped_gae": lambda mask: shaped_gae(
+        torch.zeros(1), *torch.zeros(3, 4), torch.tensor([0, 4]), kl_coef=0.0, mask_A=mask
+    ),
+    "masked_moments": lambda mask: masked_moments(torch.zeros(4), mask),
+}
+
+
+@pytest.mark.parametrize("operation", MASKED_OPERATIONS)
+def test_float_masks_are_0_or_1(operation):
+    compute = MASKED_OPERATIONS[operation]
+    for bad in (0.5, -1.0, 2.0, NAN):
+        with pytest.raises(ValueError, match=f"^{operation}: mask.* must be 0 or 1 .* got {bad} at row 2"):
+            compute(torch.tensor([1.0, 0.0, bad, 1.0]))
+    for mask in (torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([7, 0, -1, 1])):
+        compute(mask)
 
 
 @LINEAR_BACKENDS

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from icegrt.kernels import VocabShard, record_launches, sample_tokens, use_backend
 from icegrt.kernels.sample_tokens.reference import candidate_bits, row_keys
 from icegrt.kernels.sample_tokens.triton import candidate_hash, row_key
-from tests.helpers.kernel_cases import module_constants, virtual_rows
+from tests.helpers.kernel_cases import module_constants, near_ties, virtual_rows
 
 
 def draw(logits, backend="triton", seed=0, ids=None, positions=None, block=64, temperature=1.0, **options):
@@ -114,6 +114,19 @@ def check_negative_infinite_and_tied_logits():
 
 def test_all_negative_infinite_and_tied_logits():
     check_negative_infinite_and_tied_logits()
+
+
+def check_far_from_zero():
+    """The draw and its log-prob are those of fp64, also between candidates whose quotients fp32 would round."""
+    logits, ids, expected = near_ties(100, 1.7)
+    token, logprob = draw(logits, ids=ids, positions=torch.zeros_like(ids), temperature=1.7)
+    assert torch.equal(token, expected)
+    truth = (logits.double() / 1.7).log_softmax(-1).gather(1, token[:, None]).squeeze(1)
+    assert (logprob.double() - truth).abs().max() < 2e-6
+
+
+def test_logits_far_from_zero_lose_no_digits():
+    check_far_from_zero()
 
 
 def check_padding():

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icegrt.kernels import record_launches, shaped_gae, use_backend
+from icegrt.kernels.validate import KL_ESTIMATORS
 from tests.helpers.kernel_cases import (
     assert_within_budget,
+    check_filtered_tokens,
     drawn_mask,
     gae_streams,
     module_constants,
@@ -145,3 +147,16 @@ def test_views_and_empty_streams():
     nothing = torch.zeros(0)
     empty = triton_gae(nothing, nothing, nothing, nothing, torch.zeros(1, dtype=torch.int32), kl_coef=0.1)
     assert empty.moments.count == 0 and empty.kl_N.shape == (0,)
+
+
+@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
+def test_filtered_tokens_have_the_kl_of_kl_divergence(estimator):
+    """A log-prob of -inf, of the policy, the reference or both, gives a finite KL."""
+    with use_backend(shaped_gae="triton"), module_constants("shaped_gae", **SMALL):
+        check_filtered_tokens(estimator)
+
+
+def test_a_coefficient_of_zero_takes_the_penalty_out_even_where_it_is_not_finite():
+    zeros = torch.zeros(2)
+    out = triton_gae(zeros[:1], zeros, zeros, zeros + torch.nan, torch.tensor([0, 2]), kl_coef=0.0)
+    assert (out.reward_A == 0).all() and out.kl_N.isnan().all()
