@@ -30,6 +30,7 @@ COMMANDS = {
     "generate": "answer prompts with a model or a run",
     "export": "convert a run's checkpoint to a Hugging Face checkpoint",
     "report": "write the report of a run, also while it goes on",
+    "rehearse": "count what a PPO run would do on a cluster of GPUs, without a GPU",
     "data": "show which text of a data file is trained on",
     "doctor": "check the machine and the installed packages",
 }
@@ -105,6 +106,12 @@ def _run(argv: list[str]) -> int:
             from icegrt.commands import data_preview
         with contextlib.suppress(SystemExit):  # argparse raises it after --help
             data_preview.main(argv[1:])
+        return OK
+    if argv[0] == "rehearse":
+        with _required_packages("rehearse"):
+            from icegrt.commands import rehearse
+        with contextlib.suppress(SystemExit):  # argparse raises it after --help
+            rehearse.main(argv[1:])
         return OK
     if argv[0] == "report":
         with _required_packages("report"):

@@ -15,7 +15,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
@@ -72,6 +72,8 @@ IMPLEMENTATIONS = MappingProxyType(
 )
 
 _overrides: ContextVar[tuple[dict[str, str], ...]] = ContextVar("icegrt_backend", default=())
+# Kinds of device whose tensors count as those of another kind.
+_played: ContextVar[Mapping[str, str]] = ContextVar("icegrt_played_devices", default=MappingProxyType({}))
 # Not a ContextVar: a backward on a device launches from autograd's own threads, which inherit none.
 _recorders: list[list[tuple[str, str]]] = []
 
@@ -102,6 +104,21 @@ def use_backend(backend: str | None = None, **per_op: str) -> Iterator[None]:
         yield
     finally:
         _overrides.reset(token)
+
+
+@contextlib.contextmanager
+def play_device(kind: str, played: str) -> Iterator[None]:
+    """Choose backends for tensors of one kind of device as for another: a rehearsal has "meta" play "cuda"."""
+    token = _played.set({**_played.get(), kind: played})
+    try:
+        yield
+    finally:
+        _played.reset(token)
+
+
+def played_kind(kind: str) -> str:
+    """Return the kind of device that tensors of a kind count as."""
+    return _played.get().get(kind, kind)
 
 
 @contextlib.contextmanager
@@ -165,6 +182,7 @@ def select(op: str, *tensors: Tensor | None) -> Callable[..., Any]:
 
 
 def _resolve_backend(op: str, device: str, supported: bool) -> tuple[str, str]:
+    device = played_kind(device)
     # 1. A backend that is named must run.
     requested, source = _requested_backend(op)
     if requested != "auto":

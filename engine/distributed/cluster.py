@@ -27,6 +27,7 @@ from icegrt.distributed.layout import Layout, check_world_size
 from icegrt.distributed.megatron import load_megatron
 from icegrt.distributed.monitor import HangMonitor
 from icegrt.errors import ConfigError, RunError
+from icegrt.kernels.dispatch import played_kind
 from icegrt.packing import Share
 
 # Of NCCL. Work of unknown length (files, reward functions, uneven rollouts) ends in a wait of `Control`, which has a
@@ -207,9 +208,10 @@ def _start(layout: Layout) -> Cluster:
         stack.enter_context(cpu_backend())
         device = local_device()
         store = _opening_store()
-        timeout = NCCL_TIMEOUT if device.type == "cuda" else GLOO_TIMEOUT
+        on_gpu = played_kind(device.type) == "cuda"
+        timeout = NCCL_TIMEOUT if on_gpu else GLOO_TIMEOUT
         if not dist.is_initialized():
-            backend = "nccl" if device.type == "cuda" else "gloo"
+            backend = "nccl" if on_gpu else "gloo"
             dist.init_process_group(backend, store=store, world_size=world_size, rank=rank, timeout=timeout)
             stack.callback(dist.destroy_process_group)
         parallel_state.initialize_model_parallel(
@@ -217,13 +219,13 @@ def _start(layout: Layout) -> Cluster:
             layout.pipeline,
             layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
             # On a GPU every group is NCCL's alone. A gloo group of W ranks opens W - 1 sockets per rank.
-            create_gloo_process_groups=device.type != "cuda",
+            create_gloo_process_groups=not on_gpu,
             distributed_timeout_minutes=int(timeout.total_seconds() // 60),
         )
         stack.callback(_destroy_model_parallel)
         _seed_trackers(device)
         return_group = parallel_state.get_pipeline_model_parallel_group()
-        if device.type == "cuda" and layout.pipeline > 1:
+        if on_gpu and layout.pipeline > 1:
             # NCCL serves the sends and receives of two ranks in one queue: each direction needs a group of its own.
             ranks = dist.get_process_group_ranks(return_group)
             return_group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)

@@ -1,8 +1,9 @@
-"""Run Megatron-core on the CPU.
+"""Run Megatron-core on the CPU, or on another device in the role of the GPU.
 
 Megatron 0.16 calls `torch.cuda.current_device()`, `tensor.cuda()` and `device="cuda"` unconditionally. Inside the
 context `cpu_backend()` these names return the CPU; after it torch is unpatched. A TorchFunctionMode would slow down
 every operation, so `device="cuda"` is mapped by a proxy of `torch` in the few Megatron modules that use it.
+A rehearsal has the meta device play the GPU by the same patches.
 """
 
 from __future__ import annotations
@@ -46,11 +47,12 @@ _CONSTRUCTORS = frozenset(
 _CPU = torch.device("cpu")
 
 
-class _TorchOnCPU(types.ModuleType):
-    """A proxy of `torch` whose tensor constructors replace a CUDA device by the CPU."""
+class _TorchOnDevice(types.ModuleType):
+    """A proxy of `torch` whose tensor constructors replace a CUDA device by another."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__("torch")
+        self._device = device
 
     def __getattr__(self, name: str):
         value = getattr(torch, name)
@@ -60,7 +62,7 @@ class _TorchOnCPU(types.ModuleType):
         def construct(*args, **kwargs):
             device = kwargs.get("device")
             if device is not None and torch.device(device).type == "cuda":
-                kwargs["device"] = _CPU
+                kwargs["device"] = self._device
             return value(*args, **kwargs)
 
         return construct
@@ -92,25 +94,32 @@ def cpu_backend() -> Iterator[None]:
         return
     patches = Patches()
     try:
-        _apply(patches)
+        from megatron.core import parallel_state
+
+        patches.set(parallel_state, "create_group", _reuse_groups(parallel_state.create_group))
+        patches.set(torch.cuda, "synchronize", lambda *args, **kwargs: None)
+        patches.set(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+        apply_device(patches, _CPU)
         yield
     finally:
         patches.undo()
 
 
-def _apply(patches: Patches) -> None:
+def apply_device(patches: Patches, device: torch.device) -> None:
+    """Patch torch and Megatron-core so that `device` plays the current CUDA device.
+
+    Args:
+        patches: collects the patches; the caller undoes them.
+        device: the CPU, or the meta device.
+    """
     modules = [importlib.import_module(f"megatron.core.{name}") for name in _MODULES_WITH_CUDA_DEVICE]
-    from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random as megatron_random
 
-    patches.set(parallel_state, "create_group", _reuse_groups(parallel_state.create_group))
-    patches.set(torch.cuda, "current_device", lambda: _CPU)
-    patches.set(torch.cuda, "synchronize", lambda *args, **kwargs: None)
-    patches.set(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+    patches.set(torch.cuda, "current_device", lambda: device)
     patches.set(torch.Tensor, "type", _cuda_type_names(torch.Tensor.type))
-    torch_on_cpu = _TorchOnCPU()
+    torch_on_device = _TorchOnDevice(device)
     for module in modules:
-        patches.set(module, "torch", torch_on_cpu)
+        patches.set(module, "torch", torch_on_device)
 
     # Activation recomputation saves and restores CUDA's generators. Dropout is off, so empty states are enough.
     tracker = megatron_random.CudaRNGStatesTracker
@@ -144,6 +153,6 @@ def _cuda_type_names(original):
         if args or kwargs or not isinstance(result, str):
             return result
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        return result.replace("torch.", "torch.cuda.", 1) if caller.startswith("megatron.core") else result
+        return f"torch.cuda.{result.split('.')[-1]}" if caller.startswith("megatron.core") else result
 
     return tensor_type

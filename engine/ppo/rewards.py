@@ -230,8 +230,8 @@ class RewardComputer:
 
         Equal prompts of several rows are one prompt, as in one process.
         """
-        assignment: list[list[int]] = [[] for _ in range(self.cluster.share.ranks)]
         owner: dict[tuple[int, ...], int] = {}
+        assignment: list[list[int]] = [[] for _ in range(self.cluster.share.ranks)]
         for n, (sample, response) in enumerate(zip(samples, plan.responses, strict=True)):
             rank = owner.setdefault(tuple(sample.prompt_tokens), response.prompt_index % len(assignment))
             assignment[rank].append(n)

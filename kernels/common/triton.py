@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ..dispatch import log_launch
 from ..validate import single_backward
+from .operators import Cost, device_operator
 from .precision import saturating_cast
 
 # Legend
@@ -125,6 +125,25 @@ def fold_statistics(partials: Tensor, normalizer: float | Tensor, sums: int) -> 
     """Return (statistics [WIDTH] fp64, loss 0-dim fp32) of the programs' rows, in one more launch."""
     stats = torch.empty(partials.shape[1], dtype=torch.float64, device=partials.device)
     loss = torch.empty((), dtype=torch.float32, device=partials.device)
+    _fold_step(partials, stats, loss, *value_and_pointer(normalizer), sums)
+    return stats, loss
+
+
+def _fold_cost(
+    partials: Tensor, stats: Tensor, loss: Tensor, normalizer: float, normalizer_ptr: Tensor | None, sums: int
+) -> Cost:
+    # A sum, a minimum and a maximum of every entry.
+    return Cost.of_pass([partials, normalizer_ptr], [stats, loss], 3 * partials.numel())
+
+
+@device_operator(
+    "fold_statistics(Tensor partials, Tensor(a!) stats, Tensor(b!) loss, float normalizer, Tensor? normalizer_ptr, "
+    "int sums)",
+    _fold_cost,
+)
+def _fold_step(
+    partials: Tensor, stats: Tensor, loss: Tensor, normalizer: float, normalizer_ptr: Tensor | None, sums: int
+) -> None:
     with torch.cuda.device_of(partials):
         log_launch("fold_statistics", "triton")
         fold_statistics_kernel[(1,)](
@@ -132,24 +151,18 @@ def fold_statistics(partials: Tensor, normalizer: float | Tensor, sums: int) -> 
             stats,
             loss,
             partials.shape[0],
-            value_or_pointer(normalizer),
-            NORMALIZER_POINTER=isinstance(normalizer, Tensor),
+            normalizer if normalizer_ptr is None else normalizer_ptr,
+            NORMALIZER_POINTER=normalizer_ptr is not None,
             SUMS=sums,
             WIDTH=partials.shape[1],
             BLOCK=FOLD_ROWS_PER_COLUMN * partials.shape[1],
             **FOLD_OPTIONS,
         )
-    return stats, loss
 
 
-def value_or_pointer(number: float | Tensor) -> float | Tensor:
-    """Return a number as a kernel takes it: a float by value, a 0-dim tensor as a pointer."""
-    return number if isinstance(number, Tensor) else float(number)
-
-
-def fill_absent(filler: Tensor, streams: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return the streams detached and contiguous; an absent one is `filler`, which the kernel never reads."""
-    return [filler if x is None else x.detach().contiguous() for x in streams]
+def value_and_pointer(number: float | Tensor) -> tuple[float, Tensor | None]:
+    """Return a number as an operator takes it: a float by value, or a 0-dim tensor as a pointer."""
+    return (0.0, number) if isinstance(number, Tensor) else (float(number), None)
 
 
 class AttachTokenGradients(torch.autograd.Function):

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.operators import Cost, device_operator
 from ..common.precision import saturating_cast
 from ..common.triton import floor_logprob, kl_estimate
 from ..dispatch import log_launch
@@ -23,6 +24,8 @@ from .reference import EXPONENT_LIMIT, LOGPROB_FLOOR
 
 BLOCK = 2048
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+# Operations per token, for the declared cost; k3 evaluates a series of seven terms and an exponential.
+FLOPS = {"k1": 1, "k2": 3, "k3": 20, "abs": 2}
 
 
 @triton.jit
@@ -93,7 +96,8 @@ class _Divergence(torch.autograd.Function):
         ctx.save_for_backward(logprob_A, ref_logprob_A)
         ctx.estimator = estimator
         out_A = torch.empty(logprob_A.shape, dtype=torch.float32, device=logprob_A.device)
-        _launch(kl_forward_kernel, estimator, logprob_A, ref_logprob_A, out_A)
+        if out_A.numel():
+            _forward_step(logprob_A.contiguous(), ref_logprob_A.contiguous(), out_A, estimator)
         return out_A
 
     @staticmethod
@@ -106,24 +110,61 @@ class _Divergence(torch.autograd.Function):
         inputs = (logprob_A, ref_logprob_A)
         dtypes = [torch.float32 if x.dtype == torch.float16 else x.dtype for x in inputs]
         grads = [torch.empty(x.shape, dtype=dtype, device=x.device) for x, dtype in zip(inputs, dtypes, strict=True)]
-        _launch(kl_backward_kernel, ctx.estimator, logprob_A, ref_logprob_A, grad_A, *grads)
+        if grad_A.numel():
+            _backward_step(*(x.contiguous() for x in (*inputs, grad_A)), *grads, ctx.estimator)
         return *(saturating_cast(grad, x.dtype) for grad, x in zip(grads, inputs, strict=True)), None
+
+
+def _forward_cost(logprob_A: Tensor, ref_logprob_A: Tensor, out_A: Tensor, estimator: str) -> Cost:
+    return Cost.of_pass([logprob_A, ref_logprob_A], [out_A], out_A.numel() * FLOPS[estimator])
+
+
+@device_operator("kl_forward_kernel(Tensor logprob, Tensor ref_logprob, Tensor(a!) out, str estimator)", _forward_cost)
+def _forward_step(logprob_A: Tensor, ref_logprob_A: Tensor, out_A: Tensor, estimator: str) -> None:
+    _launch(kl_forward_kernel, estimator, logprob_A, ref_logprob_A, out_A)
+
+
+def _backward_cost(
+    logprob_A: Tensor,
+    ref_logprob_A: Tensor,
+    grad_A: Tensor,
+    logprob_grad_A: Tensor,
+    ref_grad_A: Tensor,
+    estimator: str,
+) -> Cost:
+    flops = grad_A.numel() * (FLOPS[estimator] + 2)
+    return Cost.of_pass([logprob_A, ref_logprob_A, grad_A], [logprob_grad_A, ref_grad_A], flops)
+
+
+@device_operator(
+    "kl_backward_kernel(Tensor logprob, Tensor ref_logprob, Tensor grad, Tensor(a!) logprob_grad, "
+    "Tensor(b!) ref_grad, str estimator)",
+    _backward_cost,
+)
+def _backward_step(
+    logprob_A: Tensor,
+    ref_logprob_A: Tensor,
+    grad_A: Tensor,
+    logprob_grad_A: Tensor,
+    ref_grad_A: Tensor,
+    estimator: str,
+) -> None:
+    _launch(kl_backward_kernel, estimator, logprob_A, ref_logprob_A, grad_A, logprob_grad_A, ref_grad_A)
 
 
 def _launch(kernel: Any, estimator: str, *tensors: Tensor) -> None:
     size = tensors[0].numel()
-    if size:
-        with torch.cuda.device_of(tensors[0]):
-            log_launch(kernel.__name__, "triton")
-            kernel[(triton.cdiv(size, BLOCK),)](
-                *(x.contiguous() for x in tensors),
-                size,
-                ESTIMATOR=estimator,
-                LIMIT=EXPONENT_LIMIT,
-                FLOOR=LOGPROB_FLOOR,
-                BLOCK=BLOCK,
-                **OPTIONS,
-            )
+    with torch.cuda.device_of(tensors[0]):
+        log_launch(kernel.__name__, "triton")
+        kernel[(triton.cdiv(size, BLOCK),)](
+            *tensors,
+            size,
+            ESTIMATOR=estimator,
+            LIMIT=EXPONENT_LIMIT,
+            FLOOR=LOGPROB_FLOOR,
+            BLOCK=BLOCK,
+            **OPTIONS,
+        )
 
 
 def kl_divergence(logprob_A: Tensor, ref_logprob_A: Tensor, estimator: str) -> Tensor:

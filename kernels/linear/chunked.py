@@ -15,6 +15,7 @@ enter only the first product.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -64,9 +65,9 @@ def _score_rows(head: ChunkedHead, ops: ChunkOps) -> RowStats:
     return RowStats(*(torch.cat(packed, dim=1) if packed else empty))
 
 
-def _disable_autocast(x: Tensor) -> torch.autocast:
-    # Autocast would run the products in bf16, logits included.
-    return torch.autocast(x.device.type, enabled=False)
+def _disable_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    # Autocast would run the products in bf16, logits included. The meta device has none.
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 @dataclass(frozen=True)

@@ -15,19 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.operators import Cost, device_operator
 from ..common.streams import mask_bytes
 from ..common.triton import (
     AttachTokenGradients,
     bounded_exp,
     exp_minus_tangent,
-    fill_absent,
     floor_logprob,
     fold_statistics,
     kl_estimate,
     load_scalar,
     load_stream,
     set_column,
-    value_or_pointer,
+    value_and_pointer,
 )
 from ..common.vocab_rows import TokenGrads
 from ..dispatch import log_launch
@@ -45,6 +45,8 @@ BLOCK = 1024
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 SUMS = sum("merge" not in f.metadata for f in fields(PolicyStats))
 COLUMNS = len(fields(PolicyStats))
+# Operations per token, for the declared cost: ratio, clips, both gradients, KL and the statistics.
+FLOPS = 80
 
 
 @triton.jit
@@ -188,56 +190,144 @@ def policy_launch(
     normalizer: float | Tensor,
 ) -> tuple[TokenGrads, Tensor]:
     """Return (d loss / d log-prob and d loss / d entropy, the programs' statistics) in one launch."""
-    # 1. Allocate. Without an entropy its gradient has size 0, so any buffer serves as its pointer.
+    # 1. Allocate.
     size, device = logprob_A.shape[0], logprob_A.device
     grad_logprob_A = torch.empty(size, dtype=torch.float32, device=device)
     grad_entropy_A = None if entropy_A is None else torch.empty_like(grad_logprob_A)
     width = triton.next_power_of_2(COLUMNS)
     partials = torch.empty(triton.cdiv(size, BLOCK), width, dtype=torch.float32, device=device)
-    # 2. An absent stream is replaced by the log-probs and gets size 0, so that one binary serves all combinations.
-    logprob_A = logprob_A.detach().contiguous()
-    optional = [streams.old_logprob_A, entropy_A, streams.ref_logprob_A, streams.mask_A, streams.weight_A]
-    old, entropy, ref, mask, weight = fill_absent(logprob_A, optional)
-    moments = objective.moments
-    statistics = (logprob_A,) * 3 if moments is None else (moments.count, moments.mean, moments.m2)
-    # 3. Launch; an empty stream has no program, and `fold_statistics` returns zeros for it.
+    # 2. Launch; an empty stream has no program, and `fold_statistics` returns zeros for it.
     if size:
-        with torch.cuda.device_of(logprob_A):
-            log_launch("ppo_policy_loss", "triton")
-            ppo_policy_loss_kernel[(partials.shape[0],)](
-                logprob_A,
-                old,
-                streams.advantage_A.detach().contiguous(),
-                entropy,
-                ref,
-                mask if streams.mask_A is None else mask_bytes(mask),
-                weight,
-                *statistics,
-                grad_logprob_A,
-                grad_logprob_A if grad_entropy_A is None else grad_entropy_A,
-                partials,
-                size,
-                *(0 if x is None else size for x in optional),
-                int(moments is not None),
-                int(objective.shift_mean),
-                value_or_pointer(normalizer),
-                value_or_pointer(objective.kl_coef),
-                value_or_pointer(objective.entropy_coef),
-                objective.clip_low,
-                objective.clip_high,
-                math.inf if objective.dual_clip is None else float(objective.dual_clip),
-                NORMALIZER_POINTER=isinstance(normalizer, Tensor),
-                KL_POINTER=isinstance(objective.kl_coef, Tensor),
-                ENTROPY_POINTER=isinstance(objective.entropy_coef, Tensor),
-                ESTIMATOR=objective.kl_estimator,
-                RAW=objective.kl_gradient == "raw",
-                LIMIT=EXPONENT_LIMIT,
-                FLOOR=LOGPROB_FLOOR,
-                WIDTH=width,
-                BLOCK=BLOCK,
-                **OPTIONS,
-            )
+        advantage_A, mask_A, moments = streams.advantage_A, streams.mask_A, objective.moments
+        optional = [streams.old_logprob_A, advantage_A, entropy_A, streams.ref_logprob_A]
+        _policy_step(
+            logprob_A.detach().contiguous(),
+            *(None if x is None else x.detach().contiguous() for x in optional),
+            None if mask_A is None else mask_bytes(mask_A),
+            None if streams.weight_A is None else streams.weight_A.detach().contiguous(),
+            *((None,) * 3 if moments is None else (moments.count, moments.mean, moments.m2)),
+            grad_logprob_A,
+            grad_entropy_A,
+            partials,
+            *value_and_pointer(normalizer),
+            *value_and_pointer(objective.kl_coef),
+            *value_and_pointer(objective.entropy_coef),
+            float(objective.clip_low),
+            float(objective.clip_high),
+            math.inf if objective.dual_clip is None else float(objective.dual_clip),
+            objective.kl_estimator,
+            objective.kl_gradient == "raw",
+            bool(objective.shift_mean),
+        )
     return TokenGrads(grad_logprob_A, grad_entropy_A), partials
+
+
+def _policy_cost(
+    logprob_A: Tensor,
+    old_A: Tensor | None,
+    advantage_A: Tensor,
+    entropy_A: Tensor | None,
+    ref_A: Tensor | None,
+    mask_A: Tensor | None,
+    weight_A: Tensor | None,
+    count: Tensor | None,
+    mean: Tensor | None,
+    m2: Tensor | None,
+    grad_logprob_A: Tensor,
+    grad_entropy_A: Tensor | None,
+    partials: Tensor,
+    normalizer: float,
+    normalizer_ptr: Tensor | None,
+    kl_coef: float,
+    kl_coef_ptr: Tensor | None,
+    entropy_coef: float,
+    entropy_coef_ptr: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    estimator: str,
+    raw: bool,
+    shift_mean: bool,
+) -> Cost:
+    streams = [logprob_A, old_A, advantage_A, entropy_A, ref_A, mask_A, weight_A]
+    numbers = [count, mean, m2, normalizer_ptr, kl_coef_ptr, entropy_coef_ptr]
+    return Cost.of_pass(streams + numbers, [grad_logprob_A, grad_entropy_A, partials], FLOPS * logprob_A.numel())
+
+
+@device_operator(
+    "ppo_policy_loss(Tensor logprob, Tensor? old, Tensor advantage, Tensor? entropy, Tensor? ref, Tensor? mask, "
+    "Tensor? weight, Tensor? count, Tensor? mean, Tensor? m2, Tensor(a!) grad_logprob, Tensor(b!)? grad_entropy, "
+    "Tensor(c!) partials, float normalizer, Tensor? normalizer_ptr, float kl_coef, Tensor? kl_coef_ptr, "
+    "float entropy_coef, Tensor? entropy_coef_ptr, float clip_low, float clip_high, float dual_clip, str estimator, "
+    "bool raw, bool shift_mean)",
+    _policy_cost,
+)
+def _policy_step(
+    logprob_A: Tensor,
+    old_A: Tensor | None,
+    advantage_A: Tensor,
+    entropy_A: Tensor | None,
+    ref_A: Tensor | None,
+    mask_A: Tensor | None,
+    weight_A: Tensor | None,
+    count: Tensor | None,
+    mean: Tensor | None,
+    m2: Tensor | None,
+    grad_logprob_A: Tensor,
+    grad_entropy_A: Tensor | None,
+    partials: Tensor,
+    normalizer: float,
+    normalizer_ptr: Tensor | None,
+    kl_coef: float,
+    kl_coef_ptr: Tensor | None,
+    entropy_coef: float,
+    entropy_coef_ptr: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    estimator: str,
+    raw: bool,
+    shift_mean: bool,
+) -> None:
+    # An absent stream is replaced by the log-probs and gets size 0, so that one binary serves all combinations.
+    size, optional = logprob_A.shape[0], (old_A, entropy_A, ref_A, mask_A, weight_A)
+    old, entropy, ref, mask, weight = (logprob_A if x is None else x for x in optional)
+    statistics = (logprob_A,) * 3 if count is None else (count, mean, m2)
+    with torch.cuda.device_of(logprob_A):
+        log_launch("ppo_policy_loss", "triton")
+        ppo_policy_loss_kernel[(partials.shape[0],)](
+            logprob_A,
+            old,
+            advantage_A,
+            entropy,
+            ref,
+            mask,
+            weight,
+            *statistics,
+            grad_logprob_A,
+            grad_logprob_A if grad_entropy_A is None else grad_entropy_A,
+            partials,
+            size,
+            *(0 if x is None else size for x in optional),
+            int(count is not None),
+            int(shift_mean),
+            normalizer if normalizer_ptr is None else normalizer_ptr,
+            kl_coef if kl_coef_ptr is None else kl_coef_ptr,
+            entropy_coef if entropy_coef_ptr is None else entropy_coef_ptr,
+            clip_low,
+            clip_high,
+            dual_clip,
+            NORMALIZER_POINTER=normalizer_ptr is not None,
+            KL_POINTER=kl_coef_ptr is not None,
+            ENTROPY_POINTER=entropy_coef_ptr is not None,
+            ESTIMATOR=estimator,
+            RAW=raw,
+            LIMIT=EXPONENT_LIMIT,
+            FLOOR=LOGPROB_FLOOR,
+            WIDTH=partials.shape[1],
+            BLOCK=BLOCK,
+            **OPTIONS,
+        )
 
 
 def ppo_policy_loss(

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.operators import Cost, device_operator, tensor_bytes
 from ..common.vocab_rows import label_logprob
 from ..dispatch import log_launch
 from ..types import VocabShard
@@ -31,6 +32,10 @@ BLOCK = 4096
 OPTIONS = {"num_warps": 16, "enable_fp_fusion": True}
 # top_p is passed in units of 2^-53: Triton passes a float argument as fp32, and the rounding would show at a tie.
 TOP_P_UNITS = tl.constexpr(1 << 53)
+# For the declared cost. Passes over a row that one truncation takes: 32 steps of the search, and one for the last id.
+TRUNCATION_PASSES = 33
+# Operations per column and pass: the hash, two logarithms, maximum and log-sum-exp of a draw; a comparison and a sum.
+DRAW_FLOPS, TRUNCATION_FLOPS = 35, 6
 
 
 @triton.jit
@@ -273,28 +278,22 @@ def sample_tokens(
     statistics = torch.empty(3, N, dtype=torch.float32, device=device)
     rows = logits_NV if logits_NV.stride(1) == 1 else logits_NV.contiguous()
     if N:
-        with torch.cuda.device_of(rows):
-            log_launch("sample_tokens_kernel", "triton")
-            sample_tokens_kernel[(N,)](
-                rows,
-                key.sequence_ids.contiguous(),
-                key.positions.contiguous(),
-                token_N,
-                perturbed_N,
-                *statistics,
-                rows.stride(0),
-                columns,
-                start,
-                # The seed modulo 2^64, as the signed integer with the same bits.
-                (key.seed + (1 << 63)) % (1 << 64) - (1 << 63),
-                distribution.temperature,
-                int(noisy),
-                distribution.top_k,
-                round(distribution.top_p * TOP_P_UNITS.value),
-                TRUNCATE=distribution.truncates,
-                BLOCK=BLOCK,
-                **OPTIONS,
-            )
+        _sample_step(
+            rows,
+            key.sequence_ids.contiguous(),
+            key.positions.contiguous(),
+            token_N,
+            perturbed_N,
+            statistics,
+            columns,
+            start,
+            # The seed modulo 2^64, as the signed integer with the same bits.
+            (key.seed + (1 << 63)) % (1 << 64) - (1 << 63),
+            distribution.temperature,
+            noisy,
+            distribution.top_k,
+            distribution.top_p,
+        )
     # 3. Log-probs, of this rank's rows or after the merge of all ranks' candidates.
     logit_N, max_N, sum_exp_N = statistics
     temperature = distribution.scale
@@ -304,3 +303,70 @@ def sample_tokens(
         token_N.fill_(torch.iinfo(torch.int64).max)
     logsumexp_N = max_N.double() / temperature + sum_exp_N.double().log()
     return merge_draws(Draw(perturbed_N, token_N, logit_N, logsumexp_N), temperature, shard)
+
+
+def _sample_cost(
+    logits_NV: Tensor,
+    sequence_ids: Tensor,
+    positions: Tensor,
+    token_N: Tensor,
+    perturbed_N: Tensor,
+    statistics_3N: Tensor,
+    columns: int,
+    start: int,
+    seed: int,
+    temperature: float,
+    noisy: bool,
+    top_k: int,
+    top_p: float,
+) -> Cost:
+    truncations = ((top_k > 0) + (top_p < 1.0)) if noisy else 0
+    elements = logits_NV.shape[0] * columns
+    # The passes of a truncation read the row from the cache.
+    read = elements * logits_NV.element_size() + tensor_bytes(sequence_ids) + tensor_bytes(positions)
+    flops = elements * (DRAW_FLOPS + truncations * TRUNCATION_PASSES * TRUNCATION_FLOPS)
+    return Cost(1, flops, read, sum(map(tensor_bytes, (token_N, perturbed_N, statistics_3N))))
+
+
+@device_operator(
+    "sample_tokens_kernel(Tensor logits, Tensor sequence_ids, Tensor positions, Tensor(a!) token, "
+    "Tensor(b!) perturbed, Tensor(c!) statistics, int columns, int start, int seed, float temperature, bool noisy, "
+    "int top_k, float top_p)",
+    _sample_cost,
+)
+def _sample_step(
+    logits_NV: Tensor,
+    sequence_ids: Tensor,
+    positions: Tensor,
+    token_N: Tensor,
+    perturbed_N: Tensor,
+    statistics_3N: Tensor,
+    columns: int,
+    start: int,
+    seed: int,
+    temperature: float,
+    noisy: bool,
+    top_k: int,
+    top_p: float,
+) -> None:
+    with torch.cuda.device_of(logits_NV):
+        log_launch("sample_tokens_kernel", "triton")
+        sample_tokens_kernel[(logits_NV.shape[0],)](
+            logits_NV,
+            sequence_ids,
+            positions,
+            token_N,
+            perturbed_N,
+            *statistics_3N,
+            logits_NV.stride(0),
+            columns,
+            start,
+            seed,
+            temperature,
+            int(noisy),
+            top_k,
+            round(top_p * TOP_P_UNITS.value),
+            TRUNCATE=noisy and (top_k > 0 or top_p < 1.0),
+            BLOCK=BLOCK,
+            **OPTIONS,
+        )

@@ -17,13 +17,16 @@ runs. Neither timing nor the batch around a sequence enters its arithmetic: the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.operators import Cost, device_operator
 from ..common.streams import mask_bytes
-from ..common.triton import floor_logprob, kl_estimate
+from ..common.triton import floor_logprob, kl_estimate, value_and_pointer
 from ..dispatch import log_launch
 from ..kl_divergence.reference import EXPONENT_LIMIT, LOGPROB_FLOOR
 from ..types import Moments, ShapedGAE
@@ -43,6 +46,8 @@ ROWS, CHUNK = 8, 128
 # Chunks that one step of the look-back reads, and sequences that one step of the search compares.
 LOOKBACK, FANOUT = 64, 64
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+# Operations per entry, for the declared cost: reward, its map, seven steps of a scan of maps, and the moments.
+FLOPS = 90
 
 
 @triton.jit
@@ -246,41 +251,115 @@ def shaped_gae(inputs: GAEInputs, coefficients: GAECoefficients) -> ShapedGAE:
     """Return rewards, advantages and returns; see the public function."""
     N, A, device = inputs.score_N.shape[0], inputs.value_A.shape[0], inputs.value_A.device
 
-    def stream(x: Tensor | None) -> Tensor:
-        # An absent input is never read; the kernel needs some pointer in its place.
-        return advantage_A if x is None else x.to(torch.float32).contiguous()
+    def stream(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.to(torch.float32).contiguous()
+
+    # 1. The grid: the last slot that a sequence or the slack can reach, rounded up to tiles of ROWS.
+    tiles = triton.cdiv(A // CHUNK + N + 1, ROWS)
+    # 2. Buffers. Only the tickets and flags need zeros: everything else is written before it is read.
+    advantage_A, return_A, reward_A = torch.empty(3, A, dtype=torch.float32, device=device)
+    kl_N = torch.empty(N, dtype=torch.float32, device=device)
+    maps = torch.empty(6 * tiles * ROWS, dtype=torch.float32, device=device)
+    moments = torch.empty(3 + 3 * tiles, dtype=torch.float64, device=device)
+    sync = torch.zeros(2 + tiles, dtype=torch.int32, device=device)
+    # 3. A coefficient on the device is passed by pointer, so that the host does not wait for it.
+    kl_coef, kl_coef_ptr = value_and_pointer(coefficients.kl_coef)
+    _gae_step(
+        stream(inputs.score_N),
+        stream(inputs.value_A),
+        stream(inputs.logprob_A),
+        stream(inputs.ref_logprob_A),
+        inputs.cu_actions.to(torch.int32).contiguous(),
+        stream(inputs.bootstrap_N),
+        None if inputs.mask_A is None else mask_bytes(inputs.mask_A),
+        stream(inputs.token_reward_A),
+        stream(kl_coef_ptr),
+        advantage_A,
+        return_A,
+        reward_A,
+        kl_N,
+        maps,
+        moments,
+        sync,
+        kl_coef,
+        coefficients.gamma,
+        coefficients.lam,
+        KL_ESTIMATORS.index(coefficients.kl_estimator),
+    )
+    return ShapedGAE(advantage_A, return_A, reward_A, kl_N, Moments(*moments[:3].unbind()))
+
+
+def _gae_cost(
+    score_N: Tensor,
+    value_A: Tensor,
+    logprob_A: Tensor | None,
+    ref_logprob_A: Tensor | None,
+    cu_actions: Tensor,
+    *others: Any,
+) -> Cost:
+    optional, (*writes, maps, moments, sync) = others[:4], others[4:11]
+    reads = [score_N, value_A, cu_actions, *optional]
+    # Log-probs are read where there is a reference alone.
+    reads += [] if ref_logprob_A is None else [logprob_A, ref_logprob_A]
+    # The moments of tiles and, at most, the maps of chunks are read back.
+    reads += [maps, moments[3:], sync]
+    return Cost.of_pass(reads, [*writes, maps, moments, sync], FLOPS * value_A.numel())
+
+
+@device_operator(
+    "shaped_gae_kernel(Tensor score, Tensor value, Tensor? logprob, Tensor? ref_logprob, Tensor cu_actions, "
+    "Tensor? bootstrap, Tensor? mask, Tensor? token_reward, Tensor? kl_coef_ptr, Tensor(a!) advantage, "
+    "Tensor(b!) returns, Tensor(c!) reward, Tensor(d!) kl, Tensor(e!) maps, Tensor(f!) moments, Tensor(g!) sync, "
+    "float kl_coef, float gamma, float lam, int estimator)",
+    _gae_cost,
+)
+def _gae_step(
+    score_N: Tensor,
+    value_A: Tensor,
+    logprob_A: Tensor | None,
+    ref_logprob_A: Tensor | None,
+    cu_actions: Tensor,
+    bootstrap_N: Tensor | None,
+    mask_A: Tensor | None,
+    token_reward_A: Tensor | None,
+    kl_coef_ptr: Tensor | None,
+    advantage_A: Tensor,
+    return_A: Tensor,
+    reward_A: Tensor,
+    kl_N: Tensor,
+    maps: Tensor,
+    moments: Tensor,
+    sync: Tensor,
+    kl_coef: float,
+    gamma: float,
+    lam: float,
+    estimator: int,
+) -> None:
+    # An absent input is never read; the kernel needs some pointer in its place.
+    N, A, tiles = score_N.shape[0], value_A.shape[0], sync.numel() - 2
+
+    def pointer(x: Tensor | None) -> Tensor:
+        return advantage_A if x is None else x
 
     def extent(x: Tensor | None) -> int:
         return 0 if x is None else x.numel()
 
-    # 1. The grid: the last slot that a sequence or the slack can reach, rounded up to tiles of ROWS.
-    tiles = triton.cdiv(A // CHUNK + N + 1, ROWS)
-    slots = tiles * ROWS
     # The first stride of the search: the largest power of FANOUT up to N.
     search_stride = 1
     while search_stride * FANOUT <= N:
         search_stride *= FANOUT
-    # 2. Buffers. Only the tickets and flags need zeros: everything else is written before it is read.
-    advantage_A, return_A, reward_A = torch.empty(3, A, dtype=torch.float32, device=device)
-    kl_N = torch.empty(N, dtype=torch.float32, device=device)
-    maps = torch.empty(6 * slots, dtype=torch.float32, device=device)
-    moments = torch.empty(3 + 3 * tiles, dtype=torch.float64, device=device)
-    sync = torch.zeros(2 + tiles, dtype=torch.int32, device=device)
-    # 3. A coefficient on the device is passed by pointer, so that the host does not wait for it.
-    kl_coef = coefficients.kl_coef
-    kl_coef_tensor = kl_coef if isinstance(kl_coef, Tensor) else None
-    with torch.cuda.device_of(inputs.value_A):
+    with torch.cuda.device_of(value_A):
         log_launch("shaped_gae_kernel", "triton")
         shaped_gae_kernel[(tiles,)](
-            stream(inputs.score_N),
-            stream(inputs.value_A),
-            stream(inputs.logprob_A),
-            stream(inputs.ref_logprob_A),
-            inputs.cu_actions.to(torch.int32).contiguous(),
-            stream(inputs.bootstrap_N),
-            advantage_A.view(torch.uint8) if inputs.mask_A is None else mask_bytes(inputs.mask_A),
-            stream(inputs.token_reward_A),
-            stream(kl_coef_tensor),
+            score_N,
+            value_A,
+            pointer(logprob_A),
+            pointer(ref_logprob_A),
+            cu_actions,
+            pointer(bootstrap_N),
+            advantage_A.view(torch.uint8) if mask_A is None else mask_A,
+            pointer(token_reward_A),
+            pointer(kl_coef_ptr),
             advantage_A,
             return_A,
             reward_A,
@@ -289,20 +368,20 @@ def shaped_gae(inputs: GAEInputs, coefficients: GAECoefficients) -> ShapedGAE:
             moments[3:],
             moments,
             sync,
-            0.0 if kl_coef_tensor is not None else float(kl_coef),
-            coefficients.gamma,
-            coefficients.gamma * coefficients.lam,
+            kl_coef,
+            gamma,
+            gamma * lam,
             N,
             A,
-            slots,
+            tiles * ROWS,
             tiles,
             search_stride,
-            extent(inputs.ref_logprob_A),
-            extent(inputs.bootstrap_N),
-            extent(inputs.mask_A),
-            extent(inputs.token_reward_A),
-            extent(kl_coef_tensor),
-            KL_ESTIMATORS.index(coefficients.kl_estimator),
+            extent(ref_logprob_A),
+            extent(bootstrap_N),
+            extent(mask_A),
+            extent(token_reward_A),
+            extent(kl_coef_ptr),
+            estimator,
             LIMIT=EXPONENT_LIMIT,
             FLOOR=LOGPROB_FLOOR,
             ROWS=ROWS,
@@ -311,4 +390,3 @@ def shaped_gae(inputs: GAEInputs, coefficients: GAECoefficients) -> ShapedGAE:
             FANOUT=FANOUT,
             **OPTIONS,
         )
-    return ShapedGAE(advantage_A, return_A, reward_A, kl_N, Moments(*moments[:3].unbind()))

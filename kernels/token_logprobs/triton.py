@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.operators import Cost, device_operator, tensor_bytes
 from ..common.vocab_rows import RowStats, TokenGrads, finite_or_zero, merge_row_stats
 from ..dispatch import log_launch
 from ..types import TokenLogprobs, VocabShard
@@ -189,23 +190,44 @@ def statistics_launch(logits_CV: Tensor, labels_C: Tensor, columns: Columns, ent
     rows = logits_CV.shape[0]
     buffer = torch.empty(4, rows, dtype=torch.float32, device=logits_CV.device)
     if rows:
-        with torch.cuda.device_of(logits_CV):
-            log_launch("token_logprobs_forward", "triton")
-            token_logprobs_forward[(rows,)](
-                logits_CV,
-                labels_C.contiguous(),
-                *buffer,
-                *logits_CV.stride(),
-                columns.start,
-                columns.valid,
-                columns.temperature,
-                IGNORED=IGNORED_LABEL,
-                SCALED=columns.temperature != 1.0,
-                ENTROPY=entropy,
-                BLOCK=_block(columns.valid, FORWARD_BLOCK),
-                **OPTIONS,
-            )
+        _forward_step(logits_CV, labels_C.contiguous(), buffer, *columns, entropy)
     return RowStats(*buffer)
+
+
+def _forward_cost(
+    logits_CV: Tensor, labels_C: Tensor, stats_4C: Tensor, start: int, valid: int, temperature: float, entropy: bool
+) -> Cost:
+    rows = logits_CV.shape[0]
+    # Maximum, difference, exponential and sum of every column; the entropy takes a product and a sum more.
+    flops = rows * valid * (4 + (temperature != 1.0) + 2 * entropy)
+    read = rows * valid * logits_CV.element_size() + tensor_bytes(labels_C)
+    return Cost(1, flops, read, tensor_bytes(stats_4C))
+
+
+@device_operator(
+    "token_logprobs_forward(Tensor logits, Tensor labels, Tensor(a!) stats, int start, int valid, float temperature, "
+    "bool entropy)",
+    _forward_cost,
+)
+def _forward_step(
+    logits_CV: Tensor, labels_C: Tensor, stats_4C: Tensor, start: int, valid: int, temperature: float, entropy: bool
+) -> None:
+    with torch.cuda.device_of(logits_CV):
+        log_launch("token_logprobs_forward", "triton")
+        token_logprobs_forward[(logits_CV.shape[0],)](
+            logits_CV,
+            labels_C,
+            *stats_4C,
+            *logits_CV.stride(),
+            start,
+            valid,
+            temperature,
+            IGNORED=IGNORED_LABEL,
+            SCALED=temperature != 1.0,
+            ENTROPY=entropy,
+            BLOCK=_block(valid, FORWARD_BLOCK),
+            **OPTIONS,
+        )
 
 
 def gradient_launch(
@@ -214,32 +236,88 @@ def gradient_launch(
     """Write d loss / d logits to `out`: [C, V], or [L, V] for the rows active_L. `out` may be logits_CV itself."""
     if not out.numel():
         return
-    block = _block(out.shape[1], BACKWARD_BLOCK)
     # An expanded gradient has stride 0, and the kernel reads densely.
-    grad_logprob = grads.logprob.contiguous()
+    _backward_step(
+        logits_CV,
+        rows.labels.contiguous(),
+        finite_or_zero(rows.stats.max),
+        # A row without any finite logit has p = 0, not NaN.
+        rows.stats.sum_exp.log().nan_to_num(nan=torch.nan, neginf=torch.inf, posinf=torch.inf),
+        None if grads.entropy is None else rows.entropy,
+        grads.logprob.contiguous(),
+        None if grads.entropy is None else grads.entropy.contiguous(),
+        active_L,
+        out,
+        *columns,
+    )
+
+
+def _backward_cost(
+    logits_CV: Tensor,
+    labels_C: Tensor,
+    row_max_C: Tensor,
+    log_sum_exp_C: Tensor,
+    entropy_C: Tensor | None,
+    grad_logprob_C: Tensor,
+    grad_entropy_C: Tensor | None,
+    active_L: Tensor | None,
+    out: Tensor,
+    start: int,
+    valid: int,
+    temperature: float,
+) -> Cost:
+    # Only the rows of `out` are read, and of those the vocabulary.
+    rows = out.shape[0]
+    # Two differences, exponential, product and label of every column; the entropy takes a sum and two products more.
+    flops = rows * valid * (5 + (temperature != 1.0) + 3 * (grad_entropy_C is not None))
+    streams = (labels_C, row_max_C, log_sum_exp_C, entropy_C, grad_logprob_C, grad_entropy_C)
+    row_bytes = valid * logits_CV.element_size() + sum(x.element_size() for x in streams if x is not None)
+    return Cost(1, flops, rows * row_bytes + tensor_bytes(active_L), tensor_bytes(out))
+
+
+@device_operator(
+    "token_logprobs_backward(Tensor logits, Tensor labels, Tensor row_max, Tensor log_sum_exp, Tensor? entropy, "
+    "Tensor grad_logprob, Tensor? grad_entropy, Tensor? active, Tensor(a!) out, int start, int valid, "
+    "float temperature)",
+    _backward_cost,
+)
+def _backward_step(
+    logits_CV: Tensor,
+    labels_C: Tensor,
+    row_max_C: Tensor,
+    log_sum_exp_C: Tensor,
+    entropy_C: Tensor | None,
+    grad_logprob_C: Tensor,
+    grad_entropy_C: Tensor | None,
+    active_L: Tensor | None,
+    out: Tensor,
+    start: int,
+    valid: int,
+    temperature: float,
+) -> None:
+    block = _block(out.shape[1], BACKWARD_BLOCK)
     with torch.cuda.device_of(logits_CV):
         log_launch("token_logprobs_backward", "triton")
         # Absent inputs get some pointer in their place; the kernel reads none of them.
         token_logprobs_backward[(out.shape[0], triton.cdiv(out.shape[1], block))](
             logits_CV,
-            rows.labels.contiguous(),
-            finite_or_zero(rows.stats.max),
-            # A row without any finite logit has p = 0, not NaN.
-            rows.stats.sum_exp.log().nan_to_num(nan=torch.nan, neginf=torch.inf, posinf=torch.inf),
-            grad_logprob if rows.entropy is None else rows.entropy,
-            grad_logprob,
-            grad_logprob if grads.entropy is None else grads.entropy.contiguous(),
+            labels_C,
+            row_max_C,
+            log_sum_exp_C,
+            grad_logprob_C if entropy_C is None else entropy_C,
+            grad_logprob_C,
+            grad_logprob_C if grad_entropy_C is None else grad_entropy_C,
             out,
-            rows.labels if active_L is None else active_L,
+            labels_C if active_L is None else active_L,
             *logits_CV.stride(),
             *out.stride(),
             out.shape[1],
-            columns.start,
-            columns.valid,
-            columns.temperature,
+            start,
+            valid,
+            temperature,
             IGNORED=IGNORED_LABEL,
-            SCALED=columns.temperature != 1.0,
-            ENTROPY=grads.entropy is not None,
+            SCALED=temperature != 1.0,
+            ENTROPY=grad_entropy_C is not None,
             COMPACT=active_L is not None,
             BLOCK=block,
             **OPTIONS,

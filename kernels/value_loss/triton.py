@@ -14,15 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.operators import Cost, device_operator
 from ..common.streams import mask_bytes
 from ..common.triton import (
     AttachTokenGradients,
-    fill_absent,
     fold_statistics,
     load_scalar,
     load_stream,
     set_column,
-    value_or_pointer,
+    value_and_pointer,
 )
 from ..dispatch import log_launch
 from ..types import ValueLoss, ValueStats
@@ -40,6 +40,8 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 SUMS = sum("merge" not in f.metadata for f in fields(ValueStats))
 NAMES = tuple(f.name for f in fields(ValueStats) if f.metadata.get("merge") != "m2")
 COLUMNS = len(NAMES)
+# Operations per token, for the declared cost: both errors, the gradient and the statistics.
+FLOPS = 40
 
 
 @triton.jit
@@ -113,33 +115,23 @@ def value_loss(value_A: Tensor, streams: ValueStreams, clip: float | None, norma
     grad_A = torch.empty(size, dtype=torch.float32, device=device)
     width = triton.next_power_of_2(COLUMNS)
     partials = torch.empty(triton.cdiv(size, BLOCK), width, dtype=torch.float32, device=device)
-    # 2. An absent stream is replaced by the values and gets size 0, so that one binary serves all combinations.
-    constant_A = value_A.detach().contiguous()
-    optional = [None if clip is None else streams.old_value_A, streams.mask_A, streams.weight_A]
-    old, mask, weight = fill_absent(constant_A, optional)
-    # 3. Launch; an empty stream has no program, and `fold_statistics` returns zeros for it.
+    # 2. Launch; an empty stream has no program, and `fold_statistics` returns zeros for it.
+    constant_A, weight_A = value_A.detach().contiguous(), streams.weight_A
     if size:
-        with torch.cuda.device_of(value_A):
-            log_launch("value_loss", "triton")
-            value_loss_kernel[(partials.shape[0],)](
-                constant_A,
-                old,
-                streams.return_A.detach().contiguous(),
-                mask if streams.mask_A is None else mask_bytes(mask),
-                weight,
-                grad_A,
-                partials,
-                size,
-                *(0 if x is None else size for x in optional),
-                math.inf if clip is None else float(clip),
-                value_or_pointer(normalizer),
-                NORMALIZER_POINTER=isinstance(normalizer, Tensor),
-                WIDTH=width,
-                BLOCK=BLOCK,
-                **OPTIONS,
-            )
+        old_A = None if clip is None else streams.old_value_A
+        _value_step(
+            constant_A,
+            None if old_A is None else old_A.detach().contiguous(),
+            streams.return_A.detach().contiguous(),
+            None if streams.mask_A is None else mask_bytes(streams.mask_A),
+            None if weight_A is None else weight_A.detach().contiguous(),
+            grad_A,
+            partials,
+            math.inf if clip is None else float(clip),
+            *value_and_pointer(normalizer),
+        )
     stats, loss = fold_statistics(partials, normalizer, SUMS)
-    # 4. Moments in fp64. Their mean also replaces the sums, which programs add in fp32.
+    # 3. Moments in fp64. Their mean also replaces the sums, which programs add in fp32.
     return_A = streams.return_A.float()
     returns = masked_moments(return_A, streams.mask_A, None)
     errors = masked_moments(return_A - constant_A.float(), streams.mask_A, None)
@@ -147,3 +139,60 @@ def value_loss(value_A: Tensor, streams: ValueStreams, clip: float | None, norma
     for name, moments in (("return", returns), ("error", errors)):
         values |= {f"{name}_sum": moments.mean * moments.count, f"{name}_m2": moments.m2}
     return ValueLoss(AttachTokenGradients.apply("value_loss", loss, value_A, grad_A), ValueStats(**values))
+
+
+def _value_cost(
+    value_A: Tensor,
+    old_A: Tensor | None,
+    return_A: Tensor,
+    mask_A: Tensor | None,
+    weight_A: Tensor | None,
+    grad_A: Tensor,
+    partials: Tensor,
+    clip: float,
+    normalizer: float,
+    normalizer_ptr: Tensor | None,
+) -> Cost:
+    reads = [value_A, old_A, return_A, mask_A, weight_A, normalizer_ptr]
+    return Cost.of_pass(reads, [grad_A, partials], FLOPS * value_A.numel())
+
+
+@device_operator(
+    "value_loss(Tensor value, Tensor? old, Tensor returns, Tensor? mask, Tensor? weight, Tensor(a!) grad, "
+    "Tensor(b!) partials, float clip, float normalizer, Tensor? normalizer_ptr)",
+    _value_cost,
+)
+def _value_step(
+    value_A: Tensor,
+    old_A: Tensor | None,
+    return_A: Tensor,
+    mask_A: Tensor | None,
+    weight_A: Tensor | None,
+    grad_A: Tensor,
+    partials: Tensor,
+    clip: float,
+    normalizer: float,
+    normalizer_ptr: Tensor | None,
+) -> None:
+    # An absent stream is replaced by the values and gets size 0, so that one binary serves all combinations.
+    size, optional = value_A.shape[0], (old_A, mask_A, weight_A)
+    old, mask, weight = (value_A if x is None else x for x in optional)
+    with torch.cuda.device_of(value_A):
+        log_launch("value_loss", "triton")
+        value_loss_kernel[(partials.shape[0],)](
+            value_A,
+            old,
+            return_A,
+            mask,
+            weight,
+            grad_A,
+            partials,
+            size,
+            *(0 if x is None else size for x in optional),
+            clip,
+            normalizer if normalizer_ptr is None else normalizer_ptr,
+            NORMALIZER_POINTER=normalizer_ptr is not None,
+            WIDTH=partials.shape[1],
+            BLOCK=BLOCK,
+            **OPTIONS,
+        )

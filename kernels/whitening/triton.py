@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.operators import Cost, device_operator
 from ..common.streams import mask_bytes
 from ..dispatch import log_launch
 from ..types import Moments
@@ -113,11 +114,28 @@ def masked_moments(x: Tensor, mask: Tensor | None, group: dist.ProcessGroup | No
     tiles = max(1, triton.cdiv(x.numel(), BLOCK))
     buffer = torch.empty(3 + 3 * tiles, dtype=torch.float64, device=x.device)
     done = torch.zeros(1, dtype=torch.int32, device=x.device)
+    _moments_step(x, None if mask is None else mask_bytes(mask), buffer, done)
+    local = Moments(*buffer[:3].unbind())
+    return local if group is None else local.reduce(group)
+
+
+def _moments_cost(x: Tensor, mask: Tensor | None, buffer: Tensor, done: Tensor) -> Cost:
+    # Sum, difference, square and sum of every entry. The partials are read back by the last program.
+    return Cost.of_pass([x, mask, buffer[3:], done], [buffer, done], 4 * x.numel())
+
+
+@device_operator(
+    "masked_moments_kernel(Tensor x, Tensor? mask, Tensor(a!) buffer, Tensor(b!) done)",
+    _moments_cost,
+)
+def _moments_step(x: Tensor, mask: Tensor | None, buffer: Tensor, done: Tensor) -> None:
+    # The buffer has the moments of all [3], then those of the programs [3, tiles].
+    tiles = buffer.numel() // 3 - 1
     with torch.cuda.device_of(x):
         log_launch("masked_moments_kernel", "triton")
         masked_moments_kernel[(tiles,)](
             x,
-            x if mask is None else mask_bytes(mask),
+            x if mask is None else mask,
             buffer[3:],
             buffer,
             done,
@@ -127,8 +145,6 @@ def masked_moments(x: Tensor, mask: Tensor | None, group: dist.ProcessGroup | No
             BLOCK=BLOCK,
             **OPTIONS,
         )
-    local = Moments(*buffer[:3].unbind())
-    return local if group is None else local.reduce(group)
 
 
 class _Whiten(torch.autograd.Function):
@@ -149,12 +165,24 @@ def _launch_whiten(x: Tensor, moments: Moments, eps: float, mode: str, dtype: to
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     statistics = [m.to(torch.float64) for m in (moments.count, moments.mean, moments.m2)]
     if x.numel():
-        with torch.cuda.device_of(x):
-            log_launch("whiten_kernel", "triton")
-            whiten_kernel[(triton.cdiv(x.numel(), BLOCK),)](
-                x, *statistics, out, x.numel(), eps, MODE=mode, BLOCK=BLOCK, **OPTIONS
-            )
+        _whiten_step(x, *statistics, out, float(eps), mode)
     return out
+
+
+def _whiten_cost(x: Tensor, count: Tensor, mean: Tensor, m2: Tensor, out: Tensor, eps: float, mode: str) -> Cost:
+    # Difference, product and sum.
+    return Cost.of_pass([x, count, mean, m2], [out], x.numel() * {"gradient": 1, "shift": 2, "keep": 3}[mode])
+
+
+@device_operator(
+    "whiten_kernel(Tensor x, Tensor count, Tensor mean, Tensor m2, Tensor(a!) out, float eps, str mode)", _whiten_cost
+)
+def _whiten_step(x: Tensor, count: Tensor, mean: Tensor, m2: Tensor, out: Tensor, eps: float, mode: str) -> None:
+    with torch.cuda.device_of(x):
+        log_launch("whiten_kernel", "triton")
+        whiten_kernel[(triton.cdiv(x.numel(), BLOCK),)](
+            x, count, mean, m2, out, x.numel(), eps, MODE=mode, BLOCK=BLOCK, **OPTIONS
+        )
 
 
 def whiten(x: Tensor, moments: Moments, *, shift_mean: bool, eps: float) -> Tensor:

@@ -23,6 +23,7 @@ LAYERS = (
     ("checkpoint",),
     ("training",),
     ("ppo",),
+    ("rehearsal",),
     ("commands",),
     ("cli",),
     ("__main__",),

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 
 from icegrt.kernels import dispatch
+from icegrt.kernels.common.operators import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGE = "icegrt.kernels"
@@ -133,7 +134,7 @@ def mutated_module(mutant: Mutant) -> Iterator[None]:
         # Triton reads a kernel's source from its file, so the mutated module needs one.
         path = Path(folder) / f"{mutant.module}.py"
         path.write_text(source)
-        original_modules = _forget_triton_modules()
+        original_modules, original_operators = _forget_triton_modules(), dict(OPERATORS)
         try:
             name = f"{PACKAGE}.{mutant.module}"
             spec = importlib.util.spec_from_file_location(name, path)
@@ -143,6 +144,7 @@ def mutated_module(mutant: Mutant) -> Iterator[None]:
         finally:
             _forget_triton_modules()
             sys.modules.update(original_modules)
+            OPERATORS.update(original_operators)
 
 
 def _forget_triton_modules() -> dict[str, ModuleType]:

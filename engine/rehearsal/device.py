@@ -1,0 +1,192 @@
+"""The meta device in the role of a GPU, and a world of ranks of which this process is one.
+
+Inside `rehearsed_gpu` the names `torch.cuda.*`, `Tensor.is_cuda` and `device="cuda"` mean the meta device, whose
+tensors have shapes and no data. Inside `rehearsed_world` the process groups are fake: a collective returns at once.
+Nothing is patched outside the blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from icegrt.distributed import cluster as cluster_module
+from icegrt.distributed.cluster import Cluster
+from icegrt.distributed.cpu_backend import Patches, apply_device
+from icegrt.distributed.layout import Layout
+from icegrt.distributed.megatron import load_megatron
+from icegrt.errors import RunError
+from icegrt.kernels.dispatch import play_device
+from icegrt.rehearsal.attention import attend_varlen, scaled_dot_product_attention
+from icegrt.rehearsal.watcher import Watcher
+
+META = torch.device("meta")
+
+
+class _Stream:
+    """A CUDA stream or event of the rehearsed GPU: everything on it is done."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
+
+
+class _LoneControl:
+    """The control messages of one rank, to which no other rank answers: every answer is its own."""
+
+    def __init__(self, *args: Any) -> None:
+        self.phase = ""
+
+    def any_rank(self, flags: Any = ()) -> list[bool]:
+        return list(flags)
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def stop(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def rehearsed_device(watcher: Watcher) -> Iterator[Patches]:
+    """Let the meta device be the engine's device, as the CPU is on a machine without a GPU.
+
+    Args:
+        watcher: records what patched functions do; it is entered separately.
+
+    Yields:
+        The patches, for more of them.
+    """
+    load_megatron()
+    patches = Patches()
+    try:
+        apply_device(patches, META)
+        patches.set(torch.cuda, "synchronize", lambda *args, **kwargs: watcher.record_sync("torch.cuda.synchronize"))
+        patches.set(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
+        patches.set(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor.to(META))
+        patches.set(torch.Tensor, "pin_memory", lambda tensor, *args: watcher.pinned_copy(tensor))
+        # torch.tensor(..., device="meta") drops the data unseen. On a GPU it is a tensor of the host and a copy.
+        patches.set(torch, "tensor", _via_host(torch.tensor))
+        patches.set(torch, "as_tensor", _via_host(torch.as_tensor))
+        yield patches
+    finally:
+        patches.undo()
+
+
+@contextlib.contextmanager
+def rehearsed_gpu(watcher: Watcher, memory_bytes: int) -> Iterator[None]:
+    """Let the meta device play a GPU with `memory_bytes` of memory while the block runs.
+
+    Args:
+        watcher: records what patched functions do; it is entered separately.
+        memory_bytes: of the GPU.
+    """
+    with rehearsed_device(watcher) as patches, play_device("meta", "cuda"):
+        from torch.optim import optimizer as torch_optimizer
+
+        from icegrt.model import attention
+        from icegrt.rollout.kv_cache import contiguous
+
+        # 1. torch.cuda.
+        patches.set(torch.cuda, "is_available", lambda: True)
+        patches.set(torch.cuda, "mem_get_info", lambda *args: (memory_bytes - watcher.device_bytes, memory_bytes))
+        patches.set(torch.cuda, "empty_cache", lambda: None)
+        patches.set(torch.cuda, "get_device_capability", lambda *args: (9, 0))
+        for name in ("Stream", "Event", "current_stream", "default_stream"):
+            patches.set(torch.cuda, name, _Stream)
+        patches.set(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        # 2. Tensors.
+        is_cuda: Any = torch.Tensor.is_cuda
+        patches.set(torch.Tensor, "is_cuda", property(lambda tensor: tensor.is_meta or is_cuda.__get__(tensor)))
+        # 3. What the GPU would choose: multi-tensor kernels of the optimizer, flash-attn, fused attention.
+        supported = torch_optimizer._get_foreach_kernels_supported_devices
+        patches.set(torch_optimizer, "_get_foreach_kernels_supported_devices", lambda: [*supported(), "meta"])
+        patches.set(attention, "flash_attention", lambda: attend_varlen)
+        patches.set(attention, "scaled_dot_product_attention", scaled_dot_product_attention)
+        patches.set(contiguous, "scaled_dot_product_attention", scaled_dot_product_attention)
+        yield
+
+
+def _via_host(construct: Any) -> Any:
+    def constructed(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        if isinstance(data, torch.Tensor) or device is None or torch.device(device).type == "cpu":
+            return construct(data, *args, device=device, **kwargs)
+        return construct(data, *args, **kwargs).to(META)
+
+    return constructed
+
+
+@contextlib.contextmanager
+def rehearsed_world(layout: Layout, rank: int, world_size: int, gpus_per_node: int) -> Iterator[Cluster]:
+    """Open the cluster of one rank of `world_size`, with fake process groups, and close it after the block.
+
+    Raises:
+        RunError: this process has process groups already.
+        ConfigError: the layout does not divide the world size.
+    """
+    if dist.is_initialized():
+        raise RunError("this process has process groups already; rehearse in a process of its own")
+    load_megatron()
+    from megatron.core import parallel_state
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    variables = {
+        "WORLD_SIZE": str(world_size),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank % gpus_per_node),
+        "MASTER_ADDR": "rehearsal",
+    }
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, variables))
+        patches = Patches()
+        stack.callback(patches.undo)
+        patches.set(cluster_module, "cpu_backend", contextlib.nullcontext)
+        patches.set(cluster_module, "local_device", lambda: META)
+        patches.set(cluster_module, "_opening_store", dist.HashStore)
+        patches.set(cluster_module, "Control", _LoneControl)
+        patches.set(cluster_module, "HangMonitor", _LoneControl)
+        for name in ("broadcast_object_list", "all_gather_object", "gather_object"):
+            patches.set(dist, name, _object_collective(name))
+        patches.set(parallel_state, "create_group", _without_backend(parallel_state.create_group))
+        dist.init_process_group("meta:fake", store=FakeStore(), rank=rank, world_size=world_size)
+        stack.callback(dist.destroy_process_group)
+        cluster = Cluster.open(layout)
+        stack.callback(cluster.close)  # without the error: no other rank waits to hear of it
+        yield cluster
+
+
+def _without_backend(create_group: Any) -> Any:
+    """Return Megatron's function that creates a group, with the default backend for every group: the fake one."""
+
+    def create(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+        return create_group(*args, **kwargs)
+
+    return create
+
+
+def _object_collective(name: str) -> Any:
+    """Return a collective of Python objects that is counted, and in which every rank has this rank's object."""
+
+    def broadcast(objects: list[Any], src: int = 0, group: Any = None, **kwargs: Any) -> None:
+        Watcher.current().record_object_collective(name, group, objects)
+
+    def gather(objects: list[Any] | None, value: Any, group: Any = None, **kwargs: Any) -> None:
+        Watcher.current().record_object_collective(name, group, value)
+        if objects is not None:
+            objects[:] = [value] * len(objects)
+
+    def gather_to_one(value: Any, objects: list[Any] | None = None, group: Any = None, **kwargs: Any) -> None:
+        gather(objects, value, group)
+
+    return {"broadcast_object_list": broadcast, "all_gather_object": gather, "gather_object": gather_to_one}[name]

@@ -1,0 +1,319 @@
+"""One PPO iteration of one rank, through the real stage code, on the rehearsed GPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from icegrt.config import PPOConfig
+from icegrt.distributed.cluster import Cluster
+from icegrt.distributed.cpu_backend import Patches
+from icegrt.distributed.layout import Layout
+from icegrt.distributed.pipeline import fetch
+from icegrt.errors import ConfigError
+from icegrt.model.architecture import Architecture
+from icegrt.model.build import build_parallel_model
+from icegrt.model.pipeline_model import PipelineModel
+from icegrt.ppo import setup
+from icegrt.ppo.batch_plan import BatchPlan, plan_batches, stream_seed
+from icegrt.ppo.experience import Experience, compute_advantages
+from icegrt.ppo.kl_controller import kl_controller
+from icegrt.ppo.reward_sources import RewardComposition
+from icegrt.ppo.scores import ModelScores, RunningScoreNormalizer, RunningScoreNormalizers, total_scores
+from icegrt.ppo.scoring import LogprobScorer, score_sequences, score_values
+from icegrt.ppo.update import Updater
+from icegrt.rehearsal import memory, shadows
+from icegrt.rehearsal.process_groups import GroupUse, groups_of
+from icegrt.rehearsal.watcher import Watcher
+from icegrt.rehearsal.workload import Workload
+from icegrt.roles.optimizer import inner_optimizers
+from icegrt.roles.role import Role, TrainableRole
+from icegrt.rollout.decoder import Decoder
+from icegrt.rollout.gather import all_gather_responses, rank_slice
+from icegrt.rollout.model_runner import ModelRunner
+from icegrt.rollout.types import Sampling
+from icegrt.training.trainer import resolve_chunk_rows
+from icegrt.utils.files import model_folder
+
+BUILD, PREFILL, DECODE = "build", "rollout: prefill", "rollout: decode"
+INFERENCE, ADVANTAGES, ACTOR, CRITIC = "inference", "advantages", "update: actor", "update: critic"
+PHASES = (BUILD, PREFILL, DECODE, INFERENCE, ADVANTAGES, ACTOR, CRITIC)
+
+
+@dataclass(frozen=True)
+class RankCounts:
+    """What one rank did.
+
+    Attributes:
+        watcher: its counts by phase, and its memory.
+        groups: its process groups.
+        parameters: of this rank, over all roles.
+        chunk_rows: logit chunk size.
+        micro_batches: of this rank's inference.
+        tokens: of this rank's micro-batches, and those of them that are alignment tails.
+        sequences: that this rank decodes together.
+    """
+
+    watcher: Watcher
+    groups: list[GroupUse]
+    parameters: int
+    chunk_rows: int
+    micro_batches: int
+    tokens: int
+    tail_tokens: int
+    sequences: int
+
+
+class _ConfigReader:
+    """A checkpoint of which only `config.json` is read."""
+
+    def __init__(self, source: Any) -> None:
+        self.folder = model_folder(source)
+        self.where = str(source)
+        self.architecture = Architecture.from_pretrained(self.folder)
+
+
+def run_iteration(
+    config: PPOConfig, cluster: Cluster, watcher: Watcher, workload: Workload, report: Callable[[str], None]
+) -> RankCounts:
+    """Run one iteration of this rank; call it inside `rehearsed_gpu`, `rehearsed_world` and the watcher.
+
+    Args:
+        config: of the run.
+        cluster: this rank's.
+        watcher: counts.
+        workload: lengths of the sequences.
+        report: called with the name of each phase.
+    """
+    if cluster.layout.virtual_pipeline > 1:
+        raise ConfigError("rehearse: parallel.virtual_pipeline above 1 cannot be rehearsed yet; set it to 1")
+    with _given_shapes(watcher):
+        # 1. Models and roles, as ppo.setup builds them, without weights.
+        report(BUILD)
+        with watcher.phase(BUILD):
+            iteration = _Iteration(config, cluster, watcher)
+        # 2. The stages in the order of an iteration.
+        report("rollout")
+        sequences = iteration.rollout(workload)
+        plan = plan_batches(
+            workload.full_responses(),
+            config.token_budget,
+            config.minibatches,
+            cluster=cluster,
+            seed=stream_seed(config.run.seed, 1),
+        )
+        report(INFERENCE)
+        with watcher.phase(INFERENCE):
+            iteration.infer(plan)
+        report(ADVANTAGES)
+        with watcher.phase(ADVANTAGES):
+            experience = iteration.advantages(plan)
+        report("update")
+        iteration.update(experience)
+    return RankCounts(
+        watcher=watcher,
+        groups=groups_of(watcher),
+        parameters=sum(p.numel() for role in iteration.roles.values() for p in role.model.parameters()),
+        chunk_rows=iteration.scorer.chunk_rows or 0,
+        micro_batches=len(plan.batches),
+        tokens=plan.n_tokens,
+        tail_tokens=plan.tail_tokens,
+        sequences=sequences,
+    )
+
+
+class _Iteration:
+    """The components of a run, and the stages of its iteration."""
+
+    def __init__(self, config: PPOConfig, cluster: Cluster, watcher: Watcher) -> None:
+        self.config, self.cluster, self.watcher = config, cluster, watcher
+        rewards = RewardComposition.of(config, None)
+        inputs = setup.PPOInputs(config.actor, None, rewards, config.prompts, config.reference or None, None, None)
+        with _models_without_weights():
+            source: Any = _ConfigReader(config.actor)
+            models = setup.build_models(config, source, inputs, cluster)
+        for model in models.values():
+            for parameter in model.parameters():
+                watcher.device.label(parameter, memory.PARAMETERS)
+        self.roles = self._build_roles(models)
+        self.actor, self.critic = self.roles["actor"], self.roles["critic"]
+        self.reference = self.roles["reference"]
+        self.specs = rewards.models
+        self.normalizers = RunningScoreNormalizers(
+            {spec.name: RunningScoreNormalizer(config) for spec in self.specs.values()}
+        )
+        chunk_rows = resolve_chunk_rows(config.chunk_rows, self.actor.model.architecture)
+        self.scorer = LogprobScorer(config.sampling.temperature, chunk_rows)
+        actor: Any = self.actor
+        critic: Any = self.critic
+        self.updater = Updater(config, actor, critic, self.scorer, cluster)
+        self.kl_controller = kl_controller(config)
+
+    def _build_roles(self, models: dict[str, PipelineModel]) -> dict[str, Role]:
+        start = self.watcher.device.mark()
+        roles = setup._build_roles(self.config, models)
+        self.watcher.device.label_since(start, memory.OPTIMIZER)
+        for role in roles.values():
+            for ddp in getattr(role, "ddps", ()):
+                for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers):
+                    self.watcher.device.label(buffer.grad_data, memory.GRADIENTS)
+                    if buffer.param_data is not None:
+                        self.watcher.device.label(buffer.param_data, memory.PARAMETERS)
+        return roles
+
+    def rollout(self, workload: Workload) -> int:
+        """Prefill, and take `decode_steps` steps with all sequences. Returns the sequences of this rank."""
+        config, model = self.config, self.actor.model
+        prompts, samples = workload.prompt_tokens(), workload.samples
+        stop = model.architecture.vocab_size - 1
+        decoder = Decoder(model, [stop], config.max_batch)
+        sampling = Sampling.of(config.sampling, config.run.seed)
+        with self.watcher.phase(PREFILL):
+            model.wait_for_param_gather()
+            pairs = rank_slice([(p, s) for p in range(len(prompts)) for s in range(samples)], self.cluster.share)
+            # All batches of a rank cost the same; the first is rehearsed.
+            first = pairs[: config.max_batch]
+            with _given_lengths(self.watcher, workload, stop):
+                responses = list(decoder.stream(prompts, samples, sampling, 0, first))
+            all_gather_responses(self.cluster, responses, prompts, samples, 0)
+        return len(first)
+
+    def infer(self, plan: BatchPlan) -> None:
+        """Score with reward models, critic, actor and reference, in the order of the trainer."""
+        scores = fetch([score_sequences(self.roles[role], plan.batches) for role in self.specs])
+        self.models = [
+            ModelScores(spec.name, spec.weight, plan.all_gather_sequences(score_N))
+            for spec, score_N in zip(self.specs.values(), scores, strict=True)
+        ]
+        self.value_A, self.last_value_N = score_values(self.critic, plan.batches)
+        self.old_A, self.entropy_A = self.scorer(self.actor, plan.batches, entropy=True)
+        self.ref_A, _ = self.scorer(self.reference, plan.batches)
+
+    def advantages(self, plan: BatchPlan) -> Experience:
+        """Normalise the scores, and run KL penalty and GAE."""
+        config, group = self.config, self.cluster.data_group
+        local = [ModelScores(m.name, m.weight, m.score_N[plan.rank_assignment[plan.rank]]) for m in self.models]
+        for model in local:
+            self.normalizers[model.name].update(model.score_N.to(self.cluster.device), group)
+        scores = total_scores(config, self.normalizers, local, None, plan.truncated_N)
+        kl_coef = self.kl_controller.coef
+        shaped = compute_advantages(
+            config, kl_coef, plan, scores, self.old_A, self.ref_A, self.value_A, self.last_value_N
+        )
+        moments = shaped.moments.reduce(group)
+        assert self.entropy_A is not None
+        return Experience(plan, scores, self.old_A, self.entropy_A, self.ref_A, self.value_A, shaped, moments)
+
+    def update(self, experience: Experience) -> None:
+        """Take the optimizer steps of actor and critic."""
+        with _phases_of_steps(self.watcher, {"actor": ACTOR, "critic": CRITIC}):
+            self.updater.run(experience, self.kl_controller.coef, self.config.critic.warmup_iterations + 1)
+
+
+@contextlib.contextmanager
+def _models_without_weights() -> Iterator[None]:
+    """Let `ppo.setup` build models from `config.json` alone."""
+
+    def build(
+        source: Any, head: Any, cluster: Cluster, *, dtype: Any, new_head: bool = False, recompute: str = "none"
+    ) -> PipelineModel:
+        return build_parallel_model(source.architecture, head, cluster, dtype=dtype, recompute=recompute)
+
+    patches = Patches()
+    try:
+        patches.set(setup, "HFCheckpointReader", _ConfigReader)
+        patches.set(setup, "build_model", build)
+        yield
+    finally:
+        patches.undo()
+
+
+@contextlib.contextmanager
+def _given_lengths(watcher: Watcher, workload: Workload, stop: int) -> Iterator[None]:
+    """End every response after `decode_steps` decode steps, and count those steps in a phase of their own."""
+    patches = Patches()
+    stack = contextlib.ExitStack()
+    collect, decode = ModelRunner.collect_sampled, ModelRunner.decode
+
+    def decoded(runner: ModelRunner, sequences: Any) -> None:
+        if watcher.counts is not watcher.phases.get(DECODE):
+            stack.enter_context(watcher.phase(DECODE))
+        decode(runner, sequences)
+
+    def collected(runner: ModelRunner) -> tuple[list[int], list[float]]:
+        tokens, logprobs = collect(runner)
+        ids, positions = (_known(x) for x in (runner._sequence_ids_N, runner._next_positions_N))
+        for row, (number, position) in enumerate(zip(ids.tolist(), positions.tolist(), strict=True)):
+            is_last = position - workload.prompts[number // workload.samples] >= workload.decode_steps
+            tokens[row] = stop if is_last else 1
+        return tokens, logprobs
+
+    try:
+        patches.set(ModelRunner, "decode", decoded)
+        patches.set(ModelRunner, "collect_sampled", collected)
+        yield
+    finally:
+        stack.close()
+        patches.undo()
+
+
+def _known(x: torch.Tensor) -> torch.Tensor:
+    values = shadows.values_of(x) if x.is_meta else x
+    assert values is not None, "the values come from the host"
+    return values
+
+
+@contextlib.contextmanager
+def _given_shapes(watcher: Watcher) -> Iterator[None]:
+    """Announce to this rank the shapes of its neighbours' messages: those of its own micro-batches, in order."""
+    run = Role._run
+    patches = Patches()
+
+    def announced(role: Role, chunks: Any, work: Any, *args: Any, **options: Any) -> Any:
+        from megatron.core import parallel_state
+
+        config = role.model.config
+        ranks = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        shapes = [[batch.n_tokens // ranks, 1, config.hidden_size] for batch, _ in work]
+        stage = dist.get_rank(parallel_state.get_pipeline_model_parallel_group())
+        watcher.expected_shapes = {stage - 1: list(shapes), stage + 1: list(shapes)}
+        return run(role, chunks, work, *args, **options)
+
+    try:
+        patches.set(Role, "_run", announced)
+        yield
+    finally:
+        patches.undo()
+
+
+@contextlib.contextmanager
+def _phases_of_steps(watcher: Watcher, phases: dict[str, str]) -> Iterator[None]:
+    """Count every optimizer step in the phase of its role, and label the state that the optimizer allocates."""
+    step = TrainableRole.train_step
+    patches = Patches()
+
+    def phased(role: TrainableRole, work: Any) -> Any:
+        with watcher.phase(phases[role.name]):
+            outcome = step(role, work)
+        for inner in inner_optimizers(role.optimizer):
+            for state in inner.optimizer.state.values():
+                for value in state.values():
+                    if isinstance(value, torch.Tensor):
+                        watcher.device.label(value, memory.OPTIMIZER)
+        return outcome
+
+    try:
+        patches.set(TrainableRole, "train_step", phased)
+        yield
+    finally:
+        patches.undo()
+
+
+def layout_of(config: PPOConfig) -> Layout:
+    """Return the layout of a run."""
+    return Layout.of(config.parallel)

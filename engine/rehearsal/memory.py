@@ -1,0 +1,134 @@
+"""Live storages by category, their peak, and what was alive then.
+
+A storage counts from the operator that allocates it until its last tensor is gone. Its category is known at the end
+alone: an activation is a tensor of a forward pass that a backward pass frees. So every event is kept, and `peak` walks
+through them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from icegrt.rehearsal.sites import Site
+
+PARAMETERS, GRADIENTS, OPTIMIZER, KV_CACHE = "parameters", "gradients", "optimizer state", "KV cache"
+LOGITS, ACTIVATIONS, TEMPORARY = "logits chunk", "activations", "temporary"
+CATEGORIES = (PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, KV_CACHE, TEMPORARY)
+
+
+@dataclass(slots=True)
+class Block:
+    """One storage.
+
+    Attributes:
+        bytes: as the allocator rounds them.
+        category: of `CATEGORIES`; TEMPORARY until something better is known.
+        site: the line that allocated it.
+        is_saved: allocated in a forward pass with gradients, so that a backward may free it.
+    """
+
+    bytes: int
+    category: str
+    site: Site
+    is_saved: bool
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The largest sum of live storages.
+
+    Attributes:
+        bytes: the sum.
+        by_category: its parts.
+        largest: the blocks that were alive, largest first.
+    """
+
+    bytes: int
+    by_category: dict[str, int]
+    largest: list[Block]
+
+
+class Ledger:
+    """The storages of one device.
+
+    Args:
+        rounding: bytes that every storage is rounded up to a multiple of (512: CUDA's caching allocator).
+    """
+
+    def __init__(self, rounding: int = 1) -> None:
+        self._rounding = rounding
+        self._live: dict[int, int] = {}  # storage -> block
+        self._blocks: list[Block] = []
+        # Block + 1 where it is allocated, its negative where it is freed.
+        self._events = array("q")
+        self._totals = array("q")  # bytes after each event
+        self.bytes = 0
+
+    def add(
+        self, storage: torch.UntypedStorage, site: Callable[[], Site], is_saved: bool, in_backward: Callable[[], bool]
+    ) -> Block | None:
+        """Count a storage unless it is counted already. Returns its block if it is new."""
+        key = storage._cdata
+        if key in self._live or not storage.nbytes():
+            return None
+        size = -(-storage.nbytes() // self._rounding) * self._rounding
+        number = len(self._blocks)
+        block = Block(size, TEMPORARY, site(), is_saved)
+        self._blocks.append(block)
+        self._live[key] = number
+        self._events.append(number + 1)
+        self.bytes += size
+        self._totals.append(self.bytes)
+        weakref.finalize(storage, self._free, key, number, in_backward).atexit = False
+        return block
+
+    def label(self, tensor: torch.Tensor, category: str) -> None:
+        """Set the category of a tensor's storage."""
+        number = self._live.get(tensor.untyped_storage()._cdata)
+        if number is not None:
+            self._blocks[number].category = category
+
+    def label_since(self, start: int, category: str) -> None:
+        """Set the category of live storages that were allocated after the moment `start` and have none."""
+        first = max(self._events[:start], default=0)  # storages are numbered in the order of allocation
+        for number in self._live.values():
+            if self._blocks[number].category == TEMPORARY and number >= first:
+                self._blocks[number].category = category
+
+    def mark(self) -> int:
+        """Return the present moment, for `peak`."""
+        return len(self._events)
+
+    def peak(self, start: int = 0, stop: int | None = None) -> Peak:
+        """Return the peak between two moments; what was alive at `start` counts."""
+        # Bytes after each event of the span; those at its start come first.
+        totals = [self._totals[start - 1] if start else 0, *self._totals[start:stop]]
+        highest = max(totals)
+        moment = start + totals.index(highest)
+        alive: set[int] = set()
+        for event in self._events[:moment]:
+            if event > 0:
+                alive.add(event - 1)
+            else:
+                alive.discard(-event - 1)
+        blocks = sorted((self._blocks[number] for number in alive), key=lambda block: -block.bytes)
+        by_category = dict.fromkeys(CATEGORIES, 0)
+        for block in blocks:
+            by_category[block.category] += block.bytes
+        return Peak(highest, by_category, blocks)
+
+    def _free(self, key: int, number: int, in_backward: Callable[[], bool]) -> None:
+        if self._live.get(key) != number:
+            return
+        del self._live[key]
+        block = self._blocks[number]
+        self._events.append(-number - 1)
+        self.bytes -= block.bytes
+        self._totals.append(self.bytes)
+        if block.is_saved and block.category == TEMPORARY and in_backward():
+            block.category = ACTIVATIONS
