@@ -277,7 +277,10 @@ def constants(heads: int, groups: int, width: int, dtype: torch.dtype, chunks: b
     # Triton 3.6 to 3.9 spill registers on sm_80, sm_90 or sm_100 with more pairs, tokens or stages, or fewer warps.
     tile = PAIRS_OF_CHUNKS if block <= 128 else PAIRS_OF_CHUNKS // 2
     pairs = max(16, triton.next_power_of_2(group), tile if chunks and not wide else 16)
-    tokens = 16 if wide else 64 if block * pairs <= 16 * 128 else 32
+    if wide:
+        tokens = 16 if block <= 64 else 32
+    else:
+        tokens = 64 if block * pairs <= 16 * 128 else 32
     return {"GROUP": group, "PAIRS": pairs, "TOKENS": tokens, "BLOCK": block, "WIDE": wide}
 
 
