@@ -2,14 +2,19 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <cstdint>
 #include <optional>
 #include <string>
 
 #include "arrays.hpp"
 #include "balance.hpp"
 #include "pack.hpp"
+#include "rms_norm.hpp"
+#include "rope.hpp"
 #include "scheduler_invariants.hpp"
 #include "shaped_gae.hpp"
+#include "swiglu.hpp"
 
 namespace py = pybind11;
 using namespace icegrt;
@@ -97,6 +102,82 @@ void def_shaped_gae(py::module_& m, const char* name) {
         py::arg("advantage_A"), py::arg("return_A"), py::arg("reward_A"), py::arg("kl_N"), py::arg("kl_estimator"),
         py::arg("kl_coef"), py::arg("gamma"), py::arg("lam"), py::arg("threads"),
         "Write rewards, advantages, returns and KL to the output arrays; return (count, mean, m2) of the advantages.");
+}
+
+// The trunk's operations run thousands of times per iteration on little data, and numpy has no bf16: their wrappers in
+// Python check tensors once, and pass addresses. An address of 0 is an absent tensor.
+using Address = std::uintptr_t;
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Calls f with a value of the type that a name in Python stands for.
+template <typename F>
+void with_dtype(const std::string& dtype, const F& f) {
+  if (dtype == "float32") return f(float());
+  if (dtype == "bfloat16") return f(BFloat16());
+  require(dtype == "float64", "dtype: expected float32, bfloat16 or float64, got ", dtype);
+  f(double());
+}
+
+using Rows = std::array<int64_t, 5>;
+
+RowLayout row_layout(const Rows& rows) { return {rows[0], rows[1], rows[2], rows[3], rows[4]}; }
+
+void py_rms_norm_forward(const std::string& dtype, const Rows& rows, Address x, Address residual, Address weight,
+                         Address out, Address sum, Address scale, double eps, int64_t threads) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    rms_norm_forward<T>({row_layout(rows), at<T>(x), at<T>(residual), at<T>(weight), at<T>(out), at<T>(sum),
+                         at<Wide<T>>(scale), eps},
+                        threads);
+  });
+}
+
+void py_rms_norm_backward(const std::string& dtype, const Rows& rows, Address grad, Address grad_sum, Address sum,
+                          Address weight, Address scale, Address grad_x, Address grad_weight, int64_t threads) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    rms_norm_backward<T>({row_layout(rows), at<T>(grad), at<T>(grad_sum), at<T>(sum), at<T>(weight),
+                          at<Wide<T>>(scale), at<T>(grad_x), nullptr},
+                         at<Wide<T>>(grad_weight), threads);
+  });
+}
+
+// Heads by group, and strides between tokens, groups and heads, of the source and of the result.
+using HeadStrides = std::array<int64_t, 7>;
+
+void py_rope(const std::string& dtype, const std::array<Address, 3>& from, const std::array<Address, 3>& to,
+             const std::array<HeadStrides, 3>& strides, Address cos, Address sin, int64_t tokens, int64_t groups,
+             int64_t half, bool inverse, int64_t threads) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    Rotation<T> a{{}, {}, at<Wide<T>>(cos), at<Wide<T>>(sin), tokens, groups, half, inverse ? Wide<T>(-1) : Wide<T>(1)};
+    for (int part = 0; part < 3; ++part) {
+      const HeadStrides& s = strides[part];
+      a.from[part] = {at<const T>(from[part]), s[0], s[1], s[2], s[3]};
+      a.to[part] = {at<T>(to[part]), s[0], s[4], s[5], s[6]};
+    }
+    rope<T>(a, threads);
+  });
+}
+
+void py_swiglu_forward(const std::string& dtype, Address gate_up, Address out, int64_t rows, int64_t width,
+                       int64_t threads) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    swiglu_forward<T>({at<T>(gate_up), nullptr, at<T>(out), rows, width}, threads);
+  });
+}
+
+void py_swiglu_backward(const std::string& dtype, Address gate_up, Address grad, Address grad_gate_up, int64_t rows,
+                        int64_t width, int64_t threads) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    swiglu_backward<T>({at<T>(gate_up), at<T>(grad), at<T>(grad_gate_up), rows, width}, threads);
+  });
 }
 
 // A view of an array of the scheduler, which stays alive with it; valid until the next plan.
@@ -205,5 +286,11 @@ PYBIND11_MODULE(_C, m) {
         "Assign sequences; return (micro-batches per rank, order, offsets, tokens per micro-batch).");
   def_shaped_gae<float>(m, "shaped_gae_float32");
   def_shaped_gae<double>(m, "shaped_gae_float64");
+  const auto without_gil = py::call_guard<py::gil_scoped_release>();
+  m.def("rms_norm_forward", &py_rms_norm_forward, without_gil, "Write the norm of rows, and their sums with a residual.");
+  m.def("rms_norm_backward", &py_rms_norm_backward, without_gil, "Write the gradients by rows and by the weight.");
+  m.def("rope", &py_rope, without_gil, "Write rotated queries and keys, and values as they are.");
+  m.def("swiglu_forward", &py_swiglu_forward, without_gil, "Write silu(gate) * up of rows.");
+  m.def("swiglu_backward", &py_swiglu_backward, without_gil, "Write the gradients by gate and up.");
   def_scheduler(m);
 }

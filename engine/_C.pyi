@@ -40,6 +40,53 @@ def shaped_gae_float32(
 
 shaped_gae_float64 = shaped_gae_float32
 
+# The operations of the trunk take the dtype's name, and addresses of contiguous memory or of the first head or row;
+# 0 is an absent tensor. `rows` are the number of rows, their width, and how they lie (see csrc/rms_norm.hpp).
+def rms_norm_forward(
+    dtype: str,
+    rows: tuple[int, int, int, int, int],
+    x: int,
+    residual: int,
+    weight: int,
+    out: int,
+    total: int,
+    scale: int,
+    eps: float,
+    threads: int,
+    /,
+) -> None: ...
+def rms_norm_backward(
+    dtype: str,
+    rows: tuple[int, int, int, int, int],
+    grad: int,
+    grad_total: int,
+    total: int,
+    weight: int,
+    scale: int,
+    grad_x: int,
+    grad_weight: int,
+    threads: int,
+    /,
+) -> None: ...
+def rope(
+    dtype: str,
+    source: tuple[int, ...],
+    to: tuple[int, ...],
+    strides: tuple[tuple[int, ...], ...],
+    cos: int,
+    sin: int,
+    tokens: int,
+    groups: int,
+    half: int,
+    inverse: bool,
+    threads: int,
+    /,
+) -> None: ...
+def swiglu_forward(dtype: str, gate_up: int, out: int, rows: int, width: int, threads: int, /) -> None: ...
+def swiglu_backward(
+    dtype: str, gate_up: int, grad: int, grad_gate_up: int, rows: int, width: int, threads: int, /
+) -> None: ...
+
 class BlockScheduler:
     """Tokens and counts are int32, ids int64; see csrc/scheduler.hpp."""
 

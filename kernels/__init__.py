@@ -10,8 +10,11 @@ from .kl_divergence import kl_divergence
 from .linear import default_chunk_rows, linear_logprobs, linear_ppo_loss
 from .pack_padded import pack_padded
 from .ppo_policy_loss import ppo_policy_loss
+from .rms_norm import add_rms_norm, rms_norm
+from .rope import rope, rope_qkv
 from .sample_tokens import sample_tokens
 from .shaped_gae import shaped_gae
+from .swiglu import swiglu
 from .token_logprobs import token_logprobs
 from .types import (
     Moments,
@@ -37,6 +40,7 @@ __all__ = [
     "ValueLoss",
     "ValueStats",
     "VocabShard",
+    "add_rms_norm",
     "available_backends",
     "default_chunk_rows",
     "describe",
@@ -47,8 +51,12 @@ __all__ = [
     "pack_padded",
     "ppo_policy_loss",
     "record_launches",
+    "rms_norm",
+    "rope",
+    "rope_qkv",
     "sample_tokens",
     "shaped_gae",
+    "swiglu",
     "token_logprobs",
     "use_backend",
     "value_loss",

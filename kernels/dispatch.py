@@ -67,6 +67,31 @@ IMPLEMENTATIONS = MappingProxyType(
             "triton": "sample_tokens.triton:sample_tokens",
             "reference": "sample_tokens.reference:sample_tokens",
         },
+        "rms_norm": {
+            "triton": "rms_norm.triton:rms_norm",
+            "cpp": "rms_norm.cpp:rms_norm",
+            "reference": "rms_norm.reference:rms_norm",
+        },
+        "add_rms_norm": {
+            "triton": "rms_norm.triton:add_rms_norm",
+            "cpp": "rms_norm.cpp:add_rms_norm",
+            "reference": "rms_norm.reference:add_rms_norm",
+        },
+        "rope": {
+            "triton": "rope.triton:rope",
+            "cpp": "rope.cpp:rope",
+            "reference": "rope.reference:rope",
+        },
+        "rope_qkv": {
+            "triton": "rope.triton:rope_qkv",
+            "cpp": "rope.cpp:rope_qkv",
+            "reference": "rope.reference:rope_qkv",
+        },
+        "swiglu": {
+            "triton": "swiglu.triton:swiglu",
+            "cpp": "swiglu.cpp:swiglu",
+            "reference": "swiglu.reference:swiglu",
+        },
         "pack_padded": {"reference": "pack_padded:pack_rows"},
     }
 )

@@ -156,6 +156,9 @@ class Architecture:
             normalization="RMSNorm",
             gated_linear_unit=True,
             activation_func=torch.nn.functional.silu,
+            # Megatron 0.16: only this switch gives the activation the fused output of gate and up. The function is that
+            # of the layer specification, icegrt's own.
+            use_te_activation_func=True,
             add_bias_linear=False,
             add_qkv_bias=self.qkv_bias,
             qk_layernorm=self.family.qk_norm,

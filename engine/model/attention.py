@@ -114,6 +114,13 @@ def packed_causal_attention(
     varlen = flash_attention() if q_THD.is_cuda and q_THD.dtype in _FLASH_DTYPES else None
     if varlen is not None:
         return flash_varlen_attention(varlen, q_THD, k_THD, v_THD, lengths, window, cu_seqlens=cu_seqlens)
+    # Torch 2.13: on a CPU, SDPA in half precision takes up to 5 times as long as in fp32, copies included -> widened.
+    widened = q_THD.device.type == "cpu" and q_THD.dtype in _FLASH_DTYPES
+    heads = [tensor.float() if widened else tensor for tensor in (q_THD, k_THD, v_THD)]
+    return _attend_by_length(*heads, lengths, window).to(q_THD.dtype)
+
+
+def _attend_by_length(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, lengths: list[int], window: int | None) -> Tensor:
     if len(set(lengths)) == 1:
         return _equal_lengths(q_THD, k_THD, v_THD, lengths[0], window)
     per_sequence = [tensor.split(lengths) for tensor in (q_THD, k_THD, v_THD)]
@@ -126,7 +133,11 @@ def packed_causal_attention(
             for index in indices:
                 out[index] = per_sequence[0][index]
             continue
-        q, k, v = (torch.cat([tensors[index] for index in indices]) for tensors in per_sequence)
+        # A sequence that shares its length with none is read in place.
+        q, k, v = (
+            torch.cat([tensors[index] for index in indices]) if len(indices) > 1 else tensors[indices[0]]
+            for tensors in per_sequence
+        )
         for index, result in zip(indices, _equal_lengths(q, k, v, length, window).split(length), strict=True):
             out[index] = result
     return torch.cat(out)

@@ -6,10 +6,8 @@ trunk is assembled here. Positions come with the stream, so rope is computed by 
 
 from __future__ import annotations
 
-import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import ModelType
@@ -22,49 +20,8 @@ from megatron.core.transformer.transformer_block import (
 from torch import Tensor, nn
 
 from icegrt.model.architecture import Architecture
-from icegrt.model.attention import AttentionMetadata, PackedAttention
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm, y = x / sqrt(mean(x^2) + eps) * weight.
-
-    Megatron 0.16: the local norm rejects sequence parallelism -> this one marks its weight, so that Megatron sums the
-    weight's gradient over tensor-parallel ranks.
-    """
-
-    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **kwargs) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-
-
-class BiasedProjection(RowParallelLinear):
-    """Attention's output projection with a bias.
-
-    Megatron 0.16: one switch gives attention and MLP a bias -> this layer has a bias of its own.
-    """
-
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **(kwargs | {"bias": True}))
-
-
-def layer_spec(config, architecture: Architecture):
-    """Return Megatron's local layer specification with icegrt's norm and packed attention."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
-    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    # Megatron 0.16: an MLP that reads its width from the configuration warns. The spec passes it.
-    layer.mlp.params = {"ffn_hidden_size": config.ffn_hidden_size}
-    attention.core_attention = PackedAttention
-    if architecture.projection_bias:
-        attention.linear_proj = BiasedProjection
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return spec
+from icegrt.model.attention import AttentionMetadata
+from icegrt.model.layer import RMSNorm, layer_spec, rope_table
 
 
 def _mark_sharded_weights(trunk: nn.Module) -> None:
@@ -136,8 +93,7 @@ class Trunk(LanguageModule):
             # torch's matmul selects its kernel by strides and by whether the weight needs a gradient: with the strides
             # of the transposed stream, the frozen reference and the actor differ in their last bits. We normalise them.
             hidden = hidden.flatten(0, 1).unsqueeze(1)
-        angles = torch.outer(positions_T.float(), self.inverse_frequencies)
-        rope = torch.cat((angles, angles), dim=-1)[:, None, None, :]
+        rope = rope_table(positions_T, self.inverse_frequencies)
         return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rope, packed_seq_params=metadata)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:

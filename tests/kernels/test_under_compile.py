@@ -9,6 +9,7 @@ from icegrt.kernels import (
     linear_ppo_loss,
     masked_moments,
     ppo_policy_loss,
+    rms_norm,
     sample_tokens,
     shaped_gae,
     token_logprobs,
@@ -32,6 +33,7 @@ def calls(x, hidden, weight):
         "value_loss": lambda t: value_loss(x, x * 2, x, normalizer=5.0, clip=t).loss,
         "kl_divergence": lambda t: kl_divergence(x, x * t, "k3"),
         "shaped_gae": lambda t: shaped_gae(score, x, x, ref, cu, kl_coef=t, lam=t).advantage_A,
+        "rms_norm": lambda t: rms_norm(hidden, weight[0], eps=t),
         "whiten": lambda t: whiten(x, masked_moments(x), eps=t),
         "sample_tokens": lambda t: sample_tokens(hidden @ weight.t(), temperature=t, **keys)[1],
     }

@@ -26,7 +26,13 @@ from tests.helpers.rehearsals import rehearse_rank, small_config, write_model
 BUDGETS = yaml.safe_load((Path(__file__).parent / "budgets.yaml").read_text())
 DECODE_STEPS = 3  # of small_workload
 # Code of a layer: the trunk, attention and its norms. The embedding and the head are outside.
-LAYER = ("icegrt/model/trunk.py", "icegrt/model/attention.py", "icegrt/rehearsal/", "icegrt/kernels/")
+LAYER = (
+    "icegrt/model/trunk.py",
+    "icegrt/model/layer.py",
+    "icegrt/model/attention.py",
+    "icegrt/rehearsal/",
+    "icegrt/kernels/",
+)
 LAYER_OF_MEGATRON = ("transformer/", "tensor_parallel/layers.py", "models/common/embeddings/rope", "fusions/", "jit")
 OPTIMIZER = ("icegrt/roles/optimizer.py", "megatron/core/optimizer/", "torch/optim/")
 

@@ -150,6 +150,6 @@ def test_counts_of_a_rehearsal_are_those_of_the_run(tmp_path, tensor):
             continue
         assert differences(rehearsed[phase][0], launches) == {}, phase
         assert rehearsed[phase][1] == transfers, phase
-    assert sum(phase[2] for phase in real.values()) < 0.03 * sum(sum(phase[0].values()) for phase in real.values())
+    assert sum(phase[2] for phase in real.values()) < 0.06 * sum(sum(phase[0].values()) for phase in real.values())
     assert watcher.device.peak().bytes == pytest.approx(real_peak, rel=0.03)
     assert watcher.device.peak().bytes == pytest.approx(profiled, rel=0.03)

@@ -52,6 +52,7 @@ class KVCache:
         self._slots = torch.arange(slots, device=device)
         self._mask_of_window: dict[int | None, Tensor] = {}
         self._longest = 0
+        self._new_offsets = self.lengths[:0]
 
     def allocate(self, lengths: list[int], copies: list[int]) -> PrefillSlots:
         """Allocate slots after the used ones: prompt i of `lengths[i]` tokens gets `copies[i]` neighbouring slots."""
@@ -79,6 +80,7 @@ class KVCache:
         """Add one token to every used slot; `attend` writes its key and value at offset `lengths - 1`."""
         self.lengths[: self.used] += 1
         self._longest = int(self.lengths[: self.used].max())
+        self._new_offsets = self.lengths[: self.used] - 1
         self._mask_of_window.clear()
 
     def attend(self, layer: int, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, window: int | None = None) -> Tensor:
@@ -96,17 +98,18 @@ class KVCache:
         """
         row = self.row_of_layer[layer]
         keys, values = self.keys[row], self.values[row]
-        slots, offsets = self._slots[: self.used], self.lengths[: self.used] - 1
-        keys[slots, :, offsets] = k_NHD
-        values[slots, :, offsets] = v_NHD
+        slots = self._slots[: self.used]
+        keys[slots, :, self._new_offsets] = k_NHD
+        values[slots, :, self._new_offsets] = v_NHD
+        # The queries of a group are rows of one head: its keys and values are read once, and never copied per query.
+        grouped = q_NHD.unflatten(1, (keys.shape[1], -1))
         out = scaled_dot_product_attention(
-            q_NHD.unsqueeze(2),
+            grouped,
             keys[: self.used, :, : self._longest],
             values[: self.used, :, : self._longest],
             attn_mask=self._mask(window),
-            enable_gqa=q_NHD.shape[1] != k_NHD.shape[1],
         )
-        return out.squeeze(2)
+        return out.flatten(1, 2)
 
     def _mask(self, window: int | None) -> Tensor:
         # All layers of a step with the same window share a mask.

@@ -1,0 +1,97 @@
+// Numbers of the trunk's operations: bf16 is read and written by hand, and arithmetic is in float (double for double).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+// A function marked ICEGRT_SIMD is compiled for several instruction sets; the loader selects one when the module loads.
+// Its templates must be inlined into it, so they are marked ICEGRT_INLINE.
+// Only the levels of x86-64 go by features; a name of a processor would match that maker's alone.
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
+#define ICEGRT_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define ICEGRT_SIMD
+#endif
+#define ICEGRT_INLINE inline __attribute__((always_inline))
+
+namespace icegrt {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+ICEGRT_INLINE float wide(float x) { return x; }
+ICEGRT_INLINE double wide(double x) { return x; }
+ICEGRT_INLINE float wide(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+template <typename T>
+using Wide = decltype(wide(T()));
+
+ICEGRT_INLINE void store(float& out, float x) { out = x; }
+ICEGRT_INLINE void store(double& out, double x) { out = x; }
+// Rounds to the nearest bf16, ties to even. A NaN stays one: its upper half alone could be infinity.
+ICEGRT_INLINE void store(BFloat16& out, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  out.bits = static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
+}
+
+// exp(x) for |x| up to 88, in a form that vectorises: 2^n e^r with |r| <= log(2) / 2, and the series of e^r to r^7.
+ICEGRT_INLINE float vector_exp(float x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: the sum's lowest bits are the nearest integer
+  x = x > 88.0f ? 88.0f : x;
+  x = x < -87.0f ? -87.0f : x;
+  const float shifted = x * 1.44269504088896f + kRound;
+  const float n = shifted - kRound;
+  // log(2) in two parts: n times the first is exact.
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float series = 1.0f / 720.0f + r * (1.0f / 5040.0f);
+  series = 1.0f / 24.0f + r * (1.0f / 120.0f + r * series);
+  series = 1.0f + r * (1.0f + r * (0.5f + r * (1.0f / 6.0f + r * series)));
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  const uint32_t exponent = (bits + 127u) << 23;
+  float power;
+  std::memcpy(&power, &exponent, sizeof power);
+  return series * power;
+}
+ICEGRT_INLINE double vector_exp(double x) { return __builtin_exp(x); }
+
+template <typename W>
+ICEGRT_INLINE W sigmoid(W x) {
+  return W(1) / (W(1) + vector_exp(-x));
+}
+
+// Starting a thread costs about as much as this many elements.
+constexpr int64_t kElementsPerThread = 1 << 17;
+
+// Runs f(first, last) over `items` on up to `threads` threads. Which thread runs an item changes no result.
+template <typename F>
+void parallel_for(int64_t items, int64_t elements_per_item, int64_t threads, const F& f) {
+  const int64_t useful = items * elements_per_item / kElementsPerThread;
+  const int64_t parts = std::max<int64_t>(1, std::min({threads, useful, items}));
+  std::vector<std::thread> workers;
+  int64_t started = 1;
+  try {
+    for (; started < parts; ++started) {
+      workers.emplace_back([=, &f] { f(items * started / parts, items * (started + 1) / parts); });
+    }
+  } catch (const std::system_error&) {
+    // The system starts no further thread: this one runs the remaining parts.
+  }
+  f(0, items / parts);
+  if (started < parts) f(items * started / parts, items);
+  for (std::thread& worker : workers) worker.join();
+}
+
+}  // namespace icegrt

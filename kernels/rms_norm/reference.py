@@ -1,0 +1,23 @@
+"""The root-mean-square norm in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..common.precision import widen
+from ..validate import wide_dtype
+
+
+def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    """Return the norm of the rows of x; see the public function."""
+    dtype = wide_dtype(x, weight_H)
+    wide = widen(x, dtype)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale * widen(weight_H, dtype)).to(x.dtype).contiguous()
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the norm of x + residual, and the sum; see the public function."""
+    total = (x + residual).contiguous()
+    return rms_norm(total, weight_H, eps), total

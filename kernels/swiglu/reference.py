@@ -1,0 +1,15 @@
+"""swiglu in plain PyTorch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import silu
+
+from ..common.precision import widen
+from ..validate import wide_dtype
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Return silu(gate) * up; see the public function."""
+    gate, up = widen(gate_up, wide_dtype(gate_up)).chunk(2, dim=-1)
+    return (silu(gate) * up).to(gate_up.dtype)
