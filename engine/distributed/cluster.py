@@ -231,7 +231,9 @@ def _start(layout: Layout) -> Cluster:
         if on_gpu and layout.pipeline > 1:
             # NCCL serves the sends and receives of two ranks in one queue: each direction needs a group of its own.
             ranks = dist.get_process_group_ranks(return_group)
-            return_group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
+            return_group = dist.new_group(
+                ranks, timeout=timeout, use_local_synchronization=True, group_desc="PIPELINE_RETURN_GROUP"
+            )
         control = monitor = None
         if world_size > 1:
             control = Control(_connection(store, "control"), rank, world_size)

@@ -6,12 +6,14 @@ every allocation, and knows nothing of the watcher.
 """
 
 import contextlib
+import gc
 import pickle
 from collections import Counter, defaultdict
 from unittest import mock
 
 import pytest
 import torch
+from triton.runtime import interpreter
 
 from icegrt.distributed.cluster import Cluster
 from icegrt.kernels.dispatch import play_device
@@ -105,8 +107,24 @@ def watched(config, cluster, device_type):
     return watcher
 
 
+@contextlib.contextmanager
+def released_tensors():
+    """Release the tensors of a kernel after it.
+
+    Triton 3: its interpreter leaves closures in a cycle, which hold the arguments until Python collects them.
+    """
+    run = interpreter.GridExecutor.__call__
+
+    def collected(executor, *args, **options):
+        run(executor, *args, **options)
+        gc.collect(1)
+
+    with mock.patch.object(interpreter.GridExecutor, "__call__", collected):
+        yield
+
+
 def real_rank(config, path):
-    with Cluster.open(layout_of(config)) as cluster:
+    with Cluster.open(layout_of(config)) as cluster, released_tensors():
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             watcher = watched(config, cluster, "cpu")
         if cluster.rank == 0:
