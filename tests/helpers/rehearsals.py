@@ -4,6 +4,7 @@ import contextlib
 import json
 
 from icegrt.config import PPOConfig
+from icegrt.rehearsal.counts import TO_DEVICE
 from icegrt.rehearsal.device import rehearsed_gpu, rehearsed_world
 from icegrt.rehearsal.driver import layout_of, run_iteration
 from icegrt.rehearsal.watcher import Watcher
@@ -72,3 +73,17 @@ def played_gpu():
     watcher = Watcher()
     with rehearsed_gpu(watcher, 80 * GIB), watcher, watcher.phase("block") as counts:
         yield counts
+
+
+@contextlib.contextmanager
+def played_rank(layout, rank, world_size):
+    """Let the meta device play the GPU of one rank; yield its cluster and the watcher."""
+    watcher = Watcher()
+    with rehearsed_gpu(watcher, 80 * GIB), rehearsed_world(layout, rank, world_size, 8) as cluster, watcher:
+        yield cluster, watcher
+
+
+def copies_to_device(counts):
+    """Return the numbers of copies to the device that make the host wait, and of those that do not."""
+    copies = [(copy.is_blocking, total.count) for copy, total in counts.copies.items() if copy.direction == TO_DEVICE]
+    return tuple(sum(count for is_blocking, count in copies if is_blocking == kind) for kind in (True, False))

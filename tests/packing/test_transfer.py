@@ -7,7 +7,9 @@ import torch
 
 from icegrt.packing import pack
 from icegrt.packing.transfer import copy_to_device, join, split
-from tests.helpers.device_watch import META, DeviceWatch
+from tests.helpers.rehearsals import copies_to_device, played_gpu
+
+META = torch.device("meta")
 
 TENSORS = [
     torch.arange(7),
@@ -30,13 +32,13 @@ def test_joined_tensors_are_split_into_the_same_bits():
 
 def test_tensors_of_the_host_share_a_copy_and_others_stay():
     there = torch.empty(4, device=META)
-    with DeviceWatch() as watch:
+    with played_gpu() as counts:
         moved = copy_to_device({"a": TENSORS[0], "there": there, "b": TENSORS[1]}, META, non_blocking=True)
     assert list(moved) == ["a", "there", "b"] and moved["there"] is there
-    assert sum(watch.copies.values()) == 1 and not watch.blocking_copies
-    with DeviceWatch() as watch:
+    assert copies_to_device(counts) == (0, 1)
+    with played_gpu() as counts:
         assert copy_to_device({"there": there}, META) == {"there": there}
-    assert not watch.copies and not watch.blocking_copies
+    assert copies_to_device(counts) == (0, 0)
 
 
 def test_a_batch_without_a_device_is_not_copied():

@@ -57,13 +57,25 @@ def multi_tensor_kernels(megatron_optimizer):
         group["foreach"] = True
 
 
+def without_cycles(launch):
+    """A launch in Triton's interpreter that leaves no reference cycles, which would keep its arguments alive."""
+
+    def launch_and_collect(self, *args, **kwargs):
+        launch(self, *args, **kwargs)
+        gc.collect()
+
+    return launch_and_collect
+
+
 @contextlib.contextmanager
 def same_backends(device_type):
+    executor = interpreter.GridExecutor
     with (
         play_device(device_type, "cuda"),  # Triton, in its interpreter
         mock.patch.object(attention, "scaled_dot_product_attention", plain_attention),
         mock.patch.object(contiguous, "scaled_dot_product_attention", plain_attention),
         mock.patch.object(optimizer, "_use_multi_tensor_kernels", multi_tensor_kernels),
+        mock.patch.object(executor, "__call__", without_cycles(executor.__call__)),
     ):
         yield
 
@@ -173,5 +185,7 @@ def test_counts_of_a_rehearsal_are_those_of_the_run(tmp_path, tensor):
         assert differences(rehearsed[phase][0], launches) == {}, phase
         assert rehearsed[phase][1] == transfers, phase
     assert sum(phase[2] for phase in real.values()) < 0.06 * sum(sum(phase[0].values()) for phase in real.values())
-    assert watcher.device.peak().bytes == pytest.approx(real_peak, rel=0.03)
-    assert watcher.device.peak().bytes == pytest.approx(profiled, rel=0.03)
+    # Two real ranks hold up to 3.6% more for a while, not the same in every run (docs/log.md, pieces of the trunk).
+    share = {1: 0.03, 2: 0.05}[tensor]
+    assert watcher.device.peak().bytes == pytest.approx(real_peak, rel=share)
+    assert watcher.device.peak().bytes == pytest.approx(profiled, rel=share)
