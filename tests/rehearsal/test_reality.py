@@ -119,28 +119,8 @@ def watched(config, cluster, device_type):
     return watcher
 
 
-@contextlib.contextmanager
-def released_tensors():
-    """Release the tensors of a kernel after it.
-
-    Triton 3: its interpreter leaves closures in a cycle, which hold the arguments until Python collects them.
-    """
-    run = interpreter.GridExecutor.__call__
-
-    def collected(executor, *args, **options):
-        run(executor, *args, **options)
-        gc.collect()
-
-    gc.freeze()  # what exists already need not be searched
-    try:
-        with mock.patch.object(interpreter.GridExecutor, "__call__", collected):
-            yield
-    finally:
-        gc.unfreeze()
-
-
 def real_rank(config, path):
-    with Cluster.open(layout_of(config)) as cluster, released_tensors():
+    with Cluster.open(layout_of(config)) as cluster:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             watcher = watched(config, cluster, "cpu")
         if cluster.rank == 0:
