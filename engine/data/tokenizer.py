@@ -13,6 +13,8 @@ from icegrt.errors import CheckpointError, ConfigError
 from icegrt.utils.files import model_folder, read_object
 from icegrt.utils.text import first_line
 
+_TOKENIZER_FILES = ("*token*", "vocab*", "*.model")
+
 
 def load_tokenizer(path: str | Path, print_info: Callable[[str], None] = warnings.warn) -> Any:
     """Load the tokenizer of a Hugging Face checkpoint and check it (see `check_tokenizer`).
@@ -29,6 +31,9 @@ def load_tokenizer(path: str | Path, print_info: Callable[[str], None] = warning
         raise CheckpointError(f"{path or 'an empty path'}: no such folder; expected a Hugging Face checkpoint")
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
         path = model_folder(folder) if folder.is_dir() else path
+    # transformers 5: from a config.json alone it makes an empty tokenizer -> every text has no tokens. We refuse.
+    if Path(path).is_dir() and not any(any(Path(path).glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise CheckpointError(f"{path}: no tokenizer; expected tokenizer.json and tokenizer_config.json there")
     from transformers import AutoTokenizer
 
     try:

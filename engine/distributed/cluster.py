@@ -149,14 +149,17 @@ class Cluster:
         ranks = dist.get_world_size(self.data_group)
         if ranks == 1:
             return [x]
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(ranks)]
-        dist.all_gather(sizes, torch.tensor([x.shape[0]], device=self.device), group=self.data_group)
-        counts = torch.cat(sizes).tolist()
+        # 1. Sizes, which the host waits for.
+        sizes = torch.empty(ranks, dtype=torch.int64, device=self.device)
+        dist.all_gather_into_tensor(sizes, torch.tensor([x.shape[0]], device=self.device), group=self.data_group)
+        counts = sizes.tolist()
+        # 2. Parts of the largest size in one tensor, and one copy of it to the host.
         padded = x.new_zeros(max(counts), *x.shape[1:], device=self.device)
         padded[: x.shape[0]] = x
-        parts = [torch.empty_like(padded) for _ in range(ranks)]
-        dist.all_gather(parts, padded, group=self.data_group)
-        return [part[:count].cpu() for part, count in zip(parts, counts, strict=True)]
+        parts = padded.new_empty(ranks * padded.shape[0], *padded.shape[1:])
+        dist.all_gather_into_tensor(parts, padded, group=self.data_group)
+        on_host = parts.cpu().view(ranks, *padded.shape)
+        return [part[:count] for part, count in zip(on_host, counts, strict=True)]
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Return the sums of `values` over data-parallel ranks, in fp64. Collective."""
@@ -228,7 +231,9 @@ def _start(layout: Layout) -> Cluster:
         if on_gpu and layout.pipeline > 1:
             # NCCL serves the sends and receives of two ranks in one queue: each direction needs a group of its own.
             ranks = dist.get_process_group_ranks(return_group)
-            return_group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
+            return_group = dist.new_group(
+                ranks, timeout=timeout, use_local_synchronization=True, group_desc="PIPELINE_RETURN_GROUP"
+            )
         control = monitor = None
         if world_size > 1:
             control = Control(_connection(store, "control"), rank, world_size)

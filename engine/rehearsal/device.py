@@ -22,11 +22,14 @@ from icegrt.distributed.cpu_backend import Patches, apply_device
 from icegrt.distributed.layout import Layout
 from icegrt.distributed.megatron import load_megatron
 from icegrt.errors import RunError
-from icegrt.kernels.dispatch import play_device
+from icegrt.kernels.dispatch import play_device, played_kind
 from icegrt.rehearsal.attention import attend_varlen, scaled_dot_product_attention
+from icegrt.rehearsal.sites import current_site
 from icegrt.rehearsal.watcher import Watcher
 
 META = torch.device("meta")
+# Bound to the device type: a collective of a host tensor then finds no backend, as in a group of NCCL.
+_FAKE = "meta:fake"
 
 
 class _Stream:
@@ -138,9 +141,6 @@ def rehearsed_world(layout: Layout, rank: int, world_size: int, gpus_per_node: i
     if dist.is_initialized():
         raise RunError("this process has process groups already; rehearse in a process of its own")
     load_megatron()
-    from megatron.core import parallel_state
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     variables = {
         "WORLD_SIZE": str(world_size),
         "RANK": str(rank),
@@ -158,21 +158,46 @@ def rehearsed_world(layout: Layout, rank: int, world_size: int, gpus_per_node: i
         patches.set(cluster_module, "HangMonitor", _LoneControl)
         for name in ("broadcast_object_list", "all_gather_object", "gather_object"):
             patches.set(dist, name, _object_collective(name))
-        patches.set(parallel_state, "create_group", _without_backend(parallel_state.create_group))
-        dist.init_process_group("meta:fake", store=FakeStore(), rank=rank, world_size=world_size)
-        stack.callback(dist.destroy_process_group)
+        patches.set(dist, "init_process_group", _first_group(dist.init_process_group))
+        patches.set(dist, "new_group", _further_group(dist.new_group))
         cluster = Cluster.open(layout)
         stack.callback(cluster.close)  # without the error: no other rank waits to hear of it
         yield cluster
 
 
-def _without_backend(create_group: Any) -> Any:
-    """Return Megatron's function that creates a group, with the default backend for every group: the fake one."""
+def _first_group(init_process_group: Any) -> Any:
+    """Return torch's function with fake groups in the role of NCCL's; other backends are refused."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    def create(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
-        return create_group(*args, **kwargs)
+    def init(backend: str, *, store: Any, world_size: int, rank: int, **options: Any) -> None:
+        _check_backend(backend)
+        init_process_group(_FAKE, store=FakeStore(), world_size=world_size, rank=rank)
+        _name_backend(dist.group.WORLD)
 
-    return create
+    return init
+
+
+def _further_group(new_group: Any) -> Any:
+    """Return torch's function with fake groups in the role of NCCL's; other backends are refused."""
+
+    def new(*args: Any, backend: str | None = None, **options: Any) -> Any:
+        _check_backend(backend)
+        group = new_group(*args, **options)
+        _name_backend(group)
+        return group
+
+    return new
+
+
+def _check_backend(backend: str | None) -> None:
+    if backend not in (None, "nccl") and played_kind("meta") == "cuda":
+        raise RunError(f"{current_site()}: a process group of {backend}; on GPUs every group is NCCL's alone")
+
+
+def _name_backend(group: Any) -> None:
+    # torch 2: a group of one device type has no default backend -> torch warns when the group is destroyed.
+    if isinstance(group, dist.ProcessGroup):
+        group._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
 
 
 def _object_collective(name: str) -> Any:

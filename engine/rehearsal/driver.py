@@ -91,7 +91,10 @@ def run_iteration(
         report: called with the name of each phase.
     """
     if cluster.layout.virtual_pipeline > 1:
-        raise ConfigError("rehearse: parallel.virtual_pipeline above 1 cannot be rehearsed yet; set it to 1")
+        raise ConfigError(
+            "rehearse: parallel.virtual_pipeline above 1 cannot be rehearsed, because interleaved stages exchange the "
+            "shapes of their messages with ranks that do not exist here; set it to 1"
+        )
     with _given_shapes(watcher):
         # 1. Models and roles, as ppo.setup builds them, without weights.
         report(BUILD)

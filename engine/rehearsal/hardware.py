@@ -89,7 +89,7 @@ def find_hardware(name: str) -> Hardware:
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: not valid YAML: {error}") from error
+        raise ConfigError(f"--gpu: {name}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
         raise ConfigError(f"{name}: expected a mapping of figures, got {document!r}")
     return _read_figures(name, document)

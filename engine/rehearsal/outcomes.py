@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from icegrt.rehearsal.operations import tensors_of
+
 # Operators that change the shape, stride or storage of their argument.
 _RESHAPING = frozenset(
     {
@@ -62,7 +64,7 @@ class Outcomes:
         if outputs is None:
             result = func(*args, **kwargs)
             described = _describe(result)
-            if described is not None:
+            if described is not None and not _shares_storage(result, args):
                 self._outputs[key] = described
             return result
         if isinstance(outputs, list):
@@ -107,3 +109,9 @@ def _describe(result: Any) -> _Meta | list[_Meta] | None:
     if isinstance(result, (tuple, list)) and result and all(isinstance(x, Tensor) and x.is_meta for x in result):
         return [(x.shape, x.stride(), x.dtype) for x in result]
     return None
+
+
+def _shares_storage(result: Any, args: Sequence[Any]) -> bool:
+    """Return whether an output is a view of an input; the schema of `_unsafe_view` and its like does not show it."""
+    inputs = {x.untyped_storage()._cdata for x in tensors_of(args, {})}
+    return any(x.untyped_storage()._cdata in inputs for x in tensors_of((result,), {}))

@@ -132,7 +132,12 @@ class Watcher(TorchDispatchMode):
             if op == "receive" and x.dtype == torch.int64 and x.numel() == 3 and self.expected_shapes.get(source):
                 shadows.set_values(x, torch.tensor(self.expected_shapes[source].pop(0)))
             elif op == "all-gather" and known is not None and x.is_meta:
-                shadows.set_values(x, known.repeat(x.numel() // known.numel(), *[1] * (known.dim() - 1)))
+                values = known.repeat(x.numel() // known.numel(), *[1] * (known.dim() - 1))
+                shadow = shadows.values_of(x)
+                if shadow is None:
+                    shadows.set_values(x, values)
+                else:
+                    shadow.copy_(values.view_as(shadow))  # views of the same tensor see it too
 
     # -- every operation -------------------------------------------------------------------------------------------
 

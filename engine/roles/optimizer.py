@@ -39,9 +39,30 @@ def wrap(model: PipelineModel, *, overlap: bool | None = None, bucket_size: int 
         for index, chunk in enumerate(model.chunks)
     ]
     if overlap:
+        for ddp in ddps:
+            _chain_gathers_in_order_of_use(ddp)
         syncs = [ddp.no_sync for ddp in ddps]
         model.config.no_sync_func = syncs if len(ddps) > 1 else syncs[0]
     return ddps
+
+
+def _chain_gathers_in_order_of_use(ddp: Any) -> None:
+    """Let the wait for a bucket begin the gather of the bucket that the forward pass reads next."""
+    # Megatron 0.16: the chain follows the buffers, where an attention's output projection precedes its fused one, and
+    # parameters of another dtype form a part of their own -> some gathers begin when they are waited for, with a
+    # warning. We chain by the order of use. Buffers, gradients and optimizer states stay as they are.
+    parameters = dict(ddp.module.named_parameters())
+    names, attention = list(parameters), ".self_attention."
+    last = {name.partition(attention)[0]: index for index, name in enumerate(names) if attention in name}
+
+    def use(index: int) -> tuple[int, int]:
+        layer, _, inner = names[index].partition(attention)
+        return (last[layer], 1) if inner.startswith("linear_proj.") else (index, 0)
+
+    in_order = (parameters[names[index]] for index in sorted(range(len(names)), key=use))
+    groups = list(dict.fromkeys(ddp.param_to_bucket_group[p] for p in in_order if p in ddp.param_to_bucket_group))
+    for group, following in zip(groups, [*groups[1:], None], strict=True):
+        group.next_param_gather_bucket_group = following
 
 
 def wait_for_param_gather(ddps: list[Any]) -> None:

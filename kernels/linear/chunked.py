@@ -225,10 +225,13 @@ def _active_rows(grad_logprob: Tensor, grad_entropy: Tensor | None) -> Tensor | 
     count = active.shape[0]
     if count == grad_logprob.shape[0]:
         return None
-    # Gaps among the first `count` rows, and active rows after them, are equally many.
-    late = active[active >= count]
-    active = torch.arange(count, device=grad_logprob.device)
-    return active.masked_scatter_(~keep[:count], late)
+    if not count:
+        return active
+    # Gaps among the first `count` rows, and active rows after them, are equally many: gap g gets late row g. The host
+    # has waited for `count`, and waits for no other number.
+    gaps = ~keep[:count]
+    late = count - gaps.sum() + gaps.cumsum(0) - 1
+    return torch.where(gaps, active[late], torch.arange(count, device=grad_logprob.device))
 
 
 @dataclass

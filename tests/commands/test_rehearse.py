@@ -1,12 +1,16 @@
 """`icegrt rehearse`: a report for every kind of rank, and clear errors."""
 
 import json
+import warnings
 
 import pytest
 
 from icegrt import cli
-from icegrt.errors import ConfigError
+from icegrt.config import PPOConfig
+from icegrt.errors import ConfigError, UserError
 from icegrt.rehearsal.driver import PHASES
+from icegrt.rehearsal.prompts import prompt_lengths
+from tests.helpers import tiny_models as tiny
 from tests.helpers.rehearsals import write_model
 
 
@@ -77,13 +81,53 @@ def test_a_model_that_does_not_fit_is_said_not_to_fit(config, capsys, tmp_path):
         (["--gpus", "8", "--gpu", "h100-80", "--decode-steps", "0"], "--decode-steps: expected 1 to"),
         (["ppo.parallel.virtual_pipeline=2", "--gpus", "8", "--gpu", "h100-80"], "virtual_pipeline"),
         (["ppo.actor=/nowhere", "--gpus", "8", "--gpu", "h100-80"], "/nowhere"),
+        (["ppo.parallel.tensor=3", "--gpus", "24", "--gpu", "h100-80"], "8 attention heads cannot be divided"),
+        (["--gpus", "8", "--gpus-per-node", "0", "--gpu", "h100-80"], "--gpus-per-node: expected 1 or more"),
+        (["--gpus", "8", "--gpu", "h100-80", "--prompts", "none.jsonl"], "model: no tokenizer; expected"),
+        (["--gpus", "8", "--gpu", "none.yaml"], "none.yaml: no such file"),
     ],
 )
 def test_errors_name_the_argument(config, arguments, message):
-    from icegrt.errors import UserError
-
     with pytest.raises(UserError, match=message):
         rehearse(config, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("figures", "message"),
+    [
+        ("bf16_flops: 1e15", "`fp32_flops` is missing"),
+        ("base: h99", "base `h99` is not one of a100-80"),
+        ("base: h100-80\nmemory: 1", "`memory` is not a figure"),
+        ("base: h100-80\nmemory_bytes: much", "`memory_bytes` must be a number, got 'much'"),
+        ("base: h100-80\nmemory_bytes: 0", "`memory_bytes` must be above 0"),
+        ("base: [", "not valid YAML"),
+        ("h100", "expected a mapping"),
+    ],
+)
+def test_errors_of_figures_are_one_line(config, tmp_path, figures, message, capsys):
+    (tmp_path / "gpu.yaml").write_text(figures)
+    assert cli.main(["rehearse", str(config), "--gpus", "8", "--gpu", str(tmp_path / "gpu.yaml")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_prompts_of_a_file_give_their_lengths(config, tmp_path, capsys):
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    lengths = [9, 30, 17]
+    rows = "".join(json.dumps({"prompt": "a" * length}) + "\n" for length in lengths)
+    (tmp_path / "prompts.jsonl").write_text(rows)
+    arguments = ["ppo.parallel.pipeline=1", "--gpus", 4, "--gpu", "h100-80", "--json", "--prompts"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rehearse(config, *arguments, tmp_path / "prompts.jsonl")
+    report = json.loads(capsys.readouterr().out)
+    (lengths_line,) = (line for line in report["assumptions"] if line.startswith("Lengths"))
+    assert "prompts.jsonl, 12 to 33 tokens" in lengths_line
+    # The chat template adds three tokens. The rows are repeated in order.
+    expected = [lengths[index % 3] + 3 for index in range(8)]
+    assert prompt_lengths(tmp_path / "prompts.jsonl", PPOConfig.load(str(config), []), 8) == expected
+    with pytest.raises(UserError, match="--prompts and --prompt-tokens"):
+        rehearse(config, *arguments, tmp_path / "prompts.jsonl", "--prompt-tokens", 4)
 
 
 def test_help_and_two_files(config, capsys):

@@ -67,3 +67,18 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match=r"started 4 ranks on this machine, which shows 2 GPUs: .*--nproc-per-node 2"):
         cluster.local_device()
+
+
+def parts_of_ranks():
+    with Cluster.open() as opened:
+        rank = opened.rank
+        for sizes, width in (((3, 0, 5), ()), ((0, 0, 0), (2,)), ((1, 2, 1), (2, 3))):
+            for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.bool):
+                generator = torch.Generator().manual_seed(1)
+                parts = [(torch.randn(n, *width, generator=generator) * 9).to(dtype) for n in sizes]
+                gathered = opened.all_gather(parts[rank])
+                assert all(torch.equal(x, y) and x.dtype == dtype for x, y in zip(gathered, parts, strict=True))
+
+
+def test_gathered_parts_are_those_of_the_ranks():
+    launch(3, parts_of_ranks)

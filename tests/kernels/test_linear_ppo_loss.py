@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from icegrt.kernels import Moments, linear_logprobs, linear_ppo_loss, ppo_policy_loss, token_logprobs, use_backend
 from icegrt.kernels.linear import chunked as linear_chunked
@@ -275,3 +276,27 @@ def test_rows_that_stay_keep_their_places_where_they_can():
     assert torch.equal(compact_rows(logits, active)[:, 0], active.float())
     assert active_rows(torch.ones(3), None) is None and not active_rows(torch.zeros(3), None).numel()
     assert active_rows(torch.zeros(3), torch.tensor([0.0, 0.0, 2.0])).tolist() == [2]
+
+
+class Waits(TorchDispatchMode):
+    """Records operations for which the host would wait for a device: it reads a number, or how many rows there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        indices = args[1] if func is torch.ops.aten.index.Tensor else []
+        by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
+        name = func.overloadpacket.__name__
+        if by_mask or name in ("nonzero", "masked_select", "_local_scalar_dense"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("keep", [[1, 0, 0, 1, 0, 1, 0, 1], [1, 1, 1, 0], [0, 0, 1], [0, 0], [1, 1]])
+def test_the_host_waits_once_for_the_rows_with_a_gradient(keep):
+    with Waits() as waits:
+        active = linear_chunked._active_rows(torch.tensor(keep, dtype=torch.float64), None)
+    assert waits.names == ["nonzero"]
+    assert active is None if all(keep) else sorted(active.tolist()) == [i for i, kept in enumerate(keep) if kept]

@@ -11,6 +11,7 @@ from triton.runtime import interpreter
 
 from icegrt.kernels import (
     copy_blocks,
+    add_rms_norm,
     kl_divergence,
     linear_logprobs,
     linear_ppo_loss,
@@ -18,8 +19,12 @@ from icegrt.kernels import (
     paged_attention,
     ppo_policy_loss,
     record_launches,
+    rms_norm,
+    rope,
+    rope_qkv,
     sample_tokens,
     shaped_gae,
+    swiglu,
     token_logprobs,
     use_backend,
     value_loss,
@@ -41,8 +46,13 @@ STEPS = {
     "merge_splits",
     "paged_attention",
     "ppo_policy_loss",
+    "rms_norm_backward",
+    "rms_norm_forward",
+    "rope",
     "sample_tokens_kernel",
     "shaped_gae_kernel",
+    "swiglu_backward",
+    "swiglu_forward",
     "token_logprobs_backward",
     "token_logprobs_forward",
     "value_loss",
@@ -122,6 +132,9 @@ def calls(dtype):
     keys = {"seed": 3, "sequence_ids": LABELS, "positions": LABELS.clone()}
     cu, moments = torch.tensor([0, 8, A], dtype=torch.int32), masked_moments(x.detach().float())
     mask, number = torch.ones(A, dtype=torch.bool), torch.tensor(5.0)
+    # Token, group, head of the group, element.
+    residual, qkv, angles = stream(A, H), stream(A, 2, 4, H), stream(A, H // 2).detach()
+    cos, sin = angles.cos(), angles.sin()
     policy = {"normalizer": number, "kl_coef": 0.1, "ref_logprob_A": ref, "mask_A": mask, "weight_A": mask + 0.5}
     return {
         "token_logprobs": lambda: token_logprobs(logits, LABELS, temperature=0.7, entropy=True),
@@ -140,6 +153,11 @@ def calls(dtype):
         "masked_moments": lambda: masked_moments(x.detach().repeat(400), mask.repeat(400)),
         "whiten": lambda: whiten(x.float(), moments),
         "sample_tokens": lambda: sample_tokens(logits, temperature=0.7, top_k=5, top_p=0.9, **keys)[1],
+        "rms_norm": lambda: rms_norm(hidden, weight[0]),
+        "add_rms_norm": lambda: add_rms_norm(hidden, residual, weight[0]),
+        "rope": lambda: rope(qkv[:, 0], qkv[:, 1, :2], cos, sin),
+        "rope_qkv": lambda: rope_qkv(qkv, cos, sin),
+        "swiglu": lambda: swiglu(logits),
     }
 
 
@@ -177,6 +195,9 @@ def paged_calls(dtype, device="cpu"):
 
 def backward(result):
     if result is None or isinstance(result, list):  # written in place, or without a gradient
+    if isinstance(result, tuple):
+        # The gradient of a sum is one number in memory, expanded.
+        sum(value.square().sum() for value in result).backward()
         return
     for value in [result] if isinstance(result, torch.Tensor) else [*vars(result).values()]:
         if isinstance(value, torch.Tensor) and value.requires_grad:
