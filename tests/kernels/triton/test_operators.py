@@ -195,6 +195,7 @@ def paged_calls(dtype, device="cpu"):
 
 def backward(result):
     if result is None or isinstance(result, list):  # written in place, or without a gradient
+        return
     if isinstance(result, tuple):
         # The gradient of a sum is one number in memory, expanded.
         sum(value.square().sum() for value in result).backward()
