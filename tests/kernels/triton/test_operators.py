@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 from icegrt.kernels import (
-    copy_blocks,
     add_rms_norm,
+    copy_blocks,
     kl_divergence,
     linear_logprobs,
     linear_ppo_loss,
