@@ -33,7 +33,9 @@ def load_tokenizer(path: str | Path, print_info: Callable[[str], None] = warning
         path = model_folder(folder) if folder.is_dir() else path
     # transformers 5: from a config.json alone it makes an empty tokenizer -> every text has no tokens. We refuse.
     if Path(path).is_dir() and not any(any(Path(path).glob(pattern)) for pattern in _TOKENIZER_FILES):
-        raise CheckpointError(f"{path}: no tokenizer; expected tokenizer.json and tokenizer_config.json there")
+        raise CheckpointError(
+            f"{path}: the tokenizer cannot be loaded; expected tokenizer.json and tokenizer_config.json there"
+        )
     from transformers import AutoTokenizer
 
     try:
