@@ -199,7 +199,7 @@ def test_auto_starts_and_goes_on_with_one_command(home, tmp_path, monkeypatch):
     for path in rollouts.iterdir():
         assert path.read_bytes() == (tmp_path / "undisturbed" / "rollouts" / path.name).read_bytes()
     # The command need not say so where torchrun itself starts it again.
-    with pytest.raises(RunError, match="holds an earlier run; continue it with ppo.run.resume=auto"):
+    with pytest.raises(RunError, match=r"holds an earlier run; continue it with ppo\.run\.resume=auto"):
         trainer(home, "ppo", tmp_path / "restarted")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with trainer(home, "ppo", tmp_path / "restarted") as run:

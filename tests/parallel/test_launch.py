@@ -62,8 +62,7 @@ def test_a_layout_that_cannot_be_is_refused_by_rank_0_alone(keys, says, tmp_path
     assert says in line and "parallel." in line
     assert not stderr_lines(process, "[rank 1]")
     assert "Traceback (most recent call last)" not in process.stderr.split("error: ")[0]
-    # A rank ends by itself, or torchrun ends it after the other. A thread in C++ at the interpreter's exit would abort it
-    # (SIGABRT).
+    # A rank ends by itself, or torchrun ends it after the other. A thread in C++ would abort it (SIGABRT).
     statuses = exit_statuses(process)
     assert 2 in statuses and set(statuses) <= {2, -signal.SIGTERM}
 
