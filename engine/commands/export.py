@@ -49,7 +49,7 @@ def run(config: ExportConfig) -> None:
     architecture = Architecture.from_config(role["hf_config"], str(checkpoint), role.get("generation_config"))
     tokenizer = load_tokenizer(str(Path(config.run) / "tokenizer"), print_info=print_info)
     extra_files = {}
-    if state["stage"] == "reward":
+    if state.get("stage") == "reward":
         if statistics := state["trainer"].get("score_statistics"):
             extra_files[SCORE_STATISTICS] = statistics
         else:

@@ -104,7 +104,7 @@ def run_iteration(
         report("rollout")
         sequences = iteration.rollout(workload)
         plan = plan_batches(
-            workload.full_responses(),
+            workload.full_responses(iteration.actor.model.architecture.vocab_size),
             config.token_budget,
             config.minibatches,
             cluster=cluster,
@@ -172,8 +172,8 @@ class _Iteration:
     def rollout(self, workload: Workload) -> int:
         """Prefill, and take `decode_steps` steps with all sequences. Returns the sequences of this rank."""
         config, model = self.config, self.actor.model
-        prompts, samples = workload.prompt_tokens(), workload.samples
-        stop = model.architecture.vocab_size - 1
+        vocab_size = model.architecture.vocab_size
+        prompts, samples, stop = workload.prompt_tokens(vocab_size), workload.samples, vocab_size - 1
         decoder = Decoder(model, [stop], config.max_batch)
         sampling = Sampling.of(config.sampling, config.run.seed)
         with self.watcher.phase(PREFILL):
@@ -189,10 +189,11 @@ class _Iteration:
     def infer(self, plan: BatchPlan) -> None:
         """Score with reward models, critic, actor and reference, in the order of the trainer."""
         scores = fetch([score_sequences(self.roles[role], plan.batches) for role in self.specs])
-        self.models = [
-            ModelScores(spec.name, spec.weight, plan.all_gather_sequences(score_N))
-            for spec, score_N in zip(self.specs.values(), scores, strict=True)
-        ]
+        self.models = []
+        for spec, score_N in zip(self.specs.values(), scores, strict=True):
+            # The collective is counted. What the other ranks would send does not exist, nor does its length.
+            self.cluster.all_gather(score_N)
+            self.models.append(ModelScores(spec.name, spec.weight, torch.zeros(len(plan.responses))))
         self.value_A, self.last_value_N = score_values(self.critic, plan.batches)
         self.old_A, self.entropy_A = self.scorer(self.actor, plan.batches, entropy=True)
         self.ref_A, _ = self.scorer(self.reference, plan.batches)

@@ -69,20 +69,20 @@ class Workload:
     decode_steps: int
     description: str
 
-    def prompt_tokens(self) -> list[list[int]]:
-        """Return the prompts."""
-        return [_tokens(n, length) for n, length in enumerate(self.prompts)]
+    def prompt_tokens(self, vocab_size: int) -> list[list[int]]:
+        """Return the prompts; the last id of the vocabulary is left for the stop token."""
+        return [_tokens(n, length, vocab_size) for n, length in enumerate(self.prompts)]
 
-    def full_responses(self) -> list[Response]:
+    def full_responses(self, vocab_size: int) -> list[Response]:
         """Return all responses at their full lengths, as the batches of inference and update have them."""
-        prompts = self.prompt_tokens()
+        prompts = self.prompt_tokens(vocab_size)
         return [
             Response(
                 n // self.samples,
                 n % self.samples,
                 n,
                 prompts[n // self.samples],
-                _tokens(n + 1, length),
+                _tokens(n + 1, length, vocab_size),
                 [0.0] * length,
                 "stop",
             )
@@ -90,5 +90,6 @@ class Workload:
         ]
 
 
-def _tokens(number: int, length: int) -> list[int]:
-    return [1 + (number * number + position * (number + 3)) % _TOKENS for position in range(length)]
+def _tokens(number: int, length: int, vocab_size: int) -> list[int]:
+    ids = max(min(_TOKENS, vocab_size - 2), 1)
+    return [1 + (number * number + position * (number + 3)) % ids for position in range(length)]

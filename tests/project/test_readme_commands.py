@@ -15,7 +15,7 @@ SMALL = {
     "sample": ["sample.sampling.max_new_tokens=8"],
     "reward": ["reward.batch_prompts=4", "reward.token_budget=256"],
     "ppo": [*cases.SMALL_PPO, "ppo.iterations=1"],
-    "rehearse": ["ppo.token_budget=1024"],  # its prompts have up to 512 tokens
+    "rehearse": ["--prompt-tokens", "uniform:8:32"],
     "generate": ["generate.sampling.max_new_tokens=4"],
 }
 
