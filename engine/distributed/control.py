@@ -7,9 +7,12 @@ W - 1.
 
 from __future__ import annotations
 
+import os
 import pickle
+import socket
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from icegrt.errors import RunError
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 WAIT_LIMIT_S = 7200.0
 # A wait polls: a blocking wait of the store would hold back Python's signal handlers.
 _SHORTEST_POLL_S, _LONGEST_POLL_S = 1e-4, 0.25
+_PEER_CHECK_S = 0.5
 
 
 class Control:
@@ -38,6 +42,8 @@ class Control:
         self._store, self.rank, self.world_size = store, rank, world_size
         self._wait_limit_s = wait_limit_s
         self._number = 0
+        self._local_peers: dict[int, int] | None = None
+        store.set(f"process/{rank}", f"{_process_namespace()} {os.getpid()}".encode())
 
     def any_rank(self, flags: Sequence[bool] = ()) -> list[bool]:
         """Wait for all ranks. Return for each flag whether any rank has set it."""
@@ -100,17 +106,52 @@ class Control:
         return str(self._number)
 
     def _wait(self, keys: list[str]) -> None:
-        started, pause = time.monotonic(), _SHORTEST_POLL_S
+        started, checked = time.monotonic(), time.monotonic()
         while not self._store.check(keys):
             waited = time.monotonic() - started
+            if time.monotonic() - checked > _PEER_CHECK_S:
+                self._check_local_peers()
+                checked = time.monotonic()
             if waited > self._wait_limit_s:
                 raise RunError(f"other ranks did not arrive within {duration(waited)}; see the notices above")
             # A tenth of the wait so far: short waits stay short, and hundreds of ranks do not load the store.
             pause = min(max(waited / 10, _SHORTEST_POLL_S), _LONGEST_POLL_S)
             time.sleep(pause)
 
+    def _check_local_peers(self) -> None:
+        """Raise `RunError` if a rank of this machine has ended: a killed process sends no message."""
+        if self._local_peers is None:
+            keys = [f"process/{rank}" for rank in range(self.world_size)]
+            if not self._store.check(keys):
+                return  # a rank has not opened its cluster yet
+            processes = [message.decode().split() for message in self._store.multi_get(keys)]
+            own = _process_namespace()
+            self._local_peers = {r: int(pid) for r, (namespace, pid) in enumerate(processes) if namespace == own}
+        for rank, pid in self._local_peers.items():
+            if not _is_alive(pid):
+                raise RunError(f"rank {rank} has ended, and the other ranks cannot go on without it")
+
     def _delete_after(self, key: str, names: list[str], readers: int) -> None:
         # The last reader deletes: the store would grow with every message of a run of weeks.
         if self._store.add(f"{key}/read", 1) == readers:
             for name in (*names, "read"):
                 self._store.delete_key(f"{key}/{name}")
+
+
+def _process_namespace() -> str:
+    """Return a name that processes share if they see each other's process ids: the host, and its namespace on Linux."""
+    namespace = Path("/proc/self/ns/pid")
+    return f"{socket.gethostname()}/{namespace.stat().st_ino if namespace.exists() else 0}"
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:  # a zombie has ended: its parent has not yet asked for its status
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return True

@@ -1,14 +1,18 @@
 """Waits of all ranks through the store, and the notice that names a rank that hangs."""
 
+import os
 import threading
 import time
 
 import pytest
 import torch.distributed as dist
 
+from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.control import Control
+from icegrt.distributed.layout import Layout
 from icegrt.distributed.monitor import HangMonitor, Position, describe_positions, rank_ranges
 from icegrt.errors import RunError
+from tests.helpers.ranks import launch
 
 
 def run_ranks(world, function, **options):
@@ -56,7 +60,7 @@ def test_the_store_does_not_grow_with_messages():
         return control._store.num_keys()
 
     results, store = run_ranks(3, exchange)
-    assert store.num_keys() == 0, results
+    assert store.num_keys() == 3, results  # which process each rank is
 
 
 def test_no_rank_leaves_a_barrier_before_the_last_has_arrived():
@@ -80,6 +84,20 @@ def test_a_wait_ends_with_an_error_at_its_limit():
 
     with pytest.raises(RunError, match="did not arrive within"):
         run_ranks(2, enter, wait_limit_s=0.2)
+
+
+def wait_for_a_killed_rank():
+    with Cluster.open(Layout()) as opened:
+        opened.barrier()
+        if opened.rank == 1:
+            os._exit(0)  # as a kill: without a word to the other rank
+        with pytest.raises(RunError, match="rank 1 has ended"):
+            opened.barrier()
+        os._exit(0)
+
+
+def test_a_rank_does_not_wait_for_one_that_was_killed():
+    launch(2, wait_for_a_killed_rank, seconds=60)
 
 
 def test_a_hanging_rank_is_named_with_what_the_others_wait_for():

@@ -304,7 +304,7 @@ def test_the_readmes_commands_and_links_exist():
             assert words[1:] == ["runs/ppo"]
             continue
         if words[0] == "rehearse":  # it has options: tests/commands/test_rehearse.py runs it
-            assert rehearse.parser().parse_intermixed_args(words[1:]).config == "ppo.yaml"
+            assert rehearse.parser().parse_intermixed_args(words[1:]).config == "runs/ppo/config.yaml"
             continue
         args = parse(words)
         if args.command in SECTIONS and args.config is None:
