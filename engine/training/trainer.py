@@ -257,6 +257,7 @@ class Trainer(Generic[ConfigT, StepT]):
 
     def __iter__(self) -> Iterator[StepT]:
         while self.done_steps < self.total_steps:
+            self.cluster.enter_phase(f"{self.config.section} after {self.done_steps} {self.unit}")
             yield self.step()
             self._between_steps()
 
