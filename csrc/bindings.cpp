@@ -128,11 +128,14 @@ using Rows = std::array<int64_t, 5>;
 
 RowLayout row_layout(const Rows& rows) { return {rows[0], rows[1], rows[2], rows[3], rows[4]}; }
 
-void py_rms_norm_forward(const std::string& dtype, const Rows& rows, Address x, Address residual, Address weight,
-                         Address out, Address sum, Address scale, double eps, int64_t threads) {
+// out_strides: how the rows of the result lie, as the last three of `rows`.
+void py_rms_norm_forward(const std::string& dtype, const Rows& rows, const std::array<int64_t, 3>& out_strides, Address x,
+                         Address residual, Address weight, Address out, Address sum, Address scale, double eps,
+                         int64_t threads) {
+  const RowLayout out_layout{rows[0], rows[1], out_strides[0], out_strides[1], out_strides[2]};
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    rms_norm_forward<T>({row_layout(rows), at<T>(x), at<T>(residual), at<T>(weight), at<T>(out), at<T>(sum),
+    rms_norm_forward<T>({row_layout(rows), out_layout, at<T>(x), at<T>(residual), at<T>(weight), at<T>(out), at<T>(sum),
                          at<Wide<T>>(scale), eps},
                         threads);
   });
