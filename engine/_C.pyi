@@ -117,6 +117,18 @@ def rope(
     threads: int,
     /,
 ) -> None: ...
+def rope_write_kv(
+    dtype: str,
+    source: tuple[int, ...],
+    to: tuple[int, ...],
+    strides: tuple[int, ...],
+    sizes: tuple[int, ...],
+    cos: int,
+    sin: int,
+    slots: int,
+    threads: int,
+    /,
+) -> None: ...
 def swiglu_forward(dtype: str, gate_up: int, out: int, rows: int, width: int, threads: int, /) -> None: ...
 def swiglu_backward(
     dtype: str, gate_up: int, grad: int, grad_gate_up: int, rows: int, width: int, threads: int, /

@@ -2,25 +2,13 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from icegrt.kernels import add_rms_norm, rms_norm, swiglu
+from tests.helpers.dispatch_records import Recorded
 from tests.helpers.trunk_cases import assert_same_bits, fused_call, inputs
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "cpp"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-
-
-class Recorded(TorchDispatchMode):
-    """Records the operators of torch that run inside the `with`."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
 
 
 def buffer(like, width=None):
