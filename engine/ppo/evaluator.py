@@ -116,6 +116,7 @@ class Evaluator:
         if greedy:
             sampling = dataclasses.replace(sampling, temperature=0.0)
         responses = self.engine.generate([p.tokens for p in prompts], samples, sampling)
+        self.engine.release()
         plan = plan_batches(responses, self.config.token_budget, cluster=self.cluster)
         pending = self.reward_computer.start(plan, prompts)
         kl_N = None if greedy else self._kl(plan)

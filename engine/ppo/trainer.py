@@ -168,6 +168,7 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
             responses = parts.engine.generate(
                 [p.tokens for p in prompts], config.samples_per_prompt, parts.sampling, first_sequence_id=first_id
             )
+            parts.engine.release()  # the KV cache leaves its memory to inference and update
         self.notify("on_rollout", responses)
 
         # 2. Batch: assign responses to minibatches, ranks and micro-batches.

@@ -99,7 +99,6 @@ def rehearsed_gpu(watcher: Watcher, memory_bytes: int) -> Iterator[None]:
         from torch.optim import optimizer as torch_optimizer
 
         from icegrt.model import attention
-        from icegrt.rollout.kv_cache import contiguous
 
         # 1. torch.cuda.
         patches.set(torch.cuda, "is_available", lambda: True)
@@ -117,7 +116,6 @@ def rehearsed_gpu(watcher: Watcher, memory_bytes: int) -> Iterator[None]:
         patches.set(torch_optimizer, "_get_foreach_kernels_supported_devices", lambda: [*supported(), "meta"])
         patches.set(attention, "flash_attention", lambda: attend_varlen)
         patches.set(attention, "scaled_dot_product_attention", scaled_dot_product_attention)
-        patches.set(contiguous, "scaled_dot_product_attention", scaled_dot_product_attention)
         yield
 
 

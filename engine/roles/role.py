@@ -60,18 +60,20 @@ class Role:
     All ranks call the same methods, each with the batches of its data-parallel rank. Callbacks run on the last pipeline
     stage alone, which has the head; their results are broadcast to the other stages.
 
-    Attributes:
-        weight_changes: number of changes of the weights that have begun; a failed run reads from it what is whole.
     """
 
     learns = False
 
     def __init__(self, name: str, model: PipelineModel) -> None:
         self.name = name
-        self.weight_changes = 0
         self.model = model
         self.device = model.device
         model.requires_grad_(self.learns).train(self.learns)
+
+    @property
+    def weight_changes(self) -> int:
+        """Number of changes of the weights that have begun; a failed run reads from it what is whole."""
+        return self.model.weights_version
 
     @torch.no_grad()
     def score(
@@ -226,7 +228,7 @@ class TrainableRole(Role):
         lr = self.optimizer.param_groups[0]["lr"]
         if not all_ranks_true(self._is_finite(losses)):
             return StepOutcome(stats, math.nan, lr, skipped=True)
-        self.weight_changes += 1
+        self.model.mark_weights_changed()
         _, grad_norm, _ = self.optimizer.step()
         self.schedule.step(increment=1)
         return StepOutcome(stats, float(grad_norm or 0.0), lr, skipped=False)

@@ -50,7 +50,7 @@ def test_logits_of_a_packed_batch_are_those_of_transformers(pair):
     hf_model, model = pair
     with torch.no_grad():
         expected = torch.cat([hf_model(torch.tensor([row])).logits[0] for row in ROWS])
-    max_error = (model.logits_NV(hidden(model, ROWS)) - expected).abs().max()
+    max_error = (lm_logits(hidden(model, ROWS), model.lm_weight_VH) - expected).abs().max()
     assert max_error < 1e-4 and expected.abs().max() > 1
 
 
