@@ -40,7 +40,7 @@ class PackedBatch:
 
     Attributes:
         tokens_T: int64, prompt and response tokens of every sequence end to end, then the tail. With shared prompts:
-            each of these once, the responses to the first, those to the second and so on, the other sequences, the tail.
+            each of these once, the responses to the first, to the second and so on, the other sequences, the tail.
         positions_T: int64, positions from 0 in every sequence and in the tail. Those of a response to a shared prompt
             continue the prompt's.
         cu_seqlens: int32, offsets of the segments in the token stream. Without shared prompts the segments are the
