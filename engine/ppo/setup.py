@@ -246,8 +246,9 @@ def check_config(config: PPOConfig) -> None:
         raise ConfigError(f"ppo.minibatches is {config.minibatches}, but an iteration has only {responses} responses")
     if config.minibatch_by == "prompt" and config.prompts_per_iteration < config.minibatches:
         raise ConfigError(
-            f"ppo.minibatches is {config.minibatches}, but an iteration has only {config.prompts_per_iteration} prompts "
-            "(ppo.prompts_per_iteration) to fill them with. Lower it, or set ppo.minibatch_by=response"
+            f"ppo.minibatches is {config.minibatches}, but ppo.minibatch_by is prompt and an iteration has only "
+            f"{config.prompts_per_iteration} prompts (ppo.prompts_per_iteration). Lower ppo.minibatches, or set "
+            "ppo.minibatch_by=response"
         )
 
 
