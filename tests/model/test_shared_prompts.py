@@ -1,5 +1,7 @@
 """Attention over shared prompts is that of every sequence alone, and so are the summed gradients of shared rows."""
 
+import inspect
+import sys
 import types
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from icegrt.model import attention_parts, shared_prompts
 from icegrt.model.attention import AttentionMetadata, PackedAttention, packed_causal_attention
-from icegrt.model.shared_prompts import PromptGroups, shared_prompt_attention
+from icegrt.model.shared_prompts import shared_prompt_attention
 from icegrt.packing import pack
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -23,11 +25,11 @@ CASES = {
 }
 
 
-def stream_of(lengths):
+def stream_of(lengths, module=shared_prompts):
     """A batch of sequences with these lengths and its groups; a prompt is known by its length."""
     prompts, responses = [[n] * n for n, _ in lengths], [[1] * n for _, n in lengths]
     batch = pack(prompts, responses, tail_multiple=4, share_prompts=True)
-    return batch, PromptGroups(batch.lengths, batch.group_sizes, batch.cu_seqlens, batch.cu_groups)
+    return batch, module.PromptGroups(batch.lengths, batch.group_sizes, batch.cu_seqlens, batch.cu_groups)
 
 
 def rows_of_sequences(batch, lengths):
@@ -78,11 +80,12 @@ def errors(attend, streams, grad, expected):
     return [float((x - y).norm() / y.norm().clamp(min=1.0)) for x, y in zip(results, expected, strict=True)]
 
 
-def check(lengths, dtype, limit, window=None, **options):
-    batch, groups = stream_of(lengths)
+def check(lengths, dtype, limit, window=None, module=shared_prompts, **options):
+    """Compare a module's attention with the oracle: output and gradients."""
+    batch, groups = stream_of(lengths, module)
     streams, grad = streams_of(batch, dtype)
     expected = oracle(streams, grad, rows_of_sequences(batch, lengths), window)
-    found = errors(lambda *x: shared_prompt_attention(*x, groups, window, **options), streams, grad, expected)
+    found = errors(lambda *x: module.shared_prompt_attention(*x, groups, window, **options), streams, grad, expected)
     assert max(found) < limit, found
 
 
@@ -265,3 +268,77 @@ def test_layers_attend_to_the_groups_of_the_batch():
         out = PackedAttention(config, layer)(*(x.unsqueeze(1) for x in streams), packed_seq_params=metadata)
         expected = oracle(streams, torch.zeros_like(streams[0]), rows_of_sequences(batch, lengths), window)[0]
         torch.testing.assert_close(out.squeeze(1), expected.flatten(1).float(), rtol=1e-5, atol=1e-5)
+
+
+# -- mutants -----------------------------------------------------------------------------------------------------------
+
+MUTANTS = {
+    "the weight of the prompt and of the response are swapped": (
+        shared_prompts,
+        "torch.sigmoid(seen_lse - own_lse)",
+        "torch.sigmoid(own_lse - seen_lse)",
+    ),
+    "both parts weigh the same": (shared_prompts, "torch.sigmoid(seen_lse - own_lse)", "torch.sigmoid(seen_lse * 0)"),
+    "the backward sees the log-sum-exp of the response alone": (
+        shared_prompts,
+        "own_lse.copy_(torch.logaddexp(own_lse, seen_lse))",
+        "None",
+    ),
+    "the backward sees the output of the response alone": (
+        shared_prompts,
+        "ctx.save_for_backward(q, k, v, out, lse_TH)",
+        "ctx.save_for_backward(q, k, v, kernels.forward(q, k, v, groups.own_spans)[0], lse_TH)",
+    ),
+    "the prompt's gradient is that of its last response": (
+        shared_prompts,
+        "total[rows] += part",
+        "total[rows] = part",
+    ),
+    "responses do not reach the prompt": (shared_prompts, "(responses, prompts, prompts), strict=True", "(responses,)"),
+    "responses of all groups see the first prompt": (
+        shared_prompts,
+        "Spans(self._group_lengths, self.prompt_lengths,",
+        "Spans([sum(self._group_lengths), *[0] * (len(self.sizes) - 1)], self.prompt_lengths,",
+    ),
+    "a window counts rows of the response only": (shared_prompts, "min(self.lengths[prompt], window - 1)", "0"),
+    "a window begins one token late": (shared_prompts, "window - 1)\n", "window - 2)\n"),
+    "a window that just reaches the end is none": (
+        shared_prompts,
+        "window < groups.longest",
+        "window < groups.longest - 1",
+    ),
+    "the prompt part is causal": (shared_prompts, "cu_prompts, is_causal=False", "cu_prompts, is_causal=True"),
+    "rows of equal spans are not adjacent": (attention_parts, "return [slice(start, start", "return [slice(0, 0"),
+    "spans of equal lengths have the first one's rows": (
+        attention_parts,
+        "members.setdefault(shape, []).append(start)",
+        "members.setdefault(shape, []).append(members[shape][0] if shape in members else start)",
+    ),
+}
+
+
+def mutated(module, old, new):
+    source = inspect.getsource(module)
+    assert source.count(old) == 1, old
+    copy = types.ModuleType(module.__name__)
+    sys.modules[copy.__name__], original = copy, sys.modules[copy.__name__]
+    try:
+        exec(compile(source.replace(old, new), module.__file__, "exec"), copy.__dict__)
+    finally:
+        sys.modules[copy.__name__] = original
+    return copy
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_noticed(name, monkeypatch):
+    module, old, new = MUTANTS[name]
+    mutant = mutated(module, old, new)
+    attention = shared_prompts
+    if module is attention_parts:
+        monkeypatch.setattr(shared_prompts, "part_kernels", lambda q: mutant.CPU_KERNELS)
+    else:
+        attention = mutant
+    with pytest.raises((AssertionError, RuntimeError, ValueError, IndexError)):
+        for lengths in CASES.values():
+            for window in (None, 3, 6, 12):
+                check(lengths, torch.float64, 1e-13, window, attention)

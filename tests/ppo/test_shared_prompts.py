@@ -1,12 +1,13 @@
 """Prompts that are drawn whole into minibatches: composition, the budget, rows computed once, and the same numbers."""
 
+import math
 import types
 from collections import Counter
 
 import pytest
 import torch
 
-from icegrt.config import OptimizerConfig
+from icegrt.config import OptimizerConfig, RewardCallConfig
 from icegrt.errors import ConfigError
 from icegrt.model.trunk import Trunk
 from icegrt.packing import Share, unpack
@@ -140,7 +141,8 @@ def test_more_minibatches_than_prompts_are_refused_with_their_keys(tmp_path, pro
 def trainer(tmp_path, cluster):
     opened = []
 
-    def make(callbacks=(), reward=None, family="llama", sizes=None, **config):
+    def make(callbacks=(), reward=None, family="llama", sizes=None, reward_calls=None, **config):
+        config |= {"reward": reward_calls} if reward_calls else {}
         config = tiny.ppo_config(
             tmp_path / f"run{len(opened)}", **({"minibatch_by": "prompt", "samples_per_prompt": 3} | config)
         )
@@ -223,6 +225,16 @@ def test_with_recomputation_they_agree(trainer, recompute):
 )
 def test_families_agree(trainer, family, sizes):
     check_passes(trainer, 1, family=family, sizes=sizes)
+
+
+def test_dropped_responses_agree(trainer):
+    def fails(samples):
+        return [math.nan if s.index == 1 else float(len(s.tokens)) for s in samples]
+
+    rewards = {"reward": [tiny.scorer(1), fails]}
+    (step,), (plan,) = check_passes(trainer, 1, reward_calls=RewardCallConfig(on_error="drop"), **rewards)
+    assert step.dropped_responses == 4
+    assert plan.mask_A is not None and not bool(plan.mask_A.all())
 
 
 def test_groups_beyond_the_budget_agree(trainer):
