@@ -193,6 +193,7 @@ def plan_batches(
             for index in sorted(order[number::minibatches])
             for unit in split_group(groups[index], responses, token_budget)
         ]
+        units = split_for_ranks(units, responses, share.ranks)
         assigned = [
             [[n for unit in micro_batch for n in units[unit]] for micro_batch in micro_batches]
             for micro_batches in share.assign([_n_tokens(unit, responses) for unit in units], token_budget)
@@ -237,6 +238,25 @@ def split_group(group: list[int], responses: Sequence[Response], token_budget: i
     empty, others = ([n for n in group if bool(responses[n].tokens) is has_tokens] for has_tokens in (False, True))
     first, *rest = balance([len(responses[n].tokens) for n in others], token_budget=room).assignments[0]
     return [sorted([*empty, *(others[i] for i in first)]), *([others[i] for i in part] for part in rest)]
+
+
+def split_for_ranks(units: list[list[int]], responses: Sequence[Response], ranks: int) -> list[list[int]]:
+    """Halve the largest units, each half with its prompt, until every rank has one or all are single responses.
+
+    Args:
+        units: indices of responses to one prompt each.
+        responses: of all ranks.
+        ranks: data-parallel size.
+    """
+    units = list(units)
+    while len(units) < ranks:
+        largest = max(range(len(units)), key=lambda i: (len(units[i]) > 1, _n_tokens(units[i], responses)), default=-1)
+        if largest < 0 or len(units[largest]) == 1:
+            break
+        unit = units[largest]
+        half = len(unit) // 2
+        units[largest : largest + 1] = [unit[:half], unit[half:]]
+    return units
 
 
 def _n_tokens(group: Sequence[int], responses: Sequence[Response]) -> int:

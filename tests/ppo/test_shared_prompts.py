@@ -11,7 +11,7 @@ from icegrt.config import OptimizerConfig, RewardCallConfig
 from icegrt.errors import ConfigError
 from icegrt.model.trunk import Trunk
 from icegrt.packing import Share, unpack
-from icegrt.ppo.batch_plan import group_by_prompt, plan_batches, split_group
+from icegrt.ppo.batch_plan import group_by_prompt, plan_batches, split_for_ranks, split_group
 from icegrt.ppo.trainer import PPOTrainer
 from icegrt.rollout.types import Response
 from tests.helpers import tiny_models as tiny
@@ -71,16 +71,30 @@ def test_every_prompt_is_in_one_minibatch_and_as_rarely_as_the_budget_allows(dra
         # 1. An optimizer step sees the same sequences in every layout and under every budget.
         (expected,) = (alone.batches[i] for i in alone.minibatches[step])
         assert Counter(texts) == Counter((tuple(p.tolist()), len(t)) for p, t in zip(*unpack(expected), strict=True))
-        # 2. A prompt is in the minibatch with all its responses, and repeated only if they exceed the budget together.
+        # 2. A prompt is in the minibatch with all its responses. It is repeated only if they exceed the budget,
+        # or if a rank would have none.
         for prompt, count in stored.items():
             total = sum(len(responses[n].tokens) for n in groups[prompt])
             room = budget - len(prompt)
-            assert count == 1 if total <= room else count >= -(-total // room)
+            assert count >= (1 if total <= room else -(-total // room))
+            assert count == 1 or total > room or sum(stored.values()) <= ranks
             seen[prompt] += 1
+        idle = [all(not plan.batches[i].n_sequences for i in plan.minibatches[step]) for plan in plans]
+        assert sum(idle) == max(0, ranks - len(texts))
     assert seen == Counter(dict.fromkeys(groups, 1))
     local = [n for plan in plans for n in plan.rank_assignment[plan.rank]]
     assert sorted(local) == list(range(len(responses)))
     assert all(plan.rank_assignment == plans[0].rank_assignment for plan in plans)
+
+
+def test_a_prompt_is_repeated_rather_than_leave_a_rank_without_work():
+    responses = [response(n, n // 6, [5 + n // 6] * 3, 2 + n // 6) for n in range(12)]
+    units = [list(range(6)), list(range(6, 12))]
+    assert split_for_ranks(units, responses, 2) == units
+    assert split_for_ranks(units, responses, 3) == [units[0], [6, 7, 8], [9, 10, 11]]
+    assert split_for_ranks(units, responses, 4) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    assert split_for_ranks(units, responses, 100) == [[n] for n in range(12)]
+    assert split_for_ranks([], responses, 2) == []
 
 
 @hypothesis.given(samples())
