@@ -25,7 +25,7 @@ namespace {
 
 py::dict py_pack(const py::array& prompt_tokens, const py::array& prompt_offsets, const py::array& response_tokens,
                  const py::array& response_offsets, const std::optional<py::array>& mask_offsets, int64_t tail_multiple,
-                 int64_t tail_token) {
+                 int64_t tail_token, bool share_prompts) {
   PackInput in;
   in.prompt_tokens = view<int64_t>("prompt_tokens", prompt_tokens);
   in.prompt_offsets = view<int64_t>("prompt_offsets", prompt_offsets);
@@ -35,6 +35,7 @@ py::dict py_pack(const py::array& prompt_tokens, const py::array& prompt_offsets
   if (in.has_mask) in.mask_offsets = view<int64_t>("mask_offsets", *mask_offsets);
   in.tail_multiple = tail_multiple;
   in.tail_token = tail_token;
+  in.share_prompts = share_prompts;
   Packed packed;
   {
     py::gil_scoped_release release;
@@ -49,6 +50,8 @@ py::dict py_pack(const py::array& prompt_tokens, const py::array& prompt_offsets
   out["last_rows_N"] = to_numpy(std::move(packed.last_rows));
   out["max_seqlen"] = packed.max_seqlen;
   out["tail_tokens"] = packed.tail_tokens;
+  out["groups"] = packed.groups;
+  out["cu_groups"] = to_numpy(std::move(packed.cu_groups));
   return out;
 }
 
@@ -338,6 +341,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Packing, balancing and CPU kernels on raw arrays. The public functions: icegrt.packing, icegrt.kernels, icegrt.scheduling.";
   m.def("pack", &py_pack, py::arg("prompt_tokens"), py::arg("prompt_offsets"), py::arg("response_tokens"),
         py::arg("response_offsets"), py::arg("mask_offsets"), py::arg("tail_multiple"), py::arg("tail_token"),
+        py::arg("share_prompts"),
         "Pack ragged prompts and responses into a token stream and an action stream.");
   m.def("balance", &py_balance, py::arg("lengths"), py::arg("costs"), py::arg("token_budget"), py::arg("ranks"),
         py::arg("round_to"),

@@ -12,6 +12,7 @@ def pack(
     mask_offsets: np.ndarray | None,
     tail_multiple: int,
     tail_token: int,
+    share_prompts: bool,
 ) -> dict[str, Any]: ...
 def balance(
     lengths: np.ndarray, costs: np.ndarray | None, token_budget: int, ranks: int, round_to: int

@@ -315,6 +315,11 @@ class PPOConfig(Loadable):
         "data.train_batch_size / actor.ppo_mini_batch_size)",
         ge=1,
     )
+    minibatch_by: Literal["response", "prompt"] = key(
+        "response",
+        "what is drawn into a minibatch: single responses, or prompts with all their responses, which then share the "
+        "prompt's tokens in inference and update",
+    )
     token_budget: int = key(4096, _TOKEN_BUDGET, unit="tokens", ge=1)
     chunk_rows: int = key(
         0, "logit chunk size: rows of logits computed at a time; 0: automatic, fixed for the run", ge=0

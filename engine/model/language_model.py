@@ -16,6 +16,7 @@ from icegrt.model.architecture import Architecture, HeadKind
 from icegrt.model.attention import AttentionMetadata
 from icegrt.model.heads import AddedToMainGrad, LMHead, ScalarHead
 from icegrt.model.hf.mapping import EMBEDDING
+from icegrt.model.shared_prompts import PromptGroups
 from icegrt.model.trunk import Trunk
 from icegrt.packing import PackedBatch
 
@@ -116,7 +117,10 @@ class LanguageModel(Trunk):
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Return the hidden states of a packed batch, [T, 1, H] ([T / TP, 1, H] under sequence parallelism)."""
-        metadata = AttentionMetadata(lengths=batch.lengths, cu_seqlens=batch.cu_seqlens)
+        groups = None
+        if batch.group_sizes:
+            groups = PromptGroups(batch.lengths, batch.group_sizes, batch.cu_seqlens, batch.cu_groups)
+        metadata = AttentionMetadata(lengths=batch.lengths, cu_seqlens=batch.cu_seqlens, groups=groups)
         return self(batch.tokens_T, batch.positions_T, metadata)
 
     def gather_hidden_rows(self, hidden_T1H: Tensor) -> Tensor:

@@ -117,7 +117,9 @@ class Evaluator:
             sampling = dataclasses.replace(sampling, temperature=0.0)
         responses = self.engine.generate([p.tokens for p in prompts], samples, sampling)
         self.engine.release()
-        plan = plan_batches(responses, self.config.token_budget, cluster=self.cluster)
+        plan = plan_batches(
+            responses, self.config.token_budget, minibatch_by=self.config.minibatch_by, cluster=self.cluster
+        )
         pending = self.reward_computer.start(plan, prompts)
         kl_N = None if greedy else self._kl(plan)
         rewards = pending.finish()

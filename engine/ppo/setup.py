@@ -252,6 +252,12 @@ def check_config(config: PPOConfig) -> None:
         )
     if responses < config.minibatches:
         raise ConfigError(f"ppo.minibatches is {config.minibatches}, but an iteration has only {responses} responses")
+    if config.minibatch_by == "prompt" and config.prompts_per_iteration < config.minibatches:
+        raise ConfigError(
+            f"ppo.minibatches is {config.minibatches}, but ppo.minibatch_by is prompt and an iteration has only "
+            f"{config.prompts_per_iteration} prompts (ppo.prompts_per_iteration). Lower ppo.minibatches, or set "
+            "ppo.minibatch_by=response"
+        )
 
 
 def check_critic(config: PPOConfig, composition: RewardComposition, critic: ModelSource | None) -> None:

@@ -111,6 +111,7 @@ def run_iteration(
             workload.full_responses(iteration.actor.model.architecture.vocab_size),
             config.token_budget,
             config.minibatches,
+            minibatch_by=config.minibatch_by,
             cluster=cluster,
             seed=stream_seed(config.run.seed, 1),
         )
