@@ -37,7 +37,7 @@ class PipelineModel:
         self.architecture: Architecture = self.chunks[-1].architecture
         self.head_kind: HeadKind = self.chunks[-1].head_kind
         self.config: Any = self.chunks[-1].config
-        self._param_gathers: list[Callable[[], None]] = []
+        self._read_hooks: list[Callable[[], None]] = []
 
     # -- parameters ------------------------------------------------------------------------------------------------
 
@@ -71,14 +71,17 @@ class PipelineModel:
         """Whether this rank's head is a second copy of the embedding of an earlier stage."""
         return self.chunks[-1].holds_tied_copy
 
-    def register_param_gather(self, gather: Callable[[], None]) -> None:
-        """Register what `wait_for_param_gather` calls: the pending parameter all-gather of an optimizer."""
-        self._param_gathers.append(gather)
+    def register_read_hook(self, hook: Callable[[], None]) -> None:
+        """Register what makes the parameters readable, such as the pending parameter all-gather of an optimizer."""
+        self._read_hooks.append(hook)
 
     def wait_for_param_gather(self) -> None:
-        """Wait for the overlapped parameter all-gather. Call before reading parameters outside a forward pass."""
-        for gather in self._param_gathers:
-            gather()
+        """Bring the parameters to the device and wait for an overlapped parameter all-gather.
+
+        Call it before reading parameters outside a forward pass.
+        """
+        for hook in self._read_hooks:
+            hook()
 
     # -- modes -----------------------------------------------------------------------------------------------------
 
