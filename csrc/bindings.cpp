@@ -128,11 +128,14 @@ using Rows = std::array<int64_t, 5>;
 
 RowLayout row_layout(const Rows& rows) { return {rows[0], rows[1], rows[2], rows[3], rows[4]}; }
 
-void py_rms_norm_forward(const std::string& dtype, const Rows& rows, Address x, Address residual, Address weight,
-                         Address out, Address sum, Address scale, double eps, int64_t threads) {
+// out_strides: how the rows of the result lie, as the last three of `rows`.
+void py_rms_norm_forward(const std::string& dtype, const Rows& rows, const std::array<int64_t, 3>& out_strides, Address x,
+                         Address residual, Address weight, Address out, Address sum, Address scale, double eps,
+                         int64_t threads) {
+  const RowLayout out_layout{rows[0], rows[1], out_strides[0], out_strides[1], out_strides[2]};
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    rms_norm_forward<T>({row_layout(rows), at<T>(x), at<T>(residual), at<T>(weight), at<T>(out), at<T>(sum),
+    rms_norm_forward<T>({row_layout(rows), out_layout, at<T>(x), at<T>(residual), at<T>(weight), at<T>(out), at<T>(sum),
                          at<Wide<T>>(scale), eps},
                         threads);
   });
@@ -189,13 +192,33 @@ void py_rope(const std::string& dtype, const std::array<Address, 3>& from, const
              int64_t half, bool inverse, int64_t threads) {
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    Rotation<T> a{{}, {}, at<Wide<T>>(cos), at<Wide<T>>(sin), tokens, groups, half, inverse ? Wide<T>(-1) : Wide<T>(1)};
+    Rotation<T> a{{}, {}, at<Wide<T>>(cos), at<Wide<T>>(sin), tokens, groups, half, inverse ? Wide<T>(-1) : Wide<T>(1),
+                  nullptr, 1, {}};
     for (int part = 0; part < 3; ++part) {
       const HeadStrides& s = strides[part];
       a.from[part] = {at<const T>(from[part]), s[0], s[1], s[2], s[3]};
       a.to[part] = {at<T>(to[part]), s[0], s[4], s[5], s[6]};
     }
     rope<T>(a, threads);
+  });
+}
+
+// strides: of rows, groups and heads of the projection, then of the queries; of blocks of both caches. sizes: rows, groups,
+// queries of a group, elements of a head, blocks, tokens of a block.
+void py_rope_write_kv(const std::string& dtype, const std::array<Address, 3>& from, const std::array<Address, 3>& to,
+                      const std::array<int64_t, 8>& strides, const std::array<int64_t, 6>& sizes, Address cos, Address sin,
+                      Address slots, int64_t threads) {
+  const int64_t width = sizes[3], block_size = sizes[5];
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    Rotation<T> a{{}, {}, at<Wide<T>>(cos), at<Wide<T>>(sin), sizes[0], sizes[1], width / 2, Wide<T>(1),
+                  at<const int32_t>(slots), block_size, {strides[6], strides[7]}};
+    for (int part = 0; part < 3; ++part) {
+      a.from[part] = {at<const T>(from[part]), part == 0 ? sizes[2] : 1, strides[0], strides[1], strides[2]};
+      a.to[part] = {at<T>(to[part]), a.from[part].heads, width, block_size * width, 0};
+    }
+    a.to[0] = {at<T>(to[0]), sizes[2], strides[3], strides[4], strides[5]};
+    rope_write_kv<T>(a, sizes[4], threads);
   });
 }
 
@@ -325,6 +348,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("rms_norm_forward", &py_rms_norm_forward, without_gil, "Write the norm of rows, and their sums with a residual.");
   m.def("rms_norm_backward", &py_rms_norm_backward, without_gil, "Write the gradients by rows and by the weight.");
   m.def("rope", &py_rope, without_gil, "Write rotated queries and keys, and values as they are.");
+  m.def("rope_write_kv", &py_rope_write_kv, without_gil, "Write rotated queries, and keys and values to slots.");
   m.def("write_kv", &py_write_kv, without_gil, "Write keys and values of rows to slots of their caches.");
   m.def("copy_blocks", &py_copy_blocks, without_gil, "Copy blocks of all parts of a cache.");
   m.def("paged_attention", &py_paged_attention, without_gil, "Write the attention of rows over pages.");

@@ -17,6 +17,14 @@
 #define ICEGRT_SIMD
 #endif
 #define ICEGRT_INLINE inline __attribute__((always_inline))
+// Before a loop whose result may be one of its arguments: an iteration reads no element that another one writes.
+#if defined(__clang__)
+#define ICEGRT_IN_PLACE _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define ICEGRT_IN_PLACE _Pragma("GCC ivdep")
+#else
+#define ICEGRT_IN_PLACE
+#endif
 
 namespace icegrt {
 

@@ -27,9 +27,10 @@ struct RowLayout {
 template <typename T>
 struct NormForward {
   RowLayout layout;
+  RowLayout out_layout;
   const T *x, *residual, *weight;  // residual may be absent
-  T *out, *sum;                    // sum: absent without a residual
-  Wide<T>* scale;
+  T *out, *sum;                    // sum: absent without a residual; both may be x or residual
+  Wide<T>* scale;                  // may be absent
   double eps;
 };
 
@@ -55,13 +56,14 @@ ICEGRT_INLINE void norm_forward_rows(const NormForward<T>& a, int64_t first, int
   using W = Wide<T>;
   const int64_t width = a.layout.width, whole = width - width % kNormLanes;
   for (int64_t row = first; row < last; ++row) {
-    const T* __restrict x = a.x + a.layout.offset(row);
+    const T* x = a.x + a.layout.offset(row);
     const T* __restrict weight = a.weight;
-    T* __restrict out = a.out + row * width;
+    T* out = a.out + a.out_layout.offset(row);
     // 1. the sum with the residual
     if (a.residual) {
-      const T* __restrict residual = a.residual + row * width;
-      T* __restrict sum = a.sum + row * width;
+      const T* residual = a.residual + row * width;
+      T* sum = a.sum + row * width;
+      ICEGRT_IN_PLACE
       for (int64_t j = 0; j < width; ++j) store(sum[j], wide(x[j]) + wide(residual[j]));
       x = sum;
     }
@@ -72,8 +74,9 @@ ICEGRT_INLINE void norm_forward_rows(const NormForward<T>& a, int64_t first, int
     }
     for (int64_t j = whole; j < width; ++j) lanes[j - whole] += wide(x[j]) * wide(x[j]);
     const W scale = W(1) / std::sqrt(lane_total(lanes) / static_cast<W>(width) + static_cast<W>(a.eps));
-    a.scale[row] = scale;
+    if (a.scale) a.scale[row] = scale;
     // 3. the result
+    ICEGRT_IN_PLACE
     for (int64_t j = 0; j < width; ++j) store(out[j], wide(x[j]) * scale * wide(weight[j]));
   }
 }

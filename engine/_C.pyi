@@ -41,10 +41,12 @@ def shaped_gae_float32(
 shaped_gae_float64 = shaped_gae_float32
 
 # The operations of the trunk take the dtype's name, and addresses of contiguous memory or of the first head or row;
-# 0 is an absent tensor. `rows` are the number of rows, their width, and how they lie (see csrc/rms_norm.hpp).
+# 0 is an absent tensor. `rows` are the number of rows, their width, and how they lie; `out_strides`, how
+# the rows of the result lie (see csrc/rms_norm.hpp).
 def rms_norm_forward(
     dtype: str,
     rows: tuple[int, int, int, int, int],
+    out_strides: tuple[int, int, int],
     x: int,
     residual: int,
     weight: int,
@@ -112,6 +114,18 @@ def rope(
     groups: int,
     half: int,
     inverse: bool,
+    threads: int,
+    /,
+) -> None: ...
+def rope_write_kv(
+    dtype: str,
+    source: tuple[int, ...],
+    to: tuple[int, ...],
+    strides: tuple[int, ...],
+    sizes: tuple[int, ...],
+    cos: int,
+    sin: int,
+    slots: int,
     threads: int,
     /,
 ) -> None: ...

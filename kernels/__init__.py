@@ -14,6 +14,7 @@ from .paged_kv import copy_blocks, write_kv
 from .ppo_policy_loss import ppo_policy_loss
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope, rope_qkv
+from .rope_write_kv import rope_write_kv
 from .sample_tokens import sample_tokens
 from .shaped_gae import shaped_gae
 from .swiglu import swiglu
@@ -58,6 +59,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_qkv",
+    "rope_write_kv",
     "sample_tokens",
     "shaped_gae",
     "swiglu",

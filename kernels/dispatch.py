@@ -97,6 +97,11 @@ IMPLEMENTATIONS = MappingProxyType(
             "cpp": "paged_kv.cpp:write_kv",
             "reference": "paged_kv.reference:write_kv",
         },
+        "rope_write_kv": {
+            "triton": "rope_write_kv.triton:rope_write_kv",
+            "cpp": "rope_write_kv.cpp:rope_write_kv",
+            "reference": "rope_write_kv.reference:rope_write_kv",
+        },
         "copy_blocks": {
             "triton": "paged_kv.triton:copy_blocks",
             "cpp": "paged_kv.cpp:copy_blocks",

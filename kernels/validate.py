@@ -160,6 +160,47 @@ def check_overwritable(op: str, name: str, x: Tensor) -> None:
         raise ValueError(f"{op}: {name} must not be expanded when its gradient is to be written over it")
 
 
+def check_out(op: str, name: str, out: Tensor, shape: tuple[int, ...], inputs: tuple[Tensor, ...]) -> None:
+    """Raise unless `out` can take a result of `shape`, in dtype and on the device of the first of `inputs`.
+
+    No gradient may follow: a result in the caller's buffer belongs to no graph.
+    """
+    check_floating(op, name, out, shape, inputs[0])
+    if out.dtype != inputs[0].dtype:
+        raise TypeError(f"{op}: {name} must be {inputs[0].dtype} like the result, got {out.dtype}")
+    if torch.is_grad_enabled() and (out.requires_grad or any(x.requires_grad for x in inputs)):
+        raise ValueError(f"{op}: {name} takes no gradient; call it under torch.no_grad(), or without {name}")
+    if 0 in out.stride() and any(stride == 0 and size > 1 for stride, size in zip(out.stride(), shape, strict=True)):
+        raise ValueError(f"{op}: {name} must not be expanded")
+
+
+def check_contiguous(op: str, name: str, x: Tensor) -> None:
+    """Raise unless x is contiguous."""
+    if not x.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous, got strides {x.stride()}")
+
+
+def check_apart(op: str, name: str, out: Tensor, other_name: str, other: Tensor, same: bool = False) -> None:
+    """Raise if the memory of `out` begins or ends within that of another tensor. `same`: it may be that tensor."""
+    if out.device.type == "meta" or not out.numel() or not other.numel():
+        return
+    first, last = _memory_range(out)
+    other_first, other_last = _memory_range(other)
+    if last <= other_first or other_last <= first:
+        return
+    if not (same and first == other_first and out.stride() == other.stride() and out.shape == other.shape):
+        raise ValueError(
+            f"{op}: {name} must not overlap with {other_name}" + (", unless it is the same tensor" if same else "")
+        )
+
+
+def _memory_range(x: Tensor) -> tuple[int, int]:
+    first, elements = x.data_ptr(), x.numel()
+    if not x.is_contiguous():
+        elements = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return first, first + elements * x.element_size()
+
+
 def single_backward(op: str) -> None:
     """Raise under create_graph. A hand-written backward has no derivative, and autograd would report it as zero."""
     if torch.is_grad_enabled():
@@ -181,8 +222,11 @@ def _check_tensor(op: str, name: str, x: Any) -> None:
 
 
 def _check_shape(op: str, name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
-    if x.dim() != len(shape) or any(
-        want is not None and have != want for have, want in zip(x.shape, shape, strict=True)
+    have = x.shape
+    if have == shape:  # the usual case, without a loop
+        return
+    if len(have) != len(shape) or any(
+        want is not None and size != want for size, want in zip(have, shape, strict=True)
     ):
         wanted = ", ".join("any" if s is None else str(s) for s in shape)
         raise ValueError(f"{op}: {name} must have shape ({wanted}), got {tuple(x.shape)}")

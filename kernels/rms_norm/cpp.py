@@ -11,37 +11,41 @@ from ..common.host import address, dtype_name
 from ..common.precision import saturating_cast
 from ..dispatch import log_launch
 from ..validate import wide_dtype
-from .function import Forward, Steps, row_strides, run
+from .function import Buffers, Forward, Steps, output_strides, row_strides, run
 
 # Legend: H, elements of a row; S, rows.
 
 
-def _forward(x: Tensor, residual: Tensor | None, weight_H: Tensor, eps: float) -> Forward:
+def _forward(x: Tensor, residual: Tensor | None, weight_H: Tensor, eps: float, buffers: Buffers) -> Forward:
     # 1. fp16, or a weight of another dtype: rows are widened. The sum is rounded as if it were formed alone.
     dtype = dtype_name(x, weight_H)
     if dtype is None:
-        total = x if residual is None else x + residual
+        total = x if residual is None else torch.add(x, residual, out=buffers.sum_out)
         wide = wide_dtype(x, weight_H)
-        normed, _, scale_S = _forward(total.to(wide), None, weight_H.to(wide), eps)
-        return Forward(normed.to(x.dtype), total, scale_S)
+        unrounded = Buffers(saves_scale=buffers.saves_scale)
+        normed, _, scale_S = _forward(total.to(wide), None, weight_H.to(wide), eps, unrounded)
+        return Forward(normed.to(x.dtype) if buffers.out is None else buffers.out.copy_(normed), total, scale_S)
     # 2. Rows of a view are read in place; a sum is formed of contiguous rows.
     if residual is not None:
         x, residual = x.contiguous(), residual.contiguous()
     rows, x = _rows(x)
     weight_H = weight_H.contiguous()
-    normed = torch.empty(x.shape, dtype=x.dtype)
-    total = x if residual is None else torch.empty(x.shape, dtype=x.dtype)
-    scale_S = torch.empty(rows[0], dtype=wide_dtype(x))
+    normed = torch.empty(x.shape, dtype=x.dtype) if buffers.out is None else buffers.out
+    total = x
+    if residual is not None:
+        total = torch.empty(x.shape, dtype=x.dtype) if buffers.sum_out is None else buffers.sum_out
+    scale_S = torch.empty(rows[0], dtype=wide_dtype(x)) if buffers.saves_scale else None
     log_launch("rms_norm_forward", "cpp")
     _C.rms_norm_forward(
         dtype,
         rows,
+        output_strides(normed),
         x.data_ptr(),
         address(residual),
         weight_H.data_ptr(),
         normed.data_ptr(),
         0 if residual is None else total.data_ptr(),
-        scale_S.data_ptr(),
+        address(scale_S),
         eps,
         torch.get_num_threads(),
     )
@@ -92,11 +96,13 @@ def _rows(x: Tensor) -> tuple[tuple[int, int, int, int, int], Tensor]:
 _STEPS = Steps(_forward, _backward)
 
 
-def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight_H: Tensor, eps: float, out: Tensor | None) -> Tensor:
     """Return the norm of the rows of x; see the public function."""
-    return run(_STEPS, x, None, weight_H, eps)[0]
+    return run(_STEPS, x, None, weight_H, eps, out)[0]
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight_H: Tensor, eps: float, out: Tensor | None, sum_out: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Return the norm of x + residual, and the sum; see the public function."""
-    return run(_STEPS, x, residual, weight_H, eps)
+    return run(_STEPS, x, residual, weight_H, eps, out, sum_out)

@@ -18,13 +18,23 @@ class Forward(NamedTuple):
 
     normed: Tensor
     total: Tensor
-    scale_S: Tensor
+    scale_S: Tensor | None
+
+
+class Buffers(NamedTuple):
+    """Where a forward step writes: the norm, the sum, and whether it forms scale_S. None: it allocates."""
+
+    out: Tensor | None = None
+    sum_out: Tensor | None = None
+    saves_scale: bool = False
 
 
 class ForwardStep(Protocol):
     """Normalises rows, or their sums with a residual."""
 
-    def __call__(self, x: Tensor, residual: Tensor | None, weight_H: Tensor, eps: float) -> Forward: ...
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, weight_H: Tensor, eps: float, buffers: Buffers
+    ) -> Forward: ...
 
 
 class BackwardStep(Protocol):
@@ -54,7 +64,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, steps: Steps, x: Tensor, residual: Tensor | None, weight_H: Tensor, eps: float
     ) -> tuple[Tensor, Tensor | None]:
-        normed, total, scale_S = steps.forward(x, residual, weight_H, eps)
+        normed, total, scale_S = steps.forward(x, residual, weight_H, eps, Buffers(saves_scale=True))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(total, weight_H, scale_S)
         ctx.steps, ctx.added = steps, residual is not None
@@ -72,15 +82,30 @@ class _RMSNorm(torch.autograd.Function):
         return None, grad_x, grad_x if ctx.added else None, grad_weight_H, None
 
 
-def run(steps: Steps, x: Tensor, residual: Tensor | None, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
+def run(
+    steps: Steps,
+    x: Tensor,
+    residual: Tensor | None,
+    weight_H: Tensor,
+    eps: float,
+    out: Tensor | None = None,
+    sum_out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Return (norm, sum or None). Without a gradient to form, the step runs alone: the same bits, less overhead."""
     if torch.is_grad_enabled() and (
         x.requires_grad or weight_H.requires_grad or (residual is not None and residual.requires_grad)
     ):
         normed, total = _RMSNorm.apply(steps, x, residual, weight_H, eps)
         return normed, total
-    normed, total, _ = steps.forward(x, residual, weight_H, eps)
+    normed, total, _ = steps.forward(x, residual, weight_H, eps, Buffers(out, sum_out))
     return normed, total
+
+
+def output_strides(out: Tensor) -> tuple[int, int, int]:
+    """Return how the rows of an output lie. The public function refuses one for which `row_strides` has no answer."""
+    strides = row_strides(out)
+    assert strides is not None
+    return strides
 
 
 def row_strides(x: Tensor) -> tuple[int, int, int] | None:

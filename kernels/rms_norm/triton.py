@@ -10,13 +10,14 @@ from torch import Tensor
 from ..common.operators import Cost, device_operator
 from ..common.precision import saturating_cast
 from ..dispatch import log_launch
-from .function import Forward, Steps, row_strides, run
+from .function import Buffers, Forward, Steps, output_strides, row_strides, run
 
 # Legend
 #   H, width  elements of a row, read in CHUNKS chunks of BLOCK
 #   S, rows   rows; ROWS of them are one tile
 #   partials  [programs, H] fp32, the weight's gradient over the tiles of a program
-# Row i of x starts at (i // inner) * outer_stride + (i % inner) * inner_stride; all other tensors are contiguous.
+# Row i of x starts at (i // inner) * outer_stride + (i % inner) * inner_stride, and of a STRIDED out likewise. All
+# other tensors are contiguous.
 
 TILE = 2048  # elements of a tile of short rows
 # Rows beyond LONGEST_BLOCK are read twice, in chunks of TILE.
@@ -55,16 +56,24 @@ def rms_norm_forward_kernel(
     inner,
     outer_stride,
     inner_stride,
+    out_inner,
+    out_outer_stride,
+    out_inner_stride,
     eps,
     ADD: tl.constexpr,
+    SAVE: tl.constexpr,
+    STRIDED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """Write the norm of ROWS rows, or of their sums with a residual, and 1 / rms of each."""
+    """Write the norm of ROWS rows, or of their sums with a residual, and 1 / rms of each if SAVE."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     start = row[:, None] * width
     source = ((row // inner) * outer_stride + (row % inner) * inner_stride)[:, None]
+    target = start
+    if STRIDED:
+        target = ((row // out_inner) * out_outer_stride + (row % out_inner) * out_inner_stride)[:, None]
     # 1. The mean of squares. With ADD, what is normalised is the rounded sum.
     squares = tl.zeros((ROWS,), tl.float32)
     total = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -79,7 +88,8 @@ def rms_norm_forward_kernel(
             total = rounded.to(tl.float32)
         squares += tl.sum(total * total, axis=1)
     scale = 1.0 / tl.sqrt(squares / width + eps)
-    tl.store(scale_ptr + row, scale, mask=row < rows)
+    if SAVE:
+        tl.store(scale_ptr + row, scale, mask=row < rows)
     # 2. Normalise. A single chunk is still at hand; a program reads back what its own threads wrote.
     for chunk in range(CHUNKS):
         column = chunk * BLOCK + tl.arange(0, BLOCK)
@@ -90,7 +100,7 @@ def rms_norm_forward_kernel(
             else:
                 total = load_rows(x_ptr, source, column, inside)
         weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
-        tl.store(out_ptr + start + column[None, :], total * scale[:, None] * weight[None, :], mask=inside)
+        tl.store(out_ptr + target + column[None, :], total * scale[:, None] * weight[None, :], mask=inside)
 
 
 @triton.jit
@@ -172,7 +182,7 @@ def _forward_cost(
     weight_H: Tensor,
     out: Tensor,
     total: Tensor | None,
-    scale_S: Tensor,
+    scale_S: Tensor | None,
     layout: list[int],
     eps: float,
 ) -> Cost:
@@ -180,7 +190,7 @@ def _forward_cost(
 
 
 @device_operator(
-    "rms_norm_forward(Tensor x, Tensor? residual, Tensor weight, Tensor(a!) out, Tensor(b!)? total, Tensor(c!) scale, "
+    "rms_norm_forward(Tensor x, Tensor? residual, Tensor weight, Tensor(a!) out, Tensor(b!)? total, Tensor(c!)? scale, "
     "int[] layout, float eps)",
     _forward_cost,
 )
@@ -190,11 +200,12 @@ def _forward_step(
     weight_H: Tensor,
     out: Tensor,
     total: Tensor | None,
-    scale_S: Tensor,
+    scale_S: Tensor | None,
     layout: list[int],
     eps: float,
 ) -> None:
-    size, width = scale_S.shape[0], weight_H.shape[0]
+    width = weight_H.shape[0]
+    size = x.numel() // width
     constants, options = tile(width)
     with torch.cuda.device_of(x):
         log_launch("rms_norm_forward", "triton")
@@ -204,12 +215,14 @@ def _forward_step(
             weight_H,
             out,
             out if total is None else total,
-            scale_S,
+            out if scale_S is None else scale_S,
             size,
             width,
             *layout,
             eps,
             ADD=residual is not None,
+            SAVE=scale_S is not None,
+            STRIDED=not out.is_contiguous(),
             **constants,
             **options,
         )
@@ -268,15 +281,19 @@ def _backward_step(
         )
 
 
-def _forward(x: Tensor, residual: Tensor | None, weight_H: Tensor, eps: float) -> Forward:
+def _forward(x: Tensor, residual: Tensor | None, weight_H: Tensor, eps: float, buffers: Buffers) -> Forward:
     if residual is not None:
         x, residual = x.contiguous(), residual.contiguous()
     layout, x = _layout(x)
-    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = None if residual is None else torch.empty_like(normed)
+    normed, total = buffers.out, buffers.sum_out
+    if normed is None:
+        normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if residual is not None and total is None:
+        total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     size = x.numel() // x.shape[-1] if x.numel() else 0
-    scale_S = torch.empty(size, dtype=torch.float32, device=x.device)
+    scale_S = torch.empty(size, dtype=torch.float32, device=x.device) if buffers.saves_scale else None
     if size:
+        layout += output_strides(normed)
         _forward_step(x, residual, weight_H.contiguous(), normed, total, scale_S, layout, eps)
     return Forward(normed, x if total is None else total, scale_S)
 
@@ -313,11 +330,13 @@ def _layout(x: Tensor) -> tuple[list[int], Tensor]:
 _STEPS = Steps(_forward, _backward)
 
 
-def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight_H: Tensor, eps: float, out: Tensor | None) -> Tensor:
     """Return the norm of the rows of x; see the public function."""
-    return run(_STEPS, x, None, weight_H, eps)[0]
+    return run(_STEPS, x, None, weight_H, eps, out)[0]
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight_H: Tensor, eps: float, out: Tensor | None, sum_out: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Return the norm of x + residual, and the sum; see the public function."""
-    return run(_STEPS, x, residual, weight_H, eps)
+    return run(_STEPS, x, residual, weight_H, eps, out, sum_out)

@@ -62,13 +62,18 @@ def rope_qkv(qkv_TGMD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, 
         ValueError: A shape or device is wrong.
     """
     op = "rope_qkv"
+    check_qkv(op, qkv_TGMD, cos_TR, sin_TR)
+    q, k, v = select(op, qkv_TGMD)(qkv_TGMD, cos_TR.detach(), sin_TR.detach())
+    return q, k, v
+
+
+def check_qkv(op: str, qkv_TGMD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> None:
+    """Raise unless qkv_TGMD is a fused projection, with a row of the tables for each token."""
     validate.check_floating(op, "qkv_TGMD", qkv_TGMD, (None, None, None, None))
     tokens, _, heads, width = qkv_TGMD.shape
     if heads < 3:
         raise ValueError(f"{op}: qkv_TGMD must have 3 or more heads by group, got shape {tuple(qkv_TGMD.shape)}")
     _check_tables(op, cos_TR, sin_TR, tokens, width, qkv_TGMD)
-    q, k, v = select(op, qkv_TGMD)(qkv_TGMD, cos_TR.detach(), sin_TR.detach())
-    return q, k, v
 
 
 def _check_tables(op: str, cos_TR: Tensor, sin_TR: Tensor, tokens: int, width: int, like: Tensor) -> None:

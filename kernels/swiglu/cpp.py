@@ -13,17 +13,16 @@ from ..dispatch import log_launch
 from .function import Steps, run
 
 
-def _forward(gate_up: Tensor) -> Tensor:
+def _forward(gate_up: Tensor, out: Tensor) -> None:
     dtype = dtype_name(gate_up)
     if dtype is None:  # fp16
-        return _forward(gate_up.float()).to(gate_up.dtype)
-    width = gate_up.shape[-1] // 2
-    out = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype)
+        wide = torch.empty(out.shape)
+        _forward(gate_up.float(), wide)
+        out.copy_(wide)
+        return
+    width = out.shape[-1]
     log_launch("swiglu_forward", "cpp")
-    _C.swiglu_forward(
-        dtype, gate_up.data_ptr(), out.data_ptr(), out.numel() // max(1, width), width, torch.get_num_threads()
-    )
-    return out
+    _C.swiglu_forward(dtype, gate_up.data_ptr(), out.data_ptr(), out.numel() // width, width, torch.get_num_threads())
 
 
 def _backward(gate_up: Tensor, grad: Tensor) -> Tensor:
@@ -48,6 +47,6 @@ def _backward(gate_up: Tensor, grad: Tensor) -> Tensor:
 _STEPS = Steps(_forward, _backward)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor, out: Tensor | None) -> Tensor:
     """Return silu(gate) * up; see the public function."""
-    return run(_STEPS, gate_up)
+    return run(_STEPS, gate_up, out)

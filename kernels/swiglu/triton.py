@@ -74,13 +74,6 @@ def _backward_step(gate_up: Tensor, grad: Tensor, grad_gate_up: Tensor) -> None:
         )
 
 
-def _forward(gate_up: Tensor) -> Tensor:
-    out = torch.empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2), dtype=gate_up.dtype, device=gate_up.device)
-    if out.numel():
-        _forward_step(gate_up, out)
-    return out
-
-
 def _backward(gate_up: Tensor, grad: Tensor) -> Tensor:
     # fp16 is rounded afterwards: the kernel would write infinity beyond its range.
     dtype = torch.float32 if gate_up.dtype == torch.float16 else gate_up.dtype
@@ -90,9 +83,9 @@ def _backward(gate_up: Tensor, grad: Tensor) -> Tensor:
     return saturating_cast(grad_gate_up, gate_up.dtype)
 
 
-_STEPS = Steps(_forward, _backward)
+_STEPS = Steps(_forward_step, _backward)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor, out: Tensor | None) -> Tensor:
     """Return silu(gate) * up; see the public function."""
-    return run(_STEPS, gate_up)
+    return run(_STEPS, gate_up, out)

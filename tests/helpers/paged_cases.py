@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from icegrt.kernels import paged_attention, use_backend
+from icegrt.kernels import paged_attention, rope_qkv, use_backend, write_kv
 from tests.helpers.kernel_cases import assert_within_budget
+from tests.helpers.trunk_cases import tables
 
 
 @dataclass
@@ -138,3 +139,20 @@ def same_bits(ours, theirs):
         torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
         for a, b in zip(ours, theirs, strict=True)
     )
+
+
+def drawn_projection(rows, groups, queries, width, block_size, dtype, seed=0):
+    """Return qkv [rows, G, queries + 2, D], cosines, sines, two caches and a slot for each row."""
+    _, _, *caches, slots = drawn_caches(rows, groups, width, block_size, dtype, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    qkv = torch.randn(rows, groups, queries + 2, width, generator=generator).to(dtype)
+    return qkv, *tables(rows, width // 2, seed), *caches, slots
+
+
+def in_two_calls(backend, qkv, cos, sin, keys, values, slots):
+    """Return queries and both caches after rope_qkv and write_kv; the caches that were passed stay as they are."""
+    caches = [keys.clone(), values.clone()]
+    with use_backend(backend):
+        q, k, v = rope_qkv(qkv, cos, sin)
+        write_kv(k, v, *caches, slots)
+    return [q, *caches]

@@ -88,9 +88,9 @@ def is_table(x, arguments):
 def fused_call(op, backend):
     """Return a call of the public function on one backend."""
 
-    def call(*arguments):
+    def call(*arguments, **buffers):
         with use_backend(backend):
-            return op(*arguments, **KEYWORDS.get(op, {}))
+            return op(*arguments, **KEYWORDS.get(op, {}), **buffers)
 
     return call
 

@@ -2,7 +2,13 @@
 
 from icegrt.kernels import add_rms_norm
 from tests.kernels.mutants.mutation import Mutant
-from tests.kernels.triton.test_rms_norm import check_few_programs, check_long_rows, check_norm, check_views
+from tests.kernels.triton.test_rms_norm import (
+    check_buffers,
+    check_few_programs,
+    check_long_rows,
+    check_norm,
+    check_views,
+)
 
 MODULE = "rms_norm.triton"
 FORWARD, BACKWARD = "rms_norm_forward_kernel", "rms_norm_backward_kernel"
@@ -41,6 +47,22 @@ MUTANTS = (
         "(row // inner) * outer_stride",
         "(row // inner) * inner * inner_stride",
         check_views,
+    ),
+    Mutant(
+        MODULE,
+        FORWARD,
+        "rows of a strided result are written as neighbours",
+        "(row // out_inner) * out_outer_stride",
+        "(row // out_inner) * out_inner * out_inner_stride",
+        check_buffers,
+    ),
+    Mutant(
+        MODULE,
+        FORWARD,
+        "a long row reads its sum where the norm was written",
+        "total = load_rows(sum_ptr, start, column, inside)",
+        "total = load_rows(out_ptr, start, column, inside)",
+        check_buffers,
     ),
     Mutant(
         MODULE,

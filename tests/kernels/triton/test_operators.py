@@ -22,6 +22,7 @@ from icegrt.kernels import (
     rms_norm,
     rope,
     rope_qkv,
+    rope_write_kv,
     sample_tokens,
     shaped_gae,
     swiglu,
@@ -49,6 +50,7 @@ STEPS = {
     "rms_norm_backward",
     "rms_norm_forward",
     "rope",
+    "rope_write_kv",
     "sample_tokens_kernel",
     "shaped_gae_kernel",
     "swiglu_backward",
@@ -176,6 +178,9 @@ def paged_calls(dtype, device="cpu"):
     tables, one_row, chunks = integers(*range(70)).view(2, 35), draw(2, 6, 8), draw(9, 6, 8)
     starts, rows = integers(0, 3, 9), integers(1, 0)
 
+    angles = draw(5, 4).float()
+    projection = (draw(5, 2, 4, 8), angles.cos(), angles.sin())
+
     def attend(q, length, **keywords):
         # The block tables and lengths of every call have memory of their own.
         pages = (keys, values, tables.clone(), integers(length, length))
@@ -183,6 +188,7 @@ def paged_calls(dtype, device="cpu"):
 
     return {
         "write_kv": lambda: write_kv(k, v, keys, values, slots),
+        "rope_write_kv": lambda: [rope_write_kv(*projection, keys, values, slots)],
         "copy_blocks": lambda: copy_blocks(cache, copy_from, copy_to),
         "paged_attention": lambda: [
             attend(one_row, 33),

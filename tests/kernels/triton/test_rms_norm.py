@@ -61,6 +61,24 @@ def test_views():
     check_views()
 
 
+def check_buffers():
+    """Heads normed in place, with short and long rows, and a residual stream: the bits of the allocating call."""
+    qkv, weight, residual = torch.randn(9, 1, 3, 4, 43), torch.rand(43), torch.randn(9, 1, 43)
+    norm, add = fused_call(rms_norm, "triton"), fused_call(add_rms_norm, "triton")
+    for block in (4096, 16):
+        with module_constants("rms_norm", LONGEST_BLOCK=block):
+            memory, stream = qkv.clone(), residual.clone()
+            heads, expected = memory[..., :2, :], norm(qkv[..., :2, :], weight)
+            assert_same_bits([norm(heads, weight, out=heads), memory[..., 2:, :]], [expected, qkv[..., 2:, :]])
+            expected = add(residual * 0.3, residual, weight)
+            x = residual * 0.3
+            assert_same_bits(add(x, stream, weight, out=x, sum_out=stream), expected)
+
+
+def test_buffers():
+    check_buffers()
+
+
 def test_launches_and_bits():
     """One launch a pass; the sum has the bits of an addition, and a row those that it has alone."""
     x, residual, weight = inputs(add_rms_norm, 50, 24)

@@ -33,6 +33,13 @@ def test_gates_of_every_size():
     torch.testing.assert_close(out[:, 0].double(), truth[:, 0] * truth[:, 0].sigmoid(), rtol=1e-6, atol=1e-30)
 
 
+def test_a_buffer_has_the_bits_of_the_allocating_call():
+    (gate_up,) = inputs(swiglu, 7, 30)
+    out = torch.full((7, 1, 30), torch.nan)
+    assert fused_call(swiglu, "triton")(gate_up, out=out) is out
+    assert torch.equal(out, fused_call(swiglu, "triton")(gate_up))
+
+
 def test_one_launch_a_pass():
     with record_launches() as launches:
         results(fused_call(swiglu, "triton"), inputs(swiglu, 2, 8))
