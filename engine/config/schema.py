@@ -238,6 +238,20 @@ class CriticConfig:
 
 
 @config_class
+class OffloadConfig:
+    """State that leaves the device while its role is not in use."""
+
+    roles: Literal["none", "optimizer", "all"] = key(
+        "none",
+        "what leaves the device while its role is not in use: nothing; gradients and optimizer state; or parameters too",
+    )
+    actor: Literal["none", "optimizer", "all"] | None = key(None, "of the actor; empty: as `roles`")
+    critic: Literal["none", "optimizer", "all"] | None = key(None, "of the critic; empty: as `roles`")
+    reference: Literal["none", "all"] | None = key(None, "of the reference; empty: as `roles`")
+    reward: Literal["none", "all"] | None = key(None, "of the reward models; empty: as `roles`")
+
+
+@config_class
 class RewardSource:
     """A reward source: a reward model, a reward function or an HTTP scorer, with its weight in the score."""
 
@@ -376,6 +390,7 @@ class PPOConfig(Loadable):
         2, "number of last checkpoints kept, besides the one with the highest evaluated held-out score", ge=1
     )
     parallel: Section[ParallelConfig] = key(ParallelConfig(), "parallelism of each of the models")
+    offload: Section[OffloadConfig] = key(OffloadConfig(), "state that leaves the device while its role is not in use")
     run: Section[RunConfig] = key(RunConfig(dir="runs/ppo"), "the run")
 
     @property

@@ -39,7 +39,7 @@ class PipelineModel:
         self.head_kind: HeadKind = self.chunks[-1].head_kind
         self.config: Any = self.chunks[-1].config
         self.weights_version = 0
-        self._param_gathers: list[Callable[[], None]] = []
+        self._read_hooks: list[Callable[[], None]] = []
 
     # -- parameters ------------------------------------------------------------------------------------------------
 
@@ -77,14 +77,17 @@ class PipelineModel:
         """Count a change of the weights. Roles and checkpoints do; call it after a change by other means."""
         self.weights_version += 1
 
-    def register_param_gather(self, gather: Callable[[], None]) -> None:
-        """Register what `wait_for_param_gather` calls: the pending parameter all-gather of an optimizer."""
-        self._param_gathers.append(gather)
+    def register_read_hook(self, hook: Callable[[], None]) -> None:
+        """Register what makes the parameters readable, such as the pending parameter all-gather of an optimizer."""
+        self._read_hooks.append(hook)
 
     def wait_for_param_gather(self) -> None:
-        """Wait for the overlapped parameter all-gather. Call before reading parameters outside a forward pass."""
-        for gather in self._param_gathers:
-            gather()
+        """Bring the parameters to the device and wait for an overlapped parameter all-gather.
+
+        Call it before reading parameters outside a forward pass.
+        """
+        for hook in self._read_hooks:
+            hook()
 
     # -- modes -----------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from icegrt.errors import ConfigError
 from icegrt.model.architecture import Architecture
 from icegrt.model.build import build_parallel_model
 from icegrt.model.pipeline_model import PipelineModel
-from icegrt.ppo import setup
+from icegrt.ppo import role_setup
 from icegrt.ppo.batch_plan import BatchPlan, plan_batches, stream_seed
 from icegrt.ppo.experience import Experience, compute_advantages
 from icegrt.ppo.kl_controller import kl_controller
@@ -99,8 +100,14 @@ def run_iteration(
             "rehearse: parallel.virtual_pipeline above 1 cannot be rehearsed, because interleaved stages exchange the "
             "shapes of their messages with ranks that do not exist here; set it to 1"
         )
+    choices = (getattr(config.offload, field.name) for field in dataclasses.fields(config.offload))
+    if any(choice not in ("none", None) for choice in choices):
+        raise ConfigError(
+            "rehearse: ppo.offload cannot be rehearsed yet, because the ledger of memory does not see storages that are "
+            "resized; set ppo.offload to none for the rehearsal"
+        )
     with _given_shapes(watcher):
-        # 1. Models and roles, as ppo.setup builds them, without weights.
+        # 1. Models and roles, as ppo.role_setup builds them, without weights.
         report(BUILD)
         with watcher.phase(BUILD):
             iteration = _Iteration(config, cluster, watcher)
@@ -141,14 +148,10 @@ class _Iteration:
     def __init__(self, config: PPOConfig, cluster: Cluster, watcher: Watcher) -> None:
         self.config, self.cluster, self.watcher = config, cluster, watcher
         rewards = RewardComposition.of(config, None)
-        inputs = setup.PPOInputs(config.actor, None, rewards, config.prompts, config.reference or None, None, None)
         with _models_without_weights():
             source: Any = _ConfigReader(config.actor)
-            models = setup.build_models(config, source, inputs, cluster)
-        for model in models.values():
-            for parameter in model.parameters():
-                watcher.device.label(parameter, memory.PARAMETERS)
-        self.roles = self._build_roles(models)
+            sources = role_setup.role_sources(config, source, config.reference or None, rewards, None)
+            self.roles = self._build_roles(sources)
         self.actor, self.critic = self.roles["actor"], self.roles["critic"]
         self.reference = self.roles["reference"]
         self.specs = rewards.models
@@ -162,16 +165,22 @@ class _Iteration:
         self.updater = Updater(config, actor, critic, self.scorer, cluster)
         self.kl_controller = kl_controller(config)
 
-    def _build_roles(self, models: dict[str, PipelineModel]) -> dict[str, Role]:
-        start = self.watcher.device.mark()
-        roles = setup._build_roles(self.config, models)
-        self.watcher.device.label_since(start, memory.OPTIMIZER)
+    def _build_roles(self, sources: dict[str, role_setup.RoleSource]) -> dict[str, Role]:
+        roles = role_setup.build_roles(self.config, sources, self.cluster)
+        label = self.watcher.device.label
         for role in roles.values():
-            for ddp in getattr(role, "ddps", ()):
-                for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers):
-                    self.watcher.device.label(buffer.grad_data, memory.GRADIENTS)
-                    if buffer.param_data is not None:
-                        self.watcher.device.label(buffer.param_data, memory.PARAMETERS)
+            if isinstance(role, TrainableRole):
+                for inner in inner_optimizers(role.optimizer):
+                    for group in inner.optimizer.param_groups:
+                        for main in group[
+                            "params"
+                        ]:  # fp32 copies, or shards of the parameters, which are labelled below
+                            label(main, memory.OPTIMIZER)
+                for ddp in role.ddps:
+                    for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers):
+                        label(buffer.grad_data, memory.GRADIENTS)
+            for parameter in role.model.parameters():
+                label(parameter, memory.PARAMETERS)
         return roles
 
     def rollout(self, workload: Workload) -> int:
@@ -227,7 +236,7 @@ class _Iteration:
 
 @contextlib.contextmanager
 def _models_without_weights() -> Iterator[None]:
-    """Let `ppo.setup` build models from `config.json` alone."""
+    """Let `ppo.role_setup` build models from `config.json` alone."""
 
     def build(
         source: Any, head: Any, cluster: Cluster, *, dtype: Any, new_head: bool = False, recompute: str = "none"
@@ -236,8 +245,8 @@ def _models_without_weights() -> Iterator[None]:
 
     patches = Patches()
     try:
-        patches.set(setup, "HFCheckpointReader", _ConfigReader)
-        patches.set(setup, "build_model", build)
+        patches.set(role_setup, "HFCheckpointReader", _ConfigReader)
+        patches.set(role_setup, "build_model", build)
         yield
     finally:
         patches.undo()
