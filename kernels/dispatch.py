@@ -65,6 +65,7 @@ IMPLEMENTATIONS = MappingProxyType(
         "whiten": {"triton": "whitening.triton:whiten", "reference": "whitening.reference:whiten"},
         "sample_tokens": {
             "triton": "sample_tokens.triton:sample_tokens",
+            "cpp": "sample_tokens.cpp:sample_tokens",
             "reference": "sample_tokens.reference:sample_tokens",
         },
         "rms_norm": {

@@ -67,6 +67,13 @@ def check_integral(op: str, name: str, x: Tensor, shape: tuple[int | None, ...],
     _check_device(op, name, x, like)
 
 
+def check_rows(op: str, name: str, x: Tensor, rows: int, like: Tensor) -> None:
+    """Raise unless x is a tensor with one entry for each row, on the device of `like`."""
+    _check_tensor(op, name, x)
+    _check_shape(op, name, x, (rows,))
+    _check_device(op, name, x, like)
+
+
 def check_mask(op: str, name: str, x: Tensor | None, shape: tuple[int | None, ...], like: Tensor | None = None) -> None:
     """Raise unless x is None or a tensor of `shape`: bool, integers that are 0 where masked, or floats of 0 and 1.
 
