@@ -21,8 +21,8 @@ from icegrt.rewards.compat import adapt
 from icegrt.rewards.error_policy import call_reward_function
 from icegrt.rewards.function import load_reward_function
 from icegrt.rollout.engine import RolloutEngine
-from icegrt.rollout.settings import RolloutSettings
 from icegrt.rollout.samples import sample_of
+from icegrt.rollout.settings import RolloutSettings
 from icegrt.rollout.types import Response, Sampling
 from icegrt.training.run_folder import rows_file
 from icegrt.training.trainer import tokenizer_for

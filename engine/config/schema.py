@@ -79,9 +79,7 @@ class RolloutConfig:
         ge=1,
     )
     order: Literal["first_come", "longest_remaining"] = key("first_come", "which waiting request starts first")
-    reuse_prefixes: bool = key(
-        True, "requests reuse cached blocks with the same tokens (vLLM: enable_prefix_caching)"
-    )
+    reuse_prefixes: bool = key(True, "requests reuse cached blocks with the same tokens (vLLM: enable_prefix_caching)")
     cuda_graphs: bool = key(True, "capture decode steps as CUDA graphs, one for each size of the batch")
 
 
@@ -243,7 +241,7 @@ class OffloadConfig:
 
     roles: Literal["none", "optimizer", "all"] = key(
         "none",
-        "what leaves the device while its role is not in use: nothing; gradients and optimizer state; or parameters too",
+        "what leaves the device while its role is not in use: nothing; gradients and optimizer state; parameters too",
     )
     actor: Literal["none", "optimizer", "all"] | None = key(None, "of the actor; empty: as `roles`")
     critic: Literal["none", "optimizer", "all"] | None = key(None, "of the critic; empty: as `roles`")

@@ -9,7 +9,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
-from torch import Tensor, nn
+from torch import Tensor
 
 from icegrt.kernels import VocabShard
 from icegrt.model.architecture import Architecture, HeadKind

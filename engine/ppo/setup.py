@@ -37,8 +37,8 @@ from icegrt.ppo.update import Updater
 from icegrt.residency import KINDS
 from icegrt.roles.role import Role, TrainableRole
 from icegrt.rollout.engine import RolloutEngine
-from icegrt.rollout.settings import RolloutSettings
 from icegrt.rollout.samples import sample_of
+from icegrt.rollout.settings import RolloutSettings
 from icegrt.rollout.types import Sampling
 from icegrt.training.trainer import resolve_chunk_rows, tokenizer_for
 from icegrt.utils.console import warn

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ from icegrt.ppo.reward_sources import RewardComposition
 from icegrt.ppo.scores import ModelScores, RunningScoreNormalizer, RunningScoreNormalizers, total_scores
 from icegrt.ppo.scoring import LogprobScorer, score_sequences, score_values
 from icegrt.ppo.update import Updater
-from icegrt.rehearsal import memory, shadows
+from icegrt.rehearsal import memory
 from icegrt.rehearsal.process_groups import GroupUse, groups_of
 from icegrt.rehearsal.watcher import Watcher
 from icegrt.rehearsal.workload import Workload
@@ -103,8 +103,8 @@ def run_iteration(
     choices = (getattr(config.offload, field.name) for field in dataclasses.fields(config.offload))
     if any(choice not in ("none", None) for choice in choices):
         raise ConfigError(
-            "rehearse: ppo.offload cannot be rehearsed yet, because the ledger of memory does not see storages that are "
-            "resized; set ppo.offload to none for the rehearsal"
+            "rehearse: ppo.offload cannot be rehearsed yet, because the ledger of memory does not see storages that "
+            "are resized; set ppo.offload to none for the rehearsal"
         )
     with _given_shapes(watcher):
         # 1. Models and roles, as ppo.role_setup builds them, without weights.

@@ -415,9 +415,7 @@ class Decoder:
 
     # -- requests --------------------------------------------------------------------------------------------------
 
-    def _add(
-        self, index: int, prompt: list[int], samples: int, sampling: Sampling, first_sequence_id: int
-    ) -> Request:
+    def _add(self, index: int, prompt: list[int], samples: int, sampling: Sampling, first_sequence_id: int) -> Request:
         stop_ids = self.stop_ids.union(sampling.stop_token_ids)
         request = Request(self._n_requests, [])
         self._n_requests += 1

@@ -228,7 +228,9 @@ class RolloutEngine:
                 bar.advance(len(response.tokens))
         if queue is not None:
             queue.close()
-        return all_gather_responses(cluster, responses, prompts, n, first_sequence_id, self.decoder.model.weights_version)
+        return all_gather_responses(
+            cluster, responses, prompts, n, first_sequence_id, self.decoder.model.weights_version
+        )
 
     def _ids(self, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
         texts = iter(plain_prompt_tokens(self.tokenizer, [p for p in prompts if isinstance(p, str)]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,7 +38,9 @@ def all_gather_responses(
     if cluster.share.ranks > 1:
         cluster.barrier()  # the longest response of another rank may take long
         messages = cluster.all_gather(_encode(gathered))
-        gathered = [r for message in messages for r in _decode(message, prompts, samples, first_sequence_id, policy_version)]
+        gathered = [
+            r for message in messages for r in _decode(message, prompts, samples, first_sequence_id, policy_version)
+        ]
     return sorted(gathered, key=lambda r: (r.prompt_index, r.sample))
 
 

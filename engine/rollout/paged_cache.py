@@ -38,7 +38,11 @@ class PagedCache:
     def part(self, first: int, count: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Return `count` blocks from `first` on: those of all layers, then keys and values by layer."""
         part = self.blocks[:, first : first + count]
-        return part, [part[2 * layer] for layer in range(self.layers)], [part[2 * layer + 1] for layer in range(self.layers)]
+        return (
+            part,
+            [part[2 * layer] for layer in range(self.layers)],
+            [part[2 * layer + 1] for layer in range(self.layers)],
+        )
 
 
 def block_bytes(layers: int, block_size: int, shape: StageShape, dtype: torch.dtype) -> int:

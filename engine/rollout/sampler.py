@@ -65,7 +65,8 @@ class SettingsTable:
             vocab_size: ids of the vocabulary.
             device: of the step.
         """
-        if len(self._distributions) == 1 and not self._masking:
+        # A step that computes parts of prompts alone samples nothing: any settings are its own.
+        if not samples or (len(self._distributions) == 1 and not self._masking):
             return StepSettings(next(iter(self._distributions)))
         rows = [sequence.distribution for sequence, _ in samples]
         rows += [rows[0]] * (padded - len(rows))
@@ -79,7 +80,9 @@ class SettingsTable:
         )
 
 
-def _allowed(samples: abc.Sequence[tuple[Sequence, int]], padded: int, vocab_size: int, device: torch.device):
+def _allowed(
+    samples: abc.Sequence[tuple[Sequence, int]], padded: int, vocab_size: int, device: torch.device
+) -> Tensor | None:
     limited = [(row, s.sampling.allowed_token_ids) for row, (s, _) in enumerate(samples)]
     if all(ids is None for _, ids in limited):
         return None
@@ -92,8 +95,12 @@ def _allowed(samples: abc.Sequence[tuple[Sequence, int]], padded: int, vocab_siz
     return _to_device(torch.from_numpy(words_NW), device)
 
 
-def _biases(samples: abc.Sequence[tuple[Sequence, int]], vocab_size: int, device: torch.device):
-    rows, ids, values = [], [], []
+def _biases(
+    samples: abc.Sequence[tuple[Sequence, int]], vocab_size: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    rows: list[int] = []
+    ids: list[int] = []
+    values: list[float] = []
     for row, (sequence, sampled) in enumerate(samples):
         sampling = sequence.sampling
         biases = dict(sampling.logit_bias)

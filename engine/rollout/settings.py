@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from icegrt.config import RolloutConfig
 from icegrt.errors import ConfigError
 from icegrt.rollout.memory import parse_memory

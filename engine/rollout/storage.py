@@ -73,7 +73,9 @@ class DecoderStorage:
             n_blocks = max(1, min(affordable, blocks_wanted))
         max_rows = max(settings.token_budget, per_group)
         # 2. The cache and its schedulers.
-        cache = PagedCache(len(model.layer_indices), n_blocks * channel.stages, settings.block_size, shape, dtype, device)
+        cache = PagedCache(
+            len(model.layer_indices), n_blocks * channel.stages, settings.block_size, shape, dtype, device
+        )
         schedulers = schedulers or [
             BlockScheduler(
                 n_blocks,

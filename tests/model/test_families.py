@@ -61,7 +61,9 @@ def pair(request):
 def logits(model, rows):
     batch = pack([row[:1] for row in rows], [row[1:] for row in rows])
     with torch.no_grad():
-        return lm_logits(model.chunks[-1].hidden(batch).squeeze(1), model.lm_weight_VH).split([len(row) for row in rows])
+        return lm_logits(model.chunks[-1].hidden(batch).squeeze(1), model.lm_weight_VH).split(
+            [len(row) for row in rows]
+        )
 
 
 def test_logits_of_packed_sequences_are_those_of_transformers(pair):

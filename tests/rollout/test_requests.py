@@ -188,7 +188,9 @@ def test_a_later_turn_of_a_conversation_finds_the_earlier_ones_in_the_cache():
 
 def test_a_request_that_cannot_fit_is_refused_with_the_key_to_change_and_others_are_served(alone):
     engine = engine_of(kv_memory=9_000, block_size=2)
-    with pytest.raises(DataError, match=r"prompt 0 has 20 tokens; .* 35 cached tokens, .* room for 3\d\. Raise rollout"):
+    with pytest.raises(
+        DataError, match=r"prompt 0 has 20 tokens; .* 35 cached tokens, .* room for 3\d\. Raise rollout"
+    ):
         engine.generate([PROMPTS[3]], 1, SAMPLING)
     assert is_clean(engine)
     assert [r.tokens for r in engine.generate([PROMPTS[1]], 2, SAMPLING)] == [r.tokens for r in alone[1]]
@@ -283,7 +285,11 @@ def test_sizes_out_of_bounds_are_refused(settings, message):
 
 
 def test_ids_that_the_vocabulary_lacks_are_refused_in_settings(engine):
-    for sampling in (Sampling(logit_bias={61: 1.0}), Sampling(allowed_token_ids=(3, 61)), Sampling(stop_token_ids=(-1,))):
+    for sampling in (
+        Sampling(logit_bias={61: 1.0}),
+        Sampling(allowed_token_ids=(3, 61)),
+        Sampling(stop_token_ids=(-1,)),
+    ):
         with pytest.raises(DataError, match="not in the vocabulary"):
             engine.generate([PROMPTS[0]], 1, sampling)
 
