@@ -8,6 +8,7 @@ operation has many arguments, `inputs.py` has the frozen objects that its backen
 from .dispatch import available_backends, describe, record_launches, use_backend
 from .kl_divergence import kl_divergence
 from .linear import default_chunk_rows, linear_logprobs, linear_ppo_loss
+from .lm_logits import lm_logits
 from .pack_padded import pack_padded
 from .paged_attention import paged_attention
 from .paged_kv import copy_blocks, write_kv
@@ -51,6 +52,7 @@ __all__ = [
     "kl_divergence",
     "linear_logprobs",
     "linear_ppo_loss",
+    "lm_logits",
     "masked_moments",
     "pack_padded",
     "paged_attention",

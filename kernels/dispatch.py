@@ -113,6 +113,10 @@ IMPLEMENTATIONS = MappingProxyType(
             "cpp": "paged_attention.cpp:paged_attention",
             "reference": "paged_attention.reference:paged_attention",
         },
+        "lm_logits": {
+            "chunked": "lm_logits.chunked:lm_logits",
+            "reference": "lm_logits.reference:lm_logits",
+        },
         "pack_padded": {"reference": "pack_padded:pack_rows"},
     }
 )
