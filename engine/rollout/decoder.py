@@ -327,7 +327,7 @@ class Decoder:
             return None
         samples = [self._sequences[number] for number in plan.sample_ids_N.tolist()]
         size, rows = group.prepare(plan, [sequence.id for sequence in samples])
-        vocab_size = self.model.architecture.vocab_size
+        vocab_size = self.model.vocab_limit
         sampled = [(s, p - len(s.prompt)) for s, p in zip(samples, plan.sample_positions_N.tolist(), strict=True)]
         settings = self._settings_table.of_step(sampled, size.samples, vocab_size, group.blocks.device)
         step = Step(size, rows, settings, samples)

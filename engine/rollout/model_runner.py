@@ -33,7 +33,9 @@ class OutputBuffers:
     logits_NV: Tensor
 
     @classmethod
-    def allocate(cls, rows: int, hidden_size: int, vocab_rows: int, dtype: torch.dtype, device: torch.device):
+    def allocate(
+        cls, rows: int, hidden_size: int, vocab_rows: int, dtype: torch.dtype, device: torch.device
+    ) -> OutputBuffers:
         """Allocate the buffers of up to `rows` samples."""
         logits_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         return cls(

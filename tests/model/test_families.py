@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from icegrt.kernels import lm_logits
 from icegrt.model.build import build_model
 from icegrt.model.hf import exporter
 from icegrt.model.hf.writer import save_pretrained
