@@ -130,6 +130,15 @@ def rope_write_kv(
     threads: int,
     /,
 ) -> None: ...
+def sample_tokens(
+    dtype: str,
+    tensors: tuple[int, ...],
+    sizes: tuple[int, ...],
+    numbers: tuple[float, float, float],
+    integers: tuple[int, int],
+    threads: int,
+    /,
+) -> None: ...
 def swiglu_forward(dtype: str, gate_up: int, out: int, rows: int, width: int, threads: int, /) -> None: ...
 def swiglu_backward(
     dtype: str, gate_up: int, grad: int, grad_gate_up: int, rows: int, width: int, threads: int, /

@@ -21,6 +21,7 @@ from icegrt.checkpoint import rng as checkpoint_rng
 from icegrt.checkpoint.safe_unpickle import restricted_megatron_load
 from icegrt.distributed.cluster import Cluster
 from icegrt.errors import CheckpointError, RunError
+from icegrt.residency import OPTIMIZER, PARAMETERS
 from icegrt.roles.role import Role, TrainableRole
 from icegrt.utils.console import warn
 
@@ -90,15 +91,20 @@ class Checkpoints:
         problem = self.cluster.broadcast_from_main(problem)
         if problem is not None:
             raise self._write_error(target, problem)
-        # 3. Megatron's plans, and the thread that writes this rank's files.
+        # 3. Megatron's plans, and the thread that writes this rank's files. One role at a time needs the device.
         staging = files.staging_path(target)
-        plans = {role.name: megatron.plan_save(role, staging / role.name) for role in roles}
-        writer = _WriterThread(staging, plans, self.cluster.rank, self.write_bucket, copy=self.background)
+        plans = {}
+        writer = _WriterThread(staging, self.cluster.rank, self.write_bucket)
+        for role in roles:
+            with role.placement.hold(PARAMETERS, OPTIMIZER):
+                plans[role.name] = megatron.plan_save(role, staging / role.name)
+                writer.add(role.name, plans[role.name], copy=self.background)
+                if not self.background:
+                    writer.run()
         self._pending = _Pending(target, text, plans, writer, on_committed)
         if self.background:
             writer.start()
         else:
-            writer.run()
             self.finish_pending()
         return target
 
@@ -188,13 +194,15 @@ class Checkpoints:
         """Restore roles and this process's random generators from a valid checkpoint. Returns its JSON document."""
         document = files.read_state(checkpoint)
         for role in roles:
-            if role.learns:
-                megatron.allocate_optimizer_states(role)
-            loaded = _read(checkpoint, role, megatron.sharded(role, loading=True))
-            _restore_weights(role, loaded)
-            if role.learns:
-                megatron.load_optimizer(role, loaded["optimizer"])
-                role.schedule.load_state_dict(document["schedules"][role.name])
+            with role.placement.hold(PARAMETERS, OPTIMIZER):
+                if role.learns:
+                    megatron.allocate_optimizer_states(role)
+                loaded = _read(checkpoint, role, megatron.sharded(role, loading=True))
+                _restore_weights(role, loaded)
+                if role.learns:
+                    megatron.load_optimizer(role, loaded["optimizer"])
+                    role.schedule.load_state_dict(document["schedules"][role.name])
+                del loaded
         if len(document["rng"]) == self.cluster.world_size:
             checkpoint_rng.restore(document["rng"][self.cluster.rank])
         return document
@@ -209,7 +217,8 @@ class Checkpoints:
         if faults:
             raise CheckpointError(f"{files.describe_faults(checkpoint, faults)}; remove it, and resume")
         for role in roles:
-            _restore_weights(role, _read(checkpoint, role, {"model": megatron.sharded_model(role)}))
+            with role.placement.hold(PARAMETERS):
+                _restore_weights(role, _read(checkpoint, role, {"model": megatron.sharded_model(role)}))
 
     def _verify(self, checkpoint: Path) -> list[str]:
         # Every rank reads a part of the files.
@@ -237,26 +246,27 @@ class _Outcome:
 
 
 class _WriterThread(threading.Thread):
-    """Writes this rank's files. With `copy` the weights may change as soon as the constructor returns."""
+    """Writes this rank's files: in the background, or by `run` in the calling thread."""
 
-    def __init__(
-        self, staging: Path, plans: dict[str, Any], rank: int, write_bucket: WriteBucket, *, copy: bool
-    ) -> None:
+    def __init__(self, staging: Path, rank: int, write_bucket: WriteBucket) -> None:
         super().__init__(name="icegrt-checkpoint", daemon=True)
         self.staging = staging
         self.rank = rank
         self.write_bucket = write_bucket
-        self.transforms = {name: plan.writer.transforms for name, plan in plans.items()}
-        self.buckets = {
-            name: [_to_host(bucket, copy=copy) for bucket in plan.writer.write_buckets] for name, plan in plans.items()
-        }
+        self.transforms: dict[str, Any] = {}
+        self.buckets: dict[str, list[Any]] = {}
         self.outcome = _Outcome({}, {})
-        for plan in plans.values():
-            plan.writer.write_buckets = []
+
+    def add(self, name: str, plan: Any, *, copy: bool) -> None:
+        """Take the state of a role from Megatron's plan. With `copy` the state may change from then on."""
+        self.transforms[name] = plan.writer.transforms
+        self.buckets[name] = [_to_host(bucket, copy=copy) for bucket in plan.writer.write_buckets]
+        plan.writer.write_buckets = []
 
     def run(self) -> None:
+        """Write what was added since the last call, unless a file has failed."""
         try:
-            for name, buckets in self.buckets.items():
+            for name, buckets in self.buckets.items() if self.outcome.error is None else ():
                 results = self.outcome.results[name] = []
                 for bucket in buckets:
                     results += self.write_bucket(bucket, self.transforms[name])
@@ -308,6 +318,6 @@ def _read(checkpoint: Path, role: Role, sharded: dict[str, Any]) -> dict[str, An
 
 
 def _restore_weights(role: Role, loaded: dict[str, Any]) -> None:
-    role.weight_changes += 1
+    role.model.mark_weights_changed()
     for chunk, state in zip(role.model.chunks, loaded["model"], strict=True):
         chunk.load_state_dict(state)

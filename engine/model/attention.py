@@ -1,4 +1,4 @@
-"""Block-diagonal causal attention over a packed stream, and over a KV cache while decoding.
+"""Block-diagonal causal attention over a packed stream.
 
 Unlike textbook attention nothing is padded. Sequences of one length share a call, and no sequence sees another. Only
 the rows of a prompt may be shared (`shared_prompts.py`).
@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,32 +23,14 @@ from icegrt.model.shared_prompts import PromptGroups, shared_prompt_attention
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 
-class PrefillWriter(Protocol):
-    """Stores the keys and values of a prefill."""
-
-    def write(self, layer: int, k_THD: Tensor, v_THD: Tensor, lengths: list[int]) -> None:
-        """Store a layer's keys and values, [T, kv_heads, d] each, of sequences with these lengths."""
-
-
-class Cache(Protocol):
-    """Appends the keys and values of a decode step and attends over the sequences so far."""
-
-    def attend(self, layer: int, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, window: int | None) -> Tensor:
-        """Append one key and value per sequence, [N, kv_heads, d] each, and return the attention, [N, heads, d]."""
-        ...
-
-
 @dataclass(frozen=True)
 class AttentionMetadata:
     """How the rows of a stream attend. Megatron's layers pass it on as their `packed_seq_params`.
 
     Attributes:
-        lengths: lengths of the sequences in stream order (training and prefill), on the host; with `groups`, of the
-            segments.
+        lengths: lengths of the sequences in stream order, on the host; with `groups`, of the segments.
         cu_seqlens: their int32 offsets, N + 1 of them, on the device; None: flash-attn's offsets are copied there.
         groups: the segments of a stream with shared prompts; None: no prompt is shared.
-        prefill_writer: receives the keys and values of a prefill.
-        cache: keys and values of a decode step; the stream then has one row per running sequence.
         qkv_format: the one field that Megatron reads.
     """
 
@@ -59,8 +40,6 @@ class AttentionMetadata:
     lengths: list[int] = field(default_factory=list)
     cu_seqlens: Tensor | None = None
     groups: PromptGroups | None = None
-    prefill_writer: PrefillWriter | None = None
-    cache: Cache | None = None
 
 
 class PackedAttention(nn.Module):
@@ -73,27 +52,21 @@ class PackedAttention(nn.Module):
 
     def __init__(self, config, layer_number: int, *args, **kwargs) -> None:
         super().__init__()
-        self.layer = layer_number - 1
-        windowed = config.window_size is not None and config.window_attn_skip_freq[self.layer]
+        windowed = config.window_size is not None and config.window_attn_skip_freq[layer_number - 1]
         self.window = config.window_size[0] + 1 if windowed else None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args, packed_seq_params=None, **kwargs) -> Tensor:
         metadata: AttentionMetadata = packed_seq_params
         q_THD, k_THD, v_THD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        if metadata.cache is not None:
-            out = metadata.cache.attend(self.layer, q_THD, k_THD, v_THD, self.window)
-        else:
-            if metadata.prefill_writer is not None:
-                metadata.prefill_writer.write(self.layer, k_THD, v_THD, metadata.lengths)
-            out = packed_causal_attention(
-                q_THD,
-                k_THD,
-                v_THD,
-                metadata.lengths,
-                self.window,
-                cu_seqlens=metadata.cu_seqlens,
-                groups=metadata.groups,
-            )
+        out = packed_causal_attention(
+            q_THD,
+            k_THD,
+            v_THD,
+            metadata.lengths,
+            self.window,
+            cu_seqlens=metadata.cu_seqlens,
+            groups=metadata.groups,
+        )
         return out.reshape(out.shape[0], 1, -1)
 
 

@@ -22,6 +22,7 @@ from icegrt.ppo.batch_plan import BatchPlan, plan_batches, truncated_mask
 from icegrt.ppo.rewards import RewardComputer, RewardOutputs
 from icegrt.ppo.scores import RunningScoreNormalizers, total_scores
 from icegrt.ppo.scoring import LogprobScorer
+from icegrt.residency import PARAMETERS
 from icegrt.rewards.sample import Sample
 from icegrt.roles.role import Role
 from icegrt.rollout.engine import RolloutEngine
@@ -115,7 +116,9 @@ class Evaluator:
         sampling = Sampling.of(self.config.sampling, self.config.run.seed ^ _EVALUATION_SEED)
         if greedy:
             sampling = dataclasses.replace(sampling, temperature=0.0)
-        responses = self.engine.generate([p.tokens for p in prompts], samples, sampling)
+        with self.actor.placement.hold(PARAMETERS):
+            responses = self.engine.generate([p.tokens for p in prompts], samples, sampling)
+        self.engine.release()
         plan = plan_batches(
             responses, self.config.token_budget, minibatch_by=self.config.minibatch_by, cluster=self.cluster
         )

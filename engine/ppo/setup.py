@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from icegrt.config import PPOConfig
 from icegrt.data import (
@@ -22,27 +21,27 @@ from icegrt.data import (
 from icegrt.data.training_data import encode_prompts, encode_sources
 from icegrt.data.types import Rows, Tokenizer, TokenizerSource
 from icegrt.distributed.cluster import Cluster
-from icegrt.errors import CheckpointError, ConfigError
-from icegrt.model.architecture import DTYPES
-from icegrt.model.build import build_model, check_parallelism
+from icegrt.errors import ConfigError
+from icegrt.model.architecture import Architecture
+from icegrt.model.build import check_parallelism
 from icegrt.model.hf.reader import HFCheckpointReader, ModelSource
 from icegrt.model.hf.score_statistics import saved_statistics
-from icegrt.model.pipeline_model import PipelineModel
 from icegrt.ppo.evaluator import Evaluator
 from icegrt.ppo.kl_controller import FixedKL, kl_controller
 from icegrt.ppo.reward_sources import RewardComposition
 from icegrt.ppo.rewards import RewardComputer, RewardModel
+from icegrt.ppo.role_setup import build_roles, role_sources
 from icegrt.ppo.scores import RunningScoreNormalizer, RunningScoreNormalizers
 from icegrt.ppo.scoring import LogprobScorer
 from icegrt.ppo.update import Updater
-from icegrt.rewards.sources import MODEL_NAME
+from icegrt.residency import KINDS
 from icegrt.roles.role import Role, TrainableRole
 from icegrt.rollout.engine import RolloutEngine
 from icegrt.rollout.samples import sample_of
+from icegrt.rollout.settings import RolloutSettings
 from icegrt.rollout.types import Sampling
 from icegrt.training.trainer import resolve_chunk_rows, tokenizer_for
 from icegrt.utils.console import warn
-from icegrt.utils.files import read_object
 
 
 @dataclass(frozen=True)
@@ -163,24 +162,28 @@ def build_ppo(
         encoder = ExampleEncoder(tokenizer, min(context, config.token_budget), stop_ids=stops)
         ptx = BlendedDataset(encode_sources("ppo.ptx_data", config.ptx_data, None, encoder), config.run.seed)
 
-    # 3. Models, reward normalizers and roles.
-    models = build_models(config, pretrained, inputs, cluster)
-    check_lengths(config, [dataset for dataset in (prompts, eval_prompts) if dataset], models)
+    # 3. Reward normalizers, models and roles.
     specs = inputs.rewards.models
     normalizers = RunningScoreNormalizers(
         {spec.name: RunningScoreNormalizer(config, saved_statistics(spec.model)) for spec in specs.values()}
     )
+    sources = role_sources(config, pretrained, inputs.reference, inputs.rewards, inputs.critic)
+    architectures = {name: source.reader.architecture for name, source in sources.items()}
+    check_lengths(config, [dataset for dataset in (prompts, eval_prompts) if dataset], architectures)
+    head_scale = 1.0
     if inputs.critic is None and config.critic.init == "reward":
         # The reward model's head returns raw scores; returns are on the scale of weighted, normalised scores.
         first = next(iter(specs.values()))
-        models["critic"].scale_head(first.weight * normalizers[first.name].factor)
-    roles = _build_roles(config, models)
+        head_scale = first.weight * normalizers[first.name].factor
+    roles = build_roles(config, sources, cluster, head_scale)
 
-    # 4. What works on the roles. Chunks depend on free memory, so they are chosen after the optimizers are allocated.
-    chunk_rows = resolve_chunk_rows(config.chunk_rows, architecture, resumed_chunk_rows)
-    scorer = LogprobScorer(config.sampling.temperature, chunk_rows)
+    # 4. What works on the roles. Chunks depend on the memory that is free beside the actor and its optimizer.
     actor, reference, critic = roles["actor"], roles["reference"], roles["critic"]
-    engine = RolloutEngine(actor.model, tokenizer, max_batch=config.max_batch, stop_token_ids=stops)
+    with actor.placement.hold(*KINDS):
+        chunk_rows = resolve_chunk_rows(config.chunk_rows, architecture, resumed_chunk_rows)
+    scorer = LogprobScorer(config.sampling.temperature, chunk_rows)
+    settings = RolloutSettings.of(config.rollout, config.max_batch)
+    engine = RolloutEngine(actor.model, tokenizer, stop_token_ids=stops, settings=settings)
     reference.model.limit_vocabulary(len(tokenizer))  # as the engine limits the actor's
     reward_models = [RewardModel(spec.name, spec.weight, roles[role]) for role, spec in specs.items()]
     reward_computer = RewardComputer(reward_models, inputs.rewards.sources, tokenizer, cluster)
@@ -210,6 +213,7 @@ def probe_reward_sources(components: PPOComponents) -> None:
     prompts, sampling = components.prompts[:2], components.sampling
     sampling = dataclasses.replace(sampling, max_new_tokens=min(4, sampling.max_new_tokens))
     responses = components.engine.generate([p.tokens for p in prompts], 1, sampling)
+    components.engine.release()
     sources.probe([sample_of(components.tokenizer, r, prompts[r.prompt_index]) for r in responses])
 
 
@@ -219,10 +223,15 @@ def probe_reward_sources(components: PPOComponents) -> None:
 def check_config(config: PPOConfig) -> None:
     """Raise `ConfigError` for keys that contradict each other; it names them."""
     sampling = config.sampling
-    if sampling.top_k or sampling.top_p < 1.0:
+    if sampling.top_k or sampling.top_p < 1.0 or sampling.min_p > 0:
         raise ConfigError(
-            "ppo.sampling.top_k and ppo.sampling.top_p are for generate and sample: the log-probs that PPO trains on "
-            "cannot mirror the truncation. Set top_k=0 and top_p=1"
+            "ppo.sampling.top_k, ppo.sampling.top_p and ppo.sampling.min_p are for generate and sample: the log-probs "
+            "that PPO trains on cannot mirror the truncation. Set top_k=0, top_p=1 and min_p=0"
+        )
+    if sampling.min_new_tokens:
+        raise ConfigError(
+            "ppo.sampling.min_new_tokens is for generate and sample: the log-probs that PPO trains on count the stop "
+            "tokens that it excludes. Set it to 0"
         )
     if sampling.temperature <= 0:
         raise ConfigError("ppo.sampling.temperature must be above 0: a greedy policy explores nothing")
@@ -261,35 +270,8 @@ def check_critic(config: PPOConfig, composition: RewardComposition, critic: Mode
         )
 
 
-def _check_same_vocabulary(actor: HFCheckpointReader, other: HFCheckpointReader, name: str) -> None:
-    """Raise `ConfigError` if two checkpoints read other tokens."""
-    if other.architecture.vocab_size != actor.architecture.vocab_size:
-        raise ConfigError(
-            f"the {name} ({other.where}) has a vocabulary of {other.architecture.vocab_size} tokens, the actor "
-            f"({actor.where}) one of {actor.architecture.vocab_size}: all roles must read the same tokens"
-        )
-    actor_tokens, other_tokens = _tokenizer_tables(actor), _tokenizer_tables(other)
-    if actor_tokens is not None and other_tokens is not None and actor_tokens != other_tokens:
-        raise ConfigError(
-            f"the {name} ({other.where}) and the actor ({actor.where}) map text to different token ids: "
-            "all roles must share one tokenizer"
-        )
-
-
-def _tokenizer_tables(source: HFCheckpointReader) -> Any:
-    """Return the vocabulary and the added tokens of `tokenizer.json`; None without such a file."""
-    path = source.folder / "tokenizer.json" if source.folder is not None else None
-    if path is None or not path.is_file():
-        return None
-    document = read_object(path)
-    try:
-        return document["model"].get("vocab"), [token.get("content") for token in document.get("added_tokens", [])]
-    except (KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{path}: not a tokenizer's file; copy it again") from None
-
-
 def check_lengths(
-    config: PPOConfig, prompts: Sequence[EncodedDataset[Prompt]], models: dict[str, PipelineModel]
+    config: PPOConfig, prompts: Sequence[EncodedDataset[Prompt]], architectures: dict[str, Architecture]
 ) -> None:
     """Raise `ConfigError` if a sequence may exceed the token budget or the context of a role."""
     longest = max((dataset.longest() for dataset in prompts), key=len)
@@ -299,8 +281,8 @@ def check_lengths(
             f"ppo.token_budget is {config.token_budget}, but {longest.where} may grow to {total} tokens "
             f"({len(longest)} + max_new_tokens {config.sampling.max_new_tokens}); raise it"
         )
-    for name, model in models.items():
-        context = model.architecture.context_length
+    for name, architecture in architectures.items():
+        context = architecture.context_length
         if total > context:
             raise ConfigError(
                 f"{longest.where} may grow to {total} tokens, beyond the {name}'s context of {context}; "
@@ -308,7 +290,7 @@ def check_lengths(
             )
 
 
-# -- data, models and roles --------------------------------------------------------------------------------------------
+# -- data --------------------------------------------------------------------------------------------------------------
 
 
 def _encode_prompts(
@@ -325,46 +307,3 @@ def _encode_prompts(
     )
     report_lengths([prompts])
     return prompts
-
-
-def build_models(
-    config: PPOConfig, actor: HFCheckpointReader, inputs: PPOInputs, cluster: Cluster
-) -> dict[str, PipelineModel]:
-    """Return the models by the name of their role: actor, reference, one per reward model, critic.
-
-    All checkpoints are compared with the actor's before the first model is allocated.
-    """
-    # 1. Open and compare the checkpoints.
-    reference = HFCheckpointReader(inputs.reference) if inputs.reference is not None else actor
-    _check_same_vocabulary(actor, reference, "reference")
-    rewards = {role: HFCheckpointReader(spec.model) for role, spec in inputs.rewards.models.items()}
-    for role, reader in rewards.items():
-        name = inputs.rewards.models[role].name
-        _check_same_vocabulary(actor, reader, "reward model" if name == MODEL_NAME else f"reward model `{name}`")
-    if inputs.critic is not None:
-        critic, new_head = HFCheckpointReader(inputs.critic), False
-    elif config.critic.init == "reward":
-        critic, new_head = next(iter(rewards.values())), False
-    else:
-        critic, new_head = actor, True
-    _check_same_vocabulary(actor, critic, "critic")
-
-    # 2. Build the models. Activations are recomputed in those that train.
-    dtype, recompute = DTYPES[config.run.dtype], config.run.recompute
-    models = {"actor": build_model(actor, "lm", cluster, dtype=dtype, recompute=recompute)}
-    models["reference"] = build_model(reference, "lm", cluster, dtype=dtype)
-    models |= {role: build_model(reader, "scalar", cluster, dtype=dtype) for role, reader in rewards.items()}
-    models["critic"] = build_model(critic, "scalar", cluster, dtype=dtype, new_head=new_head, recompute=recompute)
-    return models
-
-
-def _build_roles(config: PPOConfig, models: dict[str, PipelineModel]) -> dict[str, Role]:
-    """Return a role for each model; actor and critic train."""
-    critic, iterations = config.critic, config.iterations
-    actor_steps = (iterations - critic.warmup_iterations) * config.ppo_epochs * config.minibatches
-    critic_steps = iterations * config.critic_epochs * config.minibatches
-    trainable = {"actor": (config.optimizer, max(1, actor_steps)), "critic": (critic.optimizer, critic_steps)}
-    return {
-        name: TrainableRole(name, model, *trainable[name]) if name in trainable else Role(name, model)
-        for name, model in models.items()
-    }

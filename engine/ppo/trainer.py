@@ -30,6 +30,7 @@ from icegrt.ppo.rollout_writer import RolloutWriter
 from icegrt.ppo.scores import total_scores
 from icegrt.ppo.scoring import score_values
 from icegrt.ppo.setup import PPOInputs, build_ppo, check_config, check_critic, probe_reward_sources
+from icegrt.residency import PARAMETERS
 from icegrt.roles.role import weights_are_finite
 from icegrt.roles.skip_guard import SkipGuard
 from icegrt.training.trainer import Trainer, write_json
@@ -162,12 +163,13 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         self._begin_step()
 
         # 1. Draw prompts, and roll out: the actor samples responses to them.
-        with self._timed("rollout"):
+        with self._timed("rollout"), parts.actor.placement.hold(PARAMETERS):
             prompts = [self.prompts[i] for i in parts.prompt_sampler.draw(config.prompts_per_iteration)]
             first_id = (iteration - 1) * config.prompts_per_iteration * config.samples_per_prompt
             responses = parts.engine.generate(
                 [p.tokens for p in prompts], config.samples_per_prompt, parts.sampling, first_sequence_id=first_id
             )
+            parts.engine.release()  # the KV cache leaves its memory to inference and update
         self.notify("on_rollout", responses)
 
         # 2. Batch: assign responses or prompts to minibatches, ranks and micro-batches.

@@ -7,7 +7,7 @@ layout. The order of the minibatches is drawn anew in every epoch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -87,7 +87,7 @@ class Updater:
     def run(
         self, experience: Experience, kl_coef: float, iteration: int, ptx: Sequence[Sequence[Example]] = ()
     ) -> UpdateOutcome:
-        """Take `minibatches` steps in each of `ppo_epochs` passes of the actor and `critic.epochs` of the critic.
+        """Take `minibatches` steps in each of `ppo_epochs` passes of the actor, then of `critic.epochs` of the critic.
 
         Args:
             experience: this rank's scored responses.
@@ -99,23 +99,30 @@ class Updater:
         counted = self._counted_actions(experience)
         ptx_work = self._ptx_work(ptx)
         warming_up = iteration <= self.config.critic.warmup_iterations
-        actor_epochs = 0 if warming_up else self.config.ppo_epochs
-        for epoch in range(max(actor_epochs, self.config.critic_epochs)):
-            for number, minibatch in enumerate(self._minibatch_order(iteration, epoch)):
-                members, actions = experience.plan.minibatches[minibatch], counted[minibatch]
-                if not actions:
-                    # All its responses were dropped. A step would still change the weights, by Adam's momentum.
-                    outcome.empty += (epoch < actor_epochs) + (epoch < self.config.critic_epochs)
-                    continue
-                if epoch < actor_epochs:
-                    step = epoch * self.config.minibatches + number
-                    mixed = ptx_work[step](actions) if ptx_work else []
-                    self._actor_step(experience, members, kl_coef, mixed, outcome)
-                if epoch < self.config.critic_epochs:
-                    self._critic_step(experience, members, outcome)
+        # The actor takes all its steps before the critic, so that one role at a time needs the device.
+        for step, members, actions in self._steps(
+            experience, iteration, 0 if warming_up else self.config.ppo_epochs, counted, outcome
+        ):
+            mixed = ptx_work[step](actions) if ptx_work else []
+            self._actor_step(experience, members, kl_coef, mixed, outcome)
+        for _, members, _ in self._steps(experience, iteration, self.config.critic_epochs, counted, outcome):
+            self._critic_step(experience, members, outcome)
         # The statistics stay on the device of the last pipeline stage until here.
         outcome.stats = fetch_from_last_stage(outcome.stats)
         return outcome
+
+    def _steps(
+        self, experience: Experience, iteration: int, epochs: int, counted: list[float], outcome: UpdateOutcome
+    ) -> Iterator[tuple[int, list[int], float]]:
+        """Yield a role's optimizer steps: number, members of the minibatch, and its number of counted actions."""
+        for epoch in range(epochs):
+            for number, minibatch in enumerate(self._minibatch_order(iteration, epoch)):
+                if counted[minibatch]:
+                    members = experience.plan.minibatches[minibatch]
+                    yield epoch * self.config.minibatches + number, members, counted[minibatch]
+                else:
+                    # All its responses were dropped. A step would still change the weights, by Adam's momentum.
+                    outcome.empty += 1
 
     def policy_work(
         self, experience: Experience, members: Sequence[int], kl_coef: float, *, may_clip: bool = True

@@ -99,7 +99,6 @@ def rehearsed_gpu(watcher: Watcher, memory_bytes: int) -> Iterator[None]:
         from torch.optim import optimizer as torch_optimizer
 
         from icegrt.model import attention, attention_parts, sdpa
-        from icegrt.rollout.kv_cache import contiguous
 
         # 1. torch.cuda.
         patches.set(torch.cuda, "is_available", lambda: True)
@@ -118,7 +117,6 @@ def rehearsed_gpu(watcher: Watcher, memory_bytes: int) -> Iterator[None]:
         patches.set(attention, "flash_attention", lambda: attend_varlen)
         patches.set(attention_parts, "flash_kernels", lambda: REHEARSED_KERNELS)
         patches.set(sdpa, "scaled_dot_product_attention", scaled_dot_product_attention)
-        patches.set(contiguous, "scaled_dot_product_attention", scaled_dot_product_attention)
         yield
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +21,7 @@ from icegrt.errors import ConfigError
 from icegrt.model.architecture import Architecture
 from icegrt.model.build import build_parallel_model
 from icegrt.model.pipeline_model import PipelineModel
-from icegrt.ppo import setup
+from icegrt.ppo import role_setup
 from icegrt.ppo.batch_plan import BatchPlan, plan_batches, stream_seed
 from icegrt.ppo.experience import Experience, compute_advantages
 from icegrt.ppo.kl_controller import kl_controller
@@ -27,16 +29,19 @@ from icegrt.ppo.reward_sources import RewardComposition
 from icegrt.ppo.scores import ModelScores, RunningScoreNormalizer, RunningScoreNormalizers, total_scores
 from icegrt.ppo.scoring import LogprobScorer, score_sequences, score_values
 from icegrt.ppo.update import Updater
-from icegrt.rehearsal import memory, shadows
+from icegrt.rehearsal import memory
 from icegrt.rehearsal.process_groups import GroupUse, groups_of
 from icegrt.rehearsal.watcher import Watcher
 from icegrt.rehearsal.workload import Workload
 from icegrt.roles.optimizer import inner_optimizers
 from icegrt.roles.role import Role, TrainableRole
 from icegrt.rollout.decoder import Decoder
-from icegrt.rollout.gather import all_gather_responses, rank_slice
+from icegrt.rollout.gather import all_gather_responses
+from icegrt.rollout.micro_group import MicroGroup, Step
 from icegrt.rollout.model_runner import ModelRunner
+from icegrt.rollout.settings import RolloutSettings
 from icegrt.rollout.types import Sampling
+from icegrt.scheduling import StepPlan
 from icegrt.training.trainer import resolve_chunk_rows
 from icegrt.utils.files import model_folder
 
@@ -95,8 +100,14 @@ def run_iteration(
             "rehearse: parallel.virtual_pipeline above 1 cannot be rehearsed, because interleaved stages exchange the "
             "shapes of their messages with ranks that do not exist here; set it to 1"
         )
+    choices = (getattr(config.offload, field.name) for field in dataclasses.fields(config.offload))
+    if any(choice not in ("none", None) for choice in choices):
+        raise ConfigError(
+            "rehearse: ppo.offload cannot be rehearsed yet, because the ledger of memory does not see storages that "
+            "are resized; set ppo.offload to none for the rehearsal"
+        )
     with _given_shapes(watcher):
-        # 1. Models and roles, as ppo.setup builds them, without weights.
+        # 1. Models and roles, as ppo.role_setup builds them, without weights.
         report(BUILD)
         with watcher.phase(BUILD):
             iteration = _Iteration(config, cluster, watcher)
@@ -137,14 +148,10 @@ class _Iteration:
     def __init__(self, config: PPOConfig, cluster: Cluster, watcher: Watcher) -> None:
         self.config, self.cluster, self.watcher = config, cluster, watcher
         rewards = RewardComposition.of(config, None)
-        inputs = setup.PPOInputs(config.actor, None, rewards, config.prompts, config.reference or None, None, None)
         with _models_without_weights():
             source: Any = _ConfigReader(config.actor)
-            models = setup.build_models(config, source, inputs, cluster)
-        for model in models.values():
-            for parameter in model.parameters():
-                watcher.device.label(parameter, memory.PARAMETERS)
-        self.roles = self._build_roles(models)
+            sources = role_setup.role_sources(config, source, config.reference or None, rewards, None)
+            self.roles = self._build_roles(sources)
         self.actor, self.critic = self.roles["actor"], self.roles["critic"]
         self.reference = self.roles["reference"]
         self.specs = rewards.models
@@ -158,16 +165,22 @@ class _Iteration:
         self.updater = Updater(config, actor, critic, self.scorer, cluster)
         self.kl_controller = kl_controller(config)
 
-    def _build_roles(self, models: dict[str, PipelineModel]) -> dict[str, Role]:
-        start = self.watcher.device.mark()
-        roles = setup._build_roles(self.config, models)
-        self.watcher.device.label_since(start, memory.OPTIMIZER)
+    def _build_roles(self, sources: dict[str, role_setup.RoleSource]) -> dict[str, Role]:
+        roles = role_setup.build_roles(self.config, sources, self.cluster)
+        label = self.watcher.device.label
         for role in roles.values():
-            for ddp in getattr(role, "ddps", ()):
-                for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers):
-                    self.watcher.device.label(buffer.grad_data, memory.GRADIENTS)
-                    if buffer.param_data is not None:
-                        self.watcher.device.label(buffer.param_data, memory.PARAMETERS)
+            if isinstance(role, TrainableRole):
+                for inner in inner_optimizers(role.optimizer):
+                    for group in inner.optimizer.param_groups:
+                        for main in group[
+                            "params"
+                        ]:  # fp32 copies, or shards of the parameters, which are labelled below
+                            label(main, memory.OPTIMIZER)
+                for ddp in role.ddps:
+                    for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers):
+                        label(buffer.grad_data, memory.GRADIENTS)
+            for parameter in role.model.parameters():
+                label(parameter, memory.PARAMETERS)
         return roles
 
     def rollout(self, workload: Workload) -> int:
@@ -175,17 +188,18 @@ class _Iteration:
         config, model = self.config, self.actor.model
         vocab_size = model.architecture.vocab_size
         prompts, samples, stop = workload.prompt_tokens(vocab_size), workload.samples, vocab_size - 1
-        decoder = Decoder(model, [stop], config.max_batch)
+        decoder = Decoder(model, [stop], RolloutSettings.of(config.rollout, config.max_batch))
         sampling = Sampling.of(config.sampling, config.run.seed)
+        # All batches of a rank cost the same; the first is rehearsed.
+        local = -(-len(prompts) // self.cluster.share.ranks)
+        first = prompts[: min(local, max(1, config.max_batch // samples))]
         with self.watcher.phase(PREFILL):
             model.wait_for_param_gather()
-            pairs = rank_slice([(p, s) for p in range(len(prompts)) for s in range(samples)], self.cluster.share)
-            # All batches of a rank cost the same; the first is rehearsed.
-            first = pairs[: config.max_batch]
-            with _given_lengths(self.watcher, workload, stop):
-                responses = list(decoder.stream(prompts, samples, sampling, 0, first))
-            all_gather_responses(self.cluster, responses, prompts, samples, 0)
-        return len(first)
+            with _given_lengths(self.watcher, workload.decode_steps, stop):
+                responses = list(decoder.stream(first, samples, sampling))
+            decoder.release()
+            all_gather_responses(self.cluster, responses, prompts, samples, 0, model.weights_version)
+        return len(first) * samples
 
     def infer(self, plan: BatchPlan) -> None:
         """Score with reward models, critic, actor and reference, in the order of the trainer."""
@@ -222,7 +236,7 @@ class _Iteration:
 
 @contextlib.contextmanager
 def _models_without_weights() -> Iterator[None]:
-    """Let `ppo.setup` build models from `config.json` alone."""
+    """Let `ppo.role_setup` build models from `config.json` alone."""
 
     def build(
         source: Any, head: Any, cluster: Cluster, *, dtype: Any, new_head: bool = False, recompute: str = "none"
@@ -231,46 +245,49 @@ def _models_without_weights() -> Iterator[None]:
 
     patches = Patches()
     try:
-        patches.set(setup, "HFCheckpointReader", _ConfigReader)
-        patches.set(setup, "build_model", build)
+        patches.set(role_setup, "HFCheckpointReader", _ConfigReader)
+        patches.set(role_setup, "build_model", build)
         yield
     finally:
         patches.undo()
 
 
 @contextlib.contextmanager
-def _given_lengths(watcher: Watcher, workload: Workload, stop: int) -> Iterator[None]:
-    """End every response after `decode_steps` decode steps, and count those steps in a phase of their own."""
+def _given_lengths(watcher: Watcher, decode_steps: int, stop: int) -> Iterator[None]:
+    """End all responses so that `decode_steps` steps have decodes alone, and count those steps in a phase of their own.
+
+    A step with rows of prompts counts as prefill, the decodes beside them included.
+    """
     patches = Patches()
-    stack = contextlib.ExitStack()
-    collect, decode = ModelRunner.collect_sampled, ModelRunner.decode
+    prepare, forward, collect = MicroGroup.prepare, ModelRunner.forward, ModelRunner.collect
+    completed: Counter[MicroGroup] = Counter()
+    group_of: dict[Step, MicroGroup] = {}
 
-    def decoded(runner: ModelRunner, sequences: Any) -> None:
-        if watcher.counts is not watcher.phases.get(DECODE):
-            stack.enter_context(watcher.phase(DECODE))
-        decode(runner, sequences)
+    def prepared(group: MicroGroup, plan: StepPlan, sequence_ids: list[int]) -> Any:
+        with watcher.phase(DECODE if plan.n_rows == plan.n_decodes else PREFILL):
+            return prepare(group, plan, sequence_ids)
 
-    def collected(runner: ModelRunner) -> tuple[list[int], list[float]]:
-        tokens, logprobs = collect(runner)
-        ids, positions = (_known(x) for x in (runner._sequence_ids_N, runner._next_positions_N))
-        for row, (number, position) in enumerate(zip(ids.tolist(), positions.tolist(), strict=True)):
-            is_last = position - workload.prompts[number // workload.samples] >= workload.decode_steps
-            tokens[row] = stop if is_last else 1
-        return tokens, logprobs
+    def forwarded(runner: ModelRunner, group: MicroGroup, step: Step, chunk: int) -> None:
+        group_of[step] = group
+        with watcher.phase(DECODE if step.size.only_decodes else PREFILL):
+            forward(runner, group, step, chunk)
+
+    def collected(runner: ModelRunner, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        with watcher.phase(DECODE if step.size.only_decodes else PREFILL):
+            token_N, logprob_N = collect(runner, step)
+        group = group_of.pop(step)
+        completed[group] += step.size.only_decodes
+        # Steps that are planned already run, too.
+        is_last = step.size.only_decodes and completed[group] >= decode_steps - group.lookahead
+        return torch.full_like(token_N, stop if is_last else 1), logprob_N
 
     try:
-        patches.set(ModelRunner, "decode", decoded)
-        patches.set(ModelRunner, "collect_sampled", collected)
+        patches.set(MicroGroup, "prepare", prepared)
+        patches.set(ModelRunner, "forward", forwarded)
+        patches.set(ModelRunner, "collect", collected)
         yield
     finally:
-        stack.close()
         patches.undo()
-
-
-def _known(x: torch.Tensor) -> torch.Tensor:
-    values = shadows.values_of(x) if x.is_meta else x
-    assert values is not None, "the values come from the host"
-    return values
 
 
 @contextlib.contextmanager

@@ -93,13 +93,6 @@ class Ledger:
         if number is not None:
             self._blocks[number].category = category
 
-    def label_since(self, start: int, category: str) -> None:
-        """Set the category of live storages that were allocated after the moment `start` and have none."""
-        first = max(self._events[:start], default=0)  # storages are numbered in the order of allocation
-        for number in self._live.values():
-            if self._blocks[number].category == TEMPORARY and number >= first:
-                self._blocks[number].category = category
-
     def mark(self) -> int:
         """Return the present moment, for `peak`."""
         return len(self._events)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from functools import partial
 from typing import Any
@@ -17,6 +18,9 @@ from icegrt.model.pipeline_model import PipelineModel
 def wrap(model: PipelineModel, *, overlap: bool | None = None, bucket_size: int | None = None) -> list[Any]:
     """Wrap every chunk in Megatron's DDP: fp32 gradients, reduce-scattered into the distributed optimizer's shards.
 
+    Parameters with `requires_grad` are trained. What Megatron's schedules call in a training pass is in the wrappers'
+    own copy of the configuration, so that several roles may train parts of one model.
+
     Args:
         model: the chunks of this rank.
         overlap: reduce gradients during the backward pass and gather parameters during the next forward pass. None:
@@ -26,23 +30,25 @@ def wrap(model: PipelineModel, *, overlap: bool | None = None, bucket_size: int 
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     overlap = next(model.parameters()).is_cuda if overlap is None else overlap
-    config = DistributedDataParallelConfig(
+    ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap,
         bucket_size=bucket_size,
     )
+    config = copy.copy(model.config)
+    config.finalize_model_grads_func = finalize_gradients
     # Only the first chunk has buckets: the reductions of later chunks overlap with the backward pass of earlier ones.
     ddps = [
-        DistributedDataParallel(model.config, dataclasses.replace(config), chunk, disable_bucketing=index > 0)
+        DistributedDataParallel(config, dataclasses.replace(ddp_config), chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(model.chunks)
     ]
     if overlap:
         for ddp in ddps:
             _chain_gathers_in_order_of_use(ddp)
         syncs = [ddp.no_sync for ddp in ddps]
-        model.config.no_sync_func = syncs if len(ddps) > 1 else syncs[0]
+        config.no_sync_func = syncs if len(ddps) > 1 else syncs[0]
     return ddps
 
 

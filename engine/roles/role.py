@@ -16,6 +16,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import tee
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,9 @@ from icegrt.model.hf import exporter
 from icegrt.model.hf.writer import save_pretrained
 from icegrt.model.pipeline_model import PipelineModel
 from icegrt.packing import PackedBatch
+from icegrt.residency import GRADIENTS, KINDS, PARAMETERS, Placement
 from icegrt.roles.micro_batch import LossOutput, MicroBatch
-from icegrt.roles.optimizer import finalize_gradients, make_optimizer, make_scheduler, wait_for_param_gather, wrap
+from icegrt.roles.optimizer import make_optimizer, make_scheduler, wait_for_param_gather, wrap
 from icegrt.roles.stage_shapes import known_shapes
 
 
@@ -60,18 +62,26 @@ class Role:
     All ranks call the same methods, each with the batches of its data-parallel rank. Callbacks run on the last pipeline
     stage alone, which has the head; their results are broadcast to the other stages.
 
+    Parameters with `requires_grad` train; a role does not change that, because several roles may share a model.
+
     Attributes:
-        weight_changes: number of changes of the weights that have begun; a failed run reads from it what is whole.
+        placement: which of the role's state is on the device. Passes, steps and exports hold what they need.
     """
 
     learns = False
 
     def __init__(self, name: str, model: PipelineModel) -> None:
         self.name = name
-        self.weight_changes = 0
         self.model = model
         self.device = model.device
-        model.requires_grad_(self.learns).train(self.learns)
+        self.placement = Placement(name)
+        model.register_read_hook(partial(self.placement.require, PARAMETERS))
+        model.train(self.learns)
+
+    @property
+    def weight_changes(self) -> int:
+        """Number of changes of the weights that have begun; a failed run reads from it what is whole."""
+        return self.model.weights_version
 
     @torch.no_grad()
     def score(
@@ -95,7 +105,8 @@ class Role:
             return tuple(x.float() for x in vectors)
 
         work = [(batch, read) for batch in batches]
-        rows = self._run(self.model.chunks, work, collect, forward_only=True, collect_non_loss_data=True)
+        with self.placement.hold(PARAMETERS):
+            rows = self._run(self.model.chunks, work, collect, forward_only=True, collect_non_loss_data=True)
         return broadcast_from_last_stage(rows, [sizes(batch) for batch in batches], self.device)
 
     def save_pretrained(
@@ -117,16 +128,17 @@ class Role:
                 f"{out}: not written, because weights of the {self.name} are not finite; lower its learning rate, and "
                 "start a new run"
             )
-        return save_pretrained(
-            exporter.export_tensors(self.model, DTYPES[dtype]),
-            self.model.architecture,
-            out,
-            classifier=self.model.head_kind == "scalar",
-            dtype=dtype,
-            tokenizer=tokenizer,
-            extra_files=extra_files,
-            replace=replace,
-        )
+        with self.placement.hold(PARAMETERS):
+            return save_pretrained(
+                exporter.export_tensors(self.model, DTYPES[dtype]),
+                self.model.architecture,
+                out,
+                classifier=self.model.head_kind == "scalar",
+                dtype=dtype,
+                tokenizer=tokenizer,
+                extra_files=extra_files,
+                replace=replace,
+            )
 
     def _run(
         self,
@@ -172,7 +184,8 @@ def _one_ahead(items: Iterable[Any]) -> Iterator[Any]:
 
 def weights_are_finite(role: Role) -> bool:
     """Return whether all weights that this rank holds are finite."""
-    flags = [torch.isfinite(parameter).all() for parameter in role.model.parameters()]
+    with role.placement.hold(PARAMETERS):
+        flags = [torch.isfinite(parameter).all() for parameter in role.model.parameters()]
     return bool(torch.stack(flags).all()) if flags else True
 
 
@@ -200,7 +213,7 @@ class TrainableRole(Role):
 
     @torch.enable_grad()
     def __init__(self, name: str, model: PipelineModel, config: OptimizerConfig, total_steps: int) -> None:
-        """Wrap `model` for training; the schedule runs over `total_steps` optimizer steps."""
+        """Wrap the parameters of `model` that train; the schedule runs over `total_steps` optimizer steps."""
         check_inference_mode()
         super().__init__(name, model)
         self.ddps = ddps = wrap(model)
@@ -209,8 +222,7 @@ class TrainableRole(Role):
             # that Python's collector does not see -> models, gradients and process groups are never freed.
             # Clear the nodes when the role goes.
             weakref.finalize(self, ddp.grad_accs.clear)
-        model.register_param_gather(lambda: wait_for_param_gather(ddps))
-        model.config.finalize_model_grads_func = finalize_gradients
+        model.register_read_hook(partial(wait_for_param_gather, ddps))
         self.optimizer = make_optimizer(config, ddps, model.config)
         self.schedule = make_scheduler(config, self.optimizer, total_steps)
 
@@ -221,21 +233,23 @@ class TrainableRole(Role):
             RunError: the caller or a reward function has left `torch.inference_mode` on. `torch.no_grad` has no effect.
         """
         check_inference_mode()
-        self.zero_gradients()
-        stats, losses = self.accumulate(work)
-        lr = self.optimizer.param_groups[0]["lr"]
-        if not all_ranks_true(self._is_finite(losses)):
-            return StepOutcome(stats, math.nan, lr, skipped=True)
-        self.weight_changes += 1
-        _, grad_norm, _ = self.optimizer.step()
-        self.schedule.step(increment=1)
+        with self.placement.hold(*KINDS):
+            self.zero_gradients()
+            stats, losses = self.accumulate(work)
+            lr = self.optimizer.param_groups[0]["lr"]
+            if not all_ranks_true(self._is_finite(losses)):
+                return StepOutcome(stats, math.nan, lr, skipped=True)
+            self.model.mark_weights_changed()
+            _, grad_norm, _ = self.optimizer.step()
+            self.schedule.step(increment=1)
         return StepOutcome(stats, float(grad_norm or 0.0), lr, skipped=False)
 
     def zero_gradients(self) -> None:
         """Set all gradients to zero."""
-        for ddp in self.ddps:
-            ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        with self.placement.hold(GRADIENTS):
+            for ddp in self.ddps:
+                ddp.zero_grad_buffer()
+            self.optimizer.zero_grad()
 
     @torch.enable_grad()
     def accumulate(self, work: Sequence[MicroBatch]) -> tuple[list[Any], list[Tensor]]:
@@ -254,7 +268,8 @@ class TrainableRole(Role):
             return output.sum, torch.full((), output.count, dtype=torch.int, device=self.device), output.stats
 
         pairs = [(item.batch, item.loss) for item in work]
-        stats = self._run(self.ddps, pairs, collect, forward_only=False)
+        with self.placement.hold(PARAMETERS, GRADIENTS):
+            stats = self._run(self.ddps, pairs, collect, forward_only=False)
         return stats, losses
 
     def _is_finite(self, losses: Sequence[Tensor]) -> bool | Tensor:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # from the lines above it, not from its line's neighbours.
 LAYERS = (
     ("_C", "errors"),
-    ("utils", "packing", "scheduling", "kernels"),
+    ("utils", "packing", "scheduling", "kernels", "residency"),
     ("config",),
     ("distributed", "metrics", "rewards", "data"),
     ("model", "report"),

@@ -6,6 +6,7 @@ shape and byte range of every tensor, then the bytes, little-endian.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -82,5 +83,7 @@ def _write_file(
         for expected, shape in shapes.items():
             name, tensor = next(tensors)
             assert (name, tuple(tensor.shape), tensor.dtype) == (expected, shape, dtype), f"{name} for {expected}"
-            file.write(memoryview(tensor.contiguous().view(torch.uint8).numpy()))
+            tensor = tensor.contiguous()
+            # `numpy()` would mark the storage as not resizable, and it may be that of a role that is offloaded.
+            file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
             del tensor  # frees its memory before the iterator allocates the next one

@@ -1,0 +1,59 @@
+"""Host memory that state of a device moves to: pinned for a GPU."""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+
+import torch
+from torch import Tensor
+
+from icegrt.errors import RunError
+
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for all contexts
+
+
+class HostMemory:
+    """Memory on the host that is allocated once and kept until the object goes.
+
+    Blocks are shared mappings of exactly the requested size (torch's allocator of pinned memory rounds up to powers of
+    two). For a GPU they are registered with CUDA, so that copies run asynchronously. A process that computes on the CPU
+    has the same blocks, so that what moved there is separate from its private memory.
+
+    Args:
+        device: the device whose state moves.
+
+    Attributes:
+        bytes: allocated so far.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes = 0
+        self._blocks: list[Tensor] = []  # they outlive the finalizers, which need their mappings
+
+    def allocate(self, nbytes: int) -> Tensor:
+        """Return `nbytes` bytes, as uint8. It must be more than 0.
+
+        Raises:
+            RunError: the host has too little memory.
+        """
+        try:
+            block = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+            if self.device.type == "cuda":
+                self._pin(block)
+        except (OSError, MemoryError, RuntimeError) as error:
+            raise RunError(
+                f"offloading: {nbytes:,} bytes of host memory cannot be allocated ({error}); set ppo.offload to keep "
+                "more on the device, or give the process more memory"
+            ) from None
+        self.bytes += nbytes
+        self._blocks.append(block)
+        return block
+
+    def _pin(self, block: Tensor) -> None:
+        address, cudart = block.data_ptr(), torch.cuda.cudart()
+        status = int(cudart.cudaHostRegister(address, block.nbytes, _PORTABLE))
+        if status != 0:
+            raise RuntimeError(f"cudaHostRegister returned {status}")
+        weakref.finalize(self, cudart.cudaHostUnregister, address).atexit = False
