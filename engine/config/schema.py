@@ -213,7 +213,7 @@ class OffloadConfig:
 
     roles: Literal["none", "optimizer", "all"] = key(
         "none",
-        "what leaves the device while its role is not in use: nothing; gradients and optimizer state; or parameters too",
+        "what leaves the device while its role is not in use: nothing; gradients and optimizer state; parameters too",
     )
     actor: Literal["none", "optimizer", "all"] | None = key(None, "of the actor; empty: as `roles`")
     critic: Literal["none", "optimizer", "all"] | None = key(None, "of the critic; empty: as `roles`")

@@ -99,7 +99,7 @@ def run_iteration(
     choices = (getattr(config.offload, field.name) for field in dataclasses.fields(config.offload))
     if any(choice not in ("none", None) for choice in choices):
         raise ConfigError(
-            "rehearse: ppo.offload cannot be rehearsed yet, because the ledger of memory does not see storages that are "
+            "rehearse: ppo.offload cannot be rehearsed yet, because the count of memory does not see storages that are "
             "resized; set ppo.offload to none for the rehearsal"
         )
     with _given_shapes(watcher):
