@@ -94,6 +94,7 @@ class Decoder:
         self.stop_ids = frozenset(stop_ids)
         self.settings = settings or RolloutSettings()
         self.stats = DecoderStats()
+        self.cache_summary = ""
         self._to_text = to_text
         self._storage: DecoderStorage | None = None
         self._schedulers: list[BlockScheduler] = []
@@ -301,6 +302,7 @@ class Decoder:
         if self._storage is None:
             self._storage = DecoderStorage.allocate(self.model, self.settings, blocks_wanted, self._schedulers)
             self._schedulers = [group.scheduler for group in self._storage.groups]
+            self.cache_summary = self._storage.summary
         return self._storage
 
     def _blocks_for(self, prompts: abc.Sequence[list[int]], samples: int, sampling: Sampling) -> int:

@@ -192,6 +192,11 @@ class RolloutEngine:
 
     # -- memory and text -------------------------------------------------------------------------------------------
 
+    @property
+    def cache_summary(self) -> str:
+        """The size of the KV cache that was allocated last, as a line of text; empty before the first request."""
+        return self.decoder.cache_summary
+
     def release(self) -> None:
         """Free the KV cache, activations and CUDA graphs. The next request allocates them again."""
         self.decoder.release()

@@ -40,6 +40,17 @@ class DecoderStorage:
     block_bytes: int
     is_limited: bool
 
+    @property
+    def summary(self) -> str:
+        """The size of the KV cache, as a line of text."""
+        blocks = self.n_blocks * len(self.groups)
+        block_size = self.groups[0].scheduler.block_size
+        why = "all that rollout.kv_memory allows" if self.is_limited else "as many as the requests need"
+        return (
+            f"KV cache: {blocks * block_size:,} tokens in {blocks:,} blocks, "
+            f"{blocks * self.block_bytes / 2**30:.2f} GiB on each rank, {why}"
+        )
+
     @classmethod
     @torch.no_grad()
     def allocate(
