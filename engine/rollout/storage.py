@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from icegrt.kernels.common.collectives import communication_device
+from icegrt.kernels.dispatch import played_kind
 from icegrt.model.pipeline_model import PipelineModel
 from icegrt.rollout.graphs import StepGraphs, batch_buckets
 from icegrt.rollout.memory import cache_bytes
@@ -100,7 +101,7 @@ class DecoderStorage:
             for _ in range(channel.stages)
         ]
         # 3. Groups over parts of the cache.
-        on_gpu = device.type != "cpu"
+        on_gpu = played_kind(device.type) == "cuda"
         lookahead = int(on_gpu) if settings.lookahead is None else settings.lookahead
         lookahead = lookahead if channel.stages == 1 else 0
         groups = []
