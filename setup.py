@@ -74,10 +74,11 @@ class CMakeBuild(build_ext):
         return command
 
 
+sources = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*.cpp"))
 headers = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*.hpp"))
 setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
-    ext_modules=[Extension("icegrt._C", ["csrc/bindings.cpp"], depends=["CMakeLists.txt", *headers], language="c++")],
+    ext_modules=[Extension("icegrt._C", sources, depends=["CMakeLists.txt", *headers], language="c++")],
     cmdclass={"build_ext": CMakeBuild},
 )

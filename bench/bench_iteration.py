@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -44,21 +45,42 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**sizes, **tokens, num_key_value_heads=4, max_position_embeddings=256))
 
 
-def trainer(folder: Path, dtype: str, iterations: int) -> PPOTrainer:
-    """Return a trainer whose reward is the share of even words in an answer."""
+def trainer(
+    folder: Path,
+    dtype: str,
+    iterations: int,
+    *,
+    episodes: int = EPISODES,
+    samples: int = 1,
+    prompt: tuple[int, int] = PROMPT,
+    minibatch_by: Literal["response", "prompt"] = "response",
+) -> PPOTrainer:
+    """Return a trainer whose reward is the share of even words in an answer.
+
+    Args:
+        folder: where the run's folder is made.
+        dtype: "fp32" or "bf16".
+        iterations: how many will be run.
+        episodes: answers of an iteration.
+        samples: answers per prompt.
+        prompt: shortest and longest prompt, in tokens.
+        minibatch_by: as `ppo.minibatch_by`.
+    """
     draw = random.Random(0)
-    texts = (" ".join(f"w{draw.randrange(VOCAB - 2)}" for _ in range(draw.randint(*PROMPT))) for _ in range(EPISODES))
+    count = episodes // samples
+    texts = (" ".join(f"w{draw.randrange(VOCAB - 2)}" for _ in range(draw.randint(*prompt))) for _ in range(count))
     config = PPOConfig(
         iterations=iterations + 1,
-        prompts_per_iteration=EPISODES,
-        samples_per_prompt=1,
+        prompts_per_iteration=count,
+        samples_per_prompt=samples,
+        minibatch_by=minibatch_by,
         ppo_epochs=1,
         minibatches=1,
         eval_every=0,
         checkpoint_every=10**6,
         sampling=SamplingConfig(max_new_tokens=ANSWER),
         critic=CriticConfig(init="actor"),
-        run=RunConfig(dir=str(folder / dtype), dtype=dtype),
+        run=RunConfig(dir=str(folder / f"{dtype}-{minibatch_by}"), dtype=dtype),
     )
 
     def reward(samples) -> list[float]:

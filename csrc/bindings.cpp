@@ -1,4 +1,4 @@
-// icegrt._C: the list of operations, one per header. Arrays are contiguous; the work runs without the GIL.
+// icegrt._C: the list of operations, one per header; those on heads and pages are in bindings_decoding.cpp. Arrays are contiguous; the work runs without the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,13 +7,12 @@
 #include <optional>
 #include <string>
 
+#include "addresses.hpp"
 #include "arrays.hpp"
 #include "balance.hpp"
+#include "bindings.hpp"
 #include "pack.hpp"
-#include "paged_attention.hpp"
-#include "paged_kv.hpp"
 #include "rms_norm.hpp"
-#include "rope.hpp"
 #include "scheduler_invariants.hpp"
 #include "shaped_gae.hpp"
 #include "swiglu.hpp"
@@ -25,7 +24,7 @@ namespace {
 
 py::dict py_pack(const py::array& prompt_tokens, const py::array& prompt_offsets, const py::array& response_tokens,
                  const py::array& response_offsets, const std::optional<py::array>& mask_offsets, int64_t tail_multiple,
-                 int64_t tail_token) {
+                 int64_t tail_token, bool share_prompts) {
   PackInput in;
   in.prompt_tokens = view<int64_t>("prompt_tokens", prompt_tokens);
   in.prompt_offsets = view<int64_t>("prompt_offsets", prompt_offsets);
@@ -35,6 +34,7 @@ py::dict py_pack(const py::array& prompt_tokens, const py::array& prompt_offsets
   if (in.has_mask) in.mask_offsets = view<int64_t>("mask_offsets", *mask_offsets);
   in.tail_multiple = tail_multiple;
   in.tail_token = tail_token;
+  in.share_prompts = share_prompts;
   Packed packed;
   {
     py::gil_scoped_release release;
@@ -49,6 +49,8 @@ py::dict py_pack(const py::array& prompt_tokens, const py::array& prompt_offsets
   out["last_rows_N"] = to_numpy(std::move(packed.last_rows));
   out["max_seqlen"] = packed.max_seqlen;
   out["tail_tokens"] = packed.tail_tokens;
+  out["groups"] = packed.groups;
+  out["cu_groups"] = to_numpy(std::move(packed.cu_groups));
   return out;
 }
 
@@ -108,22 +110,6 @@ void def_shaped_gae(py::module_& m, const char* name) {
 
 // The trunk's operations run thousands of times per iteration on little data, and numpy has no bf16: their wrappers in
 // Python check tensors once, and pass addresses. An address of 0 is an absent tensor.
-using Address = std::uintptr_t;
-
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// Calls f with a value of the type that a name in Python stands for.
-template <typename F>
-void with_dtype(const std::string& dtype, const F& f) {
-  if (dtype == "float32") return f(float());
-  if (dtype == "bfloat16") return f(BFloat16());
-  require(dtype == "float64", "dtype: expected float32, bfloat16 or float64, got ", dtype);
-  f(double());
-}
-
 using Rows = std::array<int64_t, 5>;
 
 RowLayout row_layout(const Rows& rows) { return {rows[0], rows[1], rows[2], rows[3], rows[4]}; }
@@ -148,77 +134,6 @@ void py_rms_norm_backward(const std::string& dtype, const Rows& rows, Address gr
     rms_norm_backward<T>({row_layout(rows), at<T>(grad), at<T>(grad_sum), at<T>(sum), at<T>(weight),
                           at<Wide<T>>(scale), at<T>(grad_x), nullptr},
                          at<Wide<T>>(grad_weight), threads);
-  });
-}
-
-// Strides are in elements of `bytes` bytes: rows and heads of keys, then of values; blocks of both caches.
-void py_write_kv(int64_t bytes, const std::array<Address, 4>& tensors, const std::array<int64_t, 6>& strides,
-                 const std::array<int64_t, 4>& pages, Address slots, int64_t rows, int64_t threads) {
-  const auto part = [&](int64_t i) {
-    return PageWrite{at<const char>(tensors[i]), at<char>(tensors[i + 2]), strides[2 * i] * bytes,
-                     strides[2 * i + 1] * bytes, strides[i + 4] * bytes};
-  };
-  write_kv(part(0), part(1), {pages[0], pages[1], pages[2], pages[3] * bytes}, {at<const int32_t>(slots), rows}, threads);
-}
-
-// Sizes are in bytes: of a part, of a block with its stride, and of its content.
-void py_copy_blocks(Address cache, int64_t parts, int64_t blocks, const std::array<int64_t, 3>& sizes, Address from,
-                    Address to, int64_t copies, int64_t threads) {
-  copy_blocks(at<char>(cache), parts, blocks, sizes[0], sizes[1], sizes[2], {at<const int32_t>(from), copies},
-              {at<const int32_t>(to), copies}, threads);
-}
-
-void py_paged_attention(const std::string& dtype, const std::array<Address, 8>& tensors,
-                        const std::array<int64_t, 7>& strides, const std::array<int64_t, 9>& sizes, double scale,
-                        int64_t max_length, int64_t threads) {
-  const auto run = [&](auto zero) {
-    using T = decltype(zero);
-    const auto array = [&](int64_t i) { return at<const int32_t>(tensors[i]); };
-    paged_attention<T>({at<const T>(tensors[0]), at<T>(tensors[1]), at<const T>(tensors[2]), at<const T>(tensors[3]),
-                        array(4), array(5), array(6), array(7), strides[0], strides[1], strides[2], strides[3],
-                        strides[4], strides[5], strides[6], sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5],
-                        sizes[6], sizes[7], sizes[8], scale},
-                       max_length, threads);
-  };
-  if (dtype == "float16") return run(Float16());
-  with_dtype(dtype, run);
-}
-
-// Heads by group, and strides between tokens, groups and heads, of the source and of the result.
-using HeadStrides = std::array<int64_t, 7>;
-
-void py_rope(const std::string& dtype, const std::array<Address, 3>& from, const std::array<Address, 3>& to,
-             const std::array<HeadStrides, 3>& strides, Address cos, Address sin, int64_t tokens, int64_t groups,
-             int64_t half, bool inverse, int64_t threads) {
-  with_dtype(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    Rotation<T> a{{}, {}, at<Wide<T>>(cos), at<Wide<T>>(sin), tokens, groups, half, inverse ? Wide<T>(-1) : Wide<T>(1),
-                  nullptr, 1, {}};
-    for (int part = 0; part < 3; ++part) {
-      const HeadStrides& s = strides[part];
-      a.from[part] = {at<const T>(from[part]), s[0], s[1], s[2], s[3]};
-      a.to[part] = {at<T>(to[part]), s[0], s[4], s[5], s[6]};
-    }
-    rope<T>(a, threads);
-  });
-}
-
-// strides: of rows, groups and heads of the projection, then of the queries; of blocks of both caches. sizes: rows, groups,
-// queries of a group, elements of a head, blocks, tokens of a block.
-void py_rope_write_kv(const std::string& dtype, const std::array<Address, 3>& from, const std::array<Address, 3>& to,
-                      const std::array<int64_t, 8>& strides, const std::array<int64_t, 6>& sizes, Address cos, Address sin,
-                      Address slots, int64_t threads) {
-  const int64_t width = sizes[3], block_size = sizes[5];
-  with_dtype(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    Rotation<T> a{{}, {}, at<Wide<T>>(cos), at<Wide<T>>(sin), sizes[0], sizes[1], width / 2, Wide<T>(1),
-                  at<const int32_t>(slots), block_size, {strides[6], strides[7]}};
-    for (int part = 0; part < 3; ++part) {
-      a.from[part] = {at<const T>(from[part]), part == 0 ? sizes[2] : 1, strides[0], strides[1], strides[2]};
-      a.to[part] = {at<T>(to[part]), a.from[part].heads, width, block_size * width, 0};
-    }
-    a.to[0] = {at<T>(to[0]), sizes[2], strides[3], strides[4], strides[5]};
-    rope_write_kv<T>(a, sizes[4], threads);
   });
 }
 
@@ -338,6 +253,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Packing, balancing and CPU kernels on raw arrays. The public functions: icegrt.packing, icegrt.kernels, icegrt.scheduling.";
   m.def("pack", &py_pack, py::arg("prompt_tokens"), py::arg("prompt_offsets"), py::arg("response_tokens"),
         py::arg("response_offsets"), py::arg("mask_offsets"), py::arg("tail_multiple"), py::arg("tail_token"),
+        py::arg("share_prompts"),
         "Pack ragged prompts and responses into a token stream and an action stream.");
   m.def("balance", &py_balance, py::arg("lengths"), py::arg("costs"), py::arg("token_budget"), py::arg("ranks"),
         py::arg("round_to"),
@@ -347,12 +263,8 @@ PYBIND11_MODULE(_C, m) {
   const auto without_gil = py::call_guard<py::gil_scoped_release>();
   m.def("rms_norm_forward", &py_rms_norm_forward, without_gil, "Write the norm of rows, and their sums with a residual.");
   m.def("rms_norm_backward", &py_rms_norm_backward, without_gil, "Write the gradients by rows and by the weight.");
-  m.def("rope", &py_rope, without_gil, "Write rotated queries and keys, and values as they are.");
-  m.def("rope_write_kv", &py_rope_write_kv, without_gil, "Write rotated queries, and keys and values to slots.");
-  m.def("write_kv", &py_write_kv, without_gil, "Write keys and values of rows to slots of their caches.");
-  m.def("copy_blocks", &py_copy_blocks, without_gil, "Copy blocks of all parts of a cache.");
-  m.def("paged_attention", &py_paged_attention, without_gil, "Write the attention of rows over pages.");
   m.def("swiglu_forward", &py_swiglu_forward, without_gil, "Write silu(gate) * up of rows.");
   m.def("swiglu_backward", &py_swiglu_backward, without_gil, "Write the gradients by gate and up.");
+  def_heads_and_pages(m);
   def_scheduler(m);
 }

@@ -3,11 +3,20 @@
 // The token stream holds prompt and response of every sequence, end to end. The action stream has one entry per
 // response token. An action's row is the row of the token stream whose hidden state predicts it: the row before the
 // action's token. So a prompt needs at least one token, to predict the first action.
+//
+// Prompts that several sequences share are in the stream once. Segments of such a stream, in order:
+//
+//   shared prompts | the responses to each of them, by prompt | whole sequences | tail
+//
+// A response's positions continue its prompt's, and the first action of every response has the prompt's last row.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <numeric>
+#include <string_view>
+#include <unordered_map>
 #include <vector>
 
 #include "check.hpp"
@@ -21,14 +30,17 @@ struct PackInput {
   Span<int64_t> mask_offsets;
   int64_t tail_multiple = 1;
   int64_t tail_token = 0;
+  bool share_prompts = false;
 };
 
 struct Packed {
   std::vector<int64_t> tokens, positions;  // T
-  std::vector<int32_t> cu_seqlens;         // N + 1, or N + 2 with a tail
+  std::vector<int32_t> cu_seqlens;         // S + 1: offsets of the segments, which are the N sequences if none is shared
   std::vector<int32_t> cu_actions;         // N + 1
   std::vector<int64_t> action_rows;        // A
   std::vector<int64_t> last_rows;          // N
+  std::vector<int64_t> groups;             // N: the shared prompt of a sequence, -1 for a whole one; empty: none shared
+  std::vector<int32_t> cu_groups;          // G + 1: offsets of each shared prompt's responses, from the first response
   int64_t max_seqlen = 0;
   int64_t tail_tokens = 0;
 };
@@ -67,12 +79,69 @@ inline void check_pack(const PackInput& in) {
   check_tokens("responses", in.response_tokens, in.response_offsets);
 }
 
+// The sequences of each prompt that several sequences have, in the order of its first sequence.
+inline std::vector<std::vector<int64_t>> sequences_by_shared_prompt(const PackInput& in) {
+  std::unordered_map<std::string_view, int64_t> number_of;  // contents are compared, not only their hashes
+  std::vector<std::vector<int64_t>> sequences;
+  for (int64_t i = 0; i < in.prompt_offsets.size - 1; ++i) {
+    const auto* begin = reinterpret_cast<const char*>(in.prompt_tokens.data + in.prompt_offsets[i]);
+    const auto* end = reinterpret_cast<const char*>(in.prompt_tokens.data + in.prompt_offsets[i + 1]);
+    const auto [found, is_new] = number_of.try_emplace({begin, static_cast<std::size_t>(end - begin)}, sequences.size());
+    if (is_new) sequences.emplace_back();
+    sequences[found->second].push_back(i);
+  }
+  sequences.erase(std::remove_if(sequences.begin(), sequences.end(), [](const auto& s) { return s.size() < 2; }),
+                  sequences.end());
+  return sequences;
+}
+
+// Writes segments of the token stream, one after the other.
+class StreamWriter {
+ public:
+  StreamWriter(Packed& out, int64_t n_tokens) : out_(out) {
+    out.tokens.reserve(n_tokens);
+    out.positions.reserve(n_tokens);
+    out.cu_seqlens.push_back(0);
+  }
+
+  int64_t row() const { return static_cast<int64_t>(out_.tokens.size()); }
+
+  // Appends entries [begin, end) of `tokens` to the open segment, at positions from `position` on.
+  void append(Span<int64_t> tokens, int64_t begin, int64_t end, int64_t position) {
+    out_.tokens.insert(out_.tokens.end(), tokens.data + begin, tokens.data + end);
+    append_positions(end - begin, position);
+  }
+
+  void append_tail(int64_t token, int64_t count) {
+    out_.tokens.insert(out_.tokens.end(), count, token);
+    append_positions(count, 0);
+  }
+
+  void end_segment() {
+    out_.max_seqlen = std::max<int64_t>(out_.max_seqlen, row() - out_.cu_seqlens.back());
+    out_.cu_seqlens.push_back(static_cast<int32_t>(row()));
+  }
+
+ private:
+  void append_positions(int64_t count, int64_t first) {
+    out_.positions.resize(out_.positions.size() + count);
+    std::iota(out_.positions.end() - count, out_.positions.end(), first);
+  }
+
+  Packed& out_;
+};
+
 inline Packed pack(const PackInput& in) {
   check_pack(in);
   const int64_t n = in.prompt_offsets.size - 1;
-  const int64_t n_real = checked_add(in.prompt_tokens.size, in.response_tokens.size, "prompts and responses");
+  const auto prompt_length = [&](int64_t i) { return in.prompt_offsets[i + 1] - in.prompt_offsets[i]; };
+  const auto shared = in.share_prompts ? sequences_by_shared_prompt(in) : std::vector<std::vector<int64_t>>();
   // 1. Sizes. Megatron 0.16 fails on T = 0 and, with sequence parallelism, on a T that is no multiple of the
   //    tensor-parallel size: the tail pads such a batch.
+  int64_t n_real = checked_add(in.prompt_tokens.size, in.response_tokens.size, "prompts and responses");
+  for (const auto& sequences : shared) {
+    n_real -= (static_cast<int64_t>(sequences.size()) - 1) * prompt_length(sequences.front());
+  }
   const int64_t n_min = std::max<int64_t>(n_real, 1);
   const int64_t remainder = n_min % in.tail_multiple;
   const int64_t n_total = checked_add(n_min, remainder ? in.tail_multiple - remainder : 0, "tail_multiple");
@@ -81,41 +150,48 @@ inline Packed pack(const PackInput& in) {
 
   Packed out;
   out.tail_tokens = n_total - n_real;
-  out.tokens.resize(n_total);
-  out.positions.resize(n_total);
-  out.cu_seqlens.resize(n + 1 + (out.tail_tokens > 0));
-  out.cu_actions.resize(n + 1);
+  out.cu_actions.assign(in.response_offsets.data, in.response_offsets.data + in.response_offsets.size);
   out.action_rows.resize(in.response_tokens.size);
   out.last_rows.resize(n);
+  if (!shared.empty()) out.groups.assign(n, -1);
+  StreamWriter stream(out, n_total);
+  // The response follows in the stream; `before` is the row of the prompt's last token.
+  const auto append_response = [&](int64_t i, int64_t before) {
+    const int64_t begin = in.response_offsets[i], end = in.response_offsets[i + 1];
+    for (int64_t k = begin; k < end; ++k) out.action_rows[k] = k == begin ? before : stream.row() + k - begin - 1;
+    stream.append(in.response_tokens, begin, end, prompt_length(i));
+    out.last_rows[i] = end > begin ? stream.row() - 1 : before;
+    stream.end_segment();
+  };
 
-  // 2. Sequences.
-  int64_t row = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t start = row;
-    const int64_t* prompt = in.prompt_tokens.data + in.prompt_offsets[i];
-    const int64_t n_prompt = in.prompt_offsets[i + 1] - in.prompt_offsets[i];
-    const int64_t* response = in.response_tokens.data + in.response_offsets[i];
-    const int64_t n_actions = in.response_offsets[i + 1] - in.response_offsets[i];
-    std::copy_n(prompt, n_prompt, out.tokens.data() + row);
-    row += n_prompt;
-    std::copy_n(response, n_actions, out.tokens.data() + row);
-    int64_t* rows = out.action_rows.data() + in.response_offsets[i];
-    for (int64_t k = 0; k < n_actions; ++k) rows[k] = row + k - 1;
-    row += n_actions;
-    for (int64_t k = start; k < row; ++k) out.positions[k] = k - start;
-    out.cu_seqlens[i + 1] = static_cast<int32_t>(row);
-    out.cu_actions[i + 1] = static_cast<int32_t>(in.response_offsets[i + 1]);
-    out.last_rows[i] = row - 1;
-    out.max_seqlen = std::max(out.max_seqlen, row - start);
+  // 2. Shared prompts.
+  std::vector<int64_t> last_prompt_row;
+  for (const auto& sequences : shared) {
+    const int64_t i = sequences.front();
+    stream.append(in.prompt_tokens, in.prompt_offsets[i], in.prompt_offsets[i + 1], 0);
+    stream.end_segment();
+    last_prompt_row.push_back(stream.row() - 1);
   }
-  // 3. Tail.
-  if (out.tail_tokens > 0) {
-    for (int64_t k = 0; k < out.tail_tokens; ++k) {
-      out.tokens[row + k] = in.tail_token;
-      out.positions[row + k] = k;
+  // 3. The responses to them.
+  const int64_t first_response_row = stream.row();
+  if (!shared.empty()) out.cu_groups.push_back(0);
+  for (std::size_t g = 0; g < shared.size(); ++g) {
+    for (int64_t i : shared[g]) {
+      out.groups[i] = static_cast<int64_t>(g);
+      append_response(i, last_prompt_row[g]);
     }
-    out.cu_seqlens[n + 1] = static_cast<int32_t>(n_total);
-    out.max_seqlen = std::max(out.max_seqlen, out.tail_tokens);
+    out.cu_groups.push_back(static_cast<int32_t>(stream.row() - first_response_row));
+  }
+  // 4. Whole sequences.
+  for (int64_t i = 0; i < n; ++i) {
+    if (!out.groups.empty() && out.groups[i] >= 0) continue;
+    stream.append(in.prompt_tokens, in.prompt_offsets[i], in.prompt_offsets[i + 1], 0);
+    append_response(i, stream.row() - 1);
+  }
+  // 5. Tail.
+  if (out.tail_tokens > 0) {
+    stream.append_tail(in.tail_token, out.tail_tokens);
+    stream.end_segment();
   }
   return out;
 }

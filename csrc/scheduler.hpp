@@ -107,6 +107,8 @@ class BlockScheduler {
       const Sequence& sequence = *sequences_[running_.back()];
       schedule(running_.size() - 1, std::min(sequence.length - sequence.computed, room()));
     }
+    // An entry that changed twice has its last block in both: the order in which a device writes them is open.
+    for (int32_t i = 0; i < plan_.n_updates; ++i) plan_.update_blocks[i] = plan_.block_table[plan_.update_entries[i]];
     if (plan_.n_rows > 0) {
       in_flight_.push_back(std::move(samples_));
       samples_ = std::move(spare_);

@@ -12,6 +12,7 @@ def pack(
     mask_offsets: np.ndarray | None,
     tail_multiple: int,
     tail_token: int,
+    share_prompts: bool,
 ) -> dict[str, Any]: ...
 def balance(
     lengths: np.ndarray, costs: np.ndarray | None, token_budget: int, ranks: int, round_to: int
@@ -126,6 +127,15 @@ def rope_write_kv(
     cos: int,
     sin: int,
     slots: int,
+    threads: int,
+    /,
+) -> None: ...
+def sample_tokens(
+    dtype: str,
+    tensors: tuple[int, ...],
+    sizes: tuple[int, ...],
+    numbers: tuple[float, float, float],
+    integers: tuple[int, int],
     threads: int,
     /,
 ) -> None: ...

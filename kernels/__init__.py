@@ -8,6 +8,7 @@ operation has many arguments, `inputs.py` has the frozen objects that its backen
 from .dispatch import available_backends, describe, record_launches, use_backend
 from .kl_divergence import kl_divergence
 from .linear import default_chunk_rows, linear_logprobs, linear_ppo_loss
+from .lm_logits import lm_logits
 from .pack_padded import pack_padded
 from .paged_attention import paged_attention
 from .paged_kv import copy_blocks, write_kv
@@ -17,19 +18,10 @@ from .rope import rope, rope_qkv
 from .rope_write_kv import rope_write_kv
 from .sample_tokens import sample_tokens
 from .shaped_gae import shaped_gae
+from .stats import Moments, PolicyStats, ValueStats
 from .swiglu import swiglu
 from .token_logprobs import token_logprobs
-from .types import (
-    Moments,
-    PaddedActions,
-    PolicyStats,
-    PPOLoss,
-    ShapedGAE,
-    TokenLogprobs,
-    ValueLoss,
-    ValueStats,
-    VocabShard,
-)
+from .types import PaddedActions, PPOLoss, ShapedGAE, TokenLogprobs, ValueLoss, VocabShard
 from .value_loss import value_loss
 from .whitening import masked_moments, whiten
 
@@ -51,6 +43,7 @@ __all__ = [
     "kl_divergence",
     "linear_logprobs",
     "linear_ppo_loss",
+    "lm_logits",
     "masked_moments",
     "pack_padded",
     "paged_attention",

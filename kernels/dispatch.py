@@ -65,6 +65,7 @@ IMPLEMENTATIONS = MappingProxyType(
         "whiten": {"triton": "whitening.triton:whiten", "reference": "whitening.reference:whiten"},
         "sample_tokens": {
             "triton": "sample_tokens.triton:sample_tokens",
+            "cpp": "sample_tokens.cpp:sample_tokens",
             "reference": "sample_tokens.reference:sample_tokens",
         },
         "rms_norm": {
@@ -111,6 +112,10 @@ IMPLEMENTATIONS = MappingProxyType(
             "triton": "paged_attention.triton:paged_attention",
             "cpp": "paged_attention.cpp:paged_attention",
             "reference": "paged_attention.reference:paged_attention",
+        },
+        "lm_logits": {
+            "chunked": "lm_logits.chunked:lm_logits",
+            "reference": "lm_logits.reference:lm_logits",
         },
         "pack_padded": {"reference": "pack_padded:pack_rows"},
     }
@@ -220,7 +225,19 @@ def select(op: str, *tensors: Tensor | None) -> Callable[..., Any]:
     """Return the implementation of `op` for these tensors. Raises RuntimeError if a named backend cannot run here."""
     # Triton computes in fp32; fp64 tensors go to a backend that has it.
     device = next((t.device.type for t in tensors if t is not None), "cpu")
-    supported = all(t is None or t.dtype != torch.float64 for t in tensors)
+    supported = True
+    for t in tensors:
+        supported &= t is None or t.dtype != torch.float64
+    if not _overrides.get() and not _played.get():
+        return _selected(op, device, supported, os.environ.get("ICEGRT_BACKEND", ""))
+    backend, why = _resolve_backend(op, device, supported)
+    _log_once(op, backend, device, why)
+    return _load(op, backend)
+
+
+@functools.cache
+def _selected(op: str, device: str, supported: bool, environment: str) -> Callable[..., Any]:
+    """Return the implementation outside all contexts: the choice depends on the arguments alone."""
     backend, why = _resolve_backend(op, device, supported)
     _log_once(op, backend, device, why)
     return _load(op, backend)

@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
+from contextvars import ContextVar
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .types import Moments, VocabShard
+from .stats import Moments
+from .types import VocabShard
 
 # Legend: A, actions of the packed stream. A shape is a tuple of extents; None accepts any extent.
 
 IGNORED_LABEL = -100  # the value that torch.nn.functional.cross_entropy ignores by default
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
 _STREAMS = "the other tensors"
+_unchecked: ContextVar[bool] = ContextVar("icegrt_unchecked", default=False)
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Leave out the checks inside a `with`: for a caller that repeats calls whose arguments have been checked once.
+
+    A wrong argument then reads or writes memory that is not its own.
+    """
+    token = _unchecked.set(True)
+    try:
+        yield
+    finally:
+        _unchecked.reset(token)
+
+
+def is_unchecked() -> bool:
+    """Return whether checks are left out."""
+    return _unchecked.get()
 
 
 def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -25,6 +48,8 @@ def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def check_floating(op: str, name: str, x: Tensor, shape: tuple[int | None, ...], like: Tensor | None = None) -> None:
     """Raise unless x is a floating tensor of `shape` (None: any extent), on the device of `like`."""
+    if _unchecked.get():
+        return
     _check_tensor(op, name, x)
     if not x.is_floating_point():
         raise TypeError(f"{op}: {name} must be floating point, got {x.dtype}")
@@ -34,10 +59,19 @@ def check_floating(op: str, name: str, x: Tensor, shape: tuple[int | None, ...],
 
 def check_integral(op: str, name: str, x: Tensor, shape: tuple[int | None, ...], like: Tensor | None = None) -> None:
     """Raise unless x is an int32 or int64 tensor of `shape`, on the device of `like`."""
+    if _unchecked.get():
+        return
     _check_tensor(op, name, x)
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: {name} must be int32 or int64, got {x.dtype}")
     _check_shape(op, name, x, shape)
+    _check_device(op, name, x, like)
+
+
+def check_rows(op: str, name: str, x: Tensor, rows: int, like: Tensor) -> None:
+    """Raise unless x is a tensor with one entry for each row, on the device of `like`."""
+    _check_tensor(op, name, x)
+    _check_shape(op, name, x, (rows,))
     _check_device(op, name, x, like)
 
 
@@ -94,6 +128,8 @@ def check_number(
 
 def check_plain_number(op: str, name: str, x: Any, **bounds: Any) -> None:
     """Raise unless x is a finite Python number within `bounds`. For values that steer control flow on the host."""
+    if _unchecked.get():
+        return
     if isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a Python number, got a tensor")
     check_number(op, name, x, **bounds)
@@ -115,6 +151,8 @@ def check_moments(op: str, x: Moments | None, like: Tensor) -> None:
 
 def check_shard(op: str, x: VocabShard | None, columns: int) -> None:
     """Raise unless x is None or a VocabShard of `columns` columns."""
+    if _unchecked.get():
+        return
     if x is None:
         return
     if not isinstance(x, VocabShard):
@@ -176,12 +214,16 @@ def check_out(op: str, name: str, out: Tensor, shape: tuple[int, ...], inputs: t
 
 def check_contiguous(op: str, name: str, x: Tensor) -> None:
     """Raise unless x is contiguous."""
+    if _unchecked.get():
+        return
     if not x.is_contiguous():
         raise ValueError(f"{op}: {name} must be contiguous, got strides {x.stride()}")
 
 
 def check_apart(op: str, name: str, out: Tensor, other_name: str, other: Tensor, same: bool = False) -> None:
     """Raise if the memory of `out` begins or ends within that of another tensor. `same`: it may be that tensor."""
+    if _unchecked.get():
+        return
     if out.device.type == "meta" or not out.numel() or not other.numel():
         return
     first, last = _memory_range(out)

@@ -318,6 +318,6 @@ def _read(checkpoint: Path, role: Role, sharded: dict[str, Any]) -> dict[str, An
 
 
 def _restore_weights(role: Role, loaded: dict[str, Any]) -> None:
-    role.weight_changes += 1
+    role.model.mark_weights_changed()
     for chunk, state in zip(role.model.chunks, loaded["model"], strict=True):
         chunk.load_state_dict(state)

@@ -22,6 +22,7 @@ from icegrt.rewards.error_policy import call_reward_function
 from icegrt.rewards.function import load_reward_function
 from icegrt.rollout.engine import RolloutEngine
 from icegrt.rollout.samples import sample_of
+from icegrt.rollout.settings import RolloutSettings
 from icegrt.rollout.types import Response, Sampling
 from icegrt.training.run_folder import rows_file
 from icegrt.training.trainer import tokenizer_for
@@ -89,7 +90,8 @@ def _build_rollout_engine(
     hf_config, folder = reader.architecture.hf_config, reader.folder
     stops = stop_ids(tokenizer, hf_config, folder, config.sampling.stop_token_ids)
     model = build_model(reader, "lm", cluster, dtype=DTYPES[config.dtype]).eval()
-    return RolloutEngine(model, tokenizer, max_batch=config.max_batch, stop_token_ids=stops)
+    settings = RolloutSettings.of(config.rollout, config.max_batch)
+    return RolloutEngine(model, tokenizer, stop_token_ids=stops, settings=settings)
 
 
 def answers(
@@ -115,7 +117,7 @@ def diverse_answers(
     temperatures: Sequence[float],
 ) -> Iterator[tuple[Prompt, list[Response]]]:
     """Yield as `answers` does; sample i of a prompt has temperature i of `temperatures`, modulo their number."""
-    chunk_size = engine.decoder.max_batch
+    chunk_size = engine.decoder.settings.max_batch
     for start in range(0, len(prompts), chunk_size):
         chunk = prompts[start : start + chunk_size]
         responses_by_sample = []

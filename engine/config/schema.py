@@ -50,10 +50,37 @@ class SamplingConfig:
     temperature: float = key(1.0, "divides the logits in fp32; 0: greedy", ge=0)
     top_k: int = key(0, "sample from the k most probable tokens; 0: from all", ge=0)
     top_p: float = key(1.0, "sample from the smallest set of tokens with this probability", gt=0, le=1)
+    min_p: float = key(
+        0.0, "sample from the tokens with at least this share of the largest probability; 0: from all", ge=0, le=1
+    )
     max_new_tokens: int = key(256, "longest answer", unit="tokens", ge=1)
+    min_new_tokens: int = key(0, "no stop token is sampled before this many tokens", unit="tokens", ge=0)
+    stop: list[str] = key([], "texts that end an answer; the token that completes one is its last")
     stop_token_ids: list[int] = key(
         [], "further token ids that end an answer, besides the tokenizer's EOS and the EOS ids of the model"
     )
+
+
+@config_class
+class RolloutConfig:
+    """The rollout engine: continuous batching over a paged KV cache."""
+
+    kv_memory: float | str = key(
+        0.9,
+        "memory of the KV cache: up to 1 a share of the free memory, above 1 bytes, or a text such as 20GiB; requests "
+        "that need less take less (vLLM: gpu_memory_utilization)",
+    )
+    block_size: int = key(16, "tokens of a block of the cache, a power of two", unit="tokens", ge=1)
+    token_budget: int = key(
+        2048,
+        "most rows of a step; longer prompts are computed in parts beside the decoding sequences (vLLM: "
+        "max_num_batched_tokens)",
+        unit="tokens",
+        ge=1,
+    )
+    order: Literal["first_come", "longest_remaining"] = key("first_come", "which waiting request starts first")
+    reuse_prefixes: bool = key(True, "requests reuse cached blocks with the same tokens (vLLM: enable_prefix_caching)")
+    cuda_graphs: bool = key(True, "capture decode steps as CUDA graphs, one for each size of the batch")
 
 
 @config_class
@@ -155,6 +182,7 @@ class SampleConfig(Loadable):
     )
     limit: int = key(0, "number of prompts to use; 0: all", ge=0)
     max_batch: int = key(256, _MAX_BATCH, ge=1)
+    rollout: Section[RolloutConfig] = key(RolloutConfig(), "the rollout engine")
     score_function: str = key("", "`file.py:function` that scores the answers; rows then have `scores`")
     seed: int = key(0, "seed of the sampler", ge=0)
     dtype: Literal["fp32", "bf16"] = key("fp32", "parameters and activations")
@@ -299,6 +327,11 @@ class PPOConfig(Loadable):
         "data.train_batch_size / actor.ppo_mini_batch_size)",
         ge=1,
     )
+    minibatch_by: Literal["response", "prompt"] = key(
+        "response",
+        "what is drawn into a minibatch: single responses, or prompts with all their responses, which then share the "
+        "prompt's tokens in inference and update",
+    )
     token_budget: int = key(4096, _TOKEN_BUDGET, unit="tokens", ge=1)
     chunk_rows: int = key(
         0, "logit chunk size: rows of logits computed at a time; 0: automatic, fixed for the run", ge=0
@@ -310,6 +343,7 @@ class PPOConfig(Loadable):
         SamplingConfig(), "sampling of the responses (scoring and update divide the logits by temperature too)"
     )
     max_batch: int = key(256, _MAX_BATCH, ge=1)
+    rollout: Section[RolloutConfig] = key(RolloutConfig(), "the rollout engine")
     # Score and reward.
     score_scale: bool = key(True, "divide each reward model's score by its running standard deviation")
     score_shift: bool = key(False, "subtract its running mean first")
@@ -377,6 +411,7 @@ class GenerateConfig(Loadable):
     chat: bool = key(True, "apply the tokenizer's chat template, if it has one")
     samples_per_prompt: int = key(1, "answers per prompt", ge=1)
     max_batch: int = key(256, _MAX_BATCH, ge=1)
+    rollout: Section[RolloutConfig] = key(RolloutConfig(), "the rollout engine")
     seed: int = key(0, "seed of the sampler", ge=0)
     dtype: Literal["fp32", "bf16"] = key("fp32", "parameters and activations")
     sampling: Section[SamplingConfig] = key(

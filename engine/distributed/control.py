@@ -88,6 +88,12 @@ class Control:
         self._delete_after(key, ["value"], readers=self.world_size - 1)
         return pickle.loads(message)
 
+    # -- a shared queue --------------------------------------------------------------------------------------------
+
+    def open_queue(self, items: int, replica: int, is_leader: bool) -> WorkQueue:
+        """Return a queue of the numbers 0 to items - 1, from which replicas of ranks take. Every rank calls it."""
+        return WorkQueue(self, f"{self._next_key()}/queue", items, replica, is_leader)
+
     # -- what ranks do ---------------------------------------------------------------------------------------------
 
     def post(self, text: str) -> None:
@@ -136,6 +142,46 @@ class Control:
         if self._store.add(f"{key}/read", 1) == readers:
             for name in (*names, "read"):
                 self._store.delete_key(f"{key}/{name}")
+
+
+class WorkQueue:
+    """Numbers that replicas of ranks take from a counter in the store: none gets a number that another has.
+
+    The ranks of a replica call `take` alike; its leader asks the counter, and the others read what it got.
+
+    Args:
+        control: the ranks' messages.
+        key: of the counter; not used before.
+        items: how many numbers there are.
+        replica: of this rank.
+        is_leader: whether this rank asks for its replica.
+    """
+
+    def __init__(self, control: Control, key: str, items: int, replica: int, is_leader: bool) -> None:
+        self._control, self._store, self._key, self._items = control, control._store, key, items
+        self._replica, self._is_leader = replica, is_leader
+        self._takes = 0
+
+    def take(self, most: int) -> range:
+        """Return up to `most` more numbers; none at the end."""
+        mailbox = f"{self._key}/{self._replica}/{self._takes}"
+        self._takes += 1
+        if self._is_leader:
+            first = self._store.add(self._key, most) - most
+            self._store.set(mailbox, str(first).encode())
+        else:
+            self._control._wait([mailbox])
+            first = int(self._store.get(mailbox))
+        return range(min(first, self._items), min(first + most, self._items))
+
+    def close(self) -> None:
+        """Delete the queue's keys. Every rank calls it."""
+        self._control.any_rank()
+        if self._is_leader:
+            for take in range(self._takes):
+                self._store.delete_key(f"{self._key}/{self._replica}/{take}")
+            if self._replica == 0:
+                self._store.delete_key(self._key)
 
 
 def _process_namespace() -> str:

@@ -1,6 +1,7 @@
-"""Block-diagonal causal attention over a packed stream, and over a KV cache while decoding.
+"""Block-diagonal causal attention over a packed stream.
 
-Unlike textbook attention nothing is padded. Sequences of one length share a call, and no sequence sees another.
+Unlike textbook attention nothing is padded. Sequences of one length share a call, and no sequence sees another. Only
+the rows of a prompt may be shared (`shared_prompts.py`).
 
 Megatron 0.16: its own attention needs Transformer Engine for packed streams -> this module is the `core_attention` of
 every layer.
@@ -12,28 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+
+from icegrt.model.sdpa import packed_sdpa
+from icegrt.model.shared_prompts import PromptGroups, shared_prompt_attention
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
-
-
-class PrefillWriter(Protocol):
-    """Stores the keys and values of a prefill."""
-
-    def write(self, layer: int, k_THD: Tensor, v_THD: Tensor, lengths: list[int]) -> None:
-        """Store a layer's keys and values, [T, kv_heads, d] each, of sequences with these lengths."""
-
-
-class Cache(Protocol):
-    """Appends the keys and values of a decode step and attends over the sequences so far."""
-
-    def attend(self, layer: int, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, window: int | None) -> Tensor:
-        """Append one key and value per sequence, [N, kv_heads, d] each, and return the attention, [N, heads, d]."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -41,10 +28,9 @@ class AttentionMetadata:
     """How the rows of a stream attend. Megatron's layers pass it on as their `packed_seq_params`.
 
     Attributes:
-        lengths: lengths of the sequences in stream order (training and prefill), on the host.
+        lengths: lengths of the sequences in stream order, on the host; with `groups`, of the segments.
         cu_seqlens: their int32 offsets, N + 1 of them, on the device; None: flash-attn's offsets are copied there.
-        prefill_writer: receives the keys and values of a prefill.
-        cache: keys and values of a decode step; the stream then has one row per running sequence.
+        groups: the segments of a stream with shared prompts; None: no prompt is shared.
         qkv_format: the one field that Megatron reads.
     """
 
@@ -53,8 +39,7 @@ class AttentionMetadata:
     qkv_format: str = "stream"
     lengths: list[int] = field(default_factory=list)
     cu_seqlens: Tensor | None = None
-    prefill_writer: PrefillWriter | None = None
-    cache: Cache | None = None
+    groups: PromptGroups | None = None
 
 
 class PackedAttention(nn.Module):
@@ -67,21 +52,21 @@ class PackedAttention(nn.Module):
 
     def __init__(self, config, layer_number: int, *args, **kwargs) -> None:
         super().__init__()
-        self.layer = layer_number - 1
-        windowed = config.window_size is not None and config.window_attn_skip_freq[self.layer]
+        windowed = config.window_size is not None and config.window_attn_skip_freq[layer_number - 1]
         self.window = config.window_size[0] + 1 if windowed else None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args, packed_seq_params=None, **kwargs) -> Tensor:
         metadata: AttentionMetadata = packed_seq_params
         q_THD, k_THD, v_THD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        if metadata.cache is not None:
-            out = metadata.cache.attend(self.layer, q_THD, k_THD, v_THD, self.window)
-        else:
-            if metadata.prefill_writer is not None:
-                metadata.prefill_writer.write(self.layer, k_THD, v_THD, metadata.lengths)
-            out = packed_causal_attention(
-                q_THD, k_THD, v_THD, metadata.lengths, self.window, cu_seqlens=metadata.cu_seqlens
-            )
+        out = packed_causal_attention(
+            q_THD,
+            k_THD,
+            v_THD,
+            metadata.lengths,
+            self.window,
+            cu_seqlens=metadata.cu_seqlens,
+            groups=metadata.groups,
+        )
         return out.reshape(out.shape[0], 1, -1)
 
 
@@ -93,6 +78,7 @@ def packed_causal_attention(
     window: int | None = None,
     *,
     cu_seqlens: Tensor | None = None,
+    groups: PromptGroups | None = None,
 ) -> Tensor:
     """Return causal attention within each sequence of a stream.
 
@@ -107,62 +93,22 @@ def packed_causal_attention(
         window: how many tokens a token attends to, itself included; None attends to all before it.
         cu_seqlens: offsets of the sequences, [N + 1] int32, on the device. Without them flash-attn's call waits for a
             copy of `lengths` to the device.
+        groups: the segments, if sequences share prompts.
 
     Returns:
         [T, heads, d], in the dtype of the queries.
     """
     varlen = flash_attention() if q_THD.is_cuda and q_THD.dtype in _FLASH_DTYPES else None
-    if varlen is not None:
+    if varlen is not None and groups is None:
         return flash_varlen_attention(varlen, q_THD, k_THD, v_THD, lengths, window, cu_seqlens=cu_seqlens)
     # Torch 2.13: on a CPU, SDPA in half precision takes up to 5 times as long as in fp32, copies included -> widened.
     widened = q_THD.device.type == "cpu" and q_THD.dtype in _FLASH_DTYPES
     heads = [tensor.float() if widened else tensor for tensor in (q_THD, k_THD, v_THD)]
-    return _attend_by_length(*heads, lengths, window).to(q_THD.dtype)
-
-
-def _attend_by_length(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, lengths: list[int], window: int | None) -> Tensor:
-    if len(set(lengths)) == 1:
-        return _equal_lengths(q_THD, k_THD, v_THD, lengths[0], window)
-    per_sequence = [tensor.split(lengths) for tensor in (q_THD, k_THD, v_THD)]
-    indices_of_length: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        indices_of_length.setdefault(length, []).append(index)
-    out: list[Tensor] = [None] * len(lengths)
-    for length, indices in indices_of_length.items():
-        if length == 0:
-            for index in indices:
-                out[index] = per_sequence[0][index]
-            continue
-        # A sequence that shares its length with none is read in place.
-        q, k, v = (
-            torch.cat([tensors[index] for index in indices]) if len(indices) > 1 else tensors[indices[0]]
-            for tensors in per_sequence
-        )
-        for index, result in zip(indices, _equal_lengths(q, k, v, length, window).split(length), strict=True):
-            out[index] = result
-    return torch.cat(out)
-
-
-def _equal_lengths(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, length: int, window: int | None) -> Tensor:
-    q, k, v = (t.unflatten(0, (-1, length)).transpose(1, 2) for t in (q_THD, k_THD, v_THD))
-    grouped = q.shape[1] != k.shape[1]
-    if window is None or window >= length:
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    if groups is None:
+        out = packed_sdpa(*heads, lengths, lengths, window)
     else:
-        out = torch.cat([_window_block(q, k, v, start, window, grouped) for start in range(0, length, window)], dim=2)
-    return out.transpose(1, 2).flatten(0, 1)
-
-
-def _window_block(q: Tensor, k: Tensor, v: Tensor, start: int, window: int, grouped: bool) -> Tensor:
-    # A block of `window` queries sees fewer than 2 * window keys: work is linear in the length.
-    rows = torch.arange(start, min(start + window, q.shape[2]), device=q.device)[:, None]
-    first = max(0, start - window + 1)
-    columns = torch.arange(first, start + len(rows), device=q.device)
-    visible = (columns <= rows) & (columns > rows - window)
-    keys = slice(first, start + len(rows))
-    return scaled_dot_product_attention(
-        q[:, :, start : start + len(rows)], k[:, :, keys], v[:, :, keys], attn_mask=visible, enable_gqa=grouped
-    )
+        out = shared_prompt_attention(*heads, groups, window, varlen=varlen)
+    return out.to(q_THD.dtype)
 
 
 def flash_varlen_attention(

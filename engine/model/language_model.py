@@ -5,26 +5,18 @@ Imports Megatron-core, so `build.py` imports this module only after `Cluster.ope
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    gather_from_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
-from torch import Tensor, nn
+from torch import Tensor
 
 from icegrt.kernels import VocabShard
 from icegrt.model.architecture import Architecture, HeadKind
 from icegrt.model.attention import AttentionMetadata
 from icegrt.model.heads import AddedToMainGrad, LMHead, ScalarHead
 from icegrt.model.hf.mapping import EMBEDDING
+from icegrt.model.shared_prompts import PromptGroups
 from icegrt.model.trunk import Trunk
 from icegrt.packing import PackedBatch
 
@@ -125,40 +117,11 @@ class LanguageModel(Trunk):
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Return the hidden states of a packed batch, [T, 1, H] ([T / TP, 1, H] under sequence parallelism)."""
-        metadata = AttentionMetadata(lengths=batch.lengths, cu_seqlens=batch.cu_seqlens)
+        groups = None
+        if batch.group_sizes:
+            groups = PromptGroups(batch.lengths, batch.group_sizes, batch.cu_seqlens, batch.cu_groups)
+        metadata = AttentionMetadata(lengths=batch.lengths, cu_seqlens=batch.cu_seqlens, groups=groups)
         return self(batch.tokens_T, batch.positions_T, metadata)
-
-    def decode(self, tokens_T: Tensor, positions_T: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """Return hidden states of prefill or decode rows, [T, 1, H], without sequence parallelism.
-
-        A decode step has one row per sequence, a number that need not divide by the tensor-parallel size.
-        """
-        with self._sequence_parallel_disabled():
-            return self(tokens_T, positions_T, metadata)
-
-    @contextlib.contextmanager
-    def _sequence_parallel_disabled(self) -> Iterator[None]:
-        # Megatron 0.16: linear and embedding layers copy the configuration's flag when they are built and read the
-        # copy in every forward pass -> no argument can switch it. We clear the copies for the block. Megatron's own
-        # `set_model_to_sequence_parallel` keeps each model alive in a global table and looks it up by `id`.
-        if not self.config.sequence_parallel:
-            yield
-            return
-        linears = [m for m in self.modules() if isinstance(m, (ColumnParallelLinear, RowParallelLinear))]
-        embeddings = [m for m in self.modules() if isinstance(m, (LanguageModelEmbedding, VocabParallelEmbedding))]
-
-        def switch(enabled: bool) -> None:
-            self.config.sequence_parallel = enabled
-            for linear in linears:
-                linear.sequence_parallel = enabled
-            for embedding in embeddings:
-                embedding.reduce_scatter_embeddings = enabled
-
-        switch(False)
-        try:
-            yield
-        finally:
-            switch(True)
 
     def gather_hidden_rows(self, hidden_T1H: Tensor) -> Tensor:
         """Return the last stage's `hidden` output as complete rows, [T, H], on every tensor-parallel rank.
@@ -169,11 +132,6 @@ class LanguageModel(Trunk):
         if self.config.sequence_parallel:
             hidden_T1H = gather_from_sequence_parallel_region(hidden_T1H, tensor_parallel_output_grad=False)
         return hidden_T1H.squeeze(1)
-
-    @torch.no_grad()
-    def logits_NV(self, hidden_NH: Tensor) -> Tensor:
-        """Return float32 logits for sampling. [N, H] -> [N, V / TP]."""
-        return nn.functional.linear(hidden_NH.float(), self.lm_weight_VH.float())
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Return the stage's entries for Megatron's dist_checkpointing.

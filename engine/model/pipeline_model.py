@@ -29,6 +29,7 @@ class PipelineModel:
         architecture: sizes and family of the whole model.
         head_kind: 'lm' or 'scalar'.
         config: Megatron's TransformerConfig, shared by all chunks.
+        weights_version: number of changes of the weights. A rollout recomputes keys and values of older weights.
     """
 
     def __init__(self, chunks: Sequence[LanguageModel], cluster: Cluster) -> None:
@@ -37,6 +38,7 @@ class PipelineModel:
         self.architecture: Architecture = self.chunks[-1].architecture
         self.head_kind: HeadKind = self.chunks[-1].head_kind
         self.config: Any = self.chunks[-1].config
+        self.weights_version = 0
         self._read_hooks: list[Callable[[], None]] = []
 
     # -- parameters ------------------------------------------------------------------------------------------------
@@ -70,6 +72,10 @@ class PipelineModel:
     def holds_tied_copy(self) -> bool:
         """Whether this rank's head is a second copy of the embedding of an earlier stage."""
         return self.chunks[-1].holds_tied_copy
+
+    def mark_weights_changed(self) -> None:
+        """Count a change of the weights. Roles and checkpoints do; call it after a change by other means."""
+        self.weights_version += 1
 
     def register_read_hook(self, hook: Callable[[], None]) -> None:
         """Register what makes the parameters readable, such as the pending parameter all-gather of an optimizer."""
@@ -139,10 +145,6 @@ class PipelineModel:
     def gather_hidden_rows(self, hidden_T1H: Tensor) -> Tensor:
         """Return the last stage's hidden states as complete rows, [T, H], on every tensor-parallel rank."""
         return self.chunks[-1].gather_hidden_rows(hidden_T1H)
-
-    def logits_NV(self, hidden_NH: Tensor) -> Tensor:
-        """Return float32 logits for sampling. [N, H] -> [N, V / TP]."""
-        return self.chunks[-1].logits_NV(hidden_NH)
 
     def scale_head(self, factor: float) -> None:
         """Multiply all later outputs of a scalar head by `factor`. A rank without a head does nothing."""

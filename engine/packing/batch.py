@@ -4,6 +4,9 @@ A batch of N sequences is a *token stream* of T entries (prompt and response of 
 *action stream* of A entries (one per response token). Log-probs, values, rewards and losses are on the action stream.
 `action_rows_A` gathers the hidden states that predict the actions, so no logits of prompt tokens are computed.
 
+Sequences with equal prompts may share the prompt's tokens. The token stream then consists of segments: the shared
+prompts, the responses to each of them, the sequences that share nothing, and the tail. The action stream is the same.
+
 An alignment tail may follow: a dummy last sequence without actions. It has one token if the batch is empty, and as many
 as make T a multiple of `tail_multiple`.
 """
@@ -11,6 +14,7 @@ as make T a multiple of `tail_multiple`.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
@@ -35,17 +39,26 @@ class PackedBatch:
     Lengths are lists on the host, wherever the tensors are: reading them never waits for a device.
 
     Attributes:
-        tokens_T: int64, prompt and response tokens of every sequence end to end, then the tail.
-        positions_T: int64, positions from 0 in every sequence and in the tail.
-        cu_seqlens: int32, N + 1 offsets into the token stream; N + 2 with a tail.
+        tokens_T: int64, prompt and response tokens of every sequence end to end, then the tail. With shared prompts:
+            each of these once, the responses to the first, to the second and so on, the other sequences, the tail.
+        positions_T: int64, positions from 0 in every sequence and in the tail. Those of a response to a shared prompt
+            continue the prompt's.
+        cu_seqlens: int32, offsets of the segments in the token stream. Without shared prompts the segments are the
+            sequences, N + 1 offsets; a tail is one more segment.
         action_tokens_A: int64, the response tokens of every sequence end to end.
         cu_actions: int32, N + 1 offsets into the action stream.
-        action_rows_A: int64, the row of the token stream whose hidden state predicts the action: the row before it.
+        action_rows_A: int64, the row of the token stream whose hidden state predicts the action: the row before it. The
+            last row of a shared prompt is there once for each response.
         last_rows_N: int64, the row of each sequence's last token, which gives the score and the bootstrap value.
         action_mask_A: bool, False for tool or observation tokens inside a response; None: every action counts.
-        max_seqlen: tokens of the longest sequence or of the tail.
+        max_seqlen: tokens of the longest segment.
         tail_tokens: number of alignment tokens at the end of the token stream.
-        lengths: tokens of each sequence, then of the tail if there is one.
+        groups: the number of each sequence's shared prompt, in stream order from 0; -1: the sequence shares nothing.
+            Empty: no prompt is shared.
+        cu_groups: int32, offsets of the responses to each shared prompt, from the first response; None: no prompt is
+            shared.
+        lengths: tokens of each segment.
+        group_sizes: number of responses to each shared prompt; empty: no prompt is shared.
         response_lengths: actions of each sequence.
         counted_rows_R: int64, the entries of the action stream that count, ascending; None: all count.
     """
@@ -60,13 +73,18 @@ class PackedBatch:
     action_mask_A: Tensor | None
     max_seqlen: int
     tail_tokens: int
+    groups: list[int]
+    cu_groups: Tensor | None
     lengths: list[int] = field(init=False)
+    group_sizes: list[int] = field(init=False)
     response_lengths: list[int] = field(init=False)
     counted_rows_R: Tensor | None = field(init=False)
 
     def __post_init__(self) -> None:
         mask_A = self.action_mask_A
         self._set("lengths", self.cu_seqlens.diff().tolist())
+        counts = Counter(self.groups)
+        self._set("group_sizes", [counts[group] for group in range(max(self.groups, default=-1) + 1)])
         self._set("response_lengths", self.cu_actions.diff().tolist())
         self._set("counted_rows_R", None if mask_A is None else mask_A.nonzero().squeeze(1))
 
@@ -136,6 +154,7 @@ def pack(
     action_masks: Sequence[Integers] | None = None,
     tail_multiple: int = 1,
     tail_token: int = 0,
+    share_prompts: bool = False,
 ) -> PackedBatch:
     """Pack prompts and their responses into one batch on the CPU.
 
@@ -146,6 +165,7 @@ def pack(
             sample.
         tail_multiple: a tail makes T a multiple of this (the tensor-parallel size, with sequence parallelism).
         tail_token: token id of the tail.
+        share_prompts: put a prompt that several sequences have into the stream once.
 
     Returns:
         The batch.
@@ -171,14 +191,25 @@ def pack(
         mask_offsets,
         integer("tail_multiple", tail_multiple),
         integer("tail_token", tail_token),
+        share_prompts,
     )
+    if not out["groups"]:
+        out["cu_groups"] = None
     tensors: dict[str, Any] = {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in out.items()}
     return PackedBatch(action_tokens_A=torch.from_numpy(response_tokens), action_mask_A=mask, **tensors)
 
 
 def unpack(batch: PackedBatch) -> tuple[list[Tensor], list[Tensor]]:
     """Return the prompts and responses of a batch, N int64 views of the token stream each: the inverse of `pack`."""
-    sequences = batch.tokens_T.split(batch.lengths)[: batch.n_sequences]
-    starts = [len(tokens) - n for tokens, n in zip(sequences, batch.response_lengths, strict=True)]
-    prompts = [tokens[:start] for tokens, start in zip(sequences, starts, strict=True)]
-    return prompts, [tokens[start:] for tokens, start in zip(sequences, starts, strict=True)]
+    segments = batch.tokens_T.split(batch.lengths)
+    n_shared = len(batch.group_sizes)
+    groups = batch.groups or [-1] * batch.n_sequences
+    # Responses come in the order of their prompts, and whole sequences after all of them.
+    order = sorted(range(batch.n_sequences), key=lambda n: groups[n] % (n_shared + 1))
+    prompts: list[Tensor] = [batch.tokens_T] * batch.n_sequences
+    responses = list(prompts)
+    for n, tokens in zip(order, segments[n_shared:], strict=False):  # a tail belongs to no sequence
+        start = len(tokens) - batch.response_lengths[n]
+        prompts[n] = tokens[:start] if groups[n] < 0 else segments[groups[n]]
+        responses[n] = tokens[start:]
+    return prompts, responses

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from icegrt.distributed.cluster import Cluster
-from icegrt.packing import PackedBatch, Share, pack
+from icegrt.packing import PackedBatch, Share, balance, pack
 from icegrt.rollout.types import Response
 
+MinibatchBy = Literal["response", "prompt"]
 _LOW_32_BITS, _LOW_64_BITS = 2**32 - 1, 2**64 - 1
 _ODD_MULTIPLIER = 0x9E3779B1  # 2^32 over the golden ratio (Knuth, The Art of Computer Programming 3, 6.4)
 
@@ -159,36 +161,104 @@ def plan_batches(
     token_budget: int,
     minibatches: int = 1,
     *,
+    minibatch_by: MinibatchBy = "response",
     cluster: Cluster | None = None,
     seed: int = 0,
 ) -> BatchPlan:
     """Assign responses to minibatches at random, and each minibatch to ranks and micro-batches.
 
-    The random order depends on the seed and the number of responses alone, so an optimizer step sees the same sequences
-    in every layout.
+    The random order depends on the seed and the number of responses or prompts alone, so an optimizer step sees the
+    same sequences in every layout.
 
     Args:
         responses: of all ranks, in the order of sampling.
         token_budget: most tokens in a micro-batch, alignment tails aside.
         minibatches: number of optimizer steps.
+        minibatch_by: what is drawn into a minibatch: single responses, or prompts with all their responses. Prompts are
+            equal if their tokens are. With "prompt" their tokens are in a micro-batch once.
         cluster: the ranks to share them. None: this process takes all.
         seed: of the random order.
     """
     share = cluster.share if cluster is not None else Share()
-    order = torch.randperm(len(responses), generator=torch.Generator().manual_seed(seed)).tolist()
+    by_prompt = minibatch_by == "prompt"
+    groups = group_by_prompt(responses) if by_prompt else [[n] for n in range(len(responses))]
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
     rank_assignment: list[list[int]] = [[] for _ in range(share.ranks)]
     batches: list[PackedBatch] = []
     steps: list[list[int]] = []
     for number in range(minibatches):
-        members = sorted(order[number::minibatches])
-        lengths = [len(responses[n].prompt) + len(responses[n].tokens) for n in members]
-        assigned = share.assign(lengths, token_budget)
-        for rank, micro_batches in enumerate(assigned):
-            rank_assignment[rank] += [members[i] for batch in micro_batches for i in batch]
-        groups = [[responses[members[i]] for i in batch] for batch in assigned[share.rank]]
-        steps.append(list(range(len(batches), len(batches) + len(groups))))
+        # What one micro-batch holds together: a group, or as much of it as the budget allows.
+        units = [
+            unit
+            for index in sorted(order[number::minibatches])
+            for unit in split_group(groups[index], responses, token_budget)
+        ]
+        units = split_for_ranks(units, responses, share.ranks)
+        assigned = [
+            [[n for unit in micro_batch for n in units[unit]] for micro_batch in micro_batches]
+            for micro_batches in share.assign([_n_tokens(unit, responses) for unit in units], token_budget)
+        ]
+        for indices, micro_batches in zip(rank_assignment, assigned, strict=True):
+            indices += [n for micro_batch in micro_batches for n in micro_batch]
+        local = [[responses[n] for n in micro_batch] for micro_batch in assigned[share.rank]]
+        steps.append(list(range(len(batches), len(batches) + len(local))))
         batches += [
-            pack([r.prompt for r in group], [r.tokens for r in group], tail_multiple=share.tail_multiple)
-            for group in groups
+            pack(
+                [r.prompt for r in members],
+                [r.tokens for r in members],
+                tail_multiple=share.tail_multiple,
+                share_prompts=by_prompt,
+            )
+            for members in local
         ]
     return BatchPlan(list(responses), rank_assignment, share.rank, batches, steps, cluster)
+
+
+def group_by_prompt(responses: Sequence[Response]) -> list[list[int]]:
+    """Return the indices of the responses to each prompt, in the order of its first; equal tokens are one prompt."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    tokens_of: dict[int, tuple[int, ...]] = {}
+    for n, response in enumerate(responses):
+        tokens = tokens_of.setdefault(response.prompt_index, tuple(response.prompt))
+        groups.setdefault(tokens, []).append(n)
+    return list(groups.values())
+
+
+def split_group(group: list[int], responses: Sequence[Response], token_budget: int) -> list[list[int]]:
+    """Split the responses to a prompt into the fewest even parts that fit the budget, each with the prompt.
+
+    Args:
+        group: indices of the responses.
+        responses: of all ranks.
+        token_budget: most tokens of a part, the prompt included; a single sequence must fit.
+    """
+    if len(group) == 1 or _n_tokens(group, responses) <= token_budget:
+        return [group]
+    room = token_budget - len(responses[group[0]].prompt)
+    empty, others = ([n for n in group if bool(responses[n].tokens) is has_tokens] for has_tokens in (False, True))
+    first, *rest = balance([len(responses[n].tokens) for n in others], token_budget=room).assignments[0]
+    return [sorted([*empty, *(others[i] for i in first)]), *([others[i] for i in part] for part in rest)]
+
+
+def split_for_ranks(units: list[list[int]], responses: Sequence[Response], ranks: int) -> list[list[int]]:
+    """Halve the largest units, each half with its prompt, until every rank has one or all are single responses.
+
+    Args:
+        units: indices of responses to one prompt each.
+        responses: of all ranks.
+        ranks: data-parallel size.
+    """
+    units = list(units)
+    while len(units) < ranks:
+        largest = max(range(len(units)), key=lambda i: (len(units[i]) > 1, _n_tokens(units[i], responses)), default=-1)
+        if largest < 0 or len(units[largest]) == 1:
+            break
+        unit = units[largest]
+        half = len(unit) // 2
+        units[largest : largest + 1] = [unit[:half], unit[half:]]
+    return units
+
+
+def _n_tokens(group: Sequence[int], responses: Sequence[Response]) -> int:
+    """Return the tokens of responses to one prompt and of the prompt."""
+    return len(responses[group[0]].prompt) + sum(len(responses[n].tokens) for n in group)

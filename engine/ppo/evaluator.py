@@ -118,7 +118,10 @@ class Evaluator:
             sampling = dataclasses.replace(sampling, temperature=0.0)
         with self.actor.placement.hold(PARAMETERS):
             responses = self.engine.generate([p.tokens for p in prompts], samples, sampling)
-        plan = plan_batches(responses, self.config.token_budget, cluster=self.cluster)
+        self.engine.release()
+        plan = plan_batches(
+            responses, self.config.token_budget, minibatch_by=self.config.minibatch_by, cluster=self.cluster
+        )
         pending = self.reward_computer.start(plan, prompts)
         kl_N = None if greedy else self._kl(plan)
         rewards = pending.finish()

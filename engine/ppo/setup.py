@@ -38,6 +38,7 @@ from icegrt.residency import KINDS
 from icegrt.roles.role import Role, TrainableRole
 from icegrt.rollout.engine import RolloutEngine
 from icegrt.rollout.samples import sample_of
+from icegrt.rollout.settings import RolloutSettings
 from icegrt.rollout.types import Sampling
 from icegrt.training.trainer import resolve_chunk_rows, tokenizer_for
 from icegrt.utils.console import warn
@@ -181,7 +182,8 @@ def build_ppo(
     with actor.placement.hold(*KINDS):
         chunk_rows = resolve_chunk_rows(config.chunk_rows, architecture, resumed_chunk_rows)
     scorer = LogprobScorer(config.sampling.temperature, chunk_rows)
-    engine = RolloutEngine(actor.model, tokenizer, max_batch=config.max_batch, stop_token_ids=stops)
+    settings = RolloutSettings.of(config.rollout, config.max_batch)
+    engine = RolloutEngine(actor.model, tokenizer, stop_token_ids=stops, settings=settings)
     reference.model.limit_vocabulary(len(tokenizer))  # as the engine limits the actor's
     reward_models = [RewardModel(spec.name, spec.weight, roles[role]) for role, spec in specs.items()]
     reward_computer = RewardComputer(reward_models, inputs.rewards.sources, tokenizer, cluster)
@@ -211,6 +213,7 @@ def probe_reward_sources(components: PPOComponents) -> None:
     prompts, sampling = components.prompts[:2], components.sampling
     sampling = dataclasses.replace(sampling, max_new_tokens=min(4, sampling.max_new_tokens))
     responses = components.engine.generate([p.tokens for p in prompts], 1, sampling)
+    components.engine.release()
     sources.probe([sample_of(components.tokenizer, r, prompts[r.prompt_index]) for r in responses])
 
 
@@ -220,10 +223,15 @@ def probe_reward_sources(components: PPOComponents) -> None:
 def check_config(config: PPOConfig) -> None:
     """Raise `ConfigError` for keys that contradict each other; it names them."""
     sampling = config.sampling
-    if sampling.top_k or sampling.top_p < 1.0:
+    if sampling.top_k or sampling.top_p < 1.0 or sampling.min_p > 0:
         raise ConfigError(
-            "ppo.sampling.top_k and ppo.sampling.top_p are for generate and sample: the log-probs that PPO trains on "
-            "cannot mirror the truncation. Set top_k=0 and top_p=1"
+            "ppo.sampling.top_k, ppo.sampling.top_p and ppo.sampling.min_p are for generate and sample: the log-probs "
+            "that PPO trains on cannot mirror the truncation. Set top_k=0, top_p=1 and min_p=0"
+        )
+    if sampling.min_new_tokens:
+        raise ConfigError(
+            "ppo.sampling.min_new_tokens is for generate and sample: the log-probs that PPO trains on count the stop "
+            "tokens that it excludes. Set it to 0"
         )
     if sampling.temperature <= 0:
         raise ConfigError("ppo.sampling.temperature must be above 0: a greedy policy explores nothing")
@@ -245,6 +253,12 @@ def check_config(config: PPOConfig) -> None:
         )
     if responses < config.minibatches:
         raise ConfigError(f"ppo.minibatches is {config.minibatches}, but an iteration has only {responses} responses")
+    if config.minibatch_by == "prompt" and config.prompts_per_iteration < config.minibatches:
+        raise ConfigError(
+            f"ppo.minibatches is {config.minibatches}, but ppo.minibatch_by is prompt and an iteration has only "
+            f"{config.prompts_per_iteration} prompts (ppo.prompts_per_iteration). Lower ppo.minibatches, or set "
+            "ppo.minibatch_by=response"
+        )
 
 
 def check_critic(config: PPOConfig, composition: RewardComposition, critic: ModelSource | None) -> None:

@@ -169,12 +169,20 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
             responses = parts.engine.generate(
                 [p.tokens for p in prompts], config.samples_per_prompt, parts.sampling, first_sequence_id=first_id
             )
+            parts.engine.release()  # the KV cache leaves its memory to inference and update
         self.notify("on_rollout", responses)
 
-        # 2. Batch: assign responses to minibatches, ranks and micro-batches.
+        # 2. Batch: assign responses or prompts to minibatches, ranks and micro-batches.
         with self._timed("plan"):
             seed = stream_seed(self.run.seed, iteration)
-            plan = plan_batches(responses, config.token_budget, config.minibatches, cluster=self.cluster, seed=seed)
+            plan = plan_batches(
+                responses,
+                config.token_budget,
+                config.minibatches,
+                minibatch_by=config.minibatch_by,
+                cluster=self.cluster,
+                seed=seed,
+            )
 
         # 3. Infer, while reward functions and HTTP scorers run.
         with self._timed("score"):

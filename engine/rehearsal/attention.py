@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from icegrt.kernels.common.operators import Cost, device_operator, tensor_bytes
+from icegrt.model.attention_parts import PartKernels, Spans
 from icegrt.rehearsal.shadows import values_of
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -27,19 +28,37 @@ def attended_pairs(lengths: list[int], window: int | None) -> int:
     return total
 
 
-def _pairs(cu_seqlens: Tensor, rows: int, window: int) -> int:
-    offsets = values_of(cu_seqlens)
-    lengths = [rows] if offsets is None else offsets.diff().tolist()
-    return attended_pairs(lengths, window if window > 0 else None)
+def _pairs(q: Tensor, k: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, window: int, is_causal: bool) -> int:
+    lengths, key_lengths = (
+        [len(x)] if offsets is None else offsets.diff().tolist()
+        for x, offsets in ((q, values_of(cu_seqlens)), (k, values_of(cu_seqlens_k)))
+    )
+    if not is_causal:
+        return sum(n * n_keys for n, n_keys in zip(lengths, key_lengths, strict=True))
+    # The last query is aligned with the last key.
+    before = [n_keys - n for n, n_keys in zip(lengths, key_lengths, strict=True)]
+    limit = window if window > 0 else None
+    return attended_pairs(key_lengths, limit) - attended_pairs(before, limit)
 
 
-def _forward_cost(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, out: Tensor, lse: Tensor, window: int) -> Cost:
-    flops = 4 * q.shape[1] * q.shape[2] * _pairs(cu_seqlens, q.shape[0], window)
-    return Cost.of_pass([q, k, v, cu_seqlens], [out, lse], flops)
+def _forward_cost(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    window: int,
+    is_causal: bool,
+) -> Cost:
+    flops = 4 * q.shape[1] * q.shape[2] * _pairs(q, k, cu_seqlens, cu_seqlens_k, window, is_causal)
+    return Cost.of_pass([q, k, v, cu_seqlens, cu_seqlens_k], [out, lse], flops)
 
 
 @device_operator(
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor(a!) out, Tensor(b!) lse, int window)",
+    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_k, Tensor(a!) out, "
+    "Tensor(b!) lse, int window, bool is_causal)",
     _forward_cost,
 )
 def _forward_step(*args: Any) -> None:
@@ -54,53 +73,78 @@ def _backward_cost(
     out: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
     window: int,
+    is_causal: bool,
 ) -> Cost:
     # Five products of the size of the forward's two.
-    flops = 10 * q.shape[1] * q.shape[2] * _pairs(cu_seqlens, q.shape[0], window)
+    flops = 10 * q.shape[1] * q.shape[2] * _pairs(q, k, cu_seqlens, cu_seqlens_k, window, is_causal)
     is_grouped = k.shape[1] != q.shape[1]
     # dQ is added up in fp32, and grouped heads write dK and dV of every query head before they are summed.
-    scratch = 2 * q.numel() * 4 + (4 * tensor_bytes(q) if is_grouped else 0)
-    reads = sum(map(tensor_bytes, (grad, q, k, v, out, lse, cu_seqlens))) + scratch // 2
+    scratch = 2 * q.numel() * 4 + (4 * k.shape[0] * q[0].numel() * q.element_size() if is_grouped else 0)
+    reads = sum(map(tensor_bytes, (grad, q, k, v, out, lse, cu_seqlens, cu_seqlens_k))) + scratch // 2
     writes = sum(map(tensor_bytes, (dq, dk, dv))) + scratch // 2
     return Cost(_BACKWARD_LAUNCHES + _GROUP_LAUNCHES * is_grouped, flops, reads, writes)
 
 
 @device_operator(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, "
-    "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, int window)",
+    "Tensor cu_seqlens_k, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, int window, bool is_causal)",
     _backward_cost,
 )
 def _backward_step(*args: Any) -> None:
     raise NotImplementedError("attention_backward is an operator of rehearsals: it computes nothing")
 
 
+def _forward(q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: int = 0) -> tuple[Tensor, Tensor, tuple[()]]:
+    assert spans.cu_seqlens is not None and spans.cu_seqlens_k is not None
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse_HT = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    _forward_step(q, k, v, spans.cu_seqlens, spans.cu_seqlens_k, out, lse_HT, window, spans.is_causal)
+    return out, lse_HT.t(), ()
+
+
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse_TH: Tensor,
+    spans: Spans,
+    state: tuple[Tensor, ...],
+    window: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lse_HT, offsets = lse_TH.t().contiguous(), (spans.cu_seqlens, spans.cu_seqlens_k)
+    accumulated = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    is_grouped = k.shape[1] != q.shape[1]
+    expanded = [q.new_empty(k.shape[0], *q.shape[1:]) for _ in range(2)] if is_grouped else []
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    _backward_step(grad, q, k, v, out, lse_HT, *offsets, dq, dk, dv, window, spans.is_causal)
+    del accumulated, expanded
+    return dq, dk, dv
+
+
+REHEARSED_KERNELS = PartKernels(_forward, _backward)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: int) -> Tensor:
         # flash-attn copies a tensor whose last dimension is not dense.
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-        _forward_step(q, k, v, cu_seqlens, out, lse, window)
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
-        ctx.window = window
+        out, lse_TH, _ = _forward(q, k, v, spans, window)
+        ctx.save_for_backward(q, k, v, out, lse_TH)
+        ctx.spans, ctx.window = spans, window
         return out
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
         (grad,) = upstream
-        grad = grad.contiguous()
-        accumulated = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-        expanded = [torch.empty_like(q) for _ in range(2)] if k.shape[1] != q.shape[1] else []
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        _backward_step(grad, q, k, v, out, lse, cu_seqlens, dq, dk, dv, ctx.window)
-        del accumulated, expanded
-        return dq, dk, dv, None, None
+        return *_backward(grad.contiguous(), *ctx.saved_tensors, ctx.spans, (), ctx.window), None, None
 
 
 def attend_varlen(
@@ -116,8 +160,9 @@ def attend_varlen(
     window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
     """Return attention as `flash_attn.flash_attn_varlen_func` does: one launch for all sequences."""
+    spans = Spans([], [], cu_seqlens_q, cu_seqlens_k, is_causal=causal)
     # flash-attn's window excludes the current token.
-    out: Tensor = _Attention.apply(q_THD, k_THD, v_THD, cu_seqlens_q, window_size[0] + 1 if window_size[0] >= 0 else 0)
+    out: Tensor = _Attention.apply(q_THD, k_THD, v_THD, spans, window_size[0] + 1 if window_size[0] >= 0 else 0)
     return out
 
 

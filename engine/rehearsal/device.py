@@ -23,7 +23,7 @@ from icegrt.distributed.layout import Layout
 from icegrt.distributed.megatron import load_megatron
 from icegrt.errors import RunError
 from icegrt.kernels.dispatch import play_device, played_kind
-from icegrt.rehearsal.attention import attend_varlen, scaled_dot_product_attention
+from icegrt.rehearsal.attention import REHEARSED_KERNELS, attend_varlen, scaled_dot_product_attention
 from icegrt.rehearsal.sites import current_site
 from icegrt.rehearsal.watcher import Watcher
 
@@ -98,8 +98,7 @@ def rehearsed_gpu(watcher: Watcher, memory_bytes: int) -> Iterator[None]:
     with rehearsed_device(watcher) as patches, play_device("meta", "cuda"):
         from torch.optim import optimizer as torch_optimizer
 
-        from icegrt.model import attention
-        from icegrt.rollout.kv_cache import contiguous
+        from icegrt.model import attention, attention_parts, sdpa
 
         # 1. torch.cuda.
         patches.set(torch.cuda, "is_available", lambda: True)
@@ -116,8 +115,8 @@ def rehearsed_gpu(watcher: Watcher, memory_bytes: int) -> Iterator[None]:
         supported = torch_optimizer._get_foreach_kernels_supported_devices
         patches.set(torch_optimizer, "_get_foreach_kernels_supported_devices", lambda: [*supported(), "meta"])
         patches.set(attention, "flash_attention", lambda: attend_varlen)
-        patches.set(attention, "scaled_dot_product_attention", scaled_dot_product_attention)
-        patches.set(contiguous, "scaled_dot_product_attention", scaled_dot_product_attention)
+        patches.set(attention_parts, "flash_kernels", lambda: REHEARSED_KERNELS)
+        patches.set(sdpa, "scaled_dot_product_attention", scaled_dot_product_attention)
         yield
 
 

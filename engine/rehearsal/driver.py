@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ from icegrt.ppo.reward_sources import RewardComposition
 from icegrt.ppo.scores import ModelScores, RunningScoreNormalizer, RunningScoreNormalizers, total_scores
 from icegrt.ppo.scoring import LogprobScorer, score_sequences, score_values
 from icegrt.ppo.update import Updater
-from icegrt.rehearsal import memory, shadows
+from icegrt.rehearsal import memory
 from icegrt.rehearsal.offloading import counted_moves
 from icegrt.rehearsal.process_groups import GroupUse, groups_of
 from icegrt.rehearsal.watcher import Watcher
@@ -35,9 +36,12 @@ from icegrt.rehearsal.workload import Workload
 from icegrt.roles.optimizer import inner_optimizers
 from icegrt.roles.role import Role, TrainableRole
 from icegrt.rollout.decoder import Decoder
-from icegrt.rollout.gather import all_gather_responses, rank_slice
+from icegrt.rollout.gather import all_gather_responses
+from icegrt.rollout.micro_group import MicroGroup, Step
 from icegrt.rollout.model_runner import ModelRunner
+from icegrt.rollout.settings import RolloutSettings
 from icegrt.rollout.types import Sampling
+from icegrt.scheduling import StepPlan
 from icegrt.training.trainer import resolve_chunk_rows
 from icegrt.utils.files import model_folder
 
@@ -108,6 +112,7 @@ def run_iteration(
             workload.full_responses(iteration.actor.model.architecture.vocab_size),
             config.token_budget,
             config.minibatches,
+            minibatch_by=config.minibatch_by,
             cluster=cluster,
             seed=stream_seed(config.run.seed, 1),
         )
@@ -177,17 +182,18 @@ class _Iteration:
         config, model = self.config, self.actor.model
         vocab_size = model.architecture.vocab_size
         prompts, samples, stop = workload.prompt_tokens(vocab_size), workload.samples, vocab_size - 1
-        decoder = Decoder(model, [stop], config.max_batch)
+        decoder = Decoder(model, [stop], RolloutSettings.of(config.rollout, config.max_batch))
         sampling = Sampling.of(config.sampling, config.run.seed)
+        # All batches of a rank cost the same; the first is rehearsed.
+        local = -(-len(prompts) // self.cluster.share.ranks)
+        first = prompts[: min(local, max(1, config.max_batch // samples))]
         with self.watcher.phase(PREFILL):
             model.wait_for_param_gather()
-            pairs = rank_slice([(p, s) for p in range(len(prompts)) for s in range(samples)], self.cluster.share)
-            # All batches of a rank cost the same; the first is rehearsed.
-            first = pairs[: config.max_batch]
-            with _given_lengths(self.watcher, workload, stop):
-                responses = list(decoder.stream(prompts, samples, sampling, 0, first))
-            all_gather_responses(self.cluster, responses, prompts, samples, 0)
-        return len(first)
+            with _given_lengths(self.watcher, workload.decode_steps, stop):
+                responses = list(decoder.stream(first, samples, sampling))
+            decoder.release()
+            all_gather_responses(self.cluster, responses, prompts, samples, 0, model.weights_version)
+        return len(first) * samples
 
     def infer(self, plan: BatchPlan) -> None:
         """Score with reward models, critic, actor and reference, in the order of the trainer."""
@@ -241,38 +247,41 @@ def _models_without_weights() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _given_lengths(watcher: Watcher, workload: Workload, stop: int) -> Iterator[None]:
-    """End every response after `decode_steps` decode steps, and count those steps in a phase of their own."""
+def _given_lengths(watcher: Watcher, decode_steps: int, stop: int) -> Iterator[None]:
+    """End all responses so that `decode_steps` steps have decodes alone, and count those steps in a phase of their own.
+
+    A step with rows of prompts counts as prefill, the decodes beside them included.
+    """
     patches = Patches()
-    stack = contextlib.ExitStack()
-    collect, decode = ModelRunner.collect_sampled, ModelRunner.decode
+    prepare, forward, collect = MicroGroup.prepare, ModelRunner.forward, ModelRunner.collect
+    completed: Counter[MicroGroup] = Counter()
+    group_of: dict[Step, MicroGroup] = {}
 
-    def decoded(runner: ModelRunner, sequences: Any) -> None:
-        if watcher.counts is not watcher.phases.get(DECODE):
-            stack.enter_context(watcher.phase(DECODE))
-        decode(runner, sequences)
+    def prepared(group: MicroGroup, plan: StepPlan, sequence_ids: list[int]) -> Any:
+        with watcher.phase(DECODE if plan.n_rows == plan.n_decodes else PREFILL):
+            return prepare(group, plan, sequence_ids)
 
-    def collected(runner: ModelRunner) -> tuple[list[int], list[float]]:
-        tokens, logprobs = collect(runner)
-        ids, positions = (_known(x) for x in (runner._sequence_ids_N, runner._next_positions_N))
-        for row, (number, position) in enumerate(zip(ids.tolist(), positions.tolist(), strict=True)):
-            is_last = position - workload.prompts[number // workload.samples] >= workload.decode_steps
-            tokens[row] = stop if is_last else 1
-        return tokens, logprobs
+    def forwarded(runner: ModelRunner, group: MicroGroup, step: Step, chunk: int) -> None:
+        group_of[step] = group
+        with watcher.phase(DECODE if step.size.only_decodes else PREFILL):
+            forward(runner, group, step, chunk)
+
+    def collected(runner: ModelRunner, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        with watcher.phase(DECODE if step.size.only_decodes else PREFILL):
+            token_N, logprob_N = collect(runner, step)
+        group = group_of.pop(step)
+        completed[group] += step.size.only_decodes
+        # Steps that are planned already run, too.
+        is_last = step.size.only_decodes and completed[group] >= decode_steps - group.lookahead
+        return torch.full_like(token_N, stop if is_last else 1), logprob_N
 
     try:
-        patches.set(ModelRunner, "decode", decoded)
-        patches.set(ModelRunner, "collect_sampled", collected)
+        patches.set(MicroGroup, "prepare", prepared)
+        patches.set(ModelRunner, "forward", forwarded)
+        patches.set(ModelRunner, "collect", collected)
         yield
     finally:
-        stack.close()
         patches.undo()
-
-
-def _known(x: torch.Tensor) -> torch.Tensor:
-    values = shadows.values_of(x) if x.is_meta else x
-    assert values is not None, "the values come from the host"
-    return values
 
 
 @contextlib.contextmanager

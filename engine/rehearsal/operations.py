@@ -15,8 +15,8 @@ from icegrt.rehearsal.sites import Site
 _CATEGORY_OF_SITE = {
     ("linear/products.py", "_buffer"): LOGITS,
     ("linear/triton.py", "logits_grad"): LOGITS,
-    ("model/language_model.py", "logits_NV"): LOGITS,
-    ("kv_cache/contiguous.py", "__init__"): KV_CACHE,
+    ("rollout/model_runner.py", "allocate"): LOGITS,
+    ("rollout/paged_cache.py", "__init__"): KV_CACHE,
 }
 
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from icegrt.errors import ConfigError
 from icegrt.rollout.types import Response
 
-# Token ids, which decide no count; different ones give a real model different scores.
+# Token ids. Those of different prompts differ, since equal ones are one; different ones give a real model different
+# scores.
 _TOKENS = 61
+_DIGITS = 4
 
 
 @dataclass(frozen=True)
@@ -92,4 +94,7 @@ class Workload:
 
 def _tokens(number: int, length: int, vocab_size: int) -> list[int]:
     ids = max(min(_TOKENS, vocab_size - 2), 1)
-    return [1 + (number * number + position * (number + 3)) % ids for position in range(length)]
+    # The first positions are the digits of the number.
+    digits = [number // ids**position for position in range(min(length, _DIGITS))]
+    others = [number * number + position * (number + 3) for position in range(_DIGITS, length)]
+    return [1 + value % ids for value in (*digits, *others)]

@@ -65,7 +65,6 @@ class Role:
     Parameters with `requires_grad` train; a role does not change that, because several roles may share a model.
 
     Attributes:
-        weight_changes: number of changes of the weights that have begun; a failed run reads from it what is whole.
         placement: which of the role's state is on the device. Passes, steps and exports hold what they need.
     """
 
@@ -73,12 +72,16 @@ class Role:
 
     def __init__(self, name: str, model: PipelineModel) -> None:
         self.name = name
-        self.weight_changes = 0
         self.model = model
         self.device = model.device
         self.placement = Placement(name)
         model.register_read_hook(partial(self.placement.require, PARAMETERS))
         model.train(self.learns)
+
+    @property
+    def weight_changes(self) -> int:
+        """Number of changes of the weights that have begun; a failed run reads from it what is whole."""
+        return self.model.weights_version
 
     @torch.no_grad()
     def score(
@@ -236,7 +239,7 @@ class TrainableRole(Role):
             lr = self.optimizer.param_groups[0]["lr"]
             if not all_ranks_true(self._is_finite(losses)):
                 return StepOutcome(stats, math.nan, lr, skipped=True)
-            self.weight_changes += 1
+            self.model.mark_weights_changed()
             _, grad_norm, _ = self.optimizer.step()
             self.schedule.step(increment=1)
         return StepOutcome(stats, float(grad_norm or 0.0), lr, skipped=False)

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from icegrt.distributed.cluster import Cluster
-from icegrt.packing import Share
 from icegrt.rollout.types import FinishReason, Response
 
 _REASONS: tuple[FinishReason, ...] = ("stop", "length")
 _HEADER = 4  # prompt, sample, tokens, reason
-T = TypeVar("T")
-
-
-def rank_slice(items: Sequence[T], share: Share) -> list[T]:
-    """Return this data-parallel rank's contiguous part: samples of one prompt mostly stay together."""
-    return list(items[len(items) * share.rank // share.ranks : len(items) * (share.rank + 1) // share.ranks])
 
 
 def all_gather_responses(
@@ -28,6 +20,7 @@ def all_gather_responses(
     prompts: Sequence[list[int]],
     samples: int,
     first_sequence_id: int,
+    policy_version: int,
 ) -> list[Response]:
     """Return the responses of all data-parallel ranks, ordered by prompt and sample. Collective.
 
@@ -39,12 +32,15 @@ def all_gather_responses(
         prompts: token ids of every prompt.
         samples: number of samples per prompt.
         first_sequence_id: the id of the first sample of the first prompt.
+        policy_version: of the weights that sampled all of them.
     """
     gathered = list(responses)
     if cluster.share.ranks > 1:
         cluster.barrier()  # the longest response of another rank may take long
         messages = cluster.all_gather(_encode(gathered))
-        gathered = [r for message in messages for r in _decode(message, prompts, samples, first_sequence_id)]
+        gathered = [
+            r for message in messages for r in _decode(message, prompts, samples, first_sequence_id, policy_version)
+        ]
     return sorted(gathered, key=lambda r: (r.prompt_index, r.sample))
 
 
@@ -62,7 +58,9 @@ def _encode(responses: list[Response]) -> Tensor:
     )
 
 
-def _decode(message: Tensor, prompts: Sequence[list[int]], samples: int, first_sequence_id: int) -> Iterator[Response]:
+def _decode(
+    message: Tensor, prompts: Sequence[list[int]], samples: int, first_sequence_id: int, policy_version: int
+) -> Iterator[Response]:
     count = int(message[0])
     headers = message[1 : 1 + _HEADER * count].view(count, _HEADER).tolist()
     body = message[1 + _HEADER * count :]
@@ -77,4 +75,5 @@ def _decode(message: Tensor, prompts: Sequence[list[int]], samples: int, first_s
             token_n.tolist(),
             logprob_n.tolist(),
             _REASONS[reason],
+            [policy_version] * len(token_n),
         )

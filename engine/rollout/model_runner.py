@@ -1,138 +1,159 @@
-"""One batched forward pass of a decoding model: a prefill or a decode step, through this rank's pipeline stages."""
+"""Runs planned steps through this rank's pipeline stages, and samples the next tokens on the device."""
 
 from __future__ import annotations
 
-from collections import abc
+import contextlib
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from icegrt.kernels import sample_tokens
-from icegrt.model.attention import AttentionMetadata
-from icegrt.model.pipeline_model import PipelineModel
-from icegrt.rollout.kv_cache.contiguous import KVCache
+from icegrt.kernels import VocabShard, lm_logits
+from icegrt.kernels.validate import unchecked
+from icegrt.rollout.graphs import StepGraphs
+from icegrt.rollout.micro_group import MicroGroup, Step
 from icegrt.rollout.pipeline import PipelineChannel
-from icegrt.rollout.sequence import Sequence
-from icegrt.rollout.types import Sampling
+from icegrt.rollout.sampler import sample
+from icegrt.rollout.stage import Activations, DecodeStage
+
+# Views of the static buffers are kept for this many numbers of rows.
+_KEPT_VIEWS = 512
 
 
 @dataclass(frozen=True)
-class ForwardInput:
-    """One pass through the model.
+class OutputBuffers:
+    """The static buffers of the last stage.
 
     Attributes:
-        tokens_T: int64 token ids.
-        positions_T: int64 positions in their sequences.
-        metadata: how the rows attend.
-        rows_N: the rows whose next token is sampled.
+        hidden_NH: the rows that are sampled from.
+        logits_NV: fp32.
     """
 
-    tokens_T: Tensor
-    positions_T: Tensor
-    metadata: AttentionMetadata
-    rows_N: Tensor | slice
+    hidden_NH: Tensor
+    logits_NV: Tensor
+
+    @classmethod
+    def allocate(
+        cls, rows: int, hidden_size: int, vocab_rows: int, dtype: torch.dtype, device: torch.device
+    ) -> OutputBuffers:
+        """Allocate the buffers of up to `rows` samples."""
+        logits_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        return cls(
+            torch.empty(rows, hidden_size, dtype=dtype, device=device),
+            torch.empty(rows, vocab_rows, dtype=logits_dtype, device=device),
+        )
 
 
 class ModelRunner:
-    """Runs the forward passes of one batch of sequences, and samples their next tokens.
-
-    Call `prefill` or `decode` to prepare a pass, then `forward` for every pipeline stage of this rank, then
-    `collect_sampled`.
+    """Runs steps. All micro-groups of a rank share its activations.
 
     Args:
-        model: the model; `model.chunks` are this rank's pipeline stages, several if stages are interleaved.
-        cache: keys and values of the sequences; slot i belongs to the i-th sequence.
-        sampling: temperature, truncation and seed.
+        activations: static buffers of the trunk.
+        output: static buffers of the last stage; None on other ranks.
         channel: messages between pipeline ranks.
+        graphs: of decode steps; None runs every step eagerly.
+        shard: this rank's slice of the vocabulary; None: all of it.
     """
 
-    def __init__(self, model: PipelineModel, cache: KVCache, sampling: Sampling, channel: PipelineChannel) -> None:
-        self.model, self.cache, self.sampling, self.channel = model, cache, sampling, channel
-        self._inputs: list[ForwardInput] = []
-        self._sequence_ids_N = self._next_positions_N = torch.empty(0, dtype=torch.int64)
-        self._sampled: tuple[Tensor, Tensor]  # set by `forward` of the last stage
+    def __init__(
+        self,
+        activations: Activations,
+        output: OutputBuffers | None,
+        channel: PipelineChannel,
+        graphs: StepGraphs | None,
+        shard: VocabShard | None,
+    ) -> None:
+        self.activations, self.output, self.channel = activations, output, channel
+        self.graphs, self.shard = graphs, shard
+        self._views: dict[int, Activations] = {}
+        self._is_checked = False
 
-    def prefill(self, batches: abc.Sequence[abc.Sequence[abc.Sequence[Sequence]]]) -> None:
-        """Prepare a pass over prompts. Each distinct prompt is computed once and copied to all its sequences.
-
-        Args:
-            batches: as `Scheduler.schedule_prefill` returns them.
-        """
-        self._inputs = [self._prefill_input(batch) for batch in batches]
-        self._prepare_sampling([sequence for batch in batches for group in batch for sequence in group])
-
-    def decode(self, sequences: abc.Sequence[Sequence]) -> None:
-        """Prepare a pass over the newest token of all running sequences, in slot order."""
-        rows_2N = [[s.last_token for s in sequences], [len(s) - 1 for s in sequences]]
-        token_N, position_N = torch.tensor(rows_2N, device=self.channel.device)
-        self.cache.begin_step()
-        self._inputs = [ForwardInput(token_N, position_N, AttentionMetadata(cache=self.cache), slice(None))]
-        self._prepare_sampling(sequences)
-
-    def forward(self, chunk: int) -> None:
-        """Run the prepared pass through one pipeline stage of this rank.
-
-        The model's last stage samples the next tokens and broadcasts them with their log-probs.
+    def forward(self, group: MicroGroup, step: Step, chunk: int) -> None:
+        """Run a step through one pipeline stage of this rank. The last stage samples, and sends what it sampled.
 
         Args:
-            chunk: index of the stage in `model.chunks`.
+            group: whose step it is.
+            step: the step.
+            chunk: index of the stage on this rank.
         """
-        stage = self.model.chunks[chunk]
-        sampled_rows = []
-        for forward_input in self._inputs:
-            rows = forward_input.tokens_T.numel()
-            stage.set_input_tensor(None if stage.pre_process else self.channel.recv_hidden(rows))
-            hidden_T1H = stage.decode(forward_input.tokens_T, forward_input.positions_T, forward_input.metadata)
-            if stage.post_process:
-                sampled_rows.append(hidden_T1H.squeeze(1)[forward_input.rows_N])
-            else:
-                self.channel.send_hidden(hidden_T1H)
-        if stage.post_process:
-            self._sampled = self._sample(torch.cat(sampled_rows))
-            self.channel.broadcast_tokens(*self._sampled)
+        # Arguments differ between steps in their numbers of rows alone: the first step's are checked.
+        with unchecked() if self._is_checked else contextlib.nullcontext():
+            self._forward(group, step, group.stages[chunk])
+        self._is_checked |= step.size.only_decodes
 
-    def collect_sampled(self) -> tuple[list[int], list[float]]:
-        """Return the sampled tokens and their log-probs. Call it once per prepared pass, after `forward`.
+    def _forward(self, group: MicroGroup, step: Step, stage: DecodeStage) -> None:
+        x = self._rows(step.size.rows)
+        if stage.weights.embedding is None:
+            self.channel.recv_hidden(x.residual)
+        if stage.weights.head is None:
+            if stage.weights.embedding is not None:
+                group.fill_tokens(step.rows)
+            stage.forward(step.rows, x)
+            self.channel.send_hidden(x.residual)
+            return
 
-        Ranks without the model's last stage receive them from its rank: a second call would wait for ever.
+        def compute() -> None:
+            if stage.weights.embedding is not None:
+                group.fill_tokens(step.rows)
+            stage.forward(step.rows, x)
+            self._sample(stage, group, step, x)
 
-        Returns:
-            A token id and a log-prob in nats for each sequence of the pass, in order.
-        """
-        rows = self._sequence_ids_N.numel()
-        token_N, logprob_N = self._sampled if self.channel.is_last else self.channel.recv_tokens(rows)
-        return token_N.tolist(), logprob_N.tolist()
+        is_static = step.size.only_decodes and step.settings.is_static and self.channel.stages == 1
+        if self.graphs is not None and is_static:
+            self.graphs.run((id(group), step.size, step.rows.max_length, step.settings.distribution), compute)
+        else:
+            compute()
+        self._deliver(group, step)
 
-    def _prefill_input(self, batch: abc.Sequence[abc.Sequence[Sequence]]) -> ForwardInput:
-        device = self.channel.device
-        prompts = [sequences[0].prompt for sequences in batch]
-        lengths, copies = [len(prompt) for prompt in prompts], [len(sequences) for sequences in batch]
-        cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-        last_rows = cu_seqlens[1:].long() - 1
-        return ForwardInput(
-            torch.tensor([token for prompt in prompts for token in prompt], device=device),
-            torch.cat([torch.arange(length, device=device) for length in lengths]),
-            AttentionMetadata(
-                lengths=lengths, cu_seqlens=cu_seqlens, prefill_writer=self.cache.allocate(lengths, copies)
-            ),
-            last_rows.repeat_interleave(torch.tensor(copies, device=device)),
-        )
+    def _sample(self, stage: DecodeStage, group: MicroGroup, step: Step, x: Activations) -> None:
+        assert self.output is not None and stage.weights.head is not None
+        count = step.size.samples
+        if not count:
+            return
+        rows_N, slots_N, ids_N, positions_N = group.sample_keys(step.size)
+        hidden_NH = x.normed
+        if not step.size.only_decodes:
+            hidden_NH = self.output.hidden_NH[:count]
+            torch.index_select(x.normed, 0, rows_N, out=hidden_NH)
+        logits_NV = self.output.logits_NV[:count]
+        lm_logits(hidden_NH, stage.weights.head, out=logits_NV)
+        out = group.token_N[:count], group.logprob_N[:count]
+        sample(logits_NV, step.settings, ids_N, positions_N, self.shard, out)
+        if group.lookahead:
+            group.newest.index_copy_(0, slots_N, out[0])
 
-    def _prepare_sampling(self, sequences: abc.Sequence[Sequence]) -> None:
-        # The noise of a token depends on its sequence's id and its position alone.
-        rows_2N = [[s.id for s in sequences], [len(s) for s in sequences]]
-        self._sequence_ids_N, self._next_positions_N = torch.tensor(rows_2N, device=self.channel.device)
+    def _deliver(self, group: MicroGroup, step: Step) -> None:
+        """Start the copy of a step's tokens and log-probs to the host, and send them to the other stages."""
+        count = len(step.samples)
+        if not count:
+            return
+        token_N, logprob_N = group.token_N[:count], group.logprob_N[:count]
+        self.channel.broadcast_tokens(token_N, logprob_N)
+        if token_N.device.type == "cpu" and not group.lookahead:
+            step.host_token_N, step.host_logprob_N = token_N, logprob_N
+            return
+        step.host_token_N, step.host_logprob_N = group.host_results(count)
+        step.host_token_N.copy_(token_N, non_blocking=True)
+        step.host_logprob_N.copy_(logprob_N, non_blocking=True)
+        if token_N.device.type != "cpu":
+            step.event = torch.cuda.Event()
+            step.event.record()
 
-    def _sample(self, hidden_NH: Tensor) -> tuple[Tensor, Tensor]:
-        return sample_tokens(
-            self.model.logits_NV(hidden_NH),
-            temperature=self.sampling.temperature,
-            top_k=self.sampling.top_k,
-            top_p=self.sampling.top_p,
-            seed=self.sampling.seed,
-            sequence_ids=self._sequence_ids_N,
-            positions=self._next_positions_N,
-            shard=self.model.vocab_shard,
-        )
+    def collect(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Return the tokens (int64) and log-probs (fp32) of a step on the host, [N] each, once it is complete."""
+        count = len(step.samples)
+        if not count:
+            return torch.empty(0, dtype=torch.int64), torch.empty(0)
+        if not self.channel.is_last:
+            return self.channel.recv_tokens(count)
+        if step.event is not None:
+            step.event.synchronize()
+        assert step.host_token_N is not None and step.host_logprob_N is not None
+        return step.host_token_N, step.host_logprob_N
+
+    def _rows(self, count: int) -> Activations:
+        if count not in self._views:
+            if len(self._views) >= _KEPT_VIEWS:
+                self._views.clear()
+            self._views[count] = self.activations.rows(count)
+        return self._views[count]

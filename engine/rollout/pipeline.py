@@ -25,15 +25,9 @@ class PipelineChannel:
     """One rank's end of the pipeline.
 
     Args:
-        width: hidden size.
-        dtype: of hidden states.
-        device: of this rank.
         return_group: the ranks of the pipeline, for messages to an earlier stage.
     """
 
-    width: int
-    dtype: torch.dtype
-    device: torch.device
     return_group: dist.ProcessGroup
     _pending_sends: list[tuple[Any, Tensor]] = field(default_factory=list)
 
@@ -55,17 +49,16 @@ class PipelineChannel:
         """Whether this rank samples the tokens."""
         return self._stage == len(self._ranks) - 1
 
-    def send_hidden(self, hidden_T1H: Tensor) -> None:
+    def send_hidden(self, hidden_TH: Tensor) -> None:
         """Send hidden states to the next stage. The last rank sends to the first, for its next virtual stage."""
         group = self.return_group if self.is_last else self._group
-        self._send(hidden_T1H.contiguous(), self._ranks[(self._stage + 1) % len(self._ranks)], group, _HIDDEN)
+        # A copy: the next step overwrites the buffer while the message may be under way.
+        self._send(hidden_TH.clone(), self._ranks[(self._stage + 1) % len(self._ranks)], group, _HIDDEN)
 
-    def recv_hidden(self, rows: int) -> Tensor:
-        """Receive hidden states from the previous stage, [rows, 1, H]."""
+    def recv_hidden(self, out_TH: Tensor) -> None:
+        """Receive hidden states from the previous stage into `out_TH`."""
         group = self.return_group if self._stage == 0 else self._group
-        hidden_T1H = torch.empty(rows, 1, self.width, dtype=self.dtype, device=self.device)
-        dist.recv(hidden_T1H, self._ranks[self._stage - 1], group=group, tag=_HIDDEN)
-        return hidden_T1H
+        dist.recv(out_TH, self._ranks[self._stage - 1], group=group, tag=_HIDDEN)
 
     def broadcast_tokens(self, token_N: Tensor, logprob_N: Tensor) -> None:
         """Send tokens (int64) and their log-probs (fp32) from the last stage to all others."""

@@ -15,7 +15,7 @@ def sample_of(tokenizer: Tokenizer, response: Response, prompt: Prompt) -> Sampl
         tokens=list(response.tokens),  # a copy: a reward function may change it, and the update must not see that
         prompt=tokenizer.decode(prompt.tokens, skip_special_tokens=False),
         prompt_tokens=list(prompt.tokens),
-        finish_reason=response.finish_reason,
+        finish_reason="length" if response.truncated else "stop",
         row=dict(prompt.row),
         where=prompt.where,
         group=response.prompt_index,

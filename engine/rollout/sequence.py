@@ -1,47 +1,74 @@
-"""A sequence while it is decoded."""
+"""A sequence from its submission to its response."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
-from icegrt.rollout.types import Response
+from icegrt.rollout.types import FinishReason, Response, Sampling
+
+# temperature, top_k, top_p, min_p, seed
+Distribution = tuple[float, int, float, float, int]
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
-    """A prompt and the tokens sampled for it so far.
+    """A prompt and the state of its sampling. The scheduler holds the sampled tokens.
 
     Attributes:
-        prompt_index: index of the prompt; sequences of one prompt share its prefill.
+        sampling: of its request.
+        stop_ids: ids that end it.
+        request: of which it is a sample.
+        prompt_index: index of the prompt among those of a call.
         sample: index among the samples of the prompt.
         id: keys the sampler's noise.
         prompt: token ids of the prompt.
-        tokens: sampled token ids, a stop token included.
+        number: the scheduler's id.
         logprobs: log-prob of each sampled token, in nats.
-        finish_reason: None while the sequence runs; 'stop' after a stop token, 'length' at `max_new_tokens`.
+        versions: for each sampled token the version of the weights.
+        tail: the last sampled tokens, as many as a stop text may have.
+        finish_reason: None while the sequence is unfinished.
     """
 
+    sampling: Sampling
+    stop_ids: frozenset[int]
+    request: int
     prompt_index: int
     sample: int
     id: int
     prompt: list[int]
-    tokens: list[int] = field(default_factory=list)
+    number: int = -1
     logprobs: list[float] = field(default_factory=list)
-    finish_reason: Literal["stop", "length"] | None = None
-
-    def __len__(self) -> int:
-        """Return the number of tokens: prompt and sampled."""
-        return len(self.prompt) + len(self.tokens)
+    versions: list[int] = field(default_factory=list)
+    tail: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
 
     @property
-    def last_token(self) -> int:
-        """The newest token."""
-        return self.tokens[-1] if self.tokens else self.prompt[-1]
+    def distribution(self) -> Distribution:
+        """Settings that change the distribution of every token."""
+        s = self.sampling
+        return s.temperature, s.top_k, s.top_p, s.min_p, s.seed
 
-    def response(self) -> Response:
-        """Return the finished sequence as a response."""
-        assert self.finish_reason is not None, "the sequence is still running"
+    @property
+    def masks_logits(self) -> bool:
+        """Whether logits are changed before they are sampled from."""
+        s = self.sampling
+        return bool(s.logit_bias) or s.allowed_token_ids is not None or s.min_new_tokens > 0
+
+    @property
+    def n_sampled(self) -> int:
+        """Number of sampled tokens."""
+        return len(self.logprobs)
+
+    def response(self, tokens: list[int]) -> Response:
+        """Return the response with its tokens."""
+        assert self.finish_reason is not None, "the sequence is unfinished"
         return Response(
-            self.prompt_index, self.sample, self.id, self.prompt, self.tokens, self.logprobs, self.finish_reason
+            self.prompt_index,
+            self.sample,
+            self.id,
+            self.prompt,
+            tokens,
+            self.logprobs,
+            self.finish_reason,
+            self.versions,
         )

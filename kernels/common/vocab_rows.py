@@ -39,7 +39,7 @@ class RowStats(NamedTuple):
     label_logit: Tensor  # not divided by the temperature; -inf if no merged rank has the label
     sum_exp_shifted: Tensor  # T; 0 if the entropy is not wanted
 
-    def logprob(self, temperature: float) -> Tensor:
+    def logprob(self, temperature: float | Tensor) -> Tensor:
         """Return log p(label): NaN for a row with NaN."""
         return label_logprob(self.label_logit, self.max, self.sum_exp, temperature)
 
@@ -75,17 +75,17 @@ class LocalRows(NamedTuple):
     weights: Tensor
 
 
-def label_logprob(label_logit: Tensor, row_max: Tensor, sum_exp: Tensor, temperature: float) -> Tensor:
-    """Return (label_logit - row_max) / temperature - log sum_exp."""
+def label_logprob(label_logit: Tensor, row_max: Tensor, sum_exp: Tensor, temperature: float | Tensor) -> Tensor:
+    """Return (label_logit - row_max) / temperature - log sum_exp; the temperature may be that of each row [C]."""
     # Subtract the maximum first: divided, or added to log S, a maximum of -1e4 would cost four digits.
     inner = scale_shifted(label_logit - finite_or_zero(row_max), temperature) - sum_exp.log()
     # A label at -inf has log-prob -inf, also in a row without any finite logit, where -inf + inf would be NaN.
     return torch.where((label_logit == -torch.inf) & ~sum_exp.isnan(), label_logit, inner)
 
 
-def scale_shifted(shifted: Tensor, temperature: float) -> Tensor:
+def scale_shifted(shifted: Tensor, temperature: float | Tensor) -> Tensor:
     """Return differences of logits over the temperature."""
-    return shifted if temperature == 1.0 else shifted / temperature
+    return shifted if not isinstance(temperature, Tensor) and temperature == 1.0 else shifted / temperature
 
 
 def finite_or_zero(row_max: Tensor) -> Tensor:
@@ -107,15 +107,19 @@ def locate_label(labels: Tensor, shard: VocabShard | None, columns: int) -> tupl
     return column.clamp(0, max(columns - 1, 0)), in_shard
 
 
-def local_rows(z: Tensor, labels: Tensor, shard: VocabShard | None, temperature: float, entropy: bool) -> LocalRows:
-    """Return statistics and exponentials of this rank's columns z [C, v]."""
+def local_rows(
+    z: Tensor, labels: Tensor, shard: VocabShard | None, temperature: float | Tensor, entropy: bool
+) -> LocalRows:
+    """Return statistics and exponentials of this rank's columns z [C, v]; `temperature` may be one by row [C]."""
     if z.shape[1] == 0:
         return LocalRows(empty_row_stats(z), z, z)
     row_max = z.amax(-1)
     column, in_shard = locate_label(labels, shard, z.shape[1])
     label_logit = torch.where(in_shard, z.gather(1, column[:, None]).squeeze(1), -torch.inf)
     shifted = z - finite_or_zero(row_max)[:, None]
-    if temperature != 1.0:
+    if isinstance(temperature, Tensor):
+        shifted.div_(temperature[:, None])
+    elif temperature != 1.0:
         shifted.div_(temperature)
     shifted.clamp_(min=FLOOR)
     weights = shifted.exp()

@@ -79,6 +79,8 @@ def copy_blocks(cache_PB: Tensor, copy_from_C: Tensor, copy_to_C: Tensor) -> Non
 
 def check_caches(op: str, key_cache_BGKD: Tensor, value_cache_BGKD: Tensor) -> None:
     """Raise unless two caches have one shape, dtype and device, and contiguous blocks."""
+    if validate.is_unchecked():
+        return
     validate.check_floating(op, "key_cache_BGKD", key_cache_BGKD, (None,) * 4)
     validate.check_floating(op, "value_cache_BGKD", value_cache_BGKD, tuple(key_cache_BGKD.shape), key_cache_BGKD)
     check_dtype(op, "value_cache_BGKD", value_cache_BGKD, key_cache_BGKD.dtype, "key_cache_BGKD")

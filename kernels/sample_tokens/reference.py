@@ -17,15 +17,15 @@ from torch import Tensor
 from ..common.vocab_rows import local_rows
 from ..types import VocabShard
 from ..validate import wide_dtype
-from .inputs import Distribution, Draw, NoiseKey
+from .inputs import Distribution, Draw, NoiseKey, column, deliver
 from .truncation import gather_ranks, truncate, truncate_sharded
 
 # Legend
 #   N  rows, one for each sequence             V  columns of this rank's slice, padding included
 #   R  ranks of the shard's group              v  columns of this rank's slice that are vocabulary
-#   z  logits, -inf where top-k or top-p drops them, [N, v] fp32 or fp64
+#   W  32-bit words of the vocabulary
+#   z  logits, -inf where they are not allowed or truncation drops them, [N, v] fp32 or fp64
 
-_WORD = 1 << 64
 # Odd multipliers of two hashes: splitmix64 (Steele, Lea and Flood 2014) for rows, and for candidates a 32-bit mixer in
 # the style of MurmurHash3, half as wide because it runs once for each of N * V candidates.
 _ROW_STEP, _ROW_A, _ROW_B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -47,10 +47,12 @@ def _splitmix64(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-def row_keys(seed: int, sequence_ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two int32 keys per row [N]."""
+def row_keys(seed: int | Tensor, sequence_ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two int32 keys per row [N]. The seed is a number, or int64 [N]."""
     # Chained, not added: sums of coordinates would give (id 1, position 2) and (id 2, position 1) the same noise.
-    start = torch.full_like(sequence_ids, _to_signed(seed % _WORD, 64), dtype=torch.int64)
+    start = seed
+    if not isinstance(start, Tensor):
+        start = torch.full_like(sequence_ids, _to_signed(start, 64), dtype=torch.int64)
     key = _splitmix64(_splitmix64(_splitmix64(start) ^ sequence_ids.long()) ^ positions.long())
     return key.to(torch.int32), (key >> 32).to(torch.int32)
 
@@ -87,7 +89,13 @@ def exponential_noise(keys: tuple[Tensor, Tensor], start: int, size: int) -> Ten
     return u.add_(0.5).mul_(-(2.0**-31)).clamp_(min=-(1 - 2.0**-24)).log1p_().neg_()
 
 
-def merge_draws(local: Draw, temperature: float, shard: VocabShard) -> tuple[Tensor, Tensor]:
+def allowed_columns(allowed_NW: Tensor, start: int, size: int) -> Tensor:
+    """Return whether each global id from `start` is allowed, [N, size] bool."""
+    ids = torch.arange(start, start + size, device=allowed_NW.device)
+    return (allowed_NW[:, ids >> 5] >> (ids & 31).int()) & 1 != 0
+
+
+def merge_draws(local: Draw, temperature: float | Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
     """Return (token_N, logprob_N) of the full rows. One all-gather of four numbers per row, merged in fp64."""
     # An id is exact in fp64. The largest int64, of a rank without columns, rounds up and loses to every id.
     packed = torch.stack([x.double() for x in local])
@@ -99,30 +107,42 @@ def merge_draws(local: Draw, temperature: float, shard: VocabShard) -> tuple[Ten
 
 
 def sample_tokens(
-    logits_NV: Tensor, distribution: Distribution, key: NoiseKey, shard: VocabShard | None
+    logits_NV: Tensor,
+    distribution: Distribution,
+    key: NoiseKey,
+    shard: VocabShard | None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return tokens and log-probs; see the public function."""
     with torch.no_grad():
         z = sampling_logits(logits_NV, distribution, shard)
         start = 0 if shard is None else shard.start
         # 1. Perturb. The noise is hashed from global ids, so a slice gets the noise of its own columns.
-        perturbed = z
-        if distribution.temperature > 0 and z.shape[1]:
+        perturbed, scale = z, distribution.scale
+        if distribution.noisy and z.shape[1]:
             noise = exponential_noise(row_keys(key.seed, key.sequence_ids, key.positions), start, z.shape[1])
             # In fp64 the logarithm must be fp64 too.
-            perturbed = z.to(torch.float64, copy=True).div_(distribution.scale).sub_(noise.to(z.dtype).log_())
+            noise = noise.to(z.dtype).log_()
+            if isinstance(distribution.temperature, Tensor):
+                noise = torch.where(distribution.temperature[:, None] > 0, noise, 0.0)
+            perturbed = z.to(torch.float64, copy=True).div_(column(scale)).sub_(noise)
         # 2. Take the maximum, of this rank or of all.
         if shard is None or shard.group is None:
             token_N = perturbed.max(dim=-1).indices  # the first of equal maxima
-            return token_N, local_rows(z, token_N, shard, distribution.scale, False).stats.logprob(distribution.scale)
-        return merge_draws(_best_candidate(z, perturbed, start, distribution.scale), distribution.scale, shard)
+            logprob_N = local_rows(z, token_N, shard, scale, False).stats.logprob(scale)
+        else:
+            token_N, logprob_N = merge_draws(_best_candidate(z, perturbed, start, scale), scale, shard)
+        return deliver(token_N, logprob_N, out)
 
 
 def sampling_logits(logits_NV: Tensor, distribution: Distribution, shard: VocabShard | None) -> Tensor:
-    """Return z: logits of valid columns, -inf where top-k or top-p drops them."""
+    """Return z: logits of valid columns, -inf where they are not allowed or truncation drops them."""
     if shard is not None:
         logits_NV = logits_NV[:, : shard.valid]
     z = logits_NV.to(wide_dtype(logits_NV))
+    if distribution.allowed_NW is not None:
+        start = 0 if shard is None else shard.start
+        z = z.masked_fill(~allowed_columns(distribution.allowed_NW, start, z.shape[1]), -torch.inf)
     if distribution.truncates:
         if shard is None or shard.group is None:
             return truncate(z, distribution)
@@ -130,12 +150,12 @@ def sampling_logits(logits_NV: Tensor, distribution: Distribution, shard: VocabS
     return z
 
 
-def _best_candidate(z: Tensor, perturbed: Tensor, start: int, temperature: float) -> Draw:
+def _best_candidate(z: Tensor, perturbed: Tensor, start: int, temperature: float | Tensor) -> Draw:
     if z.shape[1] == 0:
         # A rank that has only padding takes part with a candidate that loses to every other.
         lowest = z.new_full((z.shape[0],), -torch.inf)
         token = torch.full_like(lowest, torch.iinfo(torch.int64).max, dtype=torch.int64)
         return Draw(lowest, token, lowest, lowest)
-    best, column = perturbed.max(dim=-1)
-    logsumexp = torch.logsumexp(z.double() / temperature, -1)
-    return Draw(best, column + start, z.gather(1, column[:, None]).squeeze(1), logsumexp)
+    best, index = perturbed.max(dim=-1)
+    logsumexp = torch.logsumexp(z.double() / column(temperature), -1)
+    return Draw(best, index + start, z.gather(1, index[:, None]).squeeze(1), logsumexp)

@@ -1,19 +1,22 @@
-"""top-k and top-p in plain PyTorch: by sorting on a single rank, by a threshold search over a sharded vocabulary.
+"""top-k, top-p and min-p in plain PyTorch: by sorting on one rank, by a threshold search over a sharded vocabulary.
 
 Both keep the top_k largest, then of those the smallest set of mass >= top_p; among equals the lowest ids stay. Masses
 are fp64, so the two ways disagree only if a mass lies within 1e-15 of top_p. Over a sharded vocabulary no logit
 travels: 32 rounds find the last value that is kept, bit by bit, with one number per row and rank in each, and one round
 of four numbers settles its equals. top_k and top_p together take at most 68 small all-gathers, whatever the vocabulary.
+min_p comes last and compares with the largest logit, which the others always keep, so it needs that logit alone.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..types import VocabShard
-from .inputs import Distribution
+from .inputs import Distribution, column
 
 # Legend
 #   N  rows      R  ranks of the shard's group      v  columns of this rank's slice that are vocabulary
@@ -22,38 +25,63 @@ from .inputs import Distribution
 
 def truncate(z: Tensor, distribution: Distribution) -> Tensor:
     """Return z [N, V] with -inf in the columns that are dropped."""
-    top_k, top_p = distribution.top_k, distribution.top_p
-    # A stable sort keeps equals in the order of their ids.
-    ordered, index = torch.sort(z, dim=-1, descending=True, stable=True)
-    if top_k and top_k < z.shape[1]:
-        ordered[:, top_k:] = -torch.inf
-    if top_p < 1.0:
+    if distribution.cuts_top_k or distribution.cuts_top_p:
+        # A stable sort keeps equals in the order of their ids.
+        ordered, index = torch.sort(z, dim=-1, descending=True, stable=True)
+        z = torch.empty_like(z).scatter_(1, index, _truncate_ordered(ordered, distribution))
+    return _drop_improbable(z, z.amax(-1), distribution)
+
+
+def _truncate_ordered(ordered: Tensor, distribution: Distribution) -> Tensor:
+    """Return rows that descend, with -inf where top_k or top_p drops a column."""
+    if distribution.cuts_top_k:
+        top_k = column(distribution.effective(distribution.top_k, 0))
+        rank = torch.arange(ordered.shape[1], device=ordered.device)
+        keep = (rank < top_k) | (top_k <= 0) if isinstance(top_k, Tensor) else rank < top_k
+        ordered = torch.where(keep, ordered, -torch.inf)
+    if distribution.cuts_top_p:
         # A column stays if the mass before it is below top_p; the largest always stays.
-        mass = torch.softmax(ordered.double() / distribution.temperature, dim=-1)
+        top_p = column(distribution.effective(distribution.top_p, 1.0))
+        mass = torch.softmax(ordered.double() / column(distribution.scale), dim=-1)
         drop = mass.cumsum(-1) - mass >= top_p
+        if isinstance(top_p, Tensor):
+            drop &= top_p < 1.0
         drop[:, 0] = False
         ordered = ordered.masked_fill(drop, -torch.inf)
-    return torch.empty_like(z).scatter_(1, index, ordered)
+    return ordered
+
+
+def _drop_improbable(z: Tensor, row_max: Tensor, distribution: Distribution) -> Tensor:
+    """Return z with -inf where the probability is below min_p times the largest: z < max + temperature * log min_p."""
+    if not distribution.cuts_min_p:
+        return z
+    min_p = distribution.effective(distribution.min_p, 0.0)
+    log_min_p = min_p.double().log() if isinstance(min_p, Tensor) else math.log(min_p)
+    lowest = row_max.double() + distribution.scale * log_min_p
+    return z.masked_fill(z.double() < lowest[:, None], -torch.inf)
 
 
 def truncate_sharded(z: Tensor, distribution: Distribution, shard: VocabShard) -> Tensor:
     """Return `truncate` of this rank's valid columns. A collective over shard.group."""
-    top_k, top_p = distribution.top_k, distribution.top_p
     # 1. The global maximum, to which the masses are relative.
     row_max = gather_ranks(z.amax(-1) if z.shape[1] else z.new_full((z.shape[0],), -torch.inf), shard).amax(0)
     key = order_key(z)
     kept = torch.ones_like(z, dtype=torch.bool)
-    # 2. top-k: the weight of a column is 1, and the target a count.
-    if top_k:
-        target = torch.full_like(row_max, top_k, dtype=torch.float64)
+    # 2. top-k: the weight of a column is 1, and the target a count. No count reaches an infinite target.
+    if distribution.cuts_top_k:
+        top_k = distribution.effective(distribution.top_k, 0)
+        target = torch.as_tensor(top_k, dtype=torch.float64, device=z.device).expand(z.shape[0])
+        target = torch.where(target > 0, target, torch.inf)
         kept = _keep_leading(key, kept, torch.ones_like(z, dtype=torch.float64), target, shard)
     # 3. top-p over what top-k left: the weight is a probability mass.
-    if top_p < 1.0:
+    if distribution.cuts_top_p:
+        top_p = torch.as_tensor(distribution.effective(distribution.top_p, 1.0), dtype=torch.float64, device=z.device)
         shifted = z.double() - torch.where(row_max == -torch.inf, 0.0, row_max.double())[:, None]
-        weight = (shifted / distribution.temperature).exp()
-        target = top_p * gather_ranks(torch.where(kept, weight, 0.0).sum(-1), shard).sum(0)
+        weight = (shifted / column(distribution.scale)).exp()
+        total = gather_ranks(torch.where(kept, weight, 0.0).sum(-1), shard).sum(0)
+        target = torch.where(top_p < 1.0, top_p * total, torch.inf)
         kept = _keep_leading(key, kept, weight, target, shard)
-    return z.masked_fill(~kept, -torch.inf)
+    return _drop_improbable(z.masked_fill(~kept, -torch.inf), row_max, distribution)
 
 
 def order_key(z: Tensor) -> Tensor:

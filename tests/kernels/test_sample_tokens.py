@@ -3,9 +3,15 @@
 import pytest
 import torch
 
-from icegrt.kernels import VocabShard, sample_tokens, token_logprobs
+from icegrt.kernels import VocabShard, sample_tokens, token_logprobs, use_backend
 from icegrt.kernels.sample_tokens.reference import exponential_noise, row_keys
 from tests.helpers.kernel_cases import near_ties
+
+
+@pytest.fixture(params=["reference", "cpp"], autouse=True)
+def _backend(request):
+    with use_backend(sample_tokens=request.param):
+        yield
 
 
 def draw(logits, temperature=1.0, seed=0, ids=None, positions=None, **options):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from icegrt.kernels import lm_logits
 from icegrt.model.build import build_model
 from icegrt.model.hf import exporter
 from icegrt.model.hf.writer import save_pretrained
@@ -61,7 +62,9 @@ def pair(request):
 def logits(model, rows):
     batch = pack([row[:1] for row in rows], [row[1:] for row in rows])
     with torch.no_grad():
-        return model.logits_NV(model.chunks[-1].hidden(batch).squeeze(1)).split([len(row) for row in rows])
+        return lm_logits(model.chunks[-1].hidden(batch).squeeze(1), model.lm_weight_VH).split(
+            [len(row) for row in rows]
+        )
 
 
 def test_logits_of_packed_sequences_are_those_of_transformers(pair):

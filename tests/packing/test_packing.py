@@ -88,6 +88,50 @@ def test_matches_oracle(rows, tail_multiple, tail_token, kind):
     assert [x.tolist() for x in batch.split_actions(batch.action_tokens_A)] == responses
 
 
+few_prompts = st.sampled_from([[3], [3, 4], [3, 4, 5], [4, 3], [3, 0]])
+grouped = st.lists(st.tuples(few_prompts, st.lists(st.integers(0, 9), max_size=4)), max_size=9)
+
+
+@hypothesis.given(grouped, st.integers(1, 5))
+def test_a_shared_prompt_is_stored_once_and_every_sequence_keeps_its_tokens(rows, tail_multiple):
+    prompts, responses = [p for p, _ in rows], [r for _, r in rows]
+    batch = pack(prompts, responses, tail_multiple=tail_multiple, share_prompts=True)
+    plain = pack(prompts, responses, tail_multiple=tail_multiple)
+    # 1. Sequences and the action stream are those of the batch that shares nothing.
+    assert [[x.tolist() for x in side] for side in unpack(batch)] == [prompts, responses]
+    for name in ("action_tokens_A", "cu_actions", "response_lengths", "n_sequences"):
+        assert str(getattr(batch, name)) == str(getattr(plain, name))
+    for name in ("tokens_T", "positions_T"):
+        for rows_name in ("action_rows_A", "last_rows_N"):
+            read = [getattr(b, name)[getattr(b, rows_name)].tolist() for b in (batch, plain)]
+            assert read[0] == read[1]
+    # 2. The stream: shared prompts in the order of their first sequence, their responses, whole sequences, a tail.
+    shared = [list(p) for p in dict.fromkeys(map(tuple, prompts)) if prompts.count(list(p)) > 1]
+    groups = [shared.index(p) if p in shared else -1 for p in prompts]
+    of_group = [[r for r, g in zip(responses, groups, strict=True) if g == number] for number in range(len(shared))]
+    whole = [p + r for p, r, g in zip(prompts, responses, groups, strict=True) if g < 0]
+    segments = [*shared, *(r for members in of_group for r in members), *whole]
+    assert batch.groups == (groups if shared else [])
+    assert batch.group_sizes == list(map(len, of_group))
+    expected = [*map(len, segments), *([batch.tail_tokens] if batch.tail_tokens else [])]
+    assert (batch.lengths, batch.max_seqlen) == (expected, max(expected))
+    assert batch.cu_seqlens.tolist() == np.cumsum([0, *expected]).tolist()
+    used = batch.n_tokens - batch.tail_tokens
+    assert batch.tokens_T[:used].tolist() == [token for segment in segments for token in segment]
+    # 3. Positions of responses continue their prompt's.
+    starts = [0] * len(shared) + [len(shared[g]) for g, m in enumerate(of_group) for _ in m] + [0] * len(whole)
+    positions = [start + i for start, s in zip(starts, segments, strict=True) for i in range(len(s))]
+    assert batch.positions_T.tolist() == [*positions, *range(batch.tail_tokens)]
+    ends = [0, *np.cumsum([sum(map(len, members)) for members in of_group]).tolist()]
+    assert (batch.cu_groups.tolist() if shared else batch.cu_groups) == (ends if shared else None)
+
+
+def test_without_equal_prompts_a_sharing_batch_is_the_plain_one():
+    rows = [[1], [2, 3], [1, 2]], [[4], [], [5, 6]]
+    shared, plain = pack(*rows, share_prompts=True, tail_multiple=4), pack(*rows, tail_multiple=4)
+    assert str(shared) == str(plain)
+
+
 def test_no_sequences_is_a_tail_of_one_token():
     batch = pack([], [], tail_token=5)
     assert batch.tokens_T.tolist() == [5]
@@ -206,6 +250,7 @@ RAW = {
     "mask_offsets": None,
     "tail_multiple": 1,
     "tail_token": 0,
+    "share_prompts": False,
 }
 
 

@@ -21,6 +21,8 @@ from icegrt.kernels import (
     use_backend,
     value_loss,
 )
+from tests.helpers.sampling_cases import ROWS as ROW_SETTINGS
+from tests.helpers.sampling_cases import bitmask, by_row, drawn_ids
 
 VOCAB, PADDED, ROWS, WIDTH = 37, 44, 23, 6
 # Slices of the padded vocabulary; the last rank of three holds padding only.
@@ -146,13 +148,27 @@ def check_sampling(hidden, weight, shard, columns):
     logits[0] = 0.0
     logits[0, [3, 20]] = 50.0  # a tie across ranks goes to the lowest id
     random_state = {"seed": 11, "sequence_ids": torch.arange(ROWS), "positions": torch.arange(ROWS) * 3}
-    for options in ({"temperature": 1.0}, {"temperature": 0.0}, {"temperature": 0.8, "top_k": 6, "top_p": 0.8}):
-        expected = sample_tokens(logits[:, :VOCAB], **random_state, **options)
-        token, logprob = sample_tokens(logits[:, columns], shard=shard, **random_state, **options)
-        assert torch.equal(token, expected[0]), options
-        torch.testing.assert_close(logprob, expected[1], rtol=1e-5, atol=1e-5)
-        equal_on_all_ranks(token)
-        equal_on_all_ranks(logprob)
+    mixed = by_row([ROW_SETTINGS[n % len(ROW_SETTINGS)] for n in range(ROWS)])
+    allowed = bitmask(drawn_ids(ROWS, VOCAB, 0.4))
+    for options in (
+        {"temperature": 1.0},
+        {"temperature": 0.0},
+        {"temperature": 0.8, "top_k": 6, "top_p": 0.8},
+        {"temperature": 0.8, "min_p": 0.2},
+        {"temperature": 0.8, "allowed_NW": allowed},
+        mixed,
+        {**mixed, "allowed_NW": allowed},
+    ):
+        keys = random_state | options
+        for backend in ("cpp", "reference"):
+            with use_backend(sample_tokens=backend):
+                expected = sample_tokens(logits[:, :VOCAB], **keys)
+                out = (torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS))
+                token, logprob = sample_tokens(logits[:, columns], shard=shard, out=out, **keys)
+            assert token is out[0] and torch.equal(token, expected[0]), options
+            torch.testing.assert_close(logprob, expected[1], rtol=1e-5, atol=1e-5)
+            equal_on_all_ranks(token)
+            equal_on_all_ranks(logprob)
 
 
 def check_sampling_exchange(shard, columns):
@@ -195,10 +211,13 @@ def check_triton_draws(shard, columns):
     logits = torch.randn(6, PADDED, generator=torch.Generator().manual_seed(4)) * 2
     logits[:, VOCAB:] = 1e3
     random_state = {"seed": 3, "sequence_ids": torch.arange(6), "positions": torch.arange(6)}
-    for options in ({"temperature": 0.7}, {"temperature": 0.0}, {"temperature": 0.7, "top_k": 5, "top_p": 0.8}):
-        expected, logprob = sample_tokens(logits[:, :VOCAB], **random_state, **options)
+    mixed = by_row(ROW_SETTINGS[:6]) | {"allowed_NW": bitmask(drawn_ids(6, VOCAB, 0.4))}
+    truncated = {"temperature": 0.7, "top_k": 5, "top_p": 0.8}
+    for options in ({"temperature": 0.7}, {"temperature": 0.0}, truncated, mixed):
+        keys = random_state | options
+        expected, logprob = sample_tokens(logits[:, :VOCAB], **keys)
         with use_backend(sample_tokens="triton"), record_launches() as launches:
-            token, local_logprob = sample_tokens(logits[:, columns], shard=shard, **random_state, **options)
+            token, local_logprob = sample_tokens(logits[:, columns], shard=shard, **keys)
         assert launches == [("sample_tokens_kernel", "triton")]
         assert torch.equal(token, expected), options
         torch.testing.assert_close(local_logprob, logprob, rtol=1e-5, atol=1e-5)

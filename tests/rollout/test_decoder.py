@@ -9,9 +9,9 @@ from icegrt.ppo.batch_plan import plan_batches
 from icegrt.ppo.scoring import LogprobScorer
 from icegrt.rollout.decoder import Decoder
 from icegrt.rollout.engine import RolloutEngine, stop_ids
-from icegrt.rollout.kv_cache.contiguous import KVCache
-from icegrt.rollout.scheduler import Scheduler
-from icegrt.rollout.sequence import Sequence
+from icegrt.rollout.micro_group import MicroGroup
+from icegrt.rollout.model_runner import ModelRunner
+from icegrt.rollout.settings import RolloutSettings
 from icegrt.rollout.types import Sampling
 from tests.helpers import tiny_models as tiny
 from tests.helpers.data_rows import make_tokenizer
@@ -33,10 +33,14 @@ def actor(lm):
     return tiny.role(lm)
 
 
-def draw(actor, prompts=PROMPTS, samples=3, sampling=SAMPLING, max_batch=256, first=0, stops=STOPS):
+def draw(actor, prompts=PROMPTS, samples=3, sampling=SAMPLING, first=0, stops=STOPS, **settings):
     """Responses by sequence id."""
-    decoder = Decoder(actor.model, stops, max_batch)
+    decoder = Decoder(actor.model, stops, RolloutSettings(**settings))
     return {r.sequence_id: r for r in decoder.stream(prompts, samples, sampling, first)}
+
+
+def tokens_of(responses):
+    return {number: response.tokens for number, response in responses.items()}
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +48,16 @@ def sampled(actor):
     return draw(actor)
 
 
-def watch(actor, monkeypatch):
+def watch(monkeypatch):
     """Rows of every forward pass."""
     rows = []
-    stage = type(actor.model.chunks[-1])
-    forward = stage.forward
+    forward = ModelRunner.forward
 
-    def counted(self, tokens_T, *args):
-        rows.append(tokens_T.numel())
-        return forward(self, tokens_T, *args)
+    def counted(self, group, step, chunk):
+        rows.append(step.size.rows)
+        return forward(self, group, step, chunk)
 
-    monkeypatch.setattr(stage, "forward", counted)
+    monkeypatch.setattr(ModelRunner, "forward", counted)
     return rows
 
 
@@ -64,6 +67,33 @@ def test_the_tokens_do_not_depend_on_the_size_of_the_batch(max_batch, actor, sam
     repeated = draw(actor, max_batch=max_batch)
     assert {n: r.tokens for n, r in repeated.items()} == {n: r.tokens for n, r in sampled.items()}
     assert {n: (r.prompt_index, r.sample) for n, r in repeated.items()} == {n: divmod(n, 3) for n in range(18)}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"block_size": 1},
+        {"block_size": 64},
+        {"token_budget": 5, "max_batch": 4},  # the longest prompt takes four steps, beside sequences that decode
+        {"lookahead": 1},
+        {"lookahead": 1, "token_budget": 5, "max_batch": 4},
+        {"order": "longest_remaining", "max_batch": 3},
+        {"reuse_prefixes": False, "max_batch": 2},
+    ],
+)
+def test_the_tokens_do_not_depend_on_how_steps_are_planned(settings, actor, sampled):
+    repeated = draw(actor, **settings)
+    assert tokens_of(repeated) == tokens_of(sampled)
+    for number, response in repeated.items():
+        torch.testing.assert_close(response.logprobs, sampled[number].logprobs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_the_tokens_do_not_depend_on_preemptions_in_a_small_cache(lookahead, actor, sampled):
+    decoder = Decoder(actor.model, STOPS, RolloutSettings(block_size=2, kv_memory=12_000, lookahead=lookahead))
+    repeated = {r.sequence_id: r for r in decoder.stream(PROMPTS, 3, SAMPLING)}
+    assert tokens_of(repeated) == tokens_of(sampled)
+    assert sum(group.scheduler.stats()["preemptions"] for group in decoder.storage.groups) > 5
 
 
 def test_the_tokens_do_not_depend_on_who_shares_the_batch(actor, sampled):
@@ -108,7 +138,7 @@ def test_rollout_logprobs_are_those_of_scoring(temperature, actor):
 
 
 def test_what_the_cache_never_held_does_not_count(actor, monkeypatch, sampled):
-    # Fresh memory holds anything; the longest answer makes the others' slots attend over places they never filled.
+    # Fresh memory holds anything.
     original = torch.empty
 
     def poisoned(*size, **options):
@@ -142,7 +172,7 @@ def test_a_stop_token_in_the_last_place_is_not_a_truncation(actor, sampled):
 
 
 def test_finished_sequences_leave_the_batch_and_prompts_are_read_once(actor, sampled, monkeypatch):
-    rows = watch(actor, monkeypatch)
+    rows = watch(monkeypatch)
     draw(actor)
     assert rows[0] == sum(map(len, PROMPTS))
     longest = max(len(r.tokens) for r in sampled.values())
@@ -151,9 +181,13 @@ def test_finished_sequences_leave_the_batch_and_prompts_are_read_once(actor, sam
 
 
 def test_more_copies_than_the_batch_holds(actor, monkeypatch):
-    rows = watch(actor, monkeypatch)
+    sizes = []
+    prepare = MicroGroup.prepare
+    monkeypatch.setattr(
+        MicroGroup, "prepare", lambda self, plan, ids: sizes.append(len(plan.lengths_S)) or prepare(self, plan, ids)
+    )
     copies = draw(actor, [[5, 6, 7]], samples=11, max_batch=4)
-    assert max(rows) <= 4 and sorted(copies) == list(range(11))
+    assert max(sizes) == 4 and sorted(copies) == list(range(11))
     assert {n: r.tokens for n, r in copies.items()} == {n: r.tokens for n, r in draw(actor, [[5, 6, 7]], 11).items()}
 
 
@@ -161,7 +195,7 @@ def test_responses_come_as_they_are_finished_and_in_order_from_generate(lm, acto
     engine = RolloutEngine(actor.model, tiny.tokenizer())
     engine.decoder = Decoder(actor.model, STOPS)
     streamed = list(engine.stream(PROMPTS, 3, SAMPLING))
-    assert [len(r.tokens) for r in streamed] == sorted(len(r.tokens) for r in streamed)
+    assert [len(r.tokens) for r in streamed] == sorted(len(r.tokens) for r in streamed)  # all have begun together
     ordered = engine.generate(PROMPTS, 3, SAMPLING)
     assert [(r.prompt_index, r.sample) for r in ordered] == [(p, s) for p in range(6) for s in range(3)]
     text = engine.generate(["red cat"], 1, SAMPLING)[0]
@@ -176,7 +210,7 @@ def test_every_stop_token_of_tokenizer_and_configuration_ends_an_answer():
 
 
 def test_prompts_that_cannot_be_answered_are_refused_before_anything_runs(actor, monkeypatch):
-    rows = watch(actor, monkeypatch)
+    rows = watch(monkeypatch)
     with pytest.raises(DataError, match="prompt 1 is empty"):
         draw(actor, [[5], []])
     with pytest.raises(DataError, match=r"prompt 0 has 49 tokens; with max_new_tokens 16 .* context of 64"):
@@ -195,32 +229,6 @@ def test_prompts_that_cannot_be_answered_are_refused_before_anything_runs(actor,
 def test_sampling_out_of_bounds_is_refused(settings):
     with pytest.raises(ConfigError, match="expected temperature >= 0"):
         Sampling(**settings)
-
-
-def test_the_scheduler_batches_prompts_and_keeps_running_sequences_in_slot_order():
-    prompts = [[7] * 5000, [7] * 3000, [7] * 3000]
-    sequences = [Sequence(p, s, 10 * p + s, prompts[p]) for p in range(3) for s in range(2)]
-    scheduler = Scheduler(sequences, frozenset({1}), max_new_tokens=2)
-    batches = scheduler.schedule_prefill()
-    assert [[[s.id for s in copies] for copies in batch] for batch in batches] == [[[0, 1], [10, 11]], [[20, 21]]]
-    assert scheduler.running == sequences and scheduler.schedule_prefill() == []
-    assert scheduler.record([1, 5, 5, 1, 5, 5], [-0.5] * 6) == [0, 3]
-    assert [s.finish_reason for s in sequences] == ["stop", None, None, "stop", None, None]
-    scheduler.remove([0, 3], [(5, 3), (4, 0)])
-    assert [s.id for s in scheduler.running] == [20, 1, 10, 21]
-    assert scheduler.record([5, 5, 5, 1], [-0.5] * 4) == [0, 1, 2, 3]
-    assert [s.response().finish_reason for s in scheduler.running] == ["length", "length", "length", "stop"]
-    assert scheduler.running[0].response().tokens == [5, 5] and len(scheduler.running[0]) == 3002
-
-
-def test_a_retired_slot_is_taken_over_by_the_last_one():
-    cache = KVCache([5], 4, 3, 1, 2, dtype=torch.float32, device="cpu")
-    admission = cache.allocate([1, 2, 1, 3], [1, 1, 1, 1])
-    k = torch.arange(14.0).reshape(7, 1, 2)
-    admission.write(5, k, -k, [1, 2, 1, 3])
-    assert cache.free([0, 2]) == [(3, 2), (2, 0)]
-    assert cache.used == 2 and cache.lengths[:2].tolist() == [3, 2]
-    assert torch.equal(cache.keys[0, 0, 0], k[4:7, 0]) and torch.equal(cache.values[0, 1, 0, :2], -k[1:3, 0])
 
 
 def test_an_eos_of_the_generation_config_of_a_model_in_memory_ends_answers(cluster):

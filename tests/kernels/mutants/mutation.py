@@ -150,5 +150,5 @@ def mutated_module(mutant: Mutant) -> Iterator[None]:
 def _forget_triton_modules() -> dict[str, ModuleType]:
     # Private: dispatch remembers the functions that it has loaded, and no public function makes it load them again.
     dispatch._load.cache_clear()
-    names = [name for name in sys.modules if name.startswith(f"{PACKAGE}.") and name.endswith(".triton")]
+    names = [name for name in sys.modules if name.startswith(f"{PACKAGE}.") and ".triton" in name]
     return {name: sys.modules.pop(name) for name in names}

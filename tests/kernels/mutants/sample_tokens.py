@@ -2,24 +2,28 @@
 
 from tests.kernels.mutants.mutation import Mutant
 from tests.kernels.triton.test_sample_tokens import (
+    check_allowed,
     check_far_from_zero,
+    check_min_p,
     check_negative_infinite_and_tied_logits,
     check_padding,
     check_row_offsets_beyond_int32,
+    check_settings_by_row,
     check_tokens,
     check_truncation_among_equals,
 )
 
 MODULE = "sample_tokens.triton"
+ROW = "sample_tokens.triton_row"
 KERNEL = "sample_tokens_kernel"
 
 MUTANTS = (
     Mutant(
-        MODULE,
-        "_load_z",
+        ROW,
+        "load_z",
         "columns beyond the vocabulary count as logits of 0",
-        '-float("inf")',
-        "0.0",
+        'tl.load(row_ptr + column, mask=column < columns, other=-float("inf"))',
+        "tl.load(row_ptr + column, mask=column < columns, other=0.0)",
         check_padding,
         kernel=KERNEL,
     ),
@@ -49,8 +53,8 @@ MUTANTS = (
         {"temperature": 0.3},
     ),
     Mutant(
-        MODULE,
-        "_over_temperature",
+        ROW,
+        "over_temperature",
         "the temperature is left out of the log-prob",
         "tl.div_rn(shifted, tl.full(shifted.shape, 0.0, tl.float32) + temperature)",
         "shifted",
@@ -67,7 +71,7 @@ MUTANTS = (
         check_far_from_zero,
     ),
     Mutant(
-        MODULE,
+        ROW,
         "candidate_hash",
         "another hash",
         "x >> 15",
@@ -84,13 +88,65 @@ MUTANTS = (
         check_tokens,
     ),
     Mutant(
-        MODULE,
-        "_survives",
+        ROW,
+        "survives",
         "all equals of the last value survive",
         "(key == last_key) & (column <= last_id)",
         "key == last_key",
         check_truncation_among_equals,
         kernel=KERNEL,
+    ),
+    Mutant(
+        ROW,
+        "load_z",
+        "a word of allowed ids has 31 bits",
+        "(start + column) // 32",
+        "(start + column) // 31",
+        check_allowed,
+        kernel=KERNEL,
+    ),
+    Mutant(
+        MODULE,
+        KERNEL,
+        "all rows have the allowed ids of the first",
+        "allowed_ptr += n * allowed_stride",
+        "allowed_ptr += n * 0",
+        check_settings_by_row,
+    ),
+    Mutant(
+        ROW,
+        "load_setting",
+        "all rows have the settings of the first",
+        "tl.load(x + n)",
+        "tl.load(x)",
+        check_settings_by_row,
+        {"allow": False},
+        kernel=KERNEL,
+    ),
+    Mutant(
+        MODULE,
+        KERNEL,
+        "min_p is left out",
+        "noisy & (floor_share > 0)",
+        "floor_share > 1",
+        check_min_p,
+    ),
+    Mutant(
+        MODULE,
+        KERNEL,
+        "min_p ignores the temperature",
+        "temperature.to(tl.float64) * tl.log(floor_share)",
+        "tl.log(floor_share)",
+        check_min_p,
+    ),
+    Mutant(
+        MODULE,
+        KERNEL,
+        "rows of temperature 0 get noise",
+        "noisy = temperature > 0",
+        "noisy = temperature >= 0",
+        check_settings_by_row,
+        {"allow": False},
     ),
     Mutant(
         MODULE,

@@ -34,6 +34,7 @@ from icegrt.kernels import (
 )
 from icegrt.kernels.common.operators import OPERATORS, Cost, device_operator
 from icegrt.kernels.dispatch import IMPLEMENTATIONS, play_device
+from tests.helpers.sampling_cases import ROWS, bitmask, by_row
 
 A, V, H = 13, 70, 8
 LABELS = torch.arange(A)
@@ -132,6 +133,8 @@ def calls(dtype):
     # Separate memory for every input: the addresses are counted.
     old, advantage, ref, returns = (stream(A).detach() for _ in range(4))
     keys = {"seed": 3, "sequence_ids": LABELS, "positions": LABELS.clone()}
+    settings = by_row([ROWS[n % len(ROWS)] for n in range(A)])
+    allowed = bitmask(torch.ones(A, V))
     cu, moments = torch.tensor([0, 8, A], dtype=torch.int32), masked_moments(x.detach().float())
     mask, number = torch.ones(A, dtype=torch.bool), torch.tensor(5.0)
     # Token, group, head of the group, element.
@@ -154,7 +157,10 @@ def calls(dtype):
         ),
         "masked_moments": lambda: masked_moments(x.detach().repeat(400), mask.repeat(400)),
         "whiten": lambda: whiten(x.float(), moments),
-        "sample_tokens": lambda: sample_tokens(logits, temperature=0.7, top_k=5, top_p=0.9, **keys)[1],
+        "sample_tokens": lambda: [
+            sample_tokens(logits, temperature=0.7, top_k=5, top_p=0.9, **keys),
+            sample_tokens(logits, **keys | settings, allowed_NW=allowed),
+        ],
         "rms_norm": lambda: rms_norm(hidden, weight[0]),
         "add_rms_norm": lambda: add_rms_norm(hidden, residual, weight[0]),
         "rope": lambda: rope(qkv[:, 0], qkv[:, 1, :2], cos, sin),
@@ -257,6 +263,8 @@ def on_meta(dtype):
         labels, cu = torch.empty(A, dtype=torch.int64), torch.empty(3, dtype=torch.int32)
         moments = masked_moments(torch.empty(A))
     keys = {"seed": 3, "sequence_ids": labels, "positions": labels}
+    settings = {name: x.to("meta") for name, x in by_row([ROWS[n % len(ROWS)] for n in range(A)]).items()}
+    allowed = bitmask(torch.ones(A, V)).to("meta")
     return {
         "token_logprobs": lambda: token_logprobs(logits, labels, temperature=0.7, entropy=True),
         "ppo_policy_loss": lambda: ppo_policy_loss(
@@ -269,7 +277,10 @@ def on_meta(dtype):
         ),
         "masked_moments": lambda: masked_moments(x.detach().repeat(400)),
         "whiten": lambda: whiten(x.float(), moments),
-        "sample_tokens": lambda: sample_tokens(logits, temperature=0.7, top_k=5, top_p=0.9, **keys)[1],
+        "sample_tokens": lambda: [
+            sample_tokens(logits, temperature=0.7, top_k=5, top_p=0.9, **keys),
+            sample_tokens(logits, **keys | settings, allowed_NW=allowed),
+        ],
     }
 
 

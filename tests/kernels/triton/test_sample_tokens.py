@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from icegrt.kernels import VocabShard, record_launches, sample_tokens, use_backend
 from icegrt.kernels.sample_tokens.reference import candidate_bits, row_keys
-from icegrt.kernels.sample_tokens.triton import candidate_hash, row_key
+from icegrt.kernels.sample_tokens.triton_row import candidate_hash, row_key
 from tests.helpers.kernel_cases import module_constants, near_ties, virtual_rows
+from tests.helpers.sampling_cases import ROWS, bitmask, by_row, drawn_ids
 
 
 def draw(logits, backend="triton", seed=0, ids=None, positions=None, block=64, temperature=1.0, **options):
@@ -84,16 +85,68 @@ def test_top_p_at_the_ends_of_its_range(top_p):
 
 
 def check_truncation_among_equals():
-    logits = torch.zeros(12, 6)
+    logits = torch.zeros(5, 6)
     for options, survivors in (({"top_k": 2}, 2), ({"top_p": 0.4}, 3), ({"top_k": 4, "top_p": 0.5}, 2)):
         token = draw_as_reference(logits, block=4, **options)
         assert token.max() < survivors
         _, logprob = draw(logits, block=4, **options)
-        torch.testing.assert_close(logprob, torch.full((12,), 1 / survivors).log())
+        torch.testing.assert_close(logprob, torch.full((5,), 1 / survivors).log())
 
 
 def test_truncation_keeps_the_lowest_ids_of_equals():
     check_truncation_among_equals()
+
+
+def check_settings_by_row(allow=True, columns=40):
+    """A batch of mixed settings draws what the reference draws, and what each row draws alone with numbers."""
+    torch.manual_seed(2)
+    rows = ROWS[:6]
+    logits = torch.randn(len(rows), columns) * 2
+    words = bitmask(drawn_ids(len(rows), columns, 0.6)) if allow else None
+    ids = torch.arange(len(rows)) + 40
+    keys = {"ids": ids, "positions": ids, "allowed_NW": words}
+    out = (torch.full((len(rows),), -1), torch.full((len(rows),), torch.nan))
+    token, logprob = draw(logits, **by_row(rows), **keys, out=out)
+    assert token is out[0] and logprob is out[1]
+    plain_token, plain_logprob = draw(logits, "reference", **by_row(rows), **keys)
+    assert torch.equal(token, plain_token)
+    torch.testing.assert_close(logprob, plain_logprob, rtol=1e-5, atol=1e-5)
+    for n in (1, 5):
+        row = rows[n]
+        own = {"ids": ids[n : n + 1], "positions": ids[n : n + 1], "allowed_NW": words[n : n + 1] if allow else None}
+        alone = draw(logits[n : n + 1], **row, **own)
+        assert alone[0] == token[n] and alone[1] == logprob[n], row
+
+
+def test_settings_by_row():
+    check_settings_by_row()
+
+
+def check_min_p():
+    logits = (-torch.arange(6) * torch.tensor(2.0).log()).expand(12, 6)
+    for min_p, survivors in ((1.0, 1), (0.3, 2)):
+        assert draw_as_reference(logits, block=8, min_p=min_p).max() < survivors
+    assert draw_as_reference(logits, block=4, min_p=torch.full((12,), 0.6), temperature=2.0).max() < 2
+
+
+def test_min_p_is_relative_to_the_largest():
+    check_min_p()
+
+
+def check_allowed():
+    """Ids of several words, in several blocks; the arg-max too."""
+    allowed = torch.zeros(6, 150, dtype=torch.bool)
+    allowed[:, [0, 31, 32, 63, 149]] = True
+    logits = torch.arange(150.0).expand(6, 150) / 100
+    token = draw_as_reference(logits, allowed_NW=bitmask(allowed))
+    assert allowed[0, token].all() and token.unique().numel() > 2
+    assert draw_as_reference(logits, allowed_NW=bitmask(allowed), temperature=0.0).unique().tolist() == [149]
+    shard = VocabShard(None, 0, 150, 149)
+    assert draw_as_reference(logits, allowed_NW=bitmask(allowed), temperature=0.0, shard=shard)[0] == 63
+
+
+def test_only_allowed_ids_are_drawn():
+    check_allowed()
 
 
 def check_negative_infinite_and_tied_logits():
