@@ -114,6 +114,10 @@ class Ledger:
         """Return the present moment, for `peak`."""
         return len(self._events)
 
+    def allocations(self, start: int = 0, stop: int | None = None) -> int:
+        """Return the number of storages that were allocated between two moments."""
+        return sum(event > 0 for event in self._events[start:stop])
+
     def peak(self, start: int = 0, stop: int | None = None) -> Peak:
         """Return the peak between two moments; what was alive at `start` counts."""
         # Bytes after each event of the span; those at its start come first.

@@ -93,6 +93,7 @@ class MicroGroup:
         self.logprob_N = torch.zeros(max_sequences, dtype=torch.float32, device=device)
         self._recent_S = torch.zeros(max_sequences, dtype=torch.int64, device=device)
         self._recent32_S = torch.zeros(max_sequences, dtype=torch.int32, device=device)
+        self._zero = torch.zeros(1, dtype=torch.int32, device=device)
         self._is_unknown_S = torch.zeros(max_sequences, dtype=torch.bool, device=device)
         pin = device.type != "cpu" and torch.cuda.is_available()
         self._host_results = [
@@ -142,7 +143,7 @@ class MicroGroup:
         tokens = rows.tokens_T[:count]
         torch.index_select(self.newest, 0, rows.table_rows_S, out=self._recent_S[:count])
         self._recent32_S[:count].copy_(self._recent_S[:count])
-        torch.lt(tokens, 0, out=self._is_unknown_S[:count])
+        torch.lt(tokens, self._zero, out=self._is_unknown_S[:count])
         torch.where(self._is_unknown_S[:count], self._recent32_S[:count], tokens, out=tokens)
 
     def sample_keys(self, size: StepSize) -> tuple[Tensor, Tensor, Tensor, Tensor]:

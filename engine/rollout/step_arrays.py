@@ -19,6 +19,7 @@ from icegrt.scheduling import StepPlan
 _FIELDS = (
     ("sample_ids_N", "sequences", 2),
     ("sample_slots_N", "sequences", 2),
+    ("sample_positions_N", "sequences", 2),  # as the C++ sampler reads them: it allocates no wider copy
     ("update_entries_U", "updates", 2),
     ("tokens_T", "rows", 1),
     ("positions_T", "rows", 1),
@@ -27,7 +28,6 @@ _FIELDS = (
     ("lengths_S", "sequences", 1),
     ("table_rows_S", "sequences", 1),
     ("sample_rows_N", "sequences", 1),
-    ("sample_positions_N", "sequences", 1),
     ("copy_from_C", "sequences", 1),
     ("copy_to_C", "sequences", 1),
     ("update_blocks_U", "updates", 1),

@@ -9,6 +9,8 @@ Measures, on the last pipeline stage, which does what the other stages do and th
     optimizer_items             numbers that one optimizer step reads from the device
     sockets                     of one rank
     decode_launches, decode_waits, decode_copies   of one decode step; copies are the blocking ones, both ways
+    decode_launches_per_layer   kernels and collectives of one layer in a decode step, over all micro-groups
+    decode_allocations          storages of the device that a decode step allocates; a replayed CUDA graph allocates none
 """
 
 from collections import Counter
@@ -37,6 +39,14 @@ LAYER = (
     "icegrt/kernels/",
 )
 LAYER_OF_MEGATRON = ("transformer/", "tensor_parallel/layers.py", "models/common/embeddings/rope", "fusions/", "jit")
+# Decoding: the stage with its embedding and rotation, and the kernels that only layers launch.
+DECODE_LAYER = (
+    "icegrt/rollout/stage.py",
+    "icegrt/kernels/rms_norm/",
+    "icegrt/kernels/rope_write_kv/",
+    "icegrt/kernels/paged_attention/",
+    "icegrt/kernels/swiglu/",
+)
 OPTIMIZER = ("icegrt/roles/optimizer.py", "megatron/core/optimizer/", "torch/optim/")
 
 
@@ -52,10 +62,11 @@ def waits_and_copies(counts):
     return waits, copies
 
 
-def measures(counts, doubled, layers):
+def measures(counts, doubled, layers, stages=1):
     """Return each measure with the lines that make it up, most frequent first.
 
     doubled: the counts with twice as many micro-batches.
+    stages: pipeline ranks; decoding has as many micro-groups.
     """
     (waits, copies), (more_waits, more_copies) = waits_and_copies(counts), waits_and_copies(doubled)
     more = doubled.micro_batches - counts.micro_batches
@@ -65,6 +76,11 @@ def measures(counts, doubled, layers):
     decode_copies = Counter()
     for copy, total in decode.copies.items():
         decode_copies[copy.direction, copy.site] += total.count * copy.is_blocking
+    in_layers = chosen(decode.launches, lambda site: site.file.startswith(DECODE_LAYER))
+    in_layers["all-reduce", "of tensor-parallel ranks"] = sum(
+        total.count for transfer, total in decode.transfers.items() if transfer.op == "all-reduce"
+    )
+    allocations = sum(counts.watcher.device.allocations(*span[:2]) for span in decode.spans)
     return {
         "waits_per_micro_batch": per(more_waits - waits, more),
         "copies_per_micro_batch": per(more_copies - copies, more),
@@ -73,6 +89,8 @@ def measures(counts, doubled, layers):
         "optimizer_items": per(chosen(waits, lambda site: site.file.startswith(OPTIMIZER)), 2),
         "sockets": (sockets_of(counts.groups), groups),
         "decode_launches": per(decode.launches, DECODE_STEPS),
+        "decode_launches_per_layer": per(in_layers, DECODE_STEPS * layers * stages),
+        "decode_allocations": (allocations / DECODE_STEPS, []),
         "decode_waits": per(decode.syncs, DECODE_STEPS),
         "decode_copies": per(decode_copies, DECODE_STEPS),
     }
@@ -106,8 +124,9 @@ def rehearsed(folder, case, factor):
 @pytest.mark.parametrize("name", BUDGETS)
 def test_the_engine_keeps_its_budgets(tmp_path, name):
     case = BUDGETS[name]
-    layers = case["model"]["num_hidden_layers"] // case["keys"].get("parallel.pipeline", 1)
-    measured = measures(rehearsed(tmp_path, case, 1), rehearsed(tmp_path, case, 2), layers)
+    stages = case["keys"].get("parallel.pipeline", 1)
+    layers = case["model"]["num_hidden_layers"] // stages
+    measured = measures(rehearsed(tmp_path, case, 1), rehearsed(tmp_path, case, 2), layers, stages)
     assert set(case["budgets"]) == set(measured)
     exceeded = [
         "\n  ".join([f"{measure} is {measured[measure][0]:g}, above its budget of {budget}:", *measured[measure][1]])
