@@ -79,11 +79,12 @@ class StepArrays:
             self._spans[name] = (total, capacity[size], words)
             total += capacity[size] * words
         on_gpu = device.type != "cpu" and torch.cuda.is_available()
+        # On a CPU one buffer is both: kernels have read a step before the host writes the next.
+        on_host = device.type == "cpu"
+        copies = 1 if on_host else copies
         self._host = [torch.zeros(total, dtype=torch.int32, pin_memory=on_gpu) for _ in range(copies)]
         self._arrays = [self._views_of(host.numpy()) for host in self._host]
-        # On a CPU one buffer is both: a step that is complete before the next begins needs no copy.
-        shares = device.type == "cpu" and copies == 1
-        self.device_buffer = self._host[0] if shares else torch.zeros(total, dtype=torch.int32, device=device)
+        self.device_buffer = self._host[0] if on_host else torch.zeros(total, dtype=torch.int32, device=device)
         self.tensors = {name: self._tensor(name) for name in self._spans}
         self._padding = dict(_PADDING, sample_slots_N=dummy_slot)
         self._next = 0
