@@ -260,6 +260,7 @@ class Decoder:
         if is_small and not self._sequences:
             self.release()
         if self._storage is None:
+            self.model.wait_for_param_gather()
             self._storage = DecoderStorage.allocate(self.model, self.settings, blocks_wanted, self._schedulers)
             self._schedulers = [group.scheduler for group in self._storage.groups]
             self.cache_summary = self._storage.summary

@@ -100,7 +100,10 @@ class ModelRunner:
 
         is_static = step.size.only_decodes and step.settings.is_static and self.channel.stages == 1
         if self.graphs is not None and is_static:
-            self.graphs.run((id(group), step.size, step.rows.max_length, step.settings.distribution), compute)
+            # Offloading may bring the parameters back to other addresses than a graph has.
+            addresses = stage.weights.head.data_ptr(), stage.weights.layers[0].qkv.data_ptr()
+            key = (id(group), step.size, step.rows.max_length, step.settings.distribution, addresses)
+            self.graphs.run(key, compute)
         else:
             compute()
         self._deliver(group, step)
