@@ -33,9 +33,7 @@ def test_the_rollout_of_an_iteration_computes_each_prompt_once_and_reads_what_is
     config = tiny.ppo_config(
         tmp_path, minibatch_by="prompt", samples_per_prompt=SAMPLES, token_budget=400, iterations=1
     )
-    run = PPOTrainer(
-        config, tiny.causal_lm(), tiny.tokenizer(), [tiny.scorer(1)], tiny.PROMPTS, callbacks=[recorder]
-    )
+    run = PPOTrainer(config, tiny.causal_lm(), tiny.tokenizer(), [tiny.scorer(1)], tiny.PROMPTS, callbacks=[recorder])
     run.step()
     run.close()
     (decoder,) = (d for d in decoders if d.stats.steps)
