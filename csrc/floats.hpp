@@ -4,9 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <system_error>
-#include <thread>
-#include <vector>
+
+#include "thread_pool.hpp"
 
 // A function marked ICEGRT_SIMD is compiled for several instruction sets; the loader selects one when the module loads.
 // Its templates must be inlined into it, so they are marked ICEGRT_INLINE.
@@ -78,28 +77,6 @@ ICEGRT_INLINE double vector_exp(double x) { return __builtin_exp(x); }
 template <typename W>
 ICEGRT_INLINE W sigmoid(W x) {
   return W(1) / (W(1) + vector_exp(-x));
-}
-
-// Starting a thread costs about as much as this many elements.
-constexpr int64_t kElementsPerThread = 1 << 17;
-
-// Runs f(first, last) over `items` on up to `threads` threads. Which thread runs an item changes no result.
-template <typename F>
-void parallel_for(int64_t items, int64_t elements_per_item, int64_t threads, const F& f) {
-  const int64_t useful = items * elements_per_item / kElementsPerThread;
-  const int64_t parts = std::max<int64_t>(1, std::min({threads, useful, items}));
-  std::vector<std::thread> workers;
-  int64_t started = 1;
-  try {
-    for (; started < parts; ++started) {
-      workers.emplace_back([=, &f] { f(items * started / parts, items * (started + 1) / parts); });
-    }
-  } catch (const std::system_error&) {
-    // The system starts no further thread: this one runs the remaining parts.
-  }
-  f(0, items / parts);
-  if (started < parts) f(items * started / parts, items);
-  for (std::thread& worker : workers) worker.join();
 }
 
 }  // namespace icegrt

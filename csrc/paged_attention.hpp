@@ -7,10 +7,16 @@
 // numbers, block sizes or threads change its bits.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <limits>
+#include <type_traits>
 #include <utility>
 #include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "check.hpp"
 #include "float16.hpp"
@@ -18,8 +24,10 @@
 namespace icegrt {
 
 constexpr int64_t kSplit = 256;    // tokens; as in kernels/paged_attention/triton.py
-constexpr int64_t kVectorLanes = 16;
-constexpr int64_t kHeadsAtOnce = 4;  // queries of a group that share one pass over keys and values
+constexpr int64_t kPadding = 16;  // elements of a head are padded to a multiple: whole vectors of every set
+constexpr int64_t kScores = kSplit + kPadding;  // from one query's scores to the next one's
+constexpr int64_t kQueriesAtOnce = 4;           // queries of a group that share one pass over keys and values
+constexpr int64_t kRowsAtOnce = 4;              // rows of a sequence that one thread takes together
 
 // Strides in elements. Head h of row t starts at t * token + h * head; a block of the cache is contiguous.
 template <typename T>
@@ -42,53 +50,67 @@ struct AttendingRow {
   int64_t row, sequence, first, last;
 };
 
-// Buffers of a thread: elements of heads are padded to whole vectors.
+// A head of a row, and the tokens [first, last) that it attends to.
+struct Query {
+  int64_t row, head, first, last;
+};
+
+// Buffers of a thread.
 template <typename W>
 struct AttentionScratch {
-  explicit AttentionScratch(int64_t padded)
-      : query(size(padded)), scores(size(kSplit)), split(size(padded)), total(size(padded)) {}
+  explicit AttentionScratch(int64_t width)
+      : padded((width + kPadding - 1) / kPadding * kPadding), query(size(padded)), scores(size(kScores)),
+        split(size(padded)), total(size(padded)) {}
 
-  static size_t size(int64_t width) { return static_cast<size_t>(kHeadsAtOnce * width); }
+  static size_t size(int64_t each) { return static_cast<size_t>(kQueriesAtOnce * each); }
 
+  int64_t padded;
   std::vector<W> query, scores, split, total;
 };
 
-// Attends with the heads of one group; one function for each instruction set.
+// Attends with the heads of one group in neighbouring rows of one sequence; one function for each instruction set.
 template <typename T>
-using Attend = void (*)(const PagedAttention<T>&, const AttendingRow&, int64_t, AttentionScratch<Wide<T>>&);
+using Attend = void (*)(const PagedAttention<T>&, const AttendingRow*, const AttendingRow*, int64_t, const T*,
+                        AttentionScratch<Wide<T>>&);
 
 // All functions with vectors are inlined: GCC warns that they have another ABI under each set.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wpsabi"
 #endif
+#define ICEGRT_VECTOR_BYTES 16
 namespace plain {
 #include "paged_attention_rows.hpp"
 }
+#undef ICEGRT_VECTOR_BYTES
 
 #if defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 12
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
+#define ICEGRT_VECTOR_BYTES 32
 namespace avx2 {
 #include "paged_attention_rows.hpp"
 }
+#undef ICEGRT_VECTOR_BYTES
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4")
+#define ICEGRT_VECTOR_BYTES 64
 namespace avx512 {
 #include "paged_attention_rows.hpp"
 }
+#undef ICEGRT_VECTOR_BYTES
 #pragma GCC pop_options
 
 template <typename T>
 Attend<T> attend_here() {
-  if (__builtin_cpu_supports("x86-64-v4")) return avx512::attend_group<T>;
-  return __builtin_cpu_supports("x86-64-v3") ? avx2::attend_group<T> : plain::attend_group<T>;
+  if (__builtin_cpu_supports("x86-64-v4")) return avx512::attend_rows<T>;
+  return __builtin_cpu_supports("x86-64-v3") ? avx2::attend_rows<T> : plain::attend_rows<T>;
 }
 #else
 template <typename T>
 Attend<T> attend_here() {
-  return plain::attend_group<T>;
+  return plain::attend_rows<T>;
 }
 #endif
 #if defined(__GNUC__) && !defined(__clang__)
@@ -126,20 +148,43 @@ std::vector<AttendingRow> attending_rows(const PagedAttention<T>& a, int64_t max
   return rows;
 }
 
+// Starts of the tiles of rows that a thread takes together, each of one sequence; the last entry is the end.
+inline std::vector<int64_t> row_tiles(const std::vector<AttendingRow>& rows) {
+  std::vector<int64_t> starts;
+  starts.reserve(rows.size() + 1);
+  const int64_t count = static_cast<int64_t>(rows.size());
+  for (int64_t i = 0; i < count; ++i) {
+    const bool continues = !starts.empty() && rows[i].sequence == rows[starts.back()].sequence;
+    if (!continues || i - starts.back() == kRowsAtOnce) starts.push_back(i);
+  }
+  starts.push_back(count);
+  return starts;
+}
+
 template <typename T>
 void paged_attention(const PagedAttention<T>& a, int64_t max_length, int64_t threads) {
   const std::vector<AttendingRow> rows = attending_rows(a, max_length);
+  const std::vector<int64_t> tiles = row_tiles(rows);
   int64_t tokens = 0;
   for (const AttendingRow& r : rows) tokens += r.last - r.first;
-  // Lengths differ, so threads take the next row and group when they are free.
-  const int64_t padded = (a.width + kVectorLanes - 1) / kVectorLanes * kVectorLanes, items = static_cast<int64_t>(rows.size()) * a.groups;
+  // Lengths differ, so threads take the next tile and group when they are free.
+  const int64_t items = (static_cast<int64_t>(tiles.size()) - 1) * a.groups;
   const int64_t workers = std::max<int64_t>(1, std::min(threads, items));
-  std::vector<AttentionScratch<Wide<T>>> scratch(static_cast<size_t>(workers), AttentionScratch<Wide<T>>(padded));
+  std::vector<AttentionScratch<Wide<T>>> scratch(static_cast<size_t>(workers), AttentionScratch<Wide<T>>(a.width));
   const Attend<T> attend = attend_here<T>();
+  // The first keys of an item, which are prefetched before its turn.
+  const auto first_keys = [&](int64_t i) {
+    const AttendingRow& r = rows[static_cast<size_t>(tiles[static_cast<size_t>(i / a.groups)])];
+    if (r.first >= r.last) return a.keys;
+    const int64_t block = a.table(r.sequence)[r.first / a.block_size];
+    return a.keys + block * a.key_block + (i % a.groups * a.block_size + r.first % a.block_size) * a.width;
+  };
   std::atomic<int64_t> next{0};
   parallel_for(workers, tokens * a.heads * a.width / workers, workers, [&](int64_t worker, int64_t) {
     for (int64_t i = next.fetch_add(1); i < items; i = next.fetch_add(1)) {
-      attend(a, rows[static_cast<size_t>(i / a.groups)], i % a.groups, scratch[static_cast<size_t>(worker)]);
+      const int64_t* tile = &tiles[static_cast<size_t>(i / a.groups)];
+      attend(a, rows.data() + tile[0], rows.data() + tile[1], i % a.groups,
+             first_keys(std::min(i + workers, items - 1)), scratch[static_cast<size_t>(worker)]);
     }
   });
 }

@@ -10,16 +10,14 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <string>
-#include <system_error>
-#include <thread>
 #include <vector>
 
 #include "check.hpp"
+#include "thread_pool.hpp"
 
 namespace icegrt {
 
@@ -272,7 +270,6 @@ Moments shaped_gae(const GAEInput<T>& in, const GAEOutput<T>& out, int64_t threa
   const int64_t groups = static_cast<int64_t>(group_starts.size()) - 1;
   // 2. the groups, on `threads` threads
   std::vector<Moments> group_moments(groups);
-  std::atomic<int64_t> next{0};
   const auto run = [&](int64_t first, int64_t last) {
     switch (in.estimator) {  // one instance per estimator: a branch in the inner loop would prevent vectorization
       case KLEstimator::k1: return ShapedGAE<T, KLEstimator::k1>(in, out).run(first, last);
@@ -281,17 +278,9 @@ Moments shaped_gae(const GAEInput<T>& in, const GAEOutput<T>& out, int64_t threa
       default: return ShapedGAE<T, KLEstimator::abs>(in, out).run(first, last);
     }
   };
-  const auto run_groups = [&] {
-    for (int64_t g = next++; g < groups; g = next++) group_moments[g] = run(group_starts[g], group_starts[g + 1]);
-  };
-  std::vector<std::thread> workers;
-  try {
-    for (int64_t t = 1; t < std::min(threads, groups); ++t) workers.emplace_back(run_groups);
-  } catch (const std::system_error&) {
-    // The system starts no further thread: the existing ones process all groups.
-  }
-  run_groups();
-  for (std::thread& worker : workers) worker.join();
+  const int64_t helpers = std::min(threads, groups) - 1;
+  ThreadPool::shared().run(groups, helpers, helpers,
+                           [&](int64_t g) { group_moments[g] = run(group_starts[g], group_starts[g + 1]); });
   // 3. rows after the last sequence, and the moments
   for (T* x : {out.advantage, out.returns, out.reward}) std::fill(x + in.cu_actions[sequences], x + in.value.size, T(0));
   Moments moments;

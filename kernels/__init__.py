@@ -18,19 +18,10 @@ from .rope import rope, rope_qkv
 from .rope_write_kv import rope_write_kv
 from .sample_tokens import sample_tokens
 from .shaped_gae import shaped_gae
+from .stats import Moments, PolicyStats, ValueStats
 from .swiglu import swiglu
 from .token_logprobs import token_logprobs
-from .types import (
-    Moments,
-    PaddedActions,
-    PolicyStats,
-    PPOLoss,
-    ShapedGAE,
-    TokenLogprobs,
-    ValueLoss,
-    ValueStats,
-    VocabShard,
-)
+from .types import PaddedActions, PPOLoss, ShapedGAE, TokenLogprobs, ValueLoss, VocabShard
 from .value_loss import value_loss
 from .whitening import masked_moments, whiten
 

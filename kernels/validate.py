@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .types import Moments, VocabShard
+from .stats import Moments
+from .types import VocabShard
 
 # Legend: A, actions of the packed stream. A shape is a tuple of extents; None accepts any extent.
 

@@ -1,4 +1,4 @@
-"""sample_tokens: Triton (GPU), the reference, and softmax with multinomial in eager PyTorch and torch.compile.
+"""sample_tokens: Triton or C++, the reference, and softmax with multinomial in eager PyTorch and torch.compile.
 
 The rivals draw other tokens from the same distribution, so what is checked is the log-prob of the token that was drawn.
 """
@@ -45,7 +45,11 @@ def main():
     options = harness.arguments(__doc__)
     cuda = options.device == "cuda"
     rows = []
-    for N, V in [(16, 1000), (16, 32000)] if options.quick or not cuda else [(64, 32000), (64, 152064), (512, 152064)]:
+    for N, V in (
+        [(16, 1000), (128, 4096), (16, 32000)]
+        if options.quick or not cuda
+        else [(64, 32000), (64, 152064), (512, 152064)]
+    ):
         logits = (torch.randn(N, V, device=options.device) * 3).bfloat16()
         coordinates = (torch.arange(N, device=options.device), torch.arange(N, device=options.device))
         exact = torch.log_softmax(logits.double() / TEMPERATURE, dim=-1)
@@ -53,7 +57,8 @@ def main():
             name = f"N{N} V{V} {case}"
             eager = functools.partial(sorted_truncation, **truncation) if truncation else multinomial
             runs = {"reference": with_backend("reference", **truncation), "eager multinomial": eager}
-            runs |= {"triton": with_backend("triton", **truncation)} if cuda else {}
+            ours = "triton" if cuda else "cpp"
+            runs[ours] = with_backend(ours, **truncation)
             if not options.quick and not truncation:
                 runs["torch.compile"] = torch.compile(multinomial)
             truth = exact

@@ -118,6 +118,8 @@ def _patched_bucket_offsets(optimizer):
     get_state = optimizer.get_parameter_state_dp_zero
 
     def get_padded_state(**kwargs):
+        if optimizer.data_parallel_group.size() == 1 and not kwargs["empty_data"]:
+            return _states_in_place(optimizer)
         state = get_state(**kwargs)
         for index, buffer in enumerate(optimizer.buffers if state is not None else ()):
             for tensors in state[index].values():
@@ -144,6 +146,30 @@ def _without_garbage_collection():
         yield
     finally:
         distrib_optimizer.gc = before
+
+
+class _ByRange:
+    """States of a buffer's parameters, selected by the parameter's range: what Megatron slices a gathered tensor by."""
+
+    def __init__(self, states: dict[int, Tensor]) -> None:
+        self.states = states
+
+    def __getitem__(self, span: slice) -> Tensor:
+        return self.states[span.start]
+
+
+def _states_in_place(optimizer) -> dict[int, Any]:
+    # Megatron 0.16: also with one data-parallel rank, it copies states to shards, gathers these and joins them -> 32
+    # bytes of host memory per parameter. We return the states themselves.
+    document: dict[int, Any] = {}
+    for index, (buffer, ranges) in enumerate(zip(optimizer.buffers, optimizer.gbuf_ranges, strict=True)):
+        by_name: dict[str, dict[int, Tensor]] = {"param": {}, "exp_avg": {}, "exp_avg_sq": {}}
+        for parameter, (start, *_) in buffer.param_index_map.items():
+            tensors = optimizer._get_main_param_and_optimizer_states(parameter)
+            for name, states in by_name.items():
+                states[start] = tensors[name].detach().view(-1)
+        document[index] = {dtype: {name: _ByRange(states) for name, states in by_name.items()} for dtype in ranges}
+    return document
 
 
 def _with_padding(state: Tensor, buffer) -> Tensor:

@@ -91,6 +91,7 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         super().__init__(config, callbacks, inputs=inputs)
 
     def _set_up(self, inputs: PPOInputs) -> None:
+        self._cache_is_reported = False
         self._resources.callback(inputs.rewards.sources.close)
         parts = self.components = build_ppo(self.config, inputs, self.cluster, self._resumed_chunk_rows)
         self.tokenizer, self.prompts, self.eval_prompts = parts.tokenizer, parts.prompts, parts.eval_prompts
@@ -169,6 +170,9 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
             responses = parts.engine.generate(
                 [p.tokens for p in prompts], config.samples_per_prompt, parts.sampling, first_sequence_id=first_id
             )
+            if not self._cache_is_reported:
+                print_info(parts.engine.cache_summary)
+                self._cache_is_reported = True
             parts.engine.release()  # the KV cache leaves its memory to inference and update
         self.notify("on_rollout", responses)
 

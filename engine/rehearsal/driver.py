@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from icegrt.ppo.scores import ModelScores, RunningScoreNormalizer, RunningScoreN
 from icegrt.ppo.scoring import LogprobScorer, score_sequences, score_values
 from icegrt.ppo.update import Updater
 from icegrt.rehearsal import memory
+from icegrt.rehearsal.offloading import counted_moves
 from icegrt.rehearsal.process_groups import GroupUse, groups_of
 from icegrt.rehearsal.watcher import Watcher
 from icegrt.rehearsal.workload import Workload
@@ -100,13 +100,7 @@ def run_iteration(
             "rehearse: parallel.virtual_pipeline above 1 cannot be rehearsed, because interleaved stages exchange the "
             "shapes of their messages with ranks that do not exist here; set it to 1"
         )
-    choices = (getattr(config.offload, field.name) for field in dataclasses.fields(config.offload))
-    if any(choice not in ("none", None) for choice in choices):
-        raise ConfigError(
-            "rehearse: ppo.offload cannot be rehearsed yet, because the ledger of memory does not see storages that "
-            "are resized; set ppo.offload to none for the rehearsal"
-        )
-    with _given_shapes(watcher):
+    with _given_shapes(watcher), counted_moves(watcher):
         # 1. Models and roles, as ppo.role_setup builds them, without weights.
         report(BUILD)
         with watcher.phase(BUILD):

@@ -63,6 +63,7 @@ class Ledger:
     def __init__(self, rounding: int = 1) -> None:
         self._rounding = rounding
         self._live: dict[int, int] = {}  # storage -> block
+        self._released: dict[int, int] = {}  # storage without memory -> block
         self._blocks: list[Block] = []
         # Block + 1 where it is allocated, its negative where it is freed.
         self._events = array("q")
@@ -87,9 +88,25 @@ class Ledger:
         weakref.finalize(storage, self._free, key, number, in_backward).atexit = False
         return block
 
+    def release(self, storage: torch.UntypedStorage) -> None:
+        """Count the memory of a storage as free; the storage stays."""
+        number = self._live.pop(storage._cdata)
+        self._released[storage._cdata] = number
+        self._events.append(-number - 1)
+        self.bytes -= self._blocks[number].bytes
+        self._totals.append(self.bytes)
+
+    def restore(self, storage: torch.UntypedStorage) -> None:
+        """Count the memory of a released storage again."""
+        number = self._live[storage._cdata] = self._released.pop(storage._cdata)
+        self._events.append(number + 1)
+        self.bytes += self._blocks[number].bytes
+        self._totals.append(self.bytes)
+
     def label(self, tensor: torch.Tensor, category: str) -> None:
         """Set the category of a tensor's storage."""
-        number = self._live.get(tensor.untyped_storage()._cdata)
+        key = tensor.untyped_storage()._cdata
+        number = self._live.get(key, self._released.get(key))
         if number is not None:
             self._blocks[number].category = category
 
@@ -120,6 +137,8 @@ class Ledger:
         return Peak(highest, by_category, blocks)
 
     def _free(self, key: int, number: int, in_backward: Callable[[], bool]) -> None:
+        if self._released.get(key) == number:
+            del self._released[key]
         if self._live.get(key) != number:
             return
         del self._live[key]

@@ -30,7 +30,7 @@ def place(role: Role, residency: Residency, host: HostMemory, kinds: Iterable[Ki
     reference: weakref.ref[Any] = weakref.ref(role)
     for kind in kinds:
         if kind == PARAMETERS or isinstance(role, TrainableRole):
-            tensors = partial(_of_role, _TENSORS[kind], reference)
+            tensors = _Parameters(reference) if kind == PARAMETERS else partial(_of_role, _TENSORS[kind], reference)
             version = None if kind == GRADIENTS else partial(_of_role, attrgetter("weight_changes"), reference)
             residency.add(role.name, kind, Part(f"{role.name}: {kind}", tensors, host, version))
     role.placement.residency = residency
@@ -40,10 +40,22 @@ def _of_role(read: Callable[[Any], Any], reference: weakref.ref[Any]) -> Any:
     return read(reference())
 
 
-def _parameters(role: Role) -> Iterable[Tensor]:
-    if isinstance(role, TrainableRole):  # an overlapped all-gather may still write into them
-        wait_for_param_gather(role.ddps)
-    return role.model.parameters()
+class _Parameters:
+    """Returns the parameters of a role, complete: an overlapped all-gather may be due after an optimizer step.
+
+    Later passes must not change them while the version of their copy on the host stays the same.
+    """
+
+    def __init__(self, reference: weakref.ref[Any]) -> None:
+        self.reference = reference
+        self.complete_at = reference().weight_changes
+
+    def __call__(self) -> Iterable[Tensor]:
+        role = self.reference()
+        if isinstance(role, TrainableRole) and self.complete_at != role.weight_changes:
+            wait_for_param_gather(role.ddps)
+            self.complete_at = role.weight_changes
+        return role.model.parameters()
 
 
 def _gradient_buffers(role: TrainableRole) -> Iterable[Tensor]:
@@ -63,8 +75,4 @@ def _optimizer_state(role: TrainableRole) -> Iterable[Tensor]:
     return tensors
 
 
-_TENSORS: dict[Kind, Callable[[Any], Iterable[Tensor]]] = {
-    PARAMETERS: _parameters,
-    GRADIENTS: _gradient_buffers,
-    OPTIMIZER: _optimizer_state,
-}
+_TENSORS: dict[Kind, Callable[[Any], Iterable[Tensor]]] = {GRADIENTS: _gradient_buffers, OPTIMIZER: _optimizer_state}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import Counter, abc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,52 +19,13 @@ import torch
 from icegrt.errors import DataError
 from icegrt.model.pipeline_model import PipelineModel
 from icegrt.rollout.micro_group import MicroGroup, Step
+from icegrt.rollout.requests import DecoderStats, Request, check_fits, check_prompt, check_sampling
 from icegrt.rollout.sampler import SettingsTable
 from icegrt.rollout.sequence import Sequence
 from icegrt.rollout.settings import RolloutSettings
 from icegrt.rollout.storage import DecoderStorage
 from icegrt.rollout.types import FinishReason, Response, Sampling
 from icegrt.scheduling import BlockScheduler
-
-# A token of a text has at least one byte, and a stop text may begin and end inside tokens.
-_TOKENS_AROUND_STOP = 4
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt that was submitted, with its samples.
-
-    Attributes:
-        id: number of the request.
-        sequences: its samples.
-        responses: the finished ones, in the order in which they finished.
-    """
-
-    id: int
-    sequences: list[Sequence]
-    responses: list[Response] = field(default_factory=list)
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether all samples are finished; an aborted one is."""
-        return all(s.finish_reason is not None for s in self.sequences)
-
-
-@dataclass
-class DecoderStats:
-    """Counts since the decoder was built.
-
-    Attributes:
-        steps: forward passes.
-        rows: rows that they computed, padding aside.
-        sampled_tokens: tokens of all sequences.
-        kv_tokens_read: tokens whose keys and values attention has read, by layer: those that sequences held.
-    """
-
-    steps: int = 0
-    rows: int = 0
-    sampled_tokens: int = 0
-    kv_tokens_read: int = 0
 
 
 class Decoder:
@@ -94,6 +54,7 @@ class Decoder:
         self.stop_ids = frozenset(stop_ids)
         self.settings = settings or RolloutSettings()
         self.stats = DecoderStats()
+        self.cache_summary = ""
         self._to_text = to_text
         self._storage: DecoderStorage | None = None
         self._schedulers: list[BlockScheduler] = []
@@ -132,12 +93,12 @@ class Decoder:
         """
         chosen = range(len(prompts)) if indices is None else indices
         for index in chosen:
-            self._check(index, prompts[index], sampling)
-        self._check_sampling(sampling)
+            check_prompt(self.model, index, prompts[index], sampling)
+        check_sampling(self.model, sampling, self._to_text is not None)
         self._use_current_weights()
         storage = self._ensure_storage(self._most_blocks() if blocks_wanted is None else blocks_wanted)
         for index in chosen:
-            self._check_size(index, prompts[index], sampling, storage)
+            check_fits(index, prompts[index], sampling, storage.n_blocks, self.settings.block_size)
         return [
             self._add(index, prompts[index], samples, sampling, first_sequence_id + index * samples) for index in chosen
         ]
@@ -244,9 +205,9 @@ class Decoder:
         Raises:
             DataError: a prompt is empty, or leaves no room for the response, or does not fit the cache.
         """
-        self._check_sampling(sampling)
+        check_sampling(self.model, sampling, self._to_text is not None)
         for index, prompt in enumerate(prompts):
-            self._check(index, prompt, sampling)
+            check_prompt(self.model, index, prompt, sampling)
         wanted = self._blocks_for(prompts, samples, sampling)
         open_requests: dict[int, Request] = {}
         open_samples: Counter[int] = Counter()
@@ -301,6 +262,7 @@ class Decoder:
         if self._storage is None:
             self._storage = DecoderStorage.allocate(self.model, self.settings, blocks_wanted, self._schedulers)
             self._schedulers = [group.scheduler for group in self._storage.groups]
+            self.cache_summary = self._storage.summary
         return self._storage
 
     def _blocks_for(self, prompts: abc.Sequence[list[int]], samples: int, sampling: Sampling) -> int:
@@ -353,21 +315,13 @@ class Decoder:
             sequence.versions.append(self._weights_version)
             self.stats.sampled_tokens += 1
             reason: FinishReason | None = None
-            if is_stop or (sequence.sampling.stop and self._completes_stop(sequence, token)):
+            if is_stop or sequence.completes_stop(token, self._to_text):
                 reason = "stop"
             elif sequence.n_sampled == sequence.sampling.max_new_tokens:
                 reason = "length"
             if reason is not None:
                 finished.append(self._finish(sequence, reason))
         return finished
-
-    def _completes_stop(self, sequence: Sequence, token: int) -> bool:
-        """Return whether a token completes a stop text."""
-        assert self._to_text is not None
-        longest = max(len(text.encode()) for text in sequence.sampling.stop)
-        sequence.tail = [*sequence.tail, token][-longest - _TOKENS_AROUND_STOP :]
-        text = self._to_text(sequence.tail)
-        return any(stop in text for stop in sequence.sampling.stop)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> tuple[Request, Response]:
         scheduler, number = self._scheduler_of(sequence), sequence.number
@@ -436,38 +390,3 @@ class Decoder:
 
     def _scheduler_of(self, sequence: Sequence) -> BlockScheduler:
         return self._schedulers[self._home[sequence.number]]
-
-    def _check(self, index: int, prompt: list[int], sampling: Sampling) -> None:
-        context, vocab_limit = self.model.architecture.context_length, self.model.vocab_limit
-        if not prompt:
-            raise DataError(f"prompt {index} is empty: nothing predicts its first token")
-        if not all(0 <= token < vocab_limit for token in (min(prompt), max(prompt))):
-            raise DataError(
-                f"prompt {index} names token {min(prompt) if min(prompt) < 0 else max(prompt)}, which is not in "
-                f"the vocabulary of {vocab_limit} tokens"
-            )
-        if len(prompt) + sampling.max_new_tokens > context:
-            raise DataError(
-                f"prompt {index} has {len(prompt)} tokens; with max_new_tokens {sampling.max_new_tokens} that "
-                f"exceeds the model's context of {context}"
-            )
-
-    def _check_sampling(self, sampling: Sampling) -> None:
-        if sampling.stop and self._to_text is None:
-            raise DataError("sampling.stop needs a tokenizer: build the decoder with to_text")
-        named = {*sampling.stop_token_ids, *sampling.logit_bias, *(sampling.allowed_token_ids or ())}
-        beyond = sorted(token for token in named if not 0 <= token < self.model.vocab_limit)
-        if beyond:
-            raise DataError(
-                f"the sampling settings name token {beyond[0]}, which is not in the vocabulary of "
-                f"{self.model.vocab_limit} tokens"
-            )
-
-    def _check_size(self, index: int, prompt: list[int], sampling: Sampling, storage: DecoderStorage) -> None:
-        tokens = len(prompt) + sampling.max_new_tokens - 1
-        if self._blocks_of(tokens) > storage.n_blocks:
-            raise DataError(
-                f"prompt {index} has {len(prompt)} tokens; with max_new_tokens {sampling.max_new_tokens} it needs "
-                f"{tokens} cached tokens, and the KV cache has room for {storage.n_blocks * self.settings.block_size}. "
-                "Raise rollout.kv_memory, or shorten the request"
-            )

@@ -14,8 +14,9 @@ from icegrt.data.tokenizer import check_vocabulary
 from icegrt.data.types import Tokenizer
 from icegrt.errors import RunError
 from icegrt.model.pipeline_model import PipelineModel
-from icegrt.rollout.decoder import Decoder, Request
+from icegrt.rollout.decoder import Decoder
 from icegrt.rollout.gather import all_gather_responses
+from icegrt.rollout.requests import Request
 from icegrt.rollout.settings import RolloutSettings
 from icegrt.rollout.types import Response, Sampling
 from icegrt.utils.console import progress
@@ -191,6 +192,11 @@ class RolloutEngine:
         self.decoder.resume([request])
 
     # -- memory and text -------------------------------------------------------------------------------------------
+
+    @property
+    def cache_summary(self) -> str:
+        """The size of the KV cache that was allocated last, as a line of text; empty before the first request."""
+        return self.decoder.cache_summary
 
     def release(self) -> None:
         """Free the KV cache, activations and CUDA graphs. The next request allocates them again."""

@@ -135,7 +135,7 @@ class ModelRunner:
         step.host_token_N, step.host_logprob_N = group.host_results(count)
         step.host_token_N.copy_(token_N, non_blocking=True)
         step.host_logprob_N.copy_(logprob_N, non_blocking=True)
-        if token_N.device.type != "cpu":
+        if token_N.device.type != "cpu" and torch.cuda.is_available():
             step.event = torch.cuda.Event()
             step.event.record()
 

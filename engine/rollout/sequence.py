@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from icegrt.rollout.types import FinishReason, Response, Sampling
+
+# A token of a text has at least one byte, and a stop text may begin and end inside tokens.
+_TOKENS_AROUND_STOP = 4
 
 # temperature, top_k, top_p, min_p, seed
 Distribution = tuple[float, int, float, float, int]
@@ -58,6 +62,16 @@ class Sequence:
     def n_sampled(self) -> int:
         """Number of sampled tokens."""
         return len(self.logprobs)
+
+    def completes_stop(self, token: int, to_text: Callable[[list[int]], str] | None) -> bool:
+        """Return whether a newly sampled token completes a stop text. Call it for every token, in order."""
+        if not self.sampling.stop:
+            return False
+        assert to_text is not None
+        longest = max(len(text.encode()) for text in self.sampling.stop)
+        self.tail = [*self.tail, token][-longest - _TOKENS_AROUND_STOP :]
+        text = to_text(self.tail)
+        return any(stop in text for stop in self.sampling.stop)
 
     def response(self, tokens: list[int]) -> Response:
         """Return the response with its tokens."""

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from icegrt.kernels.common.collectives import communication_device
+from icegrt.kernels.dispatch import played_kind
 from icegrt.model.pipeline_model import PipelineModel
 from icegrt.rollout.graphs import StepGraphs, batch_buckets
 from icegrt.rollout.memory import cache_bytes
@@ -39,6 +40,17 @@ class DecoderStorage:
     n_blocks: int
     block_bytes: int
     is_limited: bool
+
+    @property
+    def summary(self) -> str:
+        """The size of the KV cache, as a line of text."""
+        blocks = self.n_blocks * len(self.groups)
+        block_size = self.groups[0].scheduler.block_size
+        why = "all that rollout.kv_memory allows" if self.is_limited else "as many as the requests need"
+        return (
+            f"KV cache: {blocks * block_size:,} tokens in {blocks:,} blocks, "
+            f"{blocks * self.block_bytes / 2**30:.2f} GiB on each rank, {why}"
+        )
 
     @classmethod
     @torch.no_grad()
@@ -89,7 +101,7 @@ class DecoderStorage:
             for _ in range(channel.stages)
         ]
         # 3. Groups over parts of the cache.
-        on_gpu = device.type != "cpu"
+        on_gpu = played_kind(device.type) == "cuda"
         lookahead = int(on_gpu) if settings.lookahead is None else settings.lookahead
         lookahead = lookahead if channel.stages == 1 else 0
         groups = []

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..dispatch import select
 from ..ppo_policy_loss.inputs import PolicyObjective, PolicyStreams, check_policy_inputs
-from ..types import Moments, PPOLoss, TokenLogprobs, VocabShard
+from ..stats import Moments
+from ..types import PPOLoss, TokenLogprobs, VocabShard
 from .inputs import HeadInputs, check_head_inputs
 
 

@@ -13,8 +13,9 @@ from ..linear.products import product
 
 # Legend: N, rows; H, hidden size; V, rows of the weight; C, rows of a chunk.
 
-# Elements of a chunk: 1 MiB of fp32. From 0.25 to 4 MiB the time differs by less than a tenth.
-CHUNK_ELEMENTS = 1 << 18
+# Elements of a chunk: 1 MiB of fp32, which a core's cache holds, or 8 MiB for several threads. Threads wait for each
+# other twice a chunk; on cores that are shared with other work this costs more than a cache miss.
+CHUNK_ELEMENTS, SHARED_CHUNK_ELEMENTS = 1 << 18, 1 << 21
 
 
 def lm_logits(hidden_NH: Tensor, weight_VH: Tensor, out: Tensor) -> None:
@@ -25,7 +26,8 @@ def lm_logits(hidden_NH: Tensor, weight_VH: Tensor, out: Tensor) -> None:
         return
     hidden_NH = hidden_NH.to(out.dtype)
     size, width = weight_VH.shape
-    rows = min(size, max(64, CHUNK_ELEMENTS // max(1, width)))
+    elements = CHUNK_ELEMENTS if torch.get_num_threads() == 1 else SHARED_CHUNK_ELEMENTS
+    rows = min(size, max(64, elements // max(1, width)))
     buffer_CH = torch.empty(rows, width, dtype=out.dtype, device=out.device)
     for start in range(0, size, rows):
         chunk_CH = buffer_CH[: min(rows, size - start)].copy_(weight_VH[start : start + rows])

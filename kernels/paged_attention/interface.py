@@ -65,6 +65,11 @@ def paged_attention(
         ValueError: A shape, device, stride, range or block is wrong, or a gradient is asked for.
     """
     op = "paged_attention"
+    if out is not None and max_length is not None and validate.is_unchecked():
+        pages = Pages(key_cache_BGKD, value_cache_BGKD, block_tables, table_rows_S)
+        rows = Rows(lengths_S, row_starts, max_length, window or 0)
+        select(op, q_TND)(q_TND, pages, rows, scale or 1.0 / math.sqrt(q_TND.shape[2]), out)
+        return out
     # 1. The cache, and queries that fit it.
     check_caches(op, key_cache_BGKD, value_cache_BGKD)
     _, groups, block_size, width = key_cache_BGKD.shape

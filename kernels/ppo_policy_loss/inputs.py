@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..common.streams import may_be_nonzero
-from ..types import Moments
+from ..stats import Moments
 from ..validate import (
     KL_ESTIMATORS,
     check_choice,

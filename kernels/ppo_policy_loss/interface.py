@@ -7,7 +7,8 @@ from torch import Tensor
 from .. import validate
 from ..common.streams import may_be_nonzero
 from ..dispatch import select
-from ..types import Moments, PPOLoss
+from ..stats import Moments
+from ..types import PPOLoss
 from .inputs import PolicyObjective, PolicyStreams, check_policy_inputs
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..common.precision import widen
 from ..common.statistics import masked_sums, neutralize_masked, to_float64
 from ..kl_divergence.reference import floor_logprob, kl_divergence, safe_exp, safe_expm1
-from ..types import PolicyStats, PPOLoss
+from ..stats import PolicyStats
+from ..types import PPOLoss
 from ..validate import wide_dtype
 from ..whitening.reference import whiten
 from .inputs import PolicyObjective, PolicyStreams

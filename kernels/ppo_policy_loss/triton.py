@@ -32,7 +32,8 @@ from ..common.triton import (
 from ..common.vocab_rows import TokenGrads
 from ..dispatch import log_launch
 from ..kl_divergence.reference import EXPONENT_LIMIT, LOGPROB_FLOOR
-from ..types import PolicyStats, PPOLoss
+from ..stats import PolicyStats
+from ..types import PPOLoss
 from .inputs import PolicyObjective, PolicyStreams
 
 # Legend

@@ -7,11 +7,10 @@ from torch import Tensor
 
 from icegrt import _C
 
-from ..common.host import address, dtype_name
+from ..common.host import dtype_name
 from ..dispatch import log_launch
 from ..paged_kv.cpp import write_kv
 from ..rope.cpp import rope_qkv
-from ..rope.function import Heads
 
 # Legend: T, rows; G, groups; Q, queries of a group; M = Q + 2; D, elements of a head; R = D / 2; B, blocks; K, tokens
 # of a block.
@@ -35,14 +34,15 @@ def rope_write_kv(
         return
     log_launch("rope_write_kv", "cpp")
     blocks, groups, block_size, width = key_cache_BGKD.shape
-    source = Heads.of_projection(qkv_TGMD)
-    caches = (key_cache_BGKD, value_cache_BGKD)
+    # The first query of the first row, its key and its value.
+    queries, first = out_TGQD.shape[2], qkv_TGMD.data_ptr()
+    head_bytes = qkv_TGMD.stride(2) * qkv_TGMD.element_size()
     _C.rope_write_kv(
         dtype,
-        tuple(map(address, source)),
-        (address(out_TGQD), *map(address, caches)),
-        (*qkv_TGMD.stride()[:3], *out_TGQD.stride()[:3], *(cache.stride(0) for cache in caches)),
-        (qkv_TGMD.shape[0], groups, out_TGQD.shape[2], width, blocks, block_size),
+        (first, first + queries * head_bytes, first + (queries + 1) * head_bytes),
+        (out_TGQD.data_ptr(), key_cache_BGKD.data_ptr(), value_cache_BGKD.data_ptr()),
+        (*qkv_TGMD.stride()[:3], *out_TGQD.stride()[:3], key_cache_BGKD.stride(0), value_cache_BGKD.stride(0)),
+        (qkv_TGMD.shape[0], groups, queries, width, blocks, block_size),
         cos_TR.data_ptr(),
         sin_TR.data_ptr(),
         cache_slots_T.data_ptr(),

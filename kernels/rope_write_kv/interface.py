@@ -53,6 +53,10 @@ def rope_write_kv(
             asked for.
     """
     op = "rope_write_kv"
+    if out is not None and validate.is_unchecked():
+        queries = out.view(out.shape[0], qkv_TGMD.shape[1], -1, out.shape[2])
+        select(op, qkv_TGMD)(qkv_TGMD, cos_TR, sin_TR, key_cache_BGKD, value_cache_BGKD, cache_slots_T, queries)
+        return out
     # 1. The cache, and a projection that fits it.
     check_caches(op, key_cache_BGKD, value_cache_BGKD)
     check_qkv(op, qkv_TGMD, cos_TR, sin_TR)

@@ -15,7 +15,8 @@ from icegrt import _C
 
 from ..common.streams import mask_bytes
 from ..dispatch import log_launch
-from ..types import Moments, ShapedGAE
+from ..stats import Moments
+from ..types import ShapedGAE
 from ..validate import wide_dtype
 from .inputs import GAECoefficients, GAEInputs
 

@@ -29,7 +29,8 @@ from ..common.streams import mask_bytes
 from ..common.triton import floor_logprob, kl_estimate, value_and_pointer
 from ..dispatch import log_launch
 from ..kl_divergence.reference import EXPONENT_LIMIT, LOGPROB_FLOOR
-from ..types import Moments, ShapedGAE
+from ..stats import Moments
+from ..types import ShapedGAE
 from ..validate import KL_ESTIMATORS
 from ..whitening.triton import finish_moments
 from .inputs import GAECoefficients, GAEInputs

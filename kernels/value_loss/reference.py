@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..common.precision import widen
 from ..common.statistics import masked_sums, neutralize_masked, to_float64
-from ..types import ValueLoss, ValueStats
+from ..stats import ValueStats
+from ..types import ValueLoss
 from ..validate import wide_dtype
 from ..whitening.reference import masked_moments
 from .inputs import ValueStreams

@@ -25,7 +25,8 @@ from ..common.triton import (
     value_and_pointer,
 )
 from ..dispatch import log_launch
-from ..types import ValueLoss, ValueStats
+from ..stats import ValueStats
+from ..types import ValueLoss
 from ..whitening.triton import masked_moments
 from .inputs import ValueStreams
 

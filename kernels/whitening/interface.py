@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import validate
 from ..dispatch import select
-from ..types import Moments
+from ..stats import Moments
 
 
 def masked_moments(x: Tensor, mask: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Moments:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..types import Moments
+from ..stats import Moments
 from ..validate import wide_dtype
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..common.operators import Cost, device_operator
 from ..common.streams import mask_bytes
 from ..dispatch import log_launch
-from ..types import Moments
+from ..stats import Moments
 from ..validate import single_backward
 
 # Legend

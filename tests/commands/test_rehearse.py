@@ -80,7 +80,6 @@ def test_a_model_that_does_not_fit_is_said_not_to_fit(config, capsys, tmp_path):
         (["--gpus", "8", "--gpu", "h100-80", "--response-tokens", "64"], "64 is above ppo.sampling.max_new_tokens, 32"),
         (["--gpus", "8", "--gpu", "h100-80", "--decode-steps", "0"], "--decode-steps: expected 1 to"),
         (["ppo.parallel.virtual_pipeline=2", "--gpus", "8", "--gpu", "h100-80"], "virtual_pipeline"),
-        (["ppo.offload.critic=optimizer", "--gpus", "8", "--gpu", "h100-80"], "set ppo.offload to none"),
         (["ppo.actor=/nowhere", "--gpus", "8", "--gpu", "h100-80"], "/nowhere"),
         (["ppo.parallel.tensor=3", "--gpus", "24", "--gpu", "h100-80"], "8 attention heads cannot be divided"),
         (["--gpus", "8", "--gpus-per-node", "0", "--gpu", "h100-80"], "--gpus-per-node: expected 1 or more"),

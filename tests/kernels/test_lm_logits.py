@@ -27,7 +27,8 @@ def operands(rows, vocabulary, width, dtypes=(torch.float32, torch.float32)):
 )
 def test_sums_are_wide(backend, dtypes, rows, vocabulary, width, monkeypatch):
     """The error is that of a product of the widened operands, not of halves: several chunks, the last one partial."""
-    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 2800)
+    for name in ("CHUNK_ELEMENTS", "SHARED_CHUNK_ELEMENTS"):
+        monkeypatch.setattr(chunked, name, 2800)
     hidden, weight = operands(rows, vocabulary, width, dtypes)
     wide = torch.float64 if torch.float64 in dtypes else torch.float32
     memory = torch.full((rows + 1, vocabulary + 3), torch.nan, dtype=wide)
@@ -46,10 +47,11 @@ def test_views_of_the_weight():
         torch.testing.assert_close(lm_logits(hidden, view), hidden.float() @ view.float().t())
 
 
-def test_no_copy_of_the_weight():
+def test_no_copy_of_the_weight(monkeypatch):
     """The largest tensor that is allocated is one chunk; fp32 operands allocate nothing."""
     hidden, weight = operands(3, 5000, 128, (torch.bfloat16, torch.bfloat16))
     out, sizes = torch.empty(3, 5000), []
+    monkeypatch.setattr(chunked, "SHARED_CHUNK_ELEMENTS", chunked.CHUNK_ELEMENTS)
 
     class Sizes(Recorded):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

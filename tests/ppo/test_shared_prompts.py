@@ -9,6 +9,7 @@ import torch
 
 from icegrt.config import OptimizerConfig, RewardCallConfig
 from icegrt.errors import ConfigError
+from icegrt.model.attention import AttentionMetadata
 from icegrt.model.trunk import Trunk
 from icegrt.packing import Share, unpack
 from icegrt.ppo.batch_plan import group_by_prompt, plan_batches, split_for_ranks, split_group
@@ -180,7 +181,7 @@ class RowCounter:
         forward = Trunk.forward
 
         def counted(trunk, tokens_T, positions_T, metadata):
-            if metadata.cache is None and metadata.prefill_writer is None:
+            if type(metadata) is AttentionMetadata:  # the rollout has metadata of its own
                 self.rows[self.name_of(trunk), torch.is_grad_enabled()] += len(tokens_T)
             return forward(trunk, tokens_T, positions_T, metadata)
 

@@ -26,7 +26,6 @@ from icegrt.rehearsal.device import rehearsed_device, rehearsed_world
 from icegrt.rehearsal.driver import BUILD, layout_of, run_iteration
 from icegrt.rehearsal.watcher import Watcher
 from icegrt.roles import optimizer
-from icegrt.rollout.kv_cache import contiguous
 from tests.helpers.ranks import launch
 from tests.helpers.rehearsals import small_config, small_workload, write_model
 
@@ -75,7 +74,6 @@ def same_backends(device_type):
     with (
         play_device(device_type, "cuda"),  # Triton, in its interpreter
         mock.patch.object(sdpa, "scaled_dot_product_attention", plain_attention),
-        mock.patch.object(contiguous, "scaled_dot_product_attention", plain_attention),
         mock.patch.object(optimizer, "_use_multi_tensor_kernels", multi_tensor_kernels),
         mock.patch.object(executor, "__call__", without_cycles(executor.__call__)),
     ):

@@ -10,7 +10,7 @@ from icegrt.ppo.scoring import LogprobScorer
 from icegrt.rehearsal.collectives import DeviceMismatch
 from icegrt.rehearsal.counts import TO_DEVICE, TO_HOST
 from icegrt.rehearsal.driver import ACTOR, DECODE, INFERENCE
-from icegrt.rollout.model_runner import ModelRunner
+from icegrt.rollout import model_runner
 from tests.helpers.rehearsals import GIB, played_gpu, rehearse_rank, small_config, write_model
 
 META = torch.device("meta")
@@ -30,7 +30,7 @@ def planted(value):
 
 
 STAGES = {
-    DECODE: (ModelRunner, "_sample", 1),
+    DECODE: (model_runner, "sample", 3),
     INFERENCE: (LogprobScorer, "__call__", None),
     ACTOR: (PolicyLoss, "__call__", 1),
 }

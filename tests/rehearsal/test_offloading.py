@@ -1,0 +1,92 @@
+"""A rehearsal counts what leaves the device as free, and every move as a copy."""
+
+import pytest
+import torch
+
+from icegrt.rehearsal import memory
+from icegrt.rehearsal.counts import TO_DEVICE, TO_HOST
+from icegrt.rehearsal.driver import ACTOR, CRITIC, DECODE, INFERENCE
+from icegrt.rehearsal.memory import Ledger
+from tests.helpers.rehearsals import rehearse_rank, small_config, write_model
+from tests.rehearsal.test_memory import add
+
+STATE = (memory.PARAMETERS, memory.GRADIENTS, memory.OPTIMIZER)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Return the counts of one of two data-parallel ranks by what is offloaded."""
+    model = write_model(tmp_path_factory.mktemp("rehearsal") / "model")
+    return {
+        choice: rehearse_rank(small_config(model, f"ppo.offload.roles={choice}"))
+        for choice in ("none", "optimizer", "all")
+    }
+
+
+def state_at_peak(rank, phase):
+    """Return the bytes of parameters, gradients and optimizer state at the peak of a phase."""
+    spans = rank.watcher.phases[phase].spans
+    peak = max((rank.watcher.device.peak(start, stop) for start, stop, *_ in spans), key=lambda p: p.bytes)
+    return [peak.by_category[category] for category in STATE]
+
+
+def moved(rank, phase, direction):
+    """Return the bytes that pinned copies moved, beyond those of a resident run."""
+    copies = rank.watcher.phases[phase].copies.items()
+    return sum(total.bytes for copy, total in copies if copy.direction == direction and copy.is_pinned)
+
+
+def test_a_released_storage_is_free_until_it_is_restored():
+    ledger, x, y = Ledger(), torch.empty(100, dtype=torch.uint8), torch.empty(30, dtype=torch.uint8)
+    add(ledger, x)
+    add(ledger, y)
+    ledger.label(x, memory.PARAMETERS)
+    start = ledger.mark()
+    ledger.release(x.untyped_storage())
+    released = ledger.mark()
+    ledger.label(x, memory.OPTIMIZER)  # also without memory
+    assert (ledger.bytes, ledger.peak(released).bytes) == (30, 30)
+    ledger.restore(x.untyped_storage())
+    peak = ledger.peak(start)
+    assert (ledger.bytes, peak.bytes, peak.by_category[memory.OPTIMIZER]) == (130, 130, 100)
+    ledger.release(x.untyped_storage())
+    del x, y
+    assert ledger.bytes == 0 and not ledger._released
+
+
+def test_one_role_at_a_time_is_on_the_device(ranks):
+    resident, offloaded = ranks["none"], ranks["all"]
+    everything = state_at_peak(resident, INFERENCE)
+    actor = state_at_peak(offloaded, ACTOR)
+    critic = state_at_peak(offloaded, CRITIC)
+    # Actor and reference have an LM head, critic and reward model have not.
+    assert 2 * (actor[0] + critic[0]) == pytest.approx(everything[0], rel=0.02)
+    assert actor[1] + critic[1] == everything[1]
+    assert state_at_peak(offloaded, DECODE) == [actor[0], 0, 0]
+    parameters, *rest = state_at_peak(offloaded, INFERENCE)
+    assert rest == [0, 0] and parameters == pytest.approx(actor[0], rel=0.02)
+
+
+def test_without_their_parameters_roles_release_gradients_and_optimizer_state(ranks):
+    resident, offloaded = ranks["none"], ranks["optimizer"]
+    parameters = state_at_peak(resident, INFERENCE)[0]
+    assert state_at_peak(offloaded, INFERENCE) == [parameters, 0, 0]
+    assert state_at_peak(offloaded, ACTOR)[:2] == [parameters, state_at_peak(ranks["all"], ACTOR)[1]]
+
+
+def test_moves_are_copies_of_the_bytes_that_move(ranks):
+    extra = {
+        (phase, direction): moved(ranks["all"], phase, direction) - moved(ranks["none"], phase, direction)
+        for phase in (INFERENCE, ACTOR, CRITIC)
+        for direction in (TO_HOST, TO_DEVICE)
+    }
+    actor, critic = state_at_peak(ranks["all"], ACTOR), state_at_peak(ranks["all"], CRITIC)
+    # Nothing has changed since the roles were built: reward model, critic, actor and reference come, and none goes.
+    assert extra[INFERENCE, TO_HOST] == 0
+    assert extra[INFERENCE, TO_DEVICE] == pytest.approx(2 * (actor[0] + critic[0]), rel=0.02)
+    # The actor comes with its master weights; its gradients are zeros that no copy brings.
+    assert extra[ACTOR, TO_HOST] == 0
+    assert extra[ACTOR, TO_DEVICE] == pytest.approx(actor[0] + actor[2], rel=0.02)
+    # Changed, it goes: bf16 weights, and this rank's half of master weights and two moments in fp32.
+    assert extra[CRITIC, TO_HOST] == pytest.approx((2 + 12 / 2) / 2 * actor[0], rel=0.02)
+    assert extra[CRITIC, TO_DEVICE] == pytest.approx(critic[0] + critic[2], rel=0.02)
