@@ -152,8 +152,7 @@ def compare(
 
 def write(bench: str, rows: list[dict], options: argparse.Namespace) -> Path:
     """Write <out>/<device>/<bench>.json and .csv, and return the path of the first."""
-    name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    folder = options.out / re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
+    folder = folder_of(options)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{bench}.json"
     path.write_text(json.dumps([{key: row[key] for key in KEYS} for row in rows], indent=1) + "\n")
@@ -163,6 +162,12 @@ def write(bench: str, rows: list[dict], options: argparse.Namespace) -> Path:
         table.writerows(rows)
     print(f"wrote {path}")
     return path
+
+
+def folder_of(options: argparse.Namespace) -> Path:
+    """Return the folder of a device's results."""
+    name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+    return options.out / re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
 
 
 def _milliseconds(run: Callable[[], object], device: str) -> float:

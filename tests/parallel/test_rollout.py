@@ -44,9 +44,12 @@ SETTINGS = {
 }
 
 
-def engine(family, keys, **settings):
+def model_of(family, keys):
     kind, changes = FAMILIES[family]
-    model = load_actor(tiny.causal_lm(0, kind, num_hidden_layers=LAYERS, **changes), parallel=ParallelConfig(**keys))
+    return load_actor(tiny.causal_lm(0, kind, num_hidden_layers=LAYERS, **changes), parallel=ParallelConfig(**keys))
+
+
+def engine(model, **settings):
     if settings.get("kv_memory") == "CACHE":
         settings["kv_memory"] = cache_bytes(model, blocks=20, block_size=settings["block_size"])
     return RolloutEngine(model, tiny.tokenizer(), stop_token_ids=STOPS, settings=RolloutSettings(**settings))
@@ -61,9 +64,9 @@ def cache_bytes(model, blocks, block_size):
 
 def rollout(path, family, keys, settings):
     """Rank 0 writes what every set of settings gave; others must have the same."""
-    given = []
+    given, model = [], model_of(family, keys)
     for each in settings:
-        responses = engine(family, keys, **each).generate(PROMPTS, SAMPLES, SAMPLING)
+        responses = engine(model, **each).generate(PROMPTS, SAMPLES, SAMPLING)
         given.append([(r.sequence_id, r.tokens, r.logprobs, r.finish_reason) for r in responses])
     if dist.get_rank() == 0:
         torch.save(given, path)
@@ -109,7 +112,7 @@ def test_families_sample_in_a_layout_as_in_one_process(family, layout, tmp_path,
 
 
 def preemptions(keys):
-    own = engine("biases", keys, **SETTINGS["small cache"])
+    own = engine(model_of("biases", keys), **SETTINGS["small cache"])
     own.generate(PROMPTS, SAMPLES, SAMPLING)
     stats = [group.scheduler.stats() for group in own.decoder.storage.groups]
     assert all(each["preemptions"] for each in stats), stats
@@ -124,7 +127,7 @@ def test_the_small_cache_of_these_tests_preempts_sequences():
 
 def one_rank_is_slow(path, slow):
     """The slow rank waits in every step. Each rank writes the prompts that it answered."""
-    own = engine("biases", {}, max_batch=3)
+    own = engine(model_of("biases", {}), max_batch=3)
     rank, step, stream, taken = dist.get_rank(), Decoder.step, Decoder.stream, []
 
     def slow_step(decoder):
@@ -161,7 +164,7 @@ def test_ranks_share_a_queue_of_prompts_and_a_slow_rank_takes_fewer(tmp_path):
 
 
 def a_rank_fails(keys, how):
-    own = engine("biases", keys)
+    own = engine(model_of("biases", keys))
     rank, step, steps = dist.get_rank(), Decoder.step, []
 
     def failing(decoder):

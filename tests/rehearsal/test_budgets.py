@@ -10,7 +10,7 @@ Measures, on the last pipeline stage, which does what the other stages do and th
     sockets                     of one rank
     decode_launches, decode_waits, decode_copies   of one decode step; copies are the blocking ones, both ways
     decode_launches_per_layer   kernels and collectives of one layer in a decode step, over all micro-groups
-    decode_allocations          storages of the device that a decode step allocates; a replayed graph allocates none
+    decode_allocations          storages of the device that a decode step allocates eagerly
 """
 
 from collections import Counter

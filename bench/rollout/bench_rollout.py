@@ -1,0 +1,249 @@
+"""The rollout engine beside transformers' generate at several static batches, on answers of given lengths.
+
+Models have random weights, and no stop token is ever sampled. A static batch is padded on the left and runs to the
+longest of its answers. The case with 8 samples per prompt compares shared blocks with samples that are requests of
+their own. Targets are printed: 4.5 times transformers at its best batch in the long tail, 2 times with shared blocks.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from transformers import GenerationConfig
+
+from bench import harness
+from bench.rollout.workloads import SHAPES, Workload, random_model, workloads
+from icegrt.rollout.decoder import Decoder
+from icegrt.rollout.load import load_actor
+from icegrt.rollout.settings import RolloutSettings
+from icegrt.rollout.types import Sampling
+
+STATIC_BATCHES = (8, 32, 128)
+TARGET_TAIL, TARGET_SHARED = 4.5, 2.0
+COPY_BYTES = 1 << 27
+
+
+@dataclass
+class Trace:
+    """What a run of the engine did, step by step.
+
+    Attributes:
+        running: sequences that sampled.
+        milliseconds: of the step.
+        rows: rows through the trunk in all.
+        kv_bytes: largest number of bytes in blocks that sequences held.
+        wasted: share of those bytes that held no token.
+        kv_read: bytes of keys and values that attention of decodes has read.
+    """
+
+    running: list[int] = field(default_factory=list)
+    milliseconds: list[float] = field(default_factory=list)
+    rows: int = 0
+    kv_bytes: int = 0
+    wasted: float = 0.0
+    kv_read: int = 0
+
+    def add(self, decoder: Decoder, seconds: float) -> None:
+        """Record a step that is complete."""
+        self.running.append(decoder.n_unfinished)
+        self.milliseconds.append(1e3 * seconds)
+        storage = decoder.storage
+        assert storage is not None
+        group = storage.groups[0]
+        scheduler, size = group.scheduler, group.scheduler.block_size
+        blocks = scheduler.n_blocks - scheduler.blocks_available
+        if blocks * storage.block_bytes > self.kv_bytes:
+            self.kv_bytes = blocks * storage.block_bytes
+            held = [len(s.prompt) + s.n_sampled - 1 for s in decoder._sequences.values() if s.n_sampled]
+            # Sharing makes fewer blocks than lengths: waste is then a bound from below.
+            own = sum(-(-length // size) for length in held)
+            self.wasted = 1 - sum(held) / (own * size) if own else 0.0
+
+
+def run_engine(model, workload: Workload, is_shared: bool = True) -> Trace:
+    """Answer all prompts with the engine."""
+    settings = RolloutSettings(max_batch=256, reuse_prefixes=is_shared)
+    decoder = Decoder(model, [model.architecture.vocab_size], settings)
+    copies = workload.samples if is_shared else 1
+    blocks = sum(
+        (len(p) + n) // settings.block_size + 1 for p, n in zip(workload.prompts, workload.lengths, strict=True)
+    )
+    number = 0
+    for prompt, length in zip(workload.prompts, workload.lengths, strict=True):
+        sampling = Sampling(max_new_tokens=length, seed=1)
+        for _ in range(workload.samples // copies):
+            decoder.submit(
+                [prompt], copies, sampling, first_sequence_id=number, blocks_wanted=blocks * workload.samples
+            )
+            number += copies
+    trace = Trace()
+    while decoder.n_unfinished:
+        begin = time.perf_counter()
+        decoder.step()
+        trace.add(decoder, time.perf_counter() - begin)
+    assert decoder.stats.sampled_tokens == workload.n_tokens
+    storage = decoder.storage
+    assert storage is not None
+    trace.rows = decoder.stats.rows
+    trace.kv_read = decoder.stats.kv_tokens_read * storage.block_bytes // settings.block_size
+    return trace
+
+
+def run_transformers(hf, workload: Workload, batch: int) -> Trace:
+    """Answer all prompts in static batches, in the order of submission."""
+    requests = [
+        (p, n) for p, n in zip(workload.prompts, workload.lengths, strict=True) for _ in range(workload.samples)
+    ]
+    rows = 0
+    for start in range(0, len(requests), batch):
+        part = requests[start : start + batch]
+        width, new = max(len(p) for p, _ in part), max(n for _, n in part)
+        ids = torch.tensor([[0] * (width - len(p)) + p for p, _ in part], device=hf.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p, _ in part], device=hf.device)
+        config = GenerationConfig(max_new_tokens=new, do_sample=True, top_k=0, pad_token_id=0)
+        given = hf.generate(ids, attention_mask=mask, generation_config=config)
+        assert given.shape[1] == width + new
+        rows += len(part) * (width + new - 1)
+    return Trace(rows=rows)
+
+
+def copy_bandwidth(device: str) -> float:
+    """Return bytes per second that a copy reads and writes."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        target.copy_(source)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return 2 * COPY_BYTES / min(seconds)
+
+
+def timed(providers: dict[str, Callable[[], Trace]], rounds: int) -> tuple[dict[str, list[float]], dict[str, Trace]]:
+    """Return the seconds of every round, providers in turn, and the last trace of each."""
+    seconds: dict[str, list[float]] = {name: [] for name in providers}
+    traces: dict[str, Trace] = {}
+    for round_ in range(rounds + 1):
+        for name, run in providers.items():
+            begin = time.perf_counter()
+            traces[name] = run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if round_:  # the first compiles and fills caches
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds, traces
+
+
+def measure(shape: str, dtype: torch.dtype, workload: Workload, options) -> list[dict]:
+    """Return the rows of a case, and print them beside the targets."""
+    hf = random_model(shape, dtype).to(options.device)
+    model = load_actor(hf, dtype="bf16" if dtype == torch.bfloat16 else "fp32")
+    providers: dict[str, Callable[[], Trace]] = {"icegrt": lambda: run_engine(model, workload)}
+    if workload.samples > 1:
+        providers["icegrt, each sample alone"] = lambda: run_engine(model, workload, False)
+    count = len(workload.prompts) * workload.samples
+    for batch in sorted({min(batch, count) for batch in STATIC_BATCHES}):
+        providers[f"transformers, batch {batch}"] = lambda batch=batch: run_transformers(hf, workload, batch)
+    seconds, traces = timed(providers, options.rounds)
+    case = f"{shape} {str(dtype).removeprefix('torch.')} {workload.name}"
+    rows = []
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    bandwidth = copy_bandwidth(options.device)
+    for name, each in seconds.items():
+        trace = traces[name]
+        metrics = {"throughput": ("tokens/s", [workload.n_tokens / s for s in each]), "rows": ("rows", [trace.rows])}
+        if trace.milliseconds:
+            floor = (weights * len(trace.running) + trace.kv_read) / bandwidth
+            metrics |= {
+                "kv_held": ("bytes", [trace.kv_bytes]),
+                "kv_wasted": ("share", [trace.wasted]),
+                "memory_floor": ("share", [floor / s for s in each]),
+            }
+        rows += [_row(case, name, metric, unit, samples, options) for metric, (unit, samples) in metrics.items()]
+        parts = ", ".join(f"{metric} {statistics.median(x):.4g} {unit}" for metric, (unit, x) in metrics.items())
+        print(f"{case:32s} {name:26s} {parts}", flush=True)
+    _print_targets(case, workload, seconds)
+    if workload.name == "long tail":
+        _plot(case, traces["icegrt"], options)
+    return rows
+
+
+def _print_targets(case: str, workload: Workload, seconds: dict[str, list[float]]) -> None:
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    best = min((name for name in medians if name.startswith("transformers")), key=medians.__getitem__)
+    target = f", target {TARGET_TAIL}" if workload.name == "long tail" else ""
+    print(f"{case}: {medians[best] / medians['icegrt']:.2f} times {best}, the best of them{target}")
+    alone = medians.get("icegrt, each sample alone")
+    if alone:
+        print(f"{case}: shared blocks {alone / medians['icegrt']:.2f} times as fast, target {TARGET_SHARED}")
+
+
+def _row(case: str, provider: str, metric: str, unit: str, samples: list[float], options) -> dict:
+    low, middle, high = harness._quantiles(samples)
+    return {
+        "bench": "rollout",
+        "case": case,
+        "provider": provider,
+        "metric": metric,
+        "unit": unit,
+        "median": middle,
+        "p20": low,
+        "p80": high,
+        "runs": len(samples),
+        "error_vs_fp64": None,
+        "peak_bytes": None,
+        "floor": None,
+        **harness._machine(options.device),
+    }
+
+
+def _plot(case: str, trace: Trace, options) -> None:
+    """Draw running sequences over steps, and throughput and step time over the batch."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plots: matplotlib is not installed")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    by_batch: dict[int, list[float]] = {}
+    for running, milliseconds in zip(trace.running, trace.milliseconds, strict=True):
+        by_batch.setdefault(running, []).append(milliseconds)
+    batches = sorted(b for b in by_batch if b)
+    step = [statistics.median(by_batch[b]) for b in batches]
+    figure, panels = pyplot.subplots(1, 3, figsize=(14, 4))
+    panels[0].plot(trace.running)
+    panels[0].set(xlabel="step", ylabel="running sequences")
+    panels[1].plot(batches, [1e3 * b / ms for b, ms in zip(batches, step, strict=True)])
+    panels[1].set(xlabel="batch", ylabel="tokens/s")
+    panels[2].plot(batches, step)
+    panels[2].set(xlabel="batch", ylabel="step, ms")
+    figure.suptitle(f"rollout, {case}")
+    figure.tight_layout()
+    options.plots.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.plots / f"rollout-{case.replace(' ', '-')}.png", dpi=100)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    options = harness.arguments(__doc__.splitlines()[0])
+    options.rounds = min(options.rounds, 3)
+    options.plots = harness.folder_of(options)
+    dtypes = [torch.float32, torch.bfloat16]
+    if options.device == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+        print("bf16 is left out: without AVX512_BF16 its matrix products are emulated")
+        dtypes = dtypes[:1]
+    shapes = ["4x256"] if options.quick else list(SHAPES)
+    cases = [(s, d, w) for s in shapes for d in dtypes for w in workloads(4 if options.quick else 1)]
+    harness.write("rollout", [row for case in cases for row in measure(*case, options)], options)
+
+
+if __name__ == "__main__":
+    main()
