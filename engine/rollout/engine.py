@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -63,7 +64,10 @@ class RolloutEngine:
             generation_config=architecture.generation_config,
         )
         model.limit_vocabulary(len(tokenizer))
-        self.decoder = Decoder(model, stops, settings or RolloutSettings(max_batch=max_batch), self._decode)
+        # Not a bound method: a cycle would keep the model, and with it the process groups, until a collection of
+        # garbage, which ranks do not make at the same time.
+        self._to_text = partial(tokenizer.decode, skip_special_tokens=True)
+        self.decoder = Decoder(model, stops, settings or RolloutSettings(max_batch=max_batch), self._to_text)
 
     # -- batches ---------------------------------------------------------------------------------------------------
 
@@ -204,10 +208,7 @@ class RolloutEngine:
 
     def text(self, response: Response) -> str:
         """Return the response as text, without special tokens."""
-        return self._decode(response.tokens)
-
-    def _decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return self._to_text(response.tokens)
 
     def _sample_and_gather(
         self, prompts: list[list[int]], n: int, sampling: Sampling, first_sequence_id: int

@@ -1,6 +1,8 @@
 """Single requests: own settings, aborts and resumes, new weights, and a clean engine after every failure."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -232,6 +234,21 @@ def test_a_step_that_fails_empties_the_engine_and_the_next_call_is_right(lookahe
             engine.generate(PROMPTS, 2, SAMPLING)
     assert is_clean(engine) and engine.decoder.storage is None
     assert [r.tokens for r in engine.generate([PROMPTS[1]], 2, SAMPLING)] == [r.tokens for r in alone[1]]
+
+
+def test_a_model_is_freed_with_its_engine_without_a_collection_of_garbage():
+    # Ranks do not collect at the same time: one would leave the process groups while another still uses them.
+    gc.collect()
+    gc.disable()
+    try:
+        engine = engine_of()
+        engine.generate([PROMPTS[1]], 2, SAMPLING)
+        next(engine.stream([PROMPTS[1]], 2, SAMPLING))
+        model = weakref.ref(engine.decoder.model)
+        del engine
+        assert model() is None
+    finally:
+        gc.enable()
 
 
 def test_release_frees_the_cache_and_the_next_call_allocates_it_again(alone):
