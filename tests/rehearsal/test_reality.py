@@ -42,7 +42,7 @@ DEVICE_DEPENDENT = {
     ("icegrt/distributed/pipeline.py", "<listcomp>"),
     ("icegrt/kernels/linear/inputs.py", "_check_rows"),
     ("icegrt/packing/transfer.py", None),
-    ("icegrt/rollout/step_arrays.py", "load"),
+    ("icegrt/rollout/step_arrays.py", None),
 }
 
 
