@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,9 +38,12 @@ from icegrt.roles.optimizer import inner_optimizers
 from icegrt.roles.role import Role, TrainableRole
 from icegrt.rollout.decoder import Decoder
 from icegrt.rollout.gather import all_gather_responses
+from icegrt.rollout.memory import cache_bytes
 from icegrt.rollout.micro_group import MicroGroup, Step
 from icegrt.rollout.model_runner import ModelRunner
+from icegrt.rollout.paged_cache import block_bytes
 from icegrt.rollout.settings import RolloutSettings
+from icegrt.rollout.storage import stage_shape
 from icegrt.rollout.types import Sampling
 from icegrt.scheduling import StepPlan
 from icegrt.training.trainer import resolve_chunk_rows
@@ -182,8 +186,13 @@ class _Iteration:
         config, model = self.config, self.actor.model
         vocab_size = model.architecture.vocab_size
         prompts, samples, stop = workload.prompt_tokens(vocab_size), workload.samples, vocab_size - 1
-        decoder = Decoder(model, [stop], RolloutSettings.of(config.rollout, config.max_batch))
         sampling = Sampling.of(config.sampling, config.run.seed)
+        settings = _with_room(
+            RolloutSettings.of(config.rollout, config.max_batch),
+            model,
+            max(map(len, prompts)) + sampling.max_new_tokens,
+        )
+        decoder = Decoder(model, [stop], settings)
         # All batches of a rank cost the same; the first is rehearsed.
         local = -(-len(prompts) // self.cluster.share.ranks)
         first = prompts[: min(local, max(1, config.max_batch // samples))]
@@ -244,6 +253,19 @@ def _models_without_weights() -> Iterator[None]:
         yield
     finally:
         patches.undo()
+
+
+def _with_room(settings: RolloutSettings, model: PipelineModel, longest: int) -> RolloutSettings:
+    """Return the settings with a cache for at least one sequence of `longest` tokens on every pipeline rank.
+
+    A run without that room would be refused; a rehearsal shows by how much it does not fit.
+    """
+    blocks = -(-longest // settings.block_size) * model.cluster.layout.pipeline
+    dtype = next(model.parameters()).dtype
+    least = blocks * block_bytes(len(model.layer_indices), settings.block_size, stage_shape(model), dtype)
+    if cache_bytes(settings.kv_memory, model.device) >= least:
+        return settings
+    return dataclasses.replace(settings, kv_memory=float(least))
 
 
 @contextlib.contextmanager
