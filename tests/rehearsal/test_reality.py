@@ -173,6 +173,7 @@ def differences(rehearsed, real):
     return {line: (rehearsed[line], real[line]) for line in {*rehearsed, *real} if rehearsed[line] != real[line]}
 
 
+@pytest.mark.timeout(900)  # Triton's interpreter runs a whole iteration
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_counts_of_a_rehearsal_are_those_of_the_run(tmp_path, tensor):
     config = parity_config(tmp_path / "model", tensor)
