@@ -189,5 +189,7 @@ def test_counts_of_a_rehearsal_are_those_of_the_run(tmp_path, tensor):
         assert differences(rehearsed[phase][0], launches) == {}, phase
         assert rehearsed[phase][1] == transfers, phase
     assert sum(phase[2] for phase in real.values()) < 0.06 * sum(sum(phase[0].values()) for phase in real.values())
-    assert watcher.device.peak().bytes == pytest.approx(real_peak, rel=0.001)
+    # On a CPU the host's two copies of sampled tokens (int64) and log-probs (fp32) are the device's too.
+    host_results = 2 * config.max_batch * (8 + 4)
+    assert watcher.device.peak().bytes == pytest.approx(real_peak - host_results, rel=0.001)
     assert watcher.device.peak().bytes == pytest.approx(profiled, rel=0.03)
