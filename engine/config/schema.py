@@ -3,6 +3,8 @@
 One YAML file may hold the complete recipe: each command reads the section of its own name (`sft:`, `sample:`,
 `reward:`, `ppo:`, `generate:`, `export:`), and dotted overrides name the section first (`ppo.kl_coef=0.1`). Defaults
 are those of the PPO-RLHF family. A default from the ICE-GRT paper is marked [paper].
+
+The file has over 400 lines because it is a table: all keys are read in one place.
 """
 
 from __future__ import annotations
