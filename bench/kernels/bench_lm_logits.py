@@ -1,4 +1,4 @@
-"""lm_logits: ours, an fp32 copy of the weight, and torch's product of halves, which rounds logits to bf16."""
+"""lm_logits, an fp32 copy of the weight, and torch's product of halves, which rounds logits to bf16."""
 
 import torch
 

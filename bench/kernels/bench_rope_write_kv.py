@@ -1,4 +1,4 @@
-"""rope_write_kv: ours, rope_qkv and write_kv in two calls, and the reference."""
+"""rope_write_kv, rope_qkv and write_kv in two calls, and the reference."""
 
 import torch
 

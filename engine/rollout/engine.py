@@ -182,8 +182,14 @@ class RolloutEngine:
         return [response for _, response in self.decoder.step()]
 
     def wait(self, request: Request) -> list[Response]:
-        """Advance all requests until this one is finished, and return its responses in the order of its samples."""
+        """Advance all requests until this one is finished, and return its responses in the order of its samples.
+
+        Raises:
+            RunError: a step has failed since the request was submitted, and the request was lost with it.
+        """
         while not request.is_finished:
+            if not self.decoder.n_unfinished:
+                raise RunError("the request was lost when a step failed; submit it again")
             self.decoder.step()
         return sorted(request.responses, key=lambda r: r.sample)
 

@@ -220,6 +220,7 @@ def test_a_stream_that_is_given_up_leaves_nothing_behind(lookahead, alone):
 @LOOKAHEADS
 def test_a_step_that_fails_empties_the_engine_and_the_next_call_is_right(lookahead, alone, monkeypatch):
     engine = engine_of(lookahead=lookahead)
+    lost = engine.submit(PROMPTS[1], 2, SAMPLING)
     forward, calls = ModelRunner.forward, []
 
     def failing(self, group, step, chunk):
@@ -233,6 +234,8 @@ def test_a_step_that_fails_empties_the_engine_and_the_next_call_is_right(lookahe
         with pytest.raises(RuntimeError, match="the device failed"):
             engine.generate(PROMPTS, 2, SAMPLING)
     assert is_clean(engine) and engine.decoder.storage is None
+    with pytest.raises(RunError, match="lost when a step failed; submit it again"):
+        engine.wait(lost)
     assert [r.tokens for r in engine.generate([PROMPTS[1]], 2, SAMPLING)] == [r.tokens for r in alone[1]]
 
 
