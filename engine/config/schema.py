@@ -453,7 +453,7 @@ class GenerateConfig(Loadable):
 
 @config_class
 class ExportConfig(Loadable):
-    """Conversion of a run's checkpoint to a Hugging Face checkpoint."""
+    """Conversion of a run's checkpoint to a Hugging Face checkpoint; an adapter is merged with its trunk."""
 
     section = "export"
     run: str = key("", "folder of a run")
@@ -462,5 +462,7 @@ class ExportConfig(Loadable):
     )
     checkpoint: str = key("latest", "the checkpoint: latest, best (by held-out score or loss), or step_NNNNNN")
     out: str = key("", "folder to write; must be empty or absent")
+    adapter: bool = key(False, "write the adapter of a run with sharing=lora alone, in the format of peft (fp32)")
+    base: str = key("", "checkpoint that an adapter was trained on; empty: where it was then")
     dtype: Literal["fp32", "bf16"] = key("fp32", "dtype of the exported weights")
     shard_gigabytes: float = key(5.0, "largest size of one file of weights", unit="GB", gt=0)

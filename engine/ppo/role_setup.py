@@ -14,7 +14,7 @@ from icegrt.model.hf.reader import HFCheckpointReader, ModelSource
 from icegrt.model.lora.initial import InitialAdapter
 from icegrt.model.lora.peft_format import AdapterReader, is_adapter
 from icegrt.model.lora.spec import AdapterSpec
-from icegrt.model.lora.trunk_hash import trunk_hash
+from icegrt.model.lora.trunk_hash import TrunkIdentity
 from icegrt.model.pipeline_model import PipelineModel
 from icegrt.ppo.reward_sources import RewardComposition
 from icegrt.residency import GRADIENTS, KINDS, OPTIMIZER, HostMemory, Kind, Residency
@@ -68,7 +68,7 @@ def role_sources(
     shares = config.sharing == "lora"
     sources = {"actor": RoleSource(actor, "lm", is_adapter=shares)}
     reader = HFCheckpointReader(reference) if reference is not None else actor
-    if shares and reader.folder != actor.folder:
+    if shares and reference is not None and not _is_same_folder(reader, actor):
         raise ConfigError(
             f"ppo.reference is {reader.where}, but with ppo.sharing=lora the reference is the actor's checkpoint "
             f"({actor.where}) without an adapter; leave ppo.reference empty, or set ppo.sharing=full"
@@ -91,6 +91,10 @@ def role_sources(
             "reward model as an adapter on that checkpoint (reward.sharing=lora) and name its `adapter` folder"
         )
     return sources
+
+
+def _is_same_folder(one: HFCheckpointReader, other: HFCheckpointReader) -> bool:
+    return one.folder is not None and other.folder is not None and one.folder.resolve() == other.folder.resolve()
 
 
 def _scalar_source(actor: HFCheckpointReader, model: ModelSource, name: str, shares: bool) -> RoleSource:
@@ -153,10 +157,10 @@ class _Models:
         if config.sharing == "lora":
             self.spec = AdapterSpec.of(config.lora, "ppo.lora")
             actor = sources["actor"].reader
-            self.trunk_hash = trunk_hash(actor, cluster)
+            self.identity = TrunkIdentity.of(actor, cluster)
             for source in sources.values():
                 if source.adapter is not None:
-                    source.adapter.check(actor.architecture, self.trunk_hash, actor.where)
+                    source.adapter.check(actor.architecture, self.identity)
             self.trunk = self._whole(sources["actor"], learns=True)
 
     def build(self, name: str, source: RoleSource, *, learns: bool) -> PipelineModel:
@@ -168,10 +172,10 @@ class _Models:
         if not source.is_adapter:
             return self._whole(source, learns)
         if source.adapter is not None:
-            return build_adapter(self.trunk, source.adapter.spec, source.head, source.adapter, self.trunk_hash)
+            return build_adapter(self.trunk, source.adapter.spec, source.head, source.adapter, self.identity)
         seed = self.config.run.seed
         new = InitialAdapter(self.trunk.architecture, self.spec, source.head, seed=seed, name=name)
-        return build_adapter(self.trunk, self.spec, source.head, new, self.trunk_hash)
+        return build_adapter(self.trunk, self.spec, source.head, new, self.identity)
 
     def _whole(self, source: RoleSource, learns: bool) -> PipelineModel:
         # Activations are recomputed in the models that train.

@@ -12,6 +12,7 @@ from icegrt.model.architecture import HeadKind
 from icegrt.model.hf import exporter
 from icegrt.model.hf.mapping import ParameterSpec, parameter_mapping
 from icegrt.model.lora.spec import AdapterSpec, adapter_mapping
+from icegrt.model.lora.trunk_hash import TrunkIdentity
 from icegrt.model.pipeline_model import PipelineModel
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class AdaptedModel(PipelineModel):
         chunks: its own stages.
         adapter: what the adapter is.
         head: 'lm' or 'scalar'.
-        trunk_hash: of the trunk's checkpoint (`trunk_hash.py`); empty: unknown.
+        identity: of the trunk's checkpoint; None: it is not known, and adapters cannot be saved.
     """
 
     adapter: AdapterSpec
@@ -40,10 +41,10 @@ class AdaptedModel(PipelineModel):
         chunks: list[AdaptedStage],
         adapter: AdapterSpec,
         head: HeadKind,
-        trunk_hash: str = "",
+        identity: TrunkIdentity | None = None,
     ) -> None:
         super().__init__(chunks, trunk.cluster)
-        self.trunk, self.adapter, self.trunk_hash = trunk, adapter, trunk_hash
+        self.trunk, self.adapter, self.identity = trunk, adapter, identity
         assert self.head_kind == head
 
     def parameter_mapping(self) -> Iterator[ParameterSpec]:

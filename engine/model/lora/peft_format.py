@@ -19,6 +19,7 @@ from icegrt.model.architecture import Architecture, HeadKind
 from icegrt.model.hf.reader import open_safetensors
 from icegrt.model.hf.safetensors_writer import write_file
 from icegrt.model.lora.spec import TARGETS, AdapterSpec, adapter_mapping
+from icegrt.model.lora.trunk_hash import TrunkIdentity
 from icegrt.utils.files import read_object
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -53,9 +54,7 @@ def write_adapter(
     architecture: Architecture,
     spec: AdapterSpec,
     head: HeadKind,
-    *,
-    base: str = "",
-    trunk_hash: str = "",
+    trunk: TrunkIdentity,
 ) -> None:
     """Write an adapter, fp32.
 
@@ -65,21 +64,19 @@ def write_adapter(
         architecture: of the trunk.
         spec: of the adapter.
         head: 'scalar' writes the head too.
-        base: where the trunk's checkpoint is, for users of `peft`.
-        trunk_hash: of the trunk's checkpoint.
+        trunk: the checkpoint that it was trained on.
     """
     shapes = {
         f"{_PREFIX}{name}": shape
         for entry in adapter_mapping(architecture, spec, head)
         for name, shape in zip(entry.sources, entry.shapes, strict=True)
     }
-    metadata = {_TRUNK_HASH: trunk_hash} if trunk_hash else {}
     prefixed: Iterator[tuple[str, Tensor]] = ((f"{_PREFIX}{name}", tensor) for name, tensor in tensors)
-    write_file(folder / WEIGHTS, prefixed, shapes, torch.float32, metadata)
+    write_file(folder / WEIGHTS, prefixed, shapes, torch.float32, {_TRUNK_HASH: trunk.hash})
     document = {
         "peft_type": "LORA",
         "task_type": _TASKS[head],
-        "base_model_name_or_path": base or None,
+        "base_model_name_or_path": trunk.where or None,
         "r": spec.rank,
         "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
         "use_rslora": spec.rslora,
@@ -135,13 +132,12 @@ class AdapterReader:
             tensor: Tensor = file.get_slice(f"{_PREFIX}{name}")[slices or (slice(None),)]
             return tensor
 
-    def check(self, architecture: Architecture, trunk_hash: str, trunk: str) -> None:
+    def check(self, architecture: Architecture, trunk: TrunkIdentity) -> None:
         """Check that the adapter belongs to a trunk. Reads no tensor.
 
         Args:
             architecture: of the trunk.
-            trunk_hash: of its checkpoint.
-            trunk: where that is.
+            trunk: its checkpoint.
 
         Raises:
             CheckpointError: a tensor is missing, unexpected or of another shape, or the adapter was trained on other
@@ -154,33 +150,37 @@ class AdapterReader:
         }
         for name in sorted(expected.keys() ^ self._described.keys()):
             problem = "is missing" if name in expected else "belongs to no projection of the trunk"
-            raise CheckpointError(f"{self.where}: tensor `{name}` {problem}; the trunk is {trunk}")
+            raise CheckpointError(f"{self.where}: tensor `{name}` {problem}; the trunk is {name_of(trunk)}")
         for name, shape in expected.items():
             if self._described[name][0] != shape:
                 raise CheckpointError(
                     f"{self.where}: tensor `{name}` has shape {self._described[name][0]}, where rank "
-                    f"{self.spec.rank} on {trunk} asks for {shape}"
+                    f"{self.spec.rank} on {name_of(trunk)} asks for {shape}"
                 )
-        check_trunk(self.where, self.trunk_hash, trunk_hash, trunk)
+        check_trunk(self.where, self.trunk_hash, trunk)
 
 
-def check_trunk(adapter: str, adapter_hash: str, trunk_hash: str, trunk: str) -> None:
-    """Check that an adapter was trained on a trunk; an adapter or a trunk without a hash passes.
+def check_trunk(adapter: str, trained_on: str, trunk: TrunkIdentity) -> None:
+    """Check that an adapter was trained on a trunk. An adapter without a hash, which peft wrote, passes.
 
     Args:
         adapter: name of the adapter.
-        adapter_hash: of the trunk that it was trained on.
-        trunk_hash: of the trunk at hand.
-        trunk: where that is.
+        trained_on: hash of the trunk that it was trained on.
+        trunk: the trunk at hand.
 
     Raises:
         CheckpointError: it was trained on other weights.
     """
-    if adapter_hash and trunk_hash and adapter_hash != trunk_hash:
+    if trained_on and trained_on != trunk.hash:
         raise CheckpointError(
-            f"{adapter}: an adapter of other weights (hash {adapter_hash[:12]}) than those of {trunk} (hash "
-            f"{trunk_hash[:12]}). Name the checkpoint that it was trained on, or train it on this one"
+            f"{adapter}: an adapter of other weights (hash {trained_on[:12]}) than those of {name_of(trunk)} (hash "
+            f"{trunk.hash[:12]}). Name the checkpoint that it was trained on, or train an adapter on this one"
         )
+
+
+def name_of(trunk: TrunkIdentity) -> str:
+    """Return the name of a trunk in messages."""
+    return trunk.where or "the given model"
 
 
 def _spec(path: Path) -> AdapterSpec:

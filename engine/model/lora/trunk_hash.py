@@ -1,8 +1,12 @@
-"""The hash of a trunk: an adapter is valid on the weights that it was trained on, and on no others."""
+"""The hash of a trunk: an adapter is valid on the weights that it was trained on, and on no others.
+
+The hash depends on names, shapes, dtypes and bytes of the checkpoint's tensors alone, not on the layout of a run.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import torch
 
@@ -15,20 +19,37 @@ _BLOCK_ROWS = 4096
 _HEADS = ("lm_head.weight", "score.weight")
 
 
-def trunk_hash(reader: HFCheckpointReader, cluster: Cluster) -> str:
-    """Return the hash of a checkpoint's trunk: embedding, layers and final norm, without heads. Collective.
+@dataclass(frozen=True)
+class TrunkIdentity:
+    """Which weights an adapter belongs to.
 
-    Every rank reads a part of the tensors. The hash depends on their names, shapes, dtypes and bytes alone.
+    Attributes:
+        hash: of the trunk's checkpoint.
+        where: its folder, as it was named; empty for a model in memory.
     """
-    names = [name for name in source_shapes(reader.architecture, "scalar") if name not in _HEADS]
-    digests = {name: _digest(reader, name) for name in names[cluster.rank :: cluster.world_size]}
-    parts = cluster.gather_to_main(digests)
-    total = None
-    if cluster.is_main:
-        by_name = {name: digest for part in parts for name, digest in part.items()}
-        total = hashlib.sha256("\n".join(f"{name} {by_name[name]}" for name in names).encode()).hexdigest()
-    result: str = cluster.broadcast_from_main(total)
-    return result
+
+    hash: str
+    where: str
+
+    @classmethod
+    def of(cls, reader: HFCheckpointReader, cluster: Cluster | None = None) -> TrunkIdentity:
+        """Read all tensors of a checkpoint's trunk: embedding, layers and final norm, without heads.
+
+        Args:
+            reader: the checkpoint.
+            cluster: every rank reads a part of the tensors; collective. None: this process reads all of them.
+        """
+        names = [name for name in source_shapes(reader.architecture, "scalar") if name not in _HEADS]
+        rank, ranks = (0, 1) if cluster is None else (cluster.rank, cluster.world_size)
+        digests = {name: _digest(reader, name) for name in names[rank::ranks]}
+        total = None
+        parts = [digests] if cluster is None else cluster.gather_to_main(digests)
+        if cluster is None or cluster.is_main:
+            by_name = {name: digest for part in parts for name, digest in part.items()}
+            total = hashlib.sha256("\n".join(f"{name} {by_name[name]}" for name in names).encode()).hexdigest()
+        if cluster is not None:
+            total = cluster.broadcast_from_main(total)
+        return cls(str(total), str(reader.folder or ""))
 
 
 def _digest(reader: HFCheckpointReader, name: str) -> str:
@@ -36,5 +57,5 @@ def _digest(reader: HFCheckpointReader, name: str) -> str:
     digest = hashlib.sha256(f"{dtype} {shape}".encode())
     for first in range(0, shape[0], _BLOCK_ROWS):
         block = reader.get(name, slice(first, min(first + _BLOCK_ROWS, shape[0])))
-        digest.update(block.detach().contiguous().view(torch.uint8).numpy().data)
+        digest.update(block.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
