@@ -19,7 +19,7 @@ from icegrt.model.hf.reader import HFCheckpointReader
 from icegrt.model.lora.model import merged
 from icegrt.model.lora.peft_format import check_trunk, write_adapter
 from icegrt.model.lora.spec import AdapterSpec, adapter_mapping
-from icegrt.model.lora.trunk_hash import TrunkIdentity
+from icegrt.model.lora.trunk_hash import TrunkIdentity, identity_of
 from icegrt.utils.files import staged_folder
 
 
@@ -45,7 +45,8 @@ class SavedAdapter:
             weight = tensors.read(entry.name)
             if not bool(weight.isfinite().all()):
                 raise CheckpointError(
-                    f"{self.where}: `{entry.name}` holds NaN or infinity; export a checkpoint from before training broke"
+                    f"{self.where}: `{entry.name}` holds NaN or infinity; export a checkpoint from before training "
+                    "broke"
                 )
             self.tensors |= exporter.exported(entry, [weight], architecture, torch.float32)
 
@@ -80,7 +81,7 @@ class SavedAdapter:
                 "trained on, or set export.adapter=true"
             )
         base = HFCheckpointReader(where)
-        check_trunk(self.where, self.trunk.hash, TrunkIdentity.of(base))
+        check_trunk(self.where, self.trunk.hash, identity_of(base))
         return self._merge(base, dtype)
 
     def _merge(self, base: HFCheckpointReader, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -329,8 +329,8 @@ class PPOConfig(Loadable):
     reference: str = key("", "checkpoint of the KL penalty's reference model; empty: the actor's")
     reward_model: str = key(
         "",
-        "checkpoint of the reward model (sequence classification, one label); with sharing=lora it may be an adapter of "
-        "the actor's checkpoint; empty: none",
+        "checkpoint of the reward model (sequence classification, one label); with sharing=lora it may be an adapter "
+        "on the actor's checkpoint; empty: none",
     )
     reward_model_weight: float = key(1.0, "weight of the reward model's normalized score in the total")
     reward_function: str = key("", "`file.py:function` or `module:function`; empty: none")

@@ -95,7 +95,11 @@ def build_parallel_adapter(
 
 
 def build_adapter(
-    trunk: PipelineModel, spec: AdapterSpec, head: HeadKind, source: loader.TensorSource, identity: TrunkIdentity | None = None
+    trunk: PipelineModel,
+    spec: AdapterSpec,
+    head: HeadKind,
+    source: loader.TensorSource,
+    identity: TrunkIdentity | None = None,
 ) -> AdaptedModel:
     """Build an adapter and a head over a trunk with the weights of `source`.
 

@@ -127,7 +127,8 @@ class LanguageModel(Trunk):
 
         Args:
             batch: on the device.
-            adapter: of this stage; its backward pass must come before another one's forward pass. None: the trunk alone.
+            adapter: of this stage; None: the trunk alone. A backward pass must come before the forward pass with
+                another adapter.
         """
         self.adapters.selected = adapter
         groups = None

@@ -14,7 +14,7 @@ from icegrt.model.hf.reader import HFCheckpointReader, ModelSource
 from icegrt.model.lora.initial import InitialAdapter
 from icegrt.model.lora.peft_format import AdapterReader, is_adapter
 from icegrt.model.lora.spec import AdapterSpec
-from icegrt.model.lora.trunk_hash import TrunkIdentity
+from icegrt.model.lora.trunk_hash import identity_of
 from icegrt.model.pipeline_model import PipelineModel
 from icegrt.ppo.reward_sources import RewardComposition
 from icegrt.residency import GRADIENTS, KINDS, OPTIMIZER, HostMemory, Kind, Residency
@@ -157,7 +157,7 @@ class _Models:
         if config.sharing == "lora":
             self.spec = AdapterSpec.of(config.lora, "ppo.lora")
             actor = sources["actor"].reader
-            self.identity = TrunkIdentity.of(actor, cluster)
+            self.identity = identity_of(actor, cluster)
             for source in sources.values():
                 if source.adapter is not None:
                     source.adapter.check(actor.architecture, self.identity)

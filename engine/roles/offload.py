@@ -15,9 +15,7 @@ from icegrt.roles.optimizer import inner_optimizers, wait_for_param_gather
 from icegrt.roles.role import Role, TrainableRole
 
 
-def place(
-    role: Role, residency: Residency, host: HostMemory, kinds: Iterable[Kind], trunk: str | None = None
-) -> None:
+def place(role: Role, residency: Residency, host: HostMemory, kinds: Iterable[Kind], trunk: str | None = None) -> None:
     """Let `residency` decide where the role is; `kinds` of it leave the device while nobody holds them.
 
     Gradients are not kept: they are zero when they return. A frozen role has parameters only; other kinds are ignored.

@@ -40,7 +40,8 @@ def check_resume(checkpoint: Path, roles: Sequence[TrainableRole], section: str)
         if (saved is None) == isinstance(role.model, AdaptedModel):
             own, other = ("lora", "full") if saved is None else ("full", "lora")
             raise ConfigError(
-                f"{section}.sharing is {own}, but {checkpoint} was made with {other}; set it to that, or start a new run"
+                f"{section}.sharing is {own}, but {checkpoint} was made with {other}; set it to that, or start a new "
+                "run"
             )
         if not isinstance(role.model, AdaptedModel) or saved is None:
             continue

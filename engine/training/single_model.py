@@ -19,7 +19,7 @@ from icegrt.model.build import build_adapter, build_model, check_parallelism
 from icegrt.model.hf.reader import HFCheckpointReader, ModelSource
 from icegrt.model.lora.initial import InitialAdapter
 from icegrt.model.lora.spec import AdapterSpec
-from icegrt.model.lora.trunk_hash import TrunkIdentity
+from icegrt.model.lora.trunk_hash import identity_of
 from icegrt.model.pipeline_model import PipelineModel
 from icegrt.roles.role import TrainableRole
 from icegrt.training.trainer import Trainer, tokenizer_for
@@ -103,7 +103,7 @@ class OneModelTrainer(Trainer[ConfigT, StepT]):
         spec = AdapterSpec.of(self.config.lora, f"{self.config.section}.lora")
         seed, architecture = self.run.seed, pretrained.architecture
         new = InitialAdapter(architecture, spec, head, seed=seed, name=role, base=pretrained)
-        identity = TrunkIdentity.of(pretrained, self.cluster)
+        identity = identity_of(pretrained, self.cluster)
         return build_adapter(model, spec, head, new, identity).requires_grad_(True)
 
     def _build(self, pretrained: HFCheckpointReader, data: Rows | None, heldout: Rows | None) -> TrainableRole:

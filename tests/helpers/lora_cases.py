@@ -4,11 +4,11 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 
 from icegrt.model.build import build_adapter, build_model
+from icegrt.model.hf.reader import HFCheckpointReader
 from icegrt.model.lora.initial import InitialAdapter
 from icegrt.model.lora.peft_format import AdapterReader
 from icegrt.model.lora.spec import TARGETS, AdapterSpec
-from icegrt.model.lora.trunk_hash import TrunkIdentity
-from icegrt.model.hf.reader import HFCheckpointReader
+from icegrt.model.lora.trunk_hash import TrunkIdentity, identity_of
 from icegrt.roles.role import Role, TrainableRole
 from tests.helpers import tiny_models as tiny
 
@@ -65,7 +65,7 @@ def adapted_role(model, source, head="lm", *, learns=None, name="role", spec=SPE
 
 def identity(source) -> TrunkIdentity:
     """Return the identity of a checkpoint."""
-    return TrunkIdentity.of(HFCheckpointReader(source), tiny.current_cluster())
+    return identity_of(HFCheckpointReader(source), tiny.current_cluster())
 
 
 def peft_gradients(adapted) -> dict[str, torch.Tensor]:

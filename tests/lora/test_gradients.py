@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from icegrt.config import OptimizerConfig, PPOConfig
+from icegrt.config import OptimizerConfig
 from icegrt.model.lora.spec import AdapterSpec
 from icegrt.packing import pack
 from icegrt.roles.micro_batch import MicroBatch

@@ -31,25 +31,25 @@ class TrunkIdentity:
     hash: str
     where: str
 
-    @classmethod
-    def of(cls, reader: HFCheckpointReader, cluster: Cluster | None = None) -> TrunkIdentity:
-        """Read all tensors of a checkpoint's trunk: embedding, layers and final norm, without heads.
 
-        Args:
-            reader: the checkpoint.
-            cluster: every rank reads a part of the tensors; collective. None: this process reads all of them.
-        """
-        names = [name for name in source_shapes(reader.architecture, "scalar") if name not in _HEADS]
-        rank, ranks = (0, 1) if cluster is None else (cluster.rank, cluster.world_size)
-        digests = {name: _digest(reader, name) for name in names[rank::ranks]}
-        total = None
-        parts = [digests] if cluster is None else cluster.gather_to_main(digests)
-        if cluster is None or cluster.is_main:
-            by_name = {name: digest for part in parts for name, digest in part.items()}
-            total = hashlib.sha256("\n".join(f"{name} {by_name[name]}" for name in names).encode()).hexdigest()
-        if cluster is not None:
-            total = cluster.broadcast_from_main(total)
-        return cls(str(total), str(reader.folder or ""))
+def identity_of(reader: HFCheckpointReader, cluster: Cluster | None = None) -> TrunkIdentity:
+    """Read all tensors of a checkpoint's trunk, and return its identity: embedding, layers and final norm, no heads.
+
+    Args:
+        reader: the checkpoint.
+        cluster: every rank reads a part of the tensors; collective. None: this process reads all of them.
+    """
+    names = [name for name in source_shapes(reader.architecture, "scalar") if name not in _HEADS]
+    rank, ranks = (0, 1) if cluster is None else (cluster.rank, cluster.world_size)
+    digests = {name: _digest(reader, name) for name in names[rank::ranks]}
+    parts = [digests] if cluster is None else cluster.gather_to_main(digests)
+    total = None
+    if cluster is None or cluster.is_main:
+        by_name = {name: digest for part in parts for name, digest in part.items()}
+        total = hashlib.sha256("\n".join(f"{name} {by_name[name]}" for name in names).encode()).hexdigest()
+    if cluster is not None:
+        total = cluster.broadcast_from_main(total)
+    return TrunkIdentity(str(total), str(reader.folder or ""))
 
 
 def _digest(reader: HFCheckpointReader, name: str) -> str:
