@@ -161,7 +161,9 @@ class AdapterReader:
 
 
 def check_trunk(adapter: str, trained_on: str, trunk: TrunkIdentity) -> None:
-    """Check that an adapter was trained on a trunk. An adapter without a hash, which peft wrote, passes.
+    """Check that an adapter was trained on a trunk.
+
+    An adapter without a hash, which peft wrote, passes, as does a trunk without one, of which no tensor was read.
 
     Args:
         adapter: name of the adapter.
@@ -171,7 +173,7 @@ def check_trunk(adapter: str, trained_on: str, trunk: TrunkIdentity) -> None:
     Raises:
         CheckpointError: it was trained on other weights.
     """
-    if trained_on and trained_on != trunk.hash:
+    if trained_on and trunk.hash and trained_on != trunk.hash:
         raise CheckpointError(
             f"{adapter}: an adapter of other weights (hash {trained_on[:12]}) than those of {name_of(trunk)} (hash "
             f"{trunk.hash[:12]}). Name the checkpoint that it was trained on, or train an adapter on this one"
