@@ -130,5 +130,5 @@ def test_an_adapter_that_would_compute_something_else_is_refused(key, value, mes
 
 def test_an_adapter_is_no_model(tmp_path):
     lora.peft_folder(tmp_path, tiny.causal_lm(0))
-    with pytest.raises(CheckpointError, match="an adapter, not a model. Name the merged model instead"):
+    with pytest.raises(CheckpointError, match=r"an adapter, not a model\. Name the merged model instead"):
         HFCheckpointReader(tmp_path)

@@ -1,4 +1,4 @@
-"""The rollout with an adapter: the tokens of `transformers` with `peft`, from the weights of now, without allocations."""
+"""The rollout with an adapter: tokens of `transformers` with `peft`, from the present weights, without allocations."""
 
 import pytest
 import torch
