@@ -6,6 +6,9 @@ Every pass goes through Megatron's `get_forward_backward_func`. A micro-batch is
 one before it is computed. The model's last pipeline stage then calls `fn(hidden_TH, batch)`: a reader of results, or a
 loss. The host never waits for the device within a pass: results, losses and statistics stay there.
 
+Several roles may stand on one trunk (`model.lora`): a model's chunks are what differs, and each selects its adapter when
+a pass enters it. The callback chooses the heads, so one pass can be read by several.
+
 A loss returns (sum, count, stats), and `calculate_per_token_loss` divides the gradient of all sums by all counts. So
 the gradient does not depend on how a minibatch is divided into micro-batches, up to rounding.
 """
