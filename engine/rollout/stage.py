@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from icegrt.kernels import add_rms_norm, paged_attention, rms_norm, rope_write_kv, swiglu
+from icegrt.kernels import add_rms_norm, decode_linear, paged_attention, rms_norm, rope_write_kv, swiglu
 from icegrt.rollout.weights import LayerWeights, NormWeight, StageWeights
 
 # Legend: T, rows; S, sequences; H, hidden size; B, blocks; G, key/value heads; K, tokens of a block; D, elements of a
@@ -135,9 +135,9 @@ class DecodeStage:
             self._attend(layer, index, step, x)
             _add_and_norm(layer.mlp_norm, x)
             # 2. The MLP's result is added and normed for the next layer: additions and norms are one pass.
-            torch.mm(x.normed, layer.gate_up, out=x.gate_up)
+            decode_linear(x.normed, layer.gate_up, out=x.gate_up)
             swiglu(x.gate_up, out=x.gated)
-            torch.mm(x.gated, layer.down, out=x.delta)
+            decode_linear(x.gated, layer.down, out=x.delta)
             self._reduce(x.delta)
             following = layers[index + 1].input_norm if index + 1 < len(layers) else self.weights.final_norm
             if following is not None:
@@ -167,10 +167,7 @@ class DecodeStage:
         self._reduce(x.residual)
 
     def _attend(self, layer: LayerWeights, index: int, step: StepRows, x: Activations) -> None:
-        if layer.qkv_bias is None:
-            torch.mm(x.normed, layer.qkv, out=x.qkv)
-        else:
-            torch.addmm(layer.qkv_bias, x.normed, layer.qkv, out=x.qkv)
+        decode_linear(x.normed, layer.qkv, layer.qkv_bias, out=x.qkv)
         if layer.q_norm is not None and layer.k_norm is not None:
             _norm(layer.q_norm, x.qkv_heads[:, :, :-2], x.qkv_heads[:, :, :-2])
             _norm(layer.k_norm, x.qkv_heads[:, :, -2], x.qkv_heads[:, :, -2])
@@ -188,7 +185,7 @@ class DecodeStage:
             window=layer.window,
             out=x.attended,
         )
-        torch.mm(x.flat_attended, layer.projection, out=x.delta)
+        decode_linear(x.flat_attended, layer.projection, out=x.delta)
         self._reduce(x.delta)
         if layer.projection_bias is not None:
             x.delta.add_(layer.projection_bias)
