@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from icegrt.roles.optimizer import inner_optimizers
+from icegrt.roles.optimizer import inner_optimizers, is_torch_adam
 from icegrt.roles.role import Role
 
 _OPTIMIZER_FORMAT = {
@@ -99,6 +99,7 @@ def sharded(role: Role, *, loading: bool) -> dict[str, Any]:
             for optimizer in inner_optimizers(role.optimizer):
                 stack.enter_context(_patched_bucket_offsets(optimizer))
             stack.enter_context(_without_garbage_collection())
+            stack.enter_context(_steps_as_counted(role))
             document["optimizer"] = role.optimizer.sharded_state_dict(
                 document["model"], is_loading=loading, metadata=_OPTIMIZER_FORMAT
             )
@@ -146,6 +147,20 @@ def _without_garbage_collection():
         yield
     finally:
         distrib_optimizer.gc = before
+
+
+@contextlib.contextmanager
+def _steps_as_counted(role: Role):
+    # Megatron 0.16: reads counts of steps from parameter groups if Transformer Engine or apex is installed -> those of
+    # torch's Adam are not saved, and one on the host is torch's. We name the one that counts.
+    from megatron.core.optimizer import distrib_optimizer
+
+    before = distrib_optimizer.HAVE_APEX_OR_TE
+    distrib_optimizer.HAVE_APEX_OR_TE = not is_torch_adam(role.optimizer)
+    try:
+        yield
+    finally:
+        distrib_optimizer.HAVE_APEX_OR_TE = before
 
 
 class _ByRange:
@@ -196,9 +211,10 @@ def init_optimizer_states(role: Role) -> None:
 
 
 def allocate_optimizer_states(role: Role) -> None:
-    """Allocate the optimizer states into which a load copies."""
+    """Allocate the optimizer states into which a load copies, unless they exist."""
     for optimizer in inner_optimizers(role.optimizer):
-        optimizer._init_optimizer_states_with_dummy_values()
+        if not optimizer.optimizer.state:
+            optimizer._init_optimizer_states_with_dummy_values()
 
 
 def load_optimizer(role: Role, state: dict[str, Any]) -> None:
@@ -213,7 +229,8 @@ def load_optimizer(role: Role, state: dict[str, Any]) -> None:
     settings = [{k: v for k, v in group.items() if k not in _NOT_SETTINGS} for group in role.optimizer.param_groups]
     for optimizer in inner_optimizers(role.optimizer):
         optimizer._set_main_param_and_optimizer_states = _state_setter(optimizer)
-    role.optimizer.load_state_dict(state)
+    with _steps_as_counted(role):
+        role.optimizer.load_state_dict(state)
     for group, configured in zip(role.optimizer.param_groups, settings, strict=True):
         group.update(configured)
     for optimizer in inner_optimizers(role.optimizer):

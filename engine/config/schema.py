@@ -43,6 +43,7 @@ class OptimizerConfig:
     eps: float = key(1e-8, "Adam's epsilon; a larger value damps early updates", gt=0)
     weight_decay: float = key(0.0, "decoupled weight decay, not applied to norms and biases", ge=0)
     clip_grad: float = key(1.0, "largest global norm of the gradient; 0: no clipping", ge=0)
+    on_host: bool = key(False, "keep Adam's moments and fp32 master weights in host memory, and take the steps there")
 
 
 @config_class

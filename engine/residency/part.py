@@ -11,8 +11,6 @@ from torch import Tensor
 from icegrt.errors import RunError
 from icegrt.residency.host_memory import HostMemory
 
-_ALIGNMENT = 64  # bytes, of a storage's copy in the host's block
-
 
 @dataclass
 class _Slot:
@@ -127,12 +125,8 @@ class Part:
     def _reserve(self) -> None:
         """Allocate the copies that are missing, as one block of the host."""
         missing = [slot for slot in self._slots.values() if slot.host is None] if self._version is not None else []
-        sizes = [-(-slot.nbytes // _ALIGNMENT) * _ALIGNMENT for slot in missing]
-        if not missing:
-            return
-        blocks = self._host.allocate(sum(sizes)).split(sizes)
-        for slot, block in zip(missing, blocks, strict=True):
-            slot.host = block[: slot.nbytes]
+        for slot, block in zip(missing, self._host.allocate_each([slot.nbytes for slot in missing]), strict=True):
+            slot.host = block
 
 
 def _content(storage: torch.UntypedStorage) -> Tensor:

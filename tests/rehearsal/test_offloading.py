@@ -17,10 +17,12 @@ STATE = (memory.PARAMETERS, memory.GRADIENTS, memory.OPTIMIZER)
 def ranks(tmp_path_factory):
     """Return the counts of one of two data-parallel ranks by what is offloaded."""
     model = write_model(tmp_path_factory.mktemp("rehearsal") / "model")
-    return {
+    ranks = {
         choice: rehearse_rank(small_config(model, f"ppo.offload.roles={choice}"))
         for choice in ("none", "optimizer", "all")
     }
+    keys = ("ppo.optimizer.on_host=true", "ppo.critic.optimizer.on_host=true")
+    return ranks | {"host": rehearse_rank(small_config(model, *keys))}
 
 
 def state_at_peak(rank, phase):
@@ -90,3 +92,13 @@ def test_moves_are_copies_of_the_bytes_that_move(ranks):
     # Changed, it goes: bf16 weights, and this rank's half of master weights and two moments in fp32.
     assert extra[CRITIC, TO_HOST] == pytest.approx((2 + 12 / 2) / 2 * actor[0], rel=0.02)
     assert extra[CRITIC, TO_DEVICE] == pytest.approx(critic[0] + critic[2], rel=0.02)
+
+
+def test_adam_on_the_host_leaves_parameters_and_gradients_and_moves_the_ranks_shard(ranks):
+    resident, host = ranks["none"], ranks["host"]
+    parameters, gradients, _ = state_at_peak(resident, ACTOR)
+    assert state_at_peak(host, ACTOR) == [parameters, gradients, 0]
+    weights = state_at_peak(ranks["all"], ACTOR)[0] / 2  # in bf16
+    for direction in (TO_HOST, TO_DEVICE):  # this rank's half: its gradients go, its master weights come, both in fp32
+        extra = moved(host, ACTOR, direction) - moved(resident, ACTOR, direction)
+        assert extra == pytest.approx(4 * weights / 2, rel=0.02)

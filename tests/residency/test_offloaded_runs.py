@@ -35,6 +35,12 @@ def make(folder, **changes) -> PPOTrainer:
     return PPOTrainer(config, tiny.causal_lm(0), tiny.tokenizer(), reward, tiny.PROMPTS, eval_prompts=tiny.PROMPTS[:2])
 
 
+def on_host(choice: bool) -> dict:
+    """Return changes of the configuration: where the optimizers are."""
+    optimizer = tiny.OptimizerConfig(lr=1e-2, on_host=choice)
+    return {"optimizer": optimizer, "critic": tiny.CriticConfig(optimizer=optimizer)}
+
+
 def state(trainer) -> dict[str, torch.Tensor]:
     """Return copies of weights, moments and counts of steps."""
     tensors = {}
@@ -166,12 +172,14 @@ def test_an_offloaded_run_has_the_bits_of_a_resident_one_and_one_role_at_a_time(
 def parallel(folder, layout, dtype):
     roles.wrap = partial(wrap, overlap=True, bucket_size=2000)
     outcomes = []
-    for roles_offloaded in ("none", "all"):
-        changes = {"offload": {"roles": roles_offloaded}, "parallel": ParallelConfig(**layout), "run": {"dtype": dtype}}
-        with make(folder / roles_offloaded, eval_every=0, **changes) as trainer:
+    for name, some in {"none": {}, "all": {}, "host": on_host(True)}.items():
+        offload = {"roles": "none" if name == "none" else "all"}
+        changes = {"offload": offload, "parallel": ParallelConfig(**layout), "run": {"dtype": dtype}, **some}
+        with make(folder / name, eval_every=0, **changes) as trainer:
             trainer.train()
             outcomes.append(state(trainer))
-    assert tiny.same(*outcomes) and len(outcomes[0]) > 60
+    resident, *others = outcomes
+    assert all(tiny.same(other, resident) for other in others) and len(resident) > 60
 
 
 @pytest.mark.parametrize(("layout", "dtype"), [({}, "bf16"), ({"pipeline": 2}, "fp32")], ids=["dp2", "pp2"])
