@@ -248,8 +248,14 @@ class OffloadConfig:
     )
     actor: Literal["none", "optimizer", "all"] | None = key(None, "of the actor; empty: as `roles`")
     critic: Literal["none", "optimizer", "all"] | None = key(None, "of the critic; empty: as `roles`")
-    reference: Literal["none", "all"] | None = key(None, "of the reference; empty: as `roles`")
-    reward: Literal["none", "all"] | None = key(None, "of the reward models; empty: as `roles`")
+    reference: Literal["none", "all", "layers"] | None = key(
+        None, "of the reference; layers: all, and a pass brings one layer after another; empty: as `roles`"
+    )
+    reward: Literal["none", "all", "layers"] | None = key(None, "of the reward models, as `reference`")
+    prefetch: bool = key(
+        False,
+        "bring back what the next role needs while the present one computes; the device then holds state of both",
+    )
 
 
 @config_class

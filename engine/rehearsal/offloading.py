@@ -13,7 +13,7 @@ from icegrt.distributed.cpu_backend import Patches
 from icegrt.rehearsal.counts import TO_DEVICE, TO_HOST, Copy
 from icegrt.rehearsal.sites import current_site
 from icegrt.rehearsal.watcher import Watcher
-from icegrt.residency import HostMemory, Part
+from icegrt.residency import Copies, HostMemory, Part
 from icegrt.residency import part as parts
 from icegrt.roles import host_adam
 
@@ -37,16 +37,14 @@ def counted_moves(watcher: Watcher) -> Iterator[None]:
             if part._version is not None:
                 slot.host = nothing
 
-    def release(slot: parts._Slot, version: int) -> None:
-        if not slot.storage.nbytes():
-            return
+    def release(slot: parts._Slot, version: int, copies: Copies) -> None:
         if slot.host is not None and slot.version != version:
             count(TO_HOST, slot.nbytes)
             slot.version = version
         watcher.device.release(slot.storage)
         slot.storage.resize_(0)
 
-    def fill(slot: parts._Slot) -> None:
+    def fill(slot: parts._Slot, copies: Copies) -> None:
         if slot.storage.nbytes():
             return
         slot.storage.resize_(slot.nbytes)

@@ -6,11 +6,13 @@ import itertools
 import mmap
 import weakref
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from icegrt.errors import RunError
+from icegrt.residency.copies import Copies, copies_of
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for all contexts
 _ALIGNMENT = 64  # bytes, of each tensor in a block
@@ -34,6 +36,11 @@ class HostMemory:
         self.device = device
         self.bytes = 0
         self._blocks: list[Tensor] = []  # they outlive the finalizers, which need their mappings
+
+    @cached_property
+    def copies(self) -> Copies:
+        """The copies between it and the device."""
+        return copies_of(self.device)
 
     def allocate_each(self, sizes: Sequence[int]) -> list[Tensor]:
         """Return a tensor of uint8 for each size in bytes, all in one new block.

@@ -115,11 +115,11 @@ def test_a_failing_allocation_on_the_device_keeps_what_is_on_the_host(monkeypatc
         fills = []
         fill = parts._Slot.fill
 
-        def some_fail(slot, failing=failing, fills=fills, fill=fill):
+        def some_fail(slot, copies, failing=failing, fills=fills, fill=fill):
             fills.append(slot)
             if len(fills) == failing + 1:
                 raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
-            fill(slot)
+            fill(slot, copies)
 
         with monkeypatch.context() as patches, pytest.raises(RunError) as caught:
             patches.setattr(parts._Slot, "fill", some_fail)
