@@ -42,13 +42,21 @@ class Residency:
         self._parts[role, kind] = part
 
     @contextlib.contextmanager
-    def hold(self, role: str, *kinds: str) -> Iterator[None]:
+    def hold(self, role: str, *kinds: str, trunk: str | None = None) -> Iterator[None]:
         """Keep `kinds` of a role on the device within the context, beside what outer contexts hold.
+
+        Args:
+            role: name of the role.
+            kinds: of its state.
+            trunk: name of the role whose parameters it reads too; they are held with its own.
 
         Raises:
             RunError: they do not fit on the device, or what must leave it does not fit on the host. Nothing is lost.
         """
-        self._held.append(frozenset((role, kind) for kind in kinds))
+        held = {(role, kind) for kind in kinds}
+        if trunk is not None and PARAMETERS in kinds:
+            held.add((trunk, PARAMETERS))
+        self._held.append(frozenset(held))
         try:
             self.move()
             yield
@@ -103,13 +111,15 @@ class Placement:
         role: name of the role.
 
     Attributes:
-        residency: where the role's parts are registered; None: nowhere.
+        residency: of all roles; None: the role is always on the device.
+        trunk: name of the role whose parameters this one reads beside its own; None: it has a whole model.
         is_streamed: forward passes bring the layers to the device, one after another.
     """
 
     def __init__(self, role: str) -> None:
         self.role = role
         self.residency: Residency | None = None
+        self.trunk: str | None = None
         self.is_streamed = False
 
     def hold(self, *kinds: Kind) -> contextlib.AbstractContextManager[None]:
@@ -117,7 +127,7 @@ class Placement:
         if self.residency is None:
             return contextlib.nullcontext()
         ends = (ENDS,) if self.is_streamed and PARAMETERS in kinds else ()
-        return self.residency.hold(self.role, *kinds, *ends)
+        return self.residency.hold(self.role, *kinds, *ends, trunk=self.trunk)
 
     def hold_for_pass(self) -> contextlib.AbstractContextManager[None]:
         """Keep on the device what a forward pass needs beside the layers that it brings there by itself."""

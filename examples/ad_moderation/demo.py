@@ -1,10 +1,14 @@
 """The complete recipe on a small example: data, SFT, samples, reward model, PPO, and a report.
 
     python examples/ad_moderation/demo.py --out runs/demo --seed 0
+    python examples/ad_moderation/demo.py --out runs/demo_lora --sharing lora
 
 The same command resumes an interrupted demo. Settings are in recipe.yaml; overrides have the usual form:
 `demo.py ppo.iterations=4 sft.epochs=1`. Without a GPU the demo starts one data-parallel rank per core, at most four.
 `torchrun ... demo.py` sets another number of ranks.
+
+With `--sharing lora` reward model, actor and critic are adapters on the SFT model, which is the reference too. SFT
+itself trains all weights: it starts from random ones, and an adapter can only refine what a model knows.
 """
 
 import argparse
@@ -35,6 +39,14 @@ RECIPE = HERE / "recipe.yaml"
 CHECKER = f"{HERE / 'reward.py'}:checker_reward"
 STAGES = ("prepare", "sft", "sample", "reward", "ppo", "report")
 RANK_0_STAGES = ("prepare", "report")
+# What --sharing lora changes. Adapters take larger steps than whole models: each moves the weights in few directions.
+LORA_SETTINGS = (
+    "reward.sharing=lora",
+    "reward.optimizer.lr=2e-3",
+    "ppo.sharing=lora",
+    "ppo.optimizer.lr=3e-4",
+    "ppo.critic.optimizer.lr=1e-3",
+)
 MAX_RANKS = 4  # a step of the reward model has four prompts
 
 
@@ -44,8 +56,8 @@ class Demo:
     A finished stage has a file with its seconds. Rank 0 writes it, and every rank waits for it before the next stage.
     """
 
-    def __init__(self, out: Path, seed: int, overrides: list[str]) -> None:
-        self.out, self.seed, self.overrides = out, seed, overrides
+    def __init__(self, out: Path, seed: int, sharing: str, overrides: list[str]) -> None:
+        self.out, self.seed, self.sharing, self.overrides = out, seed, sharing, overrides
         self.data = out / "data"
         out.mkdir(parents=True, exist_ok=True)
         if is_main():
@@ -121,7 +133,7 @@ class Demo:
             RECIPE,
             [
                 f"ppo.actor={self.out / 'sft' / 'model'}",
-                f"ppo.reward_model={self.out / 'reward' / 'model'}",
+                f"ppo.reward_model={self.out / 'reward' / ('adapter' if self.sharing == 'lora' else 'model')}",
                 f"ppo.reward_function={CHECKER}",
                 f"ppo.prompts={self.data / 'prompts_train.jsonl'}",
                 f"ppo.eval_prompts={self.data / 'prompts_validation.jsonl'}",
@@ -164,10 +176,12 @@ class Demo:
         ]
 
     def _overrides_of(self, stage: str) -> list[str]:
-        return [override for override in self.overrides if override.startswith(f"{stage}.")]
+        settings = [*(LORA_SETTINGS if self.sharing == "lora" else ()), *self.overrides]
+        return [setting for setting in settings if setting.startswith(f"{stage}.")]
 
     def _check_same_settings(self) -> None:
-        path, settings = self.out / "demo.json", {"seed": self.seed, "overrides": self.overrides}
+        path = self.out / "demo.json"
+        settings = {"seed": self.seed, "sharing": self.sharing, "overrides": self.overrides}
         if path.is_file():
             if json.loads(path.read_text(encoding="utf-8")) != settings:
                 raise UserError(f"{self.out}: holds a demo with other settings; choose another --out or delete it")
@@ -181,6 +195,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "runs/demo")), help="folder of the run")
     parser.add_argument("--seed", type=int, default=0, help="seed of data, sampling and training")
+    parser.add_argument(
+        "--sharing",
+        choices=("full", "lora"),
+        default=os.environ.get("SHARING", "full"),
+        help="full: a model for each role; lora: adapters on the SFT model, which is the reference",
+    )
     parser.add_argument("overrides", nargs="*", help="settings, as in sft.epochs=1 ppo.kl_coef=0.1")
     arguments = parser.parse_args()
     unknown = [o for o in arguments.overrides if o.split(".")[0] not in STAGES or "=" not in o]
@@ -191,7 +211,7 @@ def main() -> int:
         return _launch(ranks)
     try:
         with failure.exit_on_peer_failure():
-            Demo(arguments.out, arguments.seed, arguments.overrides).run()
+            Demo(arguments.out, arguments.seed, arguments.sharing, arguments.overrides).run()
     except UserError as error:
         if failure.should_report(error):
             print(f"error: {error}", file=sys.stderr)
