@@ -7,19 +7,17 @@ import io
 import queue
 import types
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from icegrt.roles.optimizer import inner_optimizers
+from icegrt.checkpoint.optimizer_shards import load_states, sharded_states
+from icegrt.roles.optimizer import inner_optimizers, is_torch_adam
 from icegrt.roles.role import Role
 
-_OPTIMIZER_FORMAT = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-}
+_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 _NOT_SETTINGS = ("params", "step")  # keys of a parameter group
 
@@ -96,9 +94,9 @@ def sharded(role: Role, *, loading: bool) -> dict[str, Any]:
     document: dict[str, Any] = {"model": sharded_model(role)}
     if role.learns:
         with contextlib.ExitStack() as stack:
-            for optimizer in inner_optimizers(role.optimizer):
-                stack.enter_context(_patched_bucket_offsets(optimizer))
+            stack.enter_context(_own_shards(role))
             stack.enter_context(_without_garbage_collection())
+            stack.enter_context(_steps_as_counted(role))
             document["optimizer"] = role.optimizer.sharded_state_dict(
                 document["model"], is_loading=loading, metadata=_OPTIMIZER_FORMAT
             )
@@ -111,27 +109,22 @@ def sharded_model(role: Role) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _patched_bucket_offsets(optimizer):
-    # Megatron 0.16: joins the states of its buckets without their padding, but slices parameters by offsets that count
-    # it -> with several buckets (a tied embedding over a pipeline, overlapped reduction) all states behind the first
-    # gap are saved shifted. We re-insert the padding.
-    get_state = optimizer.get_parameter_state_dp_zero
-
-    def get_padded_state(**kwargs):
-        if optimizer.data_parallel_group.size() == 1 and not kwargs["empty_data"]:
-            return _states_in_place(optimizer)
-        state = get_state(**kwargs)
-        for index, buffer in enumerate(optimizer.buffers if state is not None else ()):
-            for tensors in state[index].values():
-                for name in [n for n, tensor in tensors.items() if isinstance(tensor, Tensor)]:
-                    tensors[name] = _with_padding(tensors[name], buffer)
-        return state
-
-    optimizer.get_parameter_state_dp_zero = get_padded_state
+def _own_shards(role: Role):
+    # Megatron 0.16: see `optimizer_shards`. We replace the functions that save and load the states of parameters.
+    optimizers = inner_optimizers(role.optimizer)
+    for optimizer in optimizers:
+        optimizer.sharded_param_state_fully_reshardable = partial(_sharded_states, optimizer)
+        optimizer.load_parameter_state_from_fully_reshardable = partial(load_states, optimizer)
     try:
         yield
     finally:
-        del optimizer.get_parameter_state_dp_zero
+        for optimizer in optimizers:
+            del optimizer.sharded_param_state_fully_reshardable
+            del optimizer.load_parameter_state_from_fully_reshardable
+
+
+def _sharded_states(optimizer: Any, sharded_model: Any, is_loading: bool, metadata: Any) -> dict[int, Any]:
+    return sharded_states(optimizer, sharded_model)
 
 
 @contextlib.contextmanager
@@ -148,36 +141,18 @@ def _without_garbage_collection():
         distrib_optimizer.gc = before
 
 
-class _ByRange:
-    """States of a buffer's parameters, selected by the parameter's range: what Megatron slices a gathered tensor by."""
+@contextlib.contextmanager
+def _steps_as_counted(role: Role):
+    # Megatron 0.16: reads counts of steps from parameter groups if Transformer Engine or apex is installed -> those of
+    # torch's Adam are not saved, and one on the host is torch's. We name the one that counts.
+    from megatron.core.optimizer import distrib_optimizer
 
-    def __init__(self, states: dict[int, Tensor]) -> None:
-        self.states = states
-
-    def __getitem__(self, span: slice) -> Tensor:
-        return self.states[span.start]
-
-
-def _states_in_place(optimizer) -> dict[int, Any]:
-    # Megatron 0.16: also with one data-parallel rank, it copies states to shards, gathers these and joins them -> 32
-    # bytes of host memory per parameter. We return the states themselves.
-    document: dict[int, Any] = {}
-    for index, (buffer, ranges) in enumerate(zip(optimizer.buffers, optimizer.gbuf_ranges, strict=True)):
-        by_name: dict[str, dict[int, Tensor]] = {"param": {}, "exp_avg": {}, "exp_avg_sq": {}}
-        for parameter, (start, *_) in buffer.param_index_map.items():
-            tensors = optimizer._get_main_param_and_optimizer_states(parameter)
-            for name, states in by_name.items():
-                states[start] = tensors[name].detach().view(-1)
-        document[index] = {dtype: {name: _ByRange(states) for name, states in by_name.items()} for dtype in ranges}
-    return document
-
-
-def _with_padding(state: Tensor, buffer) -> Tensor:
-    padded = state.new_zeros(buffer.numel)
-    bucket_states = state.split([bucket.numel_unpadded for bucket in buffer.buckets])
-    for bucket, bucket_state in zip(buffer.buckets, bucket_states, strict=True):
-        padded[bucket.offset : bucket.offset + bucket_state.numel()] = bucket_state
-    return padded
+    before = distrib_optimizer.HAVE_APEX_OR_TE
+    distrib_optimizer.HAVE_APEX_OR_TE = not is_torch_adam(role.optimizer)
+    try:
+        yield
+    finally:
+        distrib_optimizer.HAVE_APEX_OR_TE = before
 
 
 def init_optimizer_states(role: Role) -> None:
@@ -196,9 +171,10 @@ def init_optimizer_states(role: Role) -> None:
 
 
 def allocate_optimizer_states(role: Role) -> None:
-    """Allocate the optimizer states into which a load copies."""
+    """Allocate the optimizer states into which a load copies, unless they exist."""
     for optimizer in inner_optimizers(role.optimizer):
-        optimizer._init_optimizer_states_with_dummy_values()
+        if not optimizer.optimizer.state:
+            optimizer._init_optimizer_states_with_dummy_values()
 
 
 def load_optimizer(role: Role, state: dict[str, Any]) -> None:
@@ -211,29 +187,13 @@ def load_optimizer(role: Role, state: dict[str, Any]) -> None:
         state: the optimizer's part of a loaded `sharded(role, loading=True)`.
     """
     settings = [{k: v for k, v in group.items() if k not in _NOT_SETTINGS} for group in role.optimizer.param_groups]
-    for optimizer in inner_optimizers(role.optimizer):
-        optimizer._set_main_param_and_optimizer_states = _state_setter(optimizer)
-    role.optimizer.load_state_dict(state)
+    with _own_shards(role), _steps_as_counted(role):
+        role.optimizer.load_state_dict(state)
     for group, configured in zip(role.optimizer.param_groups, settings, strict=True):
         group.update(configured)
     for optimizer in inner_optimizers(role.optimizer):
-        del optimizer._set_main_param_and_optimizer_states
         # Megatron 0.16: all parameters share one step tensor after a load -> torch's Adam advances it once per
         # parameter. We clone it. (Adam of apex and Transformer Engine counts steps by group.)
         for entry in optimizer.optimizer.state.values():
             if "step" in entry:
                 entry["step"] = entry["step"].clone()
-
-
-def _state_setter(optimizer):
-    # Megatron 0.16: its own setter copies every state of the optimizer, but the `step` of torch's AdamW is not among
-    # the loaded tensors -> KeyError. We copy the loaded tensors.
-    def set_states(model_param, tensors) -> None:
-        group, order = optimizer.model_param_group_index_map[model_param]
-        main = optimizer.optimizer.param_groups[group]["params"][order]
-        targets = {"param": main, **optimizer.optimizer.state[main]}
-        with torch.no_grad():
-            for name, value in tensors.items():
-                targets[name].copy_(value)
-
-    return set_states

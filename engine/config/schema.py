@@ -44,6 +44,7 @@ class OptimizerConfig:
     eps: float = key(1e-8, "Adam's epsilon; a larger value damps early updates", gt=0)
     weight_decay: float = key(0.0, "decoupled weight decay, not applied to norms and biases", ge=0)
     clip_grad: float = key(1.0, "largest global norm of the gradient; 0: no clipping", ge=0)
+    on_host: bool = key(False, "keep Adam's moments and fp32 master weights in host memory, and take the steps there")
 
 
 @config_class
@@ -266,8 +267,14 @@ class OffloadConfig:
     )
     actor: Literal["none", "optimizer", "all"] | None = key(None, "of the actor; empty: as `roles`")
     critic: Literal["none", "optimizer", "all"] | None = key(None, "of the critic; empty: as `roles`")
-    reference: Literal["none", "all"] | None = key(None, "of the reference; empty: as `roles`")
-    reward: Literal["none", "all"] | None = key(None, "of the reward models; empty: as `roles`")
+    reference: Literal["none", "all", "layers"] | None = key(
+        None, "of the reference; layers: all, and a pass brings one layer after another; empty: as `roles`"
+    )
+    reward: Literal["none", "all", "layers"] | None = key(None, "of the reward models, as `reference`")
+    prefetch: bool = key(
+        False,
+        "bring back what the next role needs while the present one computes; the device then holds state of both",
+    )
 
 
 @config_class

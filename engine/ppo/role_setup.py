@@ -19,6 +19,7 @@ from icegrt.model.pipeline_model import PipelineModel
 from icegrt.ppo.reward_sources import RewardComposition
 from icegrt.residency import GRADIENTS, KINDS, OPTIMIZER, HostMemory, Kind, Residency
 from icegrt.rewards.sources import MODEL_NAME
+from icegrt.roles.layer_stream import stream_layers
 from icegrt.roles.offload import place
 from icegrt.roles.role import Role, TrainableRole
 from icegrt.utils.files import read_object
@@ -133,7 +134,7 @@ def build_roles(
     critic_steps = iterations * config.critic_epochs * config.minibatches
     trainable = {"actor": (config.optimizer, max(1, actor_steps)), "critic": (critic.optimizer, critic_steps)}
     kinds_by_role = {name: _offloaded_kinds(config.offload, name) for name in sources}
-    residency, host = Residency(), HostMemory(cluster.device)
+    residency, host = Residency(prefetch=config.offload.prefetch), HostMemory(cluster.device)
     models = _Models(config, cluster, sources)
     roles: dict[str, Role] = {}
     for name, source in sources.items():
@@ -143,7 +144,10 @@ def build_roles(
         model.requires_grad_(name in trainable)
         roles[name] = TrainableRole(name, model, *trainable[name]) if name in trainable else Role(name, model)
         if any(kinds_by_role.values()):
-            place(roles[name], residency, host, kinds_by_role[name], TRUNK if source.is_adapter else None)
+            if _offload_choice(config.offload, name) == "layers" and not source.is_adapter:
+                stream_layers(roles[name], residency, host)
+            else:
+                place(roles[name], residency, host, kinds_by_role[name], TRUNK if source.is_adapter else None)
             residency.move()  # makes room for the next role
     return roles
 
@@ -192,9 +196,14 @@ class _Models:
 
 def _offloaded_kinds(config: OffloadConfig, role: str) -> tuple[Kind, ...]:
     """Return what of a role leaves the device while the role is not in use."""
+    choices: dict[str, tuple[Kind, ...]] = {"none": (), "optimizer": (GRADIENTS, OPTIMIZER), "all": KINDS}
+    return choices.get(_offload_choice(config, role), KINDS)
+
+
+def _offload_choice(config: OffloadConfig, role: str) -> str:
     own = getattr(config, role if role in ("actor", "critic", "reference") else "reward")
-    choice = own if own is not None else config.roles
-    return {"none": (), "optimizer": (GRADIENTS, OPTIMIZER), "all": KINDS}[choice]
+    choice: str = own if own is not None else config.roles
+    return choice
 
 
 def _check_same_vocabulary(actor: HFCheckpointReader, other: HFCheckpointReader, name: str) -> None:

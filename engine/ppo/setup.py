@@ -238,6 +238,11 @@ def check_config(config: PPOConfig) -> None:
         raise ConfigError("ppo.sampling.temperature must be above 0: a greedy policy explores nothing")
     if config.sharing == "lora":
         AdapterSpec.of(config.lora, "ppo.lora")
+        if config.offload.reference == "layers":
+            raise ConfigError(
+                "ppo.offload.reference=layers needs a reference with weights of its own: with ppo.sharing=lora they "
+                "are also those that actor and critic train on. Set it to all or none, or ppo.sharing=full"
+            )
     if config.reuse_update_logprob and (config.ppo_epochs, config.minibatches) != (1, 1):
         raise ConfigError("ppo.reuse_update_logprob needs ppo.ppo_epochs=1 and ppo.minibatches=1")
     if config.ptx_coef and not config.ptx_data:

@@ -35,6 +35,7 @@ from icegrt.rehearsal.offloading import counted_moves
 from icegrt.rehearsal.process_groups import GroupUse, groups_of
 from icegrt.rehearsal.watcher import Watcher
 from icegrt.rehearsal.workload import Workload
+from icegrt.residency import KINDS
 from icegrt.roles.optimizer import inner_optimizers
 from icegrt.roles.role import Role, TrainableRole
 from icegrt.rollout.decoder import Decoder
@@ -110,6 +111,7 @@ def run_iteration(
         report(BUILD)
         with watcher.phase(BUILD):
             iteration = _Iteration(config, cluster, watcher)
+            iteration.announce_order()
         # 2. The stages in the order of an iteration.
         report("rollout")
         sequences = iteration.rollout(workload)
@@ -181,6 +183,19 @@ class _Iteration:
             for parameter in role.model.parameters():
                 label(parameter, memory.PARAMETERS)
         return roles
+
+    def announce_order(self) -> None:
+        """Hold what an iteration holds, in its order: prefetching knows it from the iteration before."""
+        if not self.config.offload.prefetch:
+            return
+        forward = [self.actor, *(self.roles[name] for name in self.specs), self.critic, self.actor, self.reference]
+        for role in forward:
+            with role.placement.hold_for_pass():
+                pass
+        for role in (self.actor, self.critic):
+            role.placement.require(*KINDS)
+        with self.actor.placement.hold_for_pass():
+            pass
 
     def rollout(self, workload: Workload) -> int:
         """Prefill, and take `decode_steps` steps with all sequences. Returns the sequences of this rank."""

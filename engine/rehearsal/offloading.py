@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from icegrt.distributed.cpu_backend import Patches
 from icegrt.rehearsal.counts import TO_DEVICE, TO_HOST, Copy
 from icegrt.rehearsal.sites import current_site
 from icegrt.rehearsal.watcher import Watcher
-from icegrt.residency import Part
+from icegrt.residency import Copies, HostMemory, Part
 from icegrt.residency import part as parts
+from icegrt.roles import host_adam
 
 
 @contextlib.contextmanager
 def counted_moves(watcher: Watcher) -> Iterator[None]:
     """Let parts release and fill storages of the meta device; copies are counted as pinned and not blocking.
+
+    An Adam on the host copies gradients and weights; what the host computes is not counted.
 
     Args:
         watcher: counts copies, and what is on the device.
@@ -32,16 +37,14 @@ def counted_moves(watcher: Watcher) -> Iterator[None]:
             if part._version is not None:
                 slot.host = nothing
 
-    def release(slot: parts._Slot, version: int) -> None:
-        if not slot.storage.nbytes():
-            return
+    def release(slot: parts._Slot, version: int, copies: Copies) -> None:
         if slot.host is not None and slot.version != version:
             count(TO_HOST, slot.nbytes)
             slot.version = version
         watcher.device.release(slot.storage)
         slot.storage.resize_(0)
 
-    def fill(slot: parts._Slot) -> None:
+    def fill(slot: parts._Slot, copies: Copies) -> None:
         if slot.storage.nbytes():
             return
         slot.storage.resize_(slot.nbytes)
@@ -52,11 +55,33 @@ def counted_moves(watcher: Watcher) -> Iterator[None]:
             watcher.counts.launches["zero_", current_site()] += 1
             watcher.counts.bytes_written += slot.nbytes
 
+    def allocate(host: HostMemory, sizes: Sequence[int]) -> list[Tensor]:
+        # Tensors of the device without memory, unseen by the watcher: nothing but the copies below reads them.
+        with _disable_current_modes():
+            blocks = [torch.empty(size, dtype=torch.uint8, device=host.device) for size in sizes]
+            for block in blocks:
+                block.untyped_storage().resize_(0)
+        return blocks
+
+    def to_host(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+        for _, source in copies:
+            count(TO_HOST, source.numel() * source.element_size())
+        watcher.record_sync("copy to the host")
+
+    def to_device(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+        for target, source in copies:
+            count(TO_DEVICE, source.numel() * source.element_size())
+            target.copy_(torch.empty_like(source, device=target.device))
+
     patches = Patches()
     try:
         patches.set(Part, "_reserve", reserve)
         patches.set(parts._Slot, "release", release)
         patches.set(parts._Slot, "fill", fill)
+        patches.set(HostMemory, "allocate_each", allocate)
+        patches.set(host_adam, "to_host", to_host)
+        patches.set(host_adam, "to_device", to_device)
+        patches.set(host_adam.HostAdam, "step_on_host", lambda adam: None)
         yield
     finally:
         patches.undo()

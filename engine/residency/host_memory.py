@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import weakref
+from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from icegrt.errors import RunError
+from icegrt.residency.copies import Copies, copies_of
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for all contexts
+_ALIGNMENT = 64  # bytes, of each tensor in a block
 
 
 class HostMemory:
@@ -32,24 +37,42 @@ class HostMemory:
         self.bytes = 0
         self._blocks: list[Tensor] = []  # they outlive the finalizers, which need their mappings
 
-    def allocate(self, nbytes: int) -> Tensor:
-        """Return `nbytes` bytes, as uint8. It must be more than 0.
+    @cached_property
+    def copies(self) -> Copies:
+        """The copies between it and the device."""
+        return copies_of(self.device)
+
+    def allocate_each(self, sizes: Sequence[int]) -> list[Tensor]:
+        """Return a tensor of uint8 for each size in bytes, all in one new block.
+
+        Each has a storage of its own size: Megatron's checkpoints copy tensors whose storages are larger.
+
+        Args:
+            sizes: more than 0 each.
 
         Raises:
             RunError: the host has too little memory.
         """
+        if not sizes:
+            return []
+        offsets = [0, *itertools.accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
+        nbytes = offsets.pop()
         try:
-            block = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+            mapping = mmap.mmap(-1, nbytes)
+            block = torch.frombuffer(mapping, dtype=torch.uint8)
             if self.device.type == "cuda":
                 self._pin(block)
         except (OSError, MemoryError, RuntimeError) as error:
             raise RunError(
-                f"offloading: {nbytes:,} bytes of host memory cannot be allocated ({error}); set ppo.offload to keep "
-                "more on the device, or give the process more memory"
+                f"offloading: {nbytes:,} bytes of host memory cannot be allocated ({error}); set ppo.offload and "
+                "optimizer.on_host to keep more on the device, or give the process more memory"
             ) from None
         self.bytes += nbytes
         self._blocks.append(block)
-        return block
+        return [
+            torch.frombuffer(mapping, dtype=torch.uint8, count=size, offset=offset)
+            for size, offset in zip(sizes, offsets, strict=True)
+        ]
 
     def _pin(self, block: Tensor) -> None:
         address, cudart = block.data_ptr(), torch.cuda.cudart()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from icegrt.errors import RunError
+from icegrt.residency.copies import Copies
 from icegrt.residency.host_memory import HostMemory
-
-_ALIGNMENT = 64  # bytes, of a storage's copy in the host's block
 
 
 @dataclass
@@ -30,17 +30,14 @@ class _Slot:
     host: Tensor | None = None
     version: int | None = None
 
-    def release(self, version: int) -> None:
-        if not self.storage.nbytes():
-            return
+    def release(self, version: int, copies: Copies) -> None:
         if self.host is not None and self.version != version:
             self.version = None
-            self.host.copy_(_content(self.storage), non_blocking=True)
+            copies.to_host(self.host, _content(self.storage))
             self.version = version
-        # The copy and later users of the memory are on one stream.
         self.storage.resize_(0)
 
-    def fill(self) -> None:
+    def fill(self, copies: Copies) -> None:
         if self.storage.nbytes():
             return
         self.storage.resize_(self.nbytes)
@@ -48,16 +45,17 @@ class _Slot:
         if self.host is None:
             content.zero_()
         else:
-            content.copy_(self.host, non_blocking=True)
+            copies.to_device(content, self.host)
 
 
 class Part:
     """The storages of one kind of state of one role.
 
     `release` copies them to the host and resizes them to 0 bytes, `fill` does the reverse. Views and contiguous buffers
-    stay valid, because no tensor changes its storage. A released tensor must not be read.
+    stay valid, because no tensor changes its storage. A released tensor must not be read. `prefetch` begins what a
+    later `fill` completes.
 
-    Both may be called again after they have failed. The state is then complete: each storage is on the device, or its
+    All may be called again after they have failed. The state is then complete: each storage is on the device, or its
     copy is on the host.
 
     Args:
@@ -75,11 +73,20 @@ class Part:
         self._tensors, self._host, self._version = tensors, host, version
         self._slots: dict[int, _Slot] = {}
         self._is_resident = True
+        self._is_arriving = False  # all copies to the device have begun; the computation has not waited for them
+        # Marks behind the last copies to the host and to the device.
+        self._left: Any = None
+        self._arrived: Any = None
 
     @property
     def is_resident(self) -> bool:
-        """Whether all storages are on the device."""
+        """Whether all storages are on the device, and the computation may use them."""
         return self._is_resident
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the content returns with the storages; without, they are zeros."""
+        return self._version is not None
 
     def release(self) -> None:
         """Free the device memory of the part.
@@ -90,10 +97,33 @@ class Part:
         if self._is_resident:
             self._slots = self._present_slots()
             self._reserve()
-        self._is_resident = False
+        self._is_resident = self._is_arriving = False
+        present = [slot for slot in self._slots.values() if slot.storage.nbytes()]
+        if not present:
+            return
         version = self._version() if self._version is not None else 0
-        for slot in self._slots.values():
-            slot.release(version)
+        copies = self._host.copies
+        copies.begin_to_host()
+        try:
+            for slot in present:
+                slot.release(version, copies)
+        finally:
+            self._left = copies.mark_to_host()
+
+    def prefetch(self) -> bool:
+        """Begin to bring the part back to the device, for a later `fill`; do nothing if it is there.
+
+        Returns:
+            Whether the device has the memory. If not, nothing of the part stays there.
+        """
+        if self._is_resident or self._is_arriving:
+            return True
+        try:
+            self._begin_fill()
+        except RuntimeError:  # torch.OutOfMemoryError on a GPU
+            self.release()
+            return False
+        return True
 
     def fill(self) -> None:
         """Bring the part back to the device.
@@ -104,8 +134,8 @@ class Part:
         if self._is_resident:
             return
         try:
-            for slot in self._slots.values():
-                slot.fill()
+            if not self._is_arriving:
+                self._begin_fill()
         except RuntimeError as error:  # torch.OutOfMemoryError on a GPU
             missing = sum(slot.nbytes for slot in self._slots.values() if not slot.storage.nbytes())
             raise RunError(
@@ -113,7 +143,19 @@ class Part:
                 f"{str(error).splitlines()[0]}); lower ppo.token_budget or ppo.max_batch, or offload more by "
                 "ppo.offload"
             ) from None
-        self._is_resident = True
+        self._host.copies.wait(self._arrived)
+        self._is_resident, self._is_arriving = True, False
+
+    def _begin_fill(self) -> None:
+        """Begin the copies of the storages that are not on the device."""
+        copies = self._host.copies
+        copies.begin_to_device(self._left)
+        try:
+            for slot in self._slots.values():
+                slot.fill(copies)
+        finally:
+            self._arrived = copies.mark_to_device()
+        self._is_arriving = True
 
     def _present_slots(self) -> dict[int, _Slot]:
         """Return a slot for each storage of the part, with the copies that earlier releases have allocated."""
@@ -127,12 +169,8 @@ class Part:
     def _reserve(self) -> None:
         """Allocate the copies that are missing, as one block of the host."""
         missing = [slot for slot in self._slots.values() if slot.host is None] if self._version is not None else []
-        sizes = [-(-slot.nbytes // _ALIGNMENT) * _ALIGNMENT for slot in missing]
-        if not missing:
-            return
-        blocks = self._host.allocate(sum(sizes)).split(sizes)
-        for slot, block in zip(missing, blocks, strict=True):
-            slot.host = block[: slot.nbytes]
+        for slot, block in zip(missing, self._host.allocate_each([slot.nbytes for slot in missing]), strict=True):
+            slot.host = block
 
 
 def _content(storage: torch.UntypedStorage) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from icegrt.residency import GRADIENTS, OPTIMIZER, PARAMETERS, HostMemory, Kind, Part, Residency
+from icegrt.roles.host_adam import HostAdam
 from icegrt.roles.optimizer import inner_optimizers, wait_for_param_gather
 from icegrt.roles.role import Role, TrainableRole
 
@@ -64,12 +65,14 @@ def _gradient_buffers(role: TrainableRole) -> Iterable[Tensor]:
 
 
 def _optimizer_state(role: TrainableRole) -> Iterable[Tensor]:
-    """Return fp32 master weights and moments. Adam's counts of steps stay where they are."""
+    """Return fp32 master weights and moments on the device. Adam's counts of steps stay where they are."""
     # Without a dtype to convert, Megatron's master weights are views of the parameters.
     weights = {parameter.untyped_storage()._cdata for parameter in role.model.parameters()}
     tensors: list[Tensor] = []
     for inner in inner_optimizers(role.optimizer):
         adam = inner.optimizer
+        if isinstance(adam, HostAdam):
+            continue
         mains = (main for group in adam.param_groups for main in group["params"])
         tensors += (main for main in mains if main.untyped_storage()._cdata not in weights)
         tensors += (x for state in adam.state.values() for x in state.values() if isinstance(x, Tensor) and x.dim())

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from icegrt.config import OptimizerConfig
 from icegrt.model.pipeline_model import PipelineModel
+from icegrt.residency import HostMemory
+from icegrt.roles.host_adam import move_to_host
 
 
 def wrap(model: PipelineModel, *, overlap: bool | None = None, bucket_size: int | None = None) -> list[Any]:
@@ -79,7 +81,11 @@ def wait_for_param_gather(ddps: list[Any]) -> None:
 
 
 def make_optimizer(config: OptimizerConfig, ddps: list[Any], model_config: Any) -> Any:
-    """Return Megatron's distributed AdamW over the parameters of all `ddps`."""
+    """Return Megatron's distributed AdamW over the parameters of all `ddps`.
+
+    Raises:
+        RunError: the host has too little memory for the optimizer's state.
+    """
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core.optimizer import get_megatron_optimizer
 
@@ -99,9 +105,13 @@ def make_optimizer(config: OptimizerConfig, ddps: list[Any], model_config: Any) 
     # On a GPU there is no gloo group; checkpoints gather states over NCCL.
     gloo = not next(ddps[0].parameters()).is_cuda
     optimizer = get_megatron_optimizer(settings, list(ddps), use_gloo_process_groups=gloo)
+    host = HostMemory(next(ddps[0].parameters()).device)
     for inner in inner_optimizers(optimizer):
         _index_as_ordered(inner)
-        _use_multi_tensor_kernels(inner)
+        if config.on_host:
+            move_to_host(inner, host)
+        else:
+            _use_multi_tensor_kernels(inner)
     if is_torch_adam(optimizer):
         # Megatron 0.16: without Transformer Engine and apex the norm of every single gradient is read on the host -> a
         # wait per parameter. Ours is read once.

@@ -107,7 +107,7 @@ class Role:
             return tuple(x.float() for x in vectors)
 
         work = [(batch, read) for batch in batches]
-        with self.placement.hold(PARAMETERS):
+        with self.placement.hold_for_pass():
             rows = self._run(self.model.chunks, work, collect, forward_only=True, collect_non_loss_data=True)
         return broadcast_from_last_stage(rows, [sizes(batch) for batch in batches], self.device)
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from icegrt.kernels import add_rms_norm, paged_attention, rms_norm, rope_write_kv, swiglu
+from icegrt.kernels import add_rms_norm, decode_linear, paged_attention, rms_norm, rope_write_kv, swiglu
 from icegrt.rollout.weights import LayerWeights, LowRankWeights, NormWeight, StageWeights
 
 # Legend: T, rows; S, sequences; H, hidden size; B, blocks; G, key/value heads; K, tokens of a block; D, elements of a
@@ -138,10 +138,10 @@ class DecodeStage:
             self._attend(layer, index, step, x)
             _add_and_norm(layer.mlp_norm, x)
             # 2. The MLP's result is added and normed for the next layer: additions and norms are one pass.
-            torch.mm(x.normed, layer.gate_up, out=x.gate_up)
+            decode_linear(x.normed, layer.gate_up, out=x.gate_up)
             _add_low_rank(layer.gate_up_adapter, x.normed, x.gate_up, x)
             swiglu(x.gate_up, out=x.gated)
-            torch.mm(x.gated, layer.down, out=x.delta)
+            decode_linear(x.gated, layer.down, out=x.delta)
             _add_low_rank(layer.down_adapter, x.gated, x.delta, x)
             self._reduce(x.delta)
             following = layers[index + 1].input_norm if index + 1 < len(layers) else self.weights.final_norm
@@ -172,10 +172,7 @@ class DecodeStage:
         self._reduce(x.residual)
 
     def _attend(self, layer: LayerWeights, index: int, step: StepRows, x: Activations) -> None:
-        if layer.qkv_bias is None:
-            torch.mm(x.normed, layer.qkv, out=x.qkv)
-        else:
-            torch.addmm(layer.qkv_bias, x.normed, layer.qkv, out=x.qkv)
+        decode_linear(x.normed, layer.qkv, layer.qkv_bias, out=x.qkv)
         _add_low_rank(layer.qkv_adapter, x.normed, x.qkv, x)
         if layer.q_norm is not None and layer.k_norm is not None:
             _norm(layer.q_norm, x.qkv_heads[:, :, :-2], x.qkv_heads[:, :, :-2])
@@ -194,7 +191,7 @@ class DecodeStage:
             window=layer.window,
             out=x.attended,
         )
-        torch.mm(x.flat_attended, layer.projection, out=x.delta)
+        decode_linear(x.flat_attended, layer.projection, out=x.delta)
         _add_low_rank(layer.projection_adapter, x.flat_attended, x.delta, x)
         self._reduce(x.delta)
         if layer.projection_bias is not None:

@@ -65,15 +65,15 @@ class LowRankWeights:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """The parameters of a layer, this rank's tensor-parallel slice of them. Matrices are transposed views.
+    """The parameters of a layer, this rank's tensor-parallel slice of them.
 
     Attributes:
         input_norm, mlp_norm: norms before attention and before the MLP.
-        qkv: [H, (heads + 2 kv_heads) head_dim], columns ordered by group: its queries, its key, its value.
+        qkv: [(heads + 2 kv_heads) head_dim, H], rows ordered by group: its queries, its key, its value.
         qkv_bias: its bias, or None.
         q_norm, k_norm: norms by head before the rotation, or None.
-        projection: [heads head_dim, H], attention's output projection; `projection_bias`: its bias, or None.
-        gate_up: [H, 2 F]; `down`: [F, H].
+        projection: [H, heads head_dim], attention's output projection; `projection_bias`: its bias, or None.
+        gate_up: [2 F, H]; `down`: [H, F].
         window: tokens that a token attends to, itself included; None: all.
         qkv_adapter, projection_adapter, gate_up_adapter, down_adapter: what is added to the products; None: nothing.
     """
@@ -102,15 +102,15 @@ class LayerWeights:
         assert input_norm is not None and mlp_norm is not None
         return cls(
             input_norm,
-            attention.linear_qkv.weight.detach().t(),
+            attention.linear_qkv.weight.detach(),
             _detached(attention.linear_qkv.bias),
             NormWeight.of(attention.q_layernorm),
             NormWeight.of(attention.k_layernorm),
-            attention.linear_proj.weight.detach().t(),
+            attention.linear_proj.weight.detach(),
             _detached(attention.linear_proj.bias),
             mlp_norm,
-            mlp.linear_fc1.weight.detach().t(),
-            mlp.linear_fc2.weight.detach().t(),
+            mlp.linear_fc1.weight.detach(),
+            mlp.linear_fc2.weight.detach(),
             attention.core_attention.window,
             LowRankWeights.of(adapter, "self_attention.linear_qkv"),
             LowRankWeights.of(adapter, "self_attention.linear_proj"),

@@ -1,7 +1,8 @@
 """A script that trains models of 7.6 million parameters with PPO, in a limited amount of private memory.
 
 `python limited_memory.py make FOLDER` writes the models; `run FOLDER OFFLOAD LIMIT` trains an iteration and prints the
-peak of private memory beyond that of a run of tiny models. LIMIT is what the operating system grants beyond it, in
+peak of private memory beyond that of a run of tiny models. OFFLOAD is `none`, `all` or `host`: all, and the state of
+the optimizers on the host. LIMIT is what the operating system grants beyond it, in
 bytes; 0: no limit. Shared mappings, which hold what is offloaded, are not counted and not limited.
 """
 
@@ -46,7 +47,14 @@ def run(folder: str, offload: str, limit: str) -> None:
 
 
 def train(folder: Path, actor, reward, offload: str) -> None:
-    config = tiny.ppo_config(folder, iterations=1, offload={"roles": offload})
+    optimizer = tiny.OptimizerConfig(lr=1e-2, on_host=offload == "host")
+    config = tiny.ppo_config(
+        folder,
+        iterations=1,
+        offload={"roles": "none" if offload == "none" else "all"},
+        optimizer=optimizer,
+        critic=tiny.CriticConfig(optimizer=optimizer),
+    )
     with PPOTrainer(config, actor, tiny.tokenizer(), [reward, tiny.count_letters], tiny.PROMPTS) as trainer:
         trainer.train()
 

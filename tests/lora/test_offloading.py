@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 
 from icegrt.config import CriticConfig, OptimizerConfig, ParallelConfig
+from icegrt.errors import ConfigError
 from icegrt.ppo.trainer import PPOTrainer
 from icegrt.residency import GRADIENTS, OPTIMIZER, PARAMETERS, Residency
 from icegrt.roles import role as roles
@@ -50,6 +51,19 @@ def test_an_offloaded_run_has_the_bits_of_a_resident_one(dtype, tmp_path, monkey
         assert trunk in held or not learns
     assert any(("reward", PARAMETERS) in held and trunk not in held for held, _ in seen)
     assert any({("actor", kind) for kind in (PARAMETERS, GRADIENTS, OPTIMIZER)} | {trunk} == held for held, _ in seen)
+
+
+def test_adapters_with_their_optimizers_on_the_host_and_prefetching_have_the_bits_of_a_resident_run(tmp_path):
+    expected = train(tmp_path / "resident")
+    on_host = OptimizerConfig(lr=1e-2, on_host=True)
+    changes = {"optimizer": on_host, "critic": CriticConfig(init="actor", optimizer=on_host)}
+    offload = {"roles": "all", "reward": "layers", "prefetch": True}
+    assert tiny.same(train(tmp_path / "host", offload=offload, **changes), expected)
+
+
+def test_the_layers_of_a_trunk_that_roles_train_on_cannot_be_streamed(tmp_path):
+    with pytest.raises(ConfigError, match=r"ppo\.offload\.reference=layers needs a reference with weights of its own"):
+        make(tmp_path, offload={"reference": "layers"})
 
 
 def overlapped(folder, layout, dtype):

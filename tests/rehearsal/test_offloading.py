@@ -17,10 +17,16 @@ STATE = (memory.PARAMETERS, memory.GRADIENTS, memory.OPTIMIZER)
 def ranks(tmp_path_factory):
     """Return the counts of one of two data-parallel ranks by what is offloaded."""
     model = write_model(tmp_path_factory.mktemp("rehearsal") / "model")
-    return {
+    ranks = {
         choice: rehearse_rank(small_config(model, f"ppo.offload.roles={choice}"))
         for choice in ("none", "optimizer", "all")
     }
+    more = {
+        "host": ("ppo.optimizer.on_host=true", "ppo.critic.optimizer.on_host=true"),
+        "prefetch": ("ppo.offload.roles=all", "ppo.offload.prefetch=true"),
+        "layers": ("ppo.offload.roles=all", "ppo.offload.reference=layers", "ppo.offload.reward=layers"),
+    }
+    return ranks | {name: rehearse_rank(small_config(model, *keys)) for name, keys in more.items()}
 
 
 def state_at_peak(rank, phase):
@@ -90,3 +96,37 @@ def test_moves_are_copies_of_the_bytes_that_move(ranks):
     # Changed, it goes: bf16 weights, and this rank's half of master weights and two moments in fp32.
     assert extra[CRITIC, TO_HOST] == pytest.approx((2 + 12 / 2) / 2 * actor[0], rel=0.02)
     assert extra[CRITIC, TO_DEVICE] == pytest.approx(critic[0] + critic[2], rel=0.02)
+
+
+def test_adam_on_the_host_leaves_parameters_and_gradients_and_moves_the_ranks_shard(ranks):
+    resident, host = ranks["none"], ranks["host"]
+    parameters, gradients, _ = state_at_peak(resident, ACTOR)
+    assert state_at_peak(host, ACTOR) == [parameters, gradients, 0]
+    weights = state_at_peak(ranks["all"], ACTOR)[0] / 2  # in bf16
+    for direction in (TO_HOST, TO_DEVICE):  # this rank's half: its gradients go, its master weights come, both in fp32
+        extra = moved(host, ACTOR, direction) - moved(resident, ACTOR, direction)
+        assert extra == pytest.approx(4 * weights / 2, rel=0.02)
+
+
+def test_prefetching_holds_the_next_role_beside_the_present_one(ranks):
+    one, two = ranks["all"], ranks["prefetch"]
+    actor, critic = state_at_peak(one, ACTOR), state_at_peak(one, CRITIC)
+    # The critic comes while the actor trains, without its gradients; then the actor's parameters for the rollout.
+    assert state_at_peak(two, ACTOR)[:2] == [actor[0] + critic[0], actor[1]]
+    assert state_at_peak(two, CRITIC)[0] == critic[0] + actor[0]
+    assert state_at_peak(two, ACTOR)[2] >= actor[2]
+    total = {
+        name: sum(moved(ranks[name], phase, TO_DEVICE) for phase in (DECODE, INFERENCE, ACTOR, CRITIC))
+        for name in ("all", "prefetch")
+    }
+    # The moves are the same or fewer: the actor stays for its update while the reference computes.
+    assert total["prefetch"] <= total["all"]
+
+
+def test_streamed_roles_have_two_layers_on_the_device_and_move_them_for_every_micro_batch(ranks):
+    whole, layers = ranks["all"], ranks["layers"]
+    actor = state_at_peak(whole, ACTOR)[0]
+    assert state_at_peak(layers, DECODE) == state_at_peak(whole, DECODE)
+    assert state_at_peak(layers, INFERENCE)[0] == actor  # the actor, or the critic, whole
+    extra = moved(layers, INFERENCE, TO_DEVICE) - moved(whole, INFERENCE, TO_DEVICE)
+    assert layers.micro_batches > 1 and extra > 0

@@ -36,15 +36,18 @@ def step(*arguments) -> tuple[str, int]:
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_an_offloaded_run_completes_in_three_fifths_of_the_memory_of_a_resident_one(tmp_path):
+def test_offloaded_runs_complete_in_a_fraction_of_the_memory_of_a_resident_one(tmp_path):
     try:
         step("make", tmp_path)
         outcome, resident = step("run", tmp_path, "none", 0)
         assert outcome == "completed" and resident > STATE > 300e6
-        limit = int(0.6 * resident)
-        outcome, peak = step("run", tmp_path, "all", limit)
-        assert outcome == "completed" and peak <= limit
-        outcome, _ = step("run", tmp_path, "none", limit)
-        assert outcome.startswith("failed:") and "allocate" in outcome
+        # With all roles offloaded, and with the state of their optimizers on the host for good.
+        limits = {"all": int(0.6 * resident), "host": int(0.35 * resident)}
+        for choice, limit in limits.items():
+            outcome, peak = step("run", tmp_path, choice, limit)
+            assert outcome == "completed" and peak <= limit
+        for choice, limit in (("none", limits["all"]), ("all", limits["host"])):
+            outcome, _ = step("run", tmp_path, choice, limit)
+            assert outcome.startswith("failed:") and "allocate" in outcome
     finally:
         shutil.rmtree(tmp_path)

@@ -14,7 +14,7 @@ from icegrt.config import DataSource, ParallelConfig
 from icegrt.errors import RunError
 from icegrt.metrics import read_metrics
 from icegrt.ppo.trainer import PPOTrainer
-from icegrt.residency import GRADIENTS, KINDS, OPTIMIZER, PARAMETERS, Residency
+from icegrt.residency import GRADIENTS, KINDS, OPTIMIZER, PARAMETERS, Copies, Residency, host_memory
 from icegrt.residency import part as parts
 from icegrt.roles import role as roles
 from icegrt.roles.optimizer import inner_optimizers, wrap
@@ -26,13 +26,20 @@ TRAINED = [(role, kind) for role in ("actor", "critic") for kind in KINDS]
 FROZEN = [("reference", PARAMETERS), ("reward", PARAMETERS)]
 
 
-def make(folder, **changes) -> PPOTrainer:
+def make(folder, models=(), **changes) -> PPOTrainer:
     settings = {"iterations": 2, "prompts_per_iteration": 3, "ppo_epochs": 1, "checkpoint_every": 1}
     settings |= {"eval_every": 1, "ptx_coef": 0.1, "ptx_data": [DataSource(path=str(folder.parent / "ptx.jsonl"))]}
     (folder.parent / "ptx.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
     config = tiny.ppo_config(folder, **(settings | changes))
-    reward = [tiny.scorer(1), tiny.count_letters]
-    return PPOTrainer(config, tiny.causal_lm(0), tiny.tokenizer(), reward, tiny.PROMPTS, eval_prompts=tiny.PROMPTS[:2])
+    actor, scorer = models or (tiny.causal_lm(0), tiny.scorer(1))
+    reward = [scorer, tiny.count_letters]
+    return PPOTrainer(config, actor, tiny.tokenizer(), reward, tiny.PROMPTS, eval_prompts=tiny.PROMPTS[:2])
+
+
+def on_host(choice: bool) -> dict:
+    """Return changes of the configuration: where the optimizers are."""
+    optimizer = tiny.OptimizerConfig(lr=1e-2, on_host=choice)
+    return {"optimizer": optimizer, "critic": tiny.CriticConfig(optimizer=optimizer)}
 
 
 def state(trainer) -> dict[str, torch.Tensor]:
@@ -163,15 +170,72 @@ def test_an_offloaded_run_has_the_bits_of_a_resident_one_and_one_role_at_a_time(
     assert watch.held[first - 5] == rollout
 
 
+class LateCopies(Copies):
+    """Copies to the device that are made when they are waited for; until then there are bytes that nothing may read."""
+
+    def __init__(self):
+        self.pending = []
+
+    def to_device(self, device, host):
+        device.fill_(255)
+        self.pending.append((device, host))
+
+    def wait(self, mark):
+        for device, host in self.pending:
+            if device.untyped_storage().nbytes():  # else it was released again
+                device.copy_(host)
+        self.pending.clear()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_with_prefetching_every_role_is_on_its_way_before_it_is_needed(dtype, tmp_path, monkeypatch):
+    changes = {"iterations": 4, "eval_every": 0, "checkpoint_every": 50, "run": {"dtype": dtype}}
+    resident = train(tmp_path / "resident", **changes)
+    monkeypatch.setattr(host_memory, "copies_of", lambda device: LateCopies())
+    fill, late, peaks = parts.Part.fill, [], []
+
+    def filled(part):
+        if part.is_kept and not (part.is_resident or part._is_arriving):
+            late.append(part.name)
+        fill(part)
+
+    monkeypatch.setattr(parts.Part, "fill", filled)
+    with make(tmp_path / "run", **changes, offload={"roles": "all", "prefetch": True}) as trainer:
+        move, largest = Residency.move, dict.fromkeys(trainer.components.roles, 0)
+
+        def moved(residency):
+            move(residency)
+            for name, role in trainer.components.roles.items():
+                on_device[name] = sum(size for sizes in storages(role).values() for size in sizes.values())
+                largest[name] = max(largest[name], on_device[name])
+            peaks.append(sum(on_device.values()))
+
+        on_device = {}
+        monkeypatch.setattr(Residency, "move", moved)
+        trainer.step()
+        trainer.step()
+        assert late
+        late.clear()
+        trainer.step()
+        assert late == []
+        trainer.step()  # it ends with a checkpoint, which nothing has announced
+        assert same((state(trainer), rows(tmp_path / "run")), resident)
+    # Two roles at most: the one in use and the one after it, whose gradients come when it is used.
+    both = largest["actor"] + largest["critic"]
+    assert max(largest.values()) < max(peaks) < both < sum(largest.values())
+
+
 def parallel(folder, layout, dtype):
     roles.wrap = partial(wrap, overlap=True, bucket_size=2000)
     outcomes = []
-    for roles_offloaded in ("none", "all"):
-        changes = {"offload": {"roles": roles_offloaded}, "parallel": ParallelConfig(**layout), "run": {"dtype": dtype}}
-        with make(folder / roles_offloaded, eval_every=0, **changes) as trainer:
+    for name, some in {"none": {}, "all": {}, "host": on_host(True)}.items():
+        offload = {"roles": "none" if name == "none" else "all"}
+        changes = {"offload": offload, "parallel": ParallelConfig(**layout), "run": {"dtype": dtype}, **some}
+        with make(folder / name, eval_every=0, **changes) as trainer:
             trainer.train()
             outcomes.append(state(trainer))
-    assert tiny.same(*outcomes) and len(outcomes[0]) > 60
+    resident, *others = outcomes
+    assert all(tiny.same(other, resident) for other in others) and len(resident) > 60
 
 
 @pytest.mark.parametrize(("layout", "dtype"), [({}, "bf16"), ({"pipeline": 2}, "fp32")], ids=["dp2", "pp2"])

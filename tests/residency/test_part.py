@@ -102,7 +102,7 @@ def test_the_host_memory_is_a_mapping_of_its_own_outside_of_private_memory():
             return next(int(line.split()[1]) for line in status if line.startswith("RssShmem"))
 
     before = mapped()
-    block = HostMemory(CPU).allocate(64 << 20)
+    (block,) = HostMemory(CPU).allocate_each([64 << 20])
     block.fill_(1)
     assert 64 << 10 <= mapped() - before < 80 << 10
 
@@ -115,11 +115,11 @@ def test_a_failing_allocation_on_the_device_keeps_what_is_on_the_host(monkeypatc
         fills = []
         fill = parts._Slot.fill
 
-        def some_fail(slot, failing=failing, fills=fills, fill=fill):
+        def some_fail(slot, copies, failing=failing, fills=fills, fill=fill):
             fills.append(slot)
             if len(fills) == failing + 1:
                 raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
-            fill(slot)
+            fill(slot, copies)
 
         with monkeypatch.context() as patches, pytest.raises(RunError) as caught:
             patches.setattr(parts._Slot, "fill", some_fail)
@@ -170,12 +170,12 @@ def test_pinned_blocks_are_unregistered_before_they_are_unmapped(monkeypatch):
     cudart = CUDART()
     monkeypatch.setattr(host_memory.torch.cuda, "cudart", lambda: cudart)
     host = HostMemory(torch.device("cuda"))
-    host.allocate(100)
-    host.allocate(200)
-    assert sorted(cudart.registered.values()) == [100, 200]
-    with pytest.raises(RunError, match=r"1,000 bytes of host memory .*cudaHostRegister returned 2"):
-        host.allocate(1000)
-    cudart.registered.pop(next(address for address, nbytes in cudart.registered.items() if nbytes == 1000))
+    host.allocate_each([60, 30])
+    host.allocate_each([200])
+    assert sorted(cudart.registered.values()) == [128, 256]
+    with pytest.raises(RunError, match=r"1,024 bytes of host memory .*cudaHostRegister returned 2"):
+        host.allocate_each([1000])
+    cudart.registered.pop(next(address for address, nbytes in cudart.registered.items() if nbytes == 1024))
     del host
     assert cudart.registered == {}
 
