@@ -6,6 +6,9 @@ Every pass goes through Megatron's `get_forward_backward_func`. A micro-batch is
 one before it is computed. The model's last pipeline stage then calls `fn(hidden_TH, batch)`: a reader of results, or a
 loss. The host never waits for the device within a pass: results, losses and statistics stay there.
 
+Several roles may stand on one trunk (`model.lora`): a model's chunks are what differs, and each selects its adapter
+when a pass enters it. The callback chooses the heads, so one pass can be read by several.
+
 A loss returns (sum, count, stats), and `calculate_per_token_loss` divides the gradient of all sums by all counts. So
 the gradient does not depend on how a minibatch is divided into micro-batches, up to rounding.
 """
@@ -29,6 +32,8 @@ from icegrt.distributed.pipeline import all_ranks_true, broadcast_from_last_stag
 from icegrt.errors import RunError
 from icegrt.model.architecture import DTYPES
 from icegrt.model.hf.writer import save_pretrained
+from icegrt.model.lora.model import AdaptedModel
+from icegrt.model.lora.writer import save_adapter
 from icegrt.model.pipeline_model import PipelineModel
 from icegrt.packing import PackedBatch
 from icegrt.residency import GRADIENTS, KINDS, PARAMETERS, Placement
@@ -138,6 +143,14 @@ class Role:
                 extra_files=extra_files,
                 replace=replace,
             )
+
+    def save_adapter(
+        self, out: str | Path, extra_files: dict[str, Any] | None = None, *, replace: bool = False
+    ) -> Path:
+        """Write the adapter of a role with an `AdaptedModel`, as `model.lora.writer` does. Collective."""
+        assert isinstance(self.model, AdaptedModel)
+        with self.placement.hold(PARAMETERS):
+            return save_adapter(self.model, out, extra_files, replace=replace)
 
     def _run(
         self,

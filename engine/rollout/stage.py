@@ -89,6 +89,8 @@ class Activations:
         self.gate_up = empty(2 * shape.mlp_width)
         self.gated = empty(shape.mlp_width)
         self.low_rank = empty(shape.adapter_width)
+        widest = max(self.qkv.shape[1], self.gate_up.shape[1], shape.hidden_size)
+        self.adapter_product = empty(widest if shape.adapter_width and device.type == "cpu" else 0)
         self.position = empty(1, dtype=torch.float32)
         self.angles = empty(shape.head_dim // 2, dtype=torch.float32)
         self.cos = empty(shape.head_dim // 2, dtype=torch.float32)
@@ -216,7 +218,16 @@ def _add_low_rank(adapter: LowRankWeights | None, rows: Tensor, out: Tensor, x: 
 
     Beside a row-parallel product both are this rank's part of a sum, which one reduction completes.
     """
-    if adapter is not None:
-        low_rank = x.low_rank[:, : adapter.a.shape[1]]
-        torch.mm(rows, adapter.a, out=low_rank)
-        out.addmm_(low_rank, adapter.b, alpha=adapter.scale)
+    if adapter is None:
+        return
+    low_rank = decode_linear(rows, adapter.a, out=_columns(x.low_rank, adapter.a.shape[0]))
+    if out.device.type == "cpu":
+        # A torch product, which could add to its output, has other bits in other batches there.
+        out.add_(decode_linear(low_rank, adapter.b, out=_columns(x.adapter_product, out.shape[1])), alpha=adapter.scale)
+    else:
+        out.addmm_(low_rank, adapter.b.t(), alpha=adapter.scale)
+
+
+def _columns(buffer: Tensor, width: int) -> Tensor:
+    """Return a contiguous view of `width` columns, with as many rows as the buffer."""
+    return buffer.flatten()[: buffer.shape[0] * width].view(buffer.shape[0], width)

@@ -38,8 +38,8 @@ class LowRankWeights:
     its dtype: the rollout would sample from another policy than the one that is trained.
 
     Attributes:
-        a: [in, R], the projections' A, transposed view.
-        b: [R, out], the projections' B at the columns of the product, transposed view.
+        a: [R, in], the projections' A.
+        b: [out, R], the projections' B at the rows of the product's weight.
         scale: of the product.
         product: the module whose parameters they are.
     """
@@ -55,12 +55,12 @@ class LowRankWeights:
         product = None if adapter is None else adapter.products.get(linear)
         if product is None:
             return None
-        return cls(product.lora_A.detach().t(), product.fused_B().detach().t(), product.scale, product)
+        return cls(product.lora_A.detach(), product.fused_B().detach(), product.scale, product)
 
     def refresh(self) -> None:
         """Read B again, after a change of the weights; a single projection's is read in place."""
         if len(self.product.rows) > 1:
-            self.b.copy_(self.product.fused_B().detach().t())
+            self.b.copy_(self.product.fused_B().detach())
 
 
 @dataclass(frozen=True)

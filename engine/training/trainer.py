@@ -30,9 +30,7 @@ from icegrt.metrics.sinks import check_sinks
 from icegrt.model.architecture import DTYPES, Architecture
 from icegrt.model.hf.reader import ModelSource
 from icegrt.model.lora.model import AdaptedModel
-from icegrt.model.lora.writer import save_adapter
 from icegrt.report.page import write_run_report
-from icegrt.residency import PARAMETERS
 from icegrt.roles.role import TrainableRole, check_inference_mode
 from icegrt.roles.skip_guard import SkipGuard
 from icegrt.training.adapters import adapter_document, check_resume
@@ -310,8 +308,7 @@ class Trainer(Generic[ConfigT, StepT]):
         role = self.roles[0]
         role.save_pretrained(self.dir / "model", self.run.dtype, self.tokenizer, extra_files, replace=True)
         if isinstance(role.model, AdaptedModel):
-            with role.placement.hold(PARAMETERS):
-                save_adapter(role.model, self.dir / "adapter", extra_files, replace=True)
+            role.save_adapter(self.dir / "adapter", extra_files, replace=True)
         self.cluster.barrier()
 
     def save_pretrained(self, out: str | Path) -> Path:

@@ -56,6 +56,19 @@ def test_sampled_logprobs_are_those_of_the_training_pass(tmp_path):
     assert float((scored - sampled).abs().max()) < 2e-5
 
 
+def test_a_log_prob_has_the_same_bits_in_every_batch(tmp_path):
+    lora.peft_folder(tmp_path, tiny.causal_lm(0))
+    role = lora.adapted_role(lora.trunk(tiny.causal_lm(0)), tmp_path)
+    sampling = Sampling(max_new_tokens=12, seed=3)
+    together = {r.sequence_id: (r.tokens, r.logprobs) for r in decoder(role).stream(PROMPTS, 2, sampling)}
+    alone = {
+        r.sequence_id: (r.tokens, r.logprobs)
+        for n, prompt in enumerate(PROMPTS)
+        for r in decoder(role, max_batch=1).stream([prompt], 2, sampling, first_sequence_id=2 * n)
+    }
+    assert alone == together
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_decoder_reads_the_weights_after_a_step(dtype, tmp_path):
     lora.peft_folder(tmp_path, tiny.causal_lm(0))

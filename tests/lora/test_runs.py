@@ -95,9 +95,14 @@ def test_export_merges_an_adapter_or_writes_it_alone(stage, home, recipe, tmp_pa
         export.run(ExportConfig.load(None, [run, role, f"export.out={tmp_path / 'x'}", f"export.base={home.reward}"]))
 
 
-def test_at_rest_the_policy_is_the_reference_and_the_reward_costs_no_model(home, recipe, tmp_path):
+@pytest.mark.parametrize(
+    "changes",
+    [(), ("run.dtype=bf16", "minibatch_by=prompt"), ("run.recompute=full",)],
+    ids=["plain", "bf16, shared prompts", "recomputed"],
+)
+def test_at_rest_the_policy_is_the_reference_and_the_reward_costs_no_model(changes, home, recipe, tmp_path):
     actor, reward = recipe / "sft" / "model", recipe / "reward" / "adapter"
-    still = ("optimizer.lr=0", "critic.optimizer.lr=0", "ppo_epochs=2")
+    still = ("optimizer.lr=0", "critic.optimizer.lr=0", "ppo_epochs=2", *changes)
     with PPOTrainer(ppo_config(home, actor, reward, tmp_path / "rest", *still)) as run:
         step = run.step()
         roles = run.components.roles

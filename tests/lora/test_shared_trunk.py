@@ -76,6 +76,23 @@ def test_a_pass_uses_its_own_adapter_whoever_came_before():
     assert not torch.equal(expected, trunk_alone)
 
 
+def test_one_pass_may_be_read_by_the_heads_of_several_roles():
+    built = roles(["actor", "critic"], torch.float32)
+    torch.nn.init.normal_(built["critic"].model.head.weight)
+
+    def read(hidden_TH, batch):
+        rows_AH = hidden_TH[batch.action_rows_A]
+        logits_AV = rows_AH @ built["reference"].model.lm_weight_VH.t()
+        logprob_A = logits_AV.log_softmax(-1).gather(1, batch.action_tokens_A[:, None]).squeeze(1)
+        return logprob_A, built["critic"].model.head(rows_AH)
+
+    both = built["reference"].score([batch()], read, lambda batch: (batch.n_actions,) * 2)
+    # New adapters change nothing, so the values are those of the critic's own pass.
+    expected = SCORER(built["actor"], [batch()])[0], score_values(built["critic"], [batch()])[0]
+    for ours, theirs in zip(both[0], expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
 def test_ddp_and_optimizer_hold_adapter_and_head_alone():
     built = roles(["actor", "critic"], torch.bfloat16)
     for name in ("actor", "critic"):

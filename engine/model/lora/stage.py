@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
@@ -179,7 +178,6 @@ class AdaptedStage(nn.Module):
         """Return the last stage's hidden states as complete rows, [T, H], on every tensor-parallel rank."""
         return self.trunk.gather_hidden_rows(hidden_T1H)
 
-    @torch.no_grad()
     def scale_head(self, factor: float) -> None:
         """Multiply all later outputs of a scalar head by `factor`. A stage without a head does nothing."""
         if self.post_process:
