@@ -33,8 +33,8 @@ test: install  ## all tests that this machine can run, but those that take minut
 	TRITON_INTERPRET=0 $(PYTEST) $(TEST_OPTIONS) -m "not long" tests/kernels/aot
 
 test-long: install  ## the tests that take minutes each
-	$(PYTEST) -q -m long tests --ignore=tests/kernels/aot
-	TRITON_INTERPRET=0 $(PYTEST) -q -m long tests/kernels/aot
+	$(PYTEST) $(TEST_OPTIONS) -m long tests --ignore=tests/kernels/aot
+	TRITON_INTERPRET=0 $(PYTEST) $(TEST_OPTIONS) -m long tests/kernels/aot
 
 check: install  ## lint, format, types, import direction, and that every kernel has its reference, test and bench
 	$(PY) -m ruff check .

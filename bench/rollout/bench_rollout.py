@@ -35,18 +35,25 @@ class Trace:
     Attributes:
         running: sequences that sampled.
         milliseconds: of the step.
+        lengths: mean number of tokens of the sequences that sampled.
+        kv_read_by_step: bytes of keys and values that attention of decodes has read in the step.
         rows: rows through the trunk in all.
         kv_bytes: largest number of bytes in blocks that sequences held.
         wasted: share of those bytes that held no token.
-        kv_read: bytes of keys and values that attention of decodes has read.
     """
 
     running: list[int] = field(default_factory=list)
     milliseconds: list[float] = field(default_factory=list)
+    lengths: list[float] = field(default_factory=list)
+    kv_read_by_step: list[int] = field(default_factory=list)
     rows: int = 0
     kv_bytes: int = 0
     wasted: float = 0.0
-    kv_read: int = 0
+
+    @property
+    def kv_read(self) -> int:
+        """Bytes of keys and values that attention of decodes has read in all."""
+        return sum(self.kv_read_by_step)
 
     def add(self, decoder: Decoder, seconds: float) -> None:
         """Record a step that is complete."""
@@ -56,6 +63,10 @@ class Trace:
         assert storage is not None
         group = storage.groups[0]
         scheduler, size = group.scheduler, group.scheduler.block_size
+        tokens = [len(s.prompt) + s.n_sampled for s in decoder._sequences.values()]
+        self.lengths.append(sum(tokens) / max(1, len(tokens)))
+        read = decoder.stats.kv_tokens_read * storage.block_bytes // size
+        self.kv_read_by_step.append(read - self.kv_read)
         blocks = scheduler.n_blocks - scheduler.blocks_available
         if blocks * storage.block_bytes > self.kv_bytes:
             self.kv_bytes = blocks * storage.block_bytes
@@ -87,10 +98,7 @@ def run_engine(model, workload: Workload, is_shared: bool = True) -> Trace:
         decoder.step()
         trace.add(decoder, time.perf_counter() - begin)
     assert decoder.stats.sampled_tokens == workload.n_tokens
-    storage = decoder.storage
-    assert storage is not None
     trace.rows = decoder.stats.rows
-    trace.kv_read = decoder.stats.kv_tokens_read * storage.block_bytes // settings.block_size
     return trace
 
 
@@ -178,7 +186,7 @@ def measure(shape: str, dtype: torch.dtype, workload: Workload, options) -> list
         print(f"{case:32s} {name:26s} {parts}", flush=True)
     _print_targets(case, workload, seconds)
     if workload.name == "long tail":
-        _plot(case, traces["icegrt"], options)
+        _plot(case, traces["icegrt"], weights, bandwidth, options)
     return rows
 
 
@@ -211,8 +219,11 @@ def _row(case: str, provider: str, metric: str, unit: str, samples: list[float],
     }
 
 
-def _plot(case: str, trace: Trace, options) -> None:
-    """Draw running sequences over steps, and throughput and step time over the batch."""
+def _plot(case: str, trace: Trace, weights: int, bandwidth: float, options) -> None:
+    """Draw throughput over batch and length, and the time of steps beside its floor.
+
+    The floor of a step is the time in which memory is read once: the weights, and the keys and values of decodes.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -221,22 +232,23 @@ def _plot(case: str, trace: Trace, options) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    by_batch: dict[int, list[float]] = {}
-    for running, milliseconds in zip(trace.running, trace.milliseconds, strict=True):
-        by_batch.setdefault(running, []).append(milliseconds)
-    batches = sorted(b for b in by_batch if b)
-    step = [statistics.median(by_batch[b]) for b in batches]
-    figure, panels = pyplot.subplots(1, 3, figsize=(14, 4))
-    panels[0].plot(trace.running)
-    panels[0].set(xlabel="step", ylabel="running sequences")
-    panels[1].plot(batches, [1e3 * b / ms for b, ms in zip(batches, step, strict=True)])
-    panels[1].set(xlabel="batch", ylabel="tokens/s")
-    panels[2].plot(batches, step)
-    panels[2].set(xlabel="batch", ylabel="step, ms")
+    floor = [1e3 * (weights + read) / bandwidth for read in trace.kv_read_by_step]
+    rate = [1e3 * n / ms for n, ms in zip(trace.running, trace.milliseconds, strict=True)]
+    figure, panels = pyplot.subplots(2, 2, figsize=(11, 7))
+    panels[0, 0].plot(trace.running)
+    panels[0, 0].set(xlabel="step", ylabel="running sequences")
+    panels[0, 1].scatter(trace.running, rate, s=8)
+    panels[0, 1].set(xlabel="batch, sequences", ylabel="tokens/s", ylim=(0, None))
+    panels[1, 0].scatter(trace.lengths, rate, s=8, c=trace.running)
+    panels[1, 0].set(xlabel="mean length, tokens (colour: batch)", ylabel="tokens/s", ylim=(0, None))
+    panels[1, 1].plot(trace.milliseconds, label="step")
+    panels[1, 1].plot(floor, label="memory floor")
+    panels[1, 1].set(xlabel="step", ylabel="ms", yscale="log")
+    panels[1, 1].legend()
     figure.suptitle(f"rollout, {case}")
     figure.tight_layout()
     options.plots.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.plots / f"rollout-{case.replace(' ', '-')}.png", dpi=100)
+    figure.savefig(options.plots / f"rollout-{case.replace(' ', '-')}.png", dpi=90)
     pyplot.close(figure)
 
 

@@ -311,10 +311,10 @@ def _full_names(parts: KeyPath, cls: type[Any]) -> list[str]:
 
 def _unknown(path: KeyPath, owner: type[Any], stage: type[Any] | None) -> str:
     prefix = _dotted(path[:-1])
-    hint = _nearest(str(path[-1]), fields_of(owner), prefix + ".")
-    if not hint and stage:
-        hint = " or ".join(n for n in _full_names(path[-1:], stage) if n.endswith(f".{path[-1]}"))
-        hint = f"did you mean {hint}?" if hint else ""
+    # The same name in another section says more than a similar one in this section.
+    elsewhere = [n for n in _full_names(path[-1:], stage) if n.endswith(f".{path[-1]}")] if stage else []
+    hint = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else ""
+    hint = hint or _nearest(str(path[-1]), fields_of(owner), prefix + ".")
     if not hint:
         hint = f"`icegrt {path[0]} --help` lists all"
         if len(fields_of(owner)) <= 12:
