@@ -234,9 +234,10 @@ def test_with_prefetching_every_role_is_on_its_way_before_it_is_needed(dtype, tm
 def parallel(folder, layout, dtype):
     roles.wrap = partial(wrap, overlap=True, bucket_size=2000)
     outcomes = []
-    for name, some in {"none": {}, "all": {}, "host": on_host(True)}.items():
-        offload = {"roles": "none" if name == "none" else "all"}
-        changes = {"offload": offload, "parallel": ParallelConfig(**layout), "run": {"dtype": dtype}, **some}
+    early = {"roles": "all", "prefetch": True, "reference": "layers", "reward": "layers"}
+    choices = {"none": ({"roles": "none"}, False), "all": ({"roles": "all"}, False), "early": (early, True)}
+    for name, (offload, host) in choices.items():
+        changes = {"offload": offload, "parallel": ParallelConfig(**layout), "run": {"dtype": dtype}, **on_host(host)}
         with make(folder / name, eval_every=0, **changes) as trainer:
             trainer.train()
             outcomes.append(state(trainer))
