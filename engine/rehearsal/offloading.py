@@ -1,4 +1,4 @@
-"""Count what moves to the host and back where roles are offloaded, without memory for it."""
+"""Count what moves to the host and back where roles are offloaded, and the memory that it takes there."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from icegrt.distributed.cpu_backend import Patches
 from icegrt.rehearsal.counts import TO_DEVICE, TO_HOST, Copy
+from icegrt.rehearsal.memory import OFFLOADED
 from icegrt.rehearsal.sites import current_site
 from icegrt.rehearsal.watcher import Watcher
 from icegrt.residency import Part
@@ -20,7 +21,7 @@ def counted_moves(watcher: Watcher) -> Iterator[None]:
     """Let parts release and fill storages of the meta device; copies are counted as pinned and not blocking.
 
     Args:
-        watcher: counts copies, and what is on the device.
+        watcher: counts copies, what is on the device, and the copies that the host keeps.
     """
     nothing = torch.empty(0, dtype=torch.uint8)
 
@@ -28,9 +29,11 @@ def counted_moves(watcher: Watcher) -> Iterator[None]:
         watcher.counts.copies[Copy(direction, current_site(), True, False)].add(nbytes)
 
     def reserve(part: Part) -> None:
-        for slot in part._slots.values():
-            if part._version is not None:
-                slot.host = nothing
+        missing = part.missing_copies()
+        for slot in missing:
+            slot.host = nothing
+        if missing:
+            watcher.host.reserve(sum(parts.copy_sizes(missing)), OFFLOADED, current_site())
 
     def release(slot: parts._Slot, version: int) -> None:
         if not slot.storage.nbytes():

@@ -124,15 +124,24 @@ class Part:
                 slots[storage._cdata] = self._slots.get(storage._cdata) or _Slot(storage, storage.nbytes())
         return slots
 
+    def missing_copies(self) -> list[_Slot]:
+        """Return the slots without a copy on the host, of those whose content is kept."""
+        return [slot for slot in self._slots.values() if slot.host is None] if self._version is not None else []
+
     def _reserve(self) -> None:
         """Allocate the copies that are missing, as one block of the host."""
-        missing = [slot for slot in self._slots.values() if slot.host is None] if self._version is not None else []
-        sizes = [-(-slot.nbytes // _ALIGNMENT) * _ALIGNMENT for slot in missing]
+        missing = self.missing_copies()
         if not missing:
             return
+        sizes = copy_sizes(missing)
         blocks = self._host.allocate(sum(sizes)).split(sizes)
         for slot, block in zip(missing, blocks, strict=True):
             slot.host = block[: slot.nbytes]
+
+
+def copy_sizes(slots: Iterable[_Slot]) -> list[int]:
+    """Return the bytes that the copies of storages take on the host."""
+    return [-(-slot.nbytes // _ALIGNMENT) * _ALIGNMENT for slot in slots]
 
 
 def _content(storage: torch.UntypedStorage) -> Tensor:
