@@ -100,7 +100,7 @@ def cell(rehearsals: Callable[[int, list[str]], Peaks], model: str, mode: str, g
         device, _ = peaks(layouts[-1], "full")
         return f"no: {device / 1e9:,.0f}"
     # 2. The least recomputation.
-    for recompute in ("none", "selective", "full"):
+    for recompute in ("none", "full"):
         device, host = peaks(layouts[low], recompute)
         if device <= usable:
             break

@@ -42,11 +42,7 @@ def largest_work(pipeline: int) -> Iterator[None]:
         return train_step(role, [work[i] for i in _largest([item.batch for item in work], count)])
 
     def chosen_steps(updater: Updater, experience: Any, *args: Any) -> Iterator[tuple[int, list[int], float]]:
-        batches = experience.plan.batches
-        first, *others = steps(updater, experience, *args)
-        yield first
-        if others:
-            yield max(others, key=lambda step: max(_size(batches[i]) for i in step[1]))
+        yield from _chosen_steps(list(steps(updater, experience, *args)), experience.plan.batches)
 
     patches = Patches()
     try:
@@ -56,6 +52,12 @@ def largest_work(pipeline: int) -> Iterator[None]:
         yield
     finally:
         patches.undo()
+
+
+def _chosen_steps(steps: list[tuple[int, list[int], float]], batches: Sequence[Any]) -> list[Any]:
+    """Return the first step, and of the others the one with the largest micro-batch."""
+    first, *others = steps
+    return [first, *sorted(others, key=lambda step: max(_size(batches[i]) for i in step[1]))[-1:]]
 
 
 def _largest(batches: Sequence[Any], count: int) -> list[int]:
