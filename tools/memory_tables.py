@@ -35,6 +35,8 @@ MODES = {
     "resident": [],
     "offload optimizer": ["ppo.offload.roles=optimizer"],
     "offload all": ["ppo.offload.roles=all"],
+    "LoRA": ["ppo.sharing=lora", "ppo.critic.init=actor"],
+    "LoRA, offload all": ["ppo.sharing=lora", "ppo.critic.init=actor", "ppo.offload.roles=all"],
 }
 # TP x PP, from the least model parallelism to the most; TP stays within a node of 8.
 LAYOUTS = ((1, 1), (2, 1), (4, 1), (8, 1), (8, 2), (8, 4), (8, 8))

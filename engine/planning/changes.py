@@ -21,7 +21,7 @@ class Change:
     """A change of one kind.
 
     Attributes:
-        axis: the kind: "recompute", "token budget", "KV cache", "residency", "tensor" or "pipeline".
+        axis: the kind: "recompute", "token budget", "KV cache", "residency", "sharing", "tensor" or "pipeline".
         keys: dotted keys of the `ppo` section, each with its new value.
     """
 
@@ -92,6 +92,12 @@ def _kv_cache(config: PPOConfig, cluster: Cluster) -> Iterator[Change]:
         yield Change("KV cache", (("rollout.kv_memory", 0.9),))
 
 
+def _sharing(config: PPOConfig, cluster: Cluster) -> Iterator[Change]:
+    # The critic is an adapter on the actor's checkpoint, so it cannot start from a reward model of its own.
+    if config.sharing == "full":
+        yield Change("sharing", (("sharing", "lora"), ("critic.init", "actor")))
+
+
 def _residency(config: PPOConfig, cluster: Cluster) -> Iterator[Change]:
     for level in _above(("none", "optimizer", "all"), config.offload.roles):
         yield Change("residency", (("offload.roles", level),))
@@ -138,6 +144,7 @@ _AXES: dict[str, Callable[[PPOConfig, Cluster], Iterator[Change]]] = {
     "token budget": _token_budget,
     "recompute": _recompute,
     "residency": _residency,
+    "sharing": _sharing,
     "tensor": _tensor,
     "pipeline": _pipeline,
 }

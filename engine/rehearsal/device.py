@@ -32,6 +32,7 @@ META = torch.device("meta")
 # Of the extension; each writes into tensors that its caller has allocated.
 _EXTENSION_OPERATORS = (
     "copy_blocks",
+    "linear_rows",
     "paged_attention",
     "rms_norm_backward",
     "rms_norm_forward",

@@ -37,6 +37,7 @@ def test_the_changes_of_an_axis_go_from_the_mildest_to_the_strongest(config):
         "token budget": [{"token_budget": 512}, {"token_budget": 256}],  # not below the longest sequence
         "recompute": [{"run.recompute": "selective"}, {"run.recompute": "full"}],
         "residency": [{"offload.roles": "optimizer"}, {"offload.roles": "all"}],
+        "sharing": [{"sharing": "lora", "critic.init": "actor"}],
         # The model has 4 key/value heads and 4 layers.
         "tensor": [{"parallel.tensor": n, "parallel.sequence_parallel": True} for n in (2, 4)],
         "pipeline": [{"parallel.pipeline": n} for n in (2, 4)],
@@ -100,5 +101,5 @@ def test_a_refused_configuration_is_an_error(config):
 
 
 def test_the_default_configuration_has_all_axes():
-    assert set(AXES) == {"KV cache", "token budget", "recompute", "residency", "tensor", "pipeline"}
+    assert set(AXES) == {"KV cache", "token budget", "recompute", "residency", "sharing", "tensor", "pipeline"}
     assert PPOConfig().rollout.kv_memory == 0.9
