@@ -3,8 +3,7 @@
     python tools/memory_tables.py runs/memory.json                       # rehearse what the file lacks
     python tools/memory_tables.py runs/memory.json --write docs/memory.md    # and put the tables between its markers
 
-The smallest layout is listed that fits with complete recomputation, then the least recomputation that fits in it.
-Rehearsals are saved one by one, so an interrupted run continues.
+The smallest layout that fits is listed. Rehearsals are saved one by one, so an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -36,10 +35,9 @@ MODES = {
     "offload optimizer": ["ppo.offload.roles=optimizer"],
     "offload all": ["ppo.offload.roles=all"],
     "LoRA": ["ppo.sharing=lora", "ppo.critic.init=actor"],
-    "LoRA, offload all": ["ppo.sharing=lora", "ppo.critic.init=actor", "ppo.offload.roles=all"],
 }
 # TP x PP, from the least model parallelism to the most; TP stays within a node of 8.
-LAYOUTS = ((1, 1), (2, 1), (4, 1), (8, 1), (8, 2), (8, 4), (8, 8))
+LAYOUTS = ((1, 1), (2, 1), (4, 1), (8, 1), (8, 2), (8, 4))
 PROMPT_TOKENS, DECODE_STEPS = 512, 2
 MARKERS = "<!-- tables: written by tools/memory_tables.py -->", "<!-- end of tables -->"
 
@@ -79,36 +77,29 @@ def _rehearse(gpus: int, overrides: list[str]) -> Peaks:
 
 
 def cell(rehearsals: Callable[[int, list[str]], Peaks], model: str, mode: str, gpus: int, memory_gb: int) -> str:
-    """Return the smallest layout that fits, its recomputation and its peaks, as text."""
+    """Return the smallest layout that fits, and its peaks, as text. A larger layout needs less: it is bisected."""
     usable = memory_gb * 1e9 * (1 - RESERVED)
     folder = EXAMPLES / MODELS[model]
     common = [f"ppo.actor={folder}", f"ppo.reward_model={folder}", *MODES[mode]]
 
-    def peaks(layout: tuple[int, int], recompute: str) -> Peaks:
+    def peaks(layout: tuple[int, int]) -> Peaks:
         tensor, pipeline = layout
-        keys = [f"ppo.parallel.tensor={tensor}", f"ppo.parallel.pipeline={pipeline}", f"ppo.run.recompute={recompute}"]
-        return rehearsals(gpus, [*common, *keys])
+        return rehearsals(gpus, [*common, f"ppo.parallel.tensor={tensor}", f"ppo.parallel.pipeline={pipeline}"])
 
-    # 1. The smallest layout, by bisection.
     layouts = [layout for layout in LAYOUTS if layout[0] * layout[1] <= gpus]
     low, high = 0, len(layouts)
     while low < high:
         middle = (low + high) // 2
-        if peaks(layouts[middle], "full")[0] <= usable:
+        if peaks(layouts[middle])[0] <= usable:
             high = middle
         else:
             low = middle + 1
     if low == len(layouts):
-        device, _ = peaks(layouts[-1], "full")
+        device, _ = peaks(layouts[-1])
         return f"no: {device / 1e9:,.0f}"
-    # 2. The least recomputation.
-    for recompute in ("none", "full"):
-        device, host = peaks(layouts[low], recompute)
-        if device <= usable:
-            break
+    device, host = peaks(layouts[low])
     tensor, pipeline = layouts[low]
-    data = gpus // (tensor * pipeline)
-    return f"{tensor}x{pipeline}x{data} {recompute}: {device / 1e9:.0f} + {host / 1e9:.0f}"
+    return f"{tensor}x{pipeline}x{gpus // (tensor * pipeline)}: {device / 1e9:.0f} + {host / 1e9:.0f}"
 
 
 def tables(rehearsals: Callable[[int, list[str]], Peaks]) -> Iterator[str]:

@@ -61,10 +61,13 @@ def _chosen_steps(steps: list[tuple[int, list[int], float]], batches: Sequence[A
 
 
 def _largest(batches: Sequence[Any], count: int) -> list[int]:
-    """Return the indices of the largest micro-batches and of the one with most actions, ascending."""
+    """Return the indices of the largest micro-batches and of the one with most actions, ascending.
+
+    The micro-batch before the largest one is among them: its results are alive still.
+    """
     ordered = sorted(range(len(batches)), key=lambda i: _size(batches[i]), reverse=True)
     actions = max(range(len(batches)), key=lambda i: batches[i].n_actions)
-    return sorted({*ordered[:count], actions})
+    return sorted({*ordered[:count], actions, *(max(i - 1, 0) for i in (ordered[0], actions))})
 
 
 def _size(batch: Any) -> tuple[int, int]:
