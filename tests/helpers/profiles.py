@@ -5,6 +5,7 @@ import time
 from unittest import mock
 
 import torch.distributed as dist
+from torch._C._profiler import _EventType
 
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "gather")
 
@@ -35,3 +36,32 @@ def profiled_peak(profile):
         total += event.nbytes()
         peak = max(peak, total)
     return peak
+
+
+def peak_beside_gloo(profile):
+    """The largest sum of live allocations, without those of gloo that its own threads free: no profiler sees that."""
+    allocations = sorted(_allocations(profile.profiler.kineto_results.experimental_event_tree()))
+    # 1. Pair each allocation with its end: a free, or the next allocation at its address.
+    opened, changes = {}, []
+    for time_ns, address, size, in_gloo in allocations:
+        began = opened.pop(address, None)
+        if began is not None and (size < 0 or not began[2]):
+            changes += [(began[0], began[1]), (time_ns, -began[1])]
+        if size > 0:
+            opened[address] = (time_ns, size, in_gloo)
+    changes += [(time_ns, size) for time_ns, size, in_gloo in opened.values() if not in_gloo]
+    # 2. The largest sum.
+    total = peak = 0
+    for _, size in sorted(changes):
+        total += size
+        peak = max(peak, total)
+    return peak
+
+
+def _allocations(events, in_gloo=False):
+    """Yield (time, address, bytes, whether a collective allocated it) of each allocation; a free has negative bytes."""
+    for event in events:
+        if event.tag == _EventType.Allocation:
+            fields = event.extra_fields
+            yield event.start_time_ns, fields.ptr, fields.alloc_size, in_gloo
+        yield from _allocations(event.children, in_gloo or event.name.startswith("c10d::"))
