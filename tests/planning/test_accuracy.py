@@ -70,7 +70,10 @@ def drawn():
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    return stage_cases.make_home(tmp_path_factory.mktemp("planned"), **MODEL)
+    """Prompts of one length: how sequences are packed does not depend on the order in which a run draws them."""
+    home = stage_cases.make_home(tmp_path_factory.mktemp("planned"), **MODEL)
+    stage_cases.write_jsonl(home.prompts, [{"prompt": letter * 12} for letter in "abcdefgh"])
+    return home
 
 
 def profiled_rank(config, folder):
