@@ -168,9 +168,13 @@ class Part:
                 slots[storage._cdata] = self._slots.get(storage._cdata) or _Slot(storage, storage.nbytes())
         return slots
 
+    def missing_copies(self) -> list[_Slot]:
+        """Return the slots without a copy on the host, of those whose content is kept."""
+        return [slot for slot in self._slots.values() if slot.host is None] if self._version is not None else []
+
     def _reserve(self) -> None:
         """Allocate the copies that are missing, as one block of the host."""
-        missing = [slot for slot in self._slots.values() if slot.host is None] if self._version is not None else []
+        missing = self.missing_copies()
         for slot, block in zip(missing, self._host.allocate_each([slot.nbytes for slot in missing]), strict=True):
             slot.host = block
 
