@@ -8,6 +8,7 @@
 
 #include "addresses.hpp"
 #include "bindings.hpp"
+#include "linear_rows.hpp"
 #include "paged_attention.hpp"
 #include "paged_kv.hpp"
 #include "rope.hpp"
@@ -108,6 +109,24 @@ void py_sample_tokens(const std::string& dtype, const std::array<Address, 14>& t
   with_dtype(dtype, run);
 }
 
+// tensors: rows, weight, bias (or 0), result. sizes: rows, outputs, width, and strides of rows of x, weight and result.
+void py_linear_rows(const std::string& dtype, bool wide_out, const std::array<Address, 4>& tensors,
+                    const std::array<int64_t, 6>& sizes, int64_t threads) {
+  const auto write = [&](auto zero, auto out_zero) {
+    using T = decltype(zero);
+    using O = decltype(out_zero);
+    linear_rows<T, O>({at<const T>(tensors[0]), at<const T>(tensors[1]), at<const T>(tensors[2]), at<O>(tensors[3]),
+                       sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]},
+                      threads);
+  };
+  const auto run = [&](auto zero) {
+    if (wide_out) return write(zero, Wide<decltype(zero)>());
+    write(zero, zero);
+  };
+  if (dtype == "float16") return run(Float16());
+  with_dtype(dtype, run);
+}
+
 }  // namespace
 
 void def_heads_and_pages(py::module_& m) {
@@ -117,6 +136,7 @@ void def_heads_and_pages(py::module_& m) {
   m.def("write_kv", &py_write_kv, without_gil, "Write keys and values of rows to slots of their caches.");
   m.def("copy_blocks", &py_copy_blocks, without_gil, "Copy blocks of all parts of a cache.");
   m.def("paged_attention", &py_paged_attention, without_gil, "Write the attention of rows over pages.");
+  m.def("linear_rows", &py_linear_rows, without_gil, "Write the products of rows with a weight.");
   m.def("sample_tokens", &py_sample_tokens, without_gil, "Write a sampled token and its log-prob for each row.");
 }
 

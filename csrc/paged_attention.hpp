@@ -73,49 +73,8 @@ template <typename T>
 using Attend = void (*)(const PagedAttention<T>&, const AttendingRow*, const AttendingRow*, int64_t, const T*,
                         AttentionScratch<Wide<T>>&);
 
-// All functions with vectors are inlined: GCC warns that they have another ABI under each set.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wpsabi"
-#endif
-#define ICEGRT_VECTOR_BYTES 16
-namespace plain {
-#include "paged_attention_rows.hpp"
-}
-#undef ICEGRT_VECTOR_BYTES
-
-#if defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 12
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-#define ICEGRT_VECTOR_BYTES 32
-namespace avx2 {
-#include "paged_attention_rows.hpp"
-}
-#undef ICEGRT_VECTOR_BYTES
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4")
-#define ICEGRT_VECTOR_BYTES 64
-namespace avx512 {
-#include "paged_attention_rows.hpp"
-}
-#undef ICEGRT_VECTOR_BYTES
-#pragma GCC pop_options
-
-template <typename T>
-Attend<T> attend_here() {
-  if (__builtin_cpu_supports("x86-64-v4")) return avx512::attend_rows<T>;
-  return __builtin_cpu_supports("x86-64-v3") ? avx2::attend_rows<T> : plain::attend_rows<T>;
-}
-#else
-template <typename T>
-Attend<T> attend_here() {
-  return plain::attend_rows<T>;
-}
-#endif
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
+#define ICEGRT_TEXT "paged_attention_rows.hpp"
+#include "instruction_sets.hpp"
 
 // Checks tables and lengths, and returns the rows with the tokens of each.
 template <typename T>
@@ -171,7 +130,7 @@ void paged_attention(const PagedAttention<T>& a, int64_t max_length, int64_t thr
   const int64_t items = (static_cast<int64_t>(tiles.size()) - 1) * a.groups;
   const int64_t workers = std::max<int64_t>(1, std::min(threads, items));
   std::vector<AttentionScratch<Wide<T>>> scratch(static_cast<size_t>(workers), AttentionScratch<Wide<T>>(a.width));
-  const Attend<T> attend = attend_here<T>();
+  const Attend<T> attend = ICEGRT_FOR_THIS_CPU(attend_rows<T>);
   // The first keys of an item, which are prefetched before its turn.
   const auto first_keys = [&](int64_t i) {
     const AttendingRow& r = rows[static_cast<size_t>(tiles[static_cast<size_t>(i / a.groups)])];

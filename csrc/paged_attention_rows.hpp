@@ -1,14 +1,10 @@
 // Paged attention of a few queries over the same pages, for one instruction set: its vectors have ICEGRT_VECTOR_BYTES.
 //
-// No include guard: csrc/paged_attention.hpp includes it once for each set, in a namespace of its own. GCC 12 lowers
-// vectors before it clones a function (target_clones), to those of the default set: the whole text has to be compiled
-// under each. It has no lambdas, which do not take the set of the text around them.
+// No include guard: csrc/instruction_sets.hpp includes it once for each set.
 //
 // A query is one head of one row. Queries that attend to the same keys are taken together, Q at a time. Which ones are
 // taken together changes no bits: a score is one sum over the head's elements, in lanes and then by halves, and an
 // element of the result is one sum over the tokens in their order.
-
-#include "paged_attention_vectors.hpp"
 
 // Runs of tokens are short and lie apart: the processor's own prefetch begins anew in each. Each piece of work
 // prefetches as much of the run that comes next as it reads of its own, so that reading never stops.

@@ -130,6 +130,9 @@ def rope_write_kv(
     threads: int,
     /,
 ) -> None: ...
+def linear_rows(
+    dtype: str, wide_out: bool, tensors: tuple[int, ...], sizes: tuple[int, ...], threads: int, /
+) -> None: ...
 def sample_tokens(
     dtype: str,
     tensors: tuple[int, ...],

@@ -5,6 +5,7 @@ Each operation has a folder named after it: `interface.py` (the public function,
 operation has many arguments, `inputs.py` has the frozen objects that its backends take.
 """
 
+from .decode_linear import decode_linear
 from .dispatch import available_backends, describe, record_launches, use_backend
 from .kl_divergence import kl_divergence
 from .linear import default_chunk_rows, linear_logprobs, linear_ppo_loss
@@ -38,6 +39,7 @@ __all__ = [
     "add_rms_norm",
     "available_backends",
     "copy_blocks",
+    "decode_linear",
     "default_chunk_rows",
     "describe",
     "kl_divergence",

@@ -113,7 +113,12 @@ IMPLEMENTATIONS = MappingProxyType(
             "cpp": "paged_attention.cpp:paged_attention",
             "reference": "paged_attention.reference:paged_attention",
         },
+        "decode_linear": {
+            "cpp": "decode_linear.cpp:decode_linear",
+            "reference": "decode_linear.reference:decode_linear",
+        },
         "lm_logits": {
+            "cpp": "lm_logits.cpp:lm_logits",
             "chunked": "lm_logits.chunked:lm_logits",
             "reference": "lm_logits.reference:lm_logits",
         },

@@ -20,6 +20,7 @@ from icegrt.checkpoint.directory import (
     verify,
 )
 from icegrt.checkpoint.tensor_reader import CheckpointTensors
+from icegrt.commands.export_adapter import SavedAdapter
 from icegrt.config import ExportConfig
 from icegrt.data import load_tokenizer
 from icegrt.errors import CheckpointError, ConfigError, RunError
@@ -54,8 +55,16 @@ def run(config: ExportConfig) -> None:
             extra_files[SCORE_STATISTICS] = statistics
         else:
             warn(f"{checkpoint}: no {SCORE_STATISTICS}, because held-out scores were not evaluated at this step")
+    tensors, dtype = CheckpointTensors(checkpoint / role_name), DTYPES[config.dtype]
+    adapter = SavedAdapter(tensors, role, architecture) if role.get("adapter") else None
+    if config.adapter:
+        if adapter is None:
+            raise ConfigError(f"export.adapter is true, but {checkpoint} holds a whole model; set it to false")
+        out = adapter.write(config.out, extra_files)
+        print_info(f"adapter of {role_name} at step {state['step']}: {out}")
+        return
     out = save_pretrained(
-        _tensors(CheckpointTensors(checkpoint / role_name), architecture, role["head"], DTYPES[config.dtype]),
+        adapter.merged_tensors(config, dtype) if adapter else _tensors(tensors, architecture, role["head"], dtype),
         architecture,
         config.out,
         classifier=role["head"] == "scalar",

@@ -22,6 +22,7 @@ _TOKEN_BUDGET = (
     "largest micro-batch, without padding (replaces TRL's per_device_train_batch_size; verl: "
     "ppo_max_token_len_per_gpu with use_dynamic_bsz)"
 )
+_SHARING = "what is trained: all weights (full), or low-rank adapters on frozen weights (lora)"
 _MAX_BATCH = (
     "sequences decoded at a time on each data-parallel rank (TRL: local_rollout_forward_batch_size; verl: "
     "rollout.max_num_seqs)"
@@ -111,6 +112,20 @@ class ParallelConfig:
 
 
 @config_class
+class LoRAConfig:
+    """Low-rank adapters: a projection's product x W^T becomes x W^T + alpha / rank * (x A^T) B^T; A and B train."""
+
+    rank: int = key(16, "rank of the adapters (peft: r; verl: lora_rank)", ge=1)
+    alpha: float = key(32.0, "the adapters' products are multiplied by alpha / rank (peft, verl: lora_alpha)", gt=0)
+    target_modules: list[str] = key(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "projections of attention and MLP that get an adapter, by their Hugging Face names (peft, verl: "
+        "target_modules)",
+    )
+    use_rslora: bool = key(False, "multiply by alpha / sqrt(rank) instead (peft: use_rslora)")
+
+
+@config_class
 class RunConfig:
     """Settings that all training commands share."""
 
@@ -163,6 +178,8 @@ class SFTConfig(Loadable):
         2, "number of last checkpoints kept, besides the one with the lowest held-out loss", ge=1
     )
     chunk_rows: int = key(0, "logit chunk size: rows of logits computed at a time; 0: automatic", ge=0)
+    sharing: Literal["full", "lora"] = key("full", _SHARING)
+    lora: Section[LoRAConfig] = key(LoRAConfig(), "the adapter, with sharing=lora")
     optimizer: Section[OptimizerConfig] = key(OptimizerConfig(weight_decay=0.1, warmup_fraction=0.03), "AdamW")
     parallel: Section[ParallelConfig] = key(ParallelConfig(), "parallelism of the model")
     run: Section[RunConfig] = key(RunConfig(dir="runs/sft"), "the run")
@@ -218,6 +235,8 @@ class RewardConfig(Loadable):
         "number of last checkpoints kept (each evaluation writes one), besides the one with the lowest held-out loss",
         ge=1,
     )
+    sharing: Literal["full", "lora"] = key("full", _SHARING)
+    lora: Section[LoRAConfig] = key(LoRAConfig(), "the adapter, with sharing=lora; the scalar head trains with it")
     optimizer: Section[OptimizerConfig] = key(OptimizerConfig(lr=3e-4, warmup_fraction=0.03), "AdamW")
     parallel: Section[ParallelConfig] = key(ParallelConfig(), "parallelism of the model")
     run: Section[RunConfig] = key(RunConfig(dir="runs/reward"), "the run")
@@ -308,7 +327,11 @@ class PPOConfig(Loadable):
     # The four roles and the data.
     actor: str = key("", "Hugging Face checkpoint of the actor")
     reference: str = key("", "checkpoint of the KL penalty's reference model; empty: the actor's")
-    reward_model: str = key("", "checkpoint of the reward model (sequence classification, one label); empty: none")
+    reward_model: str = key(
+        "",
+        "checkpoint of the reward model (sequence classification, one label); with sharing=lora it may be an adapter "
+        "on the actor's checkpoint; empty: none",
+    )
     reward_model_weight: float = key(1.0, "weight of the reward model's normalized score in the total")
     reward_function: str = key("", "`file.py:function` or `module:function`; empty: none")
     reward_function_weight: float = key(1.0, "weight of the function's score in the total; it is not normalized")
@@ -389,6 +412,12 @@ class PPOConfig(Loadable):
     keep_checkpoints: int = key(
         2, "number of last checkpoints kept, besides the one with the highest evaluated held-out score", ge=1
     )
+    sharing: Literal["full", "lora"] = key(
+        "full",
+        "weights of the roles: a model for each (full), or one frozen model with an adapter for the actor, one for the "
+        "critic, and none for the reference (lora)",
+    )
+    lora: Section[LoRAConfig] = key(LoRAConfig(), "the adapters of actor and critic, with sharing=lora")
     parallel: Section[ParallelConfig] = key(ParallelConfig(), "parallelism of each of the models")
     offload: Section[OffloadConfig] = key(OffloadConfig(), "state that leaves the device while its role is not in use")
     run: Section[RunConfig] = key(RunConfig(dir="runs/ppo"), "the run")
@@ -424,7 +453,7 @@ class GenerateConfig(Loadable):
 
 @config_class
 class ExportConfig(Loadable):
-    """Conversion of a run's checkpoint to a Hugging Face checkpoint."""
+    """Conversion of a run's checkpoint to a Hugging Face checkpoint; an adapter is merged with its trunk."""
 
     section = "export"
     run: str = key("", "folder of a run")
@@ -433,5 +462,7 @@ class ExportConfig(Loadable):
     )
     checkpoint: str = key("latest", "the checkpoint: latest, best (by held-out score or loss), or step_NNNNNN")
     out: str = key("", "folder to write; must be empty or absent")
+    adapter: bool = key(False, "write the adapter of a run with sharing=lora alone, in the format of peft (fp32)")
+    base: str = key("", "checkpoint that an adapter was trained on; empty: where it was then")
     dtype: Literal["fp32", "bf16"] = key("fp32", "dtype of the exported weights")
     shard_gigabytes: float = key(5.0, "largest size of one file of weights", unit="GB", gt=0)

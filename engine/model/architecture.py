@@ -62,6 +62,11 @@ class Architecture:
             CheckpointError: a file or key is missing, invalid or not supported.
         """
         path = Path(folder) / "config.json"
+        if path.with_name("adapter_config.json").is_file():
+            raise CheckpointError(
+                f"{folder}: an adapter, not a model. Name the merged model instead: `model` in the folder of the run "
+                "that trained it, or what `merge_and_unload` of peft gives"
+            )
         if not path.is_file():
             raise CheckpointError(f"{folder}: no config.json; expected a folder with a Hugging Face checkpoint")
         generation = path.with_name("generation_config.json")

@@ -11,6 +11,9 @@ from icegrt.distributed.layout import check_model
 from icegrt.model.architecture import Architecture, HeadKind
 from icegrt.model.hf import loader
 from icegrt.model.hf.reader import HFCheckpointReader
+from icegrt.model.lora.model import AdaptedModel
+from icegrt.model.lora.spec import AdapterSpec
+from icegrt.model.lora.trunk_hash import TrunkIdentity
 from icegrt.model.pipeline_model import PipelineModel
 
 
@@ -77,4 +80,39 @@ def build_model(
     loader.check(reader, head, new_head=new_head)
     model = build_parallel_model(reader.architecture, head, cluster, dtype=dtype, recompute=recompute)
     loader.load(model, reader)
+    return model
+
+
+def build_parallel_adapter(
+    trunk: PipelineModel, spec: AdapterSpec, head: HeadKind, identity: TrunkIdentity | None = None
+) -> AdaptedModel:
+    """Build an adapter and a head over a trunk. The trunk is frozen; the adapter's weights are uninitialised."""
+    from icegrt.model.lora.stage import AdaptedStage
+
+    trunk.requires_grad_(False)
+    chunks = [AdaptedStage(chunk, spec, head).to(trunk.cluster.device) for chunk in trunk.chunks]
+    return AdaptedModel(trunk, chunks, spec, head, identity)
+
+
+def build_adapter(
+    trunk: PipelineModel,
+    spec: AdapterSpec,
+    head: HeadKind,
+    source: loader.TensorSource,
+    identity: TrunkIdentity | None = None,
+) -> AdaptedModel:
+    """Build an adapter and a head over a trunk with the weights of `source`.
+
+    Args:
+        trunk: is frozen, and may be shared with other adapters.
+        spec: of the adapter.
+        head: 'lm': the trunk's output projection; 'scalar': a head of its own, zero if `source` has none.
+        source: a checked `AdapterReader`, or an `InitialAdapter`.
+        identity: of the trunk's checkpoint.
+
+    Raises:
+        CheckpointError: a tensor is not finite.
+    """
+    model = build_parallel_adapter(trunk, spec, head, identity)
+    loader.load(model, source)
     return model

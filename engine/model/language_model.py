@@ -5,6 +5,8 @@ Imports Megatron-core, so `build.py` imports this module only after `Cluster.ope
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -16,9 +18,13 @@ from icegrt.model.architecture import Architecture, HeadKind
 from icegrt.model.attention import AttentionMetadata
 from icegrt.model.heads import AddedToMainGrad, LMHead, ScalarHead
 from icegrt.model.hf.mapping import EMBEDDING
+from icegrt.model.lora.selection import AdapterSelection
 from icegrt.model.shared_prompts import PromptGroups
 from icegrt.model.trunk import Trunk
 from icegrt.packing import PackedBatch
+
+if TYPE_CHECKING:
+    from icegrt.model.lora.stage import StageAdapter
 
 
 class LanguageModel(Trunk):
@@ -48,6 +54,7 @@ class LanguageModel(Trunk):
         )
         self.architecture = architecture
         self.head_kind = head
+        self.adapters = AdapterSelection()
         self.vocab_rows = rows
         self.vocab_limit = architecture.vocab_size
         self.share_embeddings_and_output_weights = architecture.tied_embeddings and head == "lm"
@@ -115,8 +122,15 @@ class LanguageModel(Trunk):
         group = parallel_state.get_tensor_model_parallel_group()
         return VocabShard(group, rank * self.vocab_rows, self.vocab_rows, self.vocab_limit)
 
-    def hidden(self, batch: PackedBatch) -> Tensor:
-        """Return the hidden states of a packed batch, [T, 1, H] ([T / TP, 1, H] under sequence parallelism)."""
+    def hidden(self, batch: PackedBatch, adapter: StageAdapter | None = None) -> Tensor:
+        """Return the hidden states of a packed batch, [T, 1, H] ([T / TP, 1, H] under sequence parallelism).
+
+        Args:
+            batch: on the device.
+            adapter: of this stage; None: the trunk alone. A backward pass must come before the forward pass with
+                another adapter.
+        """
+        self.adapters.selected = adapter
         groups = None
         if batch.group_sizes:
             groups = PromptGroups(batch.lengths, batch.group_sizes, batch.cu_seqlens, batch.cu_groups)

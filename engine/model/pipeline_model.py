@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from icegrt.distributed.cluster import Cluster
 from icegrt.kernels import VocabShard
 from icegrt.model.architecture import Architecture, HeadKind
+from icegrt.model.hf import exporter
+from icegrt.model.hf.mapping import ParameterSpec, parameter_mapping
+from icegrt.model.lora.spec import AdapterSpec
 
 if TYPE_CHECKING:
     from icegrt.model.language_model import LanguageModel
+    from icegrt.model.lora.stage import AdaptedStage
 
 
 class PipelineModel:
@@ -30,9 +34,12 @@ class PipelineModel:
         head_kind: 'lm' or 'scalar'.
         config: Megatron's TransformerConfig, shared by all chunks.
         weights_version: number of changes of the weights. A rollout recomputes keys and values of older weights.
+        adapter: what the model adds to a trunk that others may share; None: it is a model of its own.
     """
 
-    def __init__(self, chunks: Sequence[LanguageModel], cluster: Cluster) -> None:
+    adapter: AdapterSpec | None = None
+
+    def __init__(self, chunks: Sequence[LanguageModel | AdaptedStage], cluster: Cluster) -> None:
         self.chunks = list(chunks)
         self.cluster = cluster
         self.architecture: Architecture = self.chunks[-1].architecture
@@ -72,6 +79,14 @@ class PipelineModel:
     def holds_tied_copy(self) -> bool:
         """Whether this rank's head is a second copy of the embedding of an earlier stage."""
         return self.chunks[-1].holds_tied_copy
+
+    def parameter_mapping(self) -> Iterator[ParameterSpec]:
+        """Yield the parameters of the whole model, with their tensors of a Hugging Face checkpoint."""
+        return parameter_mapping(self.architecture, self.head_kind)
+
+    def export_tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Yield all tensors of a Hugging Face checkpoint of the model, on the CPU of rank 0. Collective."""
+        return exporter.export_tensors(self, dtype)
 
     def mark_weights_changed(self) -> None:
         """Count a change of the weights. Roles and checkpoints do; call it after a change by other means."""

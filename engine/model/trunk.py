@@ -6,6 +6,7 @@ trunk is assembled here. Positions come with the stream, so rope is computed by 
 
 from __future__ import annotations
 
+import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
@@ -93,6 +94,10 @@ class Trunk(LanguageModule):
             # torch's matmul selects its kernel by strides and by whether the weight needs a gradient: with the strides
             # of the transposed stream, the frozen reference and the actor differ in their last bits. We normalise them.
             hidden = hidden.flatten(0, 1).unsqueeze(1)
+            if self.config.recompute_granularity == "full" and not hidden.requires_grad:
+                # A recomputed layer has a backward pass only if its input needs a gradient. That of a frozen embedding
+                # does not, and the adapters of the layer would get none.
+                hidden.requires_grad_(torch.is_grad_enabled())
         rope = rope_table(positions_T, self.inverse_frequencies)
         return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rope, packed_seq_params=metadata)
 

@@ -9,8 +9,13 @@ from icegrt.config import OffloadConfig, PPOConfig
 from icegrt.distributed.cluster import Cluster
 from icegrt.errors import CheckpointError, ConfigError
 from icegrt.model.architecture import DTYPES, HeadKind
-from icegrt.model.build import build_model
+from icegrt.model.build import build_adapter, build_model
 from icegrt.model.hf.reader import HFCheckpointReader, ModelSource
+from icegrt.model.lora.initial import InitialAdapter
+from icegrt.model.lora.peft_format import AdapterReader, is_adapter
+from icegrt.model.lora.spec import AdapterSpec
+from icegrt.model.lora.trunk_hash import identity_of
+from icegrt.model.pipeline_model import PipelineModel
 from icegrt.ppo.reward_sources import RewardComposition
 from icegrt.residency import GRADIENTS, KINDS, OPTIMIZER, HostMemory, Kind, Residency
 from icegrt.rewards.sources import MODEL_NAME
@@ -18,20 +23,26 @@ from icegrt.roles.offload import place
 from icegrt.roles.role import Role, TrainableRole
 from icegrt.utils.files import read_object
 
+TRUNK = "reference"  # the role whose model is the trunk alone
+
 
 @dataclass(frozen=True)
 class RoleSource:
     """What a role is built from.
 
     Attributes:
-        reader: the checkpoint.
+        reader: the checkpoint; of an adapter, that of its trunk.
         head: of the model.
         new_head: the checkpoint may lack the scalar head, which is then zero.
+        is_adapter: the role is an adapter on the actor's checkpoint; the reference is that checkpoint itself.
+        adapter: where its adapter comes from; None: it is new.
     """
 
     reader: HFCheckpointReader
     head: HeadKind
     new_head: bool = False
+    is_adapter: bool = False
+    adapter: AdapterReader | None = None
 
 
 def role_sources(
@@ -44,33 +55,63 @@ def role_sources(
     """Return the sources by the name of their role: actor, reference, one per reward model, critic.
 
     Args:
-        config: `critic.init` is read.
+        config: `critic.init` and `sharing` are read.
         actor: the actor's checkpoint.
         reference: None: the actor's checkpoint.
         rewards: its reward models become roles.
         critic: None: as `critic.init` names it.
 
     Raises:
-        ConfigError: a checkpoint has another vocabulary than the actor's. No model is allocated yet.
+        ConfigError: a checkpoint has another vocabulary than the actor's, or cannot be on the actor's weights as
+            `sharing` asks. No model is allocated yet.
     """
-    sources = {"actor": RoleSource(actor, "lm")}
+    shares = config.sharing == "lora"
+    sources = {"actor": RoleSource(actor, "lm", is_adapter=shares)}
     reader = HFCheckpointReader(reference) if reference is not None else actor
-    _check_same_vocabulary(actor, reader, "reference")
-    sources["reference"] = RoleSource(reader, "lm")
-    for role, spec in rewards.models.items():
-        reader = HFCheckpointReader(spec.model)
-        _check_same_vocabulary(
-            actor, reader, "reward model" if spec.name == MODEL_NAME else f"reward model `{spec.name}`"
+    if shares and reference is not None and not _is_same_folder(reader, actor):
+        raise ConfigError(
+            f"ppo.reference is {reader.where}, but with ppo.sharing=lora the reference is the actor's checkpoint "
+            f"({actor.where}) without an adapter; leave ppo.reference empty, or set ppo.sharing=full"
         )
-        sources[role] = RoleSource(reader, "scalar")
+    _check_same_vocabulary(actor, reader, "reference")
+    sources["reference"] = RoleSource(actor if shares else reader, "lm")
+    for role, spec in rewards.models.items():
+        name = "reward model" if spec.name == MODEL_NAME else f"reward model `{spec.name}`"
+        sources[role] = _scalar_source(actor, spec.model, name, shares)
     if critic is not None:
-        sources["critic"] = RoleSource(HFCheckpointReader(critic), "scalar")
+        sources["critic"] = _scalar_source(actor, critic, "critic", shares)
     elif config.critic.init == "reward":
         sources["critic"] = sources[next(iter(rewards.models))]
     else:
-        sources["critic"] = RoleSource(actor, "scalar", new_head=True)
-    _check_same_vocabulary(actor, sources["critic"].reader, "critic")
+        sources["critic"] = RoleSource(actor, "scalar", new_head=True, is_adapter=shares)
+    if shares and not sources["critic"].is_adapter:
+        raise ConfigError(
+            f"ppo.sharing=lora: the critic cannot start from {sources['critic'].reader.where}, which is a model of its "
+            f"own: it is an adapter on the actor's checkpoint ({actor.where}). Set ppo.critic.init=actor, or train the "
+            "reward model as an adapter on that checkpoint (reward.sharing=lora) and name its `adapter` folder"
+        )
     return sources
+
+
+def _is_same_folder(one: HFCheckpointReader, other: HFCheckpointReader) -> bool:
+    return one.folder is not None and other.folder is not None and one.folder.resolve() == other.folder.resolve()
+
+
+def _scalar_source(actor: HFCheckpointReader, model: ModelSource, name: str, shares: bool) -> RoleSource:
+    """Return the source of a reward model or critic: a model of its own, or an adapter on the actor's checkpoint."""
+    if not is_adapter(model):
+        reader = HFCheckpointReader(model)
+        _check_same_vocabulary(actor, reader, name)
+        return RoleSource(reader, "scalar")
+    adapter = AdapterReader(model)
+    if not shares:
+        raise ConfigError(
+            f"the {name} ({adapter.where}) is an adapter, and ppo.sharing is full: set ppo.sharing=lora, or name the "
+            "merged model (`model` in the folder of the run that trained it)"
+        )
+    if adapter.head != "scalar":
+        raise ConfigError(f"the {name} ({adapter.where}) is an adapter without a `score` head: it scores nothing")
+    return RoleSource(actor, "scalar", is_adapter=True, adapter=adapter)
 
 
 def build_roles(
@@ -83,6 +124,9 @@ def build_roles(
         sources: by name.
         cluster: the open process groups.
         critic_head_scale: multiplies the outputs of the critic's head.
+
+    Raises:
+        CheckpointError: a tensor is not finite, or an adapter belongs to another trunk.
     """
     critic, iterations = config.critic, config.iterations
     actor_steps = (iterations - critic.warmup_iterations) * config.ppo_epochs * config.minibatches
@@ -90,22 +134,60 @@ def build_roles(
     trainable = {"actor": (config.optimizer, max(1, actor_steps)), "critic": (critic.optimizer, critic_steps)}
     kinds_by_role = {name: _offloaded_kinds(config.offload, name) for name in sources}
     residency, host = Residency(), HostMemory(cluster.device)
+    models = _Models(config, cluster, sources)
     roles: dict[str, Role] = {}
     for name, source in sources.items():
-        # Activations are recomputed in the models that train.
-        recompute = config.run.recompute if name in trainable else "none"
-        dtype = DTYPES[config.run.dtype]
-        model = build_model(
-            source.reader, source.head, cluster, dtype=dtype, new_head=source.new_head, recompute=recompute
-        )
+        model = models.build(name, source, learns=name in trainable)
         if name == "critic":
             model.scale_head(critic_head_scale)
         model.requires_grad_(name in trainable)
         roles[name] = TrainableRole(name, model, *trainable[name]) if name in trainable else Role(name, model)
         if any(kinds_by_role.values()):
-            place(roles[name], residency, host, kinds_by_role[name])
+            place(roles[name], residency, host, kinds_by_role[name], TRUNK if source.is_adapter else None)
             residency.move()  # makes room for the next role
     return roles
+
+
+class _Models:
+    """Builds the models of a run: each on weights of its own, or adapters on the weights of the reference."""
+
+    def __init__(self, config: PPOConfig, cluster: Cluster, sources: dict[str, RoleSource]) -> None:
+        self.config, self.cluster = config, cluster
+        self.trunk: PipelineModel | None = None
+        if config.sharing == "lora":
+            self.spec = AdapterSpec.of(config.lora, "ppo.lora")
+            actor = sources["actor"].reader
+            self.identity = identity_of(actor, cluster)
+            for source in sources.values():
+                if source.adapter is not None:
+                    source.adapter.check(actor.architecture, self.identity)
+            self.trunk = self._whole(sources["actor"], learns=True)
+
+    def build(self, name: str, source: RoleSource, *, learns: bool) -> PipelineModel:
+        """Return the model of a role."""
+        if self.trunk is None:
+            return self._whole(source, learns)
+        if name == TRUNK:
+            return self.trunk
+        if not source.is_adapter:
+            return self._whole(source, learns)
+        if source.adapter is not None:
+            return build_adapter(self.trunk, source.adapter.spec, source.head, source.adapter, self.identity)
+        seed = self.config.run.seed
+        new = InitialAdapter(self.trunk.architecture, self.spec, source.head, seed=seed, name=name)
+        return build_adapter(self.trunk, self.spec, source.head, new, self.identity)
+
+    def _whole(self, source: RoleSource, learns: bool) -> PipelineModel:
+        # Activations are recomputed in the models that train.
+        recompute = self.config.run.recompute if learns else "none"
+        return build_model(
+            source.reader,
+            source.head,
+            self.cluster,
+            dtype=DTYPES[self.config.run.dtype],
+            new_head=source.new_head,
+            recompute=recompute,
+        )
 
 
 def _offloaded_kinds(config: OffloadConfig, role: str) -> tuple[Kind, ...]:

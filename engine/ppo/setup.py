@@ -26,6 +26,7 @@ from icegrt.model.architecture import Architecture
 from icegrt.model.build import check_parallelism
 from icegrt.model.hf.reader import HFCheckpointReader, ModelSource
 from icegrt.model.hf.score_statistics import saved_statistics
+from icegrt.model.lora.spec import AdapterSpec
 from icegrt.ppo.evaluator import Evaluator
 from icegrt.ppo.kl_controller import FixedKL, kl_controller
 from icegrt.ppo.reward_sources import RewardComposition
@@ -235,6 +236,8 @@ def check_config(config: PPOConfig) -> None:
         )
     if sampling.temperature <= 0:
         raise ConfigError("ppo.sampling.temperature must be above 0: a greedy policy explores nothing")
+    if config.sharing == "lora":
+        AdapterSpec.of(config.lora, "ppo.lora")
     if config.reuse_update_logprob and (config.ppo_epochs, config.minibatches) != (1, 1):
         raise ConfigError("ppo.reuse_update_logprob needs ppo.ppo_epochs=1 and ppo.minibatches=1")
     if config.ptx_coef and not config.ptx_data:

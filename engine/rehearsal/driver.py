@@ -19,7 +19,8 @@ from icegrt.distributed.layout import Layout
 from icegrt.distributed.pipeline import fetch
 from icegrt.errors import ConfigError
 from icegrt.model.architecture import Architecture
-from icegrt.model.build import build_parallel_model
+from icegrt.model.build import build_parallel_adapter, build_parallel_model
+from icegrt.model.lora.trunk_hash import TrunkIdentity
 from icegrt.model.pipeline_model import PipelineModel
 from icegrt.ppo import role_setup
 from icegrt.ppo.batch_plan import BatchPlan, plan_batches, stream_seed
@@ -239,17 +240,22 @@ class _Iteration:
 
 @contextlib.contextmanager
 def _models_without_weights() -> Iterator[None]:
-    """Let `ppo.role_setup` build models from `config.json` alone."""
+    """Let `ppo.role_setup` build models from `config.json` alone, and adapters from their configuration."""
 
     def build(
         source: Any, head: Any, cluster: Cluster, *, dtype: Any, new_head: bool = False, recompute: str = "none"
     ) -> PipelineModel:
         return build_parallel_model(source.architecture, head, cluster, dtype=dtype, recompute=recompute)
 
+    def build_adapter(trunk: Any, spec: Any, head: Any, source: Any, identity: Any) -> PipelineModel:
+        return build_parallel_adapter(trunk, spec, head, identity)
+
     patches = Patches()
     try:
         patches.set(role_setup, "HFCheckpointReader", _ConfigReader)
         patches.set(role_setup, "build_model", build)
+        patches.set(role_setup, "build_adapter", build_adapter)
+        patches.set(role_setup, "identity_of", lambda reader, cluster: TrunkIdentity("", reader.where))
         yield
     finally:
         patches.undo()

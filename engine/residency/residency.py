@@ -29,13 +29,21 @@ class Residency:
         self._parts[role, kind] = part
 
     @contextlib.contextmanager
-    def hold(self, role: str, *kinds: Kind) -> Iterator[None]:
+    def hold(self, role: str, *kinds: Kind, trunk: str | None = None) -> Iterator[None]:
         """Keep `kinds` of a role on the device within the context, beside what outer contexts hold.
+
+        Args:
+            role: name of the role.
+            kinds: of its state.
+            trunk: name of the role whose parameters it reads too; they are held with its own.
 
         Raises:
             RunError: they do not fit on the device, or what must leave it does not fit on the host. Nothing is lost.
         """
-        self._held.append(frozenset((role, kind) for kind in kinds))
+        held = {(role, kind) for kind in kinds}
+        if trunk is not None and PARAMETERS in kinds:
+            held.add((trunk, PARAMETERS))
+        self._held.append(frozenset(held))
         try:
             self.move()
             yield
@@ -66,15 +74,22 @@ class Placement:
 
     Args:
         role: name of the role.
+
+    Attributes:
+        residency: of all roles.
+        trunk: name of the role whose parameters this one reads beside its own; None: it has a whole model.
     """
 
     def __init__(self, role: str) -> None:
         self.role = role
         self.residency: Residency | None = None
+        self.trunk: str | None = None
 
     def hold(self, *kinds: Kind) -> contextlib.AbstractContextManager[None]:
         """Keep `kinds` on the device within the context; see `Residency.hold`."""
-        return contextlib.nullcontext() if self.residency is None else self.residency.hold(self.role, *kinds)
+        if self.residency is None:
+            return contextlib.nullcontext()
+        return self.residency.hold(self.role, *kinds, trunk=self.trunk)
 
     def require(self, *kinds: Kind) -> None:
         """Move `kinds` to the device. They stay there until something else is held."""

@@ -15,7 +15,7 @@ from icegrt.roles.optimizer import inner_optimizers, wait_for_param_gather
 from icegrt.roles.role import Role, TrainableRole
 
 
-def place(role: Role, residency: Residency, host: HostMemory, kinds: Iterable[Kind]) -> None:
+def place(role: Role, residency: Residency, host: HostMemory, kinds: Iterable[Kind], trunk: str | None = None) -> None:
     """Let `residency` decide where the role is; `kinds` of it leave the device while nobody holds them.
 
     Gradients are not kept: they are zero when they return. A frozen role has parameters only; other kinds are ignored.
@@ -25,6 +25,7 @@ def place(role: Role, residency: Residency, host: HostMemory, kinds: Iterable[Ki
         residency: of all roles.
         host: where the state moves.
         kinds: to offload; none: the role stays on the device, but others leave it while this one is held.
+        trunk: name of the role whose parameters this one reads beside its own; None: of none.
     """
     # A strong reference would close a cycle, and roles would outlive their run until the garbage collector comes.
     reference: weakref.ref[Any] = weakref.ref(role)
@@ -33,7 +34,7 @@ def place(role: Role, residency: Residency, host: HostMemory, kinds: Iterable[Ki
             tensors = _Parameters(reference) if kind == PARAMETERS else partial(_of_role, _TENSORS[kind], reference)
             version = None if kind == GRADIENTS else partial(_of_role, attrgetter("weight_changes"), reference)
             residency.add(role.name, kind, Part(f"{role.name}: {kind}", tensors, host, version))
-    role.placement.residency = residency
+    role.placement.residency, role.placement.trunk = residency, trunk
 
 
 def _of_role(read: Callable[[Any], Any], reference: weakref.ref[Any]) -> Any:

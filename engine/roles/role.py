@@ -28,7 +28,6 @@ from icegrt.config import OptimizerConfig
 from icegrt.distributed.pipeline import all_ranks_true, broadcast_from_last_stage
 from icegrt.errors import RunError
 from icegrt.model.architecture import DTYPES
-from icegrt.model.hf import exporter
 from icegrt.model.hf.writer import save_pretrained
 from icegrt.model.pipeline_model import PipelineModel
 from icegrt.packing import PackedBatch
@@ -130,7 +129,7 @@ class Role:
             )
         with self.placement.hold(PARAMETERS):
             return save_pretrained(
-                exporter.export_tensors(self.model, DTYPES[dtype]),
+                self.model.export_tensors(DTYPES[dtype]),
                 self.model.architecture,
                 out,
                 classifier=self.model.head_kind == "scalar",

@@ -366,6 +366,8 @@ class Decoder:
         for scheduler in self._schedulers:
             scheduler.forget_cache()
         self.model.wait_for_param_gather()
+        if self._storage is not None:
+            self._storage.refresh_weights()
         self._weights_version = self.model.weights_version
 
     # -- requests --------------------------------------------------------------------------------------------------

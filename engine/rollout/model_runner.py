@@ -101,7 +101,7 @@ class ModelRunner:
         is_static = step.size.only_decodes and step.settings.is_static and self.channel.stages == 1
         if self.graphs is not None and is_static:
             # Offloading may bring the parameters back to other addresses than a graph has.
-            addresses = stage.weights.head.data_ptr(), stage.weights.layers[0].qkv.data_ptr()
+            addresses = stage.weights.head.data_ptr(), *stage.weights.addresses
             key = (id(group), step.size, step.rows.max_length, step.settings.distribution, addresses)
             self.graphs.run(key, compute)
         else:

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from icegrt.kernels import add_rms_norm, paged_attention, rms_norm, rope_write_kv, swiglu
-from icegrt.rollout.weights import LayerWeights, NormWeight, StageWeights
+from icegrt.kernels import add_rms_norm, decode_linear, paged_attention, rms_norm, rope_write_kv, swiglu
+from icegrt.rollout.weights import LayerWeights, LowRankWeights, NormWeight, StageWeights
 
 # Legend: T, rows; S, sequences; H, hidden size; B, blocks; G, key/value heads; K, tokens of a block; D, elements of a
 # head; R = D / 2.
@@ -52,6 +52,7 @@ class StageShape:
         mlp_width: elements between the two products of an MLP.
         group: the tensor-parallel ranks; None: this rank has whole layers.
         vocab_start: id of the first row of the embedding.
+        adapter_width: most columns of x A^T of an adapter; 0: none.
     """
 
     hidden_size: int
@@ -61,6 +62,7 @@ class StageShape:
     mlp_width: int
     group: dist.ProcessGroup | None
     vocab_start: int = 0
+    adapter_width: int = 0
 
 
 class Activations:
@@ -86,6 +88,7 @@ class Activations:
         self.qkv_heads = self.qkv.view(rows, shape.kv_heads, group, shape.head_dim)
         self.gate_up = empty(2 * shape.mlp_width)
         self.gated = empty(shape.mlp_width)
+        self.low_rank = empty(shape.adapter_width)
         self.position = empty(1, dtype=torch.float32)
         self.angles = empty(shape.head_dim // 2, dtype=torch.float32)
         self.cos = empty(shape.head_dim // 2, dtype=torch.float32)
@@ -135,9 +138,11 @@ class DecodeStage:
             self._attend(layer, index, step, x)
             _add_and_norm(layer.mlp_norm, x)
             # 2. The MLP's result is added and normed for the next layer: additions and norms are one pass.
-            torch.mm(x.normed, layer.gate_up, out=x.gate_up)
+            decode_linear(x.normed, layer.gate_up, out=x.gate_up)
+            _add_low_rank(layer.gate_up_adapter, x.normed, x.gate_up, x)
             swiglu(x.gate_up, out=x.gated)
-            torch.mm(x.gated, layer.down, out=x.delta)
+            decode_linear(x.gated, layer.down, out=x.delta)
+            _add_low_rank(layer.down_adapter, x.gated, x.delta, x)
             self._reduce(x.delta)
             following = layers[index + 1].input_norm if index + 1 < len(layers) else self.weights.final_norm
             if following is not None:
@@ -167,10 +172,8 @@ class DecodeStage:
         self._reduce(x.residual)
 
     def _attend(self, layer: LayerWeights, index: int, step: StepRows, x: Activations) -> None:
-        if layer.qkv_bias is None:
-            torch.mm(x.normed, layer.qkv, out=x.qkv)
-        else:
-            torch.addmm(layer.qkv_bias, x.normed, layer.qkv, out=x.qkv)
+        decode_linear(x.normed, layer.qkv, layer.qkv_bias, out=x.qkv)
+        _add_low_rank(layer.qkv_adapter, x.normed, x.qkv, x)
         if layer.q_norm is not None and layer.k_norm is not None:
             _norm(layer.q_norm, x.qkv_heads[:, :, :-2], x.qkv_heads[:, :, :-2])
             _norm(layer.k_norm, x.qkv_heads[:, :, -2], x.qkv_heads[:, :, -2])
@@ -188,7 +191,8 @@ class DecodeStage:
             window=layer.window,
             out=x.attended,
         )
-        torch.mm(x.flat_attended, layer.projection, out=x.delta)
+        decode_linear(x.flat_attended, layer.projection, out=x.delta)
+        _add_low_rank(layer.projection_adapter, x.flat_attended, x.delta, x)
         self._reduce(x.delta)
         if layer.projection_bias is not None:
             x.delta.add_(layer.projection_bias)
@@ -205,3 +209,14 @@ def _norm(norm: NormWeight, x: Tensor, out: Tensor) -> None:
 def _add_and_norm(norm: NormWeight, x: Activations) -> None:
     """Add `delta` to the residual stream, and write its norm to `normed`."""
     add_rms_norm(x.delta, x.residual, norm.weight, eps=norm.eps, out=x.normed, sum_out=x.residual)
+
+
+def _add_low_rank(adapter: LowRankWeights | None, rows: Tensor, out: Tensor, x: Activations) -> None:
+    """Add an adapter's product to that of the trunk.
+
+    Beside a row-parallel product both are this rank's part of a sum, which one reduction completes.
+    """
+    if adapter is not None:
+        low_rank = x.low_rank[:, : adapter.a.shape[1]]
+        torch.mm(rows, adapter.a, out=low_rank)
+        out.addmm_(low_rank, adapter.b, alpha=adapter.scale)

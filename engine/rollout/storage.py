@@ -41,6 +41,11 @@ class DecoderStorage:
     block_bytes: int
     is_limited: bool
 
+    def refresh_weights(self) -> None:
+        """Read again what the stages do not read in place, after a change of the weights."""
+        for stage in self.groups[0].stages:  # groups share the weights
+            stage.weights.refresh()
+
     @property
     def summary(self) -> str:
         """The size of the KV cache, as a line of text."""
@@ -147,6 +152,7 @@ def stage_shape(model: PipelineModel) -> StageShape:
         config.ffn_hidden_size // ranks,
         group,
         start,
+        0 if model.adapter is None else model.adapter.widest,
     )
 
 

@@ -15,7 +15,6 @@ from icegrt.data.types import Rows
 from icegrt.distributed.pipeline import fetch_from_last_stage
 from icegrt.errors import DataError
 from icegrt.metrics import RewardStep
-from icegrt.model.build import build_model
 from icegrt.model.hf.reader import HFCheckpointReader
 from icegrt.model.hf.score_statistics import SCORE_STATISTICS, score_statistics
 from icegrt.roles.micro_batch import MicroBatch, merge_by_type
@@ -52,9 +51,7 @@ class RewardTrainer(OneModelTrainer[RewardConfig, RewardStep]):
         self.blend = BlendedDataset(sources, self.run.seed)
         self.total_steps = math.ceil(self.blend.count(config.epochs) / config.batch_prompts)
         self.eval_every = config.eval_every or max(1, math.ceil(self.total_steps / config.epochs / 4))
-        model = build_model(
-            pretrained, "scalar", self.cluster, dtype=self.dtype, new_head=True, recompute=self.run.recompute
-        )
+        model = self._build_model(pretrained, "scalar", "reward")
         role = TrainableRole("reward", model, config.optimizer, self.total_steps)
         self.train_rankings = ConcatDataset([rankings for rankings, _ in sources])
         self.heldout_rankings = ConcatDataset(heldout_sources)

@@ -13,7 +13,6 @@ from icegrt.data.training_data import packed
 from icegrt.data.types import Rows
 from icegrt.distributed.pipeline import fetch_from_last_stage
 from icegrt.metrics import SFTStep
-from icegrt.model.build import build_model
 from icegrt.model.hf.reader import HFCheckpointReader
 from icegrt.roles.micro_batch import MicroBatch, merge_by_type
 from icegrt.roles.role import TrainableRole
@@ -33,7 +32,7 @@ class SFTTrainer(OneModelTrainer[SFTConfig, SFTStep]):
         self.heldout = ConcatDataset(self._heldout_data(heldout))
         self.blend = BlendedDataset(sources, self.run.seed)
         self.total_steps = math.ceil(self.blend.count(config.epochs) / config.batch_sequences)
-        model = build_model(pretrained, "lm", self.cluster, dtype=self.dtype, recompute=self.run.recompute)
+        model = self._build_model(pretrained, "lm", "actor")
         role = TrainableRole("actor", model, config.optimizer, self.total_steps)
         self.chunk_rows = resolve_chunk_rows(config.chunk_rows, pretrained.architecture, self._resumed_chunk_rows)
         self._batches = self.blend.batches(config.batch_sequences, config.epochs)  # starts where `load_state` puts it

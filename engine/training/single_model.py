@@ -14,8 +14,13 @@ from icegrt.data.training_data import encode_sources
 from icegrt.data.types import Rows, TokenizerSource
 from icegrt.errors import ConfigError, DataError, RunError
 from icegrt.metrics import RewardStep, SFTStep
-from icegrt.model.build import check_parallelism
+from icegrt.model.architecture import HeadKind
+from icegrt.model.build import build_adapter, build_model, check_parallelism
 from icegrt.model.hf.reader import HFCheckpointReader, ModelSource
+from icegrt.model.lora.initial import InitialAdapter
+from icegrt.model.lora.spec import AdapterSpec
+from icegrt.model.lora.trunk_hash import identity_of
+from icegrt.model.pipeline_model import PipelineModel
 from icegrt.roles.role import TrainableRole
 from icegrt.training.trainer import Trainer, tokenizer_for
 
@@ -63,6 +68,8 @@ class OneModelTrainer(Trainer[ConfigT, StepT]):
         model = model if model is not None else config.model
         if not model:
             raise ConfigError(f"{config.section}.model is empty; name the checkpoint to start from")
+        if config.sharing == "lora":
+            AdapterSpec.of(config.lora, f"{config.section}.lora")  # an unknown target is refused before data is read
         super().__init__(config, callbacks, inputs=OneModelInputs(model, tokenizer, data, heldout))
 
     def _set_up(self, inputs: OneModelInputs) -> None:
@@ -79,6 +86,25 @@ class OneModelTrainer(Trainer[ConfigT, StepT]):
         self.max_length = min(self.config.max_length or architecture.context_length, architecture.context_length)
         self.role = self._build(pretrained, inputs.data, inputs.heldout)
         self.roles = [self.role]
+
+    def _build_model(self, pretrained: HFCheckpointReader, head: HeadKind, role: str) -> PipelineModel:
+        """Build the model that trains: a whole model, or an adapter on a frozen one.
+
+        Args:
+            pretrained: the checkpoint; it may lack a scalar head, which is then zero.
+            head: 'lm' or 'scalar'.
+            role: its name.
+        """
+        model = build_model(
+            pretrained, head, self.cluster, dtype=self.dtype, new_head=True, recompute=self.run.recompute
+        )
+        if self.config.sharing == "full":
+            return model
+        spec = AdapterSpec.of(self.config.lora, f"{self.config.section}.lora")
+        seed, architecture = self.run.seed, pretrained.architecture
+        new = InitialAdapter(architecture, spec, head, seed=seed, name=role, base=pretrained)
+        identity = identity_of(pretrained, self.cluster)
+        return build_adapter(model, spec, head, new, identity).requires_grad_(True)
 
     def _build(self, pretrained: HFCheckpointReader, data: Rows | None, heldout: Rows | None) -> TrainableRole:
         """Encode the data, set `total_steps`, and build the role."""

@@ -29,9 +29,13 @@ from icegrt.metrics import PPOStep, RewardStep, RunLog, SFTStep, drop_rollouts
 from icegrt.metrics.sinks import check_sinks
 from icegrt.model.architecture import DTYPES, Architecture
 from icegrt.model.hf.reader import ModelSource
+from icegrt.model.lora.model import AdaptedModel
+from icegrt.model.lora.writer import save_adapter
 from icegrt.report.page import write_run_report
+from icegrt.residency import PARAMETERS
 from icegrt.roles.role import TrainableRole, check_inference_mode
 from icegrt.roles.skip_guard import SkipGuard
+from icegrt.training.adapters import adapter_document, check_resume
 from icegrt.training.failed_run import StepBoundary, kept_note
 from icegrt.training.run_folder import RunLock, lock_run_folder, save_config
 from icegrt.training.stop_signals import STOP_SIGNALS, capture_stop_signals
@@ -140,6 +144,7 @@ class Trainer(Generic[ConfigT, StepT]):
     def _restore_and_open_log(self) -> None:
         """Restore the checkpoint into models and data, write the configuration, and open the log."""
         if self._resumed_from is not None:
+            check_resume(self._resumed_from, self.roles, self.config.section)
             state = self.checkpoints.load(self._resumed_from, self.roles)
             self.done_steps = self._saved_at = self._written_at = state["step"]
             self.load_state(state["trainer"])
@@ -230,6 +235,7 @@ class Trainer(Generic[ConfigT, StepT]):
                 "head": r.model.head_kind,
                 "hf_config": r.model.architecture.hf_config,
                 "generation_config": r.model.architecture.generation_config,
+                "adapter": adapter_document(r.model),
             }
             for r in self.roles
         }
@@ -296,10 +302,16 @@ class Trainer(Generic[ConfigT, StepT]):
     def write_model(self, extra_files: dict[str, Any] | None = None) -> None:
         """Write the trained model to `<run.dir>/model`, in place of one from before a resume. Collective.
 
+        An adapter is merged there, and written to `<run.dir>/adapter` too.
+
         Raises:
             RunError: a weight is not finite.
         """
-        self.roles[0].save_pretrained(self.dir / "model", self.run.dtype, self.tokenizer, extra_files, replace=True)
+        role = self.roles[0]
+        role.save_pretrained(self.dir / "model", self.run.dtype, self.tokenizer, extra_files, replace=True)
+        if isinstance(role.model, AdaptedModel):
+            with role.placement.hold(PARAMETERS):
+                save_adapter(role.model, self.dir / "adapter", extra_files, replace=True)
         self.cluster.barrier()
 
     def save_pretrained(self, out: str | Path) -> Path:

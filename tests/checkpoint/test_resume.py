@@ -62,6 +62,14 @@ RUNS = {
     "sft": sft,
     "ppo": ppo,
     "ppo_bf16": lambda folder, resume: ppo(folder, resume, "bf16"),
+    "ppo_lora": lambda folder, resume: ppo(
+        folder,
+        resume,
+        "bf16",
+        sharing="lora",
+        lora={"rank": 3},
+        critic=CriticConfig(init="actor", warmup_iterations=1, optimizer=OPTIMIZER),
+    ),
     "ppo_two_reward_models": lambda folder, resume: ppo(folder, resume, extra_rewards=[(tiny.scorer(2), -0.7)]),
     "ppo_warming_up": lambda folder, resume: ppo(
         folder, resume, critic=CriticConfig(warmup_iterations=BEFORE + 1, optimizer=OPTIMIZER)

@@ -8,7 +8,7 @@ from icegrt.kernels.lm_logits import chunked
 from tests.helpers.dispatch_records import Recorded
 from tests.helpers.kernel_cases import assert_within_budget
 
-BACKENDS = pytest.mark.parametrize("backend", ["reference", "chunked"])
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "chunked", "cpp"])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -48,7 +48,7 @@ def test_views_of_the_weight():
 
 
 def test_no_copy_of_the_weight(monkeypatch):
-    """The largest tensor that is allocated is one chunk; fp32 operands allocate nothing."""
+    """C++ and fp32 operands allocate nothing; the largest tensor that PyTorch allocates is one chunk."""
     hidden, weight = operands(3, 5000, 128, (torch.bfloat16, torch.bfloat16))
     out, sizes = torch.empty(3, 5000), []
     monkeypatch.setattr(chunked, "SHARED_CHUNK_ELEMENTS", chunked.CHUNK_ELEMENTS)
@@ -62,14 +62,17 @@ def test_no_copy_of_the_weight(monkeypatch):
 
     with Sizes():
         lm_logits(hidden, weight, out=out)
+    assert not sizes
+    with Sizes(), use_backend("chunked"):
+        lm_logits(hidden, weight, out=out)
         narrow = list(sizes)
         lm_logits(hidden.float(), weight.float(), out=out)
     assert max(narrow) == chunked.CHUNK_ELEMENTS < weight.numel()
     assert sizes[len(narrow) :] == [hidden.numel(), weight.numel()]  # the conversions of this test
 
 
-def test_auto_is_chunked_and_errors_name_the_argument():
-    assert available_backends("lm_logits") == ("chunked", "reference")
+def test_errors_name_the_argument():
+    assert available_backends("lm_logits") == ("cpp", "chunked", "reference")
     hidden, weight = operands(4, 9, 8)
     out = torch.zeros(4, 9)
     for kind, message, call in (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from icegrt.kernels.common.collectives import communication_device
 from icegrt.model.architecture import Architecture
-from icegrt.model.hf.mapping import ParameterSpec, parameter_mapping, shard_slices
+from icegrt.model.hf.mapping import ParameterSpec, shard_slices
 
 if TYPE_CHECKING:
     from icegrt.model.pipeline_model import PipelineModel
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def export_tensors(
-    model: PipelineModel, dtype: torch.dtype, read: Callable[[nn.Parameter], Tensor] = lambda p: p
+    model: PipelineModel,
+    dtype: torch.dtype,
+    read: Callable[[nn.Parameter], Tensor] = lambda p: p,
+    specs: Sequence[ParameterSpec] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the model's parameters under their Hugging Face names, one at a time. Collective.
 
@@ -29,16 +32,18 @@ def export_tensors(
         model: the stages of this rank.
         dtype: of the tensors.
         read: returns the tensor to export for a parameter, for example its gradient; default: the parameter.
+        specs: what to export; None: all parameters of the model.
 
     Yields:
-        Name and tensor on the CPU, in the order of `parameter_mapping()`.
+        Name and tensor on the CPU, in the order of the model's `parameter_mapping()`.
     """
-    for spec, shards in _gathered(model, read):
+    specs = list(model.parameter_mapping()) if specs is None else specs
+    for spec, shards in _gathered(model, read, specs):
         yield from exported(spec, shards, model.architecture, dtype)
 
 
 def _gathered(
-    model: PipelineModel, read: Callable[[nn.Parameter], Tensor]
+    model: PipelineModel, read: Callable[[nn.Parameter], Tensor], specs: Sequence[ParameterSpec]
 ) -> Iterator[tuple[ParameterSpec, list[Tensor]]]:
     """Yield every parameter with the shards of all ranks, on rank 0; the other ranks of its model send shards."""
     from megatron.core import parallel_state
@@ -52,7 +57,7 @@ def _gathered(
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
     stages = dist.get_process_group_ranks(pipeline_group)
     if len(stages) == 1 and dist.get_world_size(tensor_group) == 1:
-        for spec in parameter_mapping(model.architecture, model.head_kind):
+        for spec in specs:
             yield spec, [local_tensors[spec.name]]
         return
     # 2. The rank that holds a parameter sends it to the first rank of its pipeline, on the device of the group.
@@ -61,7 +66,7 @@ def _gathered(
     local_shapes = {name: (tuple(x.shape), x.dtype) for name, x in local_tensors.items()}
     dist.all_gather_object(shapes, local_shapes, group=pipeline_group)
     is_first = parallel_state.is_pipeline_first_stage()
-    for spec in parameter_mapping(model.architecture, model.head_kind):
+    for spec in specs:
         stage = next(s for s in range(len(stages)) if spec.name in shapes[s])
         if dist.get_rank(pipeline_group) == stage:
             shard = local_tensors[spec.name].to(device).contiguous()
@@ -81,7 +86,7 @@ def _gathered(
 def _gather_on_rank_0(spec: ParameterSpec, shard: Tensor, group: dist.ProcessGroup) -> list[Tensor] | None:
     ranks = dist.get_process_group_ranks(group)
     is_first = dist.get_rank() == ranks[0]
-    if spec.partition == "replicated" or len(ranks) == 1:
+    if spec.is_replicated or len(ranks) == 1:
         return [shard] if is_first else None
     shards = [torch.empty_like(shard) for _ in ranks] if is_first else None
     dist.gather(shard, shards, dst=ranks[0], group=group)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,17 @@ from icegrt.model.hf.mapping import EMBEDDING, ParameterSpec, ShardSlice, parame
 if TYPE_CHECKING:
     from icegrt.model.hf.reader import HFCheckpointReader
     from icegrt.model.pipeline_model import PipelineModel
+
+
+class TensorSource(Protocol):
+    """Tensors by name: a checkpoint, an adapter of `peft`, or a new adapter."""
+
+    where: str
+
+    def names(self) -> Iterable[str]: ...
+
+    def get(self, name: str, *slices: slice) -> Tensor: ...
+
 
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Elements of a checkpoint tensor per read: they bound the memory beside the model.
@@ -94,7 +106,7 @@ def _refuse_untied(source: HFCheckpointReader) -> None:
 
 
 @torch.no_grad()
-def load(model: PipelineModel, source: HFCheckpointReader) -> None:
+def load(model: PipelineModel, source: TensorSource) -> None:
     """Copy this rank's shards of a checked checkpoint into `model`, block by block.
 
     A scalar head that the checkpoint lacks becomes zero.
@@ -109,7 +121,7 @@ def load(model: PipelineModel, source: HFCheckpointReader) -> None:
     pending = dict(model.named_parameters())
     tied_copy = pending.pop("head.weight") if model.holds_tied_copy else None
     available = set(source.names())
-    for spec in parameter_mapping(model.architecture, model.head_kind):
+    for spec in model.parameter_mapping():
         targets = [pending.pop(spec.name)] if spec.name in pending else []
         if tied_copy is not None and spec.name == EMBEDDING:
             targets.append(tied_copy)
@@ -121,7 +133,7 @@ def load(model: PipelineModel, source: HFCheckpointReader) -> None:
     assert not pending, f"parameters without a source: {sorted(pending)}"
 
 
-def read_into(parameter: Tensor, spec: ParameterSpec, source: HFCheckpointReader, slices: list[ShardSlice]) -> None:
+def read_into(parameter: Tensor, spec: ParameterSpec, source: TensorSource, slices: list[ShardSlice]) -> None:
     """Copy the slices of a parameter from a checkpoint, a block of rows per read."""
     if spec.partition == "vocabulary":
         parameter[slices[0].stop - slices[0].start :].zero_()  # padding

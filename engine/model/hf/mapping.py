@@ -15,9 +15,10 @@ from torch import Tensor
 
 from icegrt.model.architecture import Architecture, HeadKind
 
-# How a parameter is partitioned over tensor-parallel ranks: replicated, by rows of the padded vocabulary, by
-# columns, by groups of query heads with their key and value, or gate and up each by rows.
-Partition = Literal["replicated", "vocabulary", "columns", "qkv", "gate_up"]
+# How a parameter is partitioned over tensor-parallel ranks: replicated, replicated with its tensors stacked by rows, by
+# rows, by rows of the padded vocabulary, by columns, by groups of query heads with their key and value, or gate and up
+# each by rows.
+Partition = Literal["replicated", "stacked", "rows", "vocabulary", "columns", "qkv", "gate_up"]
 EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -36,6 +37,11 @@ class ParameterSpec:
     sources: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     partition: Partition = "replicated"
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether every tensor-parallel rank has the whole parameter."""
+        return self.partition in ("replicated", "stacked")
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,11 @@ def shard_slices(
     rows = spec.shapes[0][0]
     if spec.partition == "replicated":
         yield ShardSlice(0, 0, 0, rows, 0)
+    elif spec.partition == "stacked":
+        for source in range(len(spec.sources)):
+            yield ShardSlice(source, 0, 0, rows, source * rows)
+    elif spec.partition == "rows":
+        yield ShardSlice(0, 0, rank * (rows // ranks), (rank + 1) * (rows // ranks), 0)
     elif spec.partition == "columns":
         size = spec.shapes[0][1] // ranks
         yield ShardSlice(0, 1, rank * size, (rank + 1) * size, 0)

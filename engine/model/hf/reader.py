@@ -98,7 +98,7 @@ class HFCheckpointReader:
             return self._tensors[name].detach()[index]
         # Opened for every slice: pages of a mapped file count as this process's memory until the file is closed.
         path = self._files[name]
-        with _open_safetensors(path) as file:
+        with open_safetensors(path) as file:
             try:
                 return file.get_slice(name)[index]
             except Exception as error:  # of safetensors, or of the system if the file was truncated meanwhile
@@ -110,7 +110,7 @@ class HFCheckpointReader:
         if not index and not single.is_file():
             raise CheckpointError(_no_safetensors(folder))
         for path in sorted(set(index.values())) or [single]:
-            with _open_safetensors(path) as file:
+            with open_safetensors(path) as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
                     if index.get(name, path) == path:
                         self._files[name] = path
@@ -121,7 +121,12 @@ class HFCheckpointReader:
                 raise CheckpointError(f"{path}: holds no tensor `{name}`, which {_INDEX} says it does; copy it again")
 
 
-def _open_safetensors(path: Path) -> Any:
+def open_safetensors(path: Path) -> Any:
+    """Open a file of tensors, for `with`.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -40,7 +40,7 @@ def write_safetensors(
         file_names = ["model.safetensors"]
     iterator = iter(tensors)
     for file_name, names in zip(file_names, shards, strict=True):
-        _write_file(folder / file_name, iterator, {name: shapes[name] for name in names}, dtype)
+        write_file(folder / file_name, iterator, {name: shapes[name] for name in names}, dtype)
     assert next(iterator, None) is None, "more tensors than shapes"
     if len(shards) > 1:
         total = sum(_bytes(shape, dtype.itemsize) for shape in shapes.values())
@@ -67,10 +67,23 @@ def _bytes(shape: tuple[int, ...], itemsize: int) -> int:
     return math.prod(shape) * itemsize
 
 
-def _write_file(
-    path: Path, tensors: Iterator[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+def write_file(
+    path: Path,
+    tensors: Iterator[tuple[str, Tensor]],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    """Write one file.
+
+    Args:
+        path: of the file.
+        tensors: names and tensors in the order of `shapes`, on the CPU, in `dtype`.
+        shapes: shapes by name.
+        dtype: float32 or bfloat16.
+        metadata: texts for the header.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, shape in shapes.items():
         start, end = end, end + _bytes(shape, dtype.itemsize)

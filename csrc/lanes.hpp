@@ -1,4 +1,5 @@
-// Vectors of paged attention: ICEGRT_VECTOR_BYTES of float (double for double). Included once for each instruction set.
+// Vectors of ICEGRT_VECTOR_BYTES: of float, of double for double. instruction_sets.hpp includes this text once for each
+// instruction set.
 
 typedef float FloatLanes __attribute__((vector_size(ICEGRT_VECTOR_BYTES)));
 typedef double DoubleLanes __attribute__((vector_size(ICEGRT_VECTOR_BYTES)));

@@ -1,0 +1,1 @@
+"""Low-rank adapters: several on one frozen trunk, selected without copying."""

@@ -1,0 +1,56 @@
+"""What a checkpoint says about the adapters in it, and whether a run may resume from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from icegrt.checkpoint.directory import read_state
+from icegrt.errors import ConfigError
+from icegrt.model.lora.model import AdaptedModel
+from icegrt.model.lora.peft_format import check_trunk
+from icegrt.model.pipeline_model import PipelineModel
+from icegrt.roles.role import TrainableRole
+
+
+def adapter_document(model: PipelineModel) -> dict[str, Any] | None:
+    """Return rank, scale, projections and trunk of an adapted model as JSON; None for a whole model."""
+    if not isinstance(model, AdaptedModel):
+        return None
+    assert model.identity is not None
+    return {**model.adapter.document(), "trunk_hash": model.identity.hash, "trunk": model.identity.where}
+
+
+def check_resume(checkpoint: Path, roles: Sequence[TrainableRole], section: str) -> None:
+    """Check that a checkpoint holds what the roles train: whole models, or the same adapters on the same trunk.
+
+    Args:
+        checkpoint: its folder.
+        roles: that train.
+        section: name of the stage.
+
+    Raises:
+        ConfigError: `sharing` or a key of `lora` is another.
+        CheckpointError: the trunk has other weights.
+    """
+    saved_roles = read_state(checkpoint).get("roles", {})
+    for role in roles:
+        saved = saved_roles.get(role.name, {}).get("adapter")
+        if (saved is None) == isinstance(role.model, AdaptedModel):
+            own, other = ("lora", "full") if saved is None else ("full", "lora")
+            raise ConfigError(
+                f"{section}.sharing is {own}, but {checkpoint} was made with {other}; set it to that, or start a new "
+                "run"
+            )
+        if not isinstance(role.model, AdaptedModel) or saved is None:
+            continue
+        now = role.model.adapter.document()
+        if different := [name for name in now if now[name] != saved[name]]:
+            name = different[0]
+            raise ConfigError(
+                f"{section}.lora: the {role.name}'s {name} is {now[name]}, in {checkpoint} it is {saved[name]}; set it "
+                "to that, or start a new run"
+            )
+        assert role.model.identity is not None
+        check_trunk(f"{checkpoint} ({role.name})", saved["trunk_hash"], role.model.identity)
