@@ -1,6 +1,8 @@
 # `make help` lists the targets. CI calls the same ones (.ci/run).
 VENV ?= .venv
 OUT ?= runs/demo
+# full or lora
+SHARING ?= full
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.icegrt-installed
 # BENCH_OPTIONS=--quick takes seconds instead of minutes.
@@ -23,8 +25,8 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt tools/setup.sh $(wildcard csrc/
 	tools/setup.sh $(VENV)
 	@touch $@
 
-ppo: install  ## the whole recipe on a small example: text to PPO to an exported checkpoint (OUT=runs/demo)
-	OUT=$(OUT) $(PY) examples/ad_moderation/demo.py
+ppo: install  ## the whole recipe on a small example: text to PPO to an exported checkpoint (OUT=runs/demo SHARING=full)
+	OUT=$(OUT) SHARING=$(SHARING) $(PY) examples/ad_moderation/demo.py
 
 test: install  ## all tests that this machine can run, but those that take minutes
 	$(PYTEST) $(TEST_OPTIONS) -m "not long" tests --ignore=tests/kernels/aot

@@ -1,13 +1,19 @@
 """The complete recipe on a small example: data, SFT, samples, reward model, PPO, and a report.
 
     python examples/ad_moderation/demo.py --out runs/demo --seed 0
+    python examples/ad_moderation/demo.py --out runs/demo_lora --sharing lora
 
 The same command resumes an interrupted demo. Settings are in recipe.yaml; overrides have the usual form:
 `demo.py ppo.iterations=4 sft.epochs=1`. Without a GPU the demo starts one data-parallel rank per core, at most four.
 `torchrun ... demo.py` sets another number of ranks.
+
+With `--sharing lora` reward model, actor and critic are adapters on the SFT model, which is the reference too. SFT
+itself trains all weights: it starts from random ones, and an adapter can only refine what a model knows.
 """
 
+import argparse
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -25,6 +31,14 @@ from staged_run import stages  # noqa: E402
 
 RECIPE = HERE / "recipe.yaml"
 CHECKER = f"{HERE / 'reward.py'}:checker_reward"
+# What --sharing lora changes. Adapters take larger steps than whole models: each moves the weights in few directions.
+LORA_SETTINGS = (
+    "reward.sharing=lora",
+    "reward.optimizer.lr=2e-3",
+    "ppo.sharing=lora",
+    "ppo.optimizer.lr=3e-4",
+    "ppo.critic.optimizer.lr=1e-3",
+)
 
 
 class Demo(stages.StagedRun):
@@ -34,6 +48,19 @@ class Demo(stages.StagedRun):
     RANK_0_STAGES = ("prepare", "report")
     SECTIONS = ("sft", "sample", "reward", "ppo")
     MAX_RANKS = 4  # a step of the reward model has four prompts
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--sharing",
+            choices=("full", "lora"),
+            default=os.environ.get("SHARING", "full"),
+            help="full: a model for each role; lora: adapters on the SFT model, which is the reference",
+        )
+
+    def overrides_of(self, section: str) -> list[str]:
+        settings = [*(LORA_SETTINGS if self.options["sharing"] == "lora" else ()), *super().overrides_of(section)]
+        return [setting for setting in settings if setting.startswith(f"{section}.")]
 
     def prepare(self) -> None:
         prepare(self.data, self.seed)
@@ -80,11 +107,12 @@ class Demo(stages.StagedRun):
             trainer.train()
 
     def ppo(self) -> None:
+        reward_model = self.out / "reward" / ("adapter" if self.options["sharing"] == "lora" else "model")
         config = PPOConfig.load(
             RECIPE,
             [
                 f"ppo.actor={self.out / 'sft' / 'model'}",
-                f"ppo.reward_model={self.out / 'reward' / 'model'}",
+                f"ppo.reward_model={reward_model}",
                 f"ppo.reward_function={CHECKER}",
                 f"ppo.prompts={self.data / 'prompts_train.jsonl'}",
                 f"ppo.eval_prompts={self.data / 'prompts_validation.jsonl'}",

@@ -35,12 +35,16 @@ class StagedRun:
     SECTIONS: ClassVar[tuple[str, ...]]
     MAX_RANKS: ClassVar[int] = 4
 
-    def __init__(self, out: Path, seed: int, overrides: list[str]) -> None:
-        self.out, self.seed, self.overrides = out, seed, overrides
+    def __init__(self, out: Path, seed: int, overrides: list[str], **options: str) -> None:
+        self.out, self.seed, self.overrides, self.options = out, seed, overrides, options
         self.data = out / "data"
         out.mkdir(parents=True, exist_ok=True)
         if is_main():
             self._check_same_settings()
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Add the example's own options; `self.options` has their values."""
 
     def run(self) -> None:
         """Run all stages that are not finished."""
@@ -75,7 +79,8 @@ class StagedRun:
         return [override for override in self.overrides if override.startswith(f"{section}.")]
 
     def _check_same_settings(self) -> None:
-        path, settings = self.out / "demo.json", {"seed": self.seed, "overrides": self.overrides}
+        path = self.out / "demo.json"
+        settings = {"seed": self.seed, **self.options, "overrides": self.overrides}
         if path.is_file():
             if json.loads(path.read_text(encoding="utf-8")) != settings:
                 raise UserError(f"{self.out}: holds a demo with other settings; choose another --out or delete it")
@@ -97,6 +102,7 @@ def main(kind: type[StagedRun], description: str, out: str) -> int:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", out)), help="folder of the run")
     parser.add_argument("--seed", type=int, default=0, help="seed of data, sampling and training")
     parser.add_argument("overrides", nargs="*", help=f"settings, as in {kind.SECTIONS[-1]}.kl_coef=0.1")
+    kind.add_arguments(parser)
     arguments = parser.parse_args()
     unknown = [o for o in arguments.overrides if o.split(".")[0] not in kind.SECTIONS or "=" not in o]
     if unknown:
@@ -107,7 +113,7 @@ def main(kind: type[StagedRun], description: str, out: str) -> int:
         if count > 1:
             return launch([sys.executable, *sys.argv], count)
         with failure.exit_on_peer_failure():
-            kind(arguments.out, arguments.seed, arguments.overrides).run()
+            kind(**vars(arguments)).run()
     except UserError as error:
         if failure.should_report(error):
             print(f"error: {error}", file=sys.stderr)
