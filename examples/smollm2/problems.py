@@ -47,8 +47,9 @@ def draw_problems(terms: int, seed: int) -> Iterator[dict]:
     """Yield `DRAWS` problems with this number of terms, each from 0 to 9."""
     import reasoning_gym
 
+    # reasoning-gym draws item n of a seed from `seed + n`: adjacent seeds would give the same items, shifted by one.
     dataset = reasoning_gym.create_dataset(
-        "chain_sum", min_terms=terms, max_terms=terms, min_digits=1, max_digits=1, size=DRAWS, seed=seed
+        "chain_sum", min_terms=terms, max_terms=terms, min_digits=1, max_digits=1, size=DRAWS, seed=seed * DRAWS
     )
     for item in dataset:
         expression = item["metadata"]["expression"].strip()
