@@ -9,6 +9,8 @@ import resource
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from icegrt import PPOConfig, PPOTrainer
@@ -58,7 +60,7 @@ def describe(figures: dict[str, dict[str, list[float]]]) -> str:
     ranks = len(next(iter(figures.values()))["peak_gigabytes"])
     return (
         f"Two iterations of each sharing with the settings of the run, from the same prompts, in fresh processes: "
-        f"{'; '.join(parts)}. Time: the second iteration. Memory: peak resident memory, summed over {ranks} ranks."
+        f"{'; '.join(parts)}. Time: the second iteration. Memory: the sum of the peaks of {ranks} ranks."
     )
 
 
@@ -71,12 +73,17 @@ def run_rank(sharing: str, out: Path, overrides: list[str]) -> None:
     with PPOTrainer(config) as trainer:
         steps = [trainer.step() for _ in range(ITERATIONS)]
         rank = trainer.cluster.rank
-    figures = {
-        "seconds": [sum(step.seconds_by_phase.values()) for step in steps],
-        # Linux counts kilobytes.
-        "peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-    }
+        peak = peak_gigabytes(trainer.cluster.device)
+    seconds = [sum(step.seconds_by_phase.values()) for step in steps]
+    figures = {"seconds": seconds, "peak_gigabytes": peak}
     write_text_atomic(out / f"rank_{rank}.json", json.dumps(figures) + "\n")
+
+
+def peak_gigabytes(device: torch.device) -> float:
+    """Return the peak of this process's memory: what torch allocated on a GPU, or resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts kilobytes
 
 
 def main() -> None:

@@ -34,7 +34,9 @@ def launch(command: Sequence[str], count: int) -> int:
     """
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    environment = {"OMP_NUM_THREADS": str(max(1, cores() // count)), **os.environ}
+    # Ranks that a torchrun process starts are not its own: with these variables they would join its store.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
+    environment = {"OMP_NUM_THREADS": str(max(1, cores() // count)), **inherited}
     environment |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     processes = []

@@ -59,8 +59,10 @@ def write_gguf(path, model, template="{{ messages[0]['content'] }}"):
     writer.add_token_list(tokens)
     writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
     writer.add_token_merges(["\u0120 \u0120"])
-    for add, token in ((writer.add_bos_token_id, 1), (writer.add_eos_token_id, 2), (writer.add_pad_token_id, 2)):
-        add(token)
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
     if template:
         writer.add_chat_template(template)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
@@ -104,6 +106,7 @@ def test_converted_model_has_the_logits_of_the_model_in_the_file(converted, tiny
 
 
 def test_icegrt_reads_the_converted_model(converted, tiny_llama, cluster):
+    assert "unk_token_id" in (converted / "config.json").read_text(encoding="utf-8")  # which GGUF files have
     actor = tiny.role(str(converted))
     assert tiny.same(tiny.parameters(actor), tiny.parameters(tiny.role(tiny_llama)))
 
