@@ -55,9 +55,11 @@ TARGETS = {
 }
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """Parse the options that every bench has."""
+def arguments(description: str, **choices: tuple[str, ...]) -> argparse.Namespace:
+    """Parse the options that every bench has. `choices`: options of this one, each with its values; all by default."""
     parser = argparse.ArgumentParser(description=description)
+    for name, values in choices.items():
+        parser.add_argument(f"--{name}", nargs="+", choices=values, default=list(values), help="default: all")
     parser.add_argument("--quick", action="store_true", help="small cases and few rounds: seconds, not minutes")
     parser.add_argument("--rounds", type=int, help="timed rounds per case (default: 30, or 7 with --quick)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")

@@ -241,16 +241,18 @@ def _plot(case: str, trace: Trace, options) -> None:
 
 
 def main() -> None:
-    options = harness.arguments(__doc__.splitlines()[0])
+    options = harness.arguments(__doc__.splitlines()[0], shapes=tuple(SHAPES), dtypes=("float32", "bfloat16"))
     options.rounds = min(options.rounds, 3)
     options.plots = harness.folder_of(options)
-    dtypes = [torch.float32, torch.bfloat16]
-    if options.device == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+    if options.device == "cpu" and "bfloat16" in options.dtypes and not torch.cpu._is_avx512_bf16_supported():
         print("bf16 is left out: without AVX512_BF16 its matrix products are emulated")
-        dtypes = dtypes[:1]
-    shapes = ["4x256"] if options.quick else list(SHAPES)
-    cases = [(s, d, w) for s in shapes for d in dtypes for w in workloads(4 if options.quick else 1)]
-    harness.write("rollout", [row for case in cases for row in measure(*case, options)], options)
+        options.dtypes.remove("bfloat16")
+    for shape in options.shapes[:1] if options.quick else options.shapes:
+        rows = []
+        for dtype in options.dtypes:
+            for workload in workloads(4 if options.quick else 1):
+                rows += measure(shape, getattr(torch, dtype), workload, options)
+        harness.write(f"rollout_{shape}", rows, options)
 
 
 if __name__ == "__main__":

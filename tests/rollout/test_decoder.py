@@ -1,4 +1,8 @@
-"""Rollouts: the same tokens whoever shares the batch, the log-probs of scoring, and answers that end properly."""
+"""Rollouts: the same tokens and log-probs whoever shares the batch, those of scoring, and answers that end properly.
+
+On a CPU in fp32 the log-probs of a sequence have the same bits in every batch, since each kernel computes a row by
+itself.
+"""
 
 import pytest
 import torch
@@ -39,8 +43,9 @@ def draw(actor, prompts=PROMPTS, samples=3, sampling=SAMPLING, first=0, stops=ST
     return {r.sequence_id: r for r in decoder.stream(prompts, samples, sampling, first)}
 
 
-def tokens_of(responses):
-    return {number: response.tokens for number, response in responses.items()}
+def results_of(responses):
+    """Tokens and log-probs by sequence id."""
+    return {number: (response.tokens, response.logprobs) for number, response in responses.items()}
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +67,10 @@ def watch(monkeypatch):
 
 
 @pytest.mark.parametrize("max_batch", [1, 2, 4, 7, 17])
-def test_the_tokens_do_not_depend_on_the_size_of_the_batch(max_batch, actor, sampled):
+def test_a_response_does_not_depend_on_the_size_of_the_batch(max_batch, actor, sampled):
     # Batches of 2 and 4 also cut the three copies of a prompt apart, and 1 and 2 are fewer than the copies.
     repeated = draw(actor, max_batch=max_batch)
-    assert {n: r.tokens for n, r in repeated.items()} == {n: r.tokens for n, r in sampled.items()}
+    assert results_of(repeated) == results_of(sampled)
     assert {n: (r.prompt_index, r.sample) for n, r in repeated.items()} == {n: divmod(n, 3) for n in range(18)}
 
 
@@ -81,33 +86,31 @@ def test_the_tokens_do_not_depend_on_the_size_of_the_batch(max_batch, actor, sam
         {"reuse_prefixes": False, "max_batch": 2},
     ],
 )
-def test_the_tokens_do_not_depend_on_how_steps_are_planned(settings, actor, sampled):
+def test_a_response_does_not_depend_on_how_steps_are_planned(settings, actor, sampled):
     repeated = draw(actor, **settings)
-    assert tokens_of(repeated) == tokens_of(sampled)
-    for number, response in repeated.items():
-        torch.testing.assert_close(response.logprobs, sampled[number].logprobs, atol=1e-5, rtol=0)
+    assert results_of(repeated) == results_of(sampled)
 
 
 @pytest.mark.parametrize("lookahead", [0, 1])
-def test_the_tokens_do_not_depend_on_preemptions_in_a_small_cache(lookahead, actor, sampled):
+def test_a_response_does_not_depend_on_preemptions_in_a_small_cache(lookahead, actor, sampled):
     decoder = Decoder(actor.model, STOPS, RolloutSettings(block_size=2, kv_memory=12_000, lookahead=lookahead))
     repeated = {r.sequence_id: r for r in decoder.stream(PROMPTS, 3, SAMPLING)}
-    assert tokens_of(repeated) == tokens_of(sampled)
+    assert results_of(repeated) == results_of(sampled)
     assert sum(group.scheduler.stats()["preemptions"] for group in decoder.storage.groups) > 5
 
 
-def test_the_tokens_do_not_depend_on_who_shares_the_batch(actor, sampled):
+def test_a_response_does_not_depend_on_who_shares_the_batch(actor, sampled):
     for prompt, tokens in enumerate(PROMPTS):
         subset = draw(actor, [tokens], first=3 * prompt)
-        assert {n: r.tokens for n, r in subset.items()} == {n: sampled[n].tokens for n in subset}
+        assert results_of(subset) == results_of({n: sampled[n] for n in subset})
 
 
-def test_the_tokens_do_not_depend_on_the_order_of_the_prompts(actor):
+def test_a_response_does_not_depend_on_the_order_of_the_prompts(actor):
     one_each = draw(actor, samples=1)
     backwards = {}
     for last in range(len(PROMPTS), 0, -2):  # pairs of neighbours, from the end
         backwards |= draw(actor, PROMPTS[last - 2 : last], samples=1, first=last - 2)
-    assert {n: r.tokens for n, r in backwards.items()} == {n: r.tokens for n, r in one_each.items()}
+    assert results_of(backwards) == results_of(one_each)
 
 
 def test_samples_and_seeds_differ(actor, sampled):
