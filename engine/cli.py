@@ -31,6 +31,7 @@ COMMANDS = {
     "export": "convert a run's checkpoint to a Hugging Face checkpoint",
     "report": "write the report of a run, also while it goes on",
     "rehearse": "count what a PPO run would do on a cluster of GPUs, without a GPU",
+    "plan": "report the memory that a PPO run needs, and the changes that make it fit",
     "data": "show which text of a data file is trained on",
     "doctor": "check the machine and the installed packages",
 }
@@ -112,6 +113,12 @@ def _run(argv: list[str]) -> int:
             from icegrt.commands import rehearse
         with contextlib.suppress(SystemExit):  # argparse raises it after --help
             rehearse.main(argv[1:])
+        return OK
+    if argv[0] == "plan":
+        with _required_packages("plan"):
+            from icegrt.commands import plan
+        with contextlib.suppress(SystemExit):  # argparse raises it after --help
+            plan.main(argv[1:])
         return OK
     if argv[0] == "report":
         with _required_packages("report"):

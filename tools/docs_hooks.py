@@ -19,7 +19,11 @@ import mermaid
 
 ROOT = Path(__file__).resolve().parents[1]
 # Pages of the site whose source lies outside docs/.
-OUTSIDE = {"index.md": "README.md", "example.md": "examples/ad_moderation/README.md"}
+OUTSIDE = {
+    "index.md": "README.md",
+    "example.md": "examples/ad_moderation/README.md",
+    "smollm2.md": "examples/smollm2/README.md",
+}
 _LINK = re.compile(r"\[([^\[\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 _FENCE = re.compile(r"^( *)(```+).*?^\1\2 *$", re.DOTALL | re.MULTILINE)
 

@@ -427,6 +427,11 @@ class PPOConfig(Loadable):
     lora: Section[LoRAConfig] = key(LoRAConfig(), "the adapters of actor and critic, with sharing=lora")
     parallel: Section[ParallelConfig] = key(ParallelConfig(), "parallelism of each of the models")
     offload: Section[OffloadConfig] = key(OffloadConfig(), "state that leaves the device while its role is not in use")
+    memory_plan: str = key(
+        "",
+        "file that `icegrt plan --out` wrote for this run: memory.json then has its peaks beside the measured ones; "
+        "empty: none",
+    )
     run: Section[RunConfig] = key(RunConfig(dir="runs/ppo"), "the run")
 
     @property

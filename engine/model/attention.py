@@ -17,6 +17,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from icegrt.kernels.dispatch import played_kind
 from icegrt.model.sdpa import packed_sdpa
 from icegrt.model.shared_prompts import PromptGroups, shared_prompt_attention
 
@@ -102,7 +103,7 @@ def packed_causal_attention(
     if varlen is not None and groups is None:
         return flash_varlen_attention(varlen, q_THD, k_THD, v_THD, lengths, window, cu_seqlens=cu_seqlens)
     # Torch 2.13: on a CPU, SDPA in half precision takes up to 5 times as long as in fp32, copies included -> widened.
-    widened = q_THD.device.type == "cpu" and q_THD.dtype in _FLASH_DTYPES
+    widened = played_kind(q_THD.device.type) == "cpu" and q_THD.dtype in _FLASH_DTYPES
     heads = [tensor.float() if widened else tensor for tensor in (q_THD, k_THD, v_THD)]
     if groups is None:
         out = packed_sdpa(*heads, lengths, lengths, window)

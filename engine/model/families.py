@@ -107,7 +107,7 @@ _WITHOUT_EFFECT = _words(
     "initializer_range attention_dropout hidden_dropout resid_pdrop classifier_dropout pretraining_tp "
     "max_sequence_length seq_length id2label label2id problem_type finetuning_task task_specific_params "
     "return_dict output_hidden_states output_attentions torchscript use_bfloat16 tf_legacy_loss is_decoder "
-    "chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id sep_token_id prefix "
+    "chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id sep_token_id unk_token_id prefix "
     "use_flash_attention_2 attn_implementation gradient_checkpointing unsloth_version unsloth_fixed "
     "is_llama_config model_name transformers.js_config "
     "max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty "

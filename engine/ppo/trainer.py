@@ -23,6 +23,7 @@ from icegrt.model.hf.reader import ModelSource
 from icegrt.ppo.batch_plan import BatchPlan, plan_batches, stream_seed
 from icegrt.ppo.evaluator import EvaluationResult
 from icegrt.ppo.experience import Experience, compute_advantages
+from icegrt.ppo.memory_log import MemoryLog, MemoryPlan
 from icegrt.ppo.metrics import moments_of, ppo_step, rollout_rows
 from icegrt.ppo.reward_sources import RewardArgument, RewardComposition
 from icegrt.ppo.rewards import RewardOutputs
@@ -88,11 +89,13 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         rewards, reference = RewardComposition.of(config, reward), reference or config.reference or None
         check_critic(config, rewards, critic)
         inputs = PPOInputs(actor, tokenizer, rewards, prompts, reference, critic, eval_prompts)
+        self._memory_plan = MemoryPlan.read(config.memory_plan) if config.memory_plan else None
         super().__init__(config, callbacks, inputs=inputs)
 
     def _set_up(self, inputs: PPOInputs) -> None:
         self._cache_is_reported = False
         self._resources.callback(inputs.rewards.sources.close)
+        self._memory_log = MemoryLog(self._memory_plan, self.config, self.cluster) if self._memory_plan else None
         parts = self.components = build_ppo(self.config, inputs, self.cluster, self._resumed_chunk_rows)
         self.tokenizer, self.prompts, self.eval_prompts = parts.tokenizer, parts.prompts, parts.eval_prompts
         self.actor, self.critic, self.roles = parts.actor, parts.critic, [parts.actor, parts.critic]
@@ -306,6 +309,8 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
     def _finish_iteration(self, row: PPOStep) -> None:
         """Log the metrics, print alarms, and save a checkpoint if one is due."""
         self.log(row)
+        if self._memory_log is not None:
+            self._memory_log.write(self.dir, row.iteration, self.total_steps)
         for message in self.alarms.check(row):
             self.alarm_messages.append(f"iteration {row.iteration}: {message}")
             warn(self.alarm_messages[-1])
@@ -322,7 +327,8 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
     def _timed(self, phase: str) -> Iterator[None]:
         self.cluster.enter_phase(f"{phase} of iteration {self.done_steps + 1}")
         started = time.perf_counter()
-        yield
+        with contextlib.nullcontext() if self._memory_log is None else self._memory_log.phase(phase):
+            yield
         self._seconds[phase] += time.perf_counter() - started
 
     # -- evaluating and finishing ----------------------------------------------------------------------------------

@@ -16,18 +16,33 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from icegrt import _C
 from icegrt.distributed import cluster as cluster_module
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.cpu_backend import Patches, apply_device
 from icegrt.distributed.layout import Layout
 from icegrt.distributed.megatron import load_megatron
 from icegrt.errors import RunError
-from icegrt.kernels.dispatch import play_device, played_kind
-from icegrt.rehearsal.attention import REHEARSED_KERNELS, attend_varlen, scaled_dot_product_attention
+from icegrt.kernels.dispatch import play_device, played_kind, use_backend
+from icegrt.rehearsal.attention import REHEARSED_KERNELS, attend_varlen, cpu_attention, scaled_dot_product_attention
 from icegrt.rehearsal.sites import current_site
 from icegrt.rehearsal.watcher import Watcher
 
 META = torch.device("meta")
+# Of the extension; each writes into tensors that its caller has allocated.
+_EXTENSION_OPERATORS = (
+    "copy_blocks",
+    "linear_rows",
+    "paged_attention",
+    "rms_norm_backward",
+    "rms_norm_forward",
+    "rope",
+    "rope_write_kv",
+    "sample_tokens",
+    "swiglu_backward",
+    "swiglu_forward",
+    "write_kv",
+)
 # Bound to the device type: a collective of a host tensor then finds no backend, as in a group of NCCL.
 _FAKE = "meta:fake"
 
@@ -117,6 +132,28 @@ def rehearsed_gpu(watcher: Watcher, memory_bytes: int) -> Iterator[None]:
         patches.set(attention, "flash_attention", lambda: attend_varlen)
         patches.set(attention_parts, "flash_kernels", lambda: REHEARSED_KERNELS)
         patches.set(sdpa, "scaled_dot_product_attention", scaled_dot_product_attention)
+        yield
+
+
+@contextlib.contextmanager
+def rehearsed_cpu(watcher: Watcher) -> Iterator[None]:
+    """Let the meta device play the CPU that a run on gloo ranks computes on while the block runs.
+
+    Operators of the C++ extension allocate what they allocate on a CPU, and compute nothing.
+
+    Args:
+        watcher: records what patched functions do; it is entered separately.
+    """
+    # The C++ routine of shaped_gae reads arrays. The reference allocates as little.
+    with rehearsed_device(watcher) as patches, play_device("meta", "cpu"), use_backend(shaped_gae="reference"):
+        from icegrt.model import attention_parts, sdpa
+        from icegrt.roles import optimizer
+
+        for name in _EXTENSION_OPERATORS:
+            patches.set(_C, name, lambda *args: None)
+        patches.set(sdpa, "scaled_dot_product_attention", cpu_attention)
+        patches.set(attention_parts, "part_kernels", lambda q: attention_parts.CPU_KERNELS)
+        patches.set(optimizer, "_use_multi_tensor_kernels", lambda inner: None)  # as torch chooses on a CPU
         yield
 
 

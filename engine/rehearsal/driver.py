@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from icegrt import residency
+from icegrt.checkpoint.megatron import init_optimizer_states
 from icegrt.config import PPOConfig
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.cpu_backend import Patches
@@ -31,6 +33,7 @@ from icegrt.ppo.scores import ModelScores, RunningScoreNormalizer, RunningScoreN
 from icegrt.ppo.scoring import LogprobScorer, score_sequences, score_values
 from icegrt.ppo.update import Updater
 from icegrt.rehearsal import memory
+from icegrt.rehearsal.extent import largest_work
 from icegrt.rehearsal.offloading import counted_moves
 from icegrt.rehearsal.process_groups import GroupUse, groups_of
 from icegrt.rehearsal.watcher import Watcher
@@ -90,7 +93,13 @@ class _ConfigReader:
 
 
 def run_iteration(
-    config: PPOConfig, cluster: Cluster, watcher: Watcher, workload: Workload, report: Callable[[str], None]
+    config: PPOConfig,
+    cluster: Cluster,
+    watcher: Watcher,
+    workload: Workload,
+    report: Callable[[str], None],
+    *,
+    peaks_only: bool = False,
 ) -> RankCounts:
     """Run one iteration of this rank; call it inside `rehearsed_gpu`, `rehearsed_world` and the watcher.
 
@@ -100,18 +109,23 @@ def run_iteration(
         watcher: counts.
         workload: lengths of the sequences.
         report: called with the name of each phase.
+        peaks_only: run only the micro-batches and steps that set the peaks of memory, and let Adam's moments exist from
+            the start, as in every iteration but the first. Other counts are then incomplete.
     """
     if cluster.layout.virtual_pipeline > 1:
         raise ConfigError(
             "rehearse: parallel.virtual_pipeline above 1 cannot be rehearsed, because interleaved stages exchange the "
             "shapes of their messages with ranks that do not exist here; set it to 1"
         )
-    with _given_shapes(watcher), counted_moves(watcher):
+    shortened = largest_work(cluster.layout.pipeline) if peaks_only else contextlib.nullcontext()
+    with _given_shapes(watcher), counted_moves(watcher), shortened:
         # 1. Models and roles, as ppo.role_setup builds them, without weights.
         report(BUILD)
         with watcher.phase(BUILD):
             iteration = _Iteration(config, cluster, watcher)
             iteration.announce_order()
+            if peaks_only:
+                iteration.allocate_optimizer_states()
         # 2. The stages in the order of an iteration.
         report("rollout")
         sequences = iteration.rollout(workload)
@@ -196,6 +210,14 @@ class _Iteration:
             role.placement.require(*KINDS)
         with self.actor.placement.hold_for_pass():
             pass
+
+    def allocate_optimizer_states(self) -> None:
+        """Allocate Adam's moments, which a role's first step would allocate."""
+        for role in self.roles.values():
+            if isinstance(role, TrainableRole):
+                with role.placement.hold(residency.OPTIMIZER):
+                    init_optimizer_states(role)
+                _label_optimizer_states(role, self.watcher)
 
     def rollout(self, workload: Workload) -> int:
         """Prefill, and take `decode_steps` steps with all sequences. Returns the sequences of this rank."""
@@ -359,11 +381,7 @@ def _phases_of_steps(watcher: Watcher, phases: dict[str, str]) -> Iterator[None]
     def phased(role: TrainableRole, work: Any) -> Any:
         with watcher.phase(phases[role.name]):
             outcome = step(role, work)
-        for inner in inner_optimizers(role.optimizer):
-            for state in inner.optimizer.state.values():
-                for value in state.values():
-                    if isinstance(value, torch.Tensor):
-                        watcher.device.label(value, memory.OPTIMIZER)
+        _label_optimizer_states(role, watcher)
         return outcome
 
     try:
@@ -371,6 +389,14 @@ def _phases_of_steps(watcher: Watcher, phases: dict[str, str]) -> Iterator[None]
         yield
     finally:
         patches.undo()
+
+
+def _label_optimizer_states(role: TrainableRole, watcher: Watcher) -> None:
+    for inner in inner_optimizers(role.optimizer):
+        for state in inner.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    watcher.device.label(value, memory.OPTIMIZER)
 
 
 def layout_of(config: PPOConfig) -> Layout:

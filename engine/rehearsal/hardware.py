@@ -12,6 +12,8 @@ import yaml
 from icegrt.errors import ConfigError
 
 GIB = 1 << 30
+# Of the memory, for the CUDA context, the buffers of NCCL and the gaps between blocks of the allocator.
+RESERVED = 0.06
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Hardware:
 
     Attributes:
         name: of the GPU.
-        memory_bytes: usable memory.
+        memory_bytes: of device memory.
         bf16_flops: dense tensor-core FLOP/s of bf16 and fp16.
         fp32_flops: FLOP/s of fp32 products (TF32 is off, as torch has it by default).
         memory_bandwidth: bytes/s of device memory.
@@ -41,6 +43,11 @@ class Hardware:
     host_bandwidth: float
     launch_seconds: float
     source: str
+
+    @property
+    def usable_bytes(self) -> int:
+        """Memory for tensors."""
+        return int(self.memory_bytes * (1 - RESERVED))
 
     def flops_of(self, dtype: str) -> float:
         """Return the peak FLOP/s of matrix products of a dtype."""

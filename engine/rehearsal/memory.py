@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,8 @@ from icegrt.rehearsal.sites import Site
 
 PARAMETERS, GRADIENTS, OPTIMIZER, KV_CACHE = "parameters", "gradients", "optimizer state", "KV cache"
 LOGITS, ACTIVATIONS, TEMPORARY = "logits chunk", "activations", "temporary"
-CATEGORIES = (PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, KV_CACHE, TEMPORARY)
+OFFLOADED = "offloaded state"  # on the host
+CATEGORIES = (PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, KV_CACHE, OFFLOADED, TEMPORARY)
 
 
 @dataclass(slots=True)
@@ -78,15 +79,14 @@ class Ledger:
         if key in self._live or not storage.nbytes():
             return None
         size = -(-storage.nbytes() // self._rounding) * self._rounding
-        number = len(self._blocks)
-        block = Block(size, TEMPORARY, site(), is_saved)
-        self._blocks.append(block)
+        number = self._append(Block(size, TEMPORARY, site(), is_saved))
         self._live[key] = number
-        self._events.append(number + 1)
-        self.bytes += size
-        self._totals.append(self.bytes)
         weakref.finalize(storage, self._free, key, number, in_backward).atexit = False
-        return block
+        return self._blocks[number]
+
+    def reserve(self, size: int, category: str, site: Site) -> None:
+        """Count memory that no tensor of the rehearsal has, until its end."""
+        self._append(Block(size, category, site, False))
 
     def release(self, storage: torch.UntypedStorage) -> None:
         """Count the memory of a storage as free; the storage stays."""
@@ -120,8 +120,7 @@ class Ledger:
 
     def peak(self, start: int = 0, stop: int | None = None) -> Peak:
         """Return the peak between two moments; what was alive at `start` counts."""
-        # Bytes after each event of the span; those at its start come first.
-        totals = [self._totals[start - 1] if start else 0, *self._totals[start:stop]]
+        totals = self._totals_of(start, stop)
         highest = max(totals)
         moment = start + totals.index(highest)
         alive: set[int] = set()
@@ -135,6 +134,22 @@ class Ledger:
         for block in blocks:
             by_category[block.category] += block.bytes
         return Peak(highest, by_category, blocks)
+
+    def largest_peak(self, spans: Iterable[tuple[int, int]]) -> Peak:
+        """Return the largest of the peaks of several spans."""
+        return self.peak(*max(spans, key=lambda span: max(self._totals_of(*span))))
+
+    def _totals_of(self, start: int, stop: int | None) -> list[int]:
+        """Return the bytes after each event of a span, those at its start first."""
+        return [self._totals[start - 1] if start else 0, *self._totals[start:stop]]
+
+    def _append(self, block: Block) -> int:
+        """Count a new block as alive. Returns its number."""
+        self._blocks.append(block)
+        self._events.append(len(self._blocks))
+        self.bytes += block.bytes
+        self._totals.append(self.bytes)
+        return len(self._blocks) - 1
 
     def _free(self, key: int, number: int, in_backward: Callable[[], bool]) -> None:
         if self._released.get(key) == number:

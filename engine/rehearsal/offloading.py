@@ -1,4 +1,4 @@
-"""Count what moves to the host and back where roles are offloaded, without memory for it."""
+"""Count what moves to the host and back where roles are offloaded, and the memory that it takes there."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from icegrt.distributed.cpu_backend import Patches
 from icegrt.rehearsal.counts import TO_DEVICE, TO_HOST, Copy
+from icegrt.rehearsal.memory import OFFLOADED
 from icegrt.rehearsal.sites import current_site
 from icegrt.rehearsal.watcher import Watcher
 from icegrt.residency import Copies, HostMemory, Part
 from icegrt.residency import part as parts
+from icegrt.residency.host_memory import block_offsets
 from icegrt.roles import host_adam
 
 
@@ -25,17 +27,22 @@ def counted_moves(watcher: Watcher) -> Iterator[None]:
     An Adam on the host copies gradients and weights; what the host computes is not counted.
 
     Args:
-        watcher: counts copies, and what is on the device.
+        watcher: counts copies, what is on the device, and the copies that the host keeps.
     """
     nothing = torch.empty(0, dtype=torch.uint8)
 
     def count(direction: str, nbytes: int) -> None:
         watcher.counts.copies[Copy(direction, current_site(), True, False)].add(nbytes)
 
+    def keep(sizes: Sequence[int]) -> None:
+        if sizes:
+            watcher.host.reserve(block_offsets(sizes)[-1], OFFLOADED, current_site())
+
     def reserve(part: Part) -> None:
-        for slot in part._slots.values():
-            if part._version is not None:
-                slot.host = nothing
+        missing = part.missing_copies()
+        for slot in missing:
+            slot.host = nothing
+        keep([slot.nbytes for slot in missing])
 
     def release(slot: parts._Slot, version: int, copies: Copies) -> None:
         if slot.host is not None and slot.version != version:
@@ -56,6 +63,7 @@ def counted_moves(watcher: Watcher) -> Iterator[None]:
             watcher.counts.bytes_written += slot.nbytes
 
     def allocate(host: HostMemory, sizes: Sequence[int]) -> list[Tensor]:
+        keep(sizes)
         # Tensors of the device without memory, unseen by the watcher: nothing but the copies below reads them.
         with _disable_current_modes():
             blocks = [torch.empty(size, dtype=torch.uint8, device=host.device) for size in sizes]

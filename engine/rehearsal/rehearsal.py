@@ -11,8 +11,8 @@ from icegrt.config import PPOConfig
 from icegrt.distributed.layout import Layout, check_world_size
 from icegrt.errors import ConfigError
 from icegrt.ppo.setup import check_config
-from icegrt.rehearsal.device import rehearsed_gpu, rehearsed_world
-from icegrt.rehearsal.driver import RankCounts, layout_of, run_iteration
+from icegrt.rehearsal.device import rehearsed_cpu, rehearsed_gpu, rehearsed_world
+from icegrt.rehearsal.driver import DECODE, PREFILL, RankCounts, layout_of, run_iteration
 from icegrt.rehearsal.hardware import Hardware
 from icegrt.rehearsal.watcher import Watcher
 from icegrt.rehearsal.workload import Workload
@@ -68,6 +68,12 @@ class Rehearsal:
         local = -(-len(self.workload.responses) // self.data_parallel)
         return -(-local // self.config.max_batch)
 
+    def repetitions(self, phase: str) -> float:
+        """Return how often an iteration repeats a rehearsed phase: all batches of a rank, all decode steps of each."""
+        if phase == DECODE:
+            return self.batches_per_rank * max(self.workload.responses) / self.workload.decode_steps
+        return self.batches_per_rank if phase == PREFILL else 1
+
 
 def rehearse(
     config: PPOConfig,
@@ -77,6 +83,8 @@ def rehearse(
     hardware: Hardware,
     workload: Workload,
     report: Callable[[str], None] = lambda text: None,
+    peaks_only: bool = False,
+    on_cpu: bool = False,
 ) -> Rehearsal:
     """Run one PPO iteration of one rank of each kind on the meta device, and count what it would do on a GPU.
 
@@ -89,6 +97,8 @@ def rehearse(
         hardware: the GPU.
         workload: lengths of prompts and responses.
         report: called with a line of progress.
+        peaks_only: as in `run_iteration`.
+        on_cpu: the ranks compute on CPUs; of the hardware only the name is read.
 
     Raises:
         ConfigError: keys contradict each other, or the layout does not divide GPUs or model.
@@ -111,11 +121,12 @@ def rehearse(
     for kind, rank in _kinds(layout, gpus).items():
         watcher = Watcher()
         with (
-            rehearsed_gpu(watcher, int(hardware.memory_bytes)),
+            rehearsed_cpu(watcher) if on_cpu else rehearsed_gpu(watcher, hardware.usable_bytes),
             rehearsed_world(layout, rank, gpus, gpus_per_node) as cluster,
             watcher,
         ):
-            counts = run_iteration(config, cluster, watcher, workload, partial(_report_phase, report, kind))
+            progress = partial(_report_phase, report, kind)
+            counts = run_iteration(config, cluster, watcher, workload, progress, peaks_only=peaks_only)
         ranks.append(RankRehearsal(kind, rank, counts))
         gc.collect()
     return Rehearsal(config, gpus, gpus_per_node, hardware, workload, ranks)

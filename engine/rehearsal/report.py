@@ -9,14 +9,13 @@ from typing import Any
 
 from icegrt.rehearsal.bounds import ASSUMPTIONS, Bound, bound_of
 from icegrt.rehearsal.counts import TO_DEVICE, TO_HOST, PhaseCounts, Total
-from icegrt.rehearsal.driver import BUILD, DECODE, PHASES, PREFILL
-from icegrt.rehearsal.memory import Ledger, Peak
+from icegrt.rehearsal.driver import BUILD, DECODE, PHASES
+from icegrt.rehearsal.hardware import RESERVED
+from icegrt.rehearsal.memory import Peak
 from icegrt.rehearsal.process_groups import SOCKETS_PER_COMMUNICATOR, STORE_CONNECTIONS, sockets_of
 from icegrt.rehearsal.rehearsal import RankRehearsal, Rehearsal
 from icegrt.utils import console
 
-# Of the memory, for the CUDA context, the buffers of NCCL and the gaps between blocks of the allocator.
-RESERVED = 0.06
 _TOP = 8  # lines of a list of places
 
 
@@ -33,7 +32,7 @@ def document(rehearsal: Rehearsal) -> dict[str, Any]:
             "data": rehearsal.data_parallel,
             "sequence_parallel": rehearsal.layout.sequence_parallel,
         },
-        "hardware": vars(hardware) | {"usable_bytes": int(hardware.memory_bytes * (1 - RESERVED))},
+        "hardware": vars(hardware) | {"usable_bytes": hardware.usable_bytes},
         "workload": {
             "description": rehearsal.workload.description,
             "prompts": len(rehearsal.workload.prompts),
@@ -61,7 +60,6 @@ def _rank_document(rehearsal: Rehearsal, rank: RankRehearsal) -> dict[str, Any]:
     }
     if DECODE in phases:
         phases[DECODE]["steps"] = rehearsal.workload.decode_steps
-    usable = rehearsal.hardware.memory_bytes * (1 - RESERVED)
     return {
         "kind": rank.kind,
         "rank": rank.rank,
@@ -74,7 +72,7 @@ def _rank_document(rehearsal: Rehearsal, rank: RankRehearsal) -> dict[str, Any]:
         "phases": phases,
         "peak_device_memory": _peak_document(peak),
         "peak_host_bytes": watcher.host.peak().bytes,
-        "fits": peak.bytes <= usable,
+        "fits": peak.bytes <= rehearsal.hardware.usable_bytes,
         "iteration_lower_bound_seconds": sum(bound.seconds for bound in iteration_bounds(rehearsal, rank).values()),
         "process_groups": [
             {"name": g.name, "ranks": len(g.ranks), "used": g.is_used, "sockets": g.sockets} for g in counts.groups
@@ -114,8 +112,8 @@ def _phase_document(rehearsal: Rehearsal, rank: RankRehearsal, phase: PhaseCount
             {"op": t.op, "group": t.group, "ranks": len(t.ranks), "count": total.count, "bytes": total.bytes}
             for t, total in phase.transfers.items()
         ],
-        "peak_device_memory": _peak_document(_largest_peak(watcher.device, [span[:2] for span in phase.spans])),
-        "peak_host_bytes": _largest_peak(watcher.host, [span[2:] for span in phase.spans]).bytes,
+        "peak_device_memory": _peak_document(watcher.device.largest_peak(span[:2] for span in phase.spans)),
+        "peak_host_bytes": watcher.host.largest_peak(span[2:] for span in phase.spans).bytes,
         "lower_bound": vars(bound) | {"seconds": bound.seconds, "limit": bound.limit},
     }
 
@@ -130,10 +128,6 @@ def _peak_document(peak: Peak) -> dict[str, Any]:
     }
 
 
-def _largest_peak(ledger: Ledger, spans: list[tuple[int, int]]) -> Peak:
-    return max((ledger.peak(*span) for span in spans), key=lambda peak: peak.bytes, default=Peak(0, {}, []))
-
-
 def _by_operator(phase: PhaseCounts) -> Counter[str]:
     counter: Counter[str] = Counter()
     for (operator, _), count in phase.launches.items():
@@ -143,18 +137,11 @@ def _by_operator(phase: PhaseCounts) -> Counter[str]:
 
 def iteration_bounds(rehearsal: Rehearsal, rank: RankRehearsal) -> dict[str, Bound]:
     """Return the lower bound of each phase of a whole iteration: all batches of a rank, all decode steps of each."""
-    bounds = {}
-    steps, longest = rehearsal.workload.decode_steps, max(rehearsal.workload.responses)
-    for name, counts in rank.counts.watcher.phases.items():
-        if name == BUILD:
-            continue
-        bound = bound_of(counts, rehearsal.hardware, rehearsal.gpus_per_node)
-        if name == DECODE:
-            bound = bound.times(rehearsal.batches_per_rank * longest / steps)
-        elif name == PREFILL:
-            bound = bound.times(rehearsal.batches_per_rank)
-        bounds[name] = bound
-    return bounds
+    return {
+        name: bound_of(counts, rehearsal.hardware, rehearsal.gpus_per_node).times(rehearsal.repetitions(name))
+        for name, counts in rank.counts.watcher.phases.items()
+        if name != BUILD
+    }
 
 
 def assumptions(rehearsal: Rehearsal) -> Iterator[str]:
@@ -219,7 +206,7 @@ def _print_rank(rehearsal: Rehearsal, rank: dict[str, Any]) -> None:
     )
     # 2. Memory.
     peak = rank["peak_device_memory"]
-    usable = rehearsal.hardware.memory_bytes * (1 - RESERVED)
+    usable = rehearsal.hardware.usable_bytes
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in peak["by_category"].items() if size)
     verdict = "fits" if rank["fits"] else "does not fit"
     _line(f"\npeak device memory {peak['bytes'] / 1e9:.2f} GB of {usable / 1e9:.1f} usable: {verdict} ({parts})")

@@ -12,8 +12,8 @@ class Copies:
     """Copies between the device and host memory, in two queues; here each is complete when the call returns.
 
     Subclasses may return earlier. A copy then begins behind what `begin_*` of its queue has waited for. The computation
-    may use what has come to the device after it has waited for a mark behind that. Memory that a copy reads or writes
-    may be released at once; nothing else gets it before the copy is complete.
+    may use, and release, what has come to the device after it has waited for a mark behind that. Memory that a copy to
+    the host reads may be released at once; nothing else gets it before the copy is complete.
     """
 
     def begin_to_host(self) -> None:
@@ -44,7 +44,9 @@ class StreamedCopies(Copies):
     """Copies on two CUDA streams, one for each direction, which order them by events. The host waits for none.
 
     Memory is allocated on the stream of the computation. A copy uses it on another stream, so it begins after the
-    computation's last use of that memory; `record_stream` keeps released memory from reuse until the copy is complete.
+    computation's last use of that memory. `record_stream` keeps what is released from reuse until it has been copied to
+    the host. Copies to the device do without: the allocator, which looks at events when it is called, would not see
+    them complete while the host runs ahead, and layers that follow each other would take new memory each.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -73,7 +75,6 @@ class StreamedCopies(Copies):
         """Copy bytes of pinned memory to the device."""
         with torch.cuda.stream(self._inward):
             device.copy_(host, non_blocking=True)
-        device.record_stream(self._inward)
 
     def mark_to_device(self) -> Any:
         """Return an event."""

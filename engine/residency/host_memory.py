@@ -18,6 +18,11 @@ _PORTABLE = 1  # cudaHostRegisterPortable: pinned for all contexts
 _ALIGNMENT = 64  # bytes, of each tensor in a block
 
 
+def block_offsets(sizes: Sequence[int]) -> list[int]:
+    """Return the offset of each tensor in a block, and the size of the block, in bytes."""
+    return [0, *itertools.accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
+
+
 class HostMemory:
     """Memory on the host that is allocated once and kept until the object goes.
 
@@ -55,8 +60,7 @@ class HostMemory:
         """
         if not sizes:
             return []
-        offsets = [0, *itertools.accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
-        nbytes = offsets.pop()
+        *offsets, nbytes = block_offsets(sizes)
         try:
             mapping = mmap.mmap(-1, nbytes)
             block = torch.frombuffer(mapping, dtype=torch.uint8)

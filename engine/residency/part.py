@@ -94,15 +94,17 @@ class Part:
         Raises:
             RunError: the host has too little memory for the copies; nothing is released then.
         """
+        copies = self._host.copies
         if self._is_resident:
             self._slots = self._present_slots()
             self._reserve()
-        self._is_resident = self._is_arriving = False
+        elif self._arrived is not None:
+            copies.wait(self._arrived)  # it may be on its way
+        self._is_resident, self._is_arriving, self._arrived = False, False, None
         present = [slot for slot in self._slots.values() if slot.storage.nbytes()]
         if not present:
             return
         version = self._version() if self._version is not None else 0
-        copies = self._host.copies
         copies.begin_to_host()
         try:
             for slot in present:
@@ -144,7 +146,7 @@ class Part:
                 "ppo.offload"
             ) from None
         self._host.copies.wait(self._arrived)
-        self._is_resident, self._is_arriving = True, False
+        self._is_resident, self._is_arriving, self._arrived = True, False, None
 
     def _begin_fill(self) -> None:
         """Begin the copies of the storages that are not on the device."""
@@ -166,9 +168,13 @@ class Part:
                 slots[storage._cdata] = self._slots.get(storage._cdata) or _Slot(storage, storage.nbytes())
         return slots
 
+    def missing_copies(self) -> list[_Slot]:
+        """Return the slots without a copy on the host, of those whose content is kept."""
+        return [slot for slot in self._slots.values() if slot.host is None] if self._version is not None else []
+
     def _reserve(self) -> None:
         """Allocate the copies that are missing, as one block of the host."""
-        missing = [slot for slot in self._slots.values() if slot.host is None] if self._version is not None else []
+        missing = self.missing_copies()
         for slot, block in zip(missing, self._host.allocate_each([slot.nbytes for slot in missing]), strict=True):
             slot.host = block
 

@@ -15,11 +15,7 @@ import argparse
 import json
 import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -29,16 +25,12 @@ from ad_moderation.outcome import Outcome, assess_both  # noqa: E402
 from ad_moderation.prepare import prepare  # noqa: E402
 from icegrt import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SampleConfig, SFTConfig, SFTTrainer  # noqa: E402
 from icegrt.commands import sample  # noqa: E402
-from icegrt.distributed import failure  # noqa: E402
-from icegrt.errors import UserError  # noqa: E402
 from icegrt.utils.console import is_main, print_info  # noqa: E402
 from icegrt.utils.files import write_text_atomic  # noqa: E402
-from icegrt.utils.text import duration  # noqa: E402
+from staged_run import stages  # noqa: E402
 
 RECIPE = HERE / "recipe.yaml"
 CHECKER = f"{HERE / 'reward.py'}:checker_reward"
-STAGES = ("prepare", "sft", "sample", "reward", "ppo", "report")
-RANK_0_STAGES = ("prepare", "report")
 # What --sharing lora changes. Adapters take larger steps than whole models: each moves the weights in few directions.
 LORA_SETTINGS = (
     "reward.sharing=lora",
@@ -47,42 +39,28 @@ LORA_SETTINGS = (
     "ppo.optimizer.lr=3e-4",
     "ppo.critic.optimizer.lr=1e-3",
 )
-MAX_RANKS = 4  # a step of the reward model has four prompts
 
 
-class Demo:
-    """One run of the demo in `out`.
+class Demo(stages.StagedRun):
+    """One run of the demo in `out`."""
 
-    A finished stage has a file with its seconds. Rank 0 writes it, and every rank waits for it before the next stage.
-    """
+    STAGES = ("prepare", "sft", "sample", "reward", "ppo", "report")
+    RANK_0_STAGES = ("prepare", "report")
+    SECTIONS = ("sft", "sample", "reward", "ppo")
+    MAX_RANKS = 4  # a step of the reward model has four prompts
 
-    def __init__(self, out: Path, seed: int, sharing: str, overrides: list[str]) -> None:
-        self.out, self.seed, self.sharing, self.overrides = out, seed, sharing, overrides
-        self.data = out / "data"
-        out.mkdir(parents=True, exist_ok=True)
-        if is_main():
-            self._check_same_settings()
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--sharing",
+            choices=("full", "lora"),
+            default=os.environ.get("SHARING", "full"),
+            help="full: a model for each role; lora: adapters on the SFT model, which is the reference",
+        )
 
-    def run(self) -> None:
-        """Run all stages that are not finished."""
-        for number, name in enumerate(STAGES, 1):
-            finished = self.out / "stages" / f"{name}.json"
-            if finished.is_file():
-                print_info(f"[{number}/{len(STAGES)}] {name}: finished before")
-                continue
-            print_info(f"[{number}/{len(STAGES)}] {name}")
-            started = time.perf_counter()
-            if is_main() or name not in RANK_0_STAGES:
-                getattr(self, name)()
-            seconds = time.perf_counter() - started
-            if is_main():
-                finished.parent.mkdir(exist_ok=True)
-                write_text_atomic(finished, json.dumps({"seconds": seconds}) + "\n")
-            while not finished.is_file():
-                time.sleep(0.05)
-            print_info(f"    {name} took {duration(seconds)}")
-
-    # -- stages ----------------------------------------------------------------------------------------------------
+    def overrides_of(self, section: str) -> list[str]:
+        settings = [*(LORA_SETTINGS if self.options["sharing"] == "lora" else ()), *super().overrides_of(section)]
+        return [setting for setting in settings if setting.startswith(f"{section}.")]
 
     def prepare(self) -> None:
         prepare(self.data, self.seed)
@@ -95,7 +73,7 @@ class Demo:
                 f"sft.data=[{{path: {self.data / 'sft.jsonl'}}}]",
                 f"sft.heldout=[{{path: {self.data / 'prompts_validation.jsonl'}}}, "
                 f"{{path: {self.data / 'general_validation.jsonl'}}}]",
-                *self._run_overrides("sft"),
+                *self.run_overrides("sft"),
             ],
         )
         with SFTTrainer(config) as trainer:
@@ -111,7 +89,7 @@ class Demo:
                     f"sample.out={self.out / 'rankings.jsonl'}",
                     f"sample.score_function={CHECKER}",
                     f"sample.seed={self.seed}",
-                    *self._overrides_of("sample"),
+                    *self.overrides_of("sample"),
                 ],
             )
         )
@@ -122,22 +100,23 @@ class Demo:
             [
                 f"reward.model={self.out / 'sft' / 'model'}",
                 f"reward.data=[{{path: {self.out / 'rankings.jsonl'}}}]",
-                *self._run_overrides("reward"),
+                *self.run_overrides("reward"),
             ],
         )
         with RewardTrainer(config) as trainer:
             trainer.train()
 
     def ppo(self) -> None:
+        reward_model = self.out / "reward" / ("adapter" if self.options["sharing"] == "lora" else "model")
         config = PPOConfig.load(
             RECIPE,
             [
                 f"ppo.actor={self.out / 'sft' / 'model'}",
-                f"ppo.reward_model={self.out / 'reward' / ('adapter' if self.sharing == 'lora' else 'model')}",
+                f"ppo.reward_model={reward_model}",
                 f"ppo.reward_function={CHECKER}",
                 f"ppo.prompts={self.data / 'prompts_train.jsonl'}",
                 f"ppo.eval_prompts={self.data / 'prompts_validation.jsonl'}",
-                *self._run_overrides("ppo"),
+                *self.run_overrides("ppo"),
             ],
         )
         with PPOTrainer(config) as trainer:
@@ -157,8 +136,6 @@ class Demo:
             print_info(line)
         print_info(f"page: {self.out / 'report.html'}\nactor: {self.out / 'actor'}")
 
-    # -- helpers ---------------------------------------------------------------------------------------------------
-
     def _assess(self, trainer: PPOTrainer, when: str) -> None:
         path = self.out / f"assessment_{when}.json"
         if path.is_file():
@@ -167,107 +144,6 @@ class Demo:
         if is_main():
             write_text_atomic(path, json.dumps(document))
 
-    def _run_overrides(self, stage: str) -> list[str]:
-        return [
-            f"{stage}.run.dir={self.out / stage}",
-            f"{stage}.run.seed={self.seed}",
-            f"{stage}.run.resume=auto",
-            *self._overrides_of(stage),
-        ]
-
-    def _overrides_of(self, stage: str) -> list[str]:
-        settings = [*(LORA_SETTINGS if self.sharing == "lora" else ()), *self.overrides]
-        return [setting for setting in settings if setting.startswith(f"{stage}.")]
-
-    def _check_same_settings(self) -> None:
-        path = self.out / "demo.json"
-        settings = {"seed": self.seed, "sharing": self.sharing, "overrides": self.overrides}
-        if path.is_file():
-            if json.loads(path.read_text(encoding="utf-8")) != settings:
-                raise UserError(f"{self.out}: holds a demo with other settings; choose another --out or delete it")
-        elif any(self.out.iterdir()):
-            raise UserError(f"{self.out}: not empty, and not a demo's folder; choose another --out")
-        else:
-            path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "runs/demo")), help="folder of the run")
-    parser.add_argument("--seed", type=int, default=0, help="seed of data, sampling and training")
-    parser.add_argument(
-        "--sharing",
-        choices=("full", "lora"),
-        default=os.environ.get("SHARING", "full"),
-        help="full: a model for each role; lora: adapters on the SFT model, which is the reference",
-    )
-    parser.add_argument("overrides", nargs="*", help="settings, as in sft.epochs=1 ppo.kl_coef=0.1")
-    arguments = parser.parse_args()
-    unknown = [o for o in arguments.overrides if o.split(".")[0] not in STAGES or "=" not in o]
-    if unknown:
-        parser.error(f"expected STAGE.KEY=VALUE with a stage of sft, sample, reward or ppo, got {unknown[0]!r}")
-    ranks = _ranks()
-    if ranks > 1:
-        return _launch(ranks)
-    try:
-        with failure.exit_on_peer_failure():
-            Demo(arguments.out, arguments.seed, arguments.sharing, arguments.overrides).run()
-    except UserError as error:
-        if failure.should_report(error):
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        _print_interrupted()
-        return 130
-    return 0
-
-
-def _ranks() -> int:
-    """Return the number of ranks to start: 1 under torchrun, and on a GPU, which this model does not fill."""
-    import torch
-
-    if "WORLD_SIZE" in os.environ or torch.cuda.is_available():
-        return 1
-    return min(_cores(), MAX_RANKS)
-
-
-def _cores() -> int:
-    """Return the number of cores that this process may use; a container can restrict them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _launch(ranks: int) -> int:
-    """Start this script once per rank and wait for all. Ctrl-C or SIGTERM ends the ranks too. Return the exit status.
-
-    torchrun would print a long traceback on Ctrl-C.
-    """
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    environment = {"OMP_NUM_THREADS": str(max(1, _cores() // ranks)), **os.environ}
-    environment |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    processes = []
-    try:
-        for rank in range(ranks):
-            rank_environment = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # In a new session, a rank does not get Ctrl-C. This process ends it by SIGTERM.
-            command = [sys.executable, *sys.argv]
-            processes.append(subprocess.Popen(command, env=rank_environment, start_new_session=True))
-        statuses = [process.wait() for process in processes]
-    except KeyboardInterrupt:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait()
-        _print_interrupted()
-        return 130
-    return next((abs(status) for status in statuses if status), 0)
-
-
-def _print_interrupted() -> None:
-    if is_main():
-        print("\ninterrupted; the same command resumes the demo", file=sys.stderr)
-
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(stages.main(Demo, __doc__, "runs/demo"))

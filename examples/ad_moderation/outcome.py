@@ -3,8 +3,6 @@
 Settings were tuned on the validation ads; only this module reads the test ads.
 """
 
-import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,10 @@ from ad_moderation.checker import check
 from icegrt import PPOConfig, RewardConfig, SFTConfig
 from icegrt.data import EncodedDataset, ExampleEncoder, PromptEncoder, open_rows
 from icegrt.metrics import read_metrics
-from icegrt.metrics.statistics import distinct_fraction, paired_bootstrap_ci95
+from icegrt.metrics.statistics import distinct_fraction
 from icegrt.report.page import write_ppo_report
 from icegrt.training.sft_loss import heldout_loss, pack_examples
+from staged_run.assessment import columns, example_rows, gain, per_prompt, read_json, seconds_by_phase
 
 TEST_ADS = 512
 SAMPLES = 3
@@ -30,21 +29,9 @@ def assess_both(trainer: Any, data: Path) -> dict[str, Any]:
     general = EncodedDataset(open_rows(data / "general_test.jsonl"), ExampleEncoder(tokenizer, context))
     batches = pack_examples(general, trainer.config.token_budget, trainer.cluster.share)
     return {
-        "sampled": _columns(trainer.assess(prompts, SAMPLES)),
-        "greedy": _columns(trainer.assess(prompts, 1, greedy=True)),
+        "sampled": columns(trainer.assess(prompts, SAMPLES)),
+        "greedy": columns(trainer.assess(prompts, 1, greedy=True)),
         "general_loss": heldout_loss(trainer.actor, batches, trainer.chunk_rows, trainer.cluster),
-    }
-
-
-def _columns(assessment: Any) -> dict[str, list]:
-    return {
-        "prompt": [r.prompt_index for r in assessment.responses],
-        "text": [s.text for s in assessment.samples],
-        "task": assessment.function_N.tolist(),
-        "reward_model": assessment.reward_model_N.tolist(),
-        "kl": None if assessment.kl_N is None else assessment.kl_N.tolist(),
-        "tokens": assessment.tokens_N.tolist(),
-        "truncated": assessment.truncated_N.tolist(),
     }
 
 
@@ -53,13 +40,13 @@ class Outcome:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.before, self.after = (_read(out / f"assessment_{when}.json") for when in ("before", "after"))
+        self.before, self.after = (read_json(out / f"assessment_{when}.json") for when in ("before", "after"))
         self.config = PPOConfig.load(out / "ppo" / "config.yaml")
         self.steps = [row for row in read_metrics(out / "ppo") if row["kind"] == "ppo"]
         self.rows = [row.data for row in open_rows(out / "data" / "prompts_test.jsonl", TEST_ADS)]
         self.report = {
-            "sft": _read(out / "sft" / "summary.json"),
-            "reward": _read(out / "reward" / "summary.json"),
+            "sft": read_json(out / "sft" / "summary.json"),
+            "reward": read_json(out / "reward" / "summary.json"),
             "ppo": self._ppo(),
         }
 
@@ -81,23 +68,19 @@ class Outcome:
             settings=settings,
         )
 
-    def _total_score(self, columns: dict[str, list]) -> np.ndarray:
+    def _total_score(self, answers: dict[str, list]) -> np.ndarray:
         """Return PPO's score of each answer, on the fixed scale of the statistics saved with the reward model."""
-        statistics = _read(self.out / "reward" / "model" / "score_statistics.json")["after"]
+        statistics = read_json(self.out / "reward" / "model" / "score_statistics.json")["after"]
         c = self.config
-        normalized = np.clip(np.array(columns["reward_model"]) / statistics["std"], -c.score_clip, c.score_clip)
-        task, truncated = np.array(columns["task"]), np.array(columns["truncated"])
+        normalized = np.clip(np.array(answers["reward_model"]) / statistics["std"], -c.score_clip, c.score_clip)
+        task, truncated = np.array(answers["task"]), np.array(answers["truncated"])
         score = c.reward_model_weight * normalized + c.reward_function_weight * task
         return score - c.missing_eos_penalty * truncated
 
-    def _per_prompt(self, values: Any, columns: dict[str, list]) -> np.ndarray:
-        prompt = np.array(columns["prompt"])
-        return np.bincount(prompt, weights=np.asarray(values, float)) / np.bincount(prompt)
-
     def _scores(self, document: dict[str, Any], mode: str, name: str) -> np.ndarray:
-        columns = document[mode]
-        values = self._total_score(columns) if name == "total" else columns[name]
-        return self._per_prompt(values, columns)
+        answers = document[mode]
+        values = self._total_score(answers) if name == "total" else answers[name]
+        return per_prompt(values, answers)
 
     def _ppo(self) -> dict[str, Any]:
         # 1. scores before and after, with intervals
@@ -111,8 +94,7 @@ class Outcome:
         }
         for (mode, column), name in names.items():
             before, after = (self._scores(document, mode, column) for document in (self.before, self.after))
-            figures[f"{name}_before"], figures[f"{name}_after"] = float(before.mean()), float(after.mean())
-            figures[f"{name}_gain_ci95"] = list(paired_bootstrap_ci95(before, after))
+            figures |= gain(name, before, after)
         # 2. figures of the answers before and after
         for when, document in (("before", self.before), ("after", self.after)):
             sampled = document["sampled"]
@@ -126,21 +108,13 @@ class Outcome:
         figures["response_tokens_per_second"] = float(
             np.median([step["response_tokens_per_second"] for step in self.steps])
         )
-        figures["seconds_by_phase"] = self._seconds()
-        figures["alarms"] = _read(self.out / "ppo" / "summary.json")["alarms"]
+        figures["seconds_by_phase"] = seconds_by_phase(self.steps)
+        figures["alarms"] = read_json(self.out / "ppo" / "summary.json")["alarms"]
         return figures
 
-    def _seconds(self) -> dict[str, float]:
-        totals: dict[str, float] = {}
-        for step in self.steps:
-            for phase, seconds in step["seconds_by_phase"].items():
-                totals[phase] = totals.get(phase, 0.0) + seconds
-        return totals
-
     def _examples(self) -> list[dict[str, Any]]:
-        rows = random.Random(len(self.rows)).sample(range(FIXED_EXAMPLES, len(self.rows)), RANDOM_EXAMPLES)
-        examples = [(n, "fixed") for n in range(FIXED_EXAMPLES)] + [(n, "random") for n in sorted(rows)]
-        return [self._example(n, kind) for n, kind in examples]
+        rows = example_rows(len(self.rows), FIXED_EXAMPLES, RANDOM_EXAMPLES)
+        return [self._example(n, kind) for n, kind in rows]
 
     def _example(self, n: int, kind: str) -> dict[str, Any]:
         row, example = self.rows[n], {"kind": kind}
@@ -185,7 +159,3 @@ def _gain(ppo: dict[str, Any], name: str, label: str, floor: float) -> tuple[boo
     before, after = ppo[f"{name}_before"], ppo[f"{name}_after"]
     text = f"{label}: {before:.3f} -> {after:.3f}, 95% interval of the gain {low:+.3f} to {high:+.3f} (above {floor:g})"
     return low > floor, text
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -30,11 +30,11 @@ def _forward(x: Tensor, residual: Tensor | None, weight_H: Tensor, eps: float, b
         x, residual = x.contiguous(), residual.contiguous()
     rows, x = _rows(x)
     weight_H = weight_H.contiguous()
-    normed = torch.empty(x.shape, dtype=x.dtype) if buffers.out is None else buffers.out
+    normed = x.new_empty(x.shape) if buffers.out is None else buffers.out
     total = x
     if residual is not None:
-        total = torch.empty(x.shape, dtype=x.dtype) if buffers.sum_out is None else buffers.sum_out
-    scale_S = torch.empty(rows[0], dtype=wide_dtype(x)) if buffers.saves_scale else None
+        total = x.new_empty(x.shape) if buffers.sum_out is None else buffers.sum_out
+    scale_S = x.new_empty(rows[0], dtype=wide_dtype(x)) if buffers.saves_scale else None
     log_launch("rms_norm_forward", "cpp")
     _C.rms_norm_forward(
         dtype,
@@ -65,8 +65,8 @@ def _backward(
     rows, total = _rows(total)
     grad, weight_H = grad.contiguous(), weight_H.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
-    grad_x = torch.empty(total.shape, dtype=total.dtype)
-    grad_weight_H = torch.empty(rows[1], dtype=scale_S.dtype) if weighted else None
+    grad_x = total.new_empty(total.shape)
+    grad_weight_H = scale_S.new_empty(rows[1]) if weighted else None
     log_launch("rms_norm_backward", "cpp")
     _C.rms_norm_backward(
         dtype,

@@ -39,12 +39,12 @@ def sample_tokens(
         distribution = distribution.without_truncation()
     # 2. This rank's draw.
     N, wide = logits_NV.shape[0], wide_dtype(logits_NV)
-    token_N, logprob_N = out or (torch.empty(N, dtype=torch.int64), torch.empty(N, dtype=wide))
+    token_N, logprob_N = out or (logits_NV.new_empty(N, dtype=torch.int64), logits_NV.new_empty(N, dtype=wide))
     if not sharded:
         _run(logits_NV, distribution, key, shard, (token_N, logprob_N, *_NO_DRAW))
         return token_N, logprob_N
-    perturbed_N, logsumexp_N = torch.empty(2, N, dtype=torch.float64)
-    draw = Draw(perturbed_N, token_N, torch.empty(N, dtype=wide), logsumexp_N)
+    perturbed_N, logsumexp_N = logits_NV.new_empty(2, N, dtype=torch.float64)
+    draw = Draw(perturbed_N, token_N, logits_NV.new_empty(N, dtype=wide), logsumexp_N)
     _run(logits_NV, distribution, key, shard, (token_N, logprob_N, perturbed_N, draw.logit, logsumexp_N))
     # 3. The best of all ranks.
     assert shard is not None

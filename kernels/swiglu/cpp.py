@@ -16,7 +16,7 @@ from .function import Steps, run
 def _forward(gate_up: Tensor, out: Tensor) -> None:
     dtype = dtype_name(gate_up)
     if dtype is None:  # fp16
-        wide = torch.empty(out.shape)
+        wide = out.new_empty(out.shape, dtype=torch.float32)
         _forward(gate_up.float(), wide)
         out.copy_(wide)
         return

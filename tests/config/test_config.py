@@ -120,6 +120,13 @@ def test_nothing_given_for_text_a_list_a_section_or_an_optional_number_is_their_
     assert PPOConfig.load(None, ["ppo.dual_clip=3"]).dual_clip == 3.0
 
 
+def test_a_size_is_a_number_or_a_text():
+    sizes = {
+        text: PPOConfig.load(None, [f"ppo.rollout.kv_memory={text}"]).rollout.kv_memory for text in ("0.5", "4GiB")
+    }
+    assert sizes == {"0.5": 0.5, "4GiB": "4GiB"}
+
+
 def test_whole_numbers_may_be_written_with_an_exponent():
     config = PPOConfig.load(None, ["ppo.kl_horizon_responses=1e4"])
     assert config.kl_horizon_responses == 10_000 and isinstance(config.kl_horizon_responses, int)

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("megatron.core", reason="the engine needs megatron-core, and the kernels beside it do not")
 
-from icegrt.config import OptimizerConfig
+from icegrt.config import CriticConfig, OptimizerConfig
 from icegrt.ppo.trainer import PPOTrainer
 from icegrt.residency import KINDS, OPTIMIZER, PARAMETERS, HostMemory, Residency
 from icegrt.roles.offload import place
@@ -38,16 +38,40 @@ def test_a_role_leaves_and_returns_without_a_wait(cluster):
         assert tiny.same(tiny.parameters(role), weights)
 
 
+def weights_after(folder, dtype, optimizer=None, **offload):
+    """Return the weights of all roles after a run of three iterations."""
+    changes = {}
+    if optimizer is not None:
+        changes = {"optimizer": optimizer, "critic": CriticConfig(optimizer=optimizer)}
+    config = tiny.ppo_config(folder, iterations=3, run={"dtype": dtype}, offload=offload, **changes)
+    reward = [tiny.scorer(1), tiny.count_letters]
+    with PPOTrainer(config, tiny.causal_lm(0), tiny.tokenizer(), reward, tiny.PROMPTS) as trainer:
+        trainer.train()
+        weights = {}
+        for name, role in trainer.components.roles.items():
+            with role.placement.hold(PARAMETERS):
+                weights |= {f"{name}.{n}": p for n, p in tiny.parameters(role).items()}
+        return weights
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_an_offloaded_run_has_the_bits_of_a_resident_one(dtype, tmp_path):
-    weights = {}
-    for choice in ("none", "all"):
-        config = tiny.ppo_config(tmp_path / choice, iterations=2, run={"dtype": dtype}, offload={"roles": choice})
-        reward = [tiny.scorer(1), tiny.count_letters]
-        with PPOTrainer(config, tiny.causal_lm(0), tiny.tokenizer(), reward, tiny.PROMPTS) as trainer:
-            trainer.train()
-            weights[choice] = {}
-            for name, role in trainer.components.roles.items():
-                with role.placement.hold(PARAMETERS):
-                    weights[choice] |= {f"{name}.{n}": p for n, p in tiny.parameters(role).items()}
-    assert tiny.same(weights["all"], weights["none"])
+    resident = weights_after(tmp_path / "none", dtype)
+    assert tiny.same(weights_after(tmp_path / "all", dtype, roles="all"), resident)
+    early = {"roles": "all", "prefetch": True, "reference": "layers", "reward": "layers"}
+    assert tiny.same(weights_after(tmp_path / "early", dtype, **early), resident)
+
+
+def test_adam_on_the_host_takes_the_steps_of_the_device_up_to_rounding(cluster):
+    weights = []
+    for on_host in (False, True):
+        role = tiny.role(tiny.causal_lm(0), learns=OptimizerConfig(lr=1e-2, clip_grad=0.5, on_host=on_host))
+        generator = torch.Generator().manual_seed(7)
+        for _ in range(3):
+            role.zero_gradients()
+            for parameter in role.model.parameters():
+                parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
+            role.optimizer.step()
+        weights.append(tiny.parameters(role))
+    for name, weight in weights[1].items():
+        torch.testing.assert_close(weight, weights[0][name], rtol=1e-5, atol=1e-6)

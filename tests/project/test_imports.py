@@ -24,13 +24,14 @@ LAYERS = (
     ("training",),
     ("ppo",),
     ("rehearsal",),
+    ("planning",),
     ("commands",),
     ("cli",),
     ("__main__",),
 )
 # Names that only some of the packages above them may import.
 ONLY_FROM = {
-    "_C": {"packing", "scheduling", "rollout", "data"},
+    "_C": {"packing", "scheduling", "rollout", "data", "rehearsal"},
 }
 # The library part: usable without the engine's dependencies.
 LIGHT = ("icegrt", "icegrt.kernels", "icegrt.packing", "icegrt.scheduling")

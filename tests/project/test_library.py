@@ -290,7 +290,7 @@ def test_the_readmes_library_example_runs_as_it_stands(tmp_path, monkeypatch, ca
 
 def test_the_readmes_commands_and_links_exist():
     from icegrt.cli import COMMANDS, parse
-    from icegrt.commands import rehearse
+    from icegrt.commands import plan, rehearse
     from icegrt.config import SECTIONS
 
     lines = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
@@ -303,8 +303,9 @@ def test_the_readmes_commands_and_links_exist():
         if words[0] == "report":  # its word is a folder
             assert words[1:] == ["runs/ppo"]
             continue
-        if words[0] == "rehearse":  # it has options: tests/commands/test_rehearse.py runs it
-            assert rehearse.parser().parse_intermixed_args(words[1:]).config == "runs/ppo/config.yaml"
+        if words[0] in ("rehearse", "plan"):  # they have options: tests/commands/ runs them
+            parser = {"rehearse": rehearse, "plan": plan}[words[0]].parser()
+            assert parser.parse_intermixed_args(words[1:]).config == "runs/ppo/config.yaml"
             continue
         args = parse(words)
         if args.command in SECTIONS and args.config is None:

@@ -16,6 +16,7 @@ SMALL = {
     "reward": ["reward.batch_prompts=4", "reward.token_budget=256"],
     "ppo": [*cases.SMALL_PPO, "ppo.iterations=1"],
     "rehearse": ["--prompt-tokens", "uniform:8:32"],
+    "plan": ["--prompt-tokens", "uniform:8:32"],
     "generate": ["generate.sampling.max_new_tokens=4"],
 }
 

@@ -8,13 +8,11 @@ every allocation, and knows nothing of the watcher.
 import contextlib
 import gc
 import pickle
-import time
 from collections import Counter, defaultdict
 from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from triton.runtime import interpreter
 
 from icegrt.distributed.cluster import Cluster
@@ -26,6 +24,7 @@ from icegrt.rehearsal.device import rehearsed_device, rehearsed_world
 from icegrt.rehearsal.driver import BUILD, layout_of, run_iteration
 from icegrt.rehearsal.watcher import Watcher
 from icegrt.roles import optimizer
+from tests.helpers.profiles import profiled_peak, released_by_gloo
 from tests.helpers.ranks import launch
 from tests.helpers.rehearsals import small_config, small_workload, write_model
 
@@ -120,27 +119,6 @@ def watched(config, cluster, device_type):
     return watcher
 
 
-COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "gather")
-
-
-@contextlib.contextmanager
-def released_by_gloo():
-    """Give gloo's thread the time to release a collective's tensors: it holds them until after the call returns."""
-
-    def patient(collective):
-        def call(*args, **kwargs):
-            work = collective(*args, **kwargs)
-            time.sleep(0.002)
-            return work
-
-        return call
-
-    with contextlib.ExitStack() as stack:
-        for name in COLLECTIVES:
-            stack.enter_context(mock.patch.object(dist, name, patient(getattr(dist, name))))
-        yield
-
-
 def real_rank(config, path):
     with Cluster.open(layout_of(config)) as cluster:
         profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
@@ -148,16 +126,6 @@ def real_rank(config, path):
             watcher = watched(config, cluster, "cpu")
         if cluster.rank == 0:
             path.write_bytes(pickle.dumps((summary(watcher), watcher.device.peak().bytes, profiled_peak(profile))))
-
-
-def profiled_peak(profile):
-    """The largest sum of live allocations that the profiler saw."""
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    total = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
-    return peak
 
 
 def parity_config(folder, tensor):

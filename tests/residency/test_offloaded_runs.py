@@ -99,11 +99,12 @@ class Watch:
     Attributes:
         held: what was held after each move, without repetitions.
         peak: the most bytes that were on the device after a move.
+        peaks: the same by what was held, which is a phase of an iteration.
         complete: bytes of each role and kind.
     """
 
     def __init__(self, patches, offloaded):
-        self.held, self.peak, self.complete = [], 0, {}
+        self.held, self.peak, self.peaks, self.complete = [], 0, {}, {}
         self.trainer = None
         move = Residency.move
 
@@ -124,6 +125,7 @@ class Watch:
                 if on_device:
                     self.complete[name, kind] = sum(sizes.values())
         self.peak = max(self.peak, total)
+        self.peaks[held] = max(self.peaks.get(held, 0), total)
         if not self.held or self.held[-1] != held:
             self.held.append(held)
 
@@ -152,6 +154,8 @@ def test_an_offloaded_run_has_the_bits_of_a_resident_one_and_one_role_at_a_time(
     everything = sum(of_role.values())
     if len(offloaded) == len(TRAINED + FROZEN):
         assert watch.peak == max(of_role.values()) < 0.5 * everything
+        # In every phase the device has what the phase holds.
+        assert watch.peaks == {held: sum(watch.complete[key] for key in held) for held in watch.peaks}
     else:
         assert watch.peak == everything - of_role["reward"]
     # Rollout, inference and update of an iteration move each role once.
@@ -176,14 +180,16 @@ class LateCopies(Copies):
     def __init__(self):
         self.pending = []
 
+    def mark_to_device(self):
+        return len(self.pending)
+
     def to_device(self, device, host):
         device.fill_(255)
         self.pending.append((device, host))
 
     def wait(self, mark):
         for device, host in self.pending:
-            if device.untyped_storage().nbytes():  # else it was released again
-                device.copy_(host)
+            device.copy_(host)
         self.pending.clear()
 
 
@@ -228,9 +234,10 @@ def test_with_prefetching_every_role_is_on_its_way_before_it_is_needed(dtype, tm
 def parallel(folder, layout, dtype):
     roles.wrap = partial(wrap, overlap=True, bucket_size=2000)
     outcomes = []
-    for name, some in {"none": {}, "all": {}, "host": on_host(True)}.items():
-        offload = {"roles": "none" if name == "none" else "all"}
-        changes = {"offload": offload, "parallel": ParallelConfig(**layout), "run": {"dtype": dtype}, **some}
+    early = {"roles": "all", "prefetch": True, "reference": "layers", "reward": "layers"}
+    choices = {"none": ({"roles": "none"}, False), "all": ({"roles": "all"}, False), "early": (early, True)}
+    for name, (offload, host) in choices.items():
+        changes = {"offload": offload, "parallel": ParallelConfig(**layout), "run": {"dtype": dtype}, **on_host(host)}
         with make(folder / name, eval_every=0, **changes) as trainer:
             trainer.train()
             outcomes.append(state(trainer))

@@ -1,0 +1,92 @@
+"""What the examples share: stages run once and resume, settings are kept, ranks see their numbers."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from icegrt.errors import UserError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+from ad_moderation.demo import Demo
+from staged_run import assessment, stages
+from staged_run.launch import launch
+
+
+class TwoStages(stages.StagedRun):
+    STAGES = ("first", "second")
+    RANK_0_STAGES = ("second",)
+    SECTIONS = ("ppo",)
+
+    def first(self):
+        self.calls.append("first")
+
+    def second(self):
+        self.calls.append("second")
+        if self.fails:
+            raise KeyboardInterrupt
+
+
+def two_stages(out, fails=False, seed=0, overrides=()):
+    run = TwoStages(out, seed, list(overrides))
+    run.calls, run.fails = [], fails
+    return run
+
+
+def test_a_run_resumes_with_the_stage_that_did_not_finish(tmp_path):
+    interrupted = two_stages(tmp_path / "out", fails=True)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.run()
+    assert interrupted.calls == ["first", "second"]
+    for calls in (["second"], []):
+        resumed = two_stages(tmp_path / "out")
+        resumed.run()
+        assert resumed.calls == calls
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"overrides": ["ppo.kl_coef=0"]}])
+def test_a_folder_with_other_settings_is_refused(tmp_path, other):
+    two_stages(tmp_path / "out")
+    with pytest.raises(UserError, match="other settings"):
+        two_stages(tmp_path / "out", **other)
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match="not a demo's folder"):
+        two_stages(tmp_path)
+
+
+def test_an_override_of_another_section_is_a_usage_error(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--out", str(tmp_path / "out"), "sft.epochs=1"])
+    with pytest.raises(SystemExit):
+        stages.main(TwoStages, "", "unused")
+    assert "a section of ppo, got 'sft.epochs=1'" in capsys.readouterr().err
+
+
+def test_overrides_of_the_command_line_come_after_those_of_an_option(tmp_path):
+    demo = Demo(tmp_path / "lora", 0, ["ppo.optimizer.lr=1e-4", "sft.epochs=1"], sharing="lora")
+    overrides = demo.run_overrides("ppo")
+    assert overrides.index("ppo.optimizer.lr=1e-4") > overrides.index("ppo.optimizer.lr=3e-4")
+    assert "ppo.sharing=lora" in overrides and "sft.epochs=1" not in overrides
+    assert Demo(tmp_path / "full", 0, [], sharing="full").overrides_of("ppo") == []
+
+
+def test_every_rank_is_started_and_a_failure_is_the_result(tmp_path):
+    write = "import os, pathlib; r = os.environ['RANK']; pathlib.Path(r).write_text(os.environ['WORLD_SIZE'])"
+    code = f"import os; os.chdir({str(tmp_path)!r}); {write}; raise SystemExit(3 if r == '1' else 0)"
+    assert launch([sys.executable, "-S", "-c", code], 2) == 3
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0": "2", "1": "2"}
+
+
+def test_scores_are_averaged_by_prompt_and_compared_by_prompt():
+    document = {"prompt": [0, 0, 1, 1, 2, 2]}
+    before = assessment.per_prompt([0, 1, 0, 0, 1, 1], document)
+    assert before.tolist() == [0.5, 0.0, 1.0]
+    figures = assessment.gain("task_score", before, before + 0.25)
+    assert figures["task_score_before"] == 0.5 and figures["task_score_after"] == 0.75
+    np.testing.assert_allclose(figures["task_score_gain_ci95"], [0.25, 0.25])
+    rows = assessment.example_rows(30, 4, 5)
+    assert [n for n, kind in rows if kind == "fixed"] == [0, 1, 2, 3]
+    assert len({n for n, _ in rows}) == 9 and all(4 <= n < 30 for n, kind in rows if kind == "random")

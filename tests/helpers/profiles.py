@@ -1,0 +1,67 @@
+"""The allocations of a run as torch's profiler records them."""
+
+import contextlib
+import time
+from unittest import mock
+
+import torch.distributed as dist
+from torch._C._profiler import _EventType
+
+COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "gather")
+
+
+@contextlib.contextmanager
+def released_by_gloo():
+    """Give gloo's thread the time to release a collective's tensors: it holds them until after the call returns."""
+
+    def patient(collective):
+        def call(*args, **kwargs):
+            work = collective(*args, **kwargs)
+            time.sleep(0.002)
+            return work
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for name in COLLECTIVES:
+            stack.enter_context(mock.patch.object(dist, name, patient(getattr(dist, name))))
+        yield
+
+
+def profiled_peak(profile):
+    """The largest sum of live allocations that the profiler saw."""
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak
+
+
+def peak_beside_gloo(profile):
+    """The largest sum of live allocations, without those of gloo that its own threads free: no profiler sees that."""
+    allocations = sorted(_allocations(profile.profiler.kineto_results.experimental_event_tree()))
+    # 1. Pair each allocation with its end: a free, or the next allocation at its address.
+    opened, changes = {}, []
+    for time_ns, address, size, in_gloo in allocations:
+        began = opened.pop(address, None)
+        if began is not None and (size < 0 or not began[2]):
+            changes += [(began[0], began[1]), (time_ns, -began[1])]
+        if size > 0:
+            opened[address] = (time_ns, size, in_gloo)
+    changes += [(time_ns, size) for time_ns, size, in_gloo in opened.values() if not in_gloo]
+    # 2. The largest sum.
+    total = peak = 0
+    for _, size in sorted(changes):
+        total += size
+        peak = max(peak, total)
+    return peak
+
+
+def _allocations(events, in_gloo=False):
+    """Yield (time, address, bytes, whether a collective allocated it) of each allocation; a free has negative bytes."""
+    for event in events:
+        if event.tag == _EventType.Allocation:
+            fields = event.extra_fields
+            yield event.start_time_ns, fields.ptr, fields.alloc_size, in_gloo
+        yield from _allocations(event.children, in_gloo or event.name.startswith("c10d::"))
