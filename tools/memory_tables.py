@@ -2,6 +2,7 @@
 
     python tools/memory_tables.py runs/memory.json                       # rehearse what the file lacks
     python tools/memory_tables.py runs/memory.json --write docs/memory.md    # and put the tables between its markers
+    python tools/memory_tables.py runs/memory.json --cached --write docs/memory.md    # without new rehearsals
 
 The smallest layout that fits is listed. Rehearsals are saved one by one, so an interrupted run continues.
 """
@@ -49,15 +50,18 @@ class Rehearsals:
 
     Args:
         path: JSON file; it is created.
+        cached: what the file lacks is not rehearsed.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, cached: bool = False) -> None:
+        self.path, self.cached = path, cached
         self.peaks: dict[str, Peaks] = json.loads(path.read_text()) if path.exists() else {}
 
     def __call__(self, gpus: int, overrides: list[str]) -> Peaks:
-        """Return the largest peaks of all kinds of rank."""
+        """Return the largest peaks of all kinds of rank. Raises `LookupError` if they are not rehearsed."""
         key = " ".join([str(gpus), *overrides])
+        if key not in self.peaks and self.cached:
+            raise LookupError(key)
         if key not in self.peaks:
             started = time.monotonic()
             self.peaks[key] = _rehearse(gpus, overrides)
@@ -110,9 +114,18 @@ def tables(rehearsals: Callable[[int, list[str]], Peaks]) -> Iterator[str]:
         yield "| mode | " + " | ".join(f"{gpus} x {memory} GB" for gpus, memory in columns) + " |"
         yield "|---" * (1 + len(columns)) + "|"
         for mode in MODES:
-            cells = [cell(rehearsals, model, mode, gpus, memory) for gpus, memory in columns]
+            cells = [_cell_or_gap(rehearsals, model, mode, gpus, memory) for gpus, memory in columns]
             yield f"| {mode} | " + " | ".join(cells) + " |"
         yield ""
+
+
+def _cell_or_gap(
+    rehearsals: Callable[[int, list[str]], Peaks], model: str, mode: str, gpus: int, memory_gb: int
+) -> str:
+    try:
+        return cell(rehearsals, model, mode, gpus, memory_gb)
+    except LookupError:
+        return "not rehearsed"
 
 
 def main() -> None:
@@ -120,8 +133,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rehearsals", type=Path, help="JSON file of the rehearsed peaks")
     parser.add_argument("--write", type=Path, help="page whose tables are replaced")
+    parser.add_argument("--cached", action="store_true", help="rehearse nothing; cells may be missing")
     args = parser.parse_args()
-    lines = "\n".join(tables(Rehearsals(args.rehearsals)))
+    lines = "\n".join(tables(Rehearsals(args.rehearsals, args.cached)))
     if args.write is None:
         print(lines)
         return
