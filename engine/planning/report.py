@@ -83,7 +83,7 @@ def print_plan(plan: Plan) -> None:
     if plan.fits:
         return
     if not plan.proposals:
-        _line(f"no change that was tried makes it fit ({plan.rehearsed} configurations rehearsed)")
+        _line(f"no change that was tried makes it fit (configurations rehearsed: {plan.rehearsed})")
         return
     _line("\nchanges that make it fit, the cheapest first; costs of an iteration per GPU, beyond the configuration's\n")
     headers = ["changes", "peak GB", "host GB", "PFLOP", "host copies GB", "collectives GB", "GB moved"]

@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -33,6 +34,7 @@ KEYS = (
     "ppo.iterations=3",
     "ppo.run.checkpoint_in_background=false",
 )
+ROOT = Path(__file__).resolve().parents[2]
 # Ranks, and the keys of a layout.
 LAYOUTS = {
     "one": (1, ()),
@@ -103,7 +105,6 @@ def test_planned_peaks_are_those_of_the_run(home, tmp_path, layout, keys):
     launch(ranks, profiled_rank, config, tmp_path)
     planned = {rank["rank"]: rank["device_bytes"] for rank in json.loads(plan_file.read_text())["ranks"]}
     measured = {rank: int((tmp_path / f"peak_{rank}").read_text()) for rank in planned}
-    print("RATIO", layout, keys, {r: planned[r] / measured[r] for r in planned}, planned)
     assert planned == {rank: pytest.approx(peak, rel=0.05) for rank, peak in measured.items()}
     log = json.loads((tmp_path / "run" / "memory.json").read_text())
     assert log["planned"] == json.loads(plan_file.read_text())["peaks"] and log["iterations"] == 2
@@ -119,8 +120,11 @@ def test_planned_peak_is_the_resident_memory_of_a_large_run(tmp_path, mode):
     overrides = stage_cases.ppo_keys(home, tmp_path / "run", *LARGE_KEYS, f"ppo.offload.roles={mode}")
     arguments = ["--gpus", "1", "--cpu", "--no-search", "--prompts", home.prompts, "--out", str(plan_file)]
     launch(1, plan.main, [*overrides, *arguments])
-    command = [sys.executable, "-W", "ignore", "-m", "icegrt", "ppo", *overrides, f"ppo.memory_plan={plan_file}"]
-    process = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=500)
+    script = [sys.executable, "-W", "ignore", "-m", "tests.helpers.planned_run", str(tmp_path / "tiny")]
+    command = [*script, *overrides, f"ppo.memory_plan={plan_file}"]
+    process = subprocess.run(
+        command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=500
+    )
     assert process.returncode == 0, process.stderr
     log = json.loads((tmp_path / "run" / "memory.json").read_text())
     (rank,) = json.loads(plan_file.read_text())["ranks"]
