@@ -57,10 +57,9 @@ def describe(figures: dict[str, dict[str, list[float]]]) -> str:
     for sharing, figure in figures.items():
         seconds, peaks = figure["seconds"], figure["peak_gigabytes"]
         parts.append(f"{sharing} {seconds[-1]:.1f} s an iteration and {sum(peaks):.1f} GB")
-    ranks = len(next(iter(figures.values()))["peak_gigabytes"])
     return (
         f"Two iterations of each sharing with the settings of the run, from the same prompts, in fresh processes: "
-        f"{'; '.join(parts)}. Time: the second iteration. Memory: the sum of the peaks of {ranks} ranks."
+        f"{'; '.join(parts)}. Time: the second iteration. Memory: the peak of each process, summed over ranks."
     )
 
 
