@@ -1,8 +1,11 @@
 """The unshared pass of a plan, and what two passes of one plan must agree in."""
 
 import dataclasses
+import math
+import tempfile
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from icegrt.distributed.pipeline import fetch
 from icegrt.packing import pack, unpack
@@ -46,8 +49,25 @@ def gradients_of(run, experience, plan):
     }
 
 
+@torch.no_grad()
+def logprobs_in_fp64(run, plan):
+    """The log-probs of an unshared plan's actions by transformers in fp64; of one process."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = run.actor.save_pretrained(f"{folder}/actor", "fp32")
+        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").double()
+    logprobs = []
+    for batch in plan.batches:
+        sequences = [tokens for tokens in batch.tokens_T.split(list(batch.lengths)) if tokens.numel()]
+        logits = torch.cat([model(tokens[None]).logits[0] for tokens in sequences])[batch.action_rows_A]
+        logprobs.append(logits.log_softmax(-1).gather(1, batch.action_tokens_A[:, None].long()).squeeze(1))
+    return torch.cat(logprobs)
+
+
 class SharedAndUnshared:
-    """A callback that compares the shared pass of every iteration with the unshared pass of the same plan."""
+    """A callback that compares the shared pass of every iteration with the unshared pass of the same plan.
+
+    In one process its log-probs are also within `LOGPROB_LIMIT` of those in fp64, as those of the unshared pass are.
+    """
 
     def __init__(self):
         self.plans = []
@@ -62,9 +82,17 @@ class SharedAndUnshared:
         for name, x in expected.items():
             index = counted if name in ("log-probs", "entropies", "reference") else slice(None)
             difference = (scores[name] - x)[index].abs()
+            # Log-probs are of the size of those of a uniform distribution, or larger, and both passes are rounded.
             # Values and scores are of the size that their head gives them.
-            size = 1.0 if "log-prob" in name or name == "reference" else max(1.0, *x.abs().tolist(), 0.0)
-            assert difference.numel() == 0 or float(difference.max()) <= LOGPROB_LIMIT * size, (name, size)
+            usual = math.log(run.actor.model.vocab_limit) if "log-prob" in name or name == "reference" else 1.0
+            size = max(1.0, *(x.abs() / usual).tolist(), 0.0)
+            largest = float(difference.max()) if difference.numel() else 0.0
+            assert largest <= LOGPROB_LIMIT * size, (name, size, largest)
+        if run.cluster.world_size == 1:
+            truth = logprobs_in_fp64(run, plain)
+            for passed in (scores, expected):
+                off = (passed["log-probs"].double() - truth)[counted].abs()
+                assert float(off.max()) <= LOGPROB_LIMIT
         found, wanted = gradients_of(run, experience, plan), gradients_of(run, experience, plain)
         for role, tensors in wanted.items():
             total = sum(float(x.double().square().sum()) for x in tensors.values()) ** 0.5

@@ -45,8 +45,15 @@ def test_a_run_that_resumes_on_the_host_and_back_has_the_bits_of_one_on_the_devi
     assert same(outcome, resident)
 
 
+def live_tensors():
+    """Return all tensors of this process."""
+    gc.collect()
+    return [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_the_device_are_parameters_and_gradients_alone(dtype, cluster):
+    earlier = live_tensors()  # of other tests; kept, so that no later storage has the identity of theirs
     role = trained_role(dtype=dtype, on_host=True)[0]
     (adam,) = (inner.optimizer for inner in inner_optimizers(role.optimizer))
     state = [x for master, entry in adam.state.items() for x in (master, master.grad, *entry.values())]
@@ -56,10 +63,9 @@ def test_on_the_device_are_parameters_and_gradients_alone(dtype, cluster):
     assert sum(on_the_host.values()) == 16 * sum(parameter.numel() for parameter in role.model.parameters())
     assert sum(on_the_host.values()) <= adam.host.bytes < sum(on_the_host.values()) + 64 * len(on_the_host)
     tensors = [*role.model.parameters(), *(buffer.grad_data for ddp in role.ddps for buffer in ddp.buffers)]
-    expected = {*on_the_host, *(x.untyped_storage()._cdata for x in tensors)}
+    expected = {*on_the_host, *(x.untyped_storage()._cdata for x in (*tensors, *earlier))}
     sizes = {parameter.numel() for parameter in role.model.parameters()} - set(range(65))
-    gc.collect()
-    others = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter) and x.numel() in sizes]
+    others = [x for x in live_tensors() if x.numel() in sizes]
     assert [x for x in others if x.untyped_storage()._cdata not in expected] == []
 
 
