@@ -4,20 +4,33 @@ import contextlib
 import time
 from unittest import mock
 
+import torch
 import torch.distributed as dist
 from torch._C._profiler import _EventType
+from torch.utils._pytree import tree_leaves
 
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "gather")
 
 
+RELEASE_SECONDS = 10.0
+
+
 @contextlib.contextmanager
 def released_by_gloo():
-    """Give gloo's thread the time to release a collective's tensors: it holds them until after the call returns."""
+    """Let collectives return when gloo's thread has released their tensors: it holds them until after the call.
+
+    A tensor whose last reference the thread drops is freed where no profiler sees it.
+    """
 
     def patient(collective):
         def call(*args, **kwargs):
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            counts = [x._use_count() for x in tensors]
             work = collective(*args, **kwargs)
-            time.sleep(0.002)
+            deadline = time.perf_counter() + RELEASE_SECONDS
+            while work is None and any(x._use_count() > n for x, n in zip(tensors, counts, strict=True)):
+                assert time.perf_counter() < deadline, "gloo does not release its tensors"
+                time.sleep(1e-4)
             return work
 
         return call
