@@ -15,9 +15,27 @@ COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_sca
 RELEASE_SECONDS = 10.0
 
 
+ASYNC_SECONDS = 0.01
+
+
+class _Work:
+    """A collective's handle. After its `wait` gloo has had time to release the tensors.
+
+    Between call and `wait` the computation may take references of its own, so they cannot be counted.
+    """
+
+    def __init__(self, work):
+        self._work = work
+
+    def wait(self, *args):
+        self._work.wait(*args)
+        self._work = None  # holds them, too
+        time.sleep(ASYNC_SECONDS)
+
+
 @contextlib.contextmanager
 def released_by_gloo():
-    """Let collectives return when gloo's thread has released their tensors: it holds them until after the call.
+    """Let collectives be complete when gloo's thread has released their tensors: it holds them for longer.
 
     A tensor whose last reference the thread drops is freed where no profiler sees it.
     """
@@ -27,11 +45,13 @@ def released_by_gloo():
             tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             counts = [x._use_count() for x in tensors]
             work = collective(*args, **kwargs)
+            if work is not None:
+                return _Work(work)
             deadline = time.perf_counter() + RELEASE_SECONDS
-            while work is None and any(x._use_count() > n for x, n in zip(tensors, counts, strict=True)):
+            while any(x._use_count() > n for x, n in zip(tensors, counts, strict=True)):
                 assert time.perf_counter() < deadline, "gloo does not release its tensors"
                 time.sleep(1e-4)
-            return work
+            return None
 
         return call
 
