@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from bench import harness
+from bench import harness, plots
 from bench.rollout.python_scheduler import PythonScheduler
 from icegrt.scheduling import BlockScheduler
 
 BLOCK_SIZE, MAX_LENGTH = 16, 4096
-CASES = {"1000 sequences, 100000 blocks": (1000, 100_000), "256 sequences, 20000 blocks": (256, 20_000)}
+BLOCKS = 100_000
+CASES = {f"{count} sequences, {BLOCKS} blocks": (count, BLOCKS) for count in (16, 64, 256, 1000)}
 # Microseconds on one core.
 TARGET_US = {"1000 sequences, 100000 blocks": 50.0}
 REPEATS = 20
@@ -106,7 +107,9 @@ def measure(case: str, options) -> list[dict]:
 def main():
     options = harness.arguments(__doc__.splitlines()[0])
     options.device = "cpu"  # host work on every machine
-    harness.write("scheduler", [row for case in CASES for row in measure(case, options)], options)
+    rows = [row for case in CASES for row in measure(case, options)]
+    path = harness.write("scheduler", rows, options)
+    plots.curves(rows, {"running sequences": {case: count for case, (count, _) in CASES.items()}}, path)
 
 
 if __name__ == "__main__":
