@@ -69,10 +69,16 @@ class _TorchOnDevice(types.ModuleType):
 
 
 class Patches:
-    """Attributes that are patched, and restored in reverse order."""
+    """Attributes that are patched, and restored in reverse order by `undo` or at the end of a `with`."""
 
     def __init__(self) -> None:
         self._undo: list[tuple[object, str, object]] = []
+
+    def __enter__(self) -> Patches:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.undo()
 
     def set(self, owner: object, name: str, value: object) -> None:
         """Set an attribute and remember its present value."""

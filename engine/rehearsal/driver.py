@@ -287,15 +287,12 @@ def _models_without_weights() -> Iterator[None]:
     def build_adapter(trunk: Any, spec: Any, head: Any, source: Any, identity: Any) -> PipelineModel:
         return build_parallel_adapter(trunk, spec, head, identity)
 
-    patches = Patches()
-    try:
+    with Patches() as patches:
         patches.set(role_setup, "HFCheckpointReader", _ConfigReader)
         patches.set(role_setup, "build_model", build)
         patches.set(role_setup, "build_adapter", build_adapter)
         patches.set(role_setup, "identity_of", lambda reader, cluster: TrunkIdentity("", reader.where))
         yield
-    finally:
-        patches.undo()
 
 
 def _with_room(settings: RolloutSettings, model: PipelineModel, longest: int) -> RolloutSettings:
@@ -317,7 +314,6 @@ def _given_lengths(watcher: Watcher, decode_steps: int, stop: int) -> Iterator[N
 
     A step with rows of prompts counts as prefill, the decodes beside them included.
     """
-    patches = Patches()
     prepare, forward, collect = MicroGroup.prepare, ModelRunner.forward, ModelRunner.collect
     completed: Counter[MicroGroup] = Counter()
     group_of: dict[Step, MicroGroup] = {}
@@ -340,20 +336,17 @@ def _given_lengths(watcher: Watcher, decode_steps: int, stop: int) -> Iterator[N
         is_last = step.size.only_decodes and completed[group] >= decode_steps - group.lookahead
         return torch.full_like(token_N, stop if is_last else 1), logprob_N
 
-    try:
+    with Patches() as patches:
         patches.set(MicroGroup, "prepare", prepared)
         patches.set(ModelRunner, "forward", forwarded)
         patches.set(ModelRunner, "collect", collected)
         yield
-    finally:
-        patches.undo()
 
 
 @contextlib.contextmanager
 def _given_shapes(watcher: Watcher) -> Iterator[None]:
     """Announce to this rank the shapes of its neighbours' messages: those of its own micro-batches, in order."""
     run = Role._run
-    patches = Patches()
 
     def announced(role: Role, chunks: Any, work: Any, *args: Any, **options: Any) -> Any:
         from megatron.core import parallel_state
@@ -365,18 +358,15 @@ def _given_shapes(watcher: Watcher) -> Iterator[None]:
         watcher.expected_shapes = {stage - 1: list(shapes), stage + 1: list(shapes)}
         return run(role, chunks, work, *args, **options)
 
-    try:
+    with Patches() as patches:
         patches.set(Role, "_run", announced)
         yield
-    finally:
-        patches.undo()
 
 
 @contextlib.contextmanager
 def _phases_of_steps(watcher: Watcher, phases: dict[str, str]) -> Iterator[None]:
     """Count every optimizer step in the phase of its role, and label the state that the optimizer allocates."""
     step = TrainableRole.train_step
-    patches = Patches()
 
     def phased(role: TrainableRole, work: Any) -> Any:
         with watcher.phase(phases[role.name]):
@@ -384,11 +374,9 @@ def _phases_of_steps(watcher: Watcher, phases: dict[str, str]) -> Iterator[None]
         _label_optimizer_states(role, watcher)
         return outcome
 
-    try:
+    with Patches() as patches:
         patches.set(TrainableRole, "train_step", phased)
         yield
-    finally:
-        patches.undo()
 
 
 def _label_optimizer_states(role: TrainableRole, watcher: Watcher) -> None:

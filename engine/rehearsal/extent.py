@@ -44,14 +44,11 @@ def largest_work(pipeline: int) -> Iterator[None]:
     def chosen_steps(updater: Updater, experience: Any, *args: Any) -> Iterator[tuple[int, list[int], float]]:
         yield from _chosen_steps(list(steps(updater, experience, *args)), experience.plan.batches)
 
-    patches = Patches()
-    try:
+    with Patches() as patches:
         patches.set(Role, "score", scored)
         patches.set(TrainableRole, "train_step", trained)
         patches.set(Updater, "_steps", chosen_steps)
         yield
-    finally:
-        patches.undo()
 
 
 def _chosen_steps(steps: list[tuple[int, list[int], float]], batches: Sequence[Any]) -> list[Any]:

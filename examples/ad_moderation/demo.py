@@ -12,7 +12,6 @@ itself trains all weights: it starts from random ones, and an adapter can only r
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -25,8 +24,7 @@ from ad_moderation.outcome import Outcome, assess_both  # noqa: E402
 from ad_moderation.prepare import prepare  # noqa: E402
 from icegrt import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SampleConfig, SFTConfig, SFTTrainer  # noqa: E402
 from icegrt.commands import sample  # noqa: E402
-from icegrt.utils.console import is_main, print_info  # noqa: E402
-from icegrt.utils.files import write_text_atomic  # noqa: E402
+from icegrt.utils.console import print_info  # noqa: E402
 from staged_run import stages  # noqa: E402
 
 RECIPE = HERE / "recipe.yaml"
@@ -120,9 +118,9 @@ class Demo(stages.StagedRun):
             ],
         )
         with PPOTrainer(config) as trainer:
-            self._assess(trainer, "before")
+            self.assess(trainer, "before", assess_both)
             trainer.train()
-            self._assess(trainer, "after")
+            self.assess(trainer, "after", assess_both)
 
     def report(self) -> None:
         for name in ("metrics.jsonl", "config.yaml"):
@@ -135,14 +133,6 @@ class Demo(stages.StagedRun):
         for line in outcome.lines():
             print_info(line)
         print_info(f"page: {self.out / 'report.html'}\nactor: {self.out / 'actor'}")
-
-    def _assess(self, trainer: PPOTrainer, when: str) -> None:
-        path = self.out / f"assessment_{when}.json"
-        if path.is_file():
-            return
-        document = assess_both(trainer, self.data)
-        if is_main():
-            write_text_atomic(path, json.dumps(document))
 
 
 if __name__ == "__main__":

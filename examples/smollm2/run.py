@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from icegrt import PPOConfig, PPOTrainer  # noqa: E402
-from icegrt.utils.console import is_main, print_info  # noqa: E402
+from icegrt.utils.console import print_info  # noqa: E402
 from icegrt.utils.files import write_text_atomic  # noqa: E402
 from smollm2.compare import SETTINGS, measure  # noqa: E402
 from smollm2.convert import convert_packaged  # noqa: E402
@@ -49,9 +49,9 @@ class SmolLM2(stages.StagedRun):
         evaluation = f"ppo.eval_prompts={self.data / 'validation.jsonl'}"
         config = PPOConfig.load(SETTINGS, [*self._inputs(), evaluation, *self.run_overrides("ppo")])
         with PPOTrainer(config) as trainer:
-            self._assess(trainer, "before")
+            self.assess(trainer, "before", assess_both)
             trainer.train()
-            self._assess(trainer, "after")
+            self.assess(trainer, "after", assess_both)
 
     def report(self) -> None:
         outcome = Outcome(self.out)
@@ -66,14 +66,6 @@ class SmolLM2(stages.StagedRun):
             f"ppo.prompts={self.data / 'train.jsonl'}",
             f"ppo.reward_function={HERE / 'reward.py'}:correct",
         ]
-
-    def _assess(self, trainer: PPOTrainer, when: str) -> None:
-        path = self.out / f"assessment_{when}.json"
-        if path.is_file():
-            return
-        document = assess_both(trainer, self.data)
-        if is_main():
-            write_text_atomic(path, json.dumps(document))
 
 
 if __name__ == "__main__":

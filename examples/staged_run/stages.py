@@ -5,9 +5,11 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from icegrt import PPOTrainer
 from icegrt.distributed import failure
 from icegrt.errors import UserError
 from icegrt.utils.console import is_main, print_info
@@ -77,6 +79,15 @@ class StagedRun:
     def overrides_of(self, section: str) -> list[str]:
         """Return the overrides of one section that the command line gave."""
         return [override for override in self.overrides if override.startswith(f"{section}.")]
+
+    def assess(self, trainer: PPOTrainer, when: str, measure: Callable[[PPOTrainer, Path], Any]) -> None:
+        """Write `measure(trainer, self.data)` to assessment_<when>.json, unless the file is there. Collective."""
+        path = self.out / f"assessment_{when}.json"
+        if path.is_file():
+            return
+        document = measure(trainer, self.data)
+        if is_main():
+            write_text_atomic(path, json.dumps(document))
 
     def _check_same_settings(self) -> None:
         path = self.out / "demo.json"
