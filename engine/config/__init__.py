@@ -2,24 +2,28 @@
 
 from icegrt.config.base import CONFIG_FILE, Loadable, config_class, key
 from icegrt.config.introspect import SECTIONS
-from icegrt.config.schema import (
+from icegrt.config.ppo import (
     CriticConfig,
-    DataSource,
-    ExportConfig,
-    GenerateConfig,
     HTTPConfig,
-    LoRAConfig,
     OffloadConfig,
-    OptimizerConfig,
-    ParallelConfig,
     PPOConfig,
     RewardCallConfig,
-    RewardConfig,
     RewardSource,
+)
+from icegrt.config.shared import (
+    DataSource,
+    LoRAConfig,
+    OptimizerConfig,
+    ParallelConfig,
     RolloutConfig,
     RunConfig,
-    SampleConfig,
     SamplingConfig,
+)
+from icegrt.config.stages import (
+    ExportConfig,
+    GenerateConfig,
+    RewardConfig,
+    SampleConfig,
     SFTConfig,
 )
 

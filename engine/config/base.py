@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from typing_extensions import Self, dataclass_transform
 
 from icegrt.config import loader
-from icegrt.config.introspect import SECTIONS
+from icegrt.config.introspect import register
 
 CONFIG_FILE = "config.yaml"  # the saved configuration in a run's folder
 
@@ -82,7 +82,7 @@ class Loadable:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        SECTIONS[cls.section] = cls
+        register(cls.section, cls)
 
     @classmethod
     def load(cls, path: str | Path | None = None, overrides: Sequence[str] = ()) -> Self:

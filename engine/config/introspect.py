@@ -8,9 +8,18 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-# The configuration class of each section of a recipe file. `Loadable.__init_subclass__` adds each class.
+# The configuration class of each section of a recipe file, in the order of a recipe. `register` adds each class.
 SECTIONS: dict[str, type[Any]] = {}
+_ORDER = ("sft", "sample", "reward", "ppo", "generate", "export")
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
+def register(section: str, cls: type[Any]) -> None:
+    """Add the configuration class of a section."""
+    SECTIONS[section] = cls
+    for name in _ORDER:
+        if name in SECTIONS:
+            SECTIONS[name] = SECTIONS.pop(name)
 
 
 def fields_of(cls: type[Any]) -> dict[str, Any]:

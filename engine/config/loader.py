@@ -1,4 +1,4 @@
-"""Load, check, print and save the configuration classes of `schema`; every error is one `ConfigError`.
+"""Load, check, print and save the configuration classes; every error is one `ConfigError`.
 
 Values of a file, of an override and of a constructor in Python are checked alike.
 
