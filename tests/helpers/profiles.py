@@ -1,7 +1,9 @@
 """The allocations of a run as torch's profiler records them."""
 
 import contextlib
+import sys
 import time
+import types
 from unittest import mock
 
 import torch
@@ -55,9 +57,14 @@ def released_by_gloo():
 
         return call
 
+    collectives = {getattr(dist, name): patient(getattr(dist, name)) for name in COLLECTIVES}
+    # Megatron's modules, if they are loaded, have names of their own for some collectives.
+    modules = [dist, *(module for name, module in sys.modules.items() if name.startswith("megatron.core."))]
     with contextlib.ExitStack() as stack:
-        for name in COLLECTIVES:
-            stack.enter_context(mock.patch.object(dist, name, patient(getattr(dist, name))))
+        for module in modules:
+            for name, value in list(vars(module).items()):
+                if type(value) is types.FunctionType and value in collectives:
+                    stack.enter_context(mock.patch.object(module, name, collectives[value]))
         yield
 
 

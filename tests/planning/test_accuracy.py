@@ -17,6 +17,7 @@ import torch
 
 from icegrt.commands import plan
 from icegrt.config import PPOConfig
+from icegrt.distributed.megatron import load_megatron
 from icegrt.ppo.trainer import PPOTrainer
 from icegrt.rollout import engine
 from tests.helpers import stage_cases
@@ -80,6 +81,7 @@ def home(tmp_path_factory):
 
 def profiled_rank(config, folder):
     """Run two iterations, and write the peak of this rank's allocations."""
+    load_megatron()  # as in a process in which other tests have run
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
     # No response ends early: lengths are those of the plan.
     with mock.patch.object(engine, "stop_ids", lambda *args, **options: [10**6]), released_by_gloo():
