@@ -15,12 +15,12 @@ from icegrt.config.loader import as_dict
 from icegrt.distributed.cluster import Cluster
 from icegrt.errors import CheckpointError, ConfigError
 from icegrt.metrics.records import PHASE_LABELS
+from icegrt.report.memory_table import MEMORY_FILE
 from icegrt.training.trainer import write_json
 from icegrt.utils.console import print_info, warn
 from icegrt.utils.files import json_safe, read_object
 from icegrt.utils.values import flatten
 
-MEMORY_FILE = "memory.json"
 _SHOWN_AT = 2  # the first iteration in which Adam's moments exist from the start
 # Keys that no peak depends on.
 _OTHER_KEYS = (

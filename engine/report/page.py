@@ -18,6 +18,7 @@ from icegrt.config import CONFIG_FILE, Loadable, PPOConfig
 from icegrt.errors import ConfigError, RunError
 from icegrt.metrics import PPOStep, read_metrics, step_from_row
 from icegrt.metrics.alarms import Alarms
+from icegrt.report.memory_table import memory_table
 from icegrt.report.plots import ppo_panels, write_curves_png
 from icegrt.report.tables import (
     cards,
@@ -91,6 +92,7 @@ def write_ppo_report(
         charts=charts(panels),
         training=training(rows),
         phases=phases(ppo),
+        memory=memory_table(run_dir),
         examples=[example_texts(number, example) for number, example in enumerate(examples, 1)],
         settings=settings_tables(run_dir / CONFIG_FILE, settings),
     )

@@ -223,6 +223,34 @@ def test_a_plain_run_gets_a_page_from_its_metrics(tmp_path):
     assert figures["alarms"] == [] and figures["kl_nats_per_response"] == 3.0
 
 
+MEMORY = {"planned": {"rollout": 2e9, "update": 4e9}, "measured": {"rollout": 1e9, "update": 3.9e9}, "measure": "RSS"}
+
+
+def test_planned_memory_is_beside_the_measured_one(tmp_path):
+    folder = run_folder(tmp_path)
+    assert "Peak memory" not in Page(write_run_report(folder).read_text()).text
+    (folder / "memory.json").write_text(json.dumps(MEMORY))
+    text = Page(write_run_report(folder).read_text()).text
+    assert "Peak memory, planned and measured" in text and "Measured: RSS." in text
+    assert text.split("measured / planned")[1].split()[:8] == [
+        "rollout",
+        "2.000",
+        "1.000",
+        "50.0%",
+        "update",
+        "4.000",
+        "3.900",
+        "97.5%",
+    ]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"planned": {}}', '{"planned": 1, "measured": 2, "measure": ""}'])
+def test_a_damaged_memory_file_leaves_the_page_without_its_table(tmp_path, text):
+    folder = run_folder(tmp_path)
+    (folder / "memory.json").write_text(text)
+    assert "Peak memory" not in Page(write_run_report(folder).read_text()).text
+
+
 def test_a_run_without_evaluation_invents_nothing(tmp_path):
     write_run_report(run_folder(tmp_path, iterations=1, evaluated=False))
     figures = json.loads((tmp_path / "report.json").read_text())["ppo"]
