@@ -55,9 +55,9 @@ class UpdateOutcome:
         return self.stats.get(PolicyStats)
 
     @property
-    def value_stats(self) -> ValueStats:
-        """Statistics of the value loss."""
-        return self.stats[ValueStats]
+    def value_stats(self) -> ValueStats | None:
+        """Statistics of the value loss; None without a critic."""
+        return self.stats.get(ValueStats)
 
     @property
     def ptx_stats(self) -> NLLStats:
@@ -77,7 +77,7 @@ class Updater:
         self,
         config: PPOConfig,
         actor: TrainableRole,
-        critic: TrainableRole,
+        critic: TrainableRole | None,
         scorer: LogprobScorer,
         cluster: Cluster,
     ) -> None:
@@ -98,14 +98,15 @@ class Updater:
         outcome = UpdateOutcome()
         counted = self._counted_actions(experience)
         ptx_work = self._ptx_work(ptx)
-        warming_up = iteration <= self.config.critic.warmup_iterations
+        warming_up = iteration <= self.config.critic_warmup
         # The actor takes all its steps before the critic, so that one role at a time needs the device.
         for step, members, actions in self._steps(
             experience, iteration, 0 if warming_up else self.config.ppo_epochs, counted, outcome
         ):
             mixed = ptx_work[step](actions) if ptx_work else []
             self._actor_step(experience, members, kl_coef, mixed, outcome)
-        for _, members, _ in self._steps(experience, iteration, self.config.critic_epochs, counted, outcome):
+        critic_epochs = 0 if self.critic is None else self.config.critic_epochs
+        for _, members, _ in self._steps(experience, iteration, critic_epochs, counted, outcome):
             self._critic_step(experience, members, outcome)
         # The statistics stay on the device of the last pipeline stage until here.
         outcome.stats = fetch_from_last_stage(outcome.stats)
@@ -128,7 +129,8 @@ class Updater:
         self, experience: Experience, members: Sequence[int], kl_coef: float, *, may_clip: bool = True
     ) -> list[MicroBatch]:
         """Return the micro-batches `members` with the actor's loss; `may_clip`: the actor has moved since scoring."""
-        moments = experience.moments.to(self.actor.device) if self.config.whiten_advantages else None
+        moments = experience.whitening_moments(self.config)
+        moments = None if moments is None else moments.to(self.actor.device)
         loss = PolicyLoss(self.config, self.actor, kl_coef, moments, self.scorer, may_clip)
         batches = experience.plan.action_batches(
             members,
@@ -139,7 +141,8 @@ class Updater:
         return [MicroBatch(batch, loss) for batch in batches]
 
     def critic_work(self, experience: Experience, members: Sequence[int]) -> list[MicroBatch]:
-        """Return the micro-batches `members` with the critic's loss."""
+        """Return the micro-batches `members` with the critic's loss. There must be a critic."""
+        assert self.critic is not None and experience.value_A is not None
         loss = CriticLoss(self.critic, self.config.value_clip or None)
         batches = experience.plan.action_batches(
             members, old_value_A=experience.value_A, return_A=experience.shaped.return_A
@@ -177,6 +180,7 @@ class Updater:
         return [partial(work, batches, total) for batches, total in zip(packed, tokens, strict=True)]
 
     def _critic_step(self, experience: Experience, members: list[int], outcome: UpdateOutcome) -> None:
+        assert self.critic is not None
         step = self.critic.train_step(self.critic_work(experience, members))
         outcome.critic.append(step)
         outcome.add(step.stats)
