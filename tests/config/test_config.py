@@ -191,7 +191,7 @@ def test_a_bad_key_or_value_is_named_with_file_line_and_what_was_expected(recipe
         ("sft: {}\n", "recipe.yaml has no section `ppo:`; it has sft"),
         ("ppo: {}\nrewrd: {}\n", "recipe.yaml:2: `rewrd` is not a section; did you mean reward?"),
         ("ppo: {}\nkl_coef: 1\n", "recipe.yaml:2: `kl_coef` is not a section; put it under `ppo:`"),
-        ("ppo: {}\nqqq: {}\n", "the sections are sft, sample, reward, ppo, generate, export"),
+        ("ppo: {}\nqqq: {}\n", "the sections are sft, sample, reward, value, ppo, generate, export"),
         ("ppo: {}\nppo: {}\n", "recipe.yaml:2: not valid YAML: the key `ppo` is given twice"),
     ],
 )
