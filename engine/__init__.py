@@ -12,10 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from icegrt import kernels as kernels
     from icegrt import packing as packing
-    from icegrt.config import ExportConfig, GenerateConfig, PPOConfig, RewardConfig, SampleConfig, SFTConfig
+    from icegrt.config import (
+        ExportConfig,
+        GenerateConfig,
+        PPOConfig,
+        RewardConfig,
+        SampleConfig,
+        SFTConfig,
+        ValueConfig,
+    )
     from icegrt.errors import CheckpointError, ConfigError, DataError, RewardError, RunError, UserError
-    from icegrt.metrics import Evaluation, PPOStep, RewardStep, SFTStep
+    from icegrt.metrics import Evaluation, PPOStep, RewardStep, SFTStep, ValueStep
     from icegrt.ppo.trainer import PPOTrainer
+    from icegrt.ppo.value import ValueTrainer
     from icegrt.rewards.sample import RewardResult, Sample
     from icegrt.rollout.engine import RolloutEngine
     from icegrt.rollout.load import load_actor
@@ -52,19 +61,31 @@ __all__ = [
     "SampleConfig",
     "Sampling",
     "UserError",
+    "ValueConfig",
+    "ValueStep",
+    "ValueTrainer",
     "__version__",
     "load_actor",
 ]
 
 _HOMES = {
-    "config": ("ExportConfig", "GenerateConfig", "PPOConfig", "RewardConfig", "SampleConfig", "SFTConfig"),
+    "config": (
+        "ExportConfig",
+        "GenerateConfig",
+        "PPOConfig",
+        "RewardConfig",
+        "SampleConfig",
+        "SFTConfig",
+        "ValueConfig",
+    ),
     "errors": ("CheckpointError", "ConfigError", "DataError", "RewardError", "RunError", "UserError"),
-    "metrics": ("Evaluation", "PPOStep", "RewardStep", "SFTStep"),
+    "metrics": ("Evaluation", "PPOStep", "RewardStep", "SFTStep", "ValueStep"),
     "rewards.sample": ("RewardResult", "Sample"),
     "rollout.engine": ("RolloutEngine",),
     "rollout.load": ("load_actor",),
     "rollout.types": ("Response", "Sampling"),
     "ppo.trainer": ("PPOTrainer",),
+    "ppo.value": ("ValueTrainer",),
     "training.reward_model": ("RewardTrainer",),
     "training.sft": ("SFTTrainer",),
     "training.callbacks": ("Callback",),

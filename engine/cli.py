@@ -26,6 +26,7 @@ COMMANDS = {
     "sft": "fine-tune a base model on instructions",
     "sample": "draw several answers per prompt, ready for ranking",
     "reward": "train a reward model on ranked answers",
+    "value": "train a critic for PPO on the returns of a fixed policy",
     "ppo": "train the actor with PPO against the reward",
     "generate": "answer prompts with a model or a run",
     "export": "convert a run's checkpoint to a Hugging Face checkpoint",
@@ -35,12 +36,13 @@ COMMANDS = {
     "data": "show which text of a data file is trained on",
     "doctor": "check the machine and the installed packages",
 }
-RESUMABLE = ("sft", "reward", "ppo")
+RESUMABLE = ("sft", "reward", "value", "ppo")
 # The module of each stage's `run(config)`, imported on use.
 STAGE_MODULES = {
     "sft": "icegrt.training.sft",
     "sample": "icegrt.commands.sample",
     "reward": "icegrt.training.reward_model",
+    "value": "icegrt.ppo.value",
     "ppo": "icegrt.ppo.trainer",
     "generate": "icegrt.commands.generate",
     "export": "icegrt.commands.export",

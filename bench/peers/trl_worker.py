@@ -41,9 +41,8 @@ def tokenizer(workload: Workload) -> PreTrainedTokenizerFast:
     words = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, workload.vocab))]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<eos>", pad_token="<pad>", padding_side="left", model_input_names=["input_ids"]
-    )
+    names = {"eos_token": "<eos>", "pad_token": "<pad>", "model_input_names": ["input_ids"]}
+    return PreTrainedTokenizerFast(tokenizer_object=core, padding_side="left", **names)
 
 
 def trainer(workload: Workload, dtype: str, rows: int, folder: str, callback: TrainerCallback) -> PPOTrainer:

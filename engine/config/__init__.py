@@ -25,6 +25,7 @@ from icegrt.config.stages import (
     RewardConfig,
     SampleConfig,
     SFTConfig,
+    ValueConfig,
 )
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "SFTConfig",
     "SampleConfig",
     "SamplingConfig",
+    "ValueConfig",
     "config_class",
     "key",
 ]

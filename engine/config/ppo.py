@@ -24,14 +24,42 @@ from icegrt.config.shared import (
 
 
 @config_class
-class CriticConfig:
-    """Initial weights, warm-up and optimizer of the critic."""
+class PretrainConfig:
+    """Value pretraining in a PPO run, before its first iteration. The actor stays as it is."""
 
+    iterations: int = key(
+        0,
+        "most iterations of pretraining, besides ppo.iterations: the critic learns the returns of the initial actor at "
+        "lambda 1, without value clipping; 0: none",
+        ge=0,
+    )
+    patience: int = key(
+        3, "stop after this many iterations without a higher explained variance of new returns; 0: never", ge=0
+    )
+    lr: float = key(0.0, "learning rate of pretraining, constant; 0: critic.optimizer.lr", ge=0)
+
+
+@config_class
+class CriticConfig:
+    """Initial weights, pretraining, warm-up and optimizer of the critic."""
+
+    model: str = key(
+        "",
+        "checkpoint of the critic, of any size: a reward model, the model of `icegrt value`, an exported critic or a "
+        "TRL model with a value head; empty: as `init` names it",
+    )
+    new_head: bool = key(False, "`model` may lack a value head, which is then zero")
     init: Literal["reward", "actor"] = key(
         "reward",
-        "initial weights: the first reward model's, with its head scaled to the returns, or the actor's, with a zero "
-        "head",
+        "initial weights, if `model` is empty: the first reward model's, with its head scaled to the returns, or the "
+        "actor's, with a zero head",
     )
+    freeze: list[str] = key(
+        [],
+        "modules of the critic that do not train, of attention, mlp, embedding and norm; with sharing=lora their "
+        "adapters do not",
+    )
+    pretrain: Section[PretrainConfig] = key(PretrainConfig(), "value pretraining before the first iteration")
     warmup_iterations: int = key(0, "number of first iterations in which only the critic is trained", ge=0)
     epochs: int = key(0, "the critic's passes over an iteration's experience; 0: ppo_epochs", ge=0)
     optimizer: Section[OptimizerConfig] = key(OptimizerConfig(lr=1e-4), "AdamW of the critic")

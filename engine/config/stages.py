@@ -1,4 +1,4 @@
-"""Configuration keys of the commands beside PPO: `sft`, `sample`, `reward`, `generate` and `export`."""
+"""Configuration keys of the commands beside PPO: `sft`, `sample`, `reward`, `value`, `generate` and `export`."""
 
 from __future__ import annotations
 
@@ -108,6 +108,48 @@ class RewardConfig(Loadable):
     optimizer: Section[OptimizerConfig] = key(OptimizerConfig(lr=3e-4, warmup_fraction=0.03), "AdamW")
     parallel: Section[ParallelConfig] = key(ParallelConfig(), "parallelism of the model")
     run: Section[RunConfig] = key(RunConfig(dir="runs/reward"), "the run")
+
+
+@config_class
+class ValueConfig(Loadable):
+    """Value pretraining: a critic for PPO, trained on the returns (lambda 1) of a fixed policy."""
+
+    section = "value"
+    model: str = key(
+        "", "checkpoint to start from: a language model (its new value head is zero), a reward model or a critic"
+    )
+    data: SectionList[DataSource] = key(
+        [], "rollouts: the folder of a PPO run, or files of its `rollouts/`; empty: sample them, as `ppo` says"
+    )
+    heldout: SectionList[DataSource] = key([], "held-out rollouts of the same form")
+    heldout_fraction: float = key(0.1, "fraction of the prompts held out, if `heldout` is empty", gt=0, lt=1)
+    ppo: str = key(
+        "",
+        "YAML file whose `ppo` section names the policy (actor), its prompts, its sampling and its reward sources; "
+        "with an empty `data`",
+    )
+    iterations: int = key(8, "iterations of that section to sample: prompts_per_iteration prompts each", ge=1)
+    gamma: float = key(1.0, "discount of the returns; that of PPO", gt=0, le=1)
+    epochs: float = key(2.0, "passes over the rollouts", gt=0)
+    batch_sequences: int = key(32, "responses per optimizer step, over all ranks", ge=1)
+    token_budget: int = key(4096, TOKEN_BUDGET, unit="tokens", ge=1)
+    max_length: int = key(0, "longest sequence; 0: the model's context", unit="tokens", ge=0)
+    eval_every: int = key(0, "optimizer steps between evaluations; 0: one each quarter of an epoch", ge=0)
+    patience: int = key(
+        3, "stop after this many evaluations without a higher held-out explained variance; 0: never", ge=0
+    )
+    keep_checkpoints: int = key(
+        2,
+        "number of last checkpoints kept (each evaluation writes one), besides the one with the highest held-out "
+        "explained variance",
+        ge=1,
+    )
+    freeze: list[str] = key([], "modules that do not train, of attention, mlp, embedding and norm")
+    sharing: Literal["full", "lora"] = key("full", SHARING)
+    lora: Section[LoRAConfig] = key(LoRAConfig(), "the adapter, with sharing=lora; the value head trains with it")
+    optimizer: Section[OptimizerConfig] = key(OptimizerConfig(lr=1e-4, warmup_fraction=0.03), "AdamW")
+    parallel: Section[ParallelConfig] = key(ParallelConfig(), "parallelism of the model")
+    run: Section[RunConfig] = key(RunConfig(dir="runs/value"), "the run")
 
 
 @config_class

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from icegrt.config import ParallelConfig
 from icegrt.errors import ConfigError
@@ -58,6 +58,10 @@ class Layout:
         if any(layers < 1 for layers in layout.pipeline_split):
             raise ConfigError(f"parallel.pipeline_split {list(layout.pipeline_split)}: every stage needs a layer")
         return layout
+
+    def for_layers(self, layers: int) -> Layout:
+        """Return the layout of a model with `layers` layers: split evenly if `pipeline_split` is for another number."""
+        return self if sum(self.pipeline_split) == layers else replace(self, pipeline_split=())
 
     @property
     def model(self) -> int:

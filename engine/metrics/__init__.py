@@ -1,6 +1,15 @@
 """The metrics records that trainers yield, and the log of a run."""
 
-from icegrt.metrics.records import PHASE_LABELS, PHASES, Evaluation, PPOStep, RewardStep, SFTStep, step_from_row
+from icegrt.metrics.records import (
+    PHASE_LABELS,
+    PHASES,
+    Evaluation,
+    PPOStep,
+    RewardStep,
+    SFTStep,
+    ValueStep,
+    step_from_row,
+)
 from icegrt.metrics.run_log import RunLog, drop_rollouts, read_metrics, rollout_path
 
 __all__ = [
@@ -11,6 +20,7 @@ __all__ = [
     "RewardStep",
     "RunLog",
     "SFTStep",
+    "ValueStep",
     "drop_rollouts",
     "read_metrics",
     "rollout_path",

@@ -101,6 +101,8 @@ class PPOStep:
     """Optimizer steps skipped because a loss or gradient was not finite."""
     empty_steps: int = 0
     """Optimizer steps without a response, as all of their minibatch were dropped."""
+    pretraining: bool = False
+    """Whether this was an iteration of value pretraining: the actor took no step, and returns are of lambda 1."""
 
     # The responses and their cost.
     response_tokens_mean: float
@@ -178,8 +180,30 @@ class RewardStep:
     """Global norm of the gradient before clipping."""
 
 
-Step = PPOStep | SFTStep | RewardStep | Evaluation
-KINDS = {PPOStep: "ppo", SFTStep: "sft", RewardStep: "reward", Evaluation: "evaluation"}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValueStep:
+    """Metrics of one optimizer step of value pretraining, over response tokens."""
+
+    step: int
+    """Number of the step, from 1."""
+    epoch: float
+    """Passes over the rollouts so far."""
+    loss: float
+    """Half the mean squared error of the values against the returns of the batch."""
+    explained_variance: float
+    """1 - var(returns - values) / var(returns) on the batch, before the step."""
+    heldout_loss: float | None = None
+    """The same loss on held-out rollouts after this step; None between evaluations."""
+    heldout_explained_variance: float | None = None
+    """Explained variance of held-out returns after this step; None between evaluations."""
+    lr: float
+    """Learning rate."""
+    grad_norm: float
+    """Global norm of the gradient before clipping."""
+
+
+Step = PPOStep | SFTStep | RewardStep | ValueStep | Evaluation
+KINDS = {PPOStep: "ppo", SFTStep: "sft", RewardStep: "reward", ValueStep: "value", Evaluation: "evaluation"}
 
 
 def step_from_row(row: dict[str, Any]) -> Step:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from icegrt.distributed.cluster import Cluster
-from icegrt.distributed.layout import check_model
+from icegrt.distributed.layout import Layout, check_model
 from icegrt.model.architecture import Architecture, HeadKind
 from icegrt.model.hf import loader
 from icegrt.model.hf.reader import HFCheckpointReader
@@ -17,14 +17,26 @@ from icegrt.model.lora.trunk_hash import TrunkIdentity
 from icegrt.model.pipeline_model import PipelineModel
 
 
-def check_parallelism(architecture: Architecture, cluster: Cluster) -> None:
+def check_parallelism(architecture: Architecture, cluster: Cluster, beside: Architecture | None = None) -> None:
     """Check that the cluster's layout divides the model. Allocates nothing.
+
+    Args:
+        architecture: of the model.
+        cluster: the process groups.
+        beside: the model that `pipeline_split` is for; a model with another number of layers is split evenly. None:
+            `architecture` itself.
 
     Raises:
         ConfigError: heads, MLP width or layers do not divide.
     """
+    is_of_split = beside is None or beside.num_layers == architecture.num_layers
+    layout = cluster.layout if is_of_split else cluster.layout.for_layers(architecture.num_layers)
+    _check(architecture, layout, cluster)
+
+
+def _check(architecture: Architecture, layout: Layout, cluster: Cluster) -> None:
     check_model(
-        cluster.layout,
+        layout,
         cluster.world_size,
         layers=architecture.num_layers,
         heads=architecture.num_heads,
@@ -38,14 +50,17 @@ def build_parallel_model(
 ) -> PipelineModel:
     """Build this rank's stages under the cluster's layout. Weights are uninitialised.
 
+    A model whose layers `pipeline_split` does not sum to is split evenly: it stands beside the one that the split is
+    for, which `check_parallelism` has checked.
+
     Raises:
         ConfigError: the layout does not divide the model.
     """
     # The stages are Megatron-core modules: this import loads Megatron-core unless `Cluster.open()` has done so.
     from icegrt.model.language_model import LanguageModel
 
-    check_parallelism(architecture, cluster)
-    layout = cluster.layout
+    layout = cluster.layout.for_layers(architecture.num_layers)
+    _check(architecture, layout, cluster)
     config = architecture.transformer_config(dtype=dtype, layout=layout, recompute=recompute)
     stages = range(layout.virtual_pipeline) if layout.virtual_pipeline > 1 else (None,)
     chunks = [LanguageModel(architecture, config, head, stage).to(cluster.device) for stage in stages]

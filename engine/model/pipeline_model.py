@@ -35,9 +35,11 @@ class PipelineModel:
         config: Megatron's TransformerConfig, shared by all chunks.
         weights_version: number of changes of the weights. A rollout recomputes keys and values of older weights.
         adapter: what the model adds to a trunk that others may share; None: it is a model of its own.
+        frozen: kinds of modules that do not train although the model does (`roles.freezing`).
     """
 
     adapter: AdapterSpec | None = None
+    frozen: tuple[str, ...] = ()
 
     def __init__(self, chunks: Sequence[LanguageModel | AdaptedStage], cluster: Cluster) -> None:
         self.chunks = list(chunks)

@@ -251,7 +251,7 @@ def rollout_rows(
             "score": _number(total_N, n),
             "reward_model_score": _number(rewards.reward_model_N, n),
             "function_score": _number(function_N, n),
-            **_source_columns(rewards, n),
+            **source_columns(rewards, n),
             "kl_nats": _number(kl_N, n),
             "prompt_ids": response.prompt,
             "response_ids": response.tokens,
@@ -262,7 +262,7 @@ def rollout_rows(
     )
 
 
-def _source_columns(rewards: RewardOutputs, n: int) -> dict[str, Any]:
+def source_columns(rewards: RewardOutputs, n: int) -> dict[str, Any]:
     """Return the scores and errors of response n by source, the first reward model aside."""
     columns: dict[str, dict[str, Any]] = {
         m.name: {"score": _number(m.score_N, n), "weight": m.weight, "error": None} for m in rewards.models[1:]

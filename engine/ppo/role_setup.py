@@ -9,7 +9,7 @@ from icegrt.config import OffloadConfig, PPOConfig
 from icegrt.distributed.cluster import Cluster
 from icegrt.errors import CheckpointError, ConfigError
 from icegrt.model.architecture import DTYPES, HeadKind
-from icegrt.model.build import build_adapter, build_model
+from icegrt.model.build import build_adapter, build_model, check_parallelism
 from icegrt.model.hf.reader import HFCheckpointReader, ModelSource
 from icegrt.model.lora.initial import InitialAdapter
 from icegrt.model.lora.peft_format import AdapterReader, is_adapter
@@ -19,6 +19,7 @@ from icegrt.model.pipeline_model import PipelineModel
 from icegrt.ppo.reward_sources import RewardComposition
 from icegrt.residency import GRADIENTS, KINDS, OPTIMIZER, HostMemory, Kind, Residency
 from icegrt.rewards.sources import MODEL_NAME
+from icegrt.roles.freezing import freeze
 from icegrt.roles.layer_stream import stream_layers
 from icegrt.roles.offload import place
 from icegrt.roles.role import Role, TrainableRole
@@ -60,7 +61,7 @@ def role_sources(
         actor: the actor's checkpoint.
         reference: None: the actor's checkpoint.
         rewards: its reward models become roles.
-        critic: None: as `critic.init` names it.
+        critic: a model of any size, also beside adapters; None: as `critic.init` names it.
 
     Raises:
         ConfigError: a checkpoint has another vocabulary than the actor's, or cannot be on the actor's weights as
@@ -76,23 +77,36 @@ def role_sources(
         )
     _check_same_vocabulary(actor, reader, "reference")
     sources["reference"] = RoleSource(actor if shares else reader, "lm")
-    for role, spec in rewards.models.items():
-        name = "reward model" if spec.name == MODEL_NAME else f"reward model `{spec.name}`"
-        sources[role] = _scalar_source(actor, spec.model, name, shares)
+    sources |= _reward_model_sources(actor, rewards, shares)
     if not config.has_critic:
         return sources
     if critic is not None:
-        sources["critic"] = _scalar_source(actor, critic, "critic", shares)
+        sources["critic"] = _scalar_source(actor, critic, "critic", shares, config.critic.new_head)
     elif config.critic.init == "reward":
         sources["critic"] = sources[next(iter(rewards.models))]
     else:
         sources["critic"] = RoleSource(actor, "scalar", new_head=True, is_adapter=shares)
-    if shares and not sources["critic"].is_adapter:
+    if shares and critic is None and not sources["critic"].is_adapter:
         raise ConfigError(
             f"ppo.sharing=lora: the critic cannot start from {sources['critic'].reader.where}, which is a model of its "
             f"own: it is an adapter on the actor's checkpoint ({actor.where}). Set ppo.critic.init=actor, or train the "
-            "reward model as an adapter on that checkpoint (reward.sharing=lora) and name its `adapter` folder"
+            "reward model as an adapter on that checkpoint (reward.sharing=lora) and name its `adapter` folder, or set "
+            "ppo.critic.model to train a whole model beside the adapters"
         )
+    return sources
+
+
+def policy_sources(config: PPOConfig, actor: HFCheckpointReader, rewards: RewardComposition) -> dict[str, RoleSource]:
+    """Return the sources of the actor and the reward models, which sample and score; arguments as above."""
+    shares = config.sharing == "lora"
+    return {"actor": RoleSource(actor, "lm", is_adapter=shares), **_reward_model_sources(actor, rewards, shares)}
+
+
+def _reward_model_sources(actor: HFCheckpointReader, rewards: RewardComposition, shares: bool) -> dict[str, RoleSource]:
+    sources = {}
+    for role, spec in rewards.models.items():
+        name = "reward model" if spec.name == MODEL_NAME else f"reward model `{spec.name}`"
+        sources[role] = _scalar_source(actor, spec.model, name, shares)
     return sources
 
 
@@ -100,12 +114,14 @@ def _is_same_folder(one: HFCheckpointReader, other: HFCheckpointReader) -> bool:
     return one.folder is not None and other.folder is not None and one.folder.resolve() == other.folder.resolve()
 
 
-def _scalar_source(actor: HFCheckpointReader, model: ModelSource, name: str, shares: bool) -> RoleSource:
+def _scalar_source(
+    actor: HFCheckpointReader, model: ModelSource, name: str, shares: bool, new_head: bool = False
+) -> RoleSource:
     """Return the source of a reward model or critic: a model of its own, or an adapter on the actor's checkpoint."""
     if not is_adapter(model):
         reader = HFCheckpointReader(model)
         _check_same_vocabulary(actor, reader, name)
-        return RoleSource(reader, "scalar")
+        return RoleSource(reader, "scalar", new_head)
     adapter = AdapterReader(model)
     if not shares:
         raise ConfigError(
@@ -130,7 +146,9 @@ def build_roles(
 
     Raises:
         CheckpointError: a tensor is not finite, or an adapter belongs to another trunk.
+        ConfigError: the layout does not divide a model.
     """
+    _check_layouts(sources, cluster)
     critic, iterations = config.critic, config.iterations
     actor_steps = (iterations - config.critic_warmup) * config.ppo_epochs * config.minibatches
     critic_steps = iterations * config.critic_epochs * config.minibatches
@@ -144,6 +162,8 @@ def build_roles(
         if name == "critic":
             model.scale_head(critic_head_scale)
         model.requires_grad_(name in trainable)
+        if name == "critic":
+            freeze(model, critic.freeze, "ppo.critic.freeze")
         roles[name] = TrainableRole(name, model, *trainable[name]) if name in trainable else Role(name, model)
         if any(kinds_by_role.values()):
             if _offload_choice(config.offload, name) == "layers" and not source.is_adapter:
@@ -152,6 +172,30 @@ def build_roles(
                 place(roles[name], residency, host, kinds_by_role[name], TRUNK if source.is_adapter else None)
             residency.move()  # makes room for the next role
     return roles
+
+
+def build_policy_roles(config: PPOConfig, sources: dict[str, RoleSource], cluster: Cluster) -> dict[str, Role]:
+    """Build roles that only read: the actor as it starts, and reward models. Arguments as above."""
+    _check_layouts(sources, cluster)
+    models = _Models(config, cluster, sources)
+    roles = {}
+    for name, source in sources.items():
+        # A new adapter changes nothing, so the actor is the trunk.
+        is_trunk = name == "actor" and models.trunk is not None
+        model = models.build(TRUNK if is_trunk else name, source, learns=False)
+        roles[name] = Role(name, model.requires_grad_(False))
+    return roles
+
+
+def _check_layouts(sources: dict[str, RoleSource], cluster: Cluster) -> None:
+    """Raise `ConfigError` if the layout does not divide the model of a role; it names the role."""
+    actor = sources["actor"].reader.architecture
+    for name, source in sources.items():
+        architecture = source.reader.architecture
+        try:
+            check_parallelism(architecture, cluster, None if name == "actor" else actor)
+        except ConfigError as error:
+            raise ConfigError(f"the {name} ({source.reader.where}): {error}") from None
 
 
 class _Models:

@@ -37,6 +37,7 @@ from icegrt.ppo.scores import RunningScoreNormalizer, RunningScoreNormalizers
 from icegrt.ppo.scoring import LogprobScorer
 from icegrt.ppo.update import Updater
 from icegrt.residency import KINDS
+from icegrt.roles.freezing import check_freeze
 from icegrt.roles.role import Role, TrainableRole
 from icegrt.rollout.engine import RolloutEngine
 from icegrt.rollout.samples import sample_of
@@ -147,7 +148,7 @@ def build_ppo(
         architecture.generation_config,
     )
     context = architecture.context_length
-    prompts = _encode_prompts(config, "prompts", inputs.prompts, tokenizer, context)
+    prompts = encode_run_prompts(config, "prompts", inputs.prompts, tokenizer, context)
     if config.prompts_per_iteration > len(prompts):
         warn(
             f"ppo.prompts_per_iteration is {config.prompts_per_iteration}, but there are {len(prompts)} prompts: an "
@@ -156,7 +157,7 @@ def build_ppo(
         )
     eval_prompts: Sequence[Prompt] = []
     if inputs.eval_prompts is not None:
-        eval_prompts = _encode_prompts(
+        eval_prompts = encode_run_prompts(
             config, "eval_prompts", inputs.eval_prompts, tokenizer, context, config.eval_limit
         )
     ptx = None
@@ -237,6 +238,7 @@ def check_config(config: PPOConfig) -> None:
         )
     if sampling.temperature <= 0:
         raise ConfigError("ppo.sampling.temperature must be above 0: a greedy policy explores nothing")
+    check_freeze(config.critic.freeze, "ppo.critic.freeze")
     if config.sharing == "lora":
         AdapterSpec.of(config.lora, "ppo.lora")
         if config.offload.reference == "layers":
@@ -272,7 +274,7 @@ def check_config(config: PPOConfig) -> None:
 
 
 def check_critic(config: PPOConfig, composition: RewardComposition, critic: ModelSource | None) -> None:
-    """Raise `ConfigError` if the critic has no weights to start from, or is given where there is none."""
+    """Raise `ConfigError` if the critic has no weights to start from, a new head without a model, or no use."""
     if not config.has_critic:
         if critic is not None:
             raise ConfigError(
@@ -280,10 +282,15 @@ def check_critic(config: PPOConfig, composition: RewardComposition, critic: Mode
                 "ppo.advantage=gae"
             )
         return
+    if critic is None and config.critic.new_head:
+        raise ConfigError(
+            "ppo.critic.new_head is true, but ppo.critic.model names no checkpoint; ppo.critic.init=actor alone gives "
+            "the actor's weights a zero head"
+        )
     if critic is None and config.critic.init == "reward" and not composition.models:
         raise ConfigError(
             "ppo.critic.init is 'reward', but there is no reward model to start from; set ppo.critic.init=actor "
-            "(the actor's trunk with a zero head)"
+            "(the actor's trunk with a zero head), or name a checkpoint in ppo.critic.model"
         )
 
 
@@ -310,9 +317,19 @@ def check_lengths(
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
-def _encode_prompts(
+def encode_run_prompts(
     config: PPOConfig, key: str, source: Rows, tokenizer: Tokenizer, context: int, limit: int = 0
 ) -> EncodedDataset[Prompt]:
+    """Encode a run's prompts, and print their lengths.
+
+    Args:
+        config: of the run.
+        key: "prompts" or "eval_prompts", as a name for rows from Python.
+        source: path or rows.
+        tokenizer: of the actor.
+        context: tokens of the actor's context.
+        limit: number of prompts to use; 0: all.
+    """
     prompts = encode_prompts(
         open_rows(source, limit, input_key=config.input_key),
         tokenizer,

@@ -25,6 +25,7 @@ from icegrt.ppo.evaluator import EvaluationResult
 from icegrt.ppo.experience import Experience, compute_advantages
 from icegrt.ppo.memory_log import MemoryLog, MemoryPlan
 from icegrt.ppo.metrics import moments_of, ppo_step, rollout_rows
+from icegrt.ppo.pretraining import ValuePretraining
 from icegrt.ppo.reward_sources import RewardArgument, RewardComposition
 from icegrt.ppo.rewards import RewardOutputs
 from icegrt.ppo.rollout_writer import RolloutWriter
@@ -57,7 +58,7 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
             (source, weight).
         prompts: path, iterable of dicts or `datasets.Dataset`.
         reference: the policy that the KL is measured against; default: the actor as it starts.
-        critic: path or model with a scalar head; default: as `critic.init` names it.
+        critic: path or model with a scalar head, of any size; default: as `critic.init` names it.
         eval_prompts: held-out prompts, in the form of `prompts`.
         callbacks: objects with any of the hooks of `Callback`.
     """
@@ -87,6 +88,7 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         eval_prompts = eval_prompts if eval_prompts is not None else config.eval_prompts
         eval_prompts = None if _is_empty(eval_prompts) else eval_prompts
         rewards, reference = RewardComposition.of(config, reward), reference or config.reference or None
+        critic = critic or (config.critic.model if config.has_critic else None) or None
         check_critic(config, rewards, critic)
         inputs = PPOInputs(actor, tokenizer, rewards, prompts, reference, critic, eval_prompts)
         self._memory_plan = MemoryPlan.read(config.memory_plan) if config.memory_plan else None
@@ -101,7 +103,8 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         self.actor, self.critic = parts.actor, parts.critic
         self.roles = [parts.actor] if parts.critic is None else [parts.actor, parts.critic]
         self.chunk_rows = parts.scorer.chunk_rows
-        self.total_steps = self.config.iterations
+        self.pretraining = ValuePretraining(self.config)
+        self.total_steps = self.config.iterations + self.pretraining.most_iterations()
         self.alarms = Alarms(self.config)
         self.alarm_messages: list[str] = []
         self._skip_guard = SkipGuard(*(role.name for role in self.roles))
@@ -131,6 +134,7 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
             "alarm_messages": self.alarm_messages,
             "skipped_in_a_row": self._skip_guard.skipped_in_a_row,
             "chunk_rows": self.chunk_rows,
+            "pretraining": self.pretraining.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -144,6 +148,8 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         parts.prompt_sampler.load_state(state["order"])
         if parts.ptx is not None and state["ptx"] is not None:  # None: the saved run did not mix ptx in
             parts.ptx.load_state(state["ptx"])
+        self.pretraining.load_state(state.get("pretraining"))
+        self.total_steps = self.config.iterations + self.pretraining.most_iterations()
         self.alarms.load_state(state["alarms"])
         self.alarm_messages = list(state["alarm_messages"])
         self._skip_guard.skipped_in_a_row = dict(state["skipped_in_a_row"])
@@ -165,6 +171,7 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         """
         config, parts, group = self.config, self.components, self.cluster.data_group
         iteration = self.done_steps + 1
+        is_pretraining = not self.pretraining.is_over
         self._begin_step()
 
         # 1. Draw prompts, and roll out: the actor samples responses to them.
@@ -220,8 +227,9 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
                 config, parts.normalizers, rewards.models, rewards.source_total_N, plan.truncated_N, rewards.dropped_N
             )
             kl_coef = parts.kl_controller.coef
+            shaping = self.pretraining.config if is_pretraining else config
             shaped = compute_advantages(
-                config, kl_coef, plan, scores, old_A, ref_A, value_A, last_value_N, rewards.token_reward_A
+                shaping, kl_coef, plan, scores, old_A, ref_A, value_A, last_value_N, rewards.token_reward_A
             )
             moments = shaped.moments.reduce(group)
             experience = Experience(plan, scores, old_A, entropy_A, ref_A, value_A, shaped, moments)
@@ -229,21 +237,28 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
 
         # 5. Update actor and critic, a step per minibatch.
         with self._timed("update"):
-            outcome = parts.updater.run(experience, kl_coef, iteration, self._draw_ptx(iteration))
+            outcome = parts.updater.run(
+                experience, kl_coef, iteration, self._draw_ptx(iteration), pretraining=self.pretraining
+            )
 
         # 6. Control the KL coefficient, and record the iteration.
         kl = fetch(moments_of(shaped.kl_N, ~rewards.dropped_N, self.cluster))
-        parts.kl_controller.update(float(kl.mean), int(kl.count))
+        if not is_pretraining:  # the coefficient would fall to 0 while the actor does not move
+            parts.kl_controller.update(float(kl.mean), int(kl.count))
         rows = rollout_rows(iteration, self.run.seed, experience, all_rewards, self.cluster)
         if self.cluster.is_main:
             self._rollout_writer.submit(rollout_path(self.dir, iteration), rows)
         self.done_steps = iteration
         self._skip_guard.check("actor", outcome.actor)
         self._skip_guard.check("critic", outcome.critic)
-        evaluation = self._evaluate_if_due(iteration)
+        evaluation = None if is_pretraining else self._evaluate_if_due(iteration)
         seconds = dict(self._seconds)
         self._seconds.clear()
         row = ppo_step(iteration, experience, rewards, outcome, kl_coef, seconds, evaluation, self.cluster)
+        if is_pretraining:
+            row = self.pretraining.count(row)
+            if self.pretraining.is_over:
+                self.total_steps = config.iterations + self.pretraining.done_iterations
         self._finish_iteration(row)
         self.notify("on_update", row)
         return row
@@ -299,7 +314,8 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
     def _draw_ptx(self, iteration: int) -> list[list[Example]]:
         """Return a batch of pretraining text for each of the actor's steps."""
         ptx, config = self.components.ptx, self.config
-        if ptx is None or iteration <= config.critic_warmup:
+        first = config.critic_warmup + self.pretraining.done_iterations
+        if ptx is None or not self.pretraining.is_over or iteration <= first:
             return []
         batches = ptx.batches(config.ptx_sequences)
         return [[ptx.item(pair) for pair in next(batches)] for _ in range(config.ppo_epochs * config.minibatches)]
@@ -323,7 +339,8 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
                 self.write_report()
         # The checkpoint comes last, so that it holds this iteration's alarms. A resumed run drops metrics rows beyond
         # its checkpoint, but could not restore a missing one. The seconds count for the next iteration.
-        if row.iteration == self.total_steps or _due(row.iteration, self.config.checkpoint_every):
+        is_last = row.iteration == self.total_steps or (row.pretraining and self.pretraining.is_over)
+        if is_last or _due(row.iteration, self.config.checkpoint_every):
             with self._timed("checkpoint"):
                 self.save_checkpoint(quality=row.evaluation.score_mean if row.evaluation is not None else None)
 

@@ -23,6 +23,7 @@ from icegrt.packing import PackedBatch
 from icegrt.ppo.batch_plan import stream_seed
 from icegrt.ppo.experience import Experience
 from icegrt.ppo.losses import CriticLoss, PolicyLoss, PtxLoss
+from icegrt.ppo.pretraining import ValuePretraining
 from icegrt.ppo.scoring import LogprobScorer
 from icegrt.roles.micro_batch import MicroBatch, merge_by_type
 from icegrt.roles.role import StepOutcome, TrainableRole
@@ -85,7 +86,13 @@ class Updater:
         self.scorer, self.cluster = scorer, cluster
 
     def run(
-        self, experience: Experience, kl_coef: float, iteration: int, ptx: Sequence[Sequence[Example]] = ()
+        self,
+        experience: Experience,
+        kl_coef: float,
+        iteration: int,
+        ptx: Sequence[Sequence[Example]] = (),
+        *,
+        pretraining: ValuePretraining | None = None,
     ) -> UpdateOutcome:
         """Take `minibatches` steps in each of `ppo_epochs` passes of the actor, then of `critic.epochs` of the critic.
 
@@ -94,11 +101,15 @@ class Updater:
             kl_coef: the KL coefficient if `kl_in` is "loss".
             iteration: from 1; it seeds the order of the minibatches and decides about the critic's warm-up.
             ptx: one batch of examples per actor step, or none.
+            pretraining: of which this is an iteration, and the critic alone learns, or which is over; None: there is
+                none.
         """
         outcome = UpdateOutcome()
         counted = self._counted_actions(experience)
         ptx_work = self._ptx_work(ptx)
-        warming_up = iteration <= self.config.critic_warmup
+        is_pretraining = pretraining is not None and not pretraining.is_over
+        before = pretraining.done_iterations if pretraining is not None else 0
+        warming_up = is_pretraining or iteration - before <= self.config.critic_warmup
         # The actor takes all its steps before the critic, so that one role at a time needs the device.
         for step, members, actions in self._steps(
             experience, iteration, 0 if warming_up else self.config.ppo_epochs, counted, outcome
@@ -107,7 +118,7 @@ class Updater:
             self._actor_step(experience, members, kl_coef, mixed, outcome)
         critic_epochs = 0 if self.critic is None else self.config.critic_epochs
         for _, members, _ in self._steps(experience, iteration, critic_epochs, counted, outcome):
-            self._critic_step(experience, members, outcome)
+            self._critic_step(experience, members, outcome, pretraining if is_pretraining else None)
         # The statistics stay on the device of the last pipeline stage until here.
         outcome.stats = fetch_from_last_stage(outcome.stats)
         return outcome
@@ -140,10 +151,13 @@ class Updater:
         )
         return [MicroBatch(batch, loss) for batch in batches]
 
-    def critic_work(self, experience: Experience, members: Sequence[int]) -> list[MicroBatch]:
-        """Return the micro-batches `members` with the critic's loss. There must be a critic."""
+    def critic_work(
+        self, experience: Experience, members: Sequence[int], pretraining: ValuePretraining | None = None
+    ) -> list[MicroBatch]:
+        """Return the micro-batches `members` with the critic's loss, of PPO or of pretraining. It needs a critic."""
         assert self.critic is not None and experience.value_A is not None
-        loss = CriticLoss(self.critic, self.config.value_clip or None)
+        config = self.config if pretraining is None else pretraining.config
+        loss = CriticLoss(self.critic, config.value_clip or None)
         batches = experience.plan.action_batches(
             members, old_value_A=experience.value_A, return_A=experience.shaped.return_A
         )
@@ -179,9 +193,12 @@ class Updater:
 
         return [partial(work, batches, total) for batches, total in zip(packed, tokens, strict=True)]
 
-    def _critic_step(self, experience: Experience, members: list[int], outcome: UpdateOutcome) -> None:
+    def _critic_step(
+        self, experience: Experience, members: list[int], outcome: UpdateOutcome, pretraining: ValuePretraining | None
+    ) -> None:
         assert self.critic is not None
-        step = self.critic.train_step(self.critic_work(experience, members))
+        work = self.critic_work(experience, members, pretraining)
+        step = self.critic.train_step(work, None if pretraining is None else pretraining.learning_rate)
         outcome.critic.append(step)
         outcome.add(step.stats)
 

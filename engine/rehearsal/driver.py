@@ -165,7 +165,8 @@ class _Iteration:
         rewards = RewardComposition.of(config, None)
         with _models_without_weights():
             source: Any = _ConfigReader(config.actor)
-            sources = role_setup.role_sources(config, source, config.reference or None, rewards, None)
+            reference, critic = config.reference or None, config.critic.model or None
+            sources = role_setup.role_sources(config, source, reference, rewards, critic)
             self.roles = self._build_roles(sources)
         self.actor, self.critic = self.roles["actor"], self.roles.get("critic")
         self.reference = self.roles["reference"]

@@ -1,4 +1,4 @@
-"""The report of an SFT or reward-model run: `curves.png` and `report.html`, from its metrics alone."""
+"""The report of SFT, reward models and value pretraining: `curves.png` and `report.html`, from the metrics alone."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from icegrt.report.tables import render_page, settings_tables
 from icegrt.report.text import number, percent
 from icegrt.utils.files import json_safe, write_text_atomic
 
-TITLES = {"sft": "SFT run", "reward": "Reward-model run"}
-_UNITS = {"sft": "nats per response token", "reward": "nats per pair"}
+TITLES = {"sft": "SFT run", "reward": "Reward-model run", "value": "Value-pretraining run"}
+_UNITS = {
+    "sft": "nats per response token",
+    "reward": "nats per pair",
+    "value": "half the squared error",
+}
 _FIGURES = {
     "loss": ("training loss", number),
     "heldout_loss": ("held-out loss", number),
     "accuracy": ("training accuracy", percent),
     "heldout_accuracy": ("held-out accuracy", percent),
+    "explained_variance": ("training explained variance", number),
+    "heldout_explained_variance": ("held-out explained variance", number),
     "grad_norm": ("gradient norm", number),
     "lr": ("learning rate", lambda value: "not measured" if value is None else f"{value:.3g}"),
     "tokens_per_second": ("tokens per second", number),
@@ -30,7 +36,7 @@ def write_training_report(run_dir: Path, kind: str, rows: Sequence[Mapping[str, 
 
     Args:
         run_dir: the run's folder.
-        kind: "sft" or "reward".
+        kind: "sft", "reward" or "value".
         rows: metrics of that kind, at least one.
         title: the page's title.
     """
@@ -50,7 +56,7 @@ def write_training_report(run_dir: Path, kind: str, rows: Sequence[Mapping[str, 
 
 
 def training_panels(kind: str, rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
-    """Return the charts of an SFT or reward-model run; a chart without a number is dropped."""
+    """Return the charts of such a run; a chart without a number is dropped."""
 
     def trained(key: str, label: str = "training data") -> Series:
         return series_of(label, rows, key, x_key="step")
@@ -62,6 +68,11 @@ def training_panels(kind: str, rows: Sequence[Mapping[str, Any]]) -> list[Panel]
         [
             Panel("Loss", _UNITS[kind], (trained("loss"), heldout("heldout_loss"))),
             Panel("Accuracy", "of untied pairs", (trained("accuracy"), heldout("heldout_accuracy")), percent=True),
+            Panel(
+                "Explained variance",
+                "of the returns; 1: all",
+                (trained("explained_variance"), heldout("heldout_explained_variance")),
+            ),
             Panel("Gradient norm", "before clipping", (trained("grad_norm"),)),
             Panel("Learning rate", "per step", (trained("lr"),)),
             Panel("Speed", "tokens per second", (trained("tokens_per_second"),)),

@@ -238,8 +238,12 @@ class TrainableRole(Role):
         self.optimizer = make_optimizer(config, ddps, model.config)
         self.schedule = make_scheduler(config, self.optimizer, total_steps)
 
-    def train_step(self, work: Sequence[MicroBatch]) -> StepOutcome:
+    def train_step(self, work: Sequence[MicroBatch], lr: float | None = None) -> StepOutcome:
         """Take one optimizer step along the gradient of (sum of all losses) / (sum of all counts).
+
+        Args:
+            work: micro-batches with their losses.
+            lr: learning rate of this step, beside the schedule, which does not advance; None: that of the schedule.
 
         Raises:
             RunError: the caller or a reward function has left `torch.inference_mode` on. `torch.no_grad` has no effect.
@@ -248,13 +252,23 @@ class TrainableRole(Role):
         with self.placement.hold(*KINDS):
             self.zero_gradients()
             stats, losses = self.accumulate(work)
-            lr = self.optimizer.param_groups[0]["lr"]
+            scheduled = [group["lr"] for group in self.optimizer.param_groups]
+            step_lr = scheduled[0] if lr is None else lr
             if not all_ranks_true(self._is_finite(losses)):
-                return StepOutcome(stats, math.nan, lr, skipped=True)
+                return StepOutcome(stats, math.nan, step_lr, skipped=True)
             self.model.mark_weights_changed()
-            _, grad_norm, _ = self.optimizer.step()
-            self.schedule.step(increment=1)
-        return StepOutcome(stats, float(grad_norm or 0.0), lr, skipped=False)
+            if lr is None:
+                _, grad_norm, _ = self.optimizer.step()
+                self.schedule.step(increment=1)
+            else:
+                self._set_learning_rates([lr] * len(scheduled))
+                _, grad_norm, _ = self.optimizer.step()
+                self._set_learning_rates(scheduled)
+        return StepOutcome(stats, float(grad_norm or 0.0), step_lr, skipped=False)
+
+    def _set_learning_rates(self, rates: Sequence[float]) -> None:
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
     def zero_gradients(self) -> None:
         """Set all gradients to zero."""

@@ -10,8 +10,8 @@ from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
 from icegrt.errors import ConfigError
 from icegrt.model.architecture import DTYPES
-from icegrt.model.build import build_model
-from icegrt.model.hf.reader import ModelSource
+from icegrt.model.build import build_model, check_parallelism
+from icegrt.model.hf.reader import HFCheckpointReader, ModelSource
 from icegrt.model.pipeline_model import PipelineModel
 
 
@@ -35,7 +35,9 @@ def load_actor(
         raise ConfigError(f"load_actor: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     cluster = Cluster.open(Layout.of(parallel) if parallel is not None else None)
     try:
-        model = build_model(source, "lm", cluster, dtype=DTYPES[dtype])
+        reader = HFCheckpointReader(source)
+        check_parallelism(reader.architecture, cluster)
+        model = build_model(reader, "lm", cluster, dtype=DTYPES[dtype])
     except BaseException as error:
         cluster.close(error)
         raise

@@ -1,4 +1,4 @@
-"""What a checkpoint says about the roles and adapters in it, and whether a run may resume from them."""
+"""What a checkpoint says about the roles, adapters and frozen modules in it, and whether a run may resume from them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_resume(checkpoint: Path, roles: Sequence[TrainableRole], section: str)
         section: name of the stage.
 
     Raises:
-        ConfigError: other roles train, or `sharing` or a key of `lora` is another.
+        ConfigError: other roles train, or `sharing`, `freeze` or a key of `lora` is another.
         CheckpointError: the trunk has other weights.
     """
     saved_roles = read_state(checkpoint).get("roles", {})
@@ -42,7 +42,9 @@ def check_resume(checkpoint: Path, roles: Sequence[TrainableRole], section: str)
             "(ppo.advantage: gae alone has a critic); set it to what the run had, or start a new run"
         )
     for role in roles:
-        saved = saved_roles.get(role.name, {}).get("adapter")
+        document = saved_roles.get(role.name, {})
+        _check_frozen(checkpoint, role, document.get("frozen", []), section)
+        saved = document.get("adapter")
         if (saved is None) == isinstance(role.model, AdaptedModel):
             own, other = ("lora", "full") if saved is None else ("full", "lora")
             raise ConfigError(
@@ -60,3 +62,13 @@ def check_resume(checkpoint: Path, roles: Sequence[TrainableRole], section: str)
             )
         assert role.model.identity is not None
         check_trunk(f"{checkpoint} ({role.name})", saved["trunk_hash"], role.model.identity)
+
+
+def _check_frozen(checkpoint: Path, role: TrainableRole, saved: list[str], section: str) -> None:
+    """Raise `ConfigError` if other modules of the role trained: their optimizer states are not in the checkpoint."""
+    if list(role.model.frozen) != saved:
+        key = f"{section}.{role.name}.freeze" if section == "ppo" else f"{section}.freeze"
+        raise ConfigError(
+            f"{key} is {list(role.model.frozen)}, but {checkpoint} was made with {saved}; set it to that, or start a "
+            "new run"
+        )

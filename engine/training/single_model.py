@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from icegrt.config import DataSource, RewardConfig, SFTConfig
+from icegrt.config import DataSource, RewardConfig, SFTConfig, ValueConfig
 from icegrt.data import EncodedDataset, stop_ids
 from icegrt.data.blend import Pair
 from icegrt.data.examples import Encoder
 from icegrt.data.training_data import encode_sources
 from icegrt.data.types import Rows, TokenizerSource
 from icegrt.errors import ConfigError, DataError, RunError
-from icegrt.metrics import RewardStep, SFTStep
+from icegrt.metrics import RewardStep, SFTStep, ValueStep
 from icegrt.model.architecture import HeadKind
 from icegrt.model.build import build_adapter, build_model, check_parallelism
 from icegrt.model.hf.reader import HFCheckpointReader, ModelSource
@@ -27,8 +27,8 @@ from icegrt.training.trainer import Trainer, tokenizer_for
 # Encoded files or rows, each with its weight in the mix.
 EncodedSources = list[tuple[EncodedDataset, float]]
 
-ConfigT = TypeVar("ConfigT", bound=SFTConfig | RewardConfig)
-StepT = TypeVar("StepT", bound=SFTStep | RewardStep)
+ConfigT = TypeVar("ConfigT", bound=SFTConfig | RewardConfig | ValueConfig)
+StepT = TypeVar("StepT", bound=SFTStep | RewardStep | ValueStep)
 
 
 @dataclass(frozen=True)

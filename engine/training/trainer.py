@@ -1,4 +1,4 @@
-"""The base of the three trainers: run folder, process groups, log, callbacks, checkpoints and iteration."""
+"""The base of the trainers: run folder, process groups, log, callbacks, checkpoints and iteration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from icegrt.checkpoint.directory import read_state
 from icegrt.checkpoint.manager import Checkpoints
-from icegrt.config import PPOConfig, RewardConfig, RunConfig, SFTConfig
+from icegrt.config import PPOConfig, RewardConfig, RunConfig, SFTConfig, ValueConfig
 from icegrt.config.loader import as_dict
 from icegrt.data import check_tokenizer, load_tokenizer
 from icegrt.data.tokenizer import check_vocabulary, save_tokenizer
@@ -25,7 +25,7 @@ from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
 from icegrt.errors import ConfigError, RunError, attach_note
 from icegrt.kernels import default_chunk_rows
-from icegrt.metrics import PPOStep, RewardStep, RunLog, SFTStep, drop_rollouts
+from icegrt.metrics import PPOStep, RewardStep, RunLog, SFTStep, ValueStep, drop_rollouts
 from icegrt.metrics.sinks import check_sinks
 from icegrt.model.architecture import DTYPES, Architecture
 from icegrt.model.hf.reader import ModelSource
@@ -40,8 +40,8 @@ from icegrt.training.stop_signals import STOP_SIGNALS, capture_stop_signals
 from icegrt.utils.console import is_main, print_info, progress, warn
 from icegrt.utils.files import write_text_atomic
 
-ConfigT = TypeVar("ConfigT", bound=SFTConfig | RewardConfig | PPOConfig)
-StepT = TypeVar("StepT", bound=SFTStep | RewardStep | PPOStep)
+ConfigT = TypeVar("ConfigT", bound=SFTConfig | RewardConfig | ValueConfig | PPOConfig)
+StepT = TypeVar("StepT", bound=SFTStep | RewardStep | ValueStep | PPOStep)
 
 
 class Trainer(Generic[ConfigT, StepT]):
@@ -234,6 +234,7 @@ class Trainer(Generic[ConfigT, StepT]):
                 "hf_config": r.model.architecture.hf_config,
                 "generation_config": r.model.architecture.generation_config,
                 "adapter": adapter_document(r.model),
+                "frozen": list(r.model.frozen),
             }
             for r in self.roles
         }

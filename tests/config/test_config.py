@@ -137,7 +137,7 @@ def test_whole_numbers_may_be_written_with_an_exponent():
     [
         ("  kl_ceof: 0.1", ["recipe.yaml:2: ppo.kl_ceof is not a key", "did you mean ppo.kl_coef?"]),
         ("  optimizer:\n    lr: 1\n    bta1: 1", ["recipe.yaml:4", "ppo.optimizer.beta1?"]),
-        ("  lr: 1e-5", ["did you mean ppo.optimizer.lr or ppo.critic.optimizer.lr?"]),
+        ("  lr: 1e-5", ["did you mean ppo.optimizer.lr or ppo.critic.pretrain.lr or ppo.critic.optimizer.lr?"]),
         ("  boot: 1", ["did you mean ppo.bootstrap_truncated?"]),
         ("  qqq: 1", ["recipe.yaml:2: ppo.qqq is not a key", "icegrt ppo --help"]),
         ("  kl_coef: abc", ["recipe.yaml:2: ppo.kl_coef: got 'abc' (text), expected a number >= 0"]),
@@ -191,7 +191,7 @@ def test_a_bad_key_or_value_is_named_with_file_line_and_what_was_expected(recipe
         ("sft: {}\n", "recipe.yaml has no section `ppo:`; it has sft"),
         ("ppo: {}\nrewrd: {}\n", "recipe.yaml:2: `rewrd` is not a section; did you mean reward?"),
         ("ppo: {}\nkl_coef: 1\n", "recipe.yaml:2: `kl_coef` is not a section; put it under `ppo:`"),
-        ("ppo: {}\nqqq: {}\n", "the sections are sft, sample, reward, ppo, generate, export"),
+        ("ppo: {}\nqqq: {}\n", "the sections are sft, sample, reward, value, ppo, generate, export"),
         ("ppo: {}\nppo: {}\n", "recipe.yaml:2: not valid YAML: the key `ppo` is given twice"),
     ],
 )
@@ -212,7 +212,7 @@ def test_a_file_that_cannot_be_read_is_refused(recipe, tmp_path):
     ("override", "words"),
     [
         ("kl_coef=1", "`kl_coef` does not start with its section; did you mean ppo.kl_coef?"),
-        ("optimizer.lr=1", "did you mean ppo.optimizer.lr or ppo.critic.optimizer.lr?"),
+        ("optimizer.lr=1", "did you mean ppo.optimizer.lr or ppo.critic.pretrain.lr or ppo.critic.optimizer.lr?"),
         ("sft.kl_coef=1", "`sft.kl_coef` is not for this command, which reads `ppo`; did you mean ppo.kl_coef?"),
         ("ppo.kl_ceof=1", "ppo.kl_ceof is not a key; did you mean ppo.kl_coef?"),
         ("ppo.kl_coef", "`ppo.kl_coef` has no value; write ppo.kl_coef=VALUE"),

@@ -14,6 +14,7 @@ SMALL = {
     "sft": ["sft.batch_sequences=4", "sft.token_budget=64"],
     "sample": ["sample.sampling.max_new_tokens=8"],
     "reward": ["reward.batch_prompts=4", "reward.token_budget=256"],
+    "value": ["value.batch_sequences=4", "value.token_budget=64"],
     "ppo": [*cases.SMALL_PPO, "ppo.iterations=1"],
     "rehearse": ["--prompt-tokens", "uniform:8:32"],
     "plan": ["--prompt-tokens", "uniform:8:32"],

@@ -12,6 +12,8 @@ from torch import Tensor
 from icegrt.errors import CheckpointError
 from icegrt.model.architecture import HeadKind
 from icegrt.model.hf.mapping import EMBEDDING, ParameterSpec, ShardSlice, parameter_mapping, shard_slices
+from icegrt.model.hf.value_head import TRL_BIAS
+from icegrt.utils.console import warn
 
 if TYPE_CHECKING:
     from icegrt.model.hf.reader import HFCheckpointReader
@@ -34,7 +36,7 @@ _BLOCK_ELEMENTS = 1 << 22
 
 
 def check(source: HFCheckpointReader, head: HeadKind, *, new_head: bool = False) -> None:
-    """Compare names, shapes and dtypes of all tensors with `config.json`. Reads no tensor.
+    """Compare names, shapes and dtypes of all tensors with `config.json`. Reads no tensor but the bias of a value head.
 
     Args:
         source: the checkpoint.
@@ -62,13 +64,19 @@ def check(source: HFCheckpointReader, head: HeadKind, *, new_head: bool = False)
                     f"{source.where}: tensor `{name}` is of dtype {dtype}; only {', '.join(_FLOATS)} can be read"
                 )
     _refuse_leftovers(source, names, head)
+    if head == "scalar" and TRL_BIAS in names and (bias := float(source.get(TRL_BIAS))):
+        warn(
+            f"{source.where}: the value head's bias of {bias:.4g} is not imported, as heads have none here: values are "
+            "off by it until the critic has learned it"
+        )
 
 
 def _missing_message(source: HFCheckpointReader, name: str) -> str:
     if name == "score.weight":
         return (
             f"{source.where}: no value head (`score.weight`). This is a language model, not a reward model: train one "
-            "with `icegrt reward`, or choose a new head explicitly (`ppo.critic.init=actor`)"
+            "with `icegrt reward`, or choose a new head explicitly (`ppo.critic.init=actor`, or `ppo.critic.new_head` "
+            "for a checkpoint of the critic's own)"
         )
     if name == "lm_head.weight" and "score.weight" in source.names():
         return (
@@ -80,7 +88,7 @@ def _missing_message(source: HFCheckpointReader, name: str) -> str:
 
 def _refuse_leftovers(source: HFCheckpointReader, names: set[str], head: HeadKind) -> None:
     # The head of the other kind is not loaded; rope tables of old checkpoints are computed from config.json.
-    expected = {"lm_head.weight"} if head == "scalar" else {"score.weight"}
+    expected = {"lm_head.weight", TRL_BIAS} if head == "scalar" else {"score.weight", TRL_BIAS}
     if source.architecture.tied_embeddings and head == "lm" and "lm_head.weight" in names:
         _refuse_untied(source)
         expected.add("lm_head.weight")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from icegrt.errors import CheckpointError
 from icegrt.model.architecture import Architecture
+from icegrt.model.hf.value_head import stored_names
 from icegrt.utils.files import model_folder, read_object
 
 _INDEX = "model.safetensors.index.json"
@@ -74,14 +75,15 @@ class HFCheckpointReader:
             raise CheckpointError(
                 f"expected the folder of a Hugging Face checkpoint or a transformers model, got {type(source).__name__}"
             )
+        self._stored = stored_names(self._described)
 
     def names(self) -> Iterable[str]:
-        """Return the names of all tensors."""
-        return self._described.keys()
+        """Return the names of all tensors; those of a value head of another library are icegrt's."""
+        return self._stored.keys()
 
     def describe(self, name: str) -> tuple[tuple[int, ...], str]:
         """Return shape and dtype ('F32', 'BF16', ...) of a tensor."""
-        return self._described[name]
+        return self._described[self._stored[name]]
 
     def get(self, name: str, *slices: slice) -> Tensor:
         """Read a tensor, or a slice of it.
@@ -94,6 +96,7 @@ class HFCheckpointReader:
             CheckpointError: the file cannot be read.
         """
         index = slices or (slice(None),)
+        name = self._stored[name]
         if name in self._tensors:
             return self._tensors[name].detach()[index]
         # Opened for every slice: pages of a mapped file count as this process's memory until the file is closed.
