@@ -212,7 +212,7 @@ def test_a_file_that_cannot_be_read_is_refused(recipe, tmp_path):
     ("override", "words"),
     [
         ("kl_coef=1", "`kl_coef` does not start with its section; did you mean ppo.kl_coef?"),
-        ("optimizer.lr=1", "did you mean ppo.optimizer.lr or ppo.critic.pretrain.lr or ppo.critic.optimizer.lr?"),
+        ("optimizer.lr=1", "did you mean ppo.optimizer.lr or ppo.critic.optimizer.lr?"),
         ("sft.kl_coef=1", "`sft.kl_coef` is not for this command, which reads `ppo`; did you mean ppo.kl_coef?"),
         ("ppo.kl_ceof=1", "ppo.kl_ceof is not a key; did you mean ppo.kl_coef?"),
         ("ppo.kl_coef", "`ppo.kl_coef` has no value; write ppo.kl_coef=VALUE"),
