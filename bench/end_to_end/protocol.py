@@ -67,19 +67,22 @@ class Worker:
         module: to run, as `python -m` takes it.
         arguments: of the module.
         threads: of torch.
+        log: file that its standard error is added to.
     """
 
-    def __init__(self, name: str, python: str, module: str, arguments: list[str], threads: int) -> None:
+    def __init__(self, name: str, python: str, module: str, arguments: list[str], threads: int, log: Path) -> None:
         self.name = name
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-        self._process = subprocess.Popen(
-            [python, "-W", "ignore", "-m", module, *arguments],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        with log.open("a") as errors:
+            self._process = subprocess.Popen(
+                [python, "-W", "ignore", "-m", module, *arguments],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
 
     def wait_until_ready(self) -> None:
         """Wait for the end of the warm-up. Raises `WorkerError` if the process ends."""
