@@ -220,6 +220,18 @@ class PPOConfig(Loadable):
         "whiten over the global batch (population variance); rank: each data-parallel rank by its own moments, for "
         "studies; auto: true for gae and reinforce++, false for rloo and grpo",
     )
+    skip_zero_advantage: Literal[False, True, "auto"] = key(
+        "auto",
+        "leave responses whose advantages are all exactly 0 out of the actor's pass, unless a KL in the loss or an "
+        "entropy bonus needs them; they count in the mean of the loss; auto: true without a critic",
+    )
+    dynamic_sampling: bool = key(
+        False,
+        "leave out prompts whose responses all have the same score, and draw others in their place",
+    )
+    dynamic_sampling_max_rounds: int = key(
+        10, "with dynamic_sampling: most draws in an iteration; then prompts that were left out fill it", ge=1
+    )
     clip_low: float = key(0.2, "clip the policy ratio below 1 - this [paper: 0.2]", gt=0, lt=1)
     clip_high: float = key(0.2, "clip the policy ratio above 1 + this [paper: 0.2]", gt=0)
     dual_clip: float | None = key(

@@ -196,11 +196,13 @@ class Alarms:
         is_frozen = config.optimizer.lr == 0 or step.iteration <= config.critic_warmup
         if is_frozen or config.ppo_epochs * config.minibatches == 1:
             reason = "the actor does not learn" if is_frozen else "there is one optimizer step per iteration"
-            if max(abs(step.ratio_min - 1.0), abs(step.ratio_max - 1.0)) > RATIO_TOLERANCE:
+            # Where responses left, the update reads other micro-batches than scoring, as rollout does.
+            limit = ROLLOUT_GAP_NATS[config.run.dtype] if step.zero_advantage_fraction else RATIO_TOLERANCE
+            if max(abs(step.ratio_min - 1.0), abs(step.ratio_max - 1.0)) > limit:
                 yield (
                     "ratio",
                     f"The ratio of new to old probability must be 1 because {reason}, but it goes from "
-                    f"{step.ratio_min:.8g} to {step.ratio_max:.8g} (tolerance {RATIO_TOLERANCE:g}): scoring and update "
+                    f"{step.ratio_min:.8g} to {step.ratio_max:.8g} (tolerance {limit:g}): scoring and update "
                     f"do not compute the same. Fix ppo.chunk_rows and report this.",
                 )
         if step.iteration == 1 and config.reference in ("", config.actor):

@@ -89,6 +89,8 @@ class PPOStep:
     """Mean advantage before whitening."""
     advantage_std: float
     """Standard deviation of the advantages before whitening."""
+    zero_advantage_fraction: float = 0.0
+    """Fraction of the responses that left the actor's pass because their advantages are exactly 0."""
     grad_norm_actor: float
     """Global norm of the actor's gradient before clipping, mean over the optimizer steps."""
     grad_norm_critic: float | None = None
@@ -103,6 +105,14 @@ class PPOStep:
     """Optimizer steps without a response, as all of their minibatch were dropped."""
     pretraining: bool = False
     """Whether this was an iteration of value pretraining: the actor took no step, and returns are of lambda 1."""
+
+    # Dynamic sampling.
+    sampling_rounds: int = 1
+    """Draws of prompts in this iteration."""
+    skipped_prompts: int = 0
+    """Prompts left out because all their responses had the same score."""
+    filled_prompts: int = 0
+    """Such prompts that were trained on after all, because the last round left too few others."""
 
     # The responses and their cost.
     response_tokens_mean: float

@@ -22,7 +22,8 @@ _ODD_MULTIPLIER = 0x9E3779B1  # 2^32 over the golden ratio (Knuth, The Art of Co
 class ActionBatch(PackedBatch):
     """A micro-batch and the per-action tensors that its loss reads, [A] float32 each; None: not read.
 
-    `to(device)` moves all of them together.
+    `to(device)` moves all of them together. left_actions: actions that count beside those of the batch, with a loss of
+    0 (`ppo.policy_rows`).
     """
 
     old_logprob_A: Tensor | None = None
@@ -30,6 +31,7 @@ class ActionBatch(PackedBatch):
     advantage_A: Tensor | None = None
     old_value_A: Tensor | None = None
     return_A: Tensor | None = None
+    left_actions: int = 0
 
 
 def truncated_mask(responses: Sequence[Response]) -> Tensor:

@@ -20,6 +20,12 @@ def check_estimator(config: PPOConfig) -> None:
             f"{config.samples_per_prompt}: every advantage would be 0. Set it to 2 or more, or ppo.advantage=gae or "
             "reinforce++"
         )
+    if config.dynamic_sampling and config.samples_per_prompt < 2:
+        raise ConfigError(
+            f"ppo.dynamic_sampling compares the responses to a prompt, but ppo.samples_per_prompt is "
+            f"{config.samples_per_prompt}: every prompt would be left out. Set it to 2 or more, or "
+            "ppo.dynamic_sampling=false"
+        )
     if config.bootstrap_truncated and not config.has_critic:
         raise ConfigError(
             f"ppo.bootstrap_truncated needs the value of a critic, and ppo.advantage={name} has none. Set it to false, "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -58,7 +58,10 @@ class PolicyLoss:
             rows_R=batch.counted_index,
             drop_inactive=self.may_clip,
         )
-        return LossOutput(out.loss, batch.n_counted_actions, out.stats)
+        stats = out.stats
+        if batch.left_actions:
+            stats = replace(stats, count=stats.count + batch.left_actions)
+        return LossOutput(out.loss, batch.n_counted_actions + batch.left_actions, stats)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from icegrt.metrics import Evaluation, PPOStep
 from icegrt.metrics.statistics import has_spread
 from icegrt.packing.transfer import copy_to_device
 from icegrt.ppo.batch_plan import BatchPlan
+from icegrt.ppo.dynamic_sampling import Selection
 from icegrt.ppo.experience import Experience
 from icegrt.ppo.rewards import RewardOutputs
 from icegrt.ppo.update import UpdateOutcome, mean_grad_norm
@@ -36,6 +37,7 @@ def ppo_step(
     seconds: dict[str, float],
     evaluation: Evaluation | None,
     cluster: Cluster,
+    selection: Selection | None = None,
 ) -> PPOStep:
     """Return the metrics of an iteration, reduced over data-parallel ranks. Collective.
 
@@ -50,6 +52,7 @@ def ppo_step(
         seconds: by phase.
         evaluation: if there was one in this iteration.
         cluster: the ranks.
+        selection: of the prompts, with dynamic sampling.
     """
     # Figures stay on the device until all are computed.
     figures = fetch(
@@ -69,6 +72,7 @@ def ppo_step(
         reward_wait_seconds=rewards.wait_seconds,
         skipped_steps=outcome.skipped,
         empty_steps=outcome.empty,
+        **({} if selection is None else selection.figures),
         evaluation=evaluation,
     )
 
@@ -94,20 +98,24 @@ def policy_metrics(
     mask_A = experience.plan.mask_A
     counted_A = None if mask_A is None else mask_A.to(cluster.device)
     stats = _reduced(outcome.policy_stats, cluster) if outcome.policy_stats is not None else None
-    ptx_loss_sum, ptx_tokens = cluster.all_reduce_sum([outcome.ptx_stats.loss_sum, outcome.ptx_stats.tokens])
+    ptx_loss_sum, ptx_tokens, left_responses = cluster.all_reduce_sum(
+        [outcome.ptx_stats.loss_sum, outcome.ptx_stats.tokens, outcome.left_responses]
+    )
     rollout_logprob_A = torch.tensor([x for r in experience.plan.local_responses for x in r.logprobs])
     gap_A = (rollout_logprob_A.to(cluster.device) - experience.old_logprob_A).abs()
     return {
         "kl_nats_per_response": _mean(experience.shaped.kl_N, ~rewards.dropped_N, cluster),
         "entropy_nats_per_token": _mean(experience.entropy_A, counted_A, cluster),
         "clip_fraction": _per_token(stats, "clipped_sum"),
-        "ratio_min": stats.ratio_min if stats else 1.0,
-        "ratio_max": stats.ratio_max if stats else 1.0,
+        # Infinite extremes are those of no token: all advantages are 0.
+        "ratio_min": torch.where(stats.ratio_min == torch.inf, 1.0, stats.ratio_min) if stats else 1.0,
+        "ratio_max": torch.where(stats.ratio_max == -torch.inf, 1.0, stats.ratio_max) if stats else 1.0,
         "approx_kl_nats_per_token": _per_token(stats, "kl_old_new_sum"),
         "policy_loss": _per_token(stats, "loss_sum"),
         "ptx_loss": ptx_loss_sum / ptx_tokens if ptx_tokens else None,
         "advantage_mean": experience.moments.mean,
         "advantage_std": experience.moments.variance.sqrt(),
+        "zero_advantage_fraction": left_responses / len(experience.plan.responses),
         "grad_norm_actor": mean_grad_norm(outcome.actor) if outcome.actor else 0.0,
         "lr_actor": outcome.actor[-1].lr if outcome.actor else 0.0,
         "rollout_logprob_gap_max": _maximum(gap_A if counted_A is None else gap_A * counted_A, cluster),

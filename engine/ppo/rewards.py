@@ -106,6 +106,23 @@ class RewardOutputs:
         models = [replace(m, score_N=m.score_N[list(index)]) for m in self.models]
         return replace(self, samples=[self.samples[i] for i in index], models=models, sources=sources)
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[RewardOutputs]) -> RewardOutputs:
+        """Return the scores of several lists of responses, one after another; times add up."""
+        sources, models = parts[0].sources, parts[0].models
+        for part in parts[1:]:
+            sources = [
+                replace(s, results=[*s.results, *more.results], errors=[*s.errors, *more.errors])
+                for s, more in zip(sources, part.sources, strict=True)
+            ]
+        return cls(
+            [sample for p in parts for sample in p.samples],
+            [replace(m, score_N=torch.cat([p.models[i].score_N for p in parts])) for i, m in enumerate(models)],
+            sources,
+            sum(p.source_seconds for p in parts),
+            sum(p.wait_seconds for p in parts),
+        )
+
     def values(self) -> dict[str, dict[str, list[float]]]:
         """Return by source, then by metric, the values of the responses that have one: `score`, `metrics/NAME`.
 

@@ -79,6 +79,13 @@ class RunningScoreNormalizers(dict[str, RunningScoreNormalizer]):
 
     _frozen: dict[str, RunningScoreNormalizer] | None = None
 
+    def observe(
+        self, models: Sequence[ModelScores], kept_N: Tensor, device: torch.device, group: dist.ProcessGroup | None
+    ) -> None:
+        """Merge the scores of this rank's responses `kept_N`, [N] bool, into the moments of all ranks. Collective."""
+        for model in models:
+            self[model.name].update(model.score_N[kept_N].to(device), group)
+
     def frozen(self) -> Mapping[str, RunningScoreNormalizer]:
         """Return the normalizers of evaluations; the first call fixes their moments."""
         if self._frozen is None:

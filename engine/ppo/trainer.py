@@ -9,20 +9,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from icegrt.config import PPOConfig
 from icegrt.data import Example, Prompt
 from icegrt.data.types import Rows, TokenizerSource
 from icegrt.distributed.pipeline import fetch
-from icegrt.errors import ConfigError, RewardError, RunError
+from icegrt.errors import ConfigError
 from icegrt.metrics import Evaluation, PPOStep, rollout_path
 from icegrt.metrics.alarms import Alarms
 from icegrt.model.hf.reader import ModelSource
 from icegrt.ppo.batch_plan import BatchPlan, plan_batches, stream_seed
+from icegrt.ppo.dynamic_sampling import Selection, compare_scores, select_prompts
 from icegrt.ppo.evaluator import EvaluationResult
 from icegrt.ppo.experience import Experience, compute_advantages
+from icegrt.ppo.inference_checks import check_logprobs, locate_reward_errors, require_one_score
 from icegrt.ppo.memory_log import MemoryLog, MemoryPlan
 from icegrt.ppo.metrics import moments_of, ppo_step, rollout_rows
 from icegrt.ppo.pretraining import ValuePretraining
@@ -33,16 +34,10 @@ from icegrt.ppo.scores import total_scores
 from icegrt.ppo.scoring import score_values
 from icegrt.ppo.setup import PPOInputs, build_ppo, check_config, check_critic, probe_reward_sources
 from icegrt.residency import PARAMETERS
-from icegrt.roles.role import weights_are_finite
 from icegrt.roles.skip_guard import SkipGuard
+from icegrt.rollout.types import Response
 from icegrt.training.trainer import Trainer, write_json
 from icegrt.utils.console import print_info, warn
-
-_REMEDY = {
-    "actor": "Lower ppo.optimizer.lr, or set ppo.run.dtype=fp32",
-    "critic": "Lower ppo.critic.optimizer.lr, or set ppo.run.dtype=fp32",
-    "reference": "Set ppo.reference to a sound checkpoint, or ppo.run.dtype=fp32",
-}
 
 
 class PPOTrainer(Trainer[PPOConfig, PPOStep]):
@@ -95,7 +90,7 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         super().__init__(config, callbacks, inputs=inputs)
 
     def _set_up(self, inputs: PPOInputs) -> None:
-        self._cache_is_reported = False
+        self._cache_is_reported = self._filling_is_reported = False
         self._resources.callback(inputs.rewards.sources.close)
         self._memory_log = MemoryLog(self._memory_plan, self.config, self.cluster) if self._memory_plan else None
         parts = self.components = build_ppo(self.config, inputs, self.cluster, self._resumed_chunk_rows)
@@ -169,22 +164,18 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         Returns:
             The metrics of the iteration, with its evaluation.
         """
-        config, parts, group = self.config, self.components, self.cluster.data_group
+        config, parts = self.config, self.components
         iteration = self.done_steps + 1
         is_pretraining = not self.pretraining.is_over
         self._begin_step()
 
-        # 1. Draw prompts, and roll out: the actor samples responses to them.
-        with self._timed("rollout"), parts.actor.placement.hold(PARAMETERS):
-            prompts = [self.prompts[i] for i in parts.prompt_sampler.draw(config.prompts_per_iteration)]
-            first_id = (iteration - 1) * config.prompts_per_iteration * config.samples_per_prompt
-            responses = parts.engine.generate(
-                [p.tokens for p in prompts], config.samples_per_prompt, parts.sampling, first_sequence_id=first_id
-            )
-            if not self._cache_is_reported:
-                print_info(parts.engine.cache_summary)
-                self._cache_is_reported = True
-            parts.engine.release()  # the KV cache leaves its memory to inference and update
+        # 1. Draw prompts, and roll out: the actor samples responses to them. Dynamic sampling scores them at once.
+        selection = self._select_prompts() if config.dynamic_sampling and not is_pretraining else None
+        if selection is not None:
+            prompts, responses = selection.prompts, selection.responses
+        else:
+            prompts = self._draw_prompts(config.prompts_per_iteration)
+            responses = self._roll_out(prompts, iteration - 1)
         self.notify("on_rollout", responses)
 
         # 2. Batch: assign responses or prompts to minibatches, ranks and micro-batches.
@@ -201,28 +192,28 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
 
         # 3. Infer, while reward functions and HTTP scorers run.
         with self._timed("score"):
-            with _locate_reward_errors(f"iteration {iteration}"):
-                pending = parts.reward_computer.start(plan, prompts)
+            with locate_reward_errors(f"iteration {iteration}"):
+                pending = parts.reward_computer.start(plan, prompts) if selection is None else selection
             value_A = last_value_N = None
             if parts.critic is not None:
                 value_A, last_value_N = score_values(parts.critic, plan.batches)
             old_A, entropy_A, ref_A = self._score_policies(plan)
-            with _locate_reward_errors(f"iteration {iteration}"):
+            with locate_reward_errors(f"iteration {iteration}"):
                 all_rewards = pending.finish()
-                self._require_one_score(all_rewards)
+                require_one_score(all_rewards)
             rewards = all_rewards.select(plan.rank_assignment[plan.rank])
             if bool(all_rewards.dropped_N.any()):
                 # Dropped responses are masked alike in scoring and update, or bits would differ.
                 plan = plan.with_masked(rewards.dropped_N)
                 old_A, entropy_A, ref_A = self._score_policies(plan)
             streams = {"actor": old_A, "reference": ref_A} | ({} if value_A is None else {"critic": value_A})
-            self._check_logprobs(iteration, plan, prompts, **streams)
+            check_logprobs(iteration, plan, prompts, parts.roles, self.cluster, **streams)
 
         # 4. Advantages: normalise and add up the scores, then KL penalty and GAE.
         with self._timed("shape"):
-            for model in rewards.models:
-                kept_score_N = model.score_N[~rewards.dropped_N].to(self.cluster.device)
-                parts.normalizers[model.name].update(kept_score_N, group)
+            if selection is None:
+                group, kept_N = self.cluster.data_group, ~rewards.dropped_N
+                parts.normalizers.observe(rewards.models, kept_N, self.cluster.device, group)
             scores = total_scores(
                 config, parts.normalizers, rewards.models, rewards.source_total_N, plan.truncated_N, rewards.dropped_N
             )
@@ -231,7 +222,7 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
             shaped = compute_advantages(
                 shaping, kl_coef, plan, scores, old_A, ref_A, value_A, last_value_N, rewards.token_reward_A
             )
-            moments = shaped.moments.reduce(group)
+            moments = shaped.moments.reduce(self.cluster.data_group)
             experience = Experience(plan, scores, old_A, entropy_A, ref_A, value_A, shaped, moments)
         self.notify("on_scores", experience)
 
@@ -254,7 +245,7 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         evaluation = None if is_pretraining else self._evaluate_if_due(iteration)
         seconds = dict(self._seconds)
         self._seconds.clear()
-        row = ppo_step(iteration, experience, rewards, outcome, kl_coef, seconds, evaluation, self.cluster)
+        row = ppo_step(iteration, experience, rewards, outcome, kl_coef, seconds, evaluation, self.cluster, selection)
         if is_pretraining:
             row = self.pretraining.count(row)
             if self.pretraining.is_over:
@@ -263,6 +254,40 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         self.notify("on_update", row)
         return row
 
+    def _draw_prompts(self, count: int) -> list[Prompt]:
+        return [self.prompts[i] for i in self.components.prompt_sampler.draw(count)]
+
+    def _roll_out(self, prompts: Sequence[Prompt], number: int) -> list[Response]:
+        """Return the responses of all ranks to the prompts; `number` of the rollout gives them ids of their own."""
+        config, parts = self.config, self.components
+        with self._timed("rollout"), parts.actor.placement.hold(PARAMETERS):
+            first_id = number * config.prompts_per_iteration * config.samples_per_prompt
+            responses = parts.engine.generate(
+                [p.tokens for p in prompts], config.samples_per_prompt, parts.sampling, first_sequence_id=first_id
+            )
+            if not self._cache_is_reported:
+                print_info(parts.engine.cache_summary)
+                self._cache_is_reported = True
+            parts.engine.release()  # the KV cache leaves its memory to inference and update
+        return responses
+
+    def _select_prompts(self) -> Selection:
+        """Draw prompts and roll out until enough of them have responses with different scores."""
+        config, parts = self.config, self.components
+        first = self.done_steps * config.dynamic_sampling_max_rounds
+
+        def score(responses: list[Response], prompts: list[Prompt]) -> tuple[RewardOutputs, Tensor]:
+            with self._timed("score"), locate_reward_errors(f"iteration {self.done_steps + 1}"):
+                return compare_scores(config, parts, self.cluster, responses, prompts)
+
+        selection = select_prompts(
+            config, self._draw_prompts, lambda prompts, number: self._roll_out(prompts, first + number), score
+        )
+        if selection.filled and not self._filling_is_reported:
+            self._filling_is_reported = True
+            warn(f"iteration {self.done_steps + 1}: {selection.shortage(config)}")
+        return selection
+
     def _score_policies(self, plan: BatchPlan) -> tuple[Tensor, Tensor, Tensor]:
         """Return log-probs and entropies under the actor, and log-probs under the reference, [A] each."""
         parts = self.components
@@ -270,46 +295,6 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         assert entropy_A is not None
         ref_A, _ = parts.scorer(parts.reference, plan.batches)
         return old_A, entropy_A, ref_A
-
-    def _check_logprobs(self, iteration: int, plan: BatchPlan, prompts: Sequence[Prompt], **streams_A: Tensor) -> None:
-        """Raise `RunError` if a log-prob or value of a counted token is no number, before losses and KL receive it.
-
-        Args:
-            iteration: for the message.
-            plan: this rank's responses.
-            prompts: of the iteration.
-            streams_A: by what is named in the message. An infinite log-prob of the reference is valid.
-
-        Shape:
-            streams_A: (A) each, on the device.
-        """
-        bad = {name: x_A.isnan() if name == "reference" else ~x_A.isfinite() for name, x_A in streams_A.items()}
-        if plan.mask_A is not None:
-            mask_A = plan.mask_A.to(self.cluster.device, non_blocking=True)
-            bad = {name: bad_A & mask_A for name, bad_A in bad.items()}
-        # The host waits for the device once, unless there is something to report.
-        has_bad = dict(zip(bad, torch.stack([bad_A.any() for bad_A in bad.values()]).tolist(), strict=True))
-        for name, x_A in streams_A.items():
-            if not has_bad[name]:
-                continue
-            bad_A = bad[name]
-            action = int(bad_A.nonzero()[0])
-            n = int(torch.searchsorted(plan.cu_actions, action, right=True)) - 1
-            response = plan.local_responses[n]
-            role = self.components.roles[name]
-            what = "a value" if name == "critic" else "a log-prob"
-            weights = "are finite" if weights_are_finite(role) else "are not finite"
-            raise RunError(
-                f"iteration {iteration}: the {name} gives {what} of {float(x_A[action])} to token "
-                f"{action - int(plan.cu_actions[n]) + 1} of response {response.sequence_id} "
-                f"({prompts[response.prompt_index].where}); its weights {weights}. {_REMEDY[name]}"
-            )
-
-    def _require_one_score(self, rewards: RewardOutputs) -> None:
-        """Raise `RewardError` if every response of every rank was dropped."""
-        if bool(rewards.dropped_N.all()):
-            error = next((e for source in rewards.sources for e in source.errors if e), "")
-            raise RewardError(f"every response of an iteration was dropped, so there is nothing to learn from: {error}")
 
     def _draw_ptx(self, iteration: int) -> list[list[Example]]:
         """Return a batch of pretraining text for each of the actor's steps."""
@@ -358,7 +343,7 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         """Sample answers to the held-out prompts and score them as in training. Returns the means."""
         if not self.eval_prompts:
             raise ConfigError("nothing to evaluate on: set ppo.eval_prompts")
-        with _locate_reward_errors(f"evaluation after iteration {self.done_steps}"):
+        with locate_reward_errors(f"evaluation after iteration {self.done_steps}"):
             return self.assess(self.eval_prompts).evaluation(self.done_steps)
 
     def assess(self, prompts: Sequence[Prompt], samples: int = 1, *, greedy: bool = False) -> EvaluationResult:
@@ -397,15 +382,6 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
 
 def _is_empty(source: Any) -> bool:
     return isinstance(source, str) and not source
-
-
-@contextlib.contextmanager
-def _locate_reward_errors(where: str) -> Iterator[None]:
-    """Prefix the message of a `RewardError` with the part of the run that it ends."""
-    try:
-        yield
-    except RewardError as error:
-        raise RewardError(f"{where}: {error}") from error
 
 
 def _due(iteration: int, every: int) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from icegrt.packing import PackedBatch
 from icegrt.ppo.batch_plan import stream_seed
 from icegrt.ppo.experience import Experience
 from icegrt.ppo.losses import CriticLoss, PolicyLoss, PtxLoss
+from icegrt.ppo.policy_rows import PolicyRows, policy_rows
 from icegrt.ppo.pretraining import ValuePretraining
 from icegrt.ppo.scoring import LogprobScorer
 from icegrt.roles.micro_batch import MicroBatch, merge_by_type
@@ -39,12 +40,14 @@ class UpdateOutcome:
         critic: the critic's steps, in order.
         stats: loss statistics of all steps, merged per statistics class (`PolicyStats`, `ValueStats`, `NLLStats`).
         empty: number of steps not taken, because no action of their minibatch counts on any rank.
+        left_responses: responses of this rank that the actor's pass did not read, as their advantages are 0.
     """
 
     actor: list[StepOutcome] = field(default_factory=list)
     critic: list[StepOutcome] = field(default_factory=list)
     stats: dict[type, Any] = field(default_factory=dict)
     empty: int = 0
+    left_responses: int = 0
 
     def add(self, stats: Iterable[Any]) -> None:
         """Merge statistics into `stats`, each with those of its class."""
@@ -111,11 +114,14 @@ class Updater:
         before = pretraining.done_iterations if pretraining is not None else 0
         warming_up = is_pretraining or iteration - before <= self.config.critic_warmup
         # The actor takes all its steps before the critic, so that one role at a time needs the device.
-        for step, members, actions in self._steps(
-            experience, iteration, 0 if warming_up else self.config.ppo_epochs, counted, outcome
-        ):
+        actor_epochs = 0 if warming_up else self.config.ppo_epochs
+        rows = PolicyRows(experience)
+        if actor_epochs:
+            rows = policy_rows(self.config, experience, kl_coef, self.cluster)
+        outcome.left_responses = rows.left_responses
+        for step, members, actions in self._steps(rows.experience, iteration, actor_epochs, counted, outcome):
             mixed = ptx_work[step](actions) if ptx_work else []
-            self._actor_step(experience, members, kl_coef, mixed, outcome)
+            self._actor_step(rows, members, kl_coef, mixed, outcome)
         critic_epochs = 0 if self.critic is None else self.config.critic_epochs
         for _, members, _ in self._steps(experience, iteration, critic_epochs, counted, outcome):
             self._critic_step(experience, members, outcome, pretraining if is_pretraining else None)
@@ -137,9 +143,23 @@ class Updater:
                     outcome.empty += 1
 
     def policy_work(
-        self, experience: Experience, members: Sequence[int], kl_coef: float, *, may_clip: bool = True
+        self,
+        experience: Experience,
+        members: Sequence[int],
+        kl_coef: float,
+        *,
+        may_clip: bool = True,
+        left_actions: Sequence[int] = (),
     ) -> list[MicroBatch]:
-        """Return the micro-batches `members` with the actor's loss; `may_clip`: the actor has moved since scoring."""
+        """Return the micro-batches `members` with the actor's loss.
+
+        Args:
+            experience: this rank's responses.
+            members: indices of micro-batches.
+            kl_coef: of the KL in the loss.
+            may_clip: the actor has moved since scoring.
+            left_actions: by micro-batch, actions that count beside its own; empty: none.
+        """
         moments = experience.whitening_moments(self.config)
         moments = None if moments is None else moments.to(self.actor.device)
         loss = PolicyLoss(self.config, self.actor, kl_coef, moments, self.scorer, may_clip)
@@ -149,6 +169,9 @@ class Updater:
             ref_logprob_A=experience.ref_logprob_A,
             advantage_A=experience.shaped.advantage_A,
         )
+        if left_actions:
+            left = [left_actions[i] for i in members]
+            batches = [replace(batch, left_actions=n) for batch, n in zip(batches, left, strict=True)]
         return [MicroBatch(batch, loss) for batch in batches]
 
     def critic_work(
@@ -170,13 +193,15 @@ class Updater:
 
     def _actor_step(
         self,
-        experience: Experience,
+        rows: PolicyRows,
         members: list[int],
         kl_coef: float,
         ptx: Sequence[MicroBatch],
         outcome: UpdateOutcome,
     ) -> None:
-        work = self.policy_work(experience, members, kl_coef, may_clip=bool(outcome.actor))
+        # Other micro-batches than those of scoring round differently, so that a ratio of 1 may be off by rounding.
+        may_clip = bool(outcome.actor) or bool(rows.left_actions)
+        work = self.policy_work(rows.experience, members, kl_coef, may_clip=may_clip, left_actions=rows.left_actions)
         step = self.actor.train_step([*work, *ptx])
         outcome.actor.append(step)
         outcome.add(merge_by_type(step.stats).values())

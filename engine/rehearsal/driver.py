@@ -161,6 +161,8 @@ class _Iteration:
     """The components of a run, and the stages of its iteration."""
 
     def __init__(self, config: PPOConfig, cluster: Cluster, watcher: Watcher) -> None:
+        # All scores are 0 here. A run has advantages, and in the worst case no response leaves.
+        config = dataclasses.replace(config, skip_zero_advantage=False)
         self.config, self.cluster, self.watcher = config, cluster, watcher
         rewards = RewardComposition.of(config, None)
         with _models_without_weights():
