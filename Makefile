@@ -15,7 +15,7 @@ TEST_OPTIONS ?= -q -n 2 --dist loadfile
 # Ahead-of-time compilation has a process of its own: Triton interprets kernels in the others.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: help install ppo smollm2 test test-long check docs format bench gpu clean
+.PHONY: help install ppo smollm2 test test-long check docs format bench bench-peers bench-ppo gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */  make \1\t/'
@@ -59,6 +59,13 @@ format: install  ## rewrite to the house format
 
 bench: install  ## all benchmarks that this machine can run; rows go to bench/results/
 	@status=0; $(RUN_BENCHES); exit $$status
+
+bench-peers:  ## make the environment of the benchmarks' peers (TRL) in .venv-peers
+	python3 -m venv .venv-peers
+	.venv-peers/bin/python -m pip --disable-pip-version-check install -q "torch==$$($(PY) -c 'import importlib.metadata as m; print(m.version("torch").split("+")[0])')" -r bench/peers/requirements.txt
+
+bench-ppo: install  ## whole PPO iterations beside the reference path and, after make bench-peers, TRL (about an hour)
+	$(PY) -m bench.bench_ppo $(BENCH_OPTIONS)
 
 gpu: install  ## GPU tests and benchmarks in one go; writes bench/results/<device>/
 	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu needs a CUDA device, and torch finds none")'

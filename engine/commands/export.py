@@ -45,7 +45,8 @@ def run(config: ExportConfig) -> None:
     state = read_state(checkpoint)
     role_name = _stored_role(checkpoint, config.role)
     if role_name not in state["roles"]:
-        raise ConfigError(f"export.role: {checkpoint} holds {', '.join(state['roles'])}, not {config.role}")
+        reason = " (an estimator other than gae in ppo.advantage has no critic)" if role_name == "critic" else ""
+        raise ConfigError(f"export.role: {checkpoint} holds {', '.join(state['roles'])}, not {config.role}{reason}")
     role = state["roles"][role_name]
     architecture = Architecture.from_config(role["hf_config"], str(checkpoint), role.get("generation_config"))
     tokenizer = load_tokenizer(str(Path(config.run) / "tokenizer"), print_info=print_info)

@@ -204,9 +204,22 @@ class PPOConfig(Loadable):
     )
     kl_horizon_responses: int = key(10_000, "horizon of the adaptive controller", unit="responses", ge=1)
     # Advantages and losses.
-    gamma: float = key(1.0, "discount", gt=0, le=1)
+    advantage: Literal["gae", "rloo", "grpo", "reinforce++"] = key(
+        "gae",
+        "estimator of the advantages; only gae has a critic; rloo and grpo compare the responses to a prompt",
+    )
+    group_std: Literal["group", "batch", "none"] = key(
+        "group",
+        "what grpo divides by: the standard deviation of the rewards of a prompt, of the whole batch, or nothing (Dr. "
+        "GRPO)",
+    )
+    gamma: float = key(1.0, "discount; rloo and grpo read the sum of the rewards alone", gt=0, le=1)
     lam: float = key(0.95, "GAE's lambda", ge=0, le=1)
-    whiten_advantages: bool = key(True, "whiten over the global batch (population variance)")
+    whiten_advantages: Literal[False, True, "rank", "auto"] = key(
+        "auto",
+        "whiten over the global batch (population variance); rank: each data-parallel rank by its own moments, for "
+        "studies; auto: true for gae and reinforce++, false for rloo and grpo",
+    )
     clip_low: float = key(0.2, "clip the policy ratio below 1 - this [paper: 0.2]", gt=0, lt=1)
     clip_high: float = key(0.2, "clip the policy ratio above 1 + this [paper: 0.2]", gt=0)
     dual_clip: float | None = key(
@@ -241,6 +254,22 @@ class PPOConfig(Loadable):
         "empty: none",
     )
     run: Section[RunConfig] = key(RunConfig(dir="runs/ppo"), "the run")
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether the estimator of the advantages reads values."""
+        return self.advantage == "gae"
+
+    @property
+    def critic_warmup(self) -> int:
+        """Number of first iterations in which only the critic is trained."""
+        return self.critic.warmup_iterations if self.has_critic else 0
+
+    @property
+    def whitening(self) -> Literal["global", "rank", "none"]:
+        """Which moments the advantages are whitened by."""
+        names: dict[bool | str, Literal["global", "rank", "none"]] = {True: "global", "rank": "rank", False: "none"}
+        return names.get(self.whiten_advantages, "global" if self.advantage in ("gae", "reinforce++") else "none")
 
     @property
     def critic_epochs(self) -> int:

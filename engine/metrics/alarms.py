@@ -112,7 +112,8 @@ class Alarms:
         yield from self._critic(step)
 
     def _not_finite(self, step: PPOStep) -> Iterator[tuple[str, str]]:
-        names = [name for name in _FINITE if not math.isfinite(getattr(step, name))]
+        figures = {name: getattr(step, name) for name in _FINITE}
+        names = [name for name, x in figures.items() if x is not None and not math.isfinite(x)]
         if names:
             yield "not finite", f"Not finite: {', '.join(names)}. Lower ppo.optimizer.lr or set ppo.run.dtype=fp32."
         if step.skipped_steps:
@@ -192,7 +193,7 @@ class Alarms:
 
     def _exactness(self, step: PPOStep) -> Iterator[tuple[str, str]]:
         config = self.config
-        is_frozen = config.optimizer.lr == 0 or step.iteration <= config.critic.warmup_iterations
+        is_frozen = config.optimizer.lr == 0 or step.iteration <= config.critic_warmup
         if is_frozen or config.ppo_epochs * config.minibatches == 1:
             reason = "the actor does not learn" if is_frozen else "there is one optimizer step per iteration"
             if max(abs(step.ratio_min - 1.0), abs(step.ratio_max - 1.0)) > RATIO_TOLERANCE:

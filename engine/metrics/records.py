@@ -79,10 +79,10 @@ class PPOStep:
     """KL from the policy that sampled the responses to the updated policy."""
     policy_loss: float
     """Mean policy loss over response tokens."""
-    value_loss: float
-    """Mean value loss over response tokens."""
-    value_explained_variance: float
-    """1 - var(returns - values) / var(returns)."""
+    value_loss: float | None = None
+    """Mean value loss over response tokens; None without a critic."""
+    value_explained_variance: float | None = None
+    """1 - var(returns - values) / var(returns); None without a critic."""
     ptx_loss: float | None = None
     """Mean ptx loss in nats per token; None without ptx data."""
     advantage_mean: float
@@ -91,12 +91,12 @@ class PPOStep:
     """Standard deviation of the advantages before whitening."""
     grad_norm_actor: float
     """Global norm of the actor's gradient before clipping, mean over the optimizer steps."""
-    grad_norm_critic: float
-    """Global norm of the critic's gradient before clipping, mean over the optimizer steps."""
+    grad_norm_critic: float | None = None
+    """Global norm of the critic's gradient before clipping, mean over the optimizer steps; None without a critic."""
     lr_actor: float
     """Learning rate of the actor's last optimizer step."""
-    lr_critic: float
-    """Learning rate of the critic's last optimizer step."""
+    lr_critic: float | None = None
+    """Learning rate of the critic's last optimizer step; None without a critic."""
     skipped_steps: int = 0
     """Optimizer steps skipped because a loss or gradient was not finite."""
     empty_steps: int = 0

@@ -95,7 +95,8 @@ def _kv_cache(config: PPOConfig, cluster: Cluster) -> Iterator[Change]:
 def _sharing(config: PPOConfig, cluster: Cluster) -> Iterator[Change]:
     # The critic is an adapter on the actor's checkpoint, so it cannot start from a reward model of its own.
     if config.sharing == "full":
-        yield Change("sharing", (("sharing", "lora"), ("critic.init", "actor")))
+        critic = (("critic.init", "actor"),) if config.has_critic else ()
+        yield Change("sharing", (("sharing", "lora"), *critic))
 
 
 def _residency(config: PPOConfig, cluster: Cluster) -> Iterator[Change]:

@@ -104,6 +104,15 @@ class BatchPlan:
             out_N[indices] = part
         return out_N
 
+    def all_reduce_sequences(self, *local: Tensor) -> list[Tensor]:
+        """Return tensors over this rank's sequences, [N] float64, over all `responses`, on every rank. Collective."""
+        out = torch.zeros(len(local), len(self.responses), dtype=torch.float64)
+        out[:, self.rank_assignment[self.rank]] = torch.stack(local)
+        if self.cluster is not None:
+            # Every entry is of one rank, and 0 on the others.
+            out = torch.tensor(self.cluster.all_reduce_sum(out.flatten().tolist()), dtype=torch.float64).view(out.shape)
+        return list(out)
+
     def all_gather_actions(self, x_A: Tensor) -> list[Tensor]:
         """Gather a tensor over actions from all ranks: one tensor per response. Collective."""
         out: list[Tensor] = [x_A] * len(self.responses)

@@ -14,6 +14,7 @@ from torch import Tensor
 from icegrt.config import PPOConfig
 from icegrt.kernels import Moments, ShapedGAE, shaped_gae
 from icegrt.packing.transfer import copy_to_device
+from icegrt.ppo.advantages import ESTIMATORS, compare_sequences
 from icegrt.ppo.batch_plan import BatchPlan
 from icegrt.ppo.scores import Scores
 
@@ -25,9 +26,11 @@ class Experience:
     Attributes:
         plan: micro-batches, with the actions of dropped responses masked.
         scores: per response.
-        old_logprob_A, entropy_A, ref_logprob_A, value_A: [A] float32 over this rank's action stream, on the device.
-        shaped: advantages, returns and rewards per token, KL per response, on the device.
-        moments: whitening moments of the advantages over all ranks.
+        old_logprob_A, entropy_A, ref_logprob_A, value_A: [A] float32 over this rank's action stream, on the device;
+            without a critic value_A is None.
+        shaped: advantages, returns and rewards per token, KL per response, and the moments of this rank's advantages,
+            on the device.
+        moments: moments of the advantages over all ranks.
     """
 
     plan: BatchPlan
@@ -35,9 +38,13 @@ class Experience:
     old_logprob_A: Tensor
     entropy_A: Tensor
     ref_logprob_A: Tensor
-    value_A: Tensor
+    value_A: Tensor | None
     shaped: ShapedGAE
     moments: Moments
+
+    def whitening_moments(self, config: PPOConfig) -> Moments | None:
+        """Return the moments by which the loss whitens, on the device; None: advantages stay as they are."""
+        return {"global": self.moments, "rank": self.shaped.moments, "none": None}[config.whitening]
 
 
 def compute_advantages(
@@ -47,41 +54,49 @@ def compute_advantages(
     scores: Scores,
     old_logprob_A: Tensor,
     ref_logprob_A: Tensor,
-    value_A: Tensor,
-    last_value_N: Tensor,
+    value_A: Tensor | None,
+    last_value_N: Tensor | None,
     token_reward_A: Tensor | None = None,
 ) -> ShapedGAE:
-    """Return KL penalty, GAE advantages, returns and this rank's moments, in one pass over the action stream.
+    """Return KL penalty, advantages, returns and this rank's moments, in one pass over the action stream.
 
-    It runs on the device of the values, where what comes from the host (scores, offsets, masks) is copied.
+    It runs on the device of the log-probs, where what comes from the host (scores, offsets, masks) is copied.
+    Estimators that compare the responses to a prompt are a collective.
 
     Args:
-        config: kl_in, kl_estimator, gamma, lam and bootstrap_truncated are read.
+        config: advantage, kl_in, kl_estimator, gamma, lam, group_std and bootstrap_truncated are read.
         kl_coef: of the KL penalty if `kl_in` is "reward".
         plan: [N] responses with [A] actions.
         scores: the total is paid at a response's last token.
         old_logprob_A: [A], of the policy that sampled.
         ref_logprob_A: [A], of the reference.
-        value_A: [A], before every action.
-        last_value_N: [N], after every response's last token.
+        value_A: [A], before every action; None: 0, without a critic.
+        last_value_N: [N], after every response's last token; None likewise.
         token_reward_A: [A], added to the rewards; None: nothing.
     """
     host = {"total_N": scores.total_N, "cu_actions": plan.cu_actions, "truncated_N": plan.truncated_N}
     host |= {} if plan.mask_A is None else {"mask_A": plan.mask_A}
     host |= {} if token_reward_A is None else {"token_reward_A": token_reward_A}
-    inputs = copy_to_device(host, value_A.device, non_blocking=True)
-    bootstrap_N = torch.where(inputs["truncated_N"], last_value_N, 0.0) if config.bootstrap_truncated else None
-    return shaped_gae(
+    inputs = copy_to_device(host, old_logprob_A.device, non_blocking=True)
+    bootstrap_N = None
+    if config.bootstrap_truncated and last_value_N is not None:
+        bootstrap_N = torch.where(inputs["truncated_N"], last_value_N, 0.0)
+    estimator = ESTIMATORS[config.advantage]
+    gamma, lam = estimator.discount(config)
+    shaped = shaped_gae(
         inputs["total_N"],
-        value_A,
+        torch.zeros_like(old_logprob_A) if value_A is None else value_A,
         old_logprob_A,
         ref_logprob_A,
         inputs["cu_actions"],
         kl_coef=kl_coef if config.kl_in == "reward" else 0.0,
         kl_estimator=config.kl_estimator,
-        gamma=config.gamma,
-        lam=config.lam,
+        gamma=gamma,
+        lam=lam,
         bootstrap_N=bootstrap_N,
         mask_A=inputs.get("mask_A"),
         token_reward_A=inputs.get("token_reward_A"),
     )
+    if estimator.compare is None:
+        return shaped
+    return compare_sequences(config, kl_coef, plan, scores.total_N, token_reward_A, shaped, estimator.compare)

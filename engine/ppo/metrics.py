@@ -115,7 +115,12 @@ def policy_metrics(
 
 
 def critic_metrics(experience: Experience, outcome: UpdateOutcome, cluster: Cluster) -> dict[str, Any]:
-    """Return the fields of the critic: its loss, its steps, and the variance of the returns that it explains."""
+    """Return the fields of the critic: its loss, its steps, and the variance of the returns that it explains.
+
+    Without a critic there are none.
+    """
+    if outcome.value_stats is None:
+        return {}
     stats = _reduced(outcome.value_stats, cluster)
     returns, advantages = fetch(
         (moments_of(experience.shaped.return_A, experience.plan.mask_A, cluster), experience.moments)

@@ -32,7 +32,7 @@ class ValuePretraining:
         self.done_iterations = 0
         self.explained_variance: float | None = None
         self._without_improvement = 0
-        self.is_over = self._settings.iterations == 0
+        self.is_over = self._settings.iterations == 0 or not config.has_critic
 
     @property
     def learning_rate(self) -> float:

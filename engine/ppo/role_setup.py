@@ -54,10 +54,10 @@ def role_sources(
     rewards: RewardComposition,
     critic: ModelSource | None,
 ) -> dict[str, RoleSource]:
-    """Return the sources by the name of their role: actor, reference, one per reward model, critic.
+    """Return the sources by the name of their role: actor, reference, one per reward model, critic if there is one.
 
     Args:
-        config: `critic.init` and `sharing` are read.
+        config: `advantage`, `critic.init` and `sharing` are read.
         actor: the actor's checkpoint.
         reference: None: the actor's checkpoint.
         rewards: its reward models become roles.
@@ -78,6 +78,8 @@ def role_sources(
     _check_same_vocabulary(actor, reader, "reference")
     sources["reference"] = RoleSource(actor if shares else reader, "lm")
     sources |= _reward_model_sources(actor, rewards, shares)
+    if not config.has_critic:
+        return sources
     if critic is not None:
         sources["critic"] = _scalar_source(actor, critic, "critic", shares, config.critic.new_head)
     elif config.critic.init == "reward":
@@ -148,7 +150,7 @@ def build_roles(
     """
     _check_layouts(sources, cluster)
     critic, iterations = config.critic, config.iterations
-    actor_steps = (iterations - critic.warmup_iterations) * config.ppo_epochs * config.minibatches
+    actor_steps = (iterations - config.critic_warmup) * config.ppo_epochs * config.minibatches
     critic_steps = iterations * config.critic_epochs * config.minibatches
     trainable = {"actor": (config.optimizer, max(1, actor_steps)), "critic": (critic.optimizer, critic_steps)}
     kinds_by_role = {name: _offloaded_kinds(config.offload, name) for name in sources}

@@ -27,6 +27,7 @@ from icegrt.model.build import check_parallelism
 from icegrt.model.hf.reader import HFCheckpointReader, ModelSource
 from icegrt.model.hf.score_statistics import saved_statistics
 from icegrt.model.lora.spec import AdapterSpec
+from icegrt.ppo.estimator_keys import check_estimator
 from icegrt.ppo.evaluator import Evaluator
 from icegrt.ppo.kl_controller import FixedKL, kl_controller
 from icegrt.ppo.reward_sources import RewardComposition
@@ -76,7 +77,7 @@ class PPOComponents:
         prompts, eval_prompts: encoded; no eval prompts: an empty list.
         prompt_sampler: the order of the prompts.
         ptx: pretraining text to mix in; None without.
-        roles: actor, reference, one per reward model, critic.
+        roles: actor, reference, one per reward model, critic if the estimator of the advantages has one.
         engine: the actor's rollout engine.
         reward_computer: scores responses with all sources of reward.
         normalizers: one per reward model.
@@ -112,9 +113,9 @@ class PPOComponents:
         return self.roles["reference"]
 
     @property
-    def critic(self) -> TrainableRole:
-        """The value model."""
-        return self.roles["critic"]
+    def critic(self) -> TrainableRole | None:
+        """The value model; None if the estimator of the advantages has none."""
+        return self.roles.get("critic")
 
 
 def build_ppo(
@@ -173,14 +174,14 @@ def build_ppo(
     architectures = {name: source.reader.architecture for name, source in sources.items()}
     check_lengths(config, [dataset for dataset in (prompts, eval_prompts) if dataset], architectures)
     head_scale = 1.0
-    if inputs.critic is None and config.critic.init == "reward":
+    if config.has_critic and inputs.critic is None and config.critic.init == "reward":
         # The reward model's head returns raw scores; returns are on the scale of weighted, normalised scores.
         first = next(iter(specs.values()))
         head_scale = first.weight * normalizers[first.name].factor
     roles = build_roles(config, sources, cluster, head_scale)
 
     # 4. What works on the roles. Chunks depend on the memory that is free beside the actor and its optimizer.
-    actor, reference, critic = roles["actor"], roles["reference"], roles["critic"]
+    actor, reference, critic = roles["actor"], roles["reference"], roles.get("critic")
     with actor.placement.hold(*KINDS):
         chunk_rows = resolve_chunk_rows(config.chunk_rows, architecture, resumed_chunk_rows)
     scorer = LogprobScorer(config.sampling.temperature, chunk_rows)
@@ -255,7 +256,8 @@ def check_config(config: PPOConfig) -> None:
             f"ppo.kl_horizon_responses is {config.kl_horizon_responses}, too short for {responses} responses an "
             f"iteration: the coefficient could fall to zero at once. Set it above {responses}"
         )
-    warmup, iterations = config.critic.warmup_iterations, config.iterations
+    check_estimator(config)
+    warmup, iterations = config.critic_warmup, config.iterations
     if warmup >= iterations:
         warn(
             f"ppo.critic.warmup_iterations is {warmup} and ppo.iterations {iterations}: the actor takes no step. Lower "
@@ -272,7 +274,14 @@ def check_config(config: PPOConfig) -> None:
 
 
 def check_critic(config: PPOConfig, composition: RewardComposition, critic: ModelSource | None) -> None:
-    """Raise `ConfigError` if the critic has no weights to start from, or a new head without a model."""
+    """Raise `ConfigError` if the critic has no weights to start from, a new head without a model, or no use."""
+    if not config.has_critic:
+        if critic is not None:
+            raise ConfigError(
+                f"a critic is given, but ppo.advantage is {config.advantage}, which has none; leave it out, or set "
+                "ppo.advantage=gae"
+            )
+        return
     if critic is None and config.critic.new_head:
         raise ConfigError(
             "ppo.critic.new_head is true, but ppo.critic.model names no checkpoint; ppo.critic.init=actor alone gives "

@@ -88,7 +88,7 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         eval_prompts = eval_prompts if eval_prompts is not None else config.eval_prompts
         eval_prompts = None if _is_empty(eval_prompts) else eval_prompts
         rewards, reference = RewardComposition.of(config, reward), reference or config.reference or None
-        critic = critic or config.critic.model or None
+        critic = critic or (config.critic.model if config.has_critic else None) or None
         check_critic(config, rewards, critic)
         inputs = PPOInputs(actor, tokenizer, rewards, prompts, reference, critic, eval_prompts)
         self._memory_plan = MemoryPlan.read(config.memory_plan) if config.memory_plan else None
@@ -100,13 +100,14 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         self._memory_log = MemoryLog(self._memory_plan, self.config, self.cluster) if self._memory_plan else None
         parts = self.components = build_ppo(self.config, inputs, self.cluster, self._resumed_chunk_rows)
         self.tokenizer, self.prompts, self.eval_prompts = parts.tokenizer, parts.prompts, parts.eval_prompts
-        self.actor, self.critic, self.roles = parts.actor, parts.critic, [parts.actor, parts.critic]
+        self.actor, self.critic = parts.actor, parts.critic
+        self.roles = [parts.actor] if parts.critic is None else [parts.actor, parts.critic]
         self.chunk_rows = parts.scorer.chunk_rows
         self.pretraining = ValuePretraining(self.config)
         self.total_steps = self.config.iterations + self.pretraining.most_iterations()
         self.alarms = Alarms(self.config)
         self.alarm_messages: list[str] = []
-        self._skip_guard = SkipGuard("actor", "critic")
+        self._skip_guard = SkipGuard(*(role.name for role in self.roles))
         self._seconds: dict[str, float] = defaultdict(float)
         self._rollout_writer = RolloutWriter()
         self._resources.callback(self._rollout_writer.close)
@@ -202,7 +203,9 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         with self._timed("score"):
             with _locate_reward_errors(f"iteration {iteration}"):
                 pending = parts.reward_computer.start(plan, prompts)
-            value_A, last_value_N = score_values(parts.critic, plan.batches)
+            value_A = last_value_N = None
+            if parts.critic is not None:
+                value_A, last_value_N = score_values(parts.critic, plan.batches)
             old_A, entropy_A, ref_A = self._score_policies(plan)
             with _locate_reward_errors(f"iteration {iteration}"):
                 all_rewards = pending.finish()
@@ -212,7 +215,8 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
                 # Dropped responses are masked alike in scoring and update, or bits would differ.
                 plan = plan.with_masked(rewards.dropped_N)
                 old_A, entropy_A, ref_A = self._score_policies(plan)
-            self._check_logprobs(iteration, plan, prompts, actor=old_A, reference=ref_A, critic=value_A)
+            streams = {"actor": old_A, "reference": ref_A} | ({} if value_A is None else {"critic": value_A})
+            self._check_logprobs(iteration, plan, prompts, **streams)
 
         # 4. Advantages: normalise and add up the scores, then KL penalty and GAE.
         with self._timed("shape"):
@@ -310,7 +314,7 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
     def _draw_ptx(self, iteration: int) -> list[list[Example]]:
         """Return a batch of pretraining text for each of the actor's steps."""
         ptx, config = self.components.ptx, self.config
-        first = config.critic.warmup_iterations + self.pretraining.done_iterations
+        first = config.critic_warmup + self.pretraining.done_iterations
         if ptx is None or not self.pretraining.is_over or iteration <= first:
             return []
         batches = ptx.batches(config.ptx_sequences)

@@ -56,9 +56,9 @@ class UpdateOutcome:
         return self.stats.get(PolicyStats)
 
     @property
-    def value_stats(self) -> ValueStats:
-        """Statistics of the value loss."""
-        return self.stats[ValueStats]
+    def value_stats(self) -> ValueStats | None:
+        """Statistics of the value loss; None without a critic."""
+        return self.stats.get(ValueStats)
 
     @property
     def ptx_stats(self) -> NLLStats:
@@ -78,7 +78,7 @@ class Updater:
         self,
         config: PPOConfig,
         actor: TrainableRole,
-        critic: TrainableRole,
+        critic: TrainableRole | None,
         scorer: LogprobScorer,
         cluster: Cluster,
     ) -> None:
@@ -109,14 +109,15 @@ class Updater:
         ptx_work = self._ptx_work(ptx)
         is_pretraining = pretraining is not None and not pretraining.is_over
         before = pretraining.done_iterations if pretraining is not None else 0
-        warming_up = is_pretraining or iteration - before <= self.config.critic.warmup_iterations
+        warming_up = is_pretraining or iteration - before <= self.config.critic_warmup
         # The actor takes all its steps before the critic, so that one role at a time needs the device.
         for step, members, actions in self._steps(
             experience, iteration, 0 if warming_up else self.config.ppo_epochs, counted, outcome
         ):
             mixed = ptx_work[step](actions) if ptx_work else []
             self._actor_step(experience, members, kl_coef, mixed, outcome)
-        for _, members, _ in self._steps(experience, iteration, self.config.critic_epochs, counted, outcome):
+        critic_epochs = 0 if self.critic is None else self.config.critic_epochs
+        for _, members, _ in self._steps(experience, iteration, critic_epochs, counted, outcome):
             self._critic_step(experience, members, outcome, pretraining if is_pretraining else None)
         # The statistics stay on the device of the last pipeline stage until here.
         outcome.stats = fetch_from_last_stage(outcome.stats)
@@ -139,7 +140,8 @@ class Updater:
         self, experience: Experience, members: Sequence[int], kl_coef: float, *, may_clip: bool = True
     ) -> list[MicroBatch]:
         """Return the micro-batches `members` with the actor's loss; `may_clip`: the actor has moved since scoring."""
-        moments = experience.moments.to(self.actor.device) if self.config.whiten_advantages else None
+        moments = experience.whitening_moments(self.config)
+        moments = None if moments is None else moments.to(self.actor.device)
         loss = PolicyLoss(self.config, self.actor, kl_coef, moments, self.scorer, may_clip)
         batches = experience.plan.action_batches(
             members,
@@ -152,7 +154,8 @@ class Updater:
     def critic_work(
         self, experience: Experience, members: Sequence[int], pretraining: ValuePretraining | None = None
     ) -> list[MicroBatch]:
-        """Return the micro-batches `members` with the critic's loss, of PPO or of pretraining."""
+        """Return the micro-batches `members` with the critic's loss, of PPO or of pretraining. It needs a critic."""
+        assert self.critic is not None and experience.value_A is not None
         config = self.config if pretraining is None else pretraining.config
         loss = CriticLoss(self.critic, config.value_clip or None)
         batches = experience.plan.action_batches(
@@ -193,6 +196,7 @@ class Updater:
     def _critic_step(
         self, experience: Experience, members: list[int], outcome: UpdateOutcome, pretraining: ValuePretraining | None
     ) -> None:
+        assert self.critic is not None
         work = self.critic_work(experience, members, pretraining)
         step = self.critic.train_step(work, None if pretraining is None else pretraining.learning_rate)
         outcome.critic.append(step)

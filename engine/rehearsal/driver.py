@@ -168,7 +168,7 @@ class _Iteration:
             reference, critic = config.reference or None, config.critic.model or None
             sources = role_setup.role_sources(config, source, reference, rewards, critic)
             self.roles = self._build_roles(sources)
-        self.actor, self.critic = self.roles["actor"], self.roles["critic"]
+        self.actor, self.critic = self.roles["actor"], self.roles.get("critic")
         self.reference = self.roles["reference"]
         self.specs = rewards.models
         self.normalizers = RunningScoreNormalizers(
@@ -203,11 +203,12 @@ class _Iteration:
         """Hold what an iteration holds, in its order: prefetching knows it from the iteration before."""
         if not self.config.offload.prefetch:
             return
-        forward = [self.actor, *(self.roles[name] for name in self.specs), self.critic, self.actor, self.reference]
+        critics = [] if self.critic is None else [self.critic]
+        forward = [self.actor, *(self.roles[name] for name in self.specs), *critics, self.actor, self.reference]
         for role in forward:
             with role.placement.hold_for_pass():
                 pass
-        for role in (self.actor, self.critic):
+        for role in (self.actor, *critics):
             role.placement.require(*KINDS)
         with self.actor.placement.hold_for_pass():
             pass
@@ -251,7 +252,9 @@ class _Iteration:
             # The collective is counted. What the other ranks would send does not exist, nor does its length.
             self.cluster.all_gather(score_N)
             self.models.append(ModelScores(spec.name, spec.weight, torch.zeros(len(plan.responses))))
-        self.value_A, self.last_value_N = score_values(self.critic, plan.batches)
+        self.value_A = self.last_value_N = None
+        if self.critic is not None:
+            self.value_A, self.last_value_N = score_values(self.critic, plan.batches)
         self.old_A, self.entropy_A = self.scorer(self.actor, plan.batches, entropy=True)
         self.ref_A, _ = self.scorer(self.reference, plan.batches)
 
@@ -273,7 +276,7 @@ class _Iteration:
     def update(self, experience: Experience) -> None:
         """Take the optimizer steps of actor and critic."""
         with _phases_of_steps(self.watcher, {"actor": ACTOR, "critic": CRITIC}):
-            self.updater.run(experience, self.kl_controller.coef, self.config.critic.warmup_iterations + 1)
+            self.updater.run(experience, self.kl_controller.coef, self.config.critic_warmup + 1)
 
 
 @contextlib.contextmanager

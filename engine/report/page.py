@@ -18,6 +18,7 @@ from icegrt.config import CONFIG_FILE, Loadable, PPOConfig
 from icegrt.errors import ConfigError, RunError
 from icegrt.metrics import PPOStep, read_metrics, step_from_row
 from icegrt.metrics.alarms import Alarms
+from icegrt.report.alarm_list import alarm_list
 from icegrt.report.memory_table import memory_table
 from icegrt.report.plots import ppo_panels, write_curves_png
 from icegrt.report.tables import (
@@ -88,7 +89,7 @@ def write_ppo_report(
         cards=cards(checked),
         outcomes=outcomes(checked),
         margins=margins(checked.get("reward") or {}),
-        alarms=ppo.get("alarms"),
+        alarms=None if ppo.get("alarms") is None else alarm_list(ppo["alarms"]),
         charts=charts(panels),
         training=training(rows),
         phases=phases(ppo),

@@ -227,7 +227,8 @@ def write_curves_png(path: str | Path, panels: Sequence[Panel], title: str = "",
                 label=f"{panel.target[0]} {panel.target[1]:g}",
             )
         # 2. titles, axes and legend
-        axes.set_title(_literal(f"{panel.title} ({panel.unit})"), fontsize=10)
+        axes.set_title(_literal(panel.title), fontsize=10)
+        axes.set_ylabel(_literal(panel.unit), fontsize=8)
         axes.set_xlabel(x_label, fontsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if panel.percent:

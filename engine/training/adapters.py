@@ -1,4 +1,4 @@
-"""What a checkpoint says about the adapters and frozen modules in it, and whether a run may resume from them."""
+"""What a checkpoint says about the roles, adapters and frozen modules in it, and whether a run may resume from them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def adapter_document(model: PipelineModel) -> dict[str, Any] | None:
 
 
 def check_resume(checkpoint: Path, roles: Sequence[TrainableRole], section: str) -> None:
-    """Check that a checkpoint holds what the roles train: whole models, or the same adapters on the same trunk.
+    """Check that a checkpoint holds what the roles train: the same roles, of whole models or of the same adapters.
 
     Args:
         checkpoint: its folder.
@@ -31,10 +31,16 @@ def check_resume(checkpoint: Path, roles: Sequence[TrainableRole], section: str)
         section: name of the stage.
 
     Raises:
-        ConfigError: `sharing`, `freeze` or a key of `lora` is another.
+        ConfigError: other roles train, or `sharing`, `freeze` or a key of `lora` is another.
         CheckpointError: the trunk has other weights.
     """
     saved_roles = read_state(checkpoint).get("roles", {})
+    names = [role.name for role in roles]
+    if saved_roles and set(saved_roles) != set(names):
+        raise ConfigError(
+            f"{checkpoint} holds {' and '.join(saved_roles)}, but this run trains {' and '.join(names)} "
+            "(ppo.advantage: gae alone has a critic); set it to what the run had, or start a new run"
+        )
     for role in roles:
         document = saved_roles.get(role.name, {})
         _check_frozen(checkpoint, role, document.get("frozen", []), section)

@@ -137,7 +137,7 @@ def test_whole_numbers_may_be_written_with_an_exponent():
     [
         ("  kl_ceof: 0.1", ["recipe.yaml:2: ppo.kl_ceof is not a key", "did you mean ppo.kl_coef?"]),
         ("  optimizer:\n    lr: 1\n    bta1: 1", ["recipe.yaml:4", "ppo.optimizer.beta1?"]),
-        ("  lr: 1e-5", ["did you mean ppo.optimizer.lr or ppo.critic.optimizer.lr?"]),
+        ("  lr: 1e-5", ["did you mean ppo.optimizer.lr or ppo.critic.pretrain.lr or ppo.critic.optimizer.lr?"]),
         ("  boot: 1", ["did you mean ppo.bootstrap_truncated?"]),
         ("  qqq: 1", ["recipe.yaml:2: ppo.qqq is not a key", "icegrt ppo --help"]),
         ("  kl_coef: abc", ["recipe.yaml:2: ppo.kl_coef: got 'abc' (text), expected a number >= 0"]),

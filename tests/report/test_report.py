@@ -11,6 +11,7 @@ import pytest
 from icegrt.config import PPOConfig, RunConfig
 from icegrt.errors import RunError
 from icegrt.metrics import RunLog
+from icegrt.report.alarm_list import alarm_list
 from icegrt.report.page import validated, write_ppo_report, write_run_report
 from icegrt.report.plots import Panel, Series, panel_svg, ppo_panels, write_curves_png
 from icegrt.report.text import arrow, breakdown, number, percent, signed, visible
@@ -221,6 +222,21 @@ def test_a_plain_run_gets_a_page_from_its_metrics(tmp_path):
     assert figures["response_tokens_per_second"] == pytest.approx(900.0)
     assert "task_score_gain_ci95" not in figures and figures["iterations"] == 4
     assert figures["alarms"] == [] and figures["kl_nats_per_response"] == 3.0
+
+
+def test_an_alarm_that_is_raised_again_is_listed_once():
+    alarms = [
+        "iteration 1: 41% of the answers are truncated (threshold 20%).",
+        *(f"iteration {n}: Entropy collapsed: {0.2 - n / 1000:.3f} nats per token." for n in range(10, 90, 10)),
+        "Iteration 95. 30% of the answers are truncated (threshold 20%).",
+        "no iteration",
+    ]
+    assert alarm_list(alarms) == [
+        (alarms[0], "again in iteration 95 (1 more)"),
+        (alarms[1], "again in iterations 20, 30, 40, 50, 60, ..., 80 (7 more)"),
+        ("no iteration", ""),
+    ]
+    assert alarm_list([]) == [] and alarm_list(["a 1", "a 2", "a 3"]) == [("a 1", "2 more times")]
 
 
 MEMORY = {"planned": {"rollout": 2e9, "update": 4e9}, "measured": {"rollout": 1e9, "update": 3.9e9}, "measure": "RSS"}
