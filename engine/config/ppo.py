@@ -34,7 +34,7 @@ class PretrainConfig:
         ge=0,
     )
     patience: int = key(
-        3, "stop after this many iterations without a higher explained variance of new returns; 0: never", ge=0
+        5, "stop after this many iterations without a higher explained variance of new returns; 0: never", ge=0
     )
     lr: float = key(0.0, "learning rate of pretraining, constant; 0: critic.optimizer.lr", ge=0)
 

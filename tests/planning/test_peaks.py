@@ -55,6 +55,19 @@ def test_moments_exist_from_the_start(model):
     assert first.phases[INFERENCE].device.by_category[memory.OPTIMIZER] == pytest.approx(trained / 3, rel=0.02)
 
 
+def test_a_plan_counts_what_the_critic_freezes(model):
+    whole, part = (
+        footprints(model, f"ppo.critic.freeze={frozen}", gpus=1, peaks_only=True)["every rank"].phases[CRITIC].device
+        for frozen in ("[]", "[attention]")
+    )
+    # Weights and biases of queries, keys and values, and of the output projection, in four layers.
+    attention = 4 * (64 * (64 + 2 * 32) + (64 + 2 * 32) + 64 * 64)
+    # In bf16 a parameter that trains has a master weight, two moments and a gradient of 4 bytes each.
+    for category, size in ((memory.OPTIMIZER, 12), (memory.GRADIENTS, 4), (memory.PARAMETERS, 0)):
+        saved = whole.by_category[category] - part.by_category[category]
+        assert saved == pytest.approx(size * attention, rel=0.02, abs=0.04 * attention), category
+
+
 def test_the_host_has_the_copies_that_offloading_keeps(model):
     resident = footprints(model, peaks_only=True)["every rank"]
     for mode, categories in (("optimizer", [memory.OPTIMIZER]), ("all", [memory.OPTIMIZER, memory.PARAMETERS])):
