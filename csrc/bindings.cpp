@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <variant>
 
 #include "addresses.hpp"
 #include "arrays.hpp"
@@ -68,13 +69,20 @@ py::tuple py_balance(const py::array& lengths, const std::optional<py::array>& c
 }
 
 using Optional = std::optional<py::array>;
+using Lambda = std::variant<double, py::array>;  // of all sequences, or of each
+
+template <typename T>
+Decay<T> decay(const char* name, double gamma, const Lambda& lam) {
+  if (const double* all = std::get_if<double>(&lam)) return {static_cast<T>(gamma * *all), static_cast<T>(gamma), {}};
+  return {T(0), static_cast<T>(gamma), view<T>(name, std::get<py::array>(lam))};
+}
 
 template <typename T>
 py::tuple py_shaped_gae(const py::array& score, const py::array& value, const py::array& logprob, const Optional& ref,
                          const py::array& cu_actions, const Optional& bootstrap, const Optional& mask,
                          const Optional& token_reward, py::array advantage, py::array returns, py::array reward,
-                         py::array kl, const std::string& estimator, double kl_coef, double gamma, double lam,
-                         int64_t threads) {
+                         py::array kl, Optional value_mask, const std::string& estimator, double kl_coef, double gamma,
+                         const Lambda& lam, const std::optional<Lambda>& lam_value, int64_t threads) {
   GAEInput<T> in;
   in.score = view<T>("score_N", score);
   in.value = view<T>("value_A", value);
@@ -86,11 +94,14 @@ py::tuple py_shaped_gae(const py::array& score, const py::array& value, const py
   in.cu_actions = view<int64_t>("cu_actions", cu_actions);
   in.kl_coef = static_cast<T>(kl_coef);
   in.gamma = static_cast<T>(gamma);
-  in.decay = static_cast<T>(gamma * lam);
+  in.decay = decay<T>("lam", gamma, lam);
+  in.decoupled = lam_value.has_value();
+  if (in.decoupled) in.value_decay = decay<T>("lam_value", gamma, *lam_value);
   in.estimator = kl_estimator(estimator);
   const int64_t actions = in.value.size;
   const GAEOutput<T> out{writable<T>("advantage_A", advantage, actions), writable<T>("return_A", returns, actions),
-                         writable<T>("reward_A", reward, actions), writable<T>("kl_N", kl, in.score.size)};
+                         writable<T>("reward_A", reward, actions), writable<T>("kl_N", kl, in.score.size),
+                         value_mask ? writable<uint8_t>("value_mask_A", *value_mask, actions) : nullptr};
   Moments moments;
   {
     py::gil_scoped_release release;
@@ -103,8 +114,9 @@ template <typename T>
 void def_shaped_gae(py::module_& m, const char* name) {
   m.def(name, &py_shaped_gae<T>, py::arg("score_N"), py::arg("value_A"), py::arg("logprob_A"), py::arg("ref_logprob_A"),
         py::arg("cu_actions"), py::arg("bootstrap_N"), py::arg("mask_A"), py::arg("token_reward_A"),
-        py::arg("advantage_A"), py::arg("return_A"), py::arg("reward_A"), py::arg("kl_N"), py::arg("kl_estimator"),
-        py::arg("kl_coef"), py::arg("gamma"), py::arg("lam"), py::arg("threads"),
+        py::arg("advantage_A"), py::arg("return_A"), py::arg("reward_A"), py::arg("kl_N"),
+        py::arg("value_mask_A"), py::arg("kl_estimator"), py::arg("kl_coef"), py::arg("gamma"), py::arg("lam"),
+        py::arg("lam_value"), py::arg("threads"),
         "Write rewards, advantages, returns and KL to the output arrays; return (count, mean, m2) of the advantages.");
 }
 

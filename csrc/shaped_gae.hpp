@@ -2,11 +2,13 @@
 //
 // For each unmasked token t, from the last to the first; t + 1 is the next unmasked token (Schulman et al. 2016):
 //   reward_t = -kl_coef * kl_t + token_reward_t + (score, if t is the last)
-//   A_t = reward_t - V_t + gamma * V_{t+1} + gamma * lambda * A_{t+1},   return_t = A_t + V_t
+//   A_t = reward_t - V_t + gamma * V_{t+1} + gamma * lambda * A_{t+1},   return_t = target_t + V_t
+// where `target` is the recursion of A with a lambda of its own, or A itself.
 //
 // One pass over a sequence, from its end, four tokens a step in lanes that the compiler keeps in vector registers. The
-// state of the recursion is (A, pending). `pending` is gamma * V_{t+1}, plus the score until an unmasked token has it.
-// Groups of complete sequences are formed by length alone, so the bits do not depend on the number of threads.
+// state of the recursion is (A, target, pending). `pending` is gamma * V_{t+1}, plus the score until an unmasked token
+// has it. With turns, maximal runs of unmasked tokens, a step of the recursion is a turn; the rows of a turn are walked
+// one by one, and its advantage is written to all of them once its first token is reached. Groups of complete sequences are formed by length alone, so the bits do not depend on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -31,18 +33,30 @@ inline KLEstimator kl_estimator(const std::string& name) {
   return KLEstimator::abs;
 }
 
+// gamma * lambda: one number for all sequences, or one for each.
+template <typename T>
+struct Decay {
+  T all, gamma;
+  Span<T> lambdas;  // absent: `all`
+
+  T operator[](int64_t n) const { return lambdas.data ? gamma * lambdas[n] : all; }
+};
+
 template <typename T>
 struct GAEInput {
   Span<T> score, value, logprob, ref_logprob, bootstrap, token_reward;  // the last three, and mask, may be absent
   Span<uint8_t> mask;
   Span<int64_t> cu_actions;
-  T kl_coef, gamma, decay;  // decay = gamma * lambda
+  T kl_coef, gamma;
+  Decay<T> decay, value_decay;  // of advantages and of targets
+  bool decoupled;               // targets have a decay of their own
   KLEstimator estimator;
 };
 
 template <typename T>
 struct GAEOutput {
   T *advantage, *returns, *reward, *kl;
+  uint8_t* value_mask;  // 1 at the first token of a turn; null: the unit is the token
 };
 
 struct Moments {
@@ -93,11 +107,29 @@ struct LaneSums {
     first[lane] += x;
     second[lane] += x * x;
   }
+
+  void add(int lane, double x, double times) {
+    first[lane] += times * x;
+    second[lane] += times * x * x;
+  }
+};
+
+// The recursion x_j = delta_j + decay * x_{j+1} over one step of lanes, and into it from the step before.
+template <typename T>
+struct Powers {
+  T decay, of_carry[kLanes];
+
+  explicit Powers(T d) : decay(d), of_carry{d * d * d * d, d * d * d, d * d, d} {}
+
+  void recur(T (&x)[kLanes], T carry) const {
+    for (int j = kLanes - 2; j >= 0; --j) x[j] += decay * x[j + 1];
+    for (int j = 0; j < kLanes; ++j) x[j] += of_carry[j] * carry;
+  }
 };
 
 inline double total(const double (&lanes)[kLanes]) { return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]); }
 
-template <typename T, KLEstimator E>
+template <typename T, KLEstimator E, bool kDecoupled>
 class ShapedGAE {
  public:
   ShapedGAE(const GAEInput<T>& in, const GAEOutput<T>& out) : in_(in), out_(out) {}
@@ -117,8 +149,13 @@ class ShapedGAE {
 
  private:
   struct State {
-    T advantage, pending;
+    T advantage, target, pending;
     bool scored;  // an unmasked token has the score
+  };
+
+  // Of one sequence; value_decay is that of targets.
+  struct Decays {
+    T decay, value_decay;
   };
 
   // Sums of advantages minus `origin`, a value near the first advantage: squares keep their digits for any mean.
@@ -136,14 +173,17 @@ class ShapedGAE {
   void compute_sequence(int64_t n, Group& group) const {
     const int64_t begin = in_.cu_actions[n];
     const T score = in_.score[n];
-    State state{0, score + (in_.bootstrap.data ? in_.gamma * in_.bootstrap[n] : T(0)), false};
+    const Decays decays{in_.decay[n], kDecoupled ? in_.value_decay[n] : T(0)};
+    State state{0, 0, score + (in_.bootstrap.data ? in_.gamma * in_.bootstrap[n] : T(0)), false};
     double kl[kLanes] = {};
     int64_t high = in_.cu_actions[n + 1];
-    if (!in_.mask.data && high > begin) {
+    if (out_.value_mask) {
+      while (high > begin) high = compute_turn(begin, high, score, decays, state, kl[0], group);
+    } else if (!in_.mask.data && high > begin) {
       group.set_origin(state.pending - in_.value[high - 1]);
-      high = compute_four_rows(begin, high, score, state, kl, group);
+      high = compute_four_rows(begin, high, score, decays, state, kl, group);
     }
-    while (high > begin) high = compute_row(high, score, state, kl, group);
+    while (high > begin) high = compute_row(high, score, decays, state, kl[0], group);
     const bool unassigned_score = !state.scored && score != 0;
     out_.kl[n] = unassigned_score ? std::numeric_limits<T>::quiet_NaN() : static_cast<T>(total(kl));
   }
@@ -155,38 +195,75 @@ class ShapedGAE {
     return in_.kl_coef == 0 ? T(0) : -in_.kl_coef * x;  // 0 * infinity would be NaN
   }
 
+  bool masked(int64_t i) const { return in_.mask.data && !in_.mask[i]; }
+
+  // Writes the zeros of masked row `i` and returns it, the new `high`.
+  int64_t skip_row(int64_t i) const {
+    out_.advantage[i] = out_.returns[i] = out_.reward[i] = 0;
+    if (out_.value_mask) out_.value_mask[i] = 0;
+    return i;
+  }
+
   // Computes the row before `high` and returns its index, the new `high`.
-  int64_t compute_row(int64_t high, T score, State& state, double (&kl)[kLanes], Group& group) const {
+  int64_t compute_row(int64_t high, T score, Decays decays, State& state, double& kl, Group& group) const {
     const int64_t i = high - 1;
-    if (in_.mask.data && !in_.mask[i]) {
-      out_.advantage[i] = out_.returns[i] = out_.reward[i] = 0;
-      return i;
-    }
+    if (masked(i)) return skip_row(i);
     const T value = in_.value[i];
-    const T reward = penalty(i, kl[0]) + (in_.token_reward.data ? in_.token_reward[i] : T(0));
-    const T advantage = reward - value + state.pending + in_.decay * state.advantage;
+    const T reward = penalty(i, kl) + (in_.token_reward.data ? in_.token_reward[i] : T(0));
+    const T advantage = reward - value + state.pending + decays.decay * state.advantage;
+    const T target = kDecoupled ? reward - value + state.pending + decays.value_decay * state.target : advantage;
     out_.reward[i] = state.scored ? reward : reward + score;
     out_.advantage[i] = advantage;
-    out_.returns[i] = advantage + value;
-    state = {advantage, in_.gamma * value, true};
+    out_.returns[i] = target + value;
+    state = {advantage, target, in_.gamma * value, true};
     group.set_origin(advantage);
     group.sums.add(0, advantage - group.origin);
     group.count += 1;
     return i;
   }
 
+  // Computes the turn that ends before `high`, or skips a masked row; returns the new `high`. The reward of a turn is
+  // summed in double: it may have as many terms as the sequence.
+  int64_t compute_turn(int64_t begin, int64_t high, T score, Decays decays, State& state, double& kl,
+                       Group& group) const {
+    if (masked(high - 1)) return skip_row(high - 1);
+    double turn_reward = state.pending;
+    int64_t low = high;
+    while (low > begin && !masked(low - 1)) {
+      --low;
+      const T reward = penalty(low, kl) + (in_.token_reward.data ? in_.token_reward[low] : T(0));
+      turn_reward += reward;
+      out_.reward[low] = state.scored ? reward : reward + score;
+      out_.returns[low] = 0;
+      out_.value_mask[low] = 0;
+      state.scored = true;
+    }
+    const T value = in_.value[low];
+    const T delta = static_cast<T>(turn_reward - value);
+    const T advantage = delta + decays.decay * state.advantage;
+    const T target = kDecoupled ? delta + decays.value_decay * state.target : advantage;
+    std::fill(out_.advantage + low, out_.advantage + high, advantage);
+    out_.returns[low] = target + value;
+    out_.value_mask[low] = 1;
+    state = {advantage, target, in_.gamma * value, true};
+    group.set_origin(advantage);
+    group.sums.add(0, advantage - group.origin, static_cast<double>(high - low));
+    group.count += static_cast<double>(high - low);
+    return low;
+  }
+
   // Computes steps of four rows while four remain; returns the new `high`. Within a step, only one multiply-add per row
   // depends on the carry from the step before. Memory is read in one direction, which the hardware prefetches.
-  int64_t compute_four_rows(int64_t begin, int64_t high, T score, State& state, double (&kl)[kLanes],
+  int64_t compute_four_rows(int64_t begin, int64_t high, T score, Decays decays, State& state, double (&kl)[kLanes],
                             Group& group) const {
-    const T gamma = in_.gamma, decay = in_.decay, coef = in_.kl_coef;
-    const T carry_decay[kLanes] = {decay * decay * decay * decay, decay * decay * decay, decay * decay, decay};
+    const T gamma = in_.gamma, coef = in_.kl_coef;
+    const Powers<T> powers(decays.decay), value_powers(decays.value_decay);
     const T *values = in_.value.data, *token_reward = in_.token_reward.data;
     const T *logprob = in_.logprob.data, *ref = in_.ref_logprob.data;
     const double origin = group.origin;
     double kl_sums[kLanes] = {};
     LaneSums sums;
-    T carry = state.advantage, pending = state.pending;
+    T carry = state.advantage, target_carry = state.target, pending = state.pending;
     bool scored = state.scored;
     const int64_t top = high;
     for (; high - begin >= kLanes; high -= kLanes) {
@@ -208,15 +285,18 @@ class ShapedGAE {
       // 2. the recursion: within the step, then with the carry
       for (int j = 0; j < kLanes - 1; ++j) advantage[j] = reward[j] - value[j] + gamma * value[j + 1];
       advantage[kLanes - 1] = reward[kLanes - 1] - value[kLanes - 1] + pending;
-      for (int j = kLanes - 2; j >= 0; --j) advantage[j] += decay * advantage[j + 1];
-      for (int j = 0; j < kLanes; ++j) advantage[j] += carry_decay[j] * carry;
+      T target[kLanes];
+      for (int j = 0; j < kLanes; ++j) target[j] = advantage[j];
+      powers.recur(advantage, carry);
+      if constexpr (kDecoupled) value_powers.recur(target, target_carry);
       if (!scored) reward[kLanes - 1] += score;
       // 3. results, moments and the new carry
       for (int j = 0; j < kLanes; ++j) out_.advantage[low + j] = advantage[j];
-      for (int j = 0; j < kLanes; ++j) out_.returns[low + j] = advantage[j] + value[j];
+      for (int j = 0; j < kLanes; ++j) out_.returns[low + j] = (kDecoupled ? target[j] : advantage[j]) + value[j];
       for (int j = 0; j < kLanes; ++j) out_.reward[low + j] = reward[j];
       for (int j = 0; j < kLanes; ++j) sums.add(j, advantage[j] - origin);
       carry = advantage[0];
+      target_carry = kDecoupled ? target[0] : carry;
       pending = gamma * value[0];
       scored = true;
     }
@@ -225,7 +305,7 @@ class ShapedGAE {
       group.sums.first[j] += sums.first[j];
       group.sums.second[j] += sums.second[j];
     }
-    state = {carry, pending, scored};
+    state = {carry, target_carry, pending, scored};
     group.count += static_cast<double>(top - high);
     return high;
   }
@@ -246,6 +326,8 @@ void check_gae(const GAEInput<T>& in) {
   check_size("token_reward_A", !in.token_reward.data, in.token_reward.size, actions);
   check_size("mask_A", !in.mask.data, in.mask.size, actions);
   check_size("bootstrap_N", !in.bootstrap.data, in.bootstrap.size, sequences);
+  check_size("lam", !in.decay.lambdas.data, in.decay.lambdas.size, sequences);
+  check_size("lam_value", !in.value_decay.lambdas.data, in.value_decay.lambdas.size, sequences);
   require(in.cu_actions[0] == 0, "cu_actions: the first entry must be 0, got ", in.cu_actions[0]);
   for (int64_t n = 0; n < sequences; ++n) {
     require(in.cu_actions[n + 1] >= in.cu_actions[n], "cu_actions: entries must not fall, got ", in.cu_actions[n],
@@ -253,6 +335,18 @@ void check_gae(const GAEInput<T>& in) {
   }
   require(in.cu_actions[sequences] <= actions, "cu_actions: the last entry must be at most ", actions, ", got ",
           in.cu_actions[sequences]);
+}
+
+// Computes sequences [first, last) with one instance per estimator: a branch in the inner loop would prevent
+// vectorization.
+template <typename T, bool kDecoupled>
+Moments compute_sequences(const GAEInput<T>& in, const GAEOutput<T>& out, int64_t first, int64_t last) {
+  switch (in.estimator) {
+    case KLEstimator::k1: return ShapedGAE<T, KLEstimator::k1, kDecoupled>(in, out).run(first, last);
+    case KLEstimator::k2: return ShapedGAE<T, KLEstimator::k2, kDecoupled>(in, out).run(first, last);
+    case KLEstimator::k3: return ShapedGAE<T, KLEstimator::k3, kDecoupled>(in, out).run(first, last);
+    default: return ShapedGAE<T, KLEstimator::abs, kDecoupled>(in, out).run(first, last);
+  }
 }
 
 // Writes all outputs and returns the moments of the unmasked advantages. kl_N is NaN for a response with a score but no
@@ -270,19 +364,14 @@ Moments shaped_gae(const GAEInput<T>& in, const GAEOutput<T>& out, int64_t threa
   const int64_t groups = static_cast<int64_t>(group_starts.size()) - 1;
   // 2. the groups, on `threads` threads
   std::vector<Moments> group_moments(groups);
-  const auto run = [&](int64_t first, int64_t last) {
-    switch (in.estimator) {  // one instance per estimator: a branch in the inner loop would prevent vectorization
-      case KLEstimator::k1: return ShapedGAE<T, KLEstimator::k1>(in, out).run(first, last);
-      case KLEstimator::k2: return ShapedGAE<T, KLEstimator::k2>(in, out).run(first, last);
-      case KLEstimator::k3: return ShapedGAE<T, KLEstimator::k3>(in, out).run(first, last);
-      default: return ShapedGAE<T, KLEstimator::abs>(in, out).run(first, last);
-    }
-  };
+  const auto run = in.decoupled ? compute_sequences<T, true> : compute_sequences<T, false>;
   const int64_t helpers = std::min(threads, groups) - 1;
   ThreadPool::shared().run(groups, helpers, helpers,
-                           [&](int64_t g) { group_moments[g] = run(group_starts[g], group_starts[g + 1]); });
+                           [&](int64_t g) { group_moments[g] = run(in, out, group_starts[g], group_starts[g + 1]); });
   // 3. rows after the last sequence, and the moments
-  for (T* x : {out.advantage, out.returns, out.reward}) std::fill(x + in.cu_actions[sequences], x + in.value.size, T(0));
+  const int64_t end = in.cu_actions[sequences], size = in.value.size;
+  for (T* x : {out.advantage, out.returns, out.reward}) std::fill(x + end, x + size, T(0));
+  if (out.value_mask) std::fill(out.value_mask + end, out.value_mask + size, uint8_t{0});
   Moments moments;
   for (const Moments& m : group_moments) moments.merge(m);
   return moments;

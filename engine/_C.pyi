@@ -32,10 +32,12 @@ def shaped_gae_float32(
     return_A: np.ndarray,
     reward_A: np.ndarray,
     kl_N: np.ndarray,
+    value_mask_A: np.ndarray | None,
     kl_estimator: str,
     kl_coef: float,
     gamma: float,
-    lam: float,
+    lam: float | np.ndarray,
+    lam_value: float | np.ndarray | None,
     threads: int,
 ) -> tuple[float, float, float]: ...
 

@@ -93,10 +93,12 @@ class ShapedGAE:
 
     Attributes:
         advantage_A: Generalised advantages, [A] fp32 or fp64.
-        return_A: Advantage plus value, the target of the value loss, [A].
+        return_A: The target of the value loss, [A]; 0 where `value_mask_A` is False.
         reward_A: Rewards by token: KL penalty, token reward and score, [A].
         kl_N: KL estimate summed over each response, in nats, [N].
-        moments: Moments of this rank's unmasked advantages.
+        moments: Moments of this rank's unmasked advantages, over tokens.
+        value_mask_A: [A] bool, the first token of each turn, the only ones that have a return; pass it to the value
+            loss as its mask. None: the unit is the token, and every unmasked entry has a return.
     """
 
     advantage_A: Tensor
@@ -104,6 +106,7 @@ class ShapedGAE:
     reward_A: Tensor
     kl_N: Tensor
     moments: Moments
+    value_mask_A: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 The loop is what most trainers do: a dense [N, longest] batch and one step per column. The blocked scan multiplies
 128-wide blocks by a triangle of decays and carries from block to block. On the CPU the target of the two large cases is
 printed: 20 times the loop and 3 times the blocked scan for 1,000 ragged sequences, 500 times the loop for 10 long ones.
+The cases "decoupled" and "turns" (of 100 tokens, 20 observation tokens apart) compare our backends alone.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ KL_COEF, LAM, BLOCK = 0.05, 0.95, 128
 BARS = {"1M ragged": {"loop over time": 20, "blocked matmul": 3}, "1M long": {"loop over time": 500}}
 
 
-def with_backend(backend):
+def with_backend(backend, **options):
     def run(score, value, logprob, ref, cu):
         with use_backend(shaped_gae=backend):
-            return shaped_gae(score, value, logprob, ref, cu, kl_coef=KL_COEF, lam=LAM).advantage_A
+            return shaped_gae(score, value, logprob, ref, cu, kl_coef=KL_COEF, lam=LAM, **options).advantage_A
 
     return run
 
@@ -78,6 +79,15 @@ def cases(quick):
     yield "one-token", torch.ones(2_000 if quick else 100_000, dtype=torch.long)
 
 
+def variants(actions, device):
+    """Options of shaped_gae by the case's suffix: lambdas of their own for returns, and turns."""
+    position = torch.arange(actions, device=device)
+    return {
+        "decoupled": {"lam_value": 1.0},
+        "turns": {"lam_value": 1.0, "unit": "turn", "mask_A": position % 120 < 100},
+    }
+
+
 def providers(options, name):
     calls = {"reference": with_backend("reference"), "blocked matmul": blocked_matmul}
     if name != "1 sequence":
@@ -93,6 +103,27 @@ def providers(options, name):
 
         calls["torch.compile"] = compiled_matmul
     return calls
+
+
+def variant_rows(options, name, on_device):
+    """Return the rows of a case's variants: ours beside the reference."""
+    ours, rows = "triton" if options.device == "cuda" else "cpp", []
+    for suffix, keywords in variants(len(on_device[1]), options.device).items():
+        wide = [x.double() if x.is_floating_point() else x for x in on_device]
+        truth = with_backend("reference", **keywords)(*wide).cpu()
+        rows += harness.compare(
+            "shaped_gae",
+            f"{name} {suffix}",
+            {
+                key: functools.partial(with_backend(backend, **keywords), *on_device)
+                for key, backend in (("reference", "reference"), ("ours", ours))
+            },
+            error=lambda out, truth=truth: (out.double().cpu() - truth).abs().max().item(),
+            tolerance=1e-3,
+            rounds=options.rounds,
+            device=options.device,
+        )
+    return rows
 
 
 def main():
@@ -118,6 +149,8 @@ def main():
         for rival, bar in BARS.get(name, {}).items() if options.device == "cpu" else ():
             print(f"{'':36s} {rival} / ours: {medians[rival] / medians['ours']:.1f}, target {bar}")
         rows += case_rows
+        if "ragged" in name:
+            rows += variant_rows(options, name, on_device)
     path = harness.write("shaped_gae", rows, options)
     plots.curves(rows, {"tokens in ragged sequences": sizes}, path)
 

@@ -23,9 +23,11 @@ class GAEInputs:
 
 @dataclass(frozen=True)
 class GAECoefficients:
-    """Numbers of one call. gamma: discount; lam: the lambda of GAE; kl_coef may be a 0-dim tensor on the device."""
+    """Numbers of one call. gamma: discount; kl_coef may be a 0-dim tensor on the device."""
 
     kl_coef: float | Tensor
     kl_estimator: str
     gamma: float
-    lam: float
+    lam: float | Tensor  # the lambda of the advantages: a number, or [N]
+    lam_value: float | Tensor | None  # the lambda of the returns; None: return = advantage + value
+    by_turn: bool  # whether the recursion runs over turns

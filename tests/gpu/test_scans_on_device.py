@@ -34,13 +34,14 @@ def on_device(streams):
     [[1, 88, 1, 0, 2500, 40, 7], [100_000], [1] * 100_000, [100_000] * 10, [3, 128, 129, 1024] * 300],
     ids=["ragged", "one of 100k", "100k of one", "10 of 100k", "1,200 sequences"],
 )
-def test_shaped_gae(lengths, masked):
+@pytest.mark.parametrize("variant", [{}, {"lam_value": 1.0}, {"lam_value": 1.0, "unit": "turn"}], ids=str)
+def test_shaped_gae(lengths, masked, variant):
     streams = batch(lengths, slack=5)
     mask = None
     if masked:
         mask = torch.rand(streams[1].shape, generator=torch.Generator().manual_seed(1)) > 0.3
         mask[streams[4][:-1][streams[4].diff() > 0].long()] = True
-    options = {"kl_coef": 0.05, "gamma": 0.999, "lam": 0.97}
+    options = {"kl_coef": 0.05, "gamma": 0.999, "lam": 0.97, **variant}
     device_mask = None if mask is None else mask.cuda()
     with use_backend("triton"), record_launches() as launches:
         out = shaped_gae(*on_device(streams), **options, mask_A=device_mask)

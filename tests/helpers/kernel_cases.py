@@ -83,23 +83,62 @@ def drawn_mask(cu_actions, size):
     return mask
 
 
-def naive_gae(score, value, logprob, ref, cu, *, kl_coef, gamma, lam, bootstrap=None, mask=None, token_reward=None):
-    """Compute GAE token by token in Python floats (fp64), with the k1 penalty: the oracle of shaped_gae."""
+def naive_gae(
+    score,
+    value,
+    logprob,
+    ref,
+    cu,
+    *,
+    kl_coef,
+    gamma,
+    lam,
+    lam_value=None,
+    unit="token",
+    bootstrap=None,
+    mask=None,
+    token_reward=None,
+):
+    """Compute GAE unit by unit in Python floats (fp64), with the k1 penalty: the oracle of shaped_gae.
+
+    Returns:
+        Advantages, returns and rewards [A], and the KL of each sequence [N].
+    """
     size = len(value)
     advantage, returns, reward = [0.0] * size, [0.0] * size, [0.0] * size
     kl = []
     for n in range(len(score)):
+        lam_n, lam_value_n = (
+            float(x[n]) if isinstance(x, torch.Tensor) else x for x in (lam, lam if lam_value is None else lam_value)
+        )
         rows = [t for t in range(int(cu[n]), int(cu[n + 1])) if mask is None or mask[t]]
-        carry, following = 0.0, 0.0 if bootstrap is None else float(bootstrap[n])
         kl.append(sum(float(logprob[t]) - float(ref[t]) for t in rows))
-        for t in reversed(rows):
-            r = -kl_coef * (float(logprob[t]) - float(ref[t]))
-            r += 0.0 if token_reward is None else float(token_reward[t])
-            r += float(score[n]) if t == rows[-1] else 0.0
-            carry = r + gamma * following - float(value[t]) + gamma * lam * carry
-            advantage[t], returns[t], reward[t] = carry, carry + float(value[t]), r
-            following = float(value[t])
+        for t in rows:
+            reward[t] = -kl_coef * (float(logprob[t]) - float(ref[t]))
+            reward[t] += 0.0 if token_reward is None else float(token_reward[t])
+            reward[t] += float(score[n]) if t == rows[-1] else 0.0
+        units = []
+        for t in rows:
+            if unit == "turn" and units and units[-1][-1] == t - 1:
+                units[-1].append(t)
+            else:
+                units.append([t])
+        carry, target, following = 0.0, 0.0, 0.0 if bootstrap is None else float(bootstrap[n])
+        for tokens in reversed(units):
+            current = float(value[tokens[0]])
+            delta = sum(reward[t] for t in tokens) + gamma * following - current
+            carry = delta + gamma * lam_n * carry
+            target = delta + gamma * lam_value_n * target
+            for t in tokens:
+                advantage[t] = carry
+            returns[tokens[0]] = target + current
+            following = current
     return tuple(torch.tensor(x, dtype=torch.float64) for x in (advantage, returns, reward, kl))
+
+
+def drawn_lambdas(sequences, seed=0):
+    """Return a lambda for each sequence, 0 and 1 among them."""
+    return torch.randint(0, 11, (sequences,), generator=torch.Generator().manual_seed(seed)) / 10
 
 
 def check_filtered_tokens(estimator):

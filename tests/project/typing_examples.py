@@ -155,5 +155,8 @@ def kernels(hidden_AH: Tensor, weight_VH: Tensor, token_A: Tensor, old_A: Tensor
     assert_type(loss, PPOLoss)
     assert_type(loss.stats.clipped_sum, Tensor)
     whiten(shaped.advantage_A)  # type: ignore[call-arg]
+    turns = shaped_gae(score_N, old_A, old_A, None, token_A, kl_coef=0, lam=score_N, lam_value=1.0, unit="turn")
+    assert_type(turns.value_mask_A, Tensor | None)
     shaped_gae(score_N, old_A, old_A, None, token_A, kl_coef="adaptive")  # type: ignore[arg-type]
+    shaped_gae(score_N, old_A, old_A, None, token_A, kl_coef=0, unit="word")  # type: ignore[arg-type]
     loss.losses  # type: ignore[attr-defined]  # noqa: B018

@@ -152,9 +152,10 @@ def calls(dtype):
         ),
         "value_loss": lambda: value_loss(x, old, returns, normalizer=2.0, mask_A=mask),
         "kl_divergence": lambda: kl_divergence(x, y, "k3"),
-        "shaped_gae": lambda: shaped_gae(
-            torch.ones(2), x, y, y, cu, kl_coef=0.1, mask_A=mask, bootstrap_N=torch.ones(2)
-        ),
+        "shaped_gae": lambda: [
+            shaped_gae(torch.ones(2), x, y, y, cu, kl_coef=0.1, mask_A=mask, bootstrap_N=torch.ones(2)),
+            shaped_gae(torch.ones(2), x, y, y, cu, kl_coef=0.1, lam=torch.rand(2), lam_value=1.0, unit="turn"),
+        ],
         "masked_moments": lambda: masked_moments(x.detach().repeat(400), mask.repeat(400)),
         "whiten": lambda: whiten(x.float(), moments),
         "sample_tokens": lambda: [
@@ -261,6 +262,7 @@ def on_meta(dtype):
     with torch.device("meta"):
         x, y, logits = (torch.empty(*shape, dtype=dtype, requires_grad=True) for shape in ((A,), (A,), (A, V)))
         labels, cu = torch.empty(A, dtype=torch.int64), torch.empty(3, dtype=torch.int32)
+        score = torch.empty(2)
         moments = masked_moments(torch.empty(A))
     keys = {"seed": 3, "sequence_ids": labels, "positions": labels}
     settings = {name: x.to("meta") for name, x in by_row([ROWS[n % len(ROWS)] for n in range(A)]).items()}
@@ -272,9 +274,10 @@ def on_meta(dtype):
         ),
         "value_loss": lambda: value_loss(x, y.detach(), y.detach(), normalizer=2.0),
         "kl_divergence": lambda: kl_divergence(x, y, "k3"),
-        "shaped_gae": lambda: shaped_gae(
-            torch.empty(2, device="meta"), x, y, y, cu, kl_coef=0.1, bootstrap_N=torch.empty(2, device="meta")
-        ),
+        "shaped_gae": lambda: [
+            shaped_gae(score, x, y, y, cu, kl_coef=0.1, bootstrap_N=score.clone()),
+            shaped_gae(score, x, y, y, cu, kl_coef=0.1, lam=score.clone(), lam_value=1.0, unit="turn"),
+        ],
         "masked_moments": lambda: masked_moments(x.detach().repeat(400)),
         "whiten": lambda: whiten(x.float(), moments),
         "sample_tokens": lambda: [
