@@ -40,8 +40,8 @@ def policy_terms(
 ) -> PolicyTerms:
     """Return the objective of each token and its terms. The advantage is whitened already; the mask is not applied."""
     advantage_A, ref_logprob_A = streams.advantage_A, streams.ref_logprob_A
-    # 1. Clipped or masked surrogate. On-policy the ratio is 1 and only its gradient matters. An old log-prob that is not
-    #    finite makes loss and gradient NaN.
+    # 1. Clipped or masked surrogate. On-policy the ratio is 1 and only its gradient matters. An old log-prob that is
+    #    not finite makes loss and gradient NaN.
     logprob_A = floor_logprob(logprob_A)
     old_A = logprob_A.detach() if streams.old_logprob_A is None else streams.old_logprob_A
     old_A = torch.where(old_A.isfinite(), old_A, torch.nan)
