@@ -177,7 +177,9 @@ class PPOConfig(Loadable):
         0, "logit chunk size: rows of logits computed at a time; 0: automatic, fixed for the run", ge=0
     )
     reuse_update_logprob: bool = key(
-        False, "with ppo_epochs=1 and minibatches=1: use the log-probs of the update's own forward pass as the old ones"
+        False,
+        "with ppo_epochs=1 and minibatches=1: use the log-probs of the update's own forward pass as the old ones; with "
+        "kl_logprobs=rollout inference then has no pass of the actor",
     )
     sampling: Section[SamplingConfig] = key(
         SamplingConfig(), "sampling of the responses (scoring and update divide the logits by temperature too)"
@@ -189,12 +191,26 @@ class PPOConfig(Loadable):
     score_shift: bool = key(False, "subtract its running mean first")
     score_clip: float = key(5.0, "clip the normalized score to +- this; 0: no clipping", ge=0)
     missing_eos_penalty: float = key(0.0, "subtracted from the score of a truncated response", ge=0)
+    overlong_buffer: int = key(
+        0,
+        "soft penalty on long responses (DAPO): over the last this many tokens before max_new_tokens it grows from 0 "
+        "to overlong_factor, and is subtracted from the score; 0: none",
+        unit="tokens",
+        ge=0,
+    )
+    overlong_factor: float = key(1.0, "penalty of a response of max_new_tokens tokens", ge=0)
     bootstrap_truncated: bool = key(
         False, "bootstrap the return of a truncated response from the critic's value after its last token"
     )
     # KL control.
     kl_coef: float = key(0.05, "coefficient of the KL penalty against the reference", ge=0)
     kl_in: Literal["reward", "loss"] = key("reward", "subtract the KL penalty from the reward, or add it to the loss")
+    kl_logprobs: Literal["inference", "rollout"] = key(
+        "inference",
+        "actor's log-probs that the KL penalty and its metric read: those of an inference pass, or the rollout's, "
+        "which saves that pass with reuse_update_logprob or correction=dis; they agree to about 1e-4 nats in fp32, so "
+        "the first iteration's KL is not exactly 0",
+    )
     kl_estimator: Literal["k1", "k2", "k3", "abs"] = key(
         "k1", "estimator of the KL per token (in the loss, its gradient is that of k2)"
     )
@@ -236,6 +252,33 @@ class PPOConfig(Loadable):
     clip_high: float = key(0.2, "clip the policy ratio above 1 + this [paper: 0.2]", gt=0)
     dual_clip: float | None = key(
         None, "for a negative advantage A, the loss is at most this times -A; empty: no limit", gt=1
+    )
+    correction: Literal["none", "tis", "dis"] = key(
+        "none",
+        "correction by the rollout's log-probs: none; truncated importance sampling, the weight min(p_old / p_rollout, "
+        "tis_cap) beside the clipped ratio (tis); or double-sided, the loss -A r with r = p_new / p_rollout inside "
+        "[1 - dis_low, 1 + dis_high] and 0 outside, without clipping and without p_old (dis)",
+    )
+    correction_level: Literal["token", "sequence"] = key(
+        "token",
+        "ratio of the correction: of each token, or of the whole response: the product of its tokens' ratios (tis), or "
+        "their geometric mean (dis)",
+    )
+    tis_cap: float = key(2.0, "largest weight of tis (verl: rollout_is_threshold)", gt=0)
+    dis_low: float = key(0.2, "dis: no loss below the ratio 1 - this", ge=0, le=1)
+    dis_high: float = key(0.2, "dis: no loss above the ratio 1 + this", ge=0)
+    loss_aggregation: Literal["token", "sequence", "constant"] = key(
+        "token",
+        "the policy loss of a minibatch: mean over tokens, mean over responses of their token means, or mean over "
+        "responses of the sum over tokens divided by loss_constant (Dr. GRPO)",
+    )
+    loss_constant: int = key(0, "divisor of loss_aggregation=constant; 0: sampling.max_new_tokens", unit="tokens", ge=0)
+    positive_nll_coef: float = key(
+        0.0, "weight of the mean of -log p over the tokens of right responses, added to the actor's loss (VAPO)", ge=0
+    )
+    positive_nll_threshold: float = key(0.5, "a response is right if its score is at least this")
+    positive_nll_score: Literal["function", "total"] = key(
+        "function", "score that the threshold is of: the task score (first function or HTTP scorer), or the total score"
     )
     value_clip: float = key(0.2, "clip the value to the old value +- this; 0: no clipping", ge=0)
     entropy_coef: float = key(0.0, "weight of the entropy bonus", ge=0)
@@ -287,3 +330,11 @@ class PPOConfig(Loadable):
     def critic_epochs(self) -> int:
         """The critic's passes over an iteration's experience."""
         return self.critic.epochs or self.ppo_epochs
+
+    @property
+    def actor_is_inferred(self) -> bool:
+        """Whether inference has a pass of the actor; if not, the rollout's log-probs take the place of its own."""
+        if self.kl_logprobs == "rollout" and self.reuse_update_logprob:
+            return False
+        kl_needs_it = self.kl_in == "reward" and self.kl_coef > 0 and self.kl_logprobs == "inference"
+        return self.correction != "dis" or kl_needs_it

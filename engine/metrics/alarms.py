@@ -32,6 +32,7 @@ ENTROPY_FRACTION = 0.3
 TRUNCATED_FRACTION = 0.2
 CLIP_FRACTION = 0.4
 RATIO_TOLERANCE = 1e-6
+CORRECTED_FRACTION = 0.2
 ROLLOUT_GAP_NATS = {"fp32": 1e-2, "bf16": 0.5}
 EXPLAINED_VARIANCE_ITERATIONS = 8
 DISTINCT_FRACTION_OF_FIRST = 0.5
@@ -165,7 +166,18 @@ class Alarms:
                     f"{ENTROPY_FRACTION:.0%} of the first iterations' {first:.3g}. Raise ppo.entropy_coef "
                     f"(now {self.config.entropy_coef:g}) or ppo.kl_coef, or lower ppo.optimizer.lr.",
                 )
-        if step.clip_fraction > CLIP_FRACTION:
+        corrected = step.correction_fraction
+        if corrected is not None and corrected > CORRECTED_FRACTION:
+            bounds = f"ppo.tis_cap (now {self.config.tis_cap:g})"
+            if self.config.correction == "dis":
+                bounds = f"ppo.dis_low and ppo.dis_high (now {self.config.dis_low:g} and {self.config.dis_high:g})"
+            yield (
+                "correction",
+                f"ppo.correction={self.config.correction} caps or masks {corrected:.0%} of the tokens (threshold "
+                f"{CORRECTED_FRACTION:.0%}): the policy is far from the one that sampled. Raise {bounds}, or lower "
+                f"ppo.optimizer.lr or ppo.ppo_epochs (now {self.config.ppo_epochs}).",
+            )
+        if step.clip_fraction > CLIP_FRACTION and self.config.correction != "dis":
             yield (
                 "clip",
                 f"{step.clip_fraction:.0%} of the tokens are clipped (threshold {CLIP_FRACTION:.0%}): updates are too "
@@ -194,7 +206,8 @@ class Alarms:
     def _exactness(self, step: PPOStep) -> Iterator[tuple[str, str]]:
         config = self.config
         is_frozen = config.optimizer.lr == 0 or step.iteration <= config.critic_warmup
-        if is_frozen or config.ppo_epochs * config.minibatches == 1:
+        # Under dis the ratio is to the rollout's probability, which differs by rounding.
+        if config.correction != "dis" and (is_frozen or config.ppo_epochs * config.minibatches == 1):
             reason = "the actor does not learn" if is_frozen else "there is one optimizer step per iteration"
             # Where responses left, the update reads other micro-batches than scoring, as rollout does.
             limit = ROLLOUT_GAP_NATS[config.run.dtype] if step.zero_advantage_fraction else RATIO_TOLERANCE
@@ -205,7 +218,7 @@ class Alarms:
                     f"{step.ratio_min:.8g} to {step.ratio_max:.8g} (tolerance {limit:g}): scoring and update "
                     f"do not compute the same. Fix ppo.chunk_rows and report this.",
                 )
-        if step.iteration == 1 and config.reference in ("", config.actor):
+        if step.iteration == 1 and config.reference in ("", config.actor) and config.actor_is_inferred:
             kl = step.kl_nats_per_response
             if abs(kl) > KL_FIRST_ITERATION_NATS:
                 yield (
@@ -215,7 +228,7 @@ class Alarms:
                     f"this if they are the same.",
                 )
         gap, limit = step.rollout_logprob_gap_max, ROLLOUT_GAP_NATS[config.run.dtype]
-        if gap > limit:
+        if gap is not None and gap > limit:
             yield (
                 "gap",
                 f"Log-probs of rollout and scoring differ by up to {gap:.3g} nats (threshold {limit:g} in "

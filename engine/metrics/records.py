@@ -55,6 +55,8 @@ class PPOStep:
     """Mean score of the first reward model, before normalization; None without a reward model."""
     function_score_mean: float | None = None
     """Mean task score: the score of the first function or HTTP scorer; None without one."""
+    overlong_penalty_mean: float | None = None
+    """Mean soft penalty of long responses, subtracted from the score; None without it."""
     score_std: float
     """Standard deviation of the total score."""
     reward_mean: float
@@ -78,7 +80,17 @@ class PPOStep:
     approx_kl_nats_per_token: float
     """KL from the policy that sampled the responses to the updated policy."""
     policy_loss: float
-    """Mean policy loss over response tokens."""
+    """Policy loss; `ppo.loss_aggregation` says of what it is the mean. Without positive-example and ptx losses."""
+    positive_nll: float | None = None
+    """Mean of -log p in nats over the tokens of right responses; None without the positive-example loss."""
+    correction_ratio_mean: float | None = None
+    """Mean ratio to the rollout's probability: of the old (tis) or the new one (dis); None without a correction."""
+    correction_ratio_max: float | None = None
+    """Largest such ratio."""
+    correction_fraction: float | None = None
+    """Fraction of response tokens whose weight was capped (tis) or whose loss was masked (dis)."""
+    correction_sample_share: float | None = None
+    """Effective sample size of the weights of tis over the number of tokens."""
     value_loss: float | None = None
     """Mean value loss over response tokens; None without a critic."""
     value_explained_variance: float | None = None
@@ -123,8 +135,8 @@ class PPOStep:
     """Number of response tokens."""
     response_tokens_per_second: float
     """Response tokens per second of the iteration, without evaluation and checkpoint."""
-    rollout_logprob_gap_max: float
-    """Largest |log-prob in rollout - log-prob in scoring| of a token, in nats."""
+    rollout_logprob_gap_max: float | None
+    """Largest |log-prob in rollout - log-prob in scoring| of a token, in nats; None without a pass of the actor."""
     padding_fraction: float
     """Padding tokens at the ends of micro-batches over all tokens."""
     sources: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)

@@ -22,8 +22,11 @@ _ODD_MULTIPLIER = 0x9E3779B1  # 2^32 over the golden ratio (Knuth, The Art of Co
 class ActionBatch(PackedBatch):
     """A micro-batch and the per-action tensors that its loss reads, [A] float32 each; None: not read.
 
-    `to(device)` moves all of them together. left_actions: actions that count beside those of the batch, with a loss of
-    0 (`ppo.policy_rows`).
+    `positive_index_P` has the entries of the action stream that belong to right responses, int64, and `positive_scale`
+    turns the sum of their losses into what their mean contributes before the division by the step's counted actions.
+    `left_actions`: actions that count beside those of the batch, with a loss of 0 (`ppo.policy_rows`).
+
+    `to(device)` moves all of them together.
     """
 
     old_logprob_A: Tensor | None = None
@@ -31,6 +34,9 @@ class ActionBatch(PackedBatch):
     advantage_A: Tensor | None = None
     old_value_A: Tensor | None = None
     return_A: Tensor | None = None
+    weight_A: Tensor | None = None
+    positive_index_P: Tensor | None = None
+    positive_scale: float = 0.0
     left_actions: int = 0
 
 

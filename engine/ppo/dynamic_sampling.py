@@ -139,6 +139,7 @@ def compare_scores(
         rewards.source_total_N,
         truncated_mask(responses),
         rewards.dropped_N,
+        lengths_N=torch.tensor([len(r.tokens) for r in responses]),
     )
     score_N, token_reward_A = scores.total_N.double(), rewards.token_reward_A
     if token_reward_A is not None:

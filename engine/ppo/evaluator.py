@@ -126,7 +126,12 @@ class Evaluator:
         kl_N = None if greedy else self._kl(plan)
         rewards = pending.finish()
         scores = total_scores(
-            self.config, self.normalizers.frozen(), rewards.models, rewards.source_total_N, truncated_mask(responses)
+            self.config,
+            self.normalizers.frozen(),
+            rewards.models,
+            rewards.source_total_N,
+            truncated_mask(responses),
+            lengths_N=torch.tensor([len(r.tokens) for r in responses]),
         )
         total_N = scores.total_N.masked_fill(rewards.dropped_N, torch.nan)
         return EvaluationResult(responses, rewards, total_N, kl_N)

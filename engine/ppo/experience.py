@@ -6,7 +6,7 @@ Scoring and update use the same plan. Both read log-probs with one routine, over
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from icegrt.kernels import Moments, ShapedGAE, shaped_gae
 from icegrt.packing.transfer import copy_to_device
 from icegrt.ppo.advantages import ESTIMATORS, compare_sequences
 from icegrt.ppo.batch_plan import BatchPlan
+from icegrt.ppo.loss_weights import LossWeights
 from icegrt.ppo.scores import Scores
 
 
@@ -26,21 +27,26 @@ class Experience:
     Attributes:
         plan: micro-batches, with the actions of dropped responses masked.
         scores: per response.
-        old_logprob_A, entropy_A, ref_logprob_A, value_A: [A] float32 over this rank's action stream, on the device;
-            without a critic value_A is None.
+        old_logprob_A, entropy_A, ref_logprob_A, value_A: [A] float32 over this rank's action stream, on the device.
+            Without an inference pass of the actor the old log-probs are the rollout's, and entropy_A is None; without a
+            critic value_A is None.
         shaped: advantages, returns and rewards per token, KL per response, and the moments of this rank's advantages,
             on the device.
         moments: moments of the advantages over all ranks.
+        rollout_logprob_A: log-probs that the rollout recorded, [A] float32 on the device; None: not needed.
+        weights: factors of the policy loss by token.
     """
 
     plan: BatchPlan
     scores: Scores
     old_logprob_A: Tensor
-    entropy_A: Tensor
+    entropy_A: Tensor | None
     ref_logprob_A: Tensor
     value_A: Tensor | None
     shaped: ShapedGAE
     moments: Moments
+    rollout_logprob_A: Tensor | None = None
+    weights: LossWeights = field(default_factory=LossWeights)
 
     def whitening_moments(self, config: PPOConfig) -> Moments | None:
         """Return the moments by which the loss whitens, on the device; None: advantages stay as they are."""
@@ -68,7 +74,7 @@ def compute_advantages(
         kl_coef: of the KL penalty if `kl_in` is "reward".
         plan: [N] responses with [A] actions.
         scores: the total is paid at a response's last token.
-        old_logprob_A: [A], of the policy that sampled.
+        old_logprob_A: [A], of the policy that sampled, from inference or from the rollout.
         ref_logprob_A: [A], of the reference.
         value_A: [A], before every action; None: 0, without a critic.
         last_value_N: [N], after every response's last token; None likewise.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from icegrt.config import PPOConfig
-from icegrt.kernels import Moments, linear_ppo_loss, value_loss
+from icegrt.kernels import Moments, PolicyStats, linear_logprobs, linear_ppo_loss, value_loss
 from icegrt.packing import PackedBatch
 from icegrt.ppo.batch_plan import ActionBatch
+from icegrt.ppo.corrections import anchor_of_sequence_ratio
 from icegrt.ppo.scoring import LogprobScorer
 from icegrt.roles.micro_batch import LossOutput
 from icegrt.roles.role import Role
@@ -17,8 +19,16 @@ from icegrt.training.sft_loss import NLLStats, response_nll
 
 
 @dataclass(frozen=True)
+class PolicyNLLStats(PolicyStats):
+    """Statistics of a policy loss with the positive-example loss: its sum of -log p in nats, and its tokens."""
+
+    nll_sum: Tensor
+    nll_tokens: Tensor
+
+
+@dataclass(frozen=True)
 class PolicyLoss:
-    """The actor's clipped surrogate, with KL in the loss and an entropy bonus as configured; counted per action.
+    """The actor's surrogate, with KL in the loss, entropy bonus and positive examples as configured; per action.
 
     moments: whitening moments of the advantages over all ranks, on the actor's device; None: advantages as they are.
     may_clip: whether the actor may have moved since it was scored. If not, every ratio is 1 and no row is clipped.
@@ -34,18 +44,21 @@ class PolicyLoss:
     def __call__(self, hidden_TH: Tensor, batch: ActionBatch) -> LossOutput:
         config, model = self.config, self.actor.model
         kl_in_loss = config.kl_in == "loss" and self.kl_coef > 0
+        masks = config.correction == "dis"
+        old_logprob_A = self._old_logprob(hidden_TH, batch)
         weight_VH, weight_grad_VH = model.lm_weight_and_grad()
         out = linear_ppo_loss(
             hidden_TH[batch.action_rows_A],
             weight_VH,
             batch.action_tokens_A,
-            None if config.reuse_update_logprob else batch.old_logprob_A,
+            old_logprob_A,
             batch.advantage_A,
             ref_logprob_A=batch.ref_logprob_A if kl_in_loss else None,
             mask_A=batch.action_mask_A,
+            weight_A=batch.weight_A,
             normalizer=1.0,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
+            clip_low=config.dis_low if masks else config.clip_low,
+            clip_high=config.dis_high if masks else config.clip_high,
             dual_clip=config.dual_clip,
             kl_coef=self.kl_coef if kl_in_loss else 0.0,
             kl_estimator=config.kl_estimator,
@@ -57,11 +70,46 @@ class PolicyLoss:
             weight_grad_out=weight_grad_VH,
             rows_R=batch.counted_index,
             drop_inactive=self.may_clip,
+            surrogate="mask" if masks else "clip",
         )
-        stats = out.stats
+        loss, count, stats = out.loss, batch.n_counted_actions, out.stats
         if batch.left_actions:
+            count += batch.left_actions
             stats = replace(stats, count=stats.count + batch.left_actions)
-        return LossOutput(out.loss, batch.n_counted_actions + batch.left_actions, stats)
+        if batch.positive_index_P is not None:
+            nll = self._positive_nll(hidden_TH, batch, batch.positive_index_P)
+            tokens = torch.full_like(stats.count, batch.positive_index_P.numel())
+            stats = PolicyNLLStats(**vars(stats), nll_sum=nll.detach().double(), nll_tokens=tokens)
+            loss = loss + config.positive_nll_coef * batch.positive_scale * nll
+        return LossOutput(loss, count, stats)
+
+    def _old_logprob(self, hidden_TH: Tensor, batch: ActionBatch) -> Tensor | None:
+        """Return the log-probs in the ratio's denominator, [A]; None: the update's own, so that the ratio is 1."""
+        config = self.config
+        if config.reuse_update_logprob:
+            return None
+        if config.correction != "dis" or config.correction_level == "token":
+            return batch.old_logprob_A
+        # A response's ratio needs all its tokens before the loss reads the first: one more product with the head.
+        with torch.no_grad():
+            logprob_A = self.scorer.read(self.actor, hidden_TH, batch).logprob_A
+        assert batch.old_logprob_A is not None
+        return anchor_of_sequence_ratio(logprob_A, batch.old_logprob_A, batch)
+
+    def _positive_nll(self, hidden_TH: Tensor, batch: ActionBatch, index_P: Tensor) -> Tensor:
+        """Return -log p under the sampling distribution, summed over the tokens `index_P` of the action stream."""
+        weight_VH, weight_grad_VH = self.actor.model.lm_weight_and_grad()
+        out = linear_logprobs(
+            hidden_TH[batch.action_rows_A[index_P]],
+            weight_VH,
+            batch.action_tokens_A[index_P],
+            temperature=self.scorer.temperature,
+            shard=self.actor.model.vocab_shard,
+            chunk_rows=self.scorer.chunk_rows,
+            weight_grad_out=weight_grad_VH,
+            rows_R=slice(None),
+        )
+        return -out.logprob_A.sum()
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,10 @@ from icegrt.metrics import Evaluation, PPOStep
 from icegrt.metrics.statistics import has_spread
 from icegrt.packing.transfer import copy_to_device
 from icegrt.ppo.batch_plan import BatchPlan
+from icegrt.ppo.corrections import effective_share, rollout_logprobs
 from icegrt.ppo.dynamic_sampling import Selection
 from icegrt.ppo.experience import Experience
+from icegrt.ppo.losses import PolicyNLLStats
 from icegrt.ppo.rewards import RewardOutputs
 from icegrt.ppo.update import UpdateOutcome, mean_grad_norm
 from icegrt.utils.files import json_safe
@@ -59,6 +61,7 @@ def ppo_step(
         {
             **score_metrics(experience, rewards, cluster),
             **policy_metrics(experience, rewards, outcome, cluster),
+            **correction_metrics(experience, outcome, cluster),
             **critic_metrics(experience, outcome, cluster),
             **throughput_metrics(experience.plan, seconds, cluster),
         }
@@ -88,6 +91,7 @@ def score_metrics(experience: Experience, rewards: RewardOutputs, cluster: Clust
         "reward_model_score_mean": _mean(rewards.reward_model_N, kept_N, cluster),
         "function_score_mean": _mean(function_N, None if function_N is None else kept_N & ~function_N.isnan(), cluster),
         "reward_mean": _mean(reward_N, kept_N, cluster),
+        "overlong_penalty_mean": _mean(experience.scores.overlong_N, kept_N, cluster),
     }
 
 
@@ -101,11 +105,19 @@ def policy_metrics(
     ptx_loss_sum, ptx_tokens, left_responses = cluster.all_reduce_sum(
         [outcome.ptx_stats.loss_sum, outcome.ptx_stats.tokens, outcome.left_responses]
     )
-    rollout_logprob_A = torch.tensor([x for r in experience.plan.local_responses for x in r.logprobs])
-    gap_A = (rollout_logprob_A.to(cluster.device) - experience.old_logprob_A).abs()
+    rollout_A = experience.rollout_logprob_A
+    if rollout_A is None:
+        rollout_A = rollout_logprobs(experience.plan, cluster.device)
+    entropy, gap_max = _mean(experience.entropy_A, counted_A, cluster), None
+    if entropy is None:
+        # No inference pass of the actor: the mean of -log p over its samples estimates the entropy without bias.
+        entropy = _mean(-rollout_A, counted_A, cluster)
+    else:
+        gap_A = (rollout_A - experience.old_logprob_A).abs()
+        gap_max = _maximum(gap_A if counted_A is None else gap_A * counted_A, cluster)
     return {
         "kl_nats_per_response": _mean(experience.shaped.kl_N, ~rewards.dropped_N, cluster),
-        "entropy_nats_per_token": _mean(experience.entropy_A, counted_A, cluster),
+        "entropy_nats_per_token": entropy,
         "clip_fraction": _per_token(stats, "clipped_sum"),
         # Infinite extremes are those of no token: all advantages are 0.
         "ratio_min": torch.where(stats.ratio_min == torch.inf, 1.0, stats.ratio_min) if stats else 1.0,
@@ -118,8 +130,36 @@ def policy_metrics(
         "zero_advantage_fraction": left_responses / len(experience.plan.responses),
         "grad_norm_actor": mean_grad_norm(outcome.actor) if outcome.actor else 0.0,
         "lr_actor": outcome.actor[-1].lr if outcome.actor else 0.0,
-        "rollout_logprob_gap_max": _maximum(gap_A if counted_A is None else gap_A * counted_A, cluster),
+        "rollout_logprob_gap_max": gap_max,
+        "positive_nll": _positive_nll(stats),
     }
+
+
+def correction_metrics(experience: Experience, outcome: UpdateOutcome, cluster: Cluster) -> dict[str, Any]:
+    """Return the fields of the correction by the rollout's log-probs; none without a correction.
+
+    tis: of the weights before the update. dis: of the ratios in all steps of the update, from its statistics.
+    """
+    weights, mask_A = experience.weights, experience.plan.mask_A
+    if weights.correction == "tis":
+        assert weights.ratio_A is not None and weights.truncated_A is not None
+        counted_A = None if mask_A is None else mask_A.to(cluster.device)
+        ratio_A, truncated_A = weights.ratio_A, weights.truncated_A
+        truncated = fetch(moments_of(truncated_A, counted_A, cluster))
+        return {
+            "correction_ratio_mean": _mean(ratio_A, counted_A, cluster),
+            "correction_ratio_max": _maximum(ratio_A if counted_A is None else ratio_A * counted_A, cluster),
+            "correction_fraction": _mean((ratio_A > truncated_A).float(), counted_A, cluster),
+            "correction_sample_share": effective_share(float(truncated.mean), float(truncated.variance)),
+        }
+    if weights.correction == "dis" and outcome.policy_stats is not None:
+        stats = _reduced(outcome.policy_stats, cluster)
+        return {
+            "correction_ratio_mean": _per_token(stats, "ratio_sum"),
+            "correction_ratio_max": stats.ratio_max,
+            "correction_fraction": _per_token(stats, "clipped_sum"),
+        }
+    return {}
 
 
 def critic_metrics(experience: Experience, outcome: UpdateOutcome, cluster: Cluster) -> dict[str, Any]:
@@ -227,6 +267,13 @@ def _maximum(x: Tensor, cluster: Cluster) -> Tensor:
 def _per_token(stats: Any, name: str) -> Tensor | float:
     """Return a sum of `stats` per token that counts; 0 without any."""
     return 0.0 if stats is None else torch.where(stats.count > 0, getattr(stats, name) / stats.count.clamp(min=1), 0.0)
+
+
+def _positive_nll(stats: Any) -> Tensor | None:
+    """Return the mean of -log p over the tokens of right responses; None without that loss or such a response."""
+    if not isinstance(stats, PolicyNLLStats) or not float(stats.nll_tokens):
+        return None
+    return stats.nll_sum / stats.nll_tokens
 
 
 def _sum_by_response(x_A: Tensor, cu_actions: Tensor) -> Tensor:

@@ -39,10 +39,11 @@ class PolicyRows:
 def rows_can_leave(config: PPOConfig, kl_coef: float) -> bool:
     """Return whether a response without advantage adds nothing to the actor's loss, and `skip_zero_advantage` allows.
 
-    A KL term and an entropy bonus have a gradient at every token.
+    A KL term and an entropy bonus have a gradient at every token, and a right response may have no advantage.
     """
     allowed = not config.has_critic if config.skip_zero_advantage == "auto" else config.skip_zero_advantage
-    return allowed and not (config.kl_in == "loss" and kl_coef) and not config.entropy_coef
+    reads_all = bool(config.kl_in == "loss" and kl_coef) or bool(config.entropy_coef or config.positive_nll_coef)
+    return allowed and not reads_all
 
 
 def policy_rows(config: PPOConfig, experience: Experience, kl_coef: float, cluster: Cluster) -> PolicyRows:
@@ -158,10 +159,17 @@ def _reordered(
     parts = [torch.arange(starts[n], starts[n + 1]) for n in order]
     index_A = torch.cat([torch.empty(0, dtype=torch.int64), *parts])
     index_A = copy_to_device({"index": index_A}, shaped.advantage_A.device, non_blocking=True)["index"]
+
+    def reordered(x_A: Tensor | None) -> Tensor | None:
+        return None if x_A is None else x_A[index_A]
+
+    weights = experience.weights
     return replace(
         experience,
         plan=BatchPlan(responses, [list(range(len(order)))], 0, batches, steps),
         old_logprob_A=experience.old_logprob_A[index_A],
         ref_logprob_A=experience.ref_logprob_A[index_A],
         shaped=replace(shaped, advantage_A=shaped.advantage_A[index_A]),
+        rollout_logprob_A=reordered(experience.rollout_logprob_A),
+        weights=replace(weights, weight_A=reordered(weights.weight_A)),
     )

@@ -136,11 +136,28 @@ class Scores:
         total_N: the total score, from which PPO's rewards come; 0 for a dropped response.
         models: raw scores of each reward model.
         source_total_N: weighted sum over functions and HTTP scorers; None without any.
+        overlong_N: soft penalty of long responses, at least 0; None: there is none.
     """
 
     total_N: Tensor
     models: Sequence[ModelScores]
     source_total_N: Tensor | None
+    overlong_N: Tensor | None = None
+
+
+def overlong_penalty(config: PPOConfig, lengths_N: Tensor) -> Tensor:
+    """Return the soft penalty of long responses, [N] float32, at least 0.
+
+        overlong_factor * clip((length - (max_new_tokens - overlong_buffer)) / overlong_buffer, 0, 1)
+
+    Source: DAPO (arXiv:2503.14476), equation 13.
+
+    Args:
+        config: `overlong_buffer` > 0.
+        lengths_N: tokens of each response, [N].
+    """
+    start = config.sampling.max_new_tokens - config.overlong_buffer
+    return config.overlong_factor * ((lengths_N - start) / config.overlong_buffer).clamp(0, 1)
 
 
 def total_scores(
@@ -150,18 +167,21 @@ def total_scores(
     source_total_N: Tensor | None,
     truncated_N: Tensor,
     dropped_N: Tensor | None = None,
+    lengths_N: Tensor | None = None,
 ) -> Scores:
     """Return the total score of every response.
 
         total = sum over reward models of weight * normalised score + source total - missing_eos_penalty * truncated
+                - overlong penalty
 
     Args:
-        config: `missing_eos_penalty` is read.
+        config: `missing_eos_penalty` and the keys of the overlong penalty are read.
         normalizers: by reward model.
         models: raw scores, [N] each.
         source_total_N: weighted sum over functions and HTTP scorers, or None.
         truncated_N: [N], bool or 0/1.
         dropped_N: [N] bool, the responses whose total is 0.
+        lengths_N: [N], tokens of each response, for the overlong penalty; None: there is none.
     """
     total_N = torch.zeros(truncated_N.shape[0])
     for model in models:
@@ -169,4 +189,9 @@ def total_scores(
     if source_total_N is not None:
         total_N = total_N + source_total_N
     total_N = total_N - config.missing_eos_penalty * truncated_N
-    return Scores(total_N if dropped_N is None else total_N.masked_fill(dropped_N, 0.0), models, source_total_N)
+    overlong_N = None
+    if config.overlong_buffer and lengths_N is not None:
+        overlong_N = overlong_penalty(config, lengths_N)
+        total_N = total_N - overlong_N
+    total_N = total_N if dropped_N is None else total_N.masked_fill(dropped_N, 0.0)
+    return Scores(total_N, models, source_total_N, overlong_N)

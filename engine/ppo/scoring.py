@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from icegrt.kernels import linear_logprobs
+from icegrt.kernels import TokenLogprobs, linear_logprobs
 from icegrt.packing import PackedBatch
 from icegrt.roles.role import Role
 
@@ -29,21 +29,25 @@ class LogprobScorer:
         """Return the log-probs (and entropies) of all actions under `role`, [A] float32 on the role's device."""
 
         def read(hidden_TH: Tensor, batch: PackedBatch) -> tuple[Tensor, ...]:
-            out = linear_logprobs(
-                hidden_TH[batch.action_rows_A],
-                role.model.lm_weight_VH,
-                batch.action_tokens_A,
-                mask_A=batch.action_mask_A,
-                temperature=self.temperature,
-                entropy=entropy,
-                shard=role.model.vocab_shard,
-                chunk_rows=self.chunk_rows,
-                rows_R=batch.counted_index,
-            )
+            out = self.read(role, hidden_TH, batch, entropy=entropy)
             return (out.logprob_A, out.entropy_A) if entropy else (out.logprob_A,)
 
         columns = _concatenate(role.score(batches, read, lambda batch: (batch.n_actions,) * (1 + entropy)))
         return columns[0], columns[1] if entropy else None
+
+    def read(self, role: Role, hidden_TH: Tensor, batch: PackedBatch, *, entropy: bool = False) -> TokenLogprobs:
+        """Return the log-probs (and entropies) of a micro-batch from its hidden states; masked actions have 0."""
+        return linear_logprobs(
+            hidden_TH[batch.action_rows_A],
+            role.model.lm_weight_VH,
+            batch.action_tokens_A,
+            mask_A=batch.action_mask_A,
+            temperature=self.temperature,
+            entropy=entropy,
+            shard=role.model.vocab_shard,
+            chunk_rows=self.chunk_rows,
+            rows_R=batch.counted_index,
+        )
 
 
 def score_values(role: Role, batches: Sequence[PackedBatch]) -> tuple[Tensor, Tensor]:

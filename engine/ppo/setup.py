@@ -248,6 +248,7 @@ def check_config(config: PPOConfig) -> None:
             )
     if config.reuse_update_logprob and (config.ppo_epochs, config.minibatches) != (1, 1):
         raise ConfigError("ppo.reuse_update_logprob needs ppo.ppo_epochs=1 and ppo.minibatches=1")
+    check_losses(config)
     if config.ptx_coef and not config.ptx_data:
         raise ConfigError("ppo.ptx_coef is above 0, but ppo.ptx_data names no file")
     responses = config.prompts_per_iteration * config.samples_per_prompt
@@ -270,6 +271,41 @@ def check_config(config: PPOConfig) -> None:
             f"ppo.minibatches is {config.minibatches}, but ppo.minibatch_by is prompt and an iteration has only "
             f"{config.prompts_per_iteration} prompts (ppo.prompts_per_iteration). Lower ppo.minibatches, or set "
             "ppo.minibatch_by=response"
+        )
+
+
+def check_losses(config: PPOConfig) -> None:
+    """Raise `ConfigError` for keys of corrections and losses that contradict each other; it names them."""
+    if config.correction == "dis":
+        if config.reuse_update_logprob:
+            raise ConfigError(
+                "ppo.correction=dis divides by the rollout's probabilities, ppo.reuse_update_logprob by the update's "
+                "own. Set ppo.reuse_update_logprob=false"
+            )
+        if config.dual_clip is not None:
+            raise ConfigError("ppo.dual_clip must be empty with ppo.correction=dis, which clips nothing")
+    if config.kl_logprobs == "rollout" and (
+        config.correction == "tis" or not (config.reuse_update_logprob or config.correction == "dis")
+    ):
+        raise ConfigError(
+            "ppo.kl_logprobs=rollout saves the actor's inference pass, which ppo.correction=tis and several optimizer "
+            "steps an iteration need. Set ppo.kl_logprobs=inference; or ppo.correction=dis; or "
+            "ppo.reuse_update_logprob=true with ppo.ppo_epochs=1, ppo.minibatches=1 and ppo.correction=none"
+        )
+    limit = config.sampling.max_new_tokens
+    if config.overlong_buffer > limit:
+        raise ConfigError(
+            f"ppo.overlong_buffer is {config.overlong_buffer}, longer than a response can be "
+            f"(ppo.sampling.max_new_tokens={limit}). Set it to {limit} at most"
+        )
+
+
+def check_positive_nll(config: PPOConfig, composition: RewardComposition) -> None:
+    """Raise `ConfigError` if the positive-example loss reads a task score that no source gives."""
+    if config.positive_nll_coef and config.positive_nll_score == "function" and not composition.sources:
+        raise ConfigError(
+            "ppo.positive_nll_coef needs a reward function or HTTP scorer, whose score says which responses are right. "
+            "Set ppo.positive_nll_score=total to use the total score"
         )
 
 

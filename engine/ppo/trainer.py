@@ -20,10 +20,12 @@ from icegrt.metrics import Evaluation, PPOStep, rollout_path
 from icegrt.metrics.alarms import Alarms
 from icegrt.model.hf.reader import ModelSource
 from icegrt.ppo.batch_plan import BatchPlan, plan_batches, stream_seed
+from icegrt.ppo.corrections import rollout_logprobs, score_policies
 from icegrt.ppo.dynamic_sampling import Selection, compare_scores, select_prompts
 from icegrt.ppo.evaluator import EvaluationResult
 from icegrt.ppo.experience import Experience, compute_advantages
 from icegrt.ppo.inference_checks import check_logprobs, locate_reward_errors, require_one_score
+from icegrt.ppo.loss_weights import loss_weights, right_responses
 from icegrt.ppo.memory_log import MemoryLog, MemoryPlan
 from icegrt.ppo.metrics import moments_of, ppo_step, rollout_rows
 from icegrt.ppo.pretraining import ValuePretraining
@@ -32,7 +34,7 @@ from icegrt.ppo.rewards import RewardOutputs
 from icegrt.ppo.rollout_writer import RolloutWriter
 from icegrt.ppo.scores import total_scores
 from icegrt.ppo.scoring import score_values
-from icegrt.ppo.setup import PPOInputs, build_ppo, check_config, check_critic, probe_reward_sources
+from icegrt.ppo.setup import PPOInputs, build_ppo, check_config, check_critic, check_positive_nll, probe_reward_sources
 from icegrt.residency import PARAMETERS
 from icegrt.roles.skip_guard import SkipGuard
 from icegrt.rollout.types import Response
@@ -85,6 +87,7 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         rewards, reference = RewardComposition.of(config, reward), reference or config.reference or None
         critic = critic or (config.critic.model if config.has_critic else None) or None
         check_critic(config, rewards, critic)
+        check_positive_nll(config, rewards)
         inputs = PPOInputs(actor, tokenizer, rewards, prompts, reference, critic, eval_prompts)
         self._memory_plan = MemoryPlan.read(config.memory_plan) if config.memory_plan else None
         super().__init__(config, callbacks, inputs=inputs)
@@ -215,7 +218,13 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
                 group, kept_N = self.cluster.data_group, ~rewards.dropped_N
                 parts.normalizers.observe(rewards.models, kept_N, self.cluster.device, group)
             scores = total_scores(
-                config, parts.normalizers, rewards.models, rewards.source_total_N, plan.truncated_N, rewards.dropped_N
+                config,
+                parts.normalizers,
+                rewards.models,
+                rewards.source_total_N,
+                plan.truncated_N,
+                rewards.dropped_N,
+                lengths_N=plan.cu_actions.diff(),
             )
             kl_coef = parts.kl_controller.coef
             shaping = self.pretraining.config if is_pretraining else config
@@ -223,7 +232,10 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
                 shaping, kl_coef, plan, scores, old_A, ref_A, value_A, last_value_N, rewards.token_reward_A
             )
             moments = shaped.moments.reduce(self.cluster.data_group)
-            experience = Experience(plan, scores, old_A, entropy_A, ref_A, value_A, shaped, moments)
+            rollout_A = rollout_logprobs(plan, self.cluster.device)
+            positive_N = right_responses(config, rewards.function_N, scores.total_N)
+            weights = loss_weights(config, plan, old_A, rollout_A, positive_N, self.cluster)
+            experience = Experience(plan, scores, old_A, entropy_A, ref_A, value_A, shaped, moments, rollout_A, weights)
         self.notify("on_scores", experience)
 
         # 5. Update actor and critic, a step per minibatch.
@@ -288,13 +300,10 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
             warn(f"iteration {self.done_steps + 1}: {selection.shortage(config)}")
         return selection
 
-    def _score_policies(self, plan: BatchPlan) -> tuple[Tensor, Tensor, Tensor]:
+    def _score_policies(self, plan: BatchPlan) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return log-probs and entropies under the actor, and log-probs under the reference, [A] each."""
         parts = self.components
-        old_A, entropy_A = parts.scorer(parts.actor, plan.batches, entropy=True)
-        assert entropy_A is not None
-        ref_A, _ = parts.scorer(parts.reference, plan.batches)
-        return old_A, entropy_A, ref_A
+        return score_policies(self.config, parts.scorer, parts.actor, parts.reference, plan)
 
     def _draw_ptx(self, iteration: int) -> list[list[Example]]:
         """Return a batch of pretraining text for each of the actor's steps."""

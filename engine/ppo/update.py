@@ -56,7 +56,7 @@ class UpdateOutcome:
     @property
     def policy_stats(self) -> PolicyStats | None:
         """Statistics of the policy loss; None if the actor took no step."""
-        return self.stats.get(PolicyStats)
+        return next((stats for stats in self.stats.values() if isinstance(stats, PolicyStats)), None)
 
     @property
     def value_stats(self) -> ValueStats | None:
@@ -163,12 +163,23 @@ class Updater:
         moments = experience.whitening_moments(self.config)
         moments = None if moments is None else moments.to(self.actor.device)
         loss = PolicyLoss(self.config, self.actor, kl_coef, moments, self.scorer, may_clip)
-        batches = experience.plan.action_batches(
-            members,
-            old_logprob_A=experience.old_logprob_A,
-            ref_logprob_A=experience.ref_logprob_A,
-            advantage_A=experience.shaped.advantage_A,
-        )
+        weights, old_A = experience.weights, experience.old_logprob_A
+        if self.config.correction == "dis":
+            assert experience.rollout_logprob_A is not None
+            old_A = experience.rollout_logprob_A
+        streams = {
+            "old_logprob_A": old_A,
+            "ref_logprob_A": experience.ref_logprob_A,
+            "advantage_A": experience.shaped.advantage_A,
+        }
+        streams |= {} if weights.weight_A is None else {"weight_A": weights.weight_A}
+        batches = experience.plan.action_batches(members, **streams)
+        if weights.positive is not None:
+            positive = [weights.positive[i] for i in members]
+            batches = [
+                replace(batch, positive_index_P=rows.index_P, positive_scale=rows.scale)
+                for batch, rows in zip(batches, positive, strict=True)
+            ]
         if left_actions:
             left = [left_actions[i] for i in members]
             batches = [replace(batch, left_actions=n) for batch, n in zip(batches, left, strict=True)]

@@ -118,11 +118,15 @@ class _Policy:
         plan = plan_batches(responses, config.token_budget, minibatch_by=config.minibatch_by, cluster=self.cluster)
         rewards: RewardOutputs = self.reward_computer(plan, prompts)
         local = rewards.select(plan.rank_assignment[plan.rank])
-        for model in local.models:
-            kept_score_N = model.score_N[~local.dropped_N].to(self.cluster.device)
-            self.normalizers[model.name].update(kept_score_N, self.cluster.data_group)
+        self.normalizers.observe(local.models, ~local.dropped_N, self.cluster.device, self.cluster.data_group)
         scores = total_scores(
-            config, self.normalizers, local.models, local.source_total_N, plan.truncated_N, local.dropped_N
+            config,
+            self.normalizers,
+            local.models,
+            local.source_total_N,
+            plan.truncated_N,
+            local.dropped_N,
+            lengths_N=plan.cu_actions.diff(),
         )
         total_N = plan.all_gather_sequences(scores.total_N)
         for n, (response, sample) in enumerate(zip(responses, rewards.samples, strict=True)):

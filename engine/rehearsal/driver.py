@@ -26,8 +26,10 @@ from icegrt.model.lora.trunk_hash import TrunkIdentity
 from icegrt.model.pipeline_model import PipelineModel
 from icegrt.ppo import role_setup
 from icegrt.ppo.batch_plan import BatchPlan, plan_batches, stream_seed
+from icegrt.ppo.corrections import rollout_logprobs, score_policies
 from icegrt.ppo.experience import Experience, compute_advantages
 from icegrt.ppo.kl_controller import kl_controller
+from icegrt.ppo.loss_weights import loss_weights
 from icegrt.ppo.reward_sources import RewardComposition
 from icegrt.ppo.scores import ModelScores, RunningScoreNormalizer, RunningScoreNormalizers, total_scores
 from icegrt.ppo.scoring import LogprobScorer, score_sequences, score_values
@@ -257,8 +259,9 @@ class _Iteration:
         self.value_A = self.last_value_N = None
         if self.critic is not None:
             self.value_A, self.last_value_N = score_values(self.critic, plan.batches)
-        self.old_A, self.entropy_A = self.scorer(self.actor, plan.batches, entropy=True)
-        self.ref_A, _ = self.scorer(self.reference, plan.batches)
+        self.old_A, self.entropy_A, self.ref_A = score_policies(
+            self.config, self.scorer, self.actor, self.reference, plan
+        )
 
     def advantages(self, plan: BatchPlan) -> Experience:
         """Normalise the scores, and run KL penalty and GAE."""
@@ -272,8 +275,12 @@ class _Iteration:
             config, kl_coef, plan, scores, self.old_A, self.ref_A, self.value_A, self.last_value_N
         )
         moments = shaped.moments.reduce(group)
-        assert self.entropy_A is not None
-        return Experience(plan, scores, self.old_A, self.entropy_A, self.ref_A, self.value_A, shaped, moments)
+        # Every response counts as right: the positive-example loss then costs most.
+        positive_N = torch.ones_like(plan.truncated_N) if config.positive_nll_coef else None
+        rollout_A = None if config.correction == "none" else rollout_logprobs(plan, self.cluster.device)
+        weights = loss_weights(config, plan, self.old_A, rollout_A, positive_N, self.cluster)
+        streams = (self.old_A, self.entropy_A, self.ref_A, self.value_A)
+        return Experience(plan, scores, *streams, shaped, moments, rollout_A, weights)
 
     def update(self, experience: Experience) -> None:
         """Take the optimizer steps of actor and critic."""

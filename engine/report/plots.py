@@ -98,6 +98,7 @@ def ppo_panels(rows: Sequence[dict[str, Any]], kl_target_nats_per_response: floa
         ),
         Panel("Entropy", "nats per token", (trained("entropy_nats_per_token"),)),
         Panel("Clip fraction", "of all tokens", (trained("clip_fraction"),), percent=True),
+        Panel("Tokens capped or masked", "of all tokens", (trained("correction_fraction"),), percent=True),
         Panel("Value explained variance", "1 is perfect", (trained("value_explained_variance"),)),
         Panel("Response length", "tokens", (trained("response_tokens_mean"), heldout("response_tokens_mean"))),
         Panel(

@@ -130,6 +130,9 @@ def charts(panels: Sequence[Any]) -> list[dict[str, Any]]:
     ]
 
 
+_OPTIONAL = ("correction_fraction", "correction_ratio_mean", "positive_nll", "overlong_penalty_mean")
+
+
 def training(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
     """Return the metrics of the first and the last iteration, on their training prompts, as (label, first, last)."""
     steps = [row for row in rows if row["kind"] == "ppo"]
@@ -143,13 +146,22 @@ def training(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
         "KL coefficient": ("kl_coef", number),
         "entropy, nats per token": ("entropy_nats_per_token", number),
         "clip fraction": ("clip_fraction", percent),
+        "tokens capped or masked": ("correction_fraction", percent),
+        "ratio to the rollout, mean": ("correction_ratio_mean", number),
+        "positive-example loss, nats per token": ("positive_nll", number),
+        "overlong penalty": ("overlong_penalty_mean", number),
         "value explained variance": ("value_explained_variance", number),
         "response length, tokens": ("response_tokens_mean", number),
         "truncated answers": ("truncated_fraction", percent),
         "rollout and scoring log-prob gap, nats": ("rollout_logprob_gap_max", number),
     }
     first_last = [json_safe(step, not_finite_as_null=True) for step in (steps[0], steps[-1])]
-    return [(label, *(show(step.get(key)) for step in first_last)) for label, (key, show) in metrics.items()]
+    # Metrics that the run does not have are left out.
+    return [
+        (label, *(show(step.get(key)) for step in first_last))
+        for label, (key, show) in metrics.items()
+        if key not in _OPTIONAL or any(step.get(key) is not None for step in first_last)
+    ]
 
 
 def phases(ppo: dict[str, Any]) -> dict[str, Any] | None:

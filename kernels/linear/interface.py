@@ -91,6 +91,7 @@ def linear_ppo_loss(
     weight_grad_out: Tensor | None = None,
     rows_R: Tensor | slice | None = None,
     drop_inactive: bool = True,
+    surrogate: str = "clip",
 ) -> PPOLoss:
     """Return `ppo_policy_loss` of `linear_logprobs`, in three matrix products and one pass over chunks.
 
@@ -131,6 +132,7 @@ def linear_ppo_loss(
         drop_inactive: Whether rows without a gradient (clipped, zero advantage) are left out of the products of the
             backward. On a device the host then waits once per chunk: pass False where no row is clipped, as in the
             first step from the policy that sampled. A CPU always leaves them out.
+        surrogate: "clip" or "mask": whether a row outside the clip bounds is clipped as in PPO, or has no loss.
 
     Returns:
         PPOLoss: `loss`, 0-dim fp32 (fp64 if an input is), this rank's sum over the normalizer, differentiable in
@@ -158,7 +160,7 @@ def linear_ppo_loss(
     )
     check_head_inputs(op, head)
     objective = PolicyObjective(
-        clip_low, clip_high, dual_clip, kl_coef, kl_estimator, kl_gradient, entropy_coef, moments, shift_mean
+        clip_low, clip_high, dual_clip, kl_coef, kl_estimator, kl_gradient, entropy_coef, moments, shift_mean, surrogate
     )
     streams = PolicyStreams(old_logprob_A, advantage_A, ref_logprob_A, mask_A, weight_A)
     streams = check_policy_inputs(op, hidden_AH, streams, objective, normalizer, labels_A)

@@ -21,6 +21,8 @@ from ..validate import (
 
 # Legend: A, actions of the packed stream; every stream is [A].
 
+SURROGATES = ("clip", "mask")
+
 
 @dataclass(frozen=True)
 class PolicyObjective:
@@ -35,6 +37,7 @@ class PolicyObjective:
     entropy_coef: float | Tensor
     moments: Moments | None  # None: the advantage is used as it is
     shift_mean: bool
+    surrogate: str  # "clip": PPO's; "mask": 0 outside the clip bounds
 
     @property
     def has_kl(self) -> bool:
@@ -96,6 +99,12 @@ def check_policy_inputs(
     check_number(op, "entropy_coef", objective.entropy_coef, like=like)
     check_choice(op, "kl_estimator", objective.kl_estimator, KL_ESTIMATORS)
     check_choice(op, "kl_gradient", objective.kl_gradient, ("k2", "raw"))
+    check_choice(op, "surrogate", objective.surrogate, SURROGATES)
+    if objective.surrogate == "mask" and objective.dual_clip is not None:
+        raise ValueError(
+            f"{op}: dual_clip must be None with surrogate 'mask', which bounds the ratio for both signs of the "
+            f"advantage, got {objective.dual_clip}"
+        )
     # 3. A KL term without a reference would be dropped silently.
     if streams.ref_logprob_A is None and objective.has_kl:
         raise ValueError(f"{op}: ref_logprob_A must be given when kl_coef is {objective.kl_coef}, got None")

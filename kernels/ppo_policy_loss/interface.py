@@ -31,6 +31,7 @@ def ppo_policy_loss(
     entropy_coef: float | Tensor = 0.0,
     moments: Moments | None = None,
     shift_mean: bool = True,
+    surrogate: str = "clip",
 ) -> PPOLoss:
     """Return the clipped policy loss of PPO, summed over unmasked tokens and divided by `normalizer`.
 
@@ -41,6 +42,12 @@ def ppo_policy_loss(
 
     Source: Schulman et al. 2017 (arXiv:1707.06347). With `dual_clip` c the surrogate is at most -A c if A < 0:
     Ye et al. 2020 (arXiv:1912.09729). The result is differentiable in logprob_A and entropy_A.
+
+    With surrogate="mask" a token outside the bounds has no loss and no gradient, whatever the sign of its advantage:
+
+        surrogate = -A rho    if 1 - clip_low <= rho <= 1 + clip_high, else 0
+
+    Source: the double-sided importance sampling of SAO (arXiv:2607.07508), where old_logprob is that of the rollout.
 
     Args:
         logprob_A: [A] floating, log-probs in nats under the policy that is trained. -inf, as of a filtered token, has
@@ -63,6 +70,7 @@ def ppo_policy_loss(
         entropy_coef: Number or 0-dim tensor, factor of the entropy bonus.
         moments: Moments that whiten the advantage. None: the advantage is used as it is.
         shift_mean: Whether whitening subtracts the mean.
+        surrogate: "clip" or "mask".
 
     Returns:
         PPOLoss: `loss`, 0-dim fp32 (fp64 if an input is), and `stats`, detached sums in fp64.
@@ -79,7 +87,7 @@ def ppo_policy_loss(
     elif may_be_nonzero(entropy_coef):
         raise ValueError(f"{op}: entropy_A must be given when entropy_coef is {entropy_coef}, got None")
     objective = PolicyObjective(
-        clip_low, clip_high, dual_clip, kl_coef, kl_estimator, kl_gradient, entropy_coef, moments, shift_mean
+        clip_low, clip_high, dual_clip, kl_coef, kl_estimator, kl_gradient, entropy_coef, moments, shift_mean, surrogate
     )
     streams = PolicyStreams(old_logprob_A, advantage_A, ref_logprob_A, mask_A, weight_A)
     streams = check_policy_inputs(op, logprob_A, streams, objective, normalizer)

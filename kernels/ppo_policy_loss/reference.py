@@ -40,17 +40,22 @@ def policy_terms(
 ) -> PolicyTerms:
     """Return the objective of each token and its terms. The advantage is whitened already; the mask is not applied."""
     advantage_A, ref_logprob_A = streams.advantage_A, streams.ref_logprob_A
-    # 1. Clipped surrogate. On-policy the ratio is 1 and only its gradient matters. An old log-prob that is not finite
-    #    makes loss and gradient NaN.
+    # 1. Clipped or masked surrogate. On-policy the ratio is 1 and only its gradient matters. An old log-prob that is
+    #    not finite makes loss and gradient NaN.
     logprob_A = floor_logprob(logprob_A)
     old_A = logprob_A.detach() if streams.old_logprob_A is None else streams.old_logprob_A
     old_A = torch.where(old_A.isfinite(), old_A, torch.nan)
     log_ratio_A = logprob_A - old_A
     ratio_A = safe_exp(log_ratio_A)
     unclipped_A = -advantage_A * ratio_A
-    bounded_A = -advantage_A * ratio_A.clamp(1.0 - objective.clip_low, 1.0 + objective.clip_high)
-    clipped_A = bounded_A > unclipped_A
-    policy_A = torch.where(clipped_A, bounded_A, unclipped_A)
+    low, high = 1.0 - objective.clip_low, 1.0 + objective.clip_high
+    if objective.surrogate == "mask":
+        clipped_A = (ratio_A < low) | (ratio_A > high)
+        policy_A = torch.where(clipped_A, 0.0, unclipped_A)
+    else:
+        bounded_A = -advantage_A * ratio_A.clamp(low, high)
+        clipped_A = bounded_A > unclipped_A
+        policy_A = torch.where(clipped_A, bounded_A, unclipped_A)
     # 2. Dual clip: bounds the loss of negative advantages, whose ratio the clip leaves unbounded.
     dual_A = torch.zeros_like(clipped_A)
     if objective.dual_clip is not None:

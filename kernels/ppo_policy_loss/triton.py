@@ -100,6 +100,7 @@ def ppo_policy_loss_kernel(
     ENTROPY_POINTER: tl.constexpr,
     ESTIMATOR: tl.constexpr,
     RAW: tl.constexpr,
+    MASKED: tl.constexpr,
     LIMIT: tl.constexpr,
     FLOOR: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -131,13 +132,17 @@ def ppo_policy_loss_kernel(
         # Masked entries return to 0: whitening would shift them to -mean.
         advantage = tl.where(keep, white + (1 - shift_mean) * mean, 0.0)
 
-    # 3. Clipped surrogate, its dual clip, and the slope by log-prob: 0 where a clip is active.
+    # 3. Clipped or masked surrogate, its dual clip, and the slope by log-prob: 0 where a clip or the mask is active.
     log_ratio = logprob - old
     ratio = bounded_exp(log_ratio, LIMIT)
     unclipped = -advantage * ratio
-    bounded = -advantage * tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
-    clipped = bounded > unclipped
-    policy = tl.where(clipped, bounded, unclipped)
+    if MASKED:
+        clipped = (ratio < 1.0 - clip_low) | (ratio > 1.0 + clip_high)
+        policy = tl.where(clipped, 0.0, unclipped)
+    else:
+        bounded = -advantage * tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
+        clipped = bounded > unclipped
+        policy = tl.where(clipped, bounded, unclipped)
     ceiling = -advantage * dual_clip
     dual = (advantage < 0.0) & (policy > ceiling)
     policy = tl.where(dual, ceiling, policy)
@@ -219,6 +224,7 @@ def policy_launch(
             objective.kl_estimator,
             objective.kl_gradient == "raw",
             bool(objective.shift_mean),
+            objective.surrogate == "mask",
         )
     return TokenGrads(grad_logprob_A, grad_entropy_A), partials
 
@@ -249,6 +255,7 @@ def _policy_cost(
     estimator: str,
     raw: bool,
     shift_mean: bool,
+    masked: bool,
 ) -> Cost:
     streams = [logprob_A, old_A, advantage_A, entropy_A, ref_A, mask_A, weight_A]
     numbers = [count, mean, m2, normalizer_ptr, kl_coef_ptr, entropy_coef_ptr]
@@ -260,7 +267,7 @@ def _policy_cost(
     "Tensor? weight, Tensor? count, Tensor? mean, Tensor? m2, Tensor(a!) grad_logprob, Tensor(b!)? grad_entropy, "
     "Tensor(c!) partials, float normalizer, Tensor? normalizer_ptr, float kl_coef, Tensor? kl_coef_ptr, "
     "float entropy_coef, Tensor? entropy_coef_ptr, float clip_low, float clip_high, float dual_clip, str estimator, "
-    "bool raw, bool shift_mean)",
+    "bool raw, bool shift_mean, bool masked)",
     _policy_cost,
 )
 def _policy_step(
@@ -289,6 +296,7 @@ def _policy_step(
     estimator: str,
     raw: bool,
     shift_mean: bool,
+    masked: bool,
 ) -> None:
     # An absent stream is replaced by the log-probs and gets size 0, so that one binary serves all combinations.
     size, optional = logprob_A.shape[0], (old_A, entropy_A, ref_A, mask_A, weight_A)
@@ -323,6 +331,7 @@ def _policy_step(
             ENTROPY_POINTER=entropy_coef_ptr is not None,
             ESTIMATOR=estimator,
             RAW=raw,
+            MASKED=masked,
             LIMIT=EXPONENT_LIMIT,
             FLOOR=LOGPROB_FLOOR,
             WIDTH=partials.shape[1],

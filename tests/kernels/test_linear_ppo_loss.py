@@ -30,6 +30,7 @@ def problem(dtype=torch.float64, A=17, H=5, V=11):
     [
         {},
         {"clip_low": 0.1, "clip_high": 0.3, "dual_clip": 1.5},
+        {"clip_low": 0.2, "clip_high": 0.3, "surrogate": "mask", "entropy_coef": 0.1},
         {"kl_coef": 0.3, "kl_estimator": "k3"},
         {"kl_coef": 0.3, "kl_estimator": "k1", "kl_gradient": "raw", "entropy_coef": 0.1},
         {"entropy_coef": torch.tensor(0.2, dtype=torch.float64), "shift_mean": False},
@@ -214,10 +215,11 @@ def test_rows_without_gradient_leave_before_the_backward_products(monkeypatch, m
     weight_scale=st.sampled_from([0.0, 1.0, 30.0]),
     entropy_coef=st.sampled_from([0.0, 0.05]),
     chunk_rows=st.sampled_from([1, 5, 64, None]),
+    surrogate=st.sampled_from(["clip", "mask"]),
     seed=st.integers(0, 99),
 )
 def test_drawn_problems_stay_within_the_budget(
-    A, V, dtype, masked, strided, weight_scale, entropy_coef, chunk_rows, seed
+    A, V, dtype, masked, strided, weight_scale, entropy_coef, chunk_rows, surrogate, seed
 ):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(A, 16, generator=generator).to(dtype)[:, :: 2 if strided else 1]
@@ -225,7 +227,7 @@ def test_drawn_problems_stay_within_the_budget(
     weight = weight if strided else weight.contiguous()
     labels = torch.randint(0, V, (A,), generator=generator)
     old, advantage = torch.randn(2, A, generator=generator)
-    options = {"normalizer": 7.0, "entropy_coef": entropy_coef, "temperature": 0.7}
+    options = {"normalizer": 7.0, "entropy_coef": entropy_coef, "temperature": 0.7, "surrogate": surrogate}
     options["mask_A"] = torch.arange(A) % 3 != 1 if masked else None
 
     def loss_and_gradients(backend, leaf_dtype, chunk_rows=None):

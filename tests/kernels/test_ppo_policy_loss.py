@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from icegrt.kernels import Moments, PolicyStats, linear_ppo_loss, ppo_policy_loss
 
@@ -34,6 +36,42 @@ def test_clipped_tokens_have_no_gradient_and_the_rest_minus_a_rho():
     advantage = torch.tensor([1.0, -1.0, -1.0, 2.0])
     ppo_policy_loss(logprob, old, advantage, normalizer=1.0).loss.backward()
     torch.testing.assert_close(logprob.grad, torch.tensor([0.0, 0.0, math.exp(0.5), -2.0]))
+
+
+@given(
+    tokens=st.lists(
+        st.tuples(st.floats(-4, 0), st.floats(-4, 0), st.floats(-3, 3), st.floats(0, 2), st.booleans()),
+        min_size=1,
+        max_size=12,
+    ),
+    low=st.sampled_from([0.0, 0.2, 0.8, 1.0]),
+    high=st.sampled_from([0.0, 0.2, 3.0]),
+)
+def test_the_masked_surrogate_is_minus_a_r_inside_its_region_and_nothing_outside(tokens, low, high):
+    """Loss, gradient r * A * grad log p, and statistics against a loop; r = p / p_rollout."""
+    loss, gradient, masked = 0.0, [], 0
+    for logprob, rollout, advantage, weight, counts in tokens:
+        r = math.exp(logprob - rollout)
+        inside = 1 - low <= r <= 1 + high
+        loss += -weight * r * advantage if counts and inside else 0.0
+        gradient.append(-weight * r * advantage if counts and inside else 0.0)
+        masked += counts and not inside
+    *streams, counted = (torch.tensor(column, dtype=torch.float64) for column in zip(*tokens, strict=True))
+    leaf = streams[0].requires_grad_()
+    options = {"mask_A": counted, "weight_A": streams[3], "clip_low": low, "clip_high": high, "surrogate": "mask"}
+    out = ppo_policy_loss(leaf, *streams[1:3], normalizer=5.0, **options)
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(loss / 5, abs=1e-12)
+    assert leaf.grad.tolist() == pytest.approx([g / 5 for g in gradient], abs=1e-12)
+    assert out.stats.clipped_sum == masked and out.stats.count == counted.sum()
+
+
+def test_a_dual_clip_of_the_masked_surrogate_is_refused():
+    zeros = torch.zeros(2)
+    with pytest.raises(ValueError, match="dual_clip must be None with surrogate 'mask'"):
+        ppo_policy_loss(zeros, zeros, zeros, normalizer=1.0, surrogate="mask", dual_clip=2.0)
+    with pytest.raises(ValueError, match="surrogate"):
+        ppo_policy_loss(zeros, zeros, zeros, normalizer=1.0, surrogate="zero")
 
 
 @pytest.mark.parametrize(("estimator", "d"), [(e, d) for e in ("k1", "k2", "k3", "abs") for d in (-100.0, 0.0, 100.0)])

@@ -11,7 +11,7 @@ ESTIMATORS = ("k1", "k2", "k3", "abs")
 FLAGS = (True, False)
 
 
-def check_policy(capability, estimator, raw, pointers, aligned):
+def check_policy(capability, estimator, raw, masked, pointers, aligned):
     """Compile one configuration.
 
     Args:
@@ -22,7 +22,14 @@ def check_policy(capability, estimator, raw, pointers, aligned):
     types |= dict.fromkeys(("normalizer", "kl_coef", "entropy_coef"), "*fp32" if pointers else "fp32")
     types |= {"logprob_ptr": "*bf16"} if pointers else {}
     constants = dict.fromkeys(("NORMALIZER_POINTER", "KL_POINTER", "ENTROPY_POINTER"), pointers)
-    constants |= {"ESTIMATOR": estimator, "RAW": raw, "LIMIT": 60.0, "WIDTH": 32, "BLOCK": module.BLOCK}
+    constants |= {
+        "ESTIMATOR": estimator,
+        "RAW": raw,
+        "MASKED": masked,
+        "LIMIT": 60.0,
+        "WIDTH": 32,
+        "BLOCK": module.BLOCK,
+    }
     assert_nothing_spills(module.ppo_policy_loss_kernel, capability, constants, module.OPTIONS, aligned, **types)
 
 
@@ -30,11 +37,11 @@ def check_policy(capability, estimator, raw, pointers, aligned):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("raw", FLAGS)
 def test_ppo_policy_loss(capability, estimator, raw):
-    check_policy(capability, estimator, raw, pointers=raw, aligned=not raw)
+    check_policy(capability, estimator, raw, masked=raw == (estimator in ("k1", "k3")), pointers=raw, aligned=not raw)
 
 
 @pytest.mark.long
 @EVERY_GENERATION
 def test_every_configuration_of_ppo_policy_loss(capability):
-    for estimator, raw, pointers, aligned in product(ESTIMATORS, FLAGS, FLAGS, FLAGS):
-        check_policy(capability, estimator, raw, pointers, aligned)
+    for estimator, raw, masked, pointers, aligned in product(ESTIMATORS, FLAGS, FLAGS, FLAGS, FLAGS):
+        check_policy(capability, estimator, raw, masked, pointers, aligned)

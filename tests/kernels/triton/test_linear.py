@@ -72,7 +72,14 @@ def test_loss_and_its_gradient(V, masked):
     check_loss(V=V, masked=masked)
 
 
-@pytest.mark.parametrize("objective", [{"clip_low": 0.01, "clip_high": 0.01}, {"kl_coef": 0.2, "kl_gradient": "raw"}])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"clip_low": 0.01, "clip_high": 0.01},
+        {"clip_low": 0.2, "clip_high": 0.3, "surrogate": "mask"},
+        {"kl_coef": 0.2, "kl_gradient": "raw"},
+    ],
+)
 def test_rows_without_gradient_leave_and_the_rest_is_right(objective):
     check_loss(masked=False, **objective)
 

@@ -14,7 +14,7 @@ from tests.helpers.loss_cases import assert_loss_within_budget, loss_streams, ru
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 
 
-def check_policy(size=1500, estimator="k3", gradient="k2", dual=None):
+def check_policy(size=1500, estimator="k3", gradient="k2", dual=None, surrogate="clip"):
     """Everything at once, over more than one program and a tail."""
     logprob, old, advantage, ref, entropy, weight = loss_streams(size)
     assert_loss_within_budget(
@@ -35,6 +35,7 @@ def check_policy(size=1500, estimator="k3", gradient="k2", dual=None):
         kl_gradient=gradient,
         entropy_coef=0.1,
         moments=Moments(*(torch.tensor(x, dtype=torch.float64) for x in (10.0, 0.5, 40.0))),
+        surrogate=surrogate,
     )
 
 
@@ -46,6 +47,7 @@ def test_policy_with_every_term(estimator, gradient):
 
 def test_policy_over_several_programs():
     check_policy(2500, dual=1.5)
+    check_policy(2500, surrogate="mask")
 
 
 def test_policy_on_policy_with_tensors_for_numbers_and_no_mean_shift():
@@ -72,14 +74,16 @@ def check_policy_extremes():
     zeros = torch.zeros(6)
     for estimator in ESTIMATORS:
         for gradient in ("k2", "raw"):
-            options = {"normalizer": 1.0, "kl_coef": 0.1, "kl_estimator": estimator, "kl_gradient": gradient}
-            fused, plain = (
-                run_loss(ppo_policy_loss, backend, logprob, zeros, advantage, ref_logprob_A=zeros, **options)
-                for backend in ("triton", "reference")
-            )
-            assert torch.isfinite(fused.out.loss) and torch.isfinite(fused.grad).all()
-            torch.testing.assert_close(fused.grad, plain.grad, rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(fused.out.loss, plain.out.loss, rtol=1e-5, atol=1e-6)
+            for surrogate in ("clip", "mask"):
+                options = {"normalizer": 1.0, "kl_coef": 0.1, "kl_estimator": estimator, "kl_gradient": gradient}
+                options |= {"ref_logprob_A": zeros, "surrogate": surrogate}
+                fused, plain = (
+                    run_loss(ppo_policy_loss, backend, logprob, zeros, advantage, **options)
+                    for backend in ("triton", "reference")
+                )
+                assert torch.isfinite(fused.out.loss) and torch.isfinite(fused.grad).all()
+                torch.testing.assert_close(fused.grad, plain.grad, rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(fused.out.loss, plain.out.loss, rtol=1e-5, atol=1e-6)
 
 
 def test_policy_extremes():
@@ -113,9 +117,10 @@ def test_masked_entries_do_not_matter():
     scale=st.sampled_from([0.0, 1.0, 30.0]),
     masked=st.booleans(),
     strided=st.booleans(),
+    surrogate=st.sampled_from(["clip", "mask"]),
 )
 @settings(max_examples=12)
-def test_drawn_streams(size, seed, dtype, scale, masked, strided):
+def test_drawn_streams(size, seed, dtype, scale, masked, strided, surrogate):
     streams = ((scale * stream).to(dtype).float() for stream in loss_streams(size, seed))
     logprob, old, advantage, ref, entropy, weight = streams
     if strided:
@@ -123,7 +128,7 @@ def test_drawn_streams(size, seed, dtype, scale, masked, strided):
         weight = torch.ones(()).expand(size)
     mask = torch.rand(size, generator=torch.Generator().manual_seed(seed)) > 0.4 if masked else None
     options = {"mask_A": mask, "weight_A": weight, "normalizer": max(1.0, float(size))}
-    options |= {"ref_logprob_A": ref, "kl_coef": 0.1, "entropy_coef": 0.1}
+    options |= {"ref_logprob_A": ref, "kl_coef": 0.1, "entropy_coef": 0.1, "surrogate": surrogate}
     assert_loss_within_budget(ppo_policy_loss, logprob, old, advantage, entropy, **options)
 
 
