@@ -237,3 +237,14 @@ def test_files_of_a_run_are_one_source_in_their_order(recorded):
         rows = open_rollouts(str(path))
         assert [row.data for row in rows] == whole and rows[-1].data == whole[-1] and len(rows) == 16
     assert rows[8].where.endswith("iteration_00002.jsonl:1")
+
+
+def test_an_adapter_of_value_pretraining_is_a_critic_on_the_actors_trunk(home, tmp_path):
+    with trainer(home, tmp_path / "run", "value.sharing=lora", "value.lora.rank=2", data=rows()) as run:
+        run.train()
+        trained = tiny.parameters(run.role)
+    assert trained["head.weight"].any()
+    settings = ("ppo.sharing=lora", "ppo.lora.rank=2", "ppo.reward_model=")
+    adapter = f"ppo.critic.model={tmp_path / 'run' / 'adapter'}"
+    with PPOTrainer(PPOConfig.load(None, cases.ppo_keys(home, tmp_path / "ppo", *settings, adapter))) as ppo:
+        assert tiny.same(tiny.parameters(ppo.critic), trained)
