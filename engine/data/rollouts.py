@@ -6,14 +6,16 @@ they are: text that is tokenized again can give other tokens than the policy pro
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from icegrt.config import DataSource
 from icegrt.data.examples import SkippedRow
-from icegrt.data.rows import Row, type_name
+from icegrt.data.open import open_rows
+from icegrt.data.rows import LazyRows, Row, type_name
 from icegrt.errors import DataError
 from icegrt.utils.values import is_float32_number, is_number
 
@@ -125,21 +127,44 @@ def _number(row: Row, key: str, value: Any) -> float:
     return float(value)
 
 
-def rollout_files(sources: Sequence[DataSource]) -> list[DataSource]:
-    """Return the sources with every folder replaced by the rollout files of the run in it, in order.
+def run_folder(path: str) -> Path:
+    """Return the run whose folder, `rollouts/` or rollout file `path` is."""
+    place = Path(path)
+    while place.is_file() or place.name == ROLLOUTS:
+        place = place.parent
+    return place
+
+
+def open_rollouts(path: str) -> Sequence[Row]:
+    """Return the rows of a rollout file, or of all rollout files of a run, in order; they are read on access.
+
+    Args:
+        path: the run's folder, its `rollouts/`, or a file.
 
     Raises:
-        DataError: a folder has no rollouts.
+        DataError: a folder has no rollouts, or a file cannot be read.
     """
-    files = []
-    for source in sources:
-        folder = Path(source.path)
-        if not source.path or not folder.is_dir():
-            files.append(source)
-            continue
-        inner = folder / ROLLOUTS if (folder / ROLLOUTS).is_dir() else folder
-        paths = sorted(inner.glob("*.jsonl"))
-        if not paths:
-            raise DataError(f"{folder}: holds no `rollouts/*.jsonl`; name the folder of a PPO run, or its files")
-        files += [DataSource(path=str(path), weight=source.weight) for path in paths]
-    return files
+    folder = Path(path)
+    if not path or not folder.is_dir():
+        return open_rows(path)
+    inner = folder / ROLLOUTS if (folder / ROLLOUTS).is_dir() else folder
+    files = sorted(inner.glob("*.jsonl"))
+    if not files:
+        raise DataError(f"{folder}: holds no `rollouts/*.jsonl`; name the folder of a PPO run, or its files")
+    return _ConcatRows([open_rows(file) for file in files])
+
+
+class _ConcatRows(LazyRows):
+    """The rows of several files, one after another."""
+
+    def __init__(self, parts: Sequence[Sequence[Row]]) -> None:
+        self._parts = list(parts)
+        self._ends = list(accumulate(map(len, self._parts)))
+        self.nbytes = sum(getattr(part, "nbytes", 0) for part in self._parts)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def row(self, index: int) -> Row:
+        part = bisect_right(self._ends, index)
+        return self._parts[part][index - (self._ends[part - 1] if part else 0)]

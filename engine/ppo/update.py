@@ -234,7 +234,10 @@ class Updater:
     ) -> None:
         assert self.critic is not None
         work = self.critic_work(experience, members, pretraining)
-        step = self.critic.train_step(work, None if pretraining is None else pretraining.learning_rate)
+        if pretraining is None:
+            step = self.critic.train_step(work)
+        else:
+            step = self.critic.train_step(work, lr=pretraining.learning_rate)
         outcome.critic.append(step)
         outcome.add(step.stats)
 

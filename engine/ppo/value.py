@@ -9,7 +9,7 @@ from typing import Any
 from icegrt.checkpoint.directory import best_of, list_checkpoints
 from icegrt.config import DataSource, PPOConfig, ValueConfig
 from icegrt.data import BlendedDataset, ConcatDataset, load_tokenizer
-from icegrt.data.rollouts import ROLLOUTS, RolloutEncoder, ValueExample, rollout_files
+from icegrt.data.rollouts import ROLLOUTS, RolloutEncoder, ValueExample, open_rollouts, run_folder
 from icegrt.data.training_data import exclude_heldout, hold_out, packed
 from icegrt.data.types import Rows
 from icegrt.distributed.pipeline import fetch_from_last_stage
@@ -33,6 +33,7 @@ from icegrt.training.value_loss import (
     reduced,
 )
 from icegrt.utils.console import print_info, warn
+from icegrt.utils.files import model_folder
 
 
 class ValueTrainer(OneModelTrainer[ValueConfig, ValueStep]):
@@ -76,32 +77,44 @@ class ValueTrainer(OneModelTrainer[ValueConfig, ValueStep]):
         return role
 
     def _encode(self, key: str, files: list[DataSource], rows: Rows | None) -> EncodedSources:
-        if rows is None:
-            files = self._sampled() if key == "data" and self.config.ppo else rollout_files(files)
-            self._check_tokenizers(files)
-        return super()._encode(key, files, rows)
+        if rows is not None:
+            return super()._encode(key, files, rows)
+        files = self._sampled() if key == "data" and self.config.ppo else files
+        self._check_tokenizers(files)
+        sources = []
+        for source in files:
+            # The files of a run are one source: a prompt that comes again is then held out of all of them or of none.
+            ((items, _),) = super()._encode(key, [], open_rollouts(source.path))
+            sources.append((items, source.weight))
+        return sources
 
     def _sampled(self) -> list[DataSource]:
         """Return the file of sampled rollouts, which a resumed run has already. Collective."""
         path = self.dir / ROLLOUTS / "sampled.jsonl"
         if not self.cluster.broadcast_from_main(path.is_file()):
+            ppo = PPOConfig.load(self.config.ppo)
+            if ppo.actor:
+                self._check_tokenizer(model_folder(ppo.actor), f"ppo.actor ({ppo.actor})")
             if self.cluster.is_main:
                 save_config(self.config, self.dir)  # an interrupted run is then known as a run
-            sample_rollouts(PPOConfig.load(self.config.ppo), self.config.iterations, path, self.cluster)
+            sample_rollouts(ppo, self.config.iterations, path, self.cluster)
             self.cluster.barrier()
         return [DataSource(path=str(path))]
 
     def _check_tokenizers(self, files: list[DataSource]) -> None:
         """Raise `ConfigError` if the run that rollouts are of has another tokenizer than the model."""
-        folders = {path.parents[1] for path in (Path(f.path) for f in files) if path.parent.name == ROLLOUTS}
-        for folder in sorted(folder for folder in folders if (folder / "tokenizer").is_dir()):
-            recorded: Any = load_tokenizer(str(folder / "tokenizer"))
-            own: Any = self.tokenizer
-            if recorded.get_vocab() != own.get_vocab():
-                raise ConfigError(
-                    f"value.data: the run {folder} and value.model ({self.config.model}) map text to different token "
-                    "ids: the critic must read the tokens that the policy sampled"
-                )
+        for folder in sorted({run_folder(source.path) for source in files}):
+            if (folder / "tokenizer").is_dir():
+                self._check_tokenizer(folder / "tokenizer", f"value.data: the run {folder}")
+
+    def _check_tokenizer(self, folder: Path, name: str) -> None:
+        sampled: Any = load_tokenizer(str(folder))
+        own: Any = self.tokenizer
+        if sampled.get_vocab() != own.get_vocab():
+            raise ConfigError(
+                f"{name} and value.model ({self.config.model}) map text to different token ids: the critic must read "
+                "the tokens that the policy sampled"
+            )
 
     def _encoder(self) -> RolloutEncoder:
         return RolloutEncoder(self._vocab_size, self.max_length, self.config.gamma)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from icegrt.config import PPOConfig, ValueConfig
 from icegrt.data import Row
-from icegrt.data.rollouts import RolloutEncoder, monte_carlo_returns
+from icegrt.data.rollouts import RolloutEncoder, monte_carlo_returns, open_rollouts
 from icegrt.errors import ConfigError, DataError
 from icegrt.metrics import read_metrics
 from icegrt.metrics.statistics import explained_variance
@@ -224,3 +224,16 @@ def test_rollouts_of_another_tokenizer_are_refused(home, recorded, tmp_path):
     path.write_text(path.read_text().replace('"a":', '"@":'))
     with pytest.raises(ConfigError, match=r"value\.data: the run .*run and value\.model .*other\) map text to diff"):
         trainer(home, tmp_path / "run", f"value.model={other}", f"value.data=[{{path: {recorded}}}]")
+    file = tmp_path / "ppo.yaml"
+    PPOConfig.load(None, cases.ppo_keys(home, "never")).save(file)
+    with pytest.raises(ConfigError, match=r"ppo\.actor .* and value\.model .*other\) map text to different"):
+        trainer(home, tmp_path / "run", f"value.model={other}", f"value.ppo={file}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_of_a_run_are_one_source_in_their_order(recorded):
+    whole = [line for path in sorted((recorded / "rollouts").glob("*.jsonl")) for line in cases.read_jsonl(path)]
+    for path in (recorded, recorded / "rollouts"):
+        rows = open_rollouts(str(path))
+        assert [row.data for row in rows] == whole and rows[-1].data == whole[-1] and len(rows) == 16
+    assert rows[8].where.endswith("iteration_00002.jsonl:1")
