@@ -127,7 +127,7 @@ class PtxLoss:
 
 @dataclass(frozen=True)
 class CriticLoss:
-    """The critic's clipped squared error against the returns; counted per action."""
+    """The critic's clipped squared error against the returns; counted per action that has one."""
 
     critic: Role
     clip: float | None
@@ -139,6 +139,6 @@ class CriticLoss:
             batch.return_A,
             clip=self.clip,
             normalizer=1.0,
-            mask_A=batch.action_mask_A,
+            mask_A=batch.action_mask_A if batch.value_mask_A is None else batch.value_mask_A,
         )
-        return LossOutput(out.loss, batch.n_counted_actions, out.stats)
+        return LossOutput(out.loss, batch.n_returns, out.stats)

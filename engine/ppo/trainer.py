@@ -235,7 +235,10 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
             rollout_A = rollout_logprobs(plan, self.cluster.device)
             positive_N = right_responses(config, rewards.function_N, scores.total_N)
             weights = loss_weights(config, plan, old_A, rollout_A, positive_N, self.cluster)
-            experience = Experience(plan, scores, old_A, entropy_A, ref_A, value_A, shaped, moments, rollout_A, weights)
+            own_returns = shaping.has_own_returns
+            experience = Experience(
+                plan, scores, old_A, entropy_A, ref_A, value_A, shaped, moments, rollout_A, weights, own_returns
+            )
         self.notify("on_scores", experience)
 
         # 5. Update actor and critic, a step per minibatch.
