@@ -101,14 +101,14 @@ def write_page(options: list[Option], out: Path) -> Path:
         members = [option.name for option in options if option.group == group or option.name == BASELINE]
         series = [series_of(name, curves[name], "function_score_mean", markers=True) for name in members]
         panels.append(Panel(f"Exact match: {group}", "of sampled answers to validation prompts", tuple(series)))
-    write_curves_png(out / "curves.png", panels, "Eight digits to sort, from the same SFT model")
+    write_curves_png(out / "curves.png", panels, "Six digits to sort, from the same SFT model")
     figures = []
     for option in options:
         first, last = (f"{curves[option.name][n]['function_score_mean']:.3f}" for n in (0, -1))
         figures.append((f"{option.name}: {option.title}", first, last))
     page = render_page(
         "training_report.html",
-        title="Eight digits to sort: each option of the engine",
+        title="Six digits to sort: each option of the engine",
         charts=[{"title": p.title, "unit": p.unit, "svg": panel_svg(p), "legend": legend(p)} for p in panels],
         figures=figures,
         settings=settings_tables(out / BASELINE / CONFIG_FILE, None),

@@ -1,4 +1,4 @@
-"""Eight digits to sort: rows in parts without overlap, a tokenizer of one token per character, a small random Llama.
+"""Six digits to sort: rows in parts without overlap, a tokenizer of one token per character, a small random Llama.
 
 The sorted digits decide the part of a row. So no answer of a held-out part occurs in training, in any order of digits.
 """
@@ -17,9 +17,9 @@ from icegrt.utils.files import write_text_atomic
 
 __all__ = ["DIGITS", "SIZES", "build_model", "build_rows", "build_tokenizer", "part_of", "prepare"]
 
-DIGITS = 8
+DIGITS = 6
 # Labelled rows are few, prompts are many.
-SIZES = {"sft": 1000, "prompts": 16_000, "validation": 256, "test": 512}
+SIZES = {"sft": 64, "prompts": 16_000, "validation": 256, "test": 512}
 _SHARES = (("sft", 20), ("prompts", 80), ("validation", 90), ("test", 100))
 PAD, END, UNKNOWN, ASK = "<pad>", "<end>", "<unknown>", "="
 VOCABULARY = (PAD, END, UNKNOWN, ASK, *"0123456789")
@@ -32,7 +32,7 @@ def part_of(answer: str) -> str:
 
 
 def draw_rows(seed: int) -> Iterator[dict[str, str]]:
-    """Yield rows of eight random digits: `prompt`, and `response` with the digits in order. Prompts are distinct."""
+    """Yield rows of six random digits: `prompt`, and `response` with the digits in order. Prompts are distinct."""
     generator = random.Random(seed)
     seen: set[str] = set()
     while True:
@@ -71,12 +71,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(seed: int) -> LlamaForCausalLM:
-    """Return a Llama of three layers of width 128 with random weights."""
+    """Return a Llama of two layers of width 96 with random weights."""
     config = LlamaConfig(
         vocab_size=len(VOCABULARY),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=32,

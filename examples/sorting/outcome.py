@@ -69,7 +69,7 @@ class Outcome:
             self.out / "ppo",
             self.figures,
             examples=self._examples(),
-            title="Eight digits to sort: a short SFT, then PPO on exact match",
+            title="Six digits to sort: a short SFT, then PPO on exact match",
             notes=[
                 f"{len(self.rows)} test prompts; their answers occur in no training row. {SAMPLES} sampled answers and "
                 "one greedy answer each, before and after PPO. Task score: the fraction of answers that are exactly "

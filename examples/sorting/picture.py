@@ -51,7 +51,7 @@ def write_picture(path: Path, curves: Mapping[str, Curve], labelled: int) -> Non
         "short SFT", (start.seconds[-1] / 2, 1.0), xytext=(0, -3), textcoords="offset points", ha="center", va="top",
         color="0.35",
     )  # fmt: skip
-    axes.set_title("Sort eight digits (52830417= becomes 01234578): answers that are exactly right", fontsize=11)
+    axes.set_title("Sort six digits (528041= becomes 012458): answers that are exactly right", fontsize=11)
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("of sampled answers to held-out prompts")
     axes.set_xlim(left=0)

@@ -1,4 +1,4 @@
-"""PPO that learns where anyone can see it: eight digits to sort, a short SFT on few rows, then PPO on exact match.
+"""PPO that learns where anyone can see it: six digits to sort, a short SFT on few rows, then PPO on exact match.
 
     python examples/sorting/run.py --out runs/learn --seed 0
 
