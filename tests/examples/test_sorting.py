@@ -8,12 +8,17 @@ from types import SimpleNamespace
 import pytest
 
 from icegrt import PPOConfig, SFTConfig
+from icegrt.config.loader import as_dict
+from icegrt.errors import UserError
+from icegrt.ppo.setup import check_config
+from icegrt.utils.values import flatten
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
-from sorting import curve, digits, outcome, run  # noqa: E402
+from sorting import compare, curve, digits, outcome, run  # noqa: E402
 from sorting.reward import exact_match  # noqa: E402
 
+SHORT = EXAMPLES / "sorting" / "short.yaml"
 SIZES = {"sft": 64, "prompts": 64, "validation": 16, "test": 16}
 SETTINGS = (
     "sft.epochs=2",
@@ -24,7 +29,6 @@ SETTINGS = (
     "ppo.minibatches=2",
     "ppo.eval_every=1",
     "ppo.checkpoint_every=1",
-    "ppo.run.dtype=fp32",
 )
 
 
@@ -137,6 +141,35 @@ def test_settings_are_on_policy_and_from_the_reward_function_alone():
     assert SFTConfig.load(run.SETTINGS, ["sft.model=a"]).sharing == "full"
 
 
+def test_the_short_run_has_the_same_settings():
+    settings, short = (dict(flatten(as_dict(PPOConfig.load(path)))) for path in (run.SETTINGS, SHORT))
+    names = {name for name in settings if settings[name] != short[name]}
+    paths = {"actor", "reward_function", "prompts", "eval_prompts", "run.dir"}
+    assert names == paths | {"iterations", "eval_every", "checkpoint_every"}
+
+
+@pytest.mark.parametrize("path", sorted(compare.OPTIONS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_an_option_is_a_valid_run_that_differs_from_the_baseline(path):
+    option = compare.read_option(path)
+    config = PPOConfig.load(run.SETTINGS, [*run.ppo_inputs(Path("out")), *option.overrides])
+    check_config(config)
+    baseline = PPOConfig.load(run.SETTINGS, run.ppo_inputs(Path("out")))
+    assert (config != baseline) == (option.name != compare.BASELINE)
+
+
+@pytest.mark.parametrize("text", ["ppo: {lam: 1.0}", "# a title\nsft: {epochs: 1}", "# a title\nlam: 1.0"])
+def test_a_file_of_options_without_title_or_with_another_section_is_refused(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="expected a comment"):
+        compare.read_option(path)
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(UserError, match="got 'advantage-none'"):
+        compare.read_options(["advantage-none"])
+
+
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(digits, "SIZES", SIZES)
@@ -167,10 +200,23 @@ def test_the_run_resumes_and_writes_its_report(small, tmp_path, monkeypatch):
     assert len(curves["PPO"].seconds) == 3  # before training and after each iteration
     assert curves["PPO"].seconds[0] == curves["SFT"].seconds[-1]
 
+    # Options start from this run, are trained once each, and share a page.
+    overrides = [setting for setting in SETTINGS if setting.startswith("ppo.")]
+    options = compare.read_options(["advantage-rloo"])
+    for _ in range(2):
+        compare.train(options, out, tmp_path / "options", overrides)
+        metrics = (tmp_path / "options" / "advantage-rloo" / "metrics.jsonl").stat().st_mtime_ns
+    page = compare.write_page(options, tmp_path / "options").read_text(encoding="utf-8")
+    assert [option.name for option in options] == [compare.BASELINE, "advantage-rloo"]
+    assert "Exact match: advantage" in page and "no critic" in page
+    assert (tmp_path / "options" / "advantage-rloo" / "metrics.jsonl").stat().st_mtime_ns == metrics
+    rloo = PPOConfig.load(tmp_path / "options" / "advantage-rloo" / "config.yaml")
+    assert rloo.advantage == "rloo" and rloo.iterations == 2 and rloo.run.seed == 0
+
 
 @pytest.mark.long
 def test_a_short_training_raises_exact_match(tmp_path):
-    settings = ["ppo.iterations=30", "ppo.eval_every=10", "ppo.run.dtype=fp32"]
+    settings = ["ppo.iterations=30", "ppo.eval_every=10"]
     run.Sorting(tmp_path / "out", 0, settings).run()
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert report["exact_match_before"] < 0.2
