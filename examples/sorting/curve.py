@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,9 +99,8 @@ def sft_curve(run: Path) -> Curve:
 
 
 def sft_seconds_per_step(run: Path) -> float:
-    """Return the mean seconds of an SFT run's optimizer steps."""
-    steps = _sft_steps(run)
-    return sum(row["tokens"] / row["tokens_per_second"] for row in steps) / len(steps)
+    """Return the median seconds of an SFT run's optimizer steps; the first steps are slower than the others."""
+    return statistics.median(row["tokens"] / row["tokens_per_second"] for row in _sft_steps(run))
 
 
 def ppo_curve(run: Path) -> Curve:

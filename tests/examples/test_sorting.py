@@ -108,13 +108,13 @@ def test_curves_count_seconds_of_training_only(tmp_path):
     steps = [
         {"kind": "sft", "step": n, "epoch": 1.0, "loss": 1.0, "tokens": 10 * n, "tokens_per_second": 10.0,
          "lr": 0.1, "grad_norm": 1.0}
-        for n in (1, 2, 3)
+        for n in (1, 2, 4)
     ]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps), encoding="utf-8")
-    points = [{"step": 2, "exact_match": 0.25}, {"step": 3, "exact_match": 0.5}]
+    points = [{"step": 2, "exact_match": 0.25}, {"step": 4, "exact_match": 0.5}]
     (tmp_path / curve.FILE).write_text("".join(json.dumps(row) + "\n" for row in points), encoding="utf-8")
-    assert curve.sft_curve(tmp_path) == curve.Curve([3.0, 6.0], [0.25, 0.5])
-    assert curve.sft_curve(tmp_path).after(4.0).seconds == [7.0, 10.0]
+    assert curve.sft_curve(tmp_path) == curve.Curve([3.0, 7.0], [0.25, 0.5])
+    assert curve.sft_curve(tmp_path).after(4.0).seconds == [7.0, 11.0]
     assert curve.sft_seconds_per_step(tmp_path) == 2.0
 
 
