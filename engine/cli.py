@@ -33,6 +33,7 @@ COMMANDS = {
     "report": "write the report of a run, also while it goes on",
     "rehearse": "count what a PPO run would do on a cluster of GPUs, without a GPU",
     "plan": "report the memory that a PPO run needs, and the changes that make it fit",
+    "migrate": "convert a configuration of TRL's PPO, and report what has no equivalent",
     "data": "show which text of a data file is trained on",
     "doctor": "check the machine and the installed packages",
 }
@@ -121,6 +122,12 @@ def _run(argv: list[str]) -> int:
             from icegrt.commands import plan
         with contextlib.suppress(SystemExit):  # argparse raises it after --help
             plan.main(argv[1:])
+        return OK
+    if argv[0] == "migrate":
+        with _required_packages("migrate"):
+            from icegrt.commands import migrate
+        with contextlib.suppress(SystemExit):  # argparse raises it after --help
+            migrate.main(argv[1:])
         return OK
     if argv[0] == "report":
         with _required_packages("report"):

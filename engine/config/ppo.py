@@ -17,6 +17,7 @@ from icegrt.config.shared import (
     LoRAConfig,
     OptimizerConfig,
     ParallelConfig,
+    ProfileConfig,
     RolloutConfig,
     RunConfig,
     SamplingConfig,
@@ -322,6 +323,7 @@ class PPOConfig(Loadable):
         "file that `icegrt plan --out` wrote for this run: memory.json then has its peaks beside the measured ones; "
         "empty: none",
     )
+    profile: Section[ProfileConfig] = key(ProfileConfig(), "a trace of some steps")
     run: Section[RunConfig] = key(RunConfig(dir="runs/ppo"), "the run")
 
     @property

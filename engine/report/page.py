@@ -21,6 +21,7 @@ from icegrt.metrics.alarms import Alarms
 from icegrt.report.alarm_list import alarm_list
 from icegrt.report.memory_table import memory_table
 from icegrt.report.plots import Panel, ppo_panels, write_curves_png
+from icegrt.report.profile import profile_files
 from icegrt.report.tables import (
     cards,
     charts,
@@ -97,6 +98,7 @@ def write_ppo_report(
         phases=phases(ppo),
         memory=memory_table(run_dir),
         examples=[example_texts(number, example) for number, example in enumerate(examples, 1)],
+        profiles=profile_files(run_dir),
         settings=settings_tables(run_dir / CONFIG_FILE, settings),
     )
     write_text_atomic(run_dir / "report.html", page)

@@ -17,7 +17,7 @@ LAYERS = (
     ("_C", "errors"),
     ("utils", "packing", "scheduling", "kernels", "residency"),
     ("config",),
-    ("distributed", "metrics", "rewards", "data"),
+    ("distributed", "metrics", "rewards", "data", "migration"),
     ("model", "report"),
     ("roles", "rollout"),
     ("checkpoint",),
