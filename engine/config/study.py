@@ -22,7 +22,7 @@ class StudyBase:
         "recipe file, instead of a command: icegrt runs `stage` with it, with the folder and the seed of each run; "
         "overrides may contain the placeholders",
     )
-    stage: Literal["sft", "reward", "ppo"] = key("ppo", "the command that runs a recipe")
+    stage: Literal["sft", "reward", "value", "ppo"] = key("ppo", "the command that runs a recipe")
     overrides: list[str] = key([], "overrides of all settings, as in ppo.kl_coef=0.1")
     prepare: str = key(
         "",

@@ -54,9 +54,15 @@ class Task:
 
 
 def input_files(config: StudyConfig) -> dict[str, str]:
-    """Return the SHA-256 of each file that the study names: the recipe, and words of its commands that are files."""
+    """Return the SHA-256 of each file that the study names: the recipe, and files in its commands and overrides.
+
+    A file of an override may have a function after it, as in ppo.reward_function=reward.py:score.
+    """
     base = config.base
     words = [base.recipe, *shlex.split(base.command), *shlex.split(base.prepare)]
+    for override in [*base.overrides, *(word for setting in config.settings for word in setting.overrides)]:
+        value = override.partition("=")[2]
+        words += [value, value.rpartition(":")[0]]
     paths = sorted({word for word in words if word and Path(word).is_file()})
     return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
 

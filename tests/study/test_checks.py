@@ -1,12 +1,14 @@
 """What a study file must have before anything runs: every mistake names its key, and nothing is written."""
 
+import hashlib
+
 import pytest
 
 from icegrt import cli
 from icegrt.config.loader import as_yaml
 from icegrt.errors import ConfigError
 from icegrt.study.checks import check
-from icegrt.study.grid import grid, pilot_tasks, preparation
+from icegrt.study.grid import grid, input_files, pilot_tasks, preparation
 from tests.helpers.refusals import check_refused
 from tests.helpers.studies import STUDY, study_of
 
@@ -114,3 +116,16 @@ def test_help_lists_the_options(capsys):
     assert cli.main(["study", "--help"]) == 0
     text = capsys.readouterr().out
     assert all(option in text for option in ("--amend", "--pilot", "--report", "--retry-failed", "study.contrasts[].a"))
+
+
+def test_the_files_of_commands_and_overrides_are_hashed(tmp_path):
+    for name in ("run.py", "prepare.py", "reward.py", "other"):
+        (tmp_path / name).write_text(name)
+    base = {
+        "command": f"python {tmp_path}/run.py {{out}} {{seed}} {tmp_path}/missing.py",
+        "prepare": f"python {tmp_path}/prepare.py {{shared}}",
+        "overrides": [f"reward={tmp_path}/reward.py:score"],
+    }
+    files = input_files(study_of(tmp_path, base=base, settings=[PLAIN | {"overrides": [f"x={tmp_path}/other"]}]))
+    assert list(files) == [str(tmp_path / name) for name in ("other", "prepare.py", "reward.py", "run.py")]
+    assert files[str(tmp_path / "other")] == hashlib.sha256(b"other").hexdigest()
