@@ -28,6 +28,14 @@ from icegrt.config.stages import (
     SFTConfig,
     ValueConfig,
 )
+from icegrt.config.study import (
+    StudyBase,
+    StudyConfig,
+    StudyContrast,
+    StudyMeasure,
+    StudyPilot,
+    StudySetting,
+)
 
 __all__ = [
     "CONFIG_FILE",
@@ -52,6 +60,12 @@ __all__ = [
     "SFTConfig",
     "SampleConfig",
     "SamplingConfig",
+    "StudyBase",
+    "StudyConfig",
+    "StudyContrast",
+    "StudyMeasure",
+    "StudyPilot",
+    "StudySetting",
     "ValueConfig",
     "config_class",
     "key",

@@ -24,7 +24,7 @@ LAYERS = (
     ("training",),
     ("ppo",),
     ("rehearsal",),
-    ("planning",),
+    ("planning", "study"),
     ("commands",),
     ("cli",),
     ("__main__",),
