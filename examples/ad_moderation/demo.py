@@ -32,9 +32,10 @@ CHECKER, PARTS = (f"{HERE / 'reward.py'}:{name}" for name in ("checker_reward", 
 # What --sharing lora changes. Adapters take larger steps than whole models: each moves the weights in few directions.
 LORA_SETTINGS = (
     "reward.sharing=lora",
-    "reward.optimizer.lr=2e-3",
+    "reward.lora={rank: 64, alpha: 128}",
+    "reward.optimizer.lr=8e-4",
     "ppo.sharing=lora",
-    "ppo.optimizer.lr=3e-4",
+    "ppo.optimizer.lr=8e-4",
     "ppo.critic.optimizer.lr=1e-3",
 )
 
