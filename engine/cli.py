@@ -30,9 +30,11 @@ COMMANDS = {
     "ppo": "train the actor with PPO against the reward",
     "generate": "answer prompts with a model or a run",
     "export": "convert a run's checkpoint to a Hugging Face checkpoint",
+    "study": "compare settings over seeds, with contrasts written down before the runs",
     "report": "write the report of a run, also while it goes on",
     "rehearse": "count what a PPO run would do on a cluster of GPUs, without a GPU",
     "plan": "report the memory that a PPO run needs, and the changes that make it fit",
+    "migrate": "convert a configuration of TRL's PPO, and report what has no equivalent",
     "data": "show which text of a data file is trained on",
     "doctor": "check the machine and the installed packages",
 }
@@ -46,13 +48,28 @@ STAGE_MODULES = {
     "ppo": "icegrt.ppo.trainer",
     "generate": "icegrt.commands.generate",
     "export": "icegrt.commands.export",
+    "study": "icegrt.commands.study",
 }
 _CONFIG_OPTIONS = {"--help": "show this page", "--print-config": "print the resolved configuration as YAML and exit"}
 _RESUME = {"--resume": "continue from the last checkpoint in the run's folder"}
+# Options that stand for an override of their command.
+_OVERRIDES = {
+    "--resume": "run.resume=true",
+    "--pilot": "stop_after=pilot",
+    "--report": "report_only=true",
+    "--retry-failed": "retry_failed=true",
+    "--amend": "amend=true",
+}
+_STUDY_OPTIONS = {
+    "--pilot": "run the pilot, write the statement of power, and stop",
+    "--report": "start no run: write the page from the finished ones",
+    "--retry-failed": "run failed runs again",
+    "--amend": "accept a study that differs from the frozen one; the page lists what changed",
+}
 _DOCTOR_OPTIONS = {"--help": "show this page", "--json": "print the checks as JSON"}
 # Required packages of the base install and of `icegrt[engine]`, by import name.
 _PACKAGES = {"megatron": "megatron-core", "yaml": "pyyaml"} | {
-    n: n for n in ("pydantic", "rich", "torch", "transformers")
+    n: n for n in ("pydantic", "rich", "scipy", "torch", "transformers")
 }
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -71,7 +88,10 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Return the exit status: 0, 1 (doctor: cannot run here), 2 (user error), 130 (interrupted).
+    """Run one command and return its exit status.
+
+    0: done. 1: the doctor found that the engine cannot run here, or a run of a study failed. 2: a user error. 130:
+    interrupted.
 
     Errors other than `UserError` are raised, with their traceback. So is `UserError` if ICEGRT_DEBUG is set.
     """
@@ -122,6 +142,12 @@ def _run(argv: list[str]) -> int:
         with contextlib.suppress(SystemExit):  # argparse raises it after --help
             plan.main(argv[1:])
         return OK
+    if argv[0] == "migrate":
+        with _required_packages("migrate"):
+            from icegrt.commands import migrate
+        with contextlib.suppress(SystemExit):  # argparse raises it after --help
+            migrate.main(argv[1:])
+        return OK
     if argv[0] == "report":
         with _required_packages("report"):
             from icegrt.commands import report
@@ -138,7 +164,8 @@ def _run(argv: list[str]) -> int:
     with _required_packages(args.command):
         from icegrt.config import SECTIONS
         from icegrt.config.loader import as_yaml
-    overrides = [*args.overrides, f"{args.command}.run.resume=true"] if "--resume" in args.options else args.overrides
+    chosen = [text for option, text in _OVERRIDES.items() if option in args.options]
+    overrides = [*args.overrides, *(f"{args.command}.{text}" for text in chosen)]
     config = SECTIONS[args.command].load(args.config, overrides)
     if "--print-config" in args.options:
         _write(as_yaml(config).rstrip())
@@ -146,8 +173,7 @@ def _run(argv: list[str]) -> int:
     with _required_packages(args.command):
         stage = importlib.import_module(STAGE_MODULES[args.command])
     with failure.exit_on_peer_failure(), _disk_errors_as_run_errors():
-        stage.run(config)
-    return OK
+        return stage.run(config) or OK
 
 
 @contextlib.contextmanager
@@ -203,6 +229,8 @@ def parse(argv: Sequence[str]) -> Arguments:
 def _options(command: str) -> dict[str, str]:
     if command == "doctor":
         return _DOCTOR_OPTIONS
+    if command == "study":
+        return _CONFIG_OPTIONS | _STUDY_OPTIONS
     return _CONFIG_OPTIONS | (_RESUME if command in RESUMABLE else {})
 
 

@@ -15,6 +15,7 @@ from icegrt.config.shared import (
     LoRAConfig,
     OptimizerConfig,
     ParallelConfig,
+    ProfileConfig,
     RolloutConfig,
     RunConfig,
     SamplingConfig,
@@ -26,6 +27,14 @@ from icegrt.config.stages import (
     SampleConfig,
     SFTConfig,
     ValueConfig,
+)
+from icegrt.config.study import (
+    StudyBase,
+    StudyConfig,
+    StudyContrast,
+    StudyMeasure,
+    StudyPilot,
+    StudySetting,
 )
 
 __all__ = [
@@ -42,6 +51,7 @@ __all__ = [
     "OptimizerConfig",
     "PPOConfig",
     "ParallelConfig",
+    "ProfileConfig",
     "RewardCallConfig",
     "RewardConfig",
     "RewardSource",
@@ -50,6 +60,12 @@ __all__ = [
     "SFTConfig",
     "SampleConfig",
     "SamplingConfig",
+    "StudyBase",
+    "StudyConfig",
+    "StudyContrast",
+    "StudyMeasure",
+    "StudyPilot",
+    "StudySetting",
     "ValueConfig",
     "config_class",
     "key",

@@ -10,7 +10,7 @@ from typing import Any
 
 # The configuration class of each section of a recipe file, in the order of a recipe. `register` adds each class.
 SECTIONS: dict[str, type[Any]] = {}
-_ORDER = ("sft", "sample", "reward", "value", "ppo", "generate", "export")
+_ORDER = ("sft", "sample", "reward", "value", "ppo", "generate", "export", "study")
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 

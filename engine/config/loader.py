@@ -231,7 +231,8 @@ def _leaf(field: Any, value: Any) -> Any:
         if value is None:
             return None
         kinds = [k for k in typing.get_args(kind) if k is not type(None)]
-        kind = str if isinstance(value, str) and str in kinds else kinds[0]
+        literal = next((k for k in kinds if typing.get_origin(k) is typing.Literal and isinstance(value, str)), None)
+        kind = str if isinstance(value, str) and str in kinds else literal or kinds[0]
     if any(isinstance(v, str) and REDACTED in v for v in (value if isinstance(value, list) else [value])):
         raise ValueError("it was hidden when this file was written: give it again")
     if typing.get_origin(kind) is typing.Literal and any(

@@ -17,6 +17,7 @@ from icegrt.config.shared import (
     LoRAConfig,
     OptimizerConfig,
     ParallelConfig,
+    ProfileConfig,
     RolloutConfig,
     RunConfig,
     SamplingConfig,
@@ -230,7 +231,21 @@ class PPOConfig(Loadable):
         "GRPO)",
     )
     gamma: float = key(1.0, "discount; rloo and grpo read the sum of the rewards alone", gt=0, le=1)
-    lam: float = key(0.95, "GAE's lambda", ge=0, le=1)
+    lam: float = key(0.95, "GAE's lambda, of advantages and returns", ge=0, le=1)
+    lam_policy: float | Literal["adaptive"] | None = key(
+        None,
+        "lambda of the advantages, from 0 to 1; adaptive: 1 - 1 / (lam_alpha * tokens of the response), not below 0 "
+        "(VAPO); empty: lam",
+    )
+    lam_alpha: float = key(0.05, "alpha of lam_policy=adaptive", gt=0)
+    lam_value: float | None = key(
+        None, "lambda of the returns, which the critic learns (VC-PPO, VAPO: 1); empty: lam", ge=0, le=1
+    )
+    advantage_unit: Literal["token", "turn"] = key(
+        "token",
+        "a step of GAE: a token, or a turn, which is a maximal run of unmasked tokens and has one advantage; the "
+        "critic then learns at a turn's first token. A response without masked tokens is one turn",
+    )
     whiten_advantages: Literal[False, True, "rank", "auto"] = key(
         "auto",
         "whiten over the global batch (population variance); rank: each data-parallel rank by its own moments, for "
@@ -308,12 +323,28 @@ class PPOConfig(Loadable):
         "file that `icegrt plan --out` wrote for this run: memory.json then has its peaks beside the measured ones; "
         "empty: none",
     )
+    profile: Section[ProfileConfig] = key(ProfileConfig(), "a trace of some steps")
     run: Section[RunConfig] = key(RunConfig(dir="runs/ppo"), "the run")
 
     @property
     def has_critic(self) -> bool:
         """Whether the estimator of the advantages reads values."""
         return self.advantage == "gae"
+
+    @property
+    def policy_lambda(self) -> float | Literal["adaptive"]:
+        """The lambda of the advantages."""
+        return self.lam if self.lam_policy is None else self.lam_policy
+
+    @property
+    def value_lambda(self) -> float:
+        """The lambda of the returns."""
+        return self.lam if self.lam_value is None else self.lam_value
+
+    @property
+    def has_own_returns(self) -> bool:
+        """Whether a return may be something else than the advantage plus the value of the same token."""
+        return self.has_critic and (self.advantage_unit == "turn" or self.policy_lambda != self.value_lambda)
 
     @property
     def critic_warmup(self) -> int:

@@ -120,6 +120,17 @@ class LoRAConfig:
 
 
 @config_class
+class ProfileConfig:
+    """A profile of some steps by PyTorch's profiler, in `<run.dir>/profile`."""
+
+    steps: int = key(0, "steps to profile (PPO: iterations); 0: none", ge=0)
+    skip: int = key(1, "first steps of this process that are not profiled: they allocate and warm up", ge=0)
+    ranks: list[int] = key([0], "ranks to profile; empty: all")
+    memory: bool = key(True, "record allocations, too; on a GPU a snapshot is written for pytorch.org/memory_viz")
+    with_stack: bool = key(False, "record the Python call stack of each operator: slower, and a larger trace")
+
+
+@config_class
 class RunConfig:
     """Settings that all training commands share."""
 

@@ -15,6 +15,7 @@ from icegrt.config.shared import (
     LoRAConfig,
     OptimizerConfig,
     ParallelConfig,
+    ProfileConfig,
     RolloutConfig,
     RunConfig,
     SamplingConfig,
@@ -50,6 +51,7 @@ class SFTConfig(Loadable):
     lora: Section[LoRAConfig] = key(LoRAConfig(), "the adapter, with sharing=lora")
     optimizer: Section[OptimizerConfig] = key(OptimizerConfig(weight_decay=0.1, warmup_fraction=0.03), "AdamW")
     parallel: Section[ParallelConfig] = key(ParallelConfig(), "parallelism of the model")
+    profile: Section[ProfileConfig] = key(ProfileConfig(), "a trace of some steps")
     run: Section[RunConfig] = key(RunConfig(dir="runs/sft"), "the run")
 
 
@@ -107,6 +109,7 @@ class RewardConfig(Loadable):
     lora: Section[LoRAConfig] = key(LoRAConfig(), "the adapter, with sharing=lora; the scalar head trains with it")
     optimizer: Section[OptimizerConfig] = key(OptimizerConfig(lr=3e-4, warmup_fraction=0.03), "AdamW")
     parallel: Section[ParallelConfig] = key(ParallelConfig(), "parallelism of the model")
+    profile: Section[ProfileConfig] = key(ProfileConfig(), "a trace of some steps")
     run: Section[RunConfig] = key(RunConfig(dir="runs/reward"), "the run")
 
 
@@ -149,6 +152,7 @@ class ValueConfig(Loadable):
     lora: Section[LoRAConfig] = key(LoRAConfig(), "the adapter, with sharing=lora; the value head trains with it")
     optimizer: Section[OptimizerConfig] = key(OptimizerConfig(lr=1e-4, warmup_fraction=0.03), "AdamW")
     parallel: Section[ParallelConfig] = key(ParallelConfig(), "parallelism of the model")
+    profile: Section[ProfileConfig] = key(ProfileConfig(), "a trace of some steps")
     run: Section[RunConfig] = key(RunConfig(dir="runs/value"), "the run")
 
 

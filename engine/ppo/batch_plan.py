@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from icegrt.distributed.cluster import Cluster
+from icegrt.kernels.common.streams import turn_starts
 from icegrt.packing import PackedBatch, Share, balance, pack
 from icegrt.rollout.types import Response
 
@@ -26,6 +27,8 @@ class ActionBatch(PackedBatch):
     turns the sum of their losses into what their mean contributes before the division by the step's counted actions.
     `left_actions`: actions that count beside those of the batch, with a loss of 0 (`ppo.policy_rows`).
 
+    `value_mask_A` is bool, the actions that have a return; None: all that count. `n_returns` is their number.
+
     `to(device)` moves all of them together.
     """
 
@@ -38,6 +41,13 @@ class ActionBatch(PackedBatch):
     positive_index_P: Tensor | None = None
     positive_scale: float = 0.0
     left_actions: int = 0
+    value_mask_A: Tensor | None = None
+    n_returns: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # On the host: reading it later waits for no device.
+        self._set("n_returns", self.n_counted_actions if self.value_mask_A is None else int(self.value_mask_A.sum()))
 
 
 def truncated_mask(responses: Sequence[Response]) -> Tensor:
@@ -147,6 +157,20 @@ class BatchPlan:
             return None
         return torch.cat([torch.ones(b.n_actions, dtype=torch.bool) if m is None else m
                           for b, m in zip(self.batches, masks, strict=True)])  # fmt: skip
+
+    @property
+    def turn_starts_A(self) -> Tensor:
+        """The first action of each turn, a maximal run of actions of a response that count; bool, on the host."""
+        mask_A, cu_actions = self.mask_A, self.cu_actions
+        return turn_starts(torch.ones(int(cu_actions[-1]), dtype=torch.bool) if mask_A is None else mask_A, cu_actions)
+
+    @property
+    def counted_lengths_N(self) -> Tensor:
+        """How many actions of each of this rank's responses count, [N] int64."""
+        mask_A, cu_actions = self.mask_A, self.cu_actions.long()
+        if mask_A is None:
+            return cu_actions.diff()
+        return torch.cat([torch.zeros(1, dtype=torch.int64), mask_A.cumsum(0)])[cu_actions].diff()
 
     def with_masked(self, dropped_N: Tensor) -> BatchPlan:
         """Return the same sequences in the same shapes, with the actions of dropped responses masked."""

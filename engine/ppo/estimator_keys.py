@@ -31,8 +31,20 @@ def check_estimator(config: PPOConfig) -> None:
             f"ppo.bootstrap_truncated needs the value of a critic, and ppo.advantage={name} has none. Set it to false, "
             "or ppo.advantage=gae"
         )
+    _check_lambdas(config)
     if unread := [*_keys_without_effect(config)]:
         warn(f"ppo.advantage={name} does not read {', '.join(unread)}: what is set there has no effect")
+
+
+def _check_lambdas(config: PPOConfig) -> None:
+    lam = config.lam_policy
+    if isinstance(lam, float) and not 0 <= lam <= 1:
+        raise ConfigError(f"ppo.lam_policy is {lam}; expected a number from 0 to 1, adaptive, or null for ppo.lam")
+    if lam == "adaptive" and config.advantage_unit == "turn" and config.has_critic:
+        raise ConfigError(
+            "ppo.lam_policy=adaptive counts the tokens of a response, but with ppo.advantage_unit=turn the recursion "
+            "has one step per turn. Set ppo.lam_policy to a number, or ppo.advantage_unit=token"
+        )
 
 
 def _keys_without_effect(config: PPOConfig) -> Iterator[str]:
@@ -41,7 +53,10 @@ def _keys_without_effect(config: PPOConfig) -> Iterator[str]:
     names = []
     if not config.has_critic:
         yield from (f"ppo.critic.{key}" for key in _changed(config.critic, default.critic))
-        names += ["lam", "value_clip", "offload.critic"]
+        names += ["lam", "lam_policy", "lam_alpha", "lam_value", "advantage_unit", "value_clip", "offload.critic"]
+    else:
+        names += [] if config.lam_policy == "adaptive" else ["lam_alpha"]
+        names += [] if config.lam_policy is None or config.lam_value is None else ["lam"]
     if config.advantage in ("rloo", "grpo"):
         names.append("gamma")
     if config.advantage != "grpo":

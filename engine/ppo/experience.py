@@ -15,6 +15,7 @@ from icegrt.config import PPOConfig
 from icegrt.kernels import Moments, ShapedGAE, shaped_gae
 from icegrt.packing.transfer import copy_to_device
 from icegrt.ppo.advantages import ESTIMATORS, compare_sequences
+from icegrt.ppo.advantages.lambdas import recursion_keywords
 from icegrt.ppo.batch_plan import BatchPlan
 from icegrt.ppo.loss_weights import LossWeights
 from icegrt.ppo.scores import Scores
@@ -35,6 +36,7 @@ class Experience:
         moments: moments of the advantages over all ranks.
         rollout_logprob_A: log-probs that the rollout recorded, [A] float32 on the device; None: not needed.
         weights: factors of the policy loss by token.
+        own_returns: whether a return may be something else than the advantage plus the value of the same token.
     """
 
     plan: BatchPlan
@@ -47,6 +49,7 @@ class Experience:
     moments: Moments
     rollout_logprob_A: Tensor | None = None
     weights: LossWeights = field(default_factory=LossWeights)
+    own_returns: bool = False
 
     def whitening_moments(self, config: PPOConfig) -> Moments | None:
         """Return the moments by which the loss whitens, on the device; None: advantages stay as they are."""
@@ -70,7 +73,8 @@ def compute_advantages(
     Estimators that compare the responses to a prompt are a collective.
 
     Args:
-        config: advantage, kl_in, kl_estimator, gamma, lam, group_std and bootstrap_truncated are read.
+        config: advantage, kl_in, kl_estimator, gamma, the lambdas, advantage_unit, group_std and
+            bootstrap_truncated are read.
         kl_coef: of the KL penalty if `kl_in` is "reward".
         plan: [N] responses with [A] actions.
         scores: the total is paid at a response's last token.
@@ -83,12 +87,14 @@ def compute_advantages(
     host = {"total_N": scores.total_N, "cu_actions": plan.cu_actions, "truncated_N": plan.truncated_N}
     host |= {} if plan.mask_A is None else {"mask_A": plan.mask_A}
     host |= {} if token_reward_A is None else {"token_reward_A": token_reward_A}
+    estimator = ESTIMATORS[config.advantage]
+    gamma, lam = estimator.discount(config)
+    recursion = recursion_keywords(config, plan) if config.has_critic else {"lam": lam}
+    host |= {name: x for name, x in recursion.items() if isinstance(x, Tensor)}
     inputs = copy_to_device(host, old_logprob_A.device, non_blocking=True)
     bootstrap_N = None
     if config.bootstrap_truncated and last_value_N is not None:
         bootstrap_N = torch.where(inputs["truncated_N"], last_value_N, 0.0)
-    estimator = ESTIMATORS[config.advantage]
-    gamma, lam = estimator.discount(config)
     shaped = shaped_gae(
         inputs["total_N"],
         torch.zeros_like(old_logprob_A) if value_A is None else value_A,
@@ -98,7 +104,7 @@ def compute_advantages(
         kl_coef=kl_coef if config.kl_in == "reward" else 0.0,
         kl_estimator=config.kl_estimator,
         gamma=gamma,
-        lam=lam,
+        **{name: inputs.get(name, x) for name, x in recursion.items()},
         bootstrap_N=bootstrap_N,
         mask_A=inputs.get("mask_A"),
         token_reward_A=inputs.get("token_reward_A"),

@@ -75,9 +75,11 @@ class PolicyLoss:
         loss, count, stats = out.loss, batch.n_counted_actions, out.stats
         if batch.left_actions:
             count += batch.left_actions
-            stats = replace(stats, count=stats.count + batch.left_actions)
+            # Tokens that left count with the ratio 1.
+            left = {"count": stats.count + batch.left_actions, "ratio_sum": stats.ratio_sum + batch.left_actions}
+            stats = replace(stats, **left)
         if batch.positive_index_P is not None:
-            nll = self._positive_nll(hidden_TH, batch, batch.positive_index_P)
+            nll = self._positive_nll(hidden_TH, batch, batch.positive_index_P, (weight_VH, weight_grad_VH))
             tokens = torch.full_like(stats.count, batch.positive_index_P.numel())
             stats = PolicyNLLStats(**vars(stats), nll_sum=nll.detach().double(), nll_tokens=tokens)
             loss = loss + config.positive_nll_coef * batch.positive_scale * nll
@@ -96,9 +98,11 @@ class PolicyLoss:
         assert batch.old_logprob_A is not None
         return anchor_of_sequence_ratio(logprob_A, batch.old_logprob_A, batch)
 
-    def _positive_nll(self, hidden_TH: Tensor, batch: ActionBatch, index_P: Tensor) -> Tensor:
+    def _positive_nll(
+        self, hidden_TH: Tensor, batch: ActionBatch, index_P: Tensor, head: tuple[Tensor, Tensor | None]
+    ) -> Tensor:
         """Return -log p under the sampling distribution, summed over the tokens `index_P` of the action stream."""
-        weight_VH, weight_grad_VH = self.actor.model.lm_weight_and_grad()
+        weight_VH, weight_grad_VH = head
         out = linear_logprobs(
             hidden_TH[batch.action_rows_A[index_P]],
             weight_VH,
@@ -127,7 +131,7 @@ class PtxLoss:
 
 @dataclass(frozen=True)
 class CriticLoss:
-    """The critic's clipped squared error against the returns; counted per action."""
+    """The critic's clipped squared error against the returns; counted per action that has one."""
 
     critic: Role
     clip: float | None
@@ -139,6 +143,6 @@ class CriticLoss:
             batch.return_A,
             clip=self.clip,
             normalizer=1.0,
-            mask_A=batch.action_mask_A,
+            mask_A=batch.action_mask_A if batch.value_mask_A is None else batch.value_mask_A,
         )
-        return LossOutput(out.loss, batch.n_counted_actions, out.stats)
+        return LossOutput(out.loss, batch.n_returns, out.stats)

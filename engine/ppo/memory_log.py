@@ -25,8 +25,8 @@ _SHOWN_AT = 2  # the first iteration in which Adam's moments exist from the star
 # Keys that no peak depends on.
 _OTHER_KEYS = (
     "run.dir", "run.resume", "run.overwrite", "run.log_to", "run.checkpoint_in_background", "iterations", "prompts",
-    "eval_prompts", "eval_every", "eval_limit", "checkpoint_every", "keep_checkpoints", "memory_plan", "reward",
-    "reward_function", "optimizer", "critic.optimizer", "sampling.stop", "sampling.stop_token_ids",
+    "eval_prompts", "eval_every", "eval_limit", "checkpoint_every", "keep_checkpoints", "memory_plan", "profile",
+    "reward", "reward_function", "optimizer", "critic.optimizer", "sampling.stop", "sampling.stop_token_ids",
 )  # fmt: skip
 
 

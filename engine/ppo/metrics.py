@@ -169,13 +169,17 @@ def critic_metrics(experience: Experience, outcome: UpdateOutcome, cluster: Clus
     """
     if outcome.value_stats is None:
         return {}
-    stats = _reduced(outcome.value_stats, cluster)
-    returns, advantages = fetch(
-        (moments_of(experience.shaped.return_A, experience.plan.mask_A, cluster), experience.moments)
-    )
+    stats, shaped = _reduced(outcome.value_stats, cluster), experience.shaped
+    mask_A = experience.plan.mask_A if shaped.value_mask_A is None else shaped.value_mask_A
+    # What the value lacks of a return is the advantage, unless returns are of their own.
+    errors = experience.moments
+    if experience.own_returns:
+        assert experience.value_A is not None
+        errors = moments_of(shaped.return_A - experience.value_A, mask_A, cluster)
+    returns, errors = fetch((moments_of(shaped.return_A, mask_A, cluster), errors))
     explained = 0.0
     if has_spread(float(returns.mean), float(returns.variance.sqrt())):
-        explained = 1.0 - float(advantages.variance / returns.variance)
+        explained = 1.0 - float(errors.variance / returns.variance)
     return {
         "value_loss": _per_token(stats, "loss_sum"),
         "value_explained_variance": explained,

@@ -27,7 +27,7 @@ class ValuePretraining:
     """
 
     def __init__(self, config: PPOConfig) -> None:
-        self.config = dataclasses.replace(config, lam=1.0, value_clip=0.0)
+        self.config = dataclasses.replace(config, lam=1.0, lam_policy=None, lam_value=None, value_clip=0.0)
         self._settings = config.critic.pretrain
         self.done_iterations = 0
         self.explained_variance: float | None = None

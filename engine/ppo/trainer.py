@@ -16,7 +16,7 @@ from icegrt.data import Example, Prompt
 from icegrt.data.types import Rows, TokenizerSource
 from icegrt.distributed.pipeline import fetch
 from icegrt.errors import ConfigError
-from icegrt.metrics import Evaluation, PPOStep, rollout_path
+from icegrt.metrics import PHASE_LABELS, Evaluation, PPOStep, rollout_path
 from icegrt.metrics.alarms import Alarms
 from icegrt.model.hf.reader import ModelSource
 from icegrt.ppo.batch_plan import BatchPlan, plan_batches, stream_seed
@@ -40,6 +40,7 @@ from icegrt.roles.skip_guard import SkipGuard
 from icegrt.rollout.types import Response
 from icegrt.training.trainer import Trainer, write_json
 from icegrt.utils.console import print_info, warn
+from icegrt.utils.trace import trace_range
 
 
 class PPOTrainer(Trainer[PPOConfig, PPOStep]):
@@ -235,7 +236,10 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
             rollout_A = rollout_logprobs(plan, self.cluster.device)
             positive_N = right_responses(config, rewards.function_N, scores.total_N)
             weights = loss_weights(config, plan, old_A, rollout_A, positive_N, self.cluster)
-            experience = Experience(plan, scores, old_A, entropy_A, ref_A, value_A, shaped, moments, rollout_A, weights)
+            own_returns = shaping.has_own_returns
+            experience = Experience(
+                plan, scores, old_A, entropy_A, ref_A, value_A, shaped, moments, rollout_A, weights, own_returns
+            )
         self.notify("on_scores", experience)
 
         # 5. Update actor and critic, a step per minibatch.
@@ -342,7 +346,8 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
     def _timed(self, phase: str) -> Iterator[None]:
         self.cluster.enter_phase(f"{phase} of iteration {self.done_steps + 1}")
         started = time.perf_counter()
-        with contextlib.nullcontext() if self._memory_log is None else self._memory_log.phase(phase):
+        memory = contextlib.nullcontext() if self._memory_log is None else self._memory_log.phase(phase)
+        with trace_range(PHASE_LABELS.get(phase, phase)), memory:
             yield
         self._seconds[phase] += time.perf_counter() - started
 

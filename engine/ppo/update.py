@@ -192,9 +192,10 @@ class Updater:
         assert self.critic is not None and experience.value_A is not None
         config = self.config if pretraining is None else pretraining.config
         loss = CriticLoss(self.critic, config.value_clip or None)
-        batches = experience.plan.action_batches(
-            members, old_value_A=experience.value_A, return_A=experience.shaped.return_A
-        )
+        streams = {"old_value_A": experience.value_A, "return_A": experience.shaped.return_A}
+        if config.advantage_unit == "turn":
+            streams["value_mask_A"] = experience.plan.turn_starts_A
+        batches = experience.plan.action_batches(members, **streams)
         return [MicroBatch(batch, loss) for batch in batches]
 
     def _minibatch_order(self, iteration: int, epoch: int) -> list[int]:

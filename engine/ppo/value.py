@@ -34,6 +34,7 @@ from icegrt.training.value_loss import (
 )
 from icegrt.utils.console import print_info, warn
 from icegrt.utils.files import model_folder
+from icegrt.utils.trace import trace_range
 
 
 class ValueTrainer(OneModelTrainer[ValueConfig, ValueStep]):
@@ -154,14 +155,16 @@ class ValueTrainer(OneModelTrainer[ValueConfig, ValueStep]):
     def step(self) -> ValueStep:
         """Take one optimizer step over the next responses. Returns its metrics, which are logged."""
         self._begin_step()
-        examples = [self.blend.item(pair) for pair in self._next_batch()]
-        batches = pack_value_examples(examples, self.config.token_budget, self.cluster.share)
+        with trace_range("batching"):
+            examples = [self.blend.item(pair) for pair in self._next_batch()]
+            batches = pack_value_examples(examples, self.config.token_budget, self.cluster.share)
         loss = ValueRegressionLoss(self.role)
         outcome = self.role.train_step([MicroBatch(batch, loss) for batch in batches])
         self.done_steps += 1
         batch_quality = reduced(fetch_from_last_stage(merge_by_type(outcome.stats))[ValueQuality], self.cluster)
         is_due = self.done_steps % self.eval_every == 0 or self.done_steps == self.total_steps
-        quality = self.evaluate() if is_due else None
+        with trace_range("evaluation"):
+            quality = self.evaluate() if is_due else None
         row = ValueStep(
             step=self.done_steps,
             epoch=self.blend.consumed / max(self.blend.count(1.0), 1),

@@ -20,7 +20,8 @@ from icegrt.metrics import PPOStep, read_metrics, step_from_row
 from icegrt.metrics.alarms import Alarms
 from icegrt.report.alarm_list import alarm_list
 from icegrt.report.memory_table import memory_table
-from icegrt.report.plots import ppo_panels, write_curves_png
+from icegrt.report.plots import Panel, ppo_panels, write_curves_png
+from icegrt.report.profile import profile_files
 from icegrt.report.tables import (
     cards,
     charts,
@@ -50,6 +51,7 @@ def write_ppo_report(
     title: str,
     notes: str | Sequence[str] = (),
     settings: Sequence[Loadable] | None = None,
+    panels: Sequence[Panel] = (),
 ) -> Path:
     """Write report.json, curves.png and report.html into `run_dir`. The curves come from the run's `metrics.jsonl`.
 
@@ -63,6 +65,7 @@ def write_ppo_report(
         title: the page's title.
         notes: paragraphs under the verdict.
         settings: the configurations to list; None: those of the run's `config.yaml`.
+        panels: charts of the caller, before those of the run.
 
     Returns:
         The path of the page.
@@ -74,7 +77,7 @@ def write_ppo_report(
     checked = validated(report)
     rows = read_metrics(run_dir)
     ppo = checked.get("ppo") or {}
-    panels = ppo_panels(rows, ppo.get("kl_target_nats_per_response"))
+    panels = [*panels, *ppo_panels(rows, ppo.get("kl_target_nats_per_response"))]
     run_dir.mkdir(parents=True, exist_ok=True)
     if panels:
         write_curves_png(run_dir / "curves.png", panels, title)
@@ -95,6 +98,7 @@ def write_ppo_report(
         phases=phases(ppo),
         memory=memory_table(run_dir),
         examples=[example_texts(number, example) for number, example in enumerate(examples, 1)],
+        profiles=profile_files(run_dir),
         settings=settings_tables(run_dir / CONFIG_FILE, settings),
     )
     write_text_atomic(run_dir / "report.html", page)

@@ -46,13 +46,14 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One chart. target: a dashed horizontal line with its label."""
+    """One chart. target: a dashed horizontal line with its label. x_label: of this chart, if not that of the others."""
 
     title: str
     unit: str
     series: tuple[Series, ...]
     target: tuple[str, float] | None = None
     percent: bool = False
+    x_label: str = ""
 
 
 def ppo_panels(rows: Sequence[dict[str, Any]], kl_target_nats_per_response: float | None = None) -> list[Panel]:
@@ -154,7 +155,9 @@ def panel_svg(panel: Panel, x_label: str = "iteration") -> Markup:
         )
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(
-        Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(middle, HEIGHT - 2, x_label)
+        Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(
+            middle, HEIGHT - 2, panel.x_label or x_label
+        )
     )
     # 3. the target and the curves
     if panel.target is not None:
@@ -230,7 +233,7 @@ def write_curves_png(path: str | Path, panels: Sequence[Panel], title: str = "",
         # 2. titles, axes and legend
         axes.set_title(_literal(panel.title), fontsize=10)
         axes.set_ylabel(_literal(panel.unit), fontsize=8)
-        axes.set_xlabel(x_label, fontsize=8)
+        axes.set_xlabel(panel.x_label or x_label, fontsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if panel.percent:
             axes.set_ylim(bottom=0)

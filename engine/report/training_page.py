@@ -8,6 +8,7 @@ from typing import Any
 
 from icegrt.config import CONFIG_FILE
 from icegrt.report.plots import Panel, Series, legend, panel_svg, series_of, with_data, write_curves_png
+from icegrt.report.profile import profile_files
 from icegrt.report.tables import render_page, settings_tables
 from icegrt.report.text import number, percent
 from icegrt.utils.files import json_safe, write_text_atomic
@@ -49,6 +50,7 @@ def write_training_report(run_dir: Path, kind: str, rows: Sequence[Mapping[str, 
         title=title,
         charts=[{"title": p.title, "unit": p.unit, "svg": panel_svg(p, "step"), "legend": legend(p)} for p in panels],
         figures=_first_and_last(rows),
+        profiles=profile_files(run_dir),
         settings=settings_tables(run_dir / CONFIG_FILE, None),
     )
     write_text_atomic(run_dir / "report.html", page)

@@ -40,6 +40,7 @@ from icegrt.residency import GRADIENTS, KINDS, PARAMETERS, Placement
 from icegrt.roles.micro_batch import LossOutput, MicroBatch
 from icegrt.roles.optimizer import make_optimizer, make_scheduler, wait_for_param_gather, wrap
 from icegrt.roles.stage_shapes import known_shapes
+from icegrt.utils.trace import trace_range
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Role:
             return tuple(x.float() for x in vectors)
 
         work = [(batch, read) for batch in batches]
-        with self.placement.hold_for_pass():
+        with trace_range(f"forward: {self.name}"), self.placement.hold_for_pass():
             rows = self._run(self.model.chunks, work, collect, forward_only=True, collect_non_loss_data=True)
         return broadcast_from_last_stage(rows, [sizes(batch) for batch in batches], self.device)
 
@@ -249,9 +250,10 @@ class TrainableRole(Role):
             RunError: the caller or a reward function has left `torch.inference_mode` on. `torch.no_grad` has no effect.
         """
         check_inference_mode()
-        with self.placement.hold(*KINDS):
+        with trace_range(f"train step: {self.name}"), self.placement.hold(*KINDS):
             self.zero_gradients()
-            stats, losses = self.accumulate(work)
+            with trace_range(f"forward and backward: {self.name}"):
+                stats, losses = self.accumulate(work)
             scheduled = [group["lr"] for group in self.optimizer.param_groups]
             step_lr = scheduled[0] if lr is None else lr
             if not all_ranks_true(self._is_finite(losses)):

@@ -19,8 +19,8 @@ from icegrt.errors import RunError
 REPLACED = ".replaced"
 # What a run writes into its folder. Other files there belong to the user, and stay.
 _RUN_FILE = re.compile(
-    r"config(\.\d+)?\.yaml|metrics\.jsonl|checkpoints|rollouts|tensorboard|tokenizer|(model|adapter)(\.writing|\.replaced)?"
-    r"|summary\.json|memory\.json|report\.(html|json)|curves\.png|loggers\.json|wandb|\..+\.partial"
+    r"config(\.\d+)?\.yaml|metrics\.jsonl|checkpoints|rollouts|profile|tensorboard|tokenizer"
+    r"|(model|adapter)(\.writing|\.replaced)?|summary\.json|memory\.json|report\.(html|json)|curves\.png|loggers\.json|wandb|\..+\.partial"
 )
 
 

@@ -32,6 +32,7 @@ from icegrt.training.reward_summary import heldout_figures, surprises
 from icegrt.training.single_model import OneModelTrainer
 from icegrt.training.trainer import write_json
 from icegrt.utils.console import print_info, warn
+from icegrt.utils.trace import trace_range
 
 
 class RewardTrainer(OneModelTrainer[RewardConfig, RewardStep]):
@@ -107,8 +108,9 @@ class RewardTrainer(OneModelTrainer[RewardConfig, RewardStep]):
     def step(self) -> RewardStep:
         """Take one optimizer step over the next prompts. Returns its metrics, which are logged."""
         self._begin_step()
-        rankings = [self.blend.item(pair) for pair in self._next_batch()]
-        batches = pack_rankings(rankings, self.config.token_budget, self.config.tie_margin, self.cluster.share)
+        with trace_range("batching"):
+            rankings = [self.blend.item(pair) for pair in self._next_batch()]
+            batches = pack_rankings(rankings, self.config.token_budget, self.config.tie_margin, self.cluster.share)
         loss = RewardModelLoss(self.role)
         outcome = self.role.train_step([MicroBatch(batch, loss) for batch in batches])
         self.done_steps += 1
@@ -121,7 +123,8 @@ class RewardTrainer(OneModelTrainer[RewardConfig, RewardStep]):
                 stats.difference_P.numel(),
             ]
         )
-        quality = self.evaluate() if self.done_steps % self.eval_every == 0 else None
+        with trace_range("evaluation"):
+            quality = self.evaluate() if self.done_steps % self.eval_every == 0 else None
         row = RewardStep(
             step=self.done_steps,
             epoch=self.blend.consumed / max(self.blend.count(1.0), 1),

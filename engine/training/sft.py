@@ -21,6 +21,7 @@ from icegrt.training.sft_loss import NLLStats, SFTLoss, heldout_loss, pack_examp
 from icegrt.training.single_model import OneModelTrainer
 from icegrt.training.trainer import resolve_chunk_rows, write_json
 from icegrt.utils.console import print_info
+from icegrt.utils.trace import trace_range
 
 
 class SFTTrainer(OneModelTrainer[SFTConfig, SFTStep]):
@@ -71,8 +72,9 @@ class SFTTrainer(OneModelTrainer[SFTConfig, SFTStep]):
         """Take one optimizer step over the next batch. Returns its metrics, which are logged."""
         self._begin_step()
         started = time.perf_counter()
-        examples = [self.blend.item(pair) for pair in self._next_batch()]
-        batches = pack_examples(examples, self.config.token_budget, self.cluster.share)
+        with trace_range("batching"):
+            examples = [self.blend.item(pair) for pair in self._next_batch()]
+            batches = pack_examples(examples, self.config.token_budget, self.cluster.share)
         loss = SFTLoss(self.role, self.chunk_rows)
         outcome = self.role.train_step([MicroBatch(batch, loss) for batch in batches])
         self.done_steps += 1
@@ -104,7 +106,8 @@ class SFTTrainer(OneModelTrainer[SFTConfig, SFTStep]):
         """Return the held-out loss every `eval_every` steps and after the last step, else None."""
         if self.done_steps < self.total_steps and not self._due(self.config.eval_every):
             return None
-        self._evaluated_at, self._heldout_after = self.done_steps, self.evaluate()
+        with trace_range("evaluation"):
+            self._evaluated_at, self._heldout_after = self.done_steps, self.evaluate()
         return self._heldout_after
 
     def _due(self, every: int) -> bool:

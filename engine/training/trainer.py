@@ -35,6 +35,7 @@ from icegrt.roles.role import TrainableRole, check_inference_mode
 from icegrt.roles.skip_guard import SkipGuard
 from icegrt.training.adapters import adapter_document, check_resume
 from icegrt.training.failed_run import StepBoundary, kept_note
+from icegrt.training.profiling import StepProfiler
 from icegrt.training.run_folder import RunLock, lock_run_folder, save_config
 from icegrt.training.stop_signals import STOP_SIGNALS, capture_stop_signals
 from icegrt.utils.console import is_main, print_info, progress, warn
@@ -107,6 +108,8 @@ class Trainer(Generic[ConfigT, StepT]):
             is_resume = self._run_lock.is_resume
         self.cluster = resources.enter_context(Cluster.open(layout))
         resources.callback(self._close_log)
+        self._profiler = StepProfiler(self.config.profile, self.config.section, self.cluster, self.dir, self.unit)
+        resources.callback(self._profiler.close)
         self._is_resume: bool = self.cluster.broadcast_from_main(is_resume)
         background = self.run.checkpoint_in_background
         self.checkpoints = Checkpoints(
@@ -263,7 +266,10 @@ class Trainer(Generic[ConfigT, StepT]):
     def __iter__(self) -> Iterator[StepT]:
         while self.done_steps < self.total_steps:
             self.cluster.enter_phase(f"{self.config.section} after {self.done_steps} {self.unit}")
-            yield self.step()
+            number = self.done_steps + 1
+            with self._profiler.step(number, lambda: self.done_steps >= self.total_steps):
+                row = self.step()
+            yield row
             self._between_steps()
 
     def train(self) -> dict[str, Any]:

@@ -28,13 +28,14 @@ from icegrt.utils.console import print_info  # noqa: E402
 from staged_run import stages  # noqa: E402
 
 RECIPE = HERE / "recipe.yaml"
-CHECKER = f"{HERE / 'reward.py'}:checker_reward"
+CHECKER, PARTS = (f"{HERE / 'reward.py'}:{name}" for name in ("checker_reward", "parts_reward"))
 # What --sharing lora changes. Adapters take larger steps than whole models: each moves the weights in few directions.
 LORA_SETTINGS = (
     "reward.sharing=lora",
-    "reward.optimizer.lr=2e-3",
+    "reward.lora={rank: 64, alpha: 128}",
+    "reward.optimizer.lr=8e-4",
     "ppo.sharing=lora",
-    "ppo.optimizer.lr=3e-4",
+    "ppo.optimizer.lr=8e-4",
     "ppo.critic.optimizer.lr=1e-3",
 )
 
@@ -111,7 +112,7 @@ class Demo(stages.StagedRun):
             [
                 f"ppo.actor={self.out / 'sft' / 'model'}",
                 f"ppo.reward_model={reward_model}",
-                f"ppo.reward_function={CHECKER}",
+                f"ppo.reward_function={PARTS}",
                 f"ppo.prompts={self.data / 'prompts_train.jsonl'}",
                 f"ppo.eval_prompts={self.data / 'prompts_validation.jsonl'}",
                 *self.run_overrides("ppo"),

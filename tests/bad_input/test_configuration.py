@@ -90,6 +90,30 @@ CONFLICTS = {
     "greedy sampling": (["ppo.sampling.temperature=0"], ["ppo.sampling.temperature must be above 0"]),
     "no room for an answer": (["ppo.sampling.max_new_tokens=64"], ["max_new_tokens 64", "context is 64"]),
     "reuse with several epochs": (["ppo.reuse_update_logprob=true"], ["ppo.ppo_epochs=1 and ppo.minibatches=1"]),
+    "dis with reuse": (
+        ["ppo.correction=dis", "ppo.reuse_update_logprob=true", "ppo.ppo_epochs=1", "ppo.minibatches=1"],
+        ["ppo.correction=dis", "Set ppo.reuse_update_logprob=false"],
+    ),
+    "dis with dual clip": (["ppo.correction=dis", "ppo.dual_clip=2"], ["ppo.dual_clip must be empty"]),
+    "the rollout's log-probs beside inference": (["ppo.kl_logprobs=rollout"], ["Set ppo.kl_logprobs=inference"]),
+    "the rollout's log-probs with tis": (
+        [
+            "ppo.kl_logprobs=rollout",
+            "ppo.correction=tis",
+            "ppo.reuse_update_logprob=true",
+            "ppo.ppo_epochs=1",
+            "ppo.minibatches=1",
+        ],
+        ["which ppo.correction=tis and several optimizer steps", "Set ppo.kl_logprobs=inference"],
+    ),
+    "a buffer beyond the length": (
+        ["ppo.overlong_buffer=9", "ppo.sampling.max_new_tokens=8"],
+        ["ppo.overlong_buffer is 9", "max_new_tokens=8", "Set it to 8 at most"],
+    ),
+    "right answers without a function": (
+        ["ppo.positive_nll_coef=0.1", "ppo.reward_function="],
+        ["ppo.positive_nll_coef needs a reward function", "Set ppo.positive_nll_score=total"],
+    ),
     "ptx without data": (["ppo.ptx_coef=1"], ["ppo.ptx_data names no file"]),
     "too many minibatches": (["ppo.minibatches=100"], ["ppo.minibatches is 100", "8 responses"]),
     "too short a horizon": (

@@ -179,7 +179,7 @@ def test_help_of_a_command_has_every_key_and_option(name, capsys, stages):
 
 
 def test_commands_are_the_stages_and_those_without_a_configuration():
-    assert list(cli.COMMANDS) == [*SECTIONS, "report", "rehearse", "plan", "data", "doctor"]
+    assert list(cli.COMMANDS) == [*SECTIONS, "report", "rehearse", "plan", "migrate", "data", "doctor"]
 
 
 def test_exit_codes_of_the_process():

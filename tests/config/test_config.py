@@ -304,7 +304,8 @@ def _other(row):
     """A valid value that is not the default, and that a careless writer would get wrong."""
     if row.type.startswith("list of {"):
         first = row.type.removeprefix("list of {").partition(",")[0]
-        return f'[{{{first}: "1e-4", weight: 0.3}}]'
+        second = "weight: 0.3" if "weight" in row.type else ""
+        return f'[{{{first}: "1e-4", {second}}}]'
     if " | " in row.type:
         return next(choice for choice in row.type.split(" | ") if choice != row.default)
     upper = "<" in row.bounds

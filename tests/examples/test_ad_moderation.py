@@ -19,7 +19,7 @@ sys.path.insert(0, str(EXAMPLES))
 from ad_moderation import ads, docstrings, phrases, tokenizer  # noqa: E402
 from ad_moderation import prepare as preparation  # noqa: E402
 from ad_moderation.checker import check  # noqa: E402
-from ad_moderation.reward import checker_reward  # noqa: E402
+from ad_moderation.reward import checker_reward, parts_reward  # noqa: E402
 
 HELD_OUT = ("validation", "test")
 FILES = ("sft", "reward_prompts", "prompts_train", "prompts_validation", "prompts_test")
@@ -273,6 +273,78 @@ def test_checker_reward_reads_samples():
         text=row["response"], finish_reason="length", row={"prompt": row["prompt"]}, messages=[]
     )
     assert checker_reward([stopped, truncated]) == pytest.approx([1.0, 0.5])
+
+
+# ---- token rewards
+
+
+def answers(prepared, row, texts):
+    """Samples as the engine passes them: all are answers to one prompt."""
+    from transformers import AutoTokenizer
+
+    tok = AutoTokenizer.from_pretrained(str(prepared.out / "tokenizer"))
+    where, end = f"{prepared.out / 'prompts_train.jsonl'}:1", [tok.eos_token_id]
+    tokens = [tok(text, add_special_tokens=False)["input_ids"] + end for text in texts]
+    samples = [
+        SimpleNamespace(text=text, tokens=ids, row=row, where=where, group=7, finish_reason="stop")
+        for text, ids in zip(texts, tokens, strict=True)
+    ]
+    return tok, samples
+
+
+def damaged(row, line, word):
+    """The reference with one wrong word in a line; the form stays."""
+    lines = row["response"].split("\n")
+    words = lines[line].split(" ")
+    lines[line] = " ".join([*words[:word], "7:" if line == 0 else "zzz", *words[word + 1 :]])
+    return "\n".join(lines)
+
+
+def test_parts_are_paid_beside_those_of_the_other_answers(prepared):
+    row = next(row for row in prepared.rows["prompts_train"] if row["rule"])
+    texts = [row["response"], damaged(row, 1, 3), row["response"].replace("Rule ", "Rule 9", 1), ads.APPROVE, "\n\n\n"]
+    _, samples = answers(prepared, row, texts)
+    scores = checker_reward(samples)
+    assert len(set(scores)) == 4
+    for n, result in enumerate(parts_reward(samples)):
+        others = [score for m, score in enumerate(scores) if m != n]
+        assert result.score == scores[n]
+        assert result.score + sum(result.token_rewards_A) == pytest.approx(scores[n] - sum(others) / len(others))
+
+
+def test_an_answer_alone_is_paid_its_score(prepared):
+    row = next(row for row in prepared.rows["prompts_train"] if row["rule"])
+    _, samples = answers(prepared, row, [row["response"]])
+    (result,) = parts_reward(samples)
+    assert result.score == pytest.approx(1) and sum(result.token_rewards_A) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(("line", "word", "part"), [(0, 1, 1), (1, 2, 0.35), (2, 2, 0.35)])
+def test_a_part_is_paid_where_it_is_decided(prepared, line, word, part):
+    """Of two answers that differ in one line, one is paid at the line's end, the other at its first wrong token."""
+    for row in [row for row in prepared.rows["prompts_train"] if row["rule"]][:20]:
+        tok, samples = answers(prepared, row, [row["response"], damaged(row, line, word)])
+        correct, wrong = (sample.tokens for sample in samples)
+        ends = [n for n, token in enumerate(correct) if tok.decode([token]) == "\n"]
+        end = [*ends, len(correct) - 1][line]
+        prefixes = [tok.decode(wrong[: n + 1], skip_special_tokens=True) for n in range(len(wrong))]
+        fault = next(n for n, prefix in enumerate(prefixes) if not row["response"].startswith(prefix))
+        paid = []
+        for result in parts_reward(samples):
+            result.token_rewards_A[-1] += result.score  # which the engine pays
+            paid.append({n: x for n, x in enumerate(result.token_rewards_A) if abs(x) > 1e-6})
+        assert set(paid[0]) == {end} and set(paid[1]) == {fault}
+        assert paid[0][end] == pytest.approx(-paid[1][fault], abs=2e-6)  # scores are rounded
+        assert 0 < paid[0][end] <= part
+
+
+def test_a_verdict_is_paid_at_its_first_token(prepared):
+    row = next(row for row in prepared.rows["prompts_train"] if not row["rule"])
+    other = next(row for row in prepared.rows["prompts_train"] if row["rule"])
+    _, samples = answers(prepared, row, [ads.APPROVE, other["response"]])
+    correct, faulty = (result.token_rewards_A for result in parts_reward(samples))
+    assert faulty[0] == -1 and not any(faulty[1:])
+    assert correct == [0, 0, 0]  # its score is paid at the last token, and nothing is the other answer's
 
 
 # ---- files

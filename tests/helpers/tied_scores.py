@@ -16,6 +16,6 @@ def tied_config(folder, **changes):
     return tiny.ppo_config(folder, **(settings | {"critic": CriticConfig(init="actor")} | changes))
 
 
-def tied_trainer(config, callbacks=(), reward=has_vowel_early):
-    """Return a trainer whose only source of reward is a function."""
-    return PPOTrainer(config, tiny.causal_lm(0), tiny.tokenizer(), reward, tiny.PROMPTS, callbacks=callbacks)
+def tied_trainer(config, callbacks=(), reward=has_vowel_early, **model):
+    """Return a trainer whose only source of reward is a function. model: changes of the actor's sizes."""
+    return PPOTrainer(config, tiny.causal_lm(0, **model), tiny.tokenizer(), reward, tiny.PROMPTS, callbacks=callbacks)

@@ -94,6 +94,7 @@ def test_gaming_on_held_out_prompts():
         ({"truncated_fraction": 0.25}, ("25%", "20%", "ppo.sampling.max_new_tokens")),
         ({"clip_fraction": 0.5}, ("50%", "40%", "ppo.optimizer.lr")),
         ({"rollout_logprob_gap_max": 0.02}, ("0.02", "0.01", "ppo.run.dtype")),
+        ({"correction_fraction": 0.3}, ("30%", "20%", "ppo.tis_cap")),
         ({"skipped_steps": 2}, ("2 optimizer steps", "allowed: 0", "ppo.optimizer.lr")),
         ({"value_loss": math.nan}, ("value_loss", "ppo.optimizer.lr")),
     ],
@@ -102,6 +103,15 @@ def test_one_figure_out_of_bounds(changes, words):
     alarm_messages = messages([step(2, **changes)])
     assert len(alarm_messages) == 1
     assert all(word in alarm_messages[0] for word in words)
+
+
+def test_what_dis_replaces_is_not_watched_and_what_it_masks_is():
+    """Its ratio is to the rollout's probability, and without inference there is no gap."""
+    config = PPOConfig(correction="dis", kl_logprobs="rollout", optimizer=OptimizerConfig(lr=0.0))
+    quiet = step(1, ratio_max=1.001, clip_fraction=0.5, rollout_logprob_gap_max=None, kl_nats_per_response=0.02)
+    assert messages([quiet], config) == []
+    (message,) = messages([step(1, correction_fraction=0.5)], config)
+    assert "ppo.dis_low and ppo.dis_high (now 0.2 and 0.2)" in message
 
 
 def test_bf16_may_differ_more_between_rollout_and_scoring():

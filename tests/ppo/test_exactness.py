@@ -92,7 +92,7 @@ def test_the_first_minibatch_of_a_learning_run_has_ratio_1(trainer):
     run = trainer()
     outcomes = []
     original = run.components.updater.run
-    run.components.updater.run = lambda *args: outcomes.append(original(*args)) or outcomes[-1]
+    run.components.updater.run = lambda *args, **options: outcomes.append(original(*args, **options)) or outcomes[-1]
     step = run.step()
     first = merge_by_type(outcomes[0].actor[0].stats)[PolicyStats]
     assert float(first.ratio_min) == 1.0 == float(first.ratio_max)

@@ -5,8 +5,10 @@ import shlex
 from pathlib import Path
 
 from icegrt import cli
+from icegrt.config.loader import as_yaml
 from tests.helpers import stage_cases as cases
 from tests.helpers import tiny_models
+from tests.helpers.studies import STUDY, study_of
 
 ROOT = Path(__file__).resolve().parents[2]
 # Sizes alone: what the README names is left as it is.
@@ -31,6 +33,8 @@ def test_every_command_of_the_readme_does_what_it_says(tmp_path, monkeypatch, ca
     cases.write_jsonl("prompts.jsonl", cases.prompt_rows())
     (code,) = (block for block in re.findall(r"^```python\n(.*?)^```$", text, re.S | re.M) if "def score(" in block)
     Path("score.py").write_text(code, encoding="utf-8")
+    study = study_of(tmp_path, pilot={}, seeds=[0, 1], settings=STUDY["settings"][:2], contrasts=STUDY["contrasts"][:1])
+    Path("study.yaml").write_text(as_yaml(study), encoding="utf-8")
     lines = [line for block in re.findall(r"^```sh\n(.*?)^```$", text, re.S | re.M) for line in block.splitlines()]
     for line in lines:
         command, *words = shlex.split(line, comments=True)[1:] if line.startswith("icegrt ") else ["doctor"]

@@ -32,8 +32,12 @@ def work(actor):
         tokens = torch.randint(2, tiny.VOCAB, (3, 9 + n), generator=generator).tolist()
         batch = pack([row[:3] for row in tokens], [row[3:] for row in tokens], tail_multiple=2)
         draws_A = torch.randn(2, batch.n_actions, generator=generator)
-        policy = batch.extended(ActionBatch, old_logprob_A=draws_A[0] - 3, advantage_A=draws_A[1])
-        items.append(MicroBatch(policy, PolicyLoss(PPOConfig(entropy_coef=0.05), actor, 0.0, None, SCORER)))
+        streams = {"old_logprob_A": draws_A[0] - 3, "advantage_A": draws_A[1]}
+        if n % 4 == 2:  # a second use of the head in one micro-batch
+            streams |= {"positive_index_P": torch.arange(2, 7), "positive_scale": 1.5}
+        policy = batch.extended(ActionBatch, **streams)
+        config = PPOConfig(entropy_coef=0.05, positive_nll_coef=0.4)
+        items.append(MicroBatch(policy, PolicyLoss(config, actor, 0.0, None, SCORER)))
         actions += batch.n_actions
         if n % 4 == 1:
             items.append(MicroBatch(batch, PtxLoss(actor, 0.3, 8)))

@@ -1,0 +1,1 @@
+"""The example of `make learn`: six digits to sort, from a short SFT to PPO on exact match."""

@@ -1,0 +1,147 @@
+"""The same task with each option of the engine: a run per file of options/, and one page with all curves.
+
+    python examples/sorting/compare.py --run runs/learn --out runs/learn_options
+    python examples/sorting/compare.py --run runs/learn --out runs/learn_options --only baseline advantage-rloo
+
+A file holds the keys that differ from sorting.yaml; its first line says what it shows. Every run starts from the SFT
+model of a finished `run.py` and has its settings, the seed included. Finished runs are kept, so a new file costs one
+run; overrides as in `ppo.iterations=40` hold for all runs of a folder.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from icegrt import PPOConfig, PPOTrainer  # noqa: E402
+from icegrt.config import CONFIG_FILE  # noqa: E402
+from icegrt.config.strict_yaml import parse  # noqa: E402
+from icegrt.distributed import failure  # noqa: E402
+from icegrt.errors import UserError  # noqa: E402
+from icegrt.report.plots import Panel, legend, panel_svg, series_of, write_curves_png  # noqa: E402
+from icegrt.report.tables import render_page, settings_tables  # noqa: E402
+from icegrt.utils.console import is_main, print_info  # noqa: E402
+from icegrt.utils.files import write_text_atomic  # noqa: E402
+from icegrt.utils.values import flatten  # noqa: E402
+from sorting.curve import evaluations  # noqa: E402
+from sorting.run import SETTINGS, Sorting, ppo_inputs  # noqa: E402
+from staged_run.launch import launch, ranks  # noqa: E402
+
+OPTIONS = HERE / "options"
+BASELINE = "baseline"
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A file of options/: its name, what it shows, and its keys as overrides."""
+
+    name: str
+    title: str
+    overrides: list[str]
+
+    @property
+    def group(self) -> str:
+        """The chart: the name up to the first hyphen."""
+        return self.name.partition("-")[0]
+
+
+def read_option(path: Path) -> Option:
+    """Read a file of options/.
+
+    Raises:
+        UserError: it does not begin with a comment, or has another section than `ppo`.
+    """
+    text = path.read_text(encoding="utf-8")
+    document = parse(text, str(path)) or {}
+    if not text.startswith("# ") or set(document) != {"ppo"}:
+        raise UserError(f"{path}: expected a comment that says what it shows, then the section ppo")
+    overrides = [f"{name}={json.dumps(value)}" for name, value in flatten(document["ppo"] or {}, "ppo")]
+    return Option(path.stem, text.splitlines()[0].removeprefix("# "), overrides if document["ppo"] else [])
+
+
+def read_options(names: Iterable[str]) -> list[Option]:
+    """Return the named options, or all of them, the baseline first.
+
+    Raises:
+        UserError: a name has no file.
+    """
+    paths = {path.stem: path for path in sorted(OPTIONS.glob("*.yaml"))}
+    unknown = sorted(set(names) - set(paths))
+    if unknown:
+        raise UserError(f"--only: expected names of {OPTIONS}, got {unknown[0]!r}; there are {', '.join(paths)}")
+    chosen = [paths[name] for name in paths if name == BASELINE or not names or name in names]
+    return sorted((read_option(path) for path in chosen), key=lambda option: option.name != BASELINE)
+
+
+def train(options: Iterable[Option], run: Path, out: Path, overrides: list[str]) -> None:
+    """Train each option that is not finished, in a folder of its name below `out`. Collective."""
+    saved = PPOConfig.load(run / "ppo" / CONFIG_FILE)
+    for option in options:
+        folder = out / option.name
+        if (folder / "summary.json").is_file():
+            print_info(f"{option.name}: finished before")
+            continue
+        print_info(f"{option.name}: {option.title}")
+        here = [f"ppo.run.dir={folder}", f"ppo.run.seed={saved.run.seed}", "ppo.run.resume=auto"]
+        config = PPOConfig.load(SETTINGS, [*ppo_inputs(run), *overrides, *option.overrides, *here])
+        with PPOTrainer(config) as trainer:
+            trainer.train()
+
+
+def write_page(options: list[Option], out: Path) -> Path:
+    """Write curves.png and report.html with the curves of all options. Return the page's path."""
+    curves = {option.name: evaluations(out / option.name) for option in options}
+    panels = []
+    for group in dict.fromkeys(option.group for option in options if option.name != BASELINE):
+        members = [option.name for option in options if option.group == group or option.name == BASELINE]
+        series = [series_of(name, curves[name], "function_score_mean", markers=True) for name in members]
+        panels.append(Panel(f"Exact match: {group}", "of sampled answers to validation prompts", tuple(series)))
+    write_curves_png(out / "curves.png", panels, "Six digits to sort, from the same SFT model")
+    figures = []
+    for option in options:
+        first, last = (f"{curves[option.name][n]['function_score_mean']:.3f}" for n in (0, -1))
+        figures.append((f"{option.name}: {option.title}", first, last))
+    page = render_page(
+        "training_report.html",
+        title="Six digits to sort: each option of the engine",
+        charts=[{"title": p.title, "unit": p.unit, "svg": panel_svg(p), "legend": legend(p)} for p in panels],
+        figures=figures,
+        settings=settings_tables(out / BASELINE / CONFIG_FILE, None),
+    )
+    write_text_atomic(out / "report.html", page)
+    return out / "report.html"
+
+
+def main() -> int:
+    """Run the command line with one rank per core. Return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/learn"), help="folder of a finished run.py")
+    parser.add_argument("--out", type=Path, default=Path("runs/learn_options"), help="folder to write")
+    parser.add_argument("--only", nargs="+", default=[], help="names of options; the baseline always runs")
+    parser.add_argument("overrides", nargs="*", help="settings of all runs, as in ppo.iterations=40")
+    arguments = parser.parse_args()
+    try:
+        options = read_options(arguments.only)
+        count = ranks(Sorting.MAX_RANKS)
+        if count > 1:
+            return launch([sys.executable, *sys.argv], count)
+        with failure.exit_on_peer_failure():
+            train(options, arguments.run, arguments.out, arguments.overrides)
+            if is_main():
+                print_info(f"page: {write_page(options, arguments.out)}")
+    except UserError as error:
+        if failure.should_report(error):
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""The outcome of the run: exact match on test prompts, the curves of the three trainings, the picture and the page.
+
+Settings were chosen on validation prompts; only this module reads the test prompts.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from icegrt import PPOConfig, SFTConfig
+from icegrt.data import open_rows
+from icegrt.metrics import read_metrics
+from icegrt.metrics.statistics import distinct_fraction
+from icegrt.report.page import write_ppo_report
+from icegrt.report.plots import Panel, Series
+from sorting.curve import measure, ppo_curve, read_prompts, sft_curve
+from sorting.picture import write_picture
+from staged_run.assessment import columns, example_rows, gain, per_prompt, read_json, seconds_by_phase
+
+__all__ = ["Outcome", "assess_actor", "assess_sft"]
+
+SAMPLES = 2
+FIXED_EXAMPLES = RANDOM_EXAMPLES = 6
+
+
+def assess_actor(trainer: Any, data: Path) -> dict[str, Any]:
+    """Return scored sampled and greedy answers of PPO's actor to the test prompts, as JSON. Collective."""
+    prompts = read_prompts(data / "test.jsonl", trainer)
+    return {
+        "sampled": columns(trainer.assess(prompts, SAMPLES)),
+        "greedy": columns(trainer.assess(prompts, 1, greedy=True)),
+    }
+
+
+def assess_sft(trainer: Any, data: Path) -> dict[str, float]:
+    """Return the exact match of an SFT trainer's model on the test prompts. Collective."""
+    prompts = read_prompts(data / "test.jsonl", trainer)
+    return {
+        "exact_match": measure(trainer, prompts, SAMPLES),
+        "greedy_exact_match": measure(trainer, prompts, greedy=True),
+    }
+
+
+class Outcome:
+    """The figures of a run, from the files of its stages in `out`."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.before, self.after = (read_json(out / f"assessment_{when}.json") for when in ("before", "after"))
+        self.alone = read_json(out / "assessment_sft_alone.json")
+        self.config = PPOConfig.load(out / "ppo" / "config.yaml")
+        self.steps = [row for row in read_metrics(out / "ppo") if row["kind"] == "ppo"]
+        self.rows = [row.data for row in open_rows(out / "data" / "test.jsonl")]
+        sft = sft_curve(out / "sft")
+        self.curves = {
+            "SFT": sft,
+            "PPO": ppo_curve(out / "ppo").after(sft.seconds[-1]),
+            "SFT alone, continued": sft_curve(out / "sft_alone").after(sft.seconds[-1]),
+        }
+        self.labelled = len(open_rows(out / "data" / "sft.jsonl"))
+        self.figures = self._figures()
+
+    def write(self) -> Path:
+        """Write report.json, report.html, curves.png and learning.png. Return the page's path."""
+        write_picture(self.out / "learning.png", self.curves, self.labelled)
+        # The page's other curves are those of the PPO run, whose metrics and settings it reads in its own folder.
+        page = write_ppo_report(
+            self.out / "ppo",
+            self.figures,
+            examples=self._examples(),
+            title="Six digits to sort: a short SFT, then PPO on exact match",
+            notes=[
+                f"{len(self.rows)} test prompts; their answers occur in no training row. {SAMPLES} sampled answers and "
+                "one greedy answer each, before and after PPO. Task score: the fraction of answers that are exactly "
+                "the digits in order. It is the whole reward, so the total score equals it.",
+                *self.lines(),
+            ],
+            settings=[SFTConfig.load(self.out / "sft" / "config.yaml"), self.config],
+            panels=[self._panel()],
+        )
+        for name in ("report.json", "report.html", "curves.png"):
+            (self.out / name).write_bytes((page.parent / name).read_bytes())
+        return self.out / "report.html"
+
+    def lines(self) -> list[str]:
+        """Return the outcome as lines for a terminal: each figure with its requirement."""
+        figures = self.figures
+        before, after, alone = (figures[f"exact_match_{when}"] for when in ("before", "after", "sft_alone"))
+        best = max(self.curves["SFT alone, continued"].exact_match)
+        seconds = figures["seconds_sft"] + figures["seconds_ppo"]
+        checks = [
+            (before < 0.2, f"exact match before PPO {before:.3f} (below 0.2)"),
+            (after >= 0.9, f"exact match after PPO {after:.3f} (at least 0.9)"),
+            (
+                max(alone, best) < 0.6,
+                f"SFT alone for the same time {alone:.3f}, at best {best:.3f} on validation prompts (below 0.6)",
+            ),
+            (
+                seconds <= 180,
+                f"SFT and PPO took {seconds:.0f} s with evaluations (at most 180 on two idle cores)",
+            ),
+        ]
+        return [f"{'ok   ' if passed else 'SHORT'} {text}" for passed, text in checks]
+
+    def _figures(self) -> dict[str, Any]:
+        # 1. exact match on the test prompts, sampled and greedy
+        ppo: dict[str, Any] = {"test_prompts": len(self.rows), "iterations": len(self.steps)}
+        ppo["heldout_reward_name"] = "total score"
+        for name, mode in (("task_score", "sampled"), ("heldout_reward", "sampled"), ("greedy_task_score", "greedy")):
+            before, after = (per_prompt(d[mode]["task"], d[mode]) for d in (self.before, self.after))
+            ppo |= gain(name, before, after)
+        # 2. figures of the answers before and after
+        for when, document in (("before", self.before), ("after", self.after)):
+            sampled = document["sampled"]
+            ppo[f"distinct_fraction_{when}"] = distinct_fraction(sampled["text"])
+            ppo[f"response_tokens_mean_{when}"] = float(np.mean(sampled["tokens"]))
+            ppo[f"truncated_fraction_{when}"] = float(np.mean(sampled["truncated"]))
+        # 3. figures of the run
+        ppo["kl_nats_per_response"] = float(np.mean(self.after["sampled"]["kl"]))
+        speeds = [step["response_tokens_per_second"] for step in self.steps]
+        ppo["response_tokens_per_second"] = float(np.median(speeds))
+        ppo["seconds_by_phase"] = seconds_by_phase(self.steps)
+        ppo["alarms"] = read_json(self.out / "ppo" / "summary.json")["alarms"]
+        return {
+            "exact_match_before": ppo["task_score_before"],
+            "exact_match_after": ppo["task_score_after"],
+            "exact_match_sft_alone": self.alone["exact_match"],
+            "greedy_exact_match_before": ppo["greedy_task_score_before"],
+            "greedy_exact_match_after": ppo["greedy_task_score_after"],
+            "greedy_exact_match_sft_alone": self.alone["greedy_exact_match"],
+            "seconds_sft": self._stage_seconds("sft"),
+            "seconds_ppo": self._stage_seconds("ppo"),
+            "seconds_sft_alone": self._stage_seconds("sft_alone"),
+            "ppo": ppo,
+        }
+
+    def _stage_seconds(self, name: str) -> float:
+        return float(read_json(self.out / "stages" / f"{name}.json")["seconds"])
+
+    def _panel(self) -> Panel:
+        series = [Series(name, curve.seconds, curve.exact_match, markers=True) for name, curve in self.curves.items()]
+        return Panel(
+            "Exact match", "of sampled answers to validation prompts", tuple(series), x_label="seconds of training"
+        )
+
+    def _examples(self) -> list[dict[str, Any]]:
+        rows = example_rows(len(self.rows), FIXED_EXAMPLES, RANDOM_EXAMPLES)
+        return [self._example(n, kind) for n, kind in rows]
+
+    def _example(self, n: int, kind: str) -> dict[str, Any]:
+        example = {"kind": kind, "prompt": self.rows[n]["prompt"], "reference": self.rows[n]["answer"]}
+        for when, document in (("before", self.before), ("after", self.after)):
+            greedy = document["greedy"]
+            example |= {when: greedy["text"][n], f"{when}_score": greedy["task"][n]}
+        return example
