@@ -127,6 +127,9 @@ def test_sums_of_iterations_add_up_and_a_resumed_run_drops_later_ones(tmp_path, 
         "Value bias by length",
         "Explained variance by length",
     ]
+    # Positions are on a logarithmic axis.
+    svg = charts["charts"][0]["svg"]
+    assert "position of the token in its response" in svg and all(f">{x}</text>" in svg for x in (1, 2, 4, 8))
     assert calibration_charts(tmp_path / "nothing") is None
 
 
