@@ -24,6 +24,7 @@ from icegrt.config.strict_yaml import parse  # noqa: E402
 from icegrt.distributed import failure  # noqa: E402
 from icegrt.errors import UserError  # noqa: E402
 from icegrt.report.plots import Panel, legend, panel_svg, series_of, write_curves_png  # noqa: E402
+from icegrt.report.profile import profile_files  # noqa: E402
 from icegrt.report.tables import render_page, settings_tables  # noqa: E402
 from icegrt.utils.console import is_main, print_info  # noqa: E402
 from icegrt.utils.files import write_text_atomic  # noqa: E402
@@ -112,6 +113,7 @@ def write_page(options: list[Option], out: Path) -> Path:
         charts=[{"title": p.title, "unit": p.unit, "svg": panel_svg(p), "legend": legend(p)} for p in panels],
         figures=figures,
         settings=settings_tables(out / BASELINE / CONFIG_FILE, None),
+        profiles=profile_files(out / BASELINE),
     )
     write_text_atomic(out / "report.html", page)
     return out / "report.html"

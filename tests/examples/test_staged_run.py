@@ -68,7 +68,7 @@ def test_an_override_of_another_section_is_a_usage_error(monkeypatch, tmp_path, 
 def test_overrides_of_the_command_line_come_after_those_of_an_option(tmp_path):
     demo = Demo(tmp_path / "lora", 0, ["ppo.optimizer.lr=1e-4", "sft.epochs=1"], sharing="lora")
     overrides = demo.run_overrides("ppo")
-    assert overrides.index("ppo.optimizer.lr=1e-4") > overrides.index("ppo.optimizer.lr=3e-4")
+    assert overrides.index("ppo.optimizer.lr=1e-4") > overrides.index("ppo.critic.optimizer.lr=1e-3")
     assert "ppo.sharing=lora" in overrides and "sft.epochs=1" not in overrides
     assert Demo(tmp_path / "full", 0, [], sharing="full").overrides_of("ppo") == []
 
