@@ -11,7 +11,7 @@ import time
 from triton.runtime import interpreter
 
 JOIN_SECONDS = 60
-LONGEST_DELAY = 0.002  # seconds before a store
+DELAY_SECONDS = 0.02  # before each store of a slow program
 
 
 class Deadlock(AssertionError):
@@ -19,16 +19,16 @@ class Deadlock(AssertionError):
 
 
 class _DelayedStores:
-    """Triton's interpreted memory with a random pause before each store: programs overtake each other."""
+    """Triton's interpreted memory with a pause before each store of a slow program, which fast ones overtake."""
 
-    def __init__(self, memory, order):
-        self._memory, self._order = memory, order
+    def __init__(self, memory, current):
+        self._memory, self._current = memory, current
 
     def __getattr__(self, name):
         return getattr(self._memory, name)
 
     def store(self, *args):
-        time.sleep(LONGEST_DELAY * self._order.random())
+        time.sleep(self._current.delay)
         return self._memory.store(*args)
 
 
@@ -36,7 +36,7 @@ class _DelayedStores:
 def programs_in_threads(seed, workers=4):
     """Run the programs of every launch inside the `with` on `workers` threads, which draw them in random order.
 
-    A program that waits for a flag spins, and the others go on.
+    Half of the programs are slow. A program that waits for a flag spins, and the others go on.
 
     Args:
         seed: Of the order.
@@ -68,7 +68,7 @@ def programs_in_threads(seed, workers=4):
                     if program is None:
                         return
                     try:
-                        current.program = program
+                        current.program, current.delay = program, order.choice((0.0, DELAY_SECONDS))
                         executor.fn(**args)
                     except Exception as error:
                         errors.append(error)
@@ -93,7 +93,7 @@ def programs_in_threads(seed, workers=4):
     interpreter.interpreter_builder.__dict__.pop("grid_idx", None)
     builder.grid_idx = property(lambda _: current.program, lambda _, value: setattr(current, "program", value))
     interpreter.GridExecutor.__call__ = launch
-    interpreter._interpreter = _DelayedStores(memory, order)
+    interpreter._interpreter = _DelayedStores(memory, current)
     sys.setswitchinterval(1e-4)
     try:
         yield
