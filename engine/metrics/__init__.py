@@ -10,7 +10,7 @@ from icegrt.metrics.records import (
     ValueStep,
     step_from_row,
 )
-from icegrt.metrics.run_log import RunLog, drop_rollouts, read_metrics, rollout_path
+from icegrt.metrics.run_log import RunLog, calibration_path, drop_rollouts, read_metrics, rollout_path
 
 __all__ = [
     "PHASES",
@@ -21,6 +21,7 @@ __all__ = [
     "RunLog",
     "SFTStep",
     "ValueStep",
+    "calibration_path",
     "drop_rollouts",
     "read_metrics",
     "rollout_path",

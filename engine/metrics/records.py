@@ -55,10 +55,10 @@ class PPOStep:
     """Mean score of the first reward model, before normalization; None without a reward model."""
     function_score_mean: float | None = None
     """Mean task score: the score of the first function or HTTP scorer; None without one."""
-    overlong_penalty_mean: float | None = None
-    """Mean soft penalty of long responses, subtracted from the score; None without it."""
     score_std: float
     """Standard deviation of the total score."""
+    overlong_penalty_mean: float | None = None
+    """Mean soft penalty of long responses, subtracted from the score; None without it."""
     reward_mean: float
     """Mean over responses of the sum of their rewards: normalized, clipped score minus the KL penalty."""
 

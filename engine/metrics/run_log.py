@@ -22,7 +22,7 @@ from icegrt.metrics.sinks import open_sinks
 from icegrt.utils.console import warn
 from icegrt.utils.files import json_line, json_safe, restore_json, write_text_atomic
 
-__all__ = ["RunLog", "drop_rollouts", "read_metrics", "rollout_path"]
+__all__ = ["RunLog", "calibration_path", "drop_rollouts", "read_metrics", "rollout_path"]
 
 METRICS_FILE = "metrics.jsonl"
 _logger = logging.getLogger(__name__)
@@ -163,9 +163,15 @@ def rollout_path(dir: str | Path, iteration: int) -> Path:
     return Path(dir) / "rollouts" / f"iteration_{iteration:05d}.jsonl"
 
 
+def calibration_path(dir: str | Path, iteration: int) -> Path:
+    """Return the path of an iteration's value calibration: `<dir>/value_calibration/iteration_00012.json`."""
+    return Path(dir) / "value_calibration" / f"iteration_{iteration:05d}.json"
+
+
 def drop_rollouts(dir: str | Path, after: int) -> None:
-    """Remove the responses of iterations after `after`, which a resumed run samples again."""
-    for path in rollout_path(dir, 0).parent.glob("iteration_*.jsonl"):
+    """Remove the responses of iterations after `after`, which a resumed run samples again, and their calibration."""
+    rollouts = rollout_path(dir, 0).parent.glob("iteration_*.jsonl")
+    for path in [*rollouts, *calibration_path(dir, 0).parent.glob("iteration_*.json")]:
         if int(path.stem.removeprefix("iteration_")) > after:
             path.unlink()
 

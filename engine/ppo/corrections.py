@@ -95,8 +95,6 @@ def sum_by_sequence(x_A: Tensor, cu_actions: Tensor, mask_A: Tensor | None) -> T
         cu_actions: [N + 1] offsets.
         mask_A: [A] bool; None: all count.
     """
-    if not x_A.numel():
-        return x_A  # a rank without responses in this micro-batch
     lengths_N = cu_actions.diff().long()
     counted_A = x_A if mask_A is None else torch.where(mask_A, x_A, 0.0)
     sum_N = torch.segment_reduce(counted_A.double(), "sum", lengths=lengths_N, unsafe=True)

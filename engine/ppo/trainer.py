@@ -20,6 +20,7 @@ from icegrt.metrics import PHASE_LABELS, Evaluation, PPOStep, rollout_path
 from icegrt.metrics.alarms import Alarms
 from icegrt.model.hf.reader import ModelSource
 from icegrt.ppo.batch_plan import BatchPlan, plan_batches, stream_seed
+from icegrt.ppo.calibration import value_calibration, write_calibration
 from icegrt.ppo.corrections import rollout_logprobs, score_policies
 from icegrt.ppo.dynamic_sampling import Selection, compare_scores, select_prompts
 from icegrt.ppo.evaluator import EvaluationResult
@@ -240,6 +241,10 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
             experience = Experience(
                 plan, scores, old_A, entropy_A, ref_A, value_A, shaped, moments, rollout_A, weights, own_returns
             )
+            if last_value_N is not None:
+                tables = value_calibration(shaping, experience, last_value_N, self.cluster)
+                if self.cluster.is_main:
+                    write_calibration(self.dir, iteration, tables)
         self.notify("on_scores", experience)
 
         # 5. Update actor and critic, a step per minibatch.

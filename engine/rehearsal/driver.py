@@ -381,9 +381,9 @@ def _phases_of_steps(watcher: Watcher, phases: dict[str, str]) -> Iterator[None]
     """Count every optimizer step in the phase of its role, and label the state that the optimizer allocates."""
     step = TrainableRole.train_step
 
-    def phased(role: TrainableRole, work: Any) -> Any:
+    def phased(role: TrainableRole, work: Any, lr: float | None = None) -> Any:
         with watcher.phase(phases[role.name]):
-            outcome = step(role, work)
+            outcome = step(role, work, lr)
         _label_optimizer_states(role, watcher)
         return outcome
 

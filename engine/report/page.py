@@ -19,6 +19,7 @@ from icegrt.errors import ConfigError, RunError
 from icegrt.metrics import PPOStep, read_metrics, step_from_row
 from icegrt.metrics.alarms import Alarms
 from icegrt.report.alarm_list import alarm_list
+from icegrt.report.calibration import calibration_charts
 from icegrt.report.memory_table import memory_table
 from icegrt.report.plots import Panel, ppo_panels, write_curves_png
 from icegrt.report.profile import profile_files
@@ -97,6 +98,7 @@ def write_ppo_report(
         training=training(rows),
         phases=phases(ppo),
         memory=memory_table(run_dir),
+        calibration=calibration_charts(run_dir),
         examples=[example_texts(number, example) for number, example in enumerate(examples, 1)],
         profiles=profile_files(run_dir),
         settings=settings_tables(run_dir / CONFIG_FILE, settings),

@@ -46,7 +46,11 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One chart. target: a dashed horizontal line with its label. x_label: of this chart, if not that of the others."""
+    """One chart.
+
+    target: a dashed horizontal line with its label. x_label: of this chart, if not that of the others. log2_x: x is
+    log2 of what the ticks print.
+    """
 
     title: str
     unit: str
@@ -54,6 +58,7 @@ class Panel:
     target: tuple[str, float] | None = None
     percent: bool = False
     x_label: str = ""
+    log2_x: bool = False
 
 
 def ppo_panels(rows: Sequence[dict[str, Any]], kl_target_nats_per_response: float | None = None) -> list[Panel]:
@@ -150,7 +155,7 @@ def panel_svg(panel: Panel, x_label: str = "iteration") -> Markup:
         x, _ = to_pixels(tick, y_low)
         parts.append(
             Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
-                x, HEIGHT - 15, f"{tick:.0f}"
+                x, HEIGHT - 15, f"{2**tick if panel.log2_x else tick:.0f}"
             )
         )
     middle = (LEFT + WIDTH - RIGHT) / 2

@@ -31,7 +31,7 @@ from icegrt.utils.text import duration
 __all__ = ["LOG_FILE", "RECORD_FILE", "Limits", "lock_study", "read_record", "run_tasks"]
 
 LOG_FILE, RECORD_FILE, START_FILE, LOCK_FILE = "log.txt", "record.json", "started.json", ".lock"
-GRACE_S = 20.0  # between SIGTERM, after which a training run writes a checkpoint, and SIGKILL
+GRACE_S = 60.0  # between SIGTERM, after which a training run writes a checkpoint, and SIGKILL
 LOCK_TIMEOUT_S = 30.0
 POLL_S = 0.1
 _PR_SET_PDEATHSIG = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import platform
@@ -51,7 +52,8 @@ def run_study(config: StudyConfig) -> Outcome:
     folder = Path(config.dir)
     if config.report_only and not (folder / FROZEN_FILE).is_file():
         raise RunError(f"{folder}: no study has begun there; leave out --report, or set study.dir")
-    with lock_study(folder) as lock:
+    # A page may be written while the study goes on elsewhere.
+    with contextlib.nullcontext(-1) if config.report_only else lock_study(folder) as lock:
         frozen = freeze(config, files, sum(read_record(task) is not None for task in tasks))
         complete = True
         try:

@@ -19,7 +19,7 @@ from icegrt.errors import RunError
 REPLACED = ".replaced"
 # What a run writes into its folder. Other files there belong to the user, and stay.
 _RUN_FILE = re.compile(
-    r"config(\.\d+)?\.yaml|metrics\.jsonl|checkpoints|rollouts|profile|tensorboard|tokenizer"
+    r"config(\.\d+)?\.yaml|metrics\.jsonl|checkpoints|rollouts|value_calibration|profile|tensorboard|tokenizer"
     r"|(model|adapter)(\.writing|\.replaced)?|summary\.json|memory\.json|report\.(html|json)|curves\.png|loggers\.json|wandb|\..+\.partial"
 )
 

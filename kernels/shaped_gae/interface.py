@@ -112,7 +112,8 @@ def shaped_gae(
     if on_cpu:
         _check_boundaries(op, cu_actions, shape[0])
     inputs = GAEInputs(score_N, value_A, logprob_A, ref_logprob_A, cu_actions, bootstrap_N, mask_A, token_reward_A)
-    lam, lam_value = (float(x) if isinstance(x, Real) else x for x in (lam, lam_value))
+    lam = float(lam) if isinstance(lam, Real) else lam
+    lam_value = float(lam_value) if isinstance(lam_value, Real) else lam_value
     coefficients = GAECoefficients(kl_coef, kl_estimator, float(gamma), lam, lam_value, unit == "turn")
     # 3. Run, then check the scores: only the result shows cheaply if one has no unmasked action.
     shaped = select(op, value_A, score_N, logprob_A, ref_logprob_A, token_reward_A)(inputs, coefficients)

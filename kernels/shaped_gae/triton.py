@@ -48,7 +48,8 @@ def shaped_gae(inputs: GAEInputs, coefficients: GAECoefficients) -> ShapedGAE:
     # 2. Buffers. Only the tickets and flags need zeros: everything else is written before it is read.
     advantage_A, return_A, reward_A = torch.empty(3, A, dtype=torch.float32, device=device)
     kl_N = torch.empty(N, dtype=torch.float32, device=device)
-    decoupled = coefficients.lam_value is not None
+    own_lam_value = coefficients.lam_value
+    decoupled = own_lam_value is not None
     value_mask_A = torch.empty(A, dtype=torch.bool, device=device) if coefficients.by_turn else None
     maps = torch.empty((9 if decoupled else 6) * tiles * ROWS, dtype=torch.float32, device=device)
     moments = torch.empty(3 + 3 * tiles, dtype=torch.float64, device=device)
@@ -56,7 +57,7 @@ def shaped_gae(inputs: GAEInputs, coefficients: GAECoefficients) -> ShapedGAE:
     # 3. A coefficient on the device is passed by pointer, so that the host does not wait for it. So are lambdas.
     kl_coef, kl_coef_ptr = value_and_pointer(coefficients.kl_coef)
     lam, lam_N = value_and_pointer(coefficients.lam)
-    lam_value, lam_value_N = value_and_pointer(coefficients.lam_value if decoupled else coefficients.lam)
+    lam_value, lam_value_N = value_and_pointer(coefficients.lam if own_lam_value is None else own_lam_value)
     _gae_step(
         stream(inputs.score_N),
         stream(inputs.value_A),

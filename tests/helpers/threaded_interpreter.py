@@ -6,22 +6,37 @@ import itertools
 import random
 import sys
 import threading
+import time
 
 from triton.runtime import interpreter
 
 JOIN_SECONDS = 60
+LONGEST_DELAY = 0.002  # seconds before a store
 
 
 class Deadlock(AssertionError):
     """Programs still ran after JOIN_SECONDS."""
 
 
+class _DelayedStores:
+    """Triton's interpreted memory with a random pause before each store: programs overtake each other."""
+
+    def __init__(self, memory, order):
+        self._memory, self._order = memory, order
+
+    def __getattr__(self, name):
+        return getattr(self._memory, name)
+
+    def store(self, *args):
+        time.sleep(LONGEST_DELAY * self._order.random())
+        return self._memory.store(*args)
+
+
 @contextlib.contextmanager
 def programs_in_threads(seed, workers=4):
     """Run the programs of every launch inside the `with` on `workers` threads, which draw them in random order.
 
-    A program that waits for a flag spins, and the others go on. The switch interval is short, so that programs meet
-    between a load and a store.
+    A program that waits for a flag spins, and the others go on.
 
     Args:
         seed: Of the order.
@@ -73,14 +88,17 @@ def programs_in_threads(seed, workers=4):
             patched.restore()
         executor._restore_args_dev(device_args, host_args, keywords, host_keywords)
 
-    call, interval = interpreter.GridExecutor.__call__, sys.getswitchinterval()
+    call, memory = interpreter.GridExecutor.__call__, interpreter._interpreter
+    interval = sys.getswitchinterval()
     interpreter.interpreter_builder.__dict__.pop("grid_idx", None)
     builder.grid_idx = property(lambda _: current.program, lambda _, value: setattr(current, "program", value))
     interpreter.GridExecutor.__call__ = launch
-    sys.setswitchinterval(1e-5)
+    interpreter._interpreter = _DelayedStores(memory, order)
+    sys.setswitchinterval(1e-4)
     try:
         yield
     finally:
+        interpreter._interpreter = memory
         sys.setswitchinterval(interval)
         interpreter.GridExecutor.__call__ = call
         del builder.grid_idx

@@ -1,11 +1,14 @@
 """Two lambdas, one lambda per response, and turns: the same run in every layout, with the same value calibration."""
 
+import json
+
 import pytest
 import torch
 
 from icegrt.config import ParallelConfig
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
+from icegrt.metrics import calibration_path
 from tests.helpers import tiny_models as tiny
 from tests.helpers.layout_cases import LAYOUTS, config, step_metrics, trainer
 from tests.helpers.ranks import launch
@@ -28,9 +31,19 @@ def run_all(folder, layout):
             with trainer(settings, False) as run:
                 steps = [step_metrics(run.step()) for _ in range(2)]
                 weights = {r.name: tiny.by_hugging_face_name(r, lambda p: p) for r in run.roles}
-            results[name] = {"steps": steps, "weights": weights}
+            results[name] = {"steps": steps, "weights": weights, "path": calibration_path(path, 2)}
         if cluster.is_main:
             torch.save(results, folder / f"{layout}.pt")
+
+
+def assert_same_tables(path, expected_path, where):
+    """Sums of value calibration; those of two lambdas, unless the returns are already at lambda 1."""
+    tables, expected = (json.loads(p.read_text())["tables"] for p in (path, expected_path))
+    assert len(tables) == len(expected) == (2 if "decoupled" in where else 4), where
+    for table, other in zip(tables, expected, strict=True):
+        assert sum(table["count"]) > 0 and table["count"] == other["count"], where
+        for name, column in other.items():
+            assert table[name] == pytest.approx(column, rel=1e-4, abs=1e-4) if name != "by" else True, (where, name)
 
 
 @pytest.mark.timeout(600)
@@ -47,5 +60,6 @@ def test_runs_are_the_same_in_every_layout(tmp_path):
                 for figure in ("policy_loss", "value_loss", "advantage_mean", "value_explained_variance"):
                     assert step[figure] == pytest.approx(expected[figure], abs=1e-4), (where, figure)
                 assert step["grad_norm_critic"] == pytest.approx(expected["grad_norm_critic"], rel=1e-4), where
+            assert_same_tables(results["path"], one[name]["path"], where)
     figures = [one[name]["steps"][0]["value_loss"] for name in SETTINGS]
     assert len(set(figures)) == len(figures), "a setting had no effect"

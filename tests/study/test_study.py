@@ -14,6 +14,7 @@ from icegrt.config.loader import as_yaml
 from icegrt.errors import ConfigError, RunError
 from icegrt.study.plots import band_of
 from icegrt.study.results import ContrastResult
+from icegrt.study.runner import lock_study
 from icegrt.study.statistics import PairedDifference, detectable_difference
 from icegrt.study.study import run_study
 from icegrt.study.verdicts import OUTCOMES, outcome_of, sentence
@@ -81,6 +82,12 @@ def test_a_second_start_runs_nothing_and_gives_the_same_results(finished):
     before = starts(folder)
     again = run_study(study_of(folder))
     assert starts(folder) == before and again.results == outcome.results
+
+
+def test_the_page_can_be_written_while_the_study_goes_on(finished):
+    folder, outcome = finished
+    with lock_study(folder / "study"):
+        assert run_study(study_of(folder, report_only=True)).results == outcome.results
 
 
 def test_a_changed_study_is_refused_and_an_amended_one_lists_the_change(tmp_path):
