@@ -55,6 +55,18 @@ def test_moments_exist_from_the_start(model):
     assert first.phases[INFERENCE].device.by_category[memory.OPTIMIZER] == pytest.approx(trained / 3, rel=0.02)
 
 
+def test_a_plan_counts_a_smaller_critic(model, tmp_path):
+    small = write_model(tmp_path / "small", num_hidden_layers=2)
+    whole, part = (
+        footprints(model, f"ppo.critic.model={path}", gpus=2, peaks_only=True)["every rank"].phases[CRITIC].device
+        for path in (model, small)
+    )
+    # Weights and biases of attention, three projections of the MLP and two norms, in two layers.
+    layers = 2 * (64 * (64 + 2 * 32) + (64 + 2 * 32) + 64 * 64 + 3 * 64 * 128 + 2 * 64)
+    saved = whole.by_category[memory.PARAMETERS] - part.by_category[memory.PARAMETERS]
+    assert saved == pytest.approx(2 * layers, rel=0.02)
+
+
 def test_a_plan_counts_what_the_critic_freezes(model):
     whole, part = (
         footprints(model, f"ppo.critic.freeze={frozen}", gpus=1, peaks_only=True)["every rank"].phases[CRITIC].device

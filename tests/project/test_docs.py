@@ -44,7 +44,9 @@ def first_column(text):
 # -- metrics ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("record", [records.PPOStep, records.Evaluation, records.SFTStep, records.RewardStep])
+@pytest.mark.parametrize(
+    "record", [records.PPOStep, records.Evaluation, records.SFTStep, records.RewardStep, records.ValueStep]
+)
 def test_the_glossary_has_every_field_of_every_record_in_order(record):
     sections = re.split(r"^##+ ", page("metrics.md"), flags=re.MULTILINE)
     (section,) = (text for text in sections if f"Class `{record.__name__}`, kind `{records.KINDS[record]}`" in text)
