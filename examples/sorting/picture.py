@@ -40,17 +40,15 @@ def write_picture(path: Path, curves: Mapping[str, Curve], labelled: int) -> Non
             axes.annotate(
                 f"{label}: {y[-1]:.0%}",
                 (x[-1], y[-1]),
-                xytext=(-4, -14 if name == "PPO" else 8),
+                xytext=(-4, -30 if name == "PPO" else 8),
                 textcoords="offset points",
                 ha="right",
                 va="top" if name == "PPO" else "bottom",
                 color=color,
             )
     axes.axvspan(0, start.seconds[-1], color="0.93", linewidth=0)
-    axes.annotate(
-        "short SFT", (start.seconds[-1] / 2, 1.0), xytext=(0, -3), textcoords="offset points", ha="center", va="top",
-        color="0.35",
-    )  # fmt: skip
+    end = (start.seconds[-1], 1.0)
+    axes.annotate("short SFT", end, xytext=(4, -3), textcoords="offset points", va="top", color="0.35")
     axes.set_title("Sort six digits (528041= becomes 012458): answers that are exactly right", fontsize=11)
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("of sampled answers to held-out prompts")

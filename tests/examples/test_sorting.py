@@ -217,7 +217,7 @@ def test_the_run_resumes_and_writes_its_report(small, tmp_path, monkeypatch):
 @pytest.mark.long
 def test_a_short_training_raises_exact_match(tmp_path):
     settings = ["ppo.iterations=30", "ppo.eval_every=10"]
-    run.Sorting(tmp_path / "out", 0, settings).run()
+    run.Sorting(tmp_path / "out", 7, settings).run()
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert report["exact_match_before"] < 0.2
     assert report["ppo"]["task_score_gain_ci95"][0] > 0.1
