@@ -82,7 +82,8 @@ class _Runs:
             power = power_of(config, pilot)
             _state_power(Path(config.dir), power)
             if not power:
-                console.warn(f"the pilot has failed, so the study does not go on; see {pilot[0].folder / LOG_FILE}")
+                log = pilot[0].folder / LOG_FILE
+                console.warn(f"the pilot has failed, so the study does not go on: {log}; --retry-failed runs it again")
                 return False
         if config.stop_after == "runs":
             self._prepare(preparation(config, files, config.seeds))
