@@ -34,6 +34,7 @@ def test_every_command_of_the_readme_does_what_it_says(tmp_path, monkeypatch, ca
     (code,) = (block for block in re.findall(r"^```python\n(.*?)^```$", text, re.S | re.M) if "def score(" in block)
     Path("score.py").write_text(code, encoding="utf-8")
     study = study_of(tmp_path, pilot={}, seeds=[0, 1], settings=STUDY["settings"][:2], contrasts=STUDY["contrasts"][:1])
+    Path("config.yaml").write_text("kl_coef: 0.05\ntotal_episodes: 1024\n", encoding="utf-8")
     Path("study.yaml").write_text(as_yaml(study), encoding="utf-8")
     lines = [line for block in re.findall(r"^```sh\n(.*?)^```$", text, re.S | re.M) for line in block.splitlines()]
     for line in lines:
