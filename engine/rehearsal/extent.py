@@ -38,8 +38,8 @@ def largest_work(pipeline: int) -> Iterator[None]:
             for i, batch in enumerate(batches)
         ]
 
-    def trained(role: TrainableRole, work: Sequence[Any]) -> Any:
-        return train_step(role, [work[i] for i in _largest([item.batch for item in work], count)])
+    def trained(role: TrainableRole, work: Sequence[Any], lr: float | None = None) -> Any:
+        return train_step(role, [work[i] for i in _largest([item.batch for item in work], count)], lr)
 
     def chosen_steps(updater: Updater, experience: Any, *args: Any) -> Iterator[tuple[int, list[int], float]]:
         yield from _chosen_steps(list(steps(updater, experience, *args)), experience.plan.batches)
