@@ -7,8 +7,9 @@ The same command resumes an interrupted demo. Settings are in recipe.yaml; overr
 `demo.py ppo.iterations=4 sft.epochs=1`. Without a GPU the demo starts one data-parallel rank per core, at most four.
 `torchrun ... demo.py` sets another number of ranks.
 
-With `--sharing lora` reward model, actor and critic are adapters on the SFT model, which is the reference too. SFT
-itself trains all weights: it starts from random ones, and an adapter can only refine what a model knows.
+With `--sharing lora` reward model, actor and critic are adapters on the SFT model, which is the reference too, and PPO
+is paid by parts (recipe_lora.yaml). SFT itself trains all weights: it starts from random ones, and an adapter can only
+refine what a model knows.
 """
 
 import argparse
@@ -28,16 +29,10 @@ from icegrt.utils.console import print_info  # noqa: E402
 from staged_run import stages  # noqa: E402
 
 RECIPE = HERE / "recipe.yaml"
-CHECKER, PARTS = (f"{HERE / 'reward.py'}:{name}" for name in ("checker_reward", "parts_reward"))
-# What --sharing lora changes. Adapters take larger steps than whole models: each moves the weights in few directions.
-LORA_SETTINGS = (
-    "reward.sharing=lora",
-    "reward.lora={rank: 64, alpha: 128}",
-    "reward.optimizer.lr=8e-4",
-    "ppo.sharing=lora",
-    "ppo.optimizer.lr=8e-4",
-    "ppo.critic.optimizer.lr=1e-3",
-)
+# What trains after SFT, by the mode: its settings, and the reward function of PPO.
+RECIPES = {"full": RECIPE, "lora": HERE / "recipe_lora.yaml"}
+CHECKER = f"{HERE / 'reward.py'}:checker_reward"
+PPO_FUNCTIONS = {"full": CHECKER, "lora": f"{HERE / 'reward.py'}:parts_reward"}
 
 
 class Demo(stages.StagedRun):
@@ -57,9 +52,10 @@ class Demo(stages.StagedRun):
             help="full: a model for each role; lora: adapters on the SFT model, which is the reference",
         )
 
-    def overrides_of(self, section: str) -> list[str]:
-        settings = [*(LORA_SETTINGS if self.options["sharing"] == "lora" else ()), *super().overrides_of(section)]
-        return [setting for setting in settings if setting.startswith(f"{section}.")]
+    @property
+    def sharing(self) -> str:
+        """full or lora."""
+        return self.options["sharing"]
 
     def prepare(self) -> None:
         prepare(self.data, self.seed)
@@ -95,7 +91,7 @@ class Demo(stages.StagedRun):
 
     def reward(self) -> None:
         config = RewardConfig.load(
-            RECIPE,
+            RECIPES[self.sharing],
             [
                 f"reward.model={self.out / 'sft' / 'model'}",
                 f"reward.data=[{{path: {self.out / 'rankings.jsonl'}}}]",
@@ -106,13 +102,13 @@ class Demo(stages.StagedRun):
             trainer.train()
 
     def ppo(self) -> None:
-        reward_model = self.out / "reward" / ("adapter" if self.options["sharing"] == "lora" else "model")
+        reward_model = self.out / "reward" / ("adapter" if self.sharing == "lora" else "model")
         config = PPOConfig.load(
-            RECIPE,
+            RECIPES[self.sharing],
             [
                 f"ppo.actor={self.out / 'sft' / 'model'}",
                 f"ppo.reward_model={reward_model}",
-                f"ppo.reward_function={PARTS}",
+                f"ppo.reward_function={PPO_FUNCTIONS[self.sharing]}",
                 f"ppo.prompts={self.data / 'prompts_train.jsonl'}",
                 f"ppo.eval_prompts={self.data / 'prompts_validation.jsonl'}",
                 *self.run_overrides("ppo"),

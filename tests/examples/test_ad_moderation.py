@@ -347,6 +347,20 @@ def test_a_verdict_is_paid_at_its_first_token(prepared):
     assert correct == [0, 0, 0]  # its score is paid at the last token, and nothing is the other answer's
 
 
+# ---- recipes
+
+
+@pytest.mark.parametrize("sharing", ["full", "lora"])
+def test_recipes_load(sharing):
+    from ad_moderation import demo
+    from icegrt import PPOConfig, RewardConfig
+    from icegrt.rewards.function import load_reward_function
+
+    recipe = demo.RECIPES[sharing]
+    assert RewardConfig.load(recipe, []).sharing == PPOConfig.load(recipe, []).sharing == sharing
+    assert load_reward_function(demo.PPO_FUNCTIONS[sharing]).__name__ in ("checker_reward", "parts_reward")
+
+
 # ---- files
 
 
