@@ -144,6 +144,8 @@ class Watcher(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = tensors_of(args, kwargs)
+        if func.namespace == "profiler":  # the beginning and end of a range in a trace
+            return func(*args, **kwargs)
         if func.namespace == "c10d":
             return collectives.run(self, func, args, kwargs)
         on_device = any(self._is_device(x) for x in tensors)
