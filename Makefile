@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt tools/setup.sh $(wildcard csrc/
 ppo: install  ## the whole recipe on a small example: text to PPO to an exported checkpoint (OUT=runs/demo SHARING=full)
 	OUT=$(OUT) SHARING=$(SHARING) $(PY) examples/ad_moderation/demo.py
 
-learn: install  ## PPO that learns in three minutes: six digits to sort, from below 0.2 to above 0.9 (LEARN_OUT=runs/learn)
+learn: install  ## PPO that learns within minutes: six digits to sort, beside SFT alone (LEARN_OUT=runs/learn)
 	OUT=$(LEARN_OUT) $(PY) examples/sorting/run.py
 
 smollm2: install  ## PPO on a 135M-parameter chat model from PyPI, about half an hour on two cores (SMOLLM2_OUT=runs/smollm2)
