@@ -9,15 +9,18 @@ from tests.helpers.paged_cases import drawn_projection, in_two_calls, same_bits
 
 
 def check_writes(rows=37, groups=2, queries=3, width=12, block_size=16, dtype=torch.float32):
-    """Padding, and slots beyond the cache, are not written: memory around the cache stays as it is."""
+    """Padding, and slots beyond the cache, are not written: memory around caches and queries stays as it is."""
     qkv, cos, sin, *memory, slots = drawn_projection(rows, groups, queries, width, block_size, dtype)
     capacity = (memory[0].shape[0] - 2) * block_size
     slots[::5], slots[1::5] = block_size - 1, capacity + block_size
     within = (slots >= block_size) & (slots < capacity + block_size)
     expected = in_two_calls("triton", qkv, cos, sin, *memory, torch.where(within, slots, -1))
+    queries_and_more = torch.full((rows + 1, groups * queries, width), torch.nan, dtype=dtype)
     with use_backend("triton"), module_constants("rope_write_kv", TILE=64):  # several programs, the last one partial
-        q = rope_write_kv(qkv, cos, sin, *(x[1:-1] for x in memory), slots - block_size)
+        caches = (x[1:-1] for x in memory)
+        q = rope_write_kv(qkv, cos, sin, *caches, slots - block_size, out=queries_and_more[:-1])
     assert same_bits([q, *memory], expected)
+    assert queries_and_more[-1].isnan().all()
 
 
 def check_views():
