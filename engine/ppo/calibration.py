@@ -105,11 +105,22 @@ def _bucket_sums(value_R: Tensor, return_R: Tensor, number_R: Tensor, starts: Se
     return torch.stack([bucket_R.bincount(weights=x, minlength=len(starts)) for x in terms])
 
 
-def write_calibration(run_dir: Path, iteration: int, tables: Sequence[dict[str, Any]]) -> None:
-    """Write the tables of an iteration into the run's folder; see `calibration_path`. A full disk is a warning."""
-    path = calibration_path(run_dir, iteration)
-    try:
-        path.parent.mkdir(exist_ok=True)
-        write_text_atomic(path, json.dumps({"iteration": iteration, "tables": list(tables)}) + "\n")
-    except OSError as error:
-        warn(f"{path}: cannot be written ({error.strerror or error}); the run goes on without this file")
+class CalibrationWriter:
+    """Writes the tables of iterations into a run's folder; see `calibration_path`.
+
+    A file that cannot be written is a warning, the first time: the run does not need it.
+    """
+
+    def __init__(self) -> None:
+        self._has_warned = False
+
+    def write(self, run_dir: Path, iteration: int, tables: Sequence[dict[str, Any]]) -> None:
+        """Write the tables of an iteration."""
+        path = calibration_path(run_dir, iteration)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_text_atomic(path, json.dumps({"iteration": iteration, "tables": list(tables)}) + "\n")
+        except OSError as error:
+            if not self._has_warned:
+                self._has_warned = True
+                warn(f"{path}: not written ({error.strerror or error}); the run goes on, make room on the disk")

@@ -20,7 +20,7 @@ from icegrt.metrics import PHASE_LABELS, Evaluation, PPOStep, rollout_path
 from icegrt.metrics.alarms import Alarms
 from icegrt.model.hf.reader import ModelSource
 from icegrt.ppo.batch_plan import BatchPlan, plan_batches, stream_seed
-from icegrt.ppo.calibration import value_calibration, write_calibration
+from icegrt.ppo.calibration import CalibrationWriter, value_calibration
 from icegrt.ppo.corrections import rollout_logprobs, score_policies
 from icegrt.ppo.dynamic_sampling import Selection, compare_scores, select_prompts
 from icegrt.ppo.evaluator import EvaluationResult
@@ -109,6 +109,7 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         self.alarm_messages: list[str] = []
         self._skip_guard = SkipGuard(*(role.name for role in self.roles))
         self._seconds: dict[str, float] = defaultdict(float)
+        self._calibration_writer = CalibrationWriter()
         self._rollout_writer = RolloutWriter()
         self._resources.callback(self._rollout_writer.close)
         probe_reward_sources(parts)
@@ -244,7 +245,7 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
             if last_value_N is not None:
                 tables = value_calibration(shaping, experience, last_value_N, self.cluster)
                 if self.cluster.is_main:
-                    write_calibration(self.dir, iteration, tables)
+                    self._calibration_writer.write(self.dir, iteration, tables)
         self.notify("on_scores", experience)
 
         # 5. Update actor and critic, a step per minibatch.

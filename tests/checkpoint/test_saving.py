@@ -315,8 +315,11 @@ def test_a_disk_that_is_full_while_anything_else_is_written_is_one_message(home,
     keys = [*cases.ppo_keys(home, run), *LONGER["ppo"], "ppo.checkpoint_every=1", "ppo.run.resume=auto"]
     with trainer(home, "ppo", run, "ppo.checkpoint_every=1") as first:
         first.step()
+        first.step()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, limits[1]))  # too little for the responses of an iteration
+    room = (run / "metrics.jsonl").stat().st_size + 500  # not enough for another row
+    assert (run / "config.yaml").stat().st_size < room
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
         assert cli.main(["ppo", *keys]) == 2
     finally:
@@ -324,7 +327,7 @@ def test_a_disk_that_is_full_while_anything_else_is_written_is_one_message(home,
     stderr = capsys.readouterr().err
     (error,) = (line for line in stderr.splitlines() if line.startswith("error: "))
     assert "metrics.jsonl: cannot be written (File too large)" in error and "Traceback" not in stderr
-    assert names(run) == ["step_000001"] and files.verify(files.checkpoint_path(run, 1)) == []
+    assert names(run) == ["step_000001", "step_000002"] and files.verify(files.checkpoint_path(run, 2)) == []
     assert cli.main(["ppo", *keys]) == 0 and names(run)[-1] == "step_000004"
 
 

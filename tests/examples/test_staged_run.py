@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from icegrt.config import PPOConfig
 from icegrt.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from ad_moderation.demo import Demo
+from ad_moderation.demo import RECIPES, Demo
 from staged_run import assessment, stages
 from staged_run.launch import launch
 
@@ -65,11 +66,12 @@ def test_an_override_of_another_section_is_a_usage_error(monkeypatch, tmp_path, 
     assert "a section of ppo, got 'sft.epochs=1'" in capsys.readouterr().err
 
 
-def test_overrides_of_the_command_line_come_after_those_of_an_option(tmp_path):
-    demo = Demo(tmp_path / "lora", 0, ["ppo.optimizer.lr=1e-4", "sft.epochs=1"], sharing="lora")
+def test_overrides_of_the_command_line_come_after_the_recipe_of_an_option(tmp_path):
+    demo = Demo(tmp_path / "lora", 0, ["ppo.optimizer.lr=1e-5", "sft.epochs=1"], sharing="lora")
     overrides = demo.run_overrides("ppo")
-    assert overrides.index("ppo.optimizer.lr=1e-4") > overrides.index("ppo.critic.optimizer.lr=1e-3")
-    assert "ppo.sharing=lora" in overrides and "sft.epochs=1" not in overrides
+    assert not any(override.startswith("sft.") for override in overrides)
+    config = PPOConfig.load(RECIPES[demo.sharing], overrides)
+    assert config.sharing == "lora" and config.optimizer.lr == 1e-5 != PPOConfig.load(RECIPES["lora"]).optimizer.lr
     assert Demo(tmp_path / "full", 0, [], sharing="full").overrides_of("ppo") == []
 
 

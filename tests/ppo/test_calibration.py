@@ -9,7 +9,7 @@ import torch
 
 from icegrt.config import PPOConfig, SamplingConfig
 from icegrt.metrics import calibration_path, drop_rollouts
-from icegrt.ppo.calibration import bucket_starts, value_calibration, write_calibration
+from icegrt.ppo.calibration import CalibrationWriter, bucket_starts, value_calibration
 from icegrt.ppo.trainer import PPOTrainer
 from icegrt.report.calibration import calibration_charts, figures, merged_tables
 from tests.helpers import tiny_models as tiny
@@ -110,7 +110,7 @@ def test_sums_of_iterations_add_up_and_a_resumed_run_drops_later_ones(tmp_path, 
     config, tables = PPOConfig(sampling=SamplingConfig(max_new_tokens=8)), []
     for iteration in (1, 2, 3):
         tables.append(value_calibration(config, *drawn_experience(iteration), cluster))
-        write_calibration(tmp_path, iteration, tables[-1])
+        CalibrationWriter().write(tmp_path, iteration, tables[-1])
     drop_rollouts(tmp_path, after=2)
     assert not calibration_path(tmp_path, 3).exists()
     documents = [json.loads(calibration_path(tmp_path, i).read_text()) for i in (1, 2)]

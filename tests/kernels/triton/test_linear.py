@@ -76,7 +76,7 @@ def test_loss_and_its_gradient(V, masked):
     "objective",
     [
         {"clip_low": 0.01, "clip_high": 0.01},
-        {"clip_low": 0.2, "clip_high": 0.3, "surrogate": "mask"},
+        {"clip_low": 0.6, "clip_high": 1.5, "surrogate": "mask"},
         {"kl_coef": 0.2, "kl_gradient": "raw"},
     ],
 )
