@@ -139,14 +139,16 @@ def ppo_policy_loss_kernel(
     if MASKED:
         clipped = (ratio < 1.0 - clip_low) | (ratio > 1.0 + clip_high)
         policy = tl.where(clipped, 0.0, unclipped)
+        slope = unclipped  # a ratio beyond the exponent's limit is masked
     else:
         bounded = -advantage * tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
         clipped = bounded > unclipped
         policy = tl.where(clipped, bounded, unclipped)
+        slope = -advantage * tl.exp(tl.where(log_ratio > LIMIT, LIMIT, log_ratio))
     ceiling = -advantage * dual_clip
     dual = (advantage < 0.0) & (policy > ceiling)
     policy = tl.where(dual, ceiling, policy)
-    slope = tl.where(clipped | dual, 0.0, -advantage * tl.exp(tl.where(log_ratio > LIMIT, LIMIT, log_ratio)))
+    slope = tl.where(clipped | dual, 0.0, slope)
 
     # 4. KL against the reference and entropy.
     has_ref = keep & (index < ref_size)
