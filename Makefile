@@ -68,7 +68,7 @@ bench-peers:  ## make the environment of the benchmarks' peers (TRL) in .venv-pe
 	python3 -m venv .venv-peers
 	.venv-peers/bin/python -m pip --disable-pip-version-check install -q "torch==$$($(PY) -c 'import importlib.metadata as m; print(m.version("torch").split("+")[0])')" -r bench/peers/requirements.txt
 
-bench-ppo: install  ## whole PPO iterations beside the reference path and, after make bench-peers, TRL (about an hour)
+bench-ppo: install  ## whole PPO iterations beside the reference path and, after make bench-peers, TRL
 	$(PY) -m bench.bench_ppo $(BENCH_OPTIONS)
 
 gpu: install  ## GPU tests and benchmarks in one go; writes bench/results/<device>/

@@ -30,7 +30,7 @@ MODES = {
     "icegrt": (),
     "icegrt, prompts shared": ("ppo.minibatch_by=prompt",),
     "icegrt, lora": ("ppo.sharing=lora", "ppo.critic.init=actor"),
-    "icegrt, reused log-probs": ("ppo.reuse_update_logprob=true",),
+    "icegrt, reused log-probs": ("ppo.reuse_update_logprob=true", "ppo.kl_logprobs=rollout"),
 }
 BATCHES = (8, 16, 32, 64)
 # (workload, dtype, peer): the least quotient of the peer's seconds and icegrt's best mode.
