@@ -43,7 +43,7 @@ from icegrt.rollout.engine import RolloutEngine
 from icegrt.rollout.samples import sample_of
 from icegrt.rollout.settings import RolloutSettings
 from icegrt.rollout.types import Sampling
-from icegrt.training.trainer import resolve_chunk_rows, tokenizer_for
+from icegrt.training.inputs import resolve_chunk_rows, tokenizer_for
 from icegrt.utils.console import warn
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from icegrt import residency
 from icegrt.checkpoint.megatron import init_optimizer_states
@@ -20,9 +18,6 @@ from icegrt.distributed.cpu_backend import Patches
 from icegrt.distributed.layout import Layout
 from icegrt.distributed.pipeline import fetch
 from icegrt.errors import ConfigError
-from icegrt.model.architecture import Architecture
-from icegrt.model.build import build_parallel_adapter, build_parallel_model
-from icegrt.model.lora.trunk_hash import TrunkIdentity
 from icegrt.model.pipeline_model import PipelineModel
 from icegrt.ppo import role_setup
 from icegrt.ppo.batch_plan import BatchPlan, plan_batches, stream_seed
@@ -37,7 +32,9 @@ from icegrt.ppo.update import Updater
 from icegrt.rehearsal import memory
 from icegrt.rehearsal.extent import largest_work
 from icegrt.rehearsal.offloading import counted_moves
+from icegrt.rehearsal.phases import ACTOR, ADVANTAGES, BUILD, CRITIC, INFERENCE, PREFILL
 from icegrt.rehearsal.process_groups import GroupUse, groups_of
+from icegrt.rehearsal.stand_ins import ConfigReader, given_lengths, given_shapes, models_without_weights
 from icegrt.rehearsal.watcher import Watcher
 from icegrt.rehearsal.workload import Workload
 from icegrt.residency import KINDS
@@ -46,19 +43,11 @@ from icegrt.roles.role import Role, TrainableRole
 from icegrt.rollout.decoder import Decoder
 from icegrt.rollout.gather import all_gather_responses
 from icegrt.rollout.memory import cache_bytes
-from icegrt.rollout.micro_group import MicroGroup, Step
-from icegrt.rollout.model_runner import ModelRunner
 from icegrt.rollout.paged_cache import block_bytes
 from icegrt.rollout.settings import RolloutSettings
 from icegrt.rollout.storage import stage_shape
 from icegrt.rollout.types import Sampling
-from icegrt.scheduling import StepPlan
-from icegrt.training.trainer import resolve_chunk_rows
-from icegrt.utils.files import model_folder
-
-BUILD, PREFILL, DECODE = "build", "rollout: prefill", "rollout: decode"
-INFERENCE, ADVANTAGES, ACTOR, CRITIC = "inference", "advantages", "update: actor", "update: critic"
-PHASES = (BUILD, PREFILL, DECODE, INFERENCE, ADVANTAGES, ACTOR, CRITIC)
+from icegrt.training.inputs import resolve_chunk_rows
 
 
 @dataclass(frozen=True)
@@ -83,15 +72,6 @@ class RankCounts:
     tokens: int
     tail_tokens: int
     sequences: int
-
-
-class _ConfigReader:
-    """A checkpoint of which only `config.json` is read."""
-
-    def __init__(self, source: Any) -> None:
-        self.folder = model_folder(source)
-        self.where = str(source)
-        self.architecture = Architecture.from_pretrained(self.folder)
 
 
 def run_iteration(
@@ -120,7 +100,7 @@ def run_iteration(
             "shapes of their messages with ranks that do not exist here; set it to 1"
         )
     shortened = largest_work(cluster.layout.pipeline) if peaks_only else contextlib.nullcontext()
-    with _given_shapes(watcher), counted_moves(watcher), shortened:
+    with given_shapes(watcher), counted_moves(watcher), shortened:
         # 1. Models and roles, as ppo.role_setup builds them, without weights.
         report(BUILD)
         with watcher.phase(BUILD):
@@ -167,8 +147,8 @@ class _Iteration:
         config = dataclasses.replace(config, skip_zero_advantage=False)
         self.config, self.cluster, self.watcher = config, cluster, watcher
         rewards = RewardComposition.of(config, None)
-        with _models_without_weights():
-            source: Any = _ConfigReader(config.actor)
+        with models_without_weights():
+            source: Any = ConfigReader(config.actor)
             reference, critic = config.reference or None, config.critic.model or None
             sources = role_setup.role_sources(config, source, reference, rewards, critic)
             self.roles = self._build_roles(sources)
@@ -242,7 +222,7 @@ class _Iteration:
         first = prompts[: min(local, max(1, config.max_batch // samples))]
         with self.watcher.phase(PREFILL):
             model.wait_for_param_gather()
-            with _given_lengths(self.watcher, workload.decode_steps, stop):
+            with given_lengths(self.watcher, workload.decode_steps, stop):
                 responses = list(decoder.stream(first, samples, sampling))
             decoder.release()
             all_gather_responses(self.cluster, responses, prompts, samples, 0, model.weights_version)
@@ -288,26 +268,6 @@ class _Iteration:
             self.updater.run(experience, self.kl_controller.coef, self.config.critic_warmup + 1)
 
 
-@contextlib.contextmanager
-def _models_without_weights() -> Iterator[None]:
-    """Let `ppo.role_setup` build models from `config.json` alone, and adapters from their configuration."""
-
-    def build(
-        source: Any, head: Any, cluster: Cluster, *, dtype: Any, new_head: bool = False, recompute: str = "none"
-    ) -> PipelineModel:
-        return build_parallel_model(source.architecture, head, cluster, dtype=dtype, recompute=recompute)
-
-    def build_adapter(trunk: Any, spec: Any, head: Any, source: Any, identity: Any) -> PipelineModel:
-        return build_parallel_adapter(trunk, spec, head, identity)
-
-    with Patches() as patches:
-        patches.set(role_setup, "HFCheckpointReader", _ConfigReader)
-        patches.set(role_setup, "build_model", build)
-        patches.set(role_setup, "build_adapter", build_adapter)
-        patches.set(role_setup, "identity_of", lambda reader, cluster: TrunkIdentity("", reader.where))
-        yield
-
-
 def _with_room(settings: RolloutSettings, model: PipelineModel, longest: int) -> RolloutSettings:
     """Return the settings with a cache for at least one sequence of `longest` tokens on every pipeline rank.
 
@@ -319,61 +279,6 @@ def _with_room(settings: RolloutSettings, model: PipelineModel, longest: int) ->
     if cache_bytes(settings.kv_memory, model.device) >= least:
         return settings
     return dataclasses.replace(settings, kv_memory=float(least))
-
-
-@contextlib.contextmanager
-def _given_lengths(watcher: Watcher, decode_steps: int, stop: int) -> Iterator[None]:
-    """End all responses so that `decode_steps` steps have decodes alone, and count those steps in a phase of their own.
-
-    A step with rows of prompts counts as prefill, the decodes beside them included.
-    """
-    prepare, forward, collect = MicroGroup.prepare, ModelRunner.forward, ModelRunner.collect
-    completed: Counter[MicroGroup] = Counter()
-    group_of: dict[Step, MicroGroup] = {}
-
-    def prepared(group: MicroGroup, plan: StepPlan, sequence_ids: list[int]) -> Any:
-        with watcher.phase(DECODE if plan.n_rows == plan.n_decodes else PREFILL):
-            return prepare(group, plan, sequence_ids)
-
-    def forwarded(runner: ModelRunner, group: MicroGroup, step: Step, chunk: int) -> None:
-        group_of[step] = group
-        with watcher.phase(DECODE if step.size.only_decodes else PREFILL):
-            forward(runner, group, step, chunk)
-
-    def collected(runner: ModelRunner, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        with watcher.phase(DECODE if step.size.only_decodes else PREFILL):
-            token_N, logprob_N = collect(runner, step)
-        group = group_of.pop(step)
-        completed[group] += step.size.only_decodes
-        # Steps that are planned already run, too.
-        is_last = step.size.only_decodes and completed[group] >= decode_steps - group.lookahead
-        return torch.full_like(token_N, stop if is_last else 1), logprob_N
-
-    with Patches() as patches:
-        patches.set(MicroGroup, "prepare", prepared)
-        patches.set(ModelRunner, "forward", forwarded)
-        patches.set(ModelRunner, "collect", collected)
-        yield
-
-
-@contextlib.contextmanager
-def _given_shapes(watcher: Watcher) -> Iterator[None]:
-    """Announce to this rank the shapes of its neighbours' messages: those of its own micro-batches, in order."""
-    run = Role._run
-
-    def announced(role: Role, chunks: Any, work: Any, *args: Any, **options: Any) -> Any:
-        from megatron.core import parallel_state
-
-        config = role.model.config
-        ranks = config.tensor_model_parallel_size if config.sequence_parallel else 1
-        shapes = [[batch.n_tokens // ranks, 1, config.hidden_size] for batch, _ in work]
-        stage = dist.get_rank(parallel_state.get_pipeline_model_parallel_group())
-        watcher.expected_shapes = {stage - 1: list(shapes), stage + 1: list(shapes)}
-        return run(role, chunks, work, *args, **options)
-
-    with Patches() as patches:
-        patches.set(Role, "_run", announced)
-        yield
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 import pytest
 
-from icegrt.rehearsal.driver import ACTOR, INFERENCE
+from icegrt.rehearsal.phases import ACTOR, INFERENCE
 from tests.helpers.rehearsals import copies_to_device, rehearse_rank, small_config, write_model
 
 REUSE = ("ppo.reuse_update_logprob=true",)
