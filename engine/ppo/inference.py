@@ -29,6 +29,7 @@ class Inference:
         rewards: of this rank's responses, in plan order.
         old_logprob_A, entropy_A, ref_logprob_A, value_A: as in `Experience`.
         last_value_N: values after every response's last token, [N] float32 on the device; None without a critic.
+            Both values are None as long as the critic's first step is to give them (`ppo.value_reuse`).
     """
 
     plan: BatchPlan
@@ -69,7 +70,7 @@ def infer(
     with locate_reward_errors(f"iteration {iteration}"):
         pending = parts.reward_computer.start(plan, prompts) if selection is None else selection
     value_A = last_value_N = None
-    if parts.critic is not None:
+    if parts.critic is not None and config.critic_is_inferred:
         value_A, last_value_N = score_values(parts.critic, plan.batches)
     policies = score_policies(config, parts.scorer, parts.actor, parts.reference, plan)
     # 2. Wait for the rewards. Dropped responses are masked alike in scoring and update, or bits would differ.

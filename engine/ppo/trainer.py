@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from icegrt.ppo.dynamic_sampling import Selection
 from icegrt.ppo.evaluator import EvaluationResult
 from icegrt.ppo.experience import Experience
 from icegrt.ppo.inference import Inference, infer
-from icegrt.ppo.inference_checks import locate_reward_errors
+from icegrt.ppo.inference_checks import check_logprobs, locate_reward_errors
 from icegrt.ppo.memory_log import MemoryLog, MemoryPlan
 from icegrt.ppo.metrics import moments_of, ppo_step, rollout_rows
 from icegrt.ppo.pretraining import ValuePretraining
@@ -31,9 +32,12 @@ from icegrt.ppo.reward_sources import RewardArgument, RewardComposition
 from icegrt.ppo.rewards import RewardOutputs
 from icegrt.ppo.rollout_writer import RolloutWriter
 from icegrt.ppo.sampling import ResponseSampler
+from icegrt.ppo.scores import Scores
 from icegrt.ppo.setup import PPOInputs, build_ppo, check_config, check_critic, check_positive_nll, probe_reward_sources
 from icegrt.ppo.shaping import shape_experience, shape_scores
 from icegrt.ppo.update import UpdateOutcome
+from icegrt.ppo.value_reuse import learn_values
+from icegrt.roles.role import StepOutcome
 from icegrt.roles.skip_guard import SkipGuard
 from icegrt.rollout.types import Response
 from icegrt.training.trainer import Trainer, write_json
@@ -177,14 +181,19 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         # 3. Infer, while reward functions and HTTP scorers run.
         with self._timed("score"):
             inference = infer(self.config, self.components, self.cluster, plan, prompts, iteration, selection)
-        # 4. Advantages: normalise and add up the scores, then KL penalty and GAE.
-        kl_coef = self.components.kl_controller.coef
-        experience = self._shape(inference, kl_coef, is_scored=selection is not None)
+        # 4. Advantages: normalise and add up the scores, then KL penalty and GAE. The critic's step comes between if it
+        #    gives the values.
+        kl_coef, value_step = self.components.kl_controller.coef, None
+        scores = self._shape_scores(inference, is_scored=selection is not None)
+        if self.critic is not None and self.config.reuse_update_values:
+            inference, value_step = self._learn_values(inference, scores, kl_coef, prompts)
+        experience = self._shape_experience(inference, scores, kl_coef)
         self.notify("on_scores", experience)
         # 5. Update actor and critic, a step per minibatch.
         with self._timed("update"):
+            ptx = self._draw_ptx(iteration)
             outcome = self.components.updater.run(
-                experience, kl_coef, iteration, self._draw_ptx(iteration), pretraining=self.pretraining
+                experience, kl_coef, iteration, ptx, pretraining=self.pretraining, value_step=value_step
             )
         # 6. Control the KL coefficient, and record the iteration.
         self._control_kl(experience, inference.rewards)
@@ -212,13 +221,34 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
                 seed=stream_seed(self.run.seed, self.done_steps + 1),
             )
 
-    def _shape(self, inference: Inference, kl_coef: float, *, is_scored: bool) -> Experience:
-        """Return the experience of the iteration, and write its value calibration."""
-        config, cluster = self.config, self.cluster
-        shaping = config if self.pretraining.is_over else self.pretraining.config
+    @property
+    def _shaping(self) -> PPOConfig:
+        """The configuration of advantages and returns."""
+        return self.config if self.pretraining.is_over else self.pretraining.config
+
+    def _shape_scores(self, inference: Inference, *, is_scored: bool) -> Scores:
+        normalizers = self.components.normalizers
         with self._timed("shape"):
-            scores = shape_scores(config, self.components.normalizers, inference, cluster, observe=not is_scored)
-            experience = shape_experience(config, shaping, kl_coef, inference, scores, cluster)
+            return shape_scores(self.config, normalizers, inference, self.cluster, observe=not is_scored)
+
+    def _learn_values(
+        self, inference: Inference, scores: Scores, kl_coef: float, prompts: Sequence[Prompt]
+    ) -> tuple[Inference, StepOutcome]:
+        """Take the critic's first step. Returns the inference with the values before it, and the step."""
+        plan, parts = inference.plan, self.components
+        lr = None if self.pretraining.is_over else self.pretraining.learning_rate
+        assert parts.critic is not None  # an estimator that reads values has one
+        policies = inference.old_logprob_A, inference.ref_logprob_A, inference.rewards.token_reward_A
+        with self._timed("update"):
+            step = learn_values(self._shaping, parts.critic, kl_coef, plan, scores, *policies, lr=lr)
+            check_logprobs(self.done_steps + 1, plan, prompts, parts.roles, self.cluster, critic=step.value_A)
+        return replace(inference, value_A=step.value_A, last_value_N=step.last_value_N), step.outcome
+
+    def _shape_experience(self, inference: Inference, scores: Scores, kl_coef: float) -> Experience:
+        """Return the experience of the iteration, and write its value calibration."""
+        cluster, shaping = self.cluster, self._shaping
+        with self._timed("shape"):
+            experience = shape_experience(self.config, shaping, kl_coef, inference, scores, cluster)
             if inference.last_value_N is not None:
                 tables = value_calibration(shaping, experience, inference.last_value_N, cluster)
                 if cluster.is_main:

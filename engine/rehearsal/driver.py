@@ -29,6 +29,7 @@ from icegrt.ppo.reward_sources import RewardComposition
 from icegrt.ppo.scores import ModelScores, RunningScoreNormalizer, RunningScoreNormalizers, total_scores
 from icegrt.ppo.scoring import LogprobScorer, score_sequences, score_values
 from icegrt.ppo.update import Updater
+from icegrt.ppo.value_reuse import learn_values
 from icegrt.rehearsal import memory
 from icegrt.rehearsal.extent import largest_work
 from icegrt.rehearsal.offloading import counted_moves
@@ -124,6 +125,10 @@ def run_iteration(
             iteration.infer(plan)
         report(ADVANTAGES)
         with watcher.phase(ADVANTAGES):
+            iteration.shape_scores(plan)
+        if iteration.critic is not None and config.reuse_update_values:
+            iteration.learn_values(plan)
+        with watcher.phase(ADVANTAGES):
             experience = iteration.advantages(plan)
         report("update")
         iteration.update(experience)
@@ -188,11 +193,12 @@ class _Iteration:
         if not self.config.offload.prefetch:
             return
         critics = [] if self.critic is None else [self.critic]
-        forward = [self.actor, *(self.roles[name] for name in self.specs), *critics, self.actor, self.reference]
+        inferred = critics if self.config.critic_is_inferred else []
+        forward = [self.actor, *(self.roles[name] for name in self.specs), *inferred, self.actor, self.reference]
         for role in forward:
             with role.placement.hold_for_pass():
                 pass
-        for role in (self.actor, *critics):
+        for role in (self.actor, *critics) if self.config.critic_is_inferred else (*critics, self.actor):
             role.placement.require(*KINDS)
         with self.actor.placement.hold_for_pass():
             pass
@@ -236,20 +242,31 @@ class _Iteration:
             # The collective is counted. What the other ranks would send does not exist, nor does its length.
             self.cluster.all_gather(score_N)
             self.models.append(ModelScores(spec.name, spec.weight, torch.zeros(len(plan.responses))))
-        self.value_A = self.last_value_N = None
-        if self.critic is not None:
+        self.value_A = self.last_value_N = self.value_step = None
+        if self.critic is not None and self.config.critic_is_inferred:
             self.value_A, self.last_value_N = score_values(self.critic, plan.batches)
         self.old_A, self.entropy_A, self.ref_A = score_policies(
             self.config, self.scorer, self.actor, self.reference, plan
         )
 
-    def advantages(self, plan: BatchPlan) -> Experience:
-        """Normalise the scores, and run KL penalty and GAE."""
-        config, group = self.config, self.cluster.data_group
+    def shape_scores(self, plan: BatchPlan) -> None:
+        """Normalise the scores, and add them up."""
+        group = self.cluster.data_group
         local = [ModelScores(m.name, m.weight, m.score_N[plan.rank_assignment[plan.rank]]) for m in self.models]
         for model in local:
             self.normalizers[model.name].update(model.score_N.to(self.cluster.device), group)
-        scores = total_scores(config, self.normalizers, local, None, plan.truncated_N)
+        self.scores = total_scores(self.config, self.normalizers, local, None, plan.truncated_N)
+
+    def learn_values(self, plan: BatchPlan) -> None:
+        """Take the critic's first step, which gives the values."""
+        kl_coef, streams = self.kl_controller.coef, (self.scores, self.old_A, self.ref_A)
+        with _phases_of_steps(self.watcher, {"critic": CRITIC}):
+            step = learn_values(self.config, self.critic, kl_coef, plan, *streams)
+        self.value_A, self.last_value_N, self.value_step = step.value_A, step.last_value_N, step.outcome
+
+    def advantages(self, plan: BatchPlan) -> Experience:
+        """Run KL penalty and GAE."""
+        config, group, scores = self.config, self.cluster.data_group, self.scores
         kl_coef = self.kl_controller.coef
         shaped = compute_advantages(
             config, kl_coef, plan, scores, self.old_A, self.ref_A, self.value_A, self.last_value_N
@@ -265,7 +282,8 @@ class _Iteration:
     def update(self, experience: Experience) -> None:
         """Take the optimizer steps of actor and critic."""
         with _phases_of_steps(self.watcher, {"actor": ACTOR, "critic": CRITIC}):
-            self.updater.run(experience, self.kl_controller.coef, self.config.critic_warmup + 1)
+            iteration = self.config.critic_warmup + 1
+            self.updater.run(experience, self.kl_controller.coef, iteration, value_step=self.value_step)
 
 
 def _with_room(settings: RolloutSettings, model: PipelineModel, longest: int) -> RolloutSettings:
