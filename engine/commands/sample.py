@@ -24,8 +24,8 @@ from icegrt.rollout.engine import RolloutEngine
 from icegrt.rollout.samples import sample_of
 from icegrt.rollout.settings import RolloutSettings
 from icegrt.rollout.types import Response, Sampling
+from icegrt.training.inputs import tokenizer_for
 from icegrt.training.run_folder import rows_file
-from icegrt.training.trainer import tokenizer_for
 from icegrt.utils.console import print_info, progress
 
 _CHUNK_PROMPTS = 4096
