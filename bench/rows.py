@@ -138,6 +138,12 @@ def version_of(row: Row) -> str:
     return f"{package} {version}" if version else "version not recorded"
 
 
+def provider_words(row: Row) -> str:
+    """Return a row's provider with its version, in words."""
+    name = "PyTorch reference" if row["provider"] == OURS[-1] else row["provider"]
+    return f"{name} ({version_of(row)})"
+
+
 def is_ours(provider: str) -> bool:
     """Whether a provider is icegrt, in a mode or backend of it; the plain PyTorch reference is not."""
     return provider.split(",")[0] in OURS[:-1] or provider.startswith("icegrt ")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.report.headlines import find
 from bench.report.page import facts
-from bench.rows import RESULTS, Comparison, Row, compared, devices, load, quotient_text, significant, version_of
+from bench.rows import RESULTS, Comparison, Row, compared, devices, load, provider_words, quotient_text, significant
 from bench.rows import versions as versions_of
 
 README = Path(__file__).parents[2] / "README.md"
@@ -47,8 +47,8 @@ def _table(device: str, benches: Mapping[str, Sequence[Row]]) -> str:
     lines = [
         f"On `{device}` ({machine}):",
         "",
-        "| work | icegrt | best alternative | icegrt is this many times as fast | threads |",
-        "|---|---|---|---|---|",
+        "| work | case | icegrt | best alternative | icegrt is this many times as fast | runs | threads |",
+        "|---|---|---|---|---|---|---|",
         *(_line(headline.label, comparison) for headline, comparison in found),
         "",
         f"Of all {len(everything)} comparisons on this device the alternative has the better median in {len(lost)}, "
@@ -58,6 +58,13 @@ def _table(device: str, benches: Mapping[str, Sequence[Row]]) -> str:
 
 
 def _line(label: str, c: Comparison) -> str:
-    other = f"{significant(c.other['median'])} {c.other['unit']}, {c.other['provider']} ({version_of(c.other)})"
-    ours = f"{significant(c.ours['median'])} {c.ours['unit']}"
-    return f"| {label} | {ours} | {other} | {quotient_text(c)} | {versions_of(c.ours).get('threads', '')} |"
+    figures = [
+        label,
+        f"`{c.other['case']}`",
+        f"{significant(c.ours['median'])} {c.ours['unit']}",
+        f"{significant(c.other['median'])} {c.other['unit']}, {provider_words(c.other)}",
+        quotient_text(c),
+        str(c.ours["runs"]),
+        versions_of(c.ours).get("threads", ""),
+    ]
+    return f"| {' | '.join(figures)} |"
