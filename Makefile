@@ -10,13 +10,16 @@ STAMP := $(VENV)/.icegrt-installed
 # BENCH_OPTIONS=--quick takes seconds instead of minutes.
 BENCH_OPTIONS ?=
 BENCHES = $(sort $(subst /,.,$(patsubst %.py,%,$(wildcard bench/*/bench_*.py))))
-RUN_BENCHES = for name in $(BENCHES); do echo "== $$name"; $(PY) -m $$name $(BENCH_OPTIONS) || status=1; done
+RUN_BENCHES = for name in $(BENCHES); do echo "== $$name"; $(PY) -m $$name $(BENCH_OPTIONS) || status=1; done; \
+	$(PY) -m bench.report || status=1
+# --benches NAME ... for other benches than the quick ones.
+GUARD_OPTIONS ?=
 # Two workers of one thread each: ranks and workers would otherwise fight over the cores.
 TEST_OPTIONS ?= -q -n 2 --dist loadfile
 # Ahead-of-time compilation has a process of its own: Triton interprets kernels in the others.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: help install ppo learn smollm2 test test-long check docs format bench bench-peers bench-ppo gpu clean
+.PHONY: help install ppo learn smollm2 test test-long check docs format bench bench-guard bench-peers bench-ppo bench-report gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */  make \1\t/'
@@ -46,11 +49,12 @@ test-long: install  ## the tests that take minutes each
 	$(PYTEST) $(TEST_OPTIONS) -m long tests --ignore=tests/kernels/aot
 	TRITON_INTERPRET=0 $(PYTEST) $(TEST_OPTIONS) -m long tests/kernels/aot
 
-check: install  ## lint, format, types, import direction, and that every kernel has its reference, test and bench
+check: install  ## lint, format, types, import direction, every kernel's reference, test and bench, the README's figures
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) tools/check_kernels.py
+	$(PY) -m bench.report --check
 	$(PYTEST) -q tests/project/test_imports.py
 
 docs: install  ## build the documentation into site/; a broken link or a missing docstring is an error
@@ -61,7 +65,7 @@ format: install  ## rewrite to the house format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: install  ## all benchmarks that this machine can run; rows go to bench/results/
+bench: install  ## all benchmarks that this machine can run; rows, plots and a page go to bench/results/<device>/
 	@status=0; $(RUN_BENCHES); exit $$status
 
 bench-peers:  ## make the environment of the benchmarks' peers (TRL) in .venv-peers
@@ -70,6 +74,14 @@ bench-peers:  ## make the environment of the benchmarks' peers (TRL) in .venv-pe
 
 bench-ppo: install  ## whole PPO iterations beside the reference path and, after make bench-peers, TRL
 	$(PY) -m bench.bench_ppo $(BENCH_OPTIONS)
+	$(PY) -m bench.report
+
+bench-report: install  ## pages and the README's figures from the rows in bench/results/; runs no bench
+	$(PY) -m bench.report
+	$(PY) -m bench.report --readme
+
+bench-guard: install  ## quick benches; fails if a quotient to an alternative is more than 15% worse than the committed one
+	$(PY) -m bench.guard $(GUARD_OPTIONS)
 
 gpu: install  ## GPU tests and benchmarks in one go; writes bench/results/<device>/
 	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu needs a CUDA device, and torch finds none")'

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.metadata
 import json
 import os
 import platform
@@ -22,27 +23,12 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that measures pe
 
 import torch
 
-KEYS = (
-    "bench",
-    "case",
-    "provider",
-    "metric",
-    "unit",
-    "median",
-    "p20",
-    "p80",
-    "runs",
-    "error_vs_fp64",
-    "peak_bytes",
-    "floor",
-    "device",
-    "driver",
-    "versions",
-    "commit",
-)
-RESULTS = Path(__file__).parent / "results"
+from bench.rows import KEYS, RESULTS
+
 # All benches together must end in minutes on a GPU: a case stops after this long, but not before this many rounds.
 CASE_SECONDS, ROUNDS_MIN = 5.0, 3
+# Packages whose versions a row records, if they are installed.
+PACKAGES = ("triton", "transformers", "liger-kernel", "flash-attn", "cut-cross-entropy")
 FLUSH_BYTES = 1 << 30  # many times any last-level cache
 # Milliseconds that the kernels here must stay within on one H200, printed beside the figures of the case.
 TARGETS = {
@@ -221,14 +207,32 @@ def cpu_peak_bytes(run: Callable[[], object]) -> int:
 
 def _machine(device: str) -> dict:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    try:
-        import triton
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "machine": _machine_words(device),
+        "driver": _driver(device),
+        "versions": json.dumps(versions),
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
 
-        versions["triton"] = triton.__version__
-    except ImportError:
-        pass
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
-    return {"device": name, "driver": _driver(device), "versions": json.dumps(versions), "commit": _commit()}
+
+def _machine_words(device: str) -> str:
+    """Return the processor and the cores that this process may use; on a GPU, the GPU and its memory before them."""
+    try:
+        names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    words = f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+    if device != "cuda":
+        return words
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return f"{torch.cuda.get_device_name()}, {memory / 2**30:.0f} GiB; {words}"
 
 
 def _driver(device: str) -> str | None:

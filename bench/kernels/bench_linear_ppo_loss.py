@@ -115,7 +115,7 @@ def main():
         H, dtype, shapes = 4096, torch.bfloat16, [(2048, 151936), (8192, 151936), (8192, 32000)]
     else:
         H, dtype = 512, torch.float32
-        shapes = [(256, 32000)] if options.quick else [(512, 8000), (512, 32000), (512, 64000), (2048, 32000)]
+        shapes = [(512, 8000)] if options.quick else [(512, 8000), (512, 32000), (512, 64000), (2048, 32000)]
     rows = []
     for A, V in shapes:
         streams = problem(A, V, H, dtype, options.device)

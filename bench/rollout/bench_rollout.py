@@ -24,6 +24,7 @@ from icegrt.rollout.types import Sampling
 
 STATIC_BATCHES = {"4x256": (16, 32, 64, 128), "135M": (32, 128)}
 WARM_UP_TOKENS = 4
+QUICK_SCALE = 4
 TARGET_TAIL, TARGET_SHARED = 4.5, 2.0
 COPY_BYTES = 1 << 27
 
@@ -168,6 +169,8 @@ def measure(shape: str, dtype: torch.dtype, workload: Workload, options) -> list
     rounds = 1 if options.device == "cpu" and shape == "135M" else options.rounds
     seconds, traces = timed(providers, workload, rounds)
     case = f"{shape} {str(dtype).removeprefix('torch.')} {workload.name}"
+    if options.quick:
+        case += f", 1 of {QUICK_SCALE} prompts"
     rows = []
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     bandwidth = copy_bandwidth(options.device)
@@ -262,7 +265,7 @@ def main() -> None:
     for shape in options.shapes[:1] if options.quick else options.shapes:
         rows = []
         for dtype in options.dtypes:
-            for workload in workloads(4 if options.quick else 1):
+            for workload in workloads(QUICK_SCALE if options.quick else 1):
                 rows += measure(shape, getattr(torch, dtype), workload, options)
         harness.write(f"rollout_{shape}", rows, options)
 
