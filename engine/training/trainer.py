@@ -34,6 +34,7 @@ from icegrt.training.profiling import StepProfiler
 from icegrt.training.run_folder import RunLock, lock_run_folder, save_config
 from icegrt.training.stop_signals import STOP_SIGNALS, capture_stop_signals
 from icegrt.utils.console import is_main, print_info, progress, warn
+from icegrt.utils.cpu import warn_of_slow_bf16
 from icegrt.utils.files import write_text_atomic
 
 ConfigT = TypeVar("ConfigT", bound=SFTConfig | RewardConfig | ValueConfig | PPOConfig)
@@ -103,6 +104,7 @@ class Trainer(Generic[ConfigT, StepT]):
             is_resume = self._run_lock.is_resume
         self.cluster = resources.enter_context(Cluster.open(layout))
         resources.callback(self._close_log)
+        warn_of_slow_bf16(self.dtype, self.cluster.device, f"{self.config.section}.run.dtype")
         self._profiler = StepProfiler(self.config.profile, self.config.section, self.cluster, self.dir, self.unit)
         resources.callback(self._profiler.close)
         self._is_resume: bool = self.cluster.broadcast_from_main(is_resume)
