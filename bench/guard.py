@@ -25,7 +25,7 @@ from bench import harness
 from bench.rows import RESULTS, Comparison, Row, compared, load, quotient_text, versions
 
 ROOT = Path(__file__).resolve().parents[1]
-# Benches of operations that icegrt has a kernel of its own for on every device; about two minutes together.
+# Benches of operations that icegrt has a kernel of its own for, on a CPU too.
 QUICK = ("decode_linear", "linear_ppo_loss", "paged_attention", "rope_write_kv", "sample_tokens", "shaped_gae")
 TOLERANCE = 0.15
 WORSE, BETTER, OK, NEW, MISSING = "worse", "better", "ok", "new", "missing"

@@ -200,8 +200,9 @@ def significant(value: float | None, digits: int = 3) -> str:
         return "\N{EN DASH}"
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    decimals = digits - 1 - math.floor(math.log10(abs(value)))
-    return f"{round(value, decimals):,.{min(max(0, decimals), 9)}f}"
+    rounded = float(f"{value:.{digits - 1}e}")
+    decimals = digits - 1 - math.floor(math.log10(abs(rounded)))
+    return f"{rounded:,.{max(0, decimals)}f}"
 
 
 def quotient_text(comparison: Comparison) -> str:

@@ -1,7 +1,8 @@
 """MkDocs hooks: the site is made of the pages that people read in the repository.
 
 The README becomes the home page and the example's README a page; links are adapted to that. Pictures outside docs/
-are copied to the site. A link to any other file of the repository becomes plain text, as the site has no such page.
+are copied to the site, and so are the rows of benches, with the page of each device; a link to a device's folder
+becomes one to its page. A link to any other file of the repository becomes plain text, as the site has no such page.
 Mermaid diagrams are drawn at build time, so a reader needs no network.
 """
 
@@ -14,8 +15,13 @@ from pathlib import Path
 
 from mkdocs.structure.files import File
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import mermaid
+
+from bench.report import history
+from bench.report.page import PAGE, page
+from bench.rows import devices, load
 
 ROOT = Path(__file__).resolve().parents[1]
 # Pages of the site whose source lies outside docs/.
@@ -32,9 +38,11 @@ def on_files(files, config):
     """Add the pages and pictures from outside docs/."""
     for uri, source in OUTSIDE.items():
         files.append(File.generated(config, uri, content=(ROOT / source).read_text(encoding="utf-8")))
-    for picture in sorted(ROOT.glob("bench/results/*/*.png")):
-        uri = picture.relative_to(ROOT).as_posix()
-        files.append(File.generated(config, uri, abs_src_path=str(picture)))
+    for folder in devices():
+        for path in sorted(path for path in folder.iterdir() if path.suffix in (".png", ".json", ".csv")):
+            files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+        text = page(folder.name, load(folder), history.load())
+        files.append(File.generated(config, (folder / PAGE).relative_to(ROOT).as_posix(), content=text))
     return files
 
 
@@ -69,7 +77,8 @@ def _link(match: re.Match, uri: str, files) -> str:
     if not path.is_relative_to(ROOT) or not path.exists():
         return match.group()  # MkDocs reports it
     name = path.relative_to(ROOT).as_posix()
-    page = next((site for site, outside in OUTSIDE.items() if outside == name), name.removeprefix("docs/"))
-    if files.get_file_from_path(page) is not None:
-        return f"[{label}]({os.path.relpath(page, os.path.dirname(uri) or '.')}{anchor})"
+    site_page = next((site for site, outside in OUTSIDE.items() if outside == name), name.removeprefix("docs/"))
+    for found in (site_page, f"{site_page}/{PAGE}"):
+        if files.get_file_from_path(found) is not None:
+            return f"[{label}]({os.path.relpath(found, os.path.dirname(uri) or '.')}{anchor})"
     return label if label.startswith("`") else f"`{label}`"
