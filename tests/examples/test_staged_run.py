@@ -10,9 +10,10 @@ from icegrt.config import PPOConfig
 from icegrt.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from ad_moderation.demo import RECIPES, Demo
+from ad_moderation.demo import RECIPE, Demo, ppo_changes
 from staged_run import assessment, stages
 from staged_run.launch import launch
+from staged_run.overrides import read_overrides
 
 
 class TwoStages(stages.StagedRun):
@@ -70,8 +71,9 @@ def test_overrides_of_the_command_line_come_after_the_recipe_of_an_option(tmp_pa
     demo = Demo(tmp_path / "lora", 0, ["ppo.optimizer.lr=1e-5", "sft.epochs=1"], sharing="lora")
     overrides = demo.run_overrides("ppo")
     assert not any(override.startswith("sft.") for override in overrides)
-    config = PPOConfig.load(RECIPES[demo.sharing], overrides)
-    assert config.sharing == "lora" and config.optimizer.lr == 1e-5 != PPOConfig.load(RECIPES["lora"]).optimizer.lr
+    changes = ppo_changes("lora")
+    config = PPOConfig.load(RECIPE, [*changes, *overrides])  # the command line has the last word
+    assert config.sharing == "lora" and config.optimizer.lr == 1e-5 != PPOConfig.load(RECIPE, changes).optimizer.lr
     assert Demo(tmp_path / "full", 0, [], sharing="full").overrides_of("ppo") == []
 
 
@@ -128,3 +130,15 @@ def test_figures_and_examples_of_a_run_are_those_of_its_answers(tmp_path):
         "i j k l",
         1,
     )
+
+
+def test_the_keys_of_a_file_are_overrides_and_another_section_is_refused(tmp_path):
+    path = tmp_path / "changes.yaml"
+    path.write_text("ppo: {sharing: lora, optimizer: {lr: 8e-4}}", encoding="utf-8")
+    assert read_overrides(path, "ppo") == ['ppo.sharing="lora"', "ppo.optimizer.lr=0.0008"]
+    path.write_text("ppo:", encoding="utf-8")
+    assert read_overrides(path, "ppo") == []
+    for text, found in (("sft: {epochs: 1}", "got sft"), ("", "got none"), ("ppo: {}\nsft: {}", "got ppo, sft")):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=f"expected the section ppo alone, {found}"):
+            read_overrides(path, "ppo")
