@@ -52,9 +52,9 @@ def largest_work(pipeline: int) -> Iterator[None]:
 
 
 def _chosen_steps(steps: list[tuple[int, list[int], float]], batches: Sequence[Any]) -> list[Any]:
-    """Return the first step, and of the others the one with the largest micro-batch."""
-    first, *others = steps
-    return [first, *sorted(others, key=lambda step: max(_size(batches[i]) for i in step[1]))[-1:]]
+    """Return the first step, and of the others the one with the largest micro-batch; a role may have none."""
+    first, others = steps[:1], steps[1:]
+    return [*first, *sorted(others, key=lambda step: max(_size(batches[i]) for i in step[1]))[-1:]]
 
 
 def _largest(batches: Sequence[Any], count: int) -> list[int]:

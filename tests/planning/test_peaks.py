@@ -32,6 +32,8 @@ def footprints(model, *overrides, gpus=2, **options):
         (2, ["ppo.offload.roles=all"]),
         (2, ["ppo.parallel.tensor=2", "ppo.run.dtype=fp32", "ppo.minibatch_by=prompt"]),
         (4, ["ppo.parallel.pipeline=4", "ppo.token_budget=128", "ppo.run.recompute=full"]),
+        (1, ["ppo.minibatches=1", "ppo.reuse_update_values=true"]),
+        (1, ["ppo.advantage=rloo"]),
     ],
 )
 def test_the_largest_work_has_the_peaks_of_all_of_it(model, monkeypatch, gpus, overrides):

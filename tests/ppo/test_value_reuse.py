@@ -23,6 +23,7 @@ SETTINGS = {
     "two lambdas and a bootstrap": {"lam_policy": "adaptive", "lam_value": 0.9, "bootstrap_truncated": True},
     "turns": {"advantage_unit": "turn", "gamma": 0.9},
     "dropped responses": {"reward": RewardCallConfig(on_error="drop", workers=0)},
+    "adapters on one model": {"sharing": "lora", "critic": CriticConfig(init="actor", optimizer=ADAM)},
     "shared prompts": {"minibatch_by": "prompt", "token_budget": 32},
     "pretraining and warm-up": {
         "critic": CriticConfig(optimizer=ADAM, pretrain={"iterations": 1, "lr": 3e-3}, warmup_iterations=1, epochs=1),
