@@ -240,12 +240,15 @@ def test_the_run_writes_model_adapter_and_a_page_with_answers(small_run):
 
 
 @pytest.mark.parametrize(("slowdown", "dtype"), [(0.4, "bf16"), (1.2, "fp32")])
-def test_the_faster_type_of_this_machine_is_chosen_once(small_run, monkeypatch, slowdown, dtype):
+def test_the_faster_type_of_this_machine_is_chosen_once(tmp_path, monkeypatch, slowdown, dtype):
+    monkeypatch.setattr(run, "convert_packaged", lambda out: None)
+    monkeypatch.setattr(run, "build_rows", lambda sizes, seed: {})
     monkeypatch.setattr(run, "bf16_slowdown", lambda: slowdown)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    small_run.prepare()
+    example = run.SmolLM2(tmp_path / "out", 0, [])
+    example.prepare()
     monkeypatch.setattr(run, "bf16_slowdown", lambda: 1 / slowdown)  # a resumed run does not measure again
-    config = PPOConfig.load(compare.SETTINGS, small_run._inputs())
+    config = PPOConfig.load(compare.SETTINGS, example._inputs())
     assert config.run.dtype == dtype
 
 
