@@ -68,11 +68,14 @@ format: install  ## rewrite to the house format
 bench: install  ## all benchmarks that this machine can run; rows, plots and a page go to bench/results/<device>/
 	@status=0; $(RUN_BENCHES); exit $$status
 
-bench-peers:  ## make the environment of the benchmarks' peers (TRL) in .venv-peers
+bench-peers:  ## TRL in .venv-peers; with a GPU also flash-attn, Liger-Kernel and cut-cross-entropy beside icegrt
 	python3 -m venv .venv-peers
 	.venv-peers/bin/python -m pip --disable-pip-version-check install -q "torch==$$($(PY) -c 'import importlib.metadata as m; print(m.version("torch").split("+")[0])')" -r bench/peers/requirements.txt
+	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(PY) -m pip --disable-pip-version-check install -q --no-build-isolation -r bench/peers/requirements-gpu.txt; \
+	else echo "left out, they need a CUDA device: $$(grep -v '#' bench/peers/requirements-gpu.txt | tr '\n' ' ')"; fi
 
-bench-ppo: install  ## whole PPO iterations beside the reference path and, after make bench-peers, TRL
+bench-ppo: install  ## whole PPO iterations beside the reference path, transformers and, after make bench-peers, TRL (half an hour)
 	$(PY) -m bench.bench_ppo $(BENCH_OPTIONS)
 	$(PY) -m bench.report
 

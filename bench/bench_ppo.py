@@ -1,215 +1,124 @@
 """Whole PPO iterations: icegrt in each of its modes, the reference path and TRL, in turn, each in its own process.
 
 All have the same models, prompts and recipe: one pass of one minibatch over an iteration's episodes. The reference path
-and TRL run at several batch sizes, which are all listed. TRL needs the environment of `make bench-peers`.
+and TRL try four batch sizes, which are all listed, and run at the fastest. TRL needs the environment of
+`make bench-peers`. Continuous batching of transformers samples from the same prompts and trains nothing: its rows are
+those of a rollout. After the timed rounds one iteration of each provider counts its operations.
 
-    python -m bench.bench_ppo                                    # the workloads of one machine, fp32 and bf16
+Without --workloads and --dtypes it runs uniform in fp32 and bf16, and long-tail and 8-samples in fp32: about half an
+hour on two idle cores, by an estimate. --only leaves providers out; 135M has no memory for all of them at once.
+
+    python -m bench.bench_ppo
     python -m bench.bench_ppo --workloads uniform --dtypes fp32 --rounds 5
+    python -m bench.bench_ppo --workloads 135M,prompts=2,samples=1,answer_tokens=8 --rounds 1
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from bench import harness
-from bench.end_to_end.flops import peak_gflops, useful_flops
-from bench.end_to_end.protocol import ROOT, Worker, WorkerError
-from bench.end_to_end.workloads import WORKLOADS, Workload
+from bench.end_to_end.figures import BENCH, print_table, rows_of, settings_rows
+from bench.end_to_end.flops import peak_gflops
+from bench.end_to_end.protocol import Worker, WorkerError
+from bench.end_to_end.providers import PEERS, PEERS_PYTHON, Provider, providers
+from bench.end_to_end.ranks import RankWorkers
+from bench.end_to_end.workloads import WORKLOADS, Workload, workload_of
 
-BENCH = "ppo"
-PEERS = ROOT / ".venv-peers" / "bin" / "python"
-# Modes of icegrt: overrides of the configuration.
-MODES = {
-    "icegrt": (),
-    "icegrt, prompts shared": ("ppo.minibatch_by=prompt",),
-    "icegrt, lora": ("ppo.sharing=lora", "ppo.critic.init=actor"),
-    "icegrt, reused log-probs": ("ppo.reuse_update_logprob=true", "ppo.kl_logprobs=rollout"),
-}
-BATCHES = (8, 16, 32, 64)
-# (workload, dtype, peer): the least quotient of the peer's seconds and icegrt's best mode.
-TARGETS = {
-    ("uniform", "fp32", "TRL"): 1.45,
-    ("uniform", "bf16", "TRL"): 2.5,
-    ("uniform", "fp32", "reference"): 1.25,
-    ("long-tail", "fp32", "reference"): 2.5,
-    ("8-samples", "fp32", "TRL"): 2.0,
-}
+DEFAULT_CASES = [
+    (WORKLOADS[name], dtype)
+    for name, dtype in (("uniform", "fp32"), ("uniform", "bf16"), ("long-tail", "fp32"), ("8-samples", "fp32"))
+]
 
 
-@dataclass(frozen=True)
-class Provider:
-    """A way to run an iteration: its name, the interpreter, the module with its arguments, and whose it is."""
-
-    name: str
-    family: str
-    python: str
-    module: str
-    arguments: list[str]
-
-
-def providers(workload: Workload, dtype: str, peers: Sequence[str]) -> list[Provider]:
-    """Return all providers of a workload."""
-    work = [workload.name, dtype]
-    batches = [rows for rows in BATCHES if rows <= workload.episodes]
-    made = []
-    for name, keys in MODES.items():
-        if name == "icegrt, prompts shared" and workload.samples == 1:
-            continue
-        made.append(Provider(name, "icegrt", sys.executable, "bench.end_to_end.icegrt_worker", [*work, *keys]))
-    if "reference" in peers:
-        module = "bench.end_to_end.reference_worker"
-        for rows in batches:
-            made.append(Provider(f"reference, {rows} rows", "reference", sys.executable, module, [*work, str(rows)]))
-        if workload.stop_tokens:  # answers of many lengths
-            for rows in batches:
-                name, arguments = f"reference by length, {rows} rows", [*work, str(rows), "--by-length"]
-                made.append(Provider(name, "reference by length", sys.executable, module, arguments))
-    if "TRL" in peers:
-        for rows in batches:
-            arguments = [*work, str(rows)]
-            made.append(Provider(f"TRL, {rows} rows", "TRL", str(PEERS), "bench.peers.trl_worker", arguments))
-    return made
+def chosen(workload: Workload, dtype: str, options: argparse.Namespace) -> list[Provider]:
+    """Return the providers that the options name; all by default."""
+    made = providers(workload, dtype, options.peers, options.threads)
+    return [p for p in made if not options.only or p.name in options.only]
 
 
 def run(workload: Workload, dtype: str, options: argparse.Namespace) -> list[dict]:
-    """Run a workload's providers in turn; return the rows."""
-    workers: dict[Provider, Worker] = {}
-    figures: dict[Provider, list[dict]] = {}
+    """Run a workload's providers in turn; return the rows. A provider whose process ends is left out."""
+    workers: dict[Provider, Worker | RankWorkers] = {}
+    rows: list[dict] = []
     try:
         # 1. Start one after another: warm-ups do not overlap.
-        for provider in providers(workload, dtype, options.peers):
+        for provider in chosen(workload, dtype, options):
             print(f"{workload.name} {dtype}: {provider.name}", flush=True)
-            worker = Worker(
-                provider.name, provider.python, provider.module, provider.arguments, options.threads, options.log
-            )
+            worker = provider.start(options)
             try:
-                worker.wait_until_ready()
+                settings = worker.wait_until_ready()
             except WorkerError as error:
                 print(f"  left out: {error}; see {options.log}")
                 worker.close()
                 continue
-            workers[provider], figures[provider] = worker, []
+            rows += settings_rows(workload, dtype, provider, settings, options)
+            workers[provider.at(settings)] = worker
         # 2. One iteration of each per round.
+        figures: dict[Provider, list[dict]] = {provider: [] for provider in workers}
+        counts: dict[Provider, dict] = {}
         peaks = []
         for _ in range(options.rounds):
             peaks.append(peak_gflops(dtype, options.threads))
-            for provider, worker in workers.items():
-                figures[provider].append(worker.step())
+            for provider in [*figures]:
+                try:
+                    figures[provider].append(workers[provider].step())
+                except WorkerError as error:
+                    print(f"  left out: {error}; see {options.log}")
+                    del figures[provider]
+        # 3. Count, when no more times are taken.
+        for provider in figures:
+            try:
+                counts[provider] = workers[provider].count()
+            except WorkerError as error:
+                print(f"  not counted: {error}; see {options.log}")
+                counts[provider] = {}
     finally:
         for worker in workers.values():
             worker.close()
     peak = statistics.median(peaks)
     print(f"matrix products reach {peak:.0f} GFLOP/s")
-    rows = [row for p in figures for row in rows_of(workload, dtype, p, figures[p], peak, options)]
-    print_table(workload, dtype, figures, peak)
-    return rows
-
-
-def rows_of(
-    workload: Workload, dtype: str, provider: Provider, runs: list[dict], peak: float, options: argparse.Namespace
-) -> list[dict]:
-    """Return the rows of a provider: seconds in all and by phase, tokens per second, share of the peak."""
-    series = {("time", "s"): [r["seconds"] for r in runs], ("processor time", "s"): [r["cpu_seconds"] for r in runs]}
-    for phase in runs[0]["phases"]:
-        series[f"time of {phase}", "s"] = [r["phases"][phase] for r in runs]
-    if "answer_tokens" in runs[0]:
-        series["answer tokens per second", "1/s"] = [r["answer_tokens"] / r["seconds"] for r in runs]
-        for phase in ("score", "update"):
-            share = [
-                useful_flops(workload, phase, r["tokens"], r["answer_tokens"]) / (r["phases"][phase] * peak * 1e9)
-                for r in runs
-            ]
-            series[f"share of the matrix-product peak, {phase}", "1"] = share
-    case = f"{workload.name} {dtype}"
-    rows = []
-    for (metric, unit), samples in series.items():
-        low, median, high = harness._quantiles(samples)
-        rows.append(
-            {
-                "bench": BENCH,
-                "case": case,
-                "provider": provider.name,
-                "metric": metric,
-                "unit": unit,
-                "median": median,
-                "p20": low,
-                "p80": high,
-                "runs": len(samples),
-                "error_vs_fp64": None,
-                "peak_bytes": max(r["peak_bytes"] for r in runs),
-                "floor": None,
-                **harness._machine("cpu"),
-                "versions": versions(provider, options.threads),
-            }
-        )
-    return rows
-
-
-def versions(provider: Provider, threads: int) -> str:
-    """Return the versions of a provider's libraries, as JSON."""
-    script = (
-        "import json, platform, importlib.metadata as m\n"
-        "names = [n for n in ('torch', 'transformers', 'trl') if any(d.name == n for d in m.distributions())]\n"
-        "print(json.dumps({'python': platform.python_version(), **{n: m.version(n) for n in names}}))"
-    )
-    text = subprocess.run([provider.python, "-c", script], capture_output=True, text=True, check=True).stdout
-    return json.dumps(json.loads(text) | {"threads": threads})
-
-
-def print_table(workload: Workload, dtype: str, figures: dict[Provider, list[dict]], peak: float) -> None:
-    """Print seconds of each provider, and how many times as long each family's best takes as icegrt's best."""
-    medians = {p: statistics.median(r["seconds"] for r in runs) for p, runs in figures.items()}
-    best: dict[str, Provider] = {}
-    for provider, seconds in medians.items():
-        if provider.family not in best or seconds < medians[best[provider.family]]:
-            best[provider.family] = provider
+    print_table(workload, dtype, figures, counts, peak)
     for provider, runs in figures.items():
-        phases = ", ".join(
-            f"{name} {statistics.median(r['phases'][name] for r in runs):.2f}" for name in runs[0]["phases"]
-        )
-        memory = max(r["peak_bytes"] for r in runs) / 1e9
-        mark = "*" if best[provider.family] is provider else " "
-        print(f"{mark} {provider.name:32s} {medians[provider]:7.2f} s  {memory:5.2f} GB  {phases}")
-    ours = figures.get(best["icegrt"]) if "icegrt" in best else None
-    for family, provider in best.items():
-        if family == "icegrt" or ours is None:
-            continue
-        # Rounds in pairs: what slows a round down slows both.
-        quotient = statistics.median(
-            theirs["seconds"] / own["seconds"] for theirs, own in zip(figures[provider], ours, strict=True)
-        )
-        target = TARGETS.get((workload.name, dtype, family))
-        wanted = f", asked {target}" if target else ""
-        print(f"  {family} / icegrt: {quotient:.2f} ({provider.name} beside {best['icegrt'].name}{wanted})")
+        rows += rows_of(workload, dtype, provider, runs, counts[provider], peak, options)
+    return rows
 
 
 def main() -> None:
     """Run the bench."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["uniform", "long-tail", "8-samples"])
-    parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    parser.add_argument("--peers", nargs="*", choices=("reference", "TRL"), default=["reference", "TRL"])
+    parser.add_argument(
+        "--workloads",
+        nargs="+",
+        type=workload_of,
+        metavar="NAME[,SIZE=NUMBER...]",
+        help="; ".join(f"{name}: {workload.summary}" for name, workload in WORKLOADS.items()),
+    )
+    parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), help="both, if workloads are named")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="names of providers, such as 'icegrt, lora'")
     parser.add_argument("--rounds", type=int, default=5, help="timed iterations of each provider")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch in each process")
-    parser.add_argument("--quick", action="store_true", help="the first workload in fp32, two rounds")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch in each process, or of all its ranks")
+    parser.add_argument("--quick", action="store_true", help="the first case and two rounds")
     parser.add_argument("--log", type=Path, default=Path("bench_ppo.log"), help="what the workers' libraries print")
     parser.add_argument("--device", default="cpu", choices=("cpu",), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of <device>/ppo.json and .csv")
     options = parser.parse_args()
+    cases = DEFAULT_CASES
+    if options.workloads or options.dtypes:
+        workloads = options.workloads or [*dict.fromkeys(workload for workload, _ in DEFAULT_CASES)]
+        cases = [(workload, dtype) for workload in workloads for dtype in options.dtypes or ("fp32", "bf16")]
     if options.quick:
-        options.workloads, options.dtypes, options.rounds = ["uniform"], ["fp32"], 2
-    if "TRL" in options.peers and not PEERS.exists():
+        cases, options.rounds = cases[:1], 2
+    if "TRL" in options.peers and not PEERS_PYTHON.exists():
         print("TRL is left out: `make bench-peers` makes its environment")
         options.peers.remove("TRL")
-    rows = [row for w in options.workloads for dtype in options.dtypes for row in run(WORKLOADS[w], dtype, options)]
-    harness.write(BENCH, rows, options)
+    rows: list[dict] = []
+    for workload, dtype in cases:
+        rows += run(workload, dtype, options)
+        harness.write(BENCH, rows, options)  # what was measured stays if a later case fails
 
 
 if __name__ == "__main__":

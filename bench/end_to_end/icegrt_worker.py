@@ -1,62 +1,164 @@
-"""Iterations of icegrt: `python -m bench.end_to_end.icegrt_worker WORKLOAD DTYPE [key=value ...]`."""
+"""Iterations of icegrt: `python -m bench.end_to_end.icegrt_worker WORKLOAD DTYPE [key=value ...]`.
+
+With RANK, WORLD_SIZE and MASTER_ADDR in its environment it is one rank of several.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from torch import Tensor
 
-from bench.end_to_end.protocol import private_stdout, serve
+from bench.end_to_end.flops import ATTENTION, PRODUCTS, PhaseFlops
+from bench.end_to_end.protocol import RUN_FOLDER, private_stdout, serve
 from bench.end_to_end.recipe import ppo_config
-from bench.end_to_end.workloads import WORKLOADS, Workload
-from icegrt import PPOConfig, PPOTrainer
+from bench.end_to_end.workloads import Workload, tokenizer, workload_of
+from icegrt import _C, PPOConfig, PPOTrainer
+from icegrt.rollout import stage
 
 
-def tokenizer(workload: Workload) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of one token per word, `w2`, `w3` and so on, with a pad and an EOS token."""
-    words = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, workload.vocab))]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
+class Phases:
+    """Hooks at the ends of phases: they keep this process's seconds of computing, and tell a counter.
+
+    A rank that waits for others takes no processor time, so these are its seconds before it waits. They cover all
+    threads of the process.
+
+    Attributes:
+        busy_seconds: by phase, of the iteration that runs. "score" has the phases "plan" and "shape", too.
+        counter: of operations, or None.
+    """
+
+    def __init__(self) -> None:
+        self.busy_seconds: dict[str, float] = {}
+        self.counter: PhaseFlops | None = None
+        self._begin = 0.0
+
+    def begin(self, counter: PhaseFlops | None = None) -> None:
+        """Begin an iteration."""
+        self.busy_seconds, self.counter, self._begin = {}, counter, time.process_time()
+
+    def on_rollout(self, trainer: object, responses: object) -> None:
+        """End the rollout."""
+        self._end("rollout")
+
+    def on_scores(self, trainer: object, experience: object) -> None:
+        """End inference and advantages."""
+        self._end("score")
+
+    def on_update(self, trainer: object, row: object) -> None:
+        """End the update."""
+        self._end("update")
+
+    def _end(self, phase: str) -> None:
+        now = time.process_time()
+        self.busy_seconds[phase], self._begin = now - self._begin, now
+        if self.counter is not None:
+            self.counter.end_phase(phase)
+
+
+@contextlib.contextmanager
+def count_compiled(counter: PhaseFlops) -> Iterator[None]:
+    """Count the products and the paged attention of C++ kernels, which torch does not see."""
+    linear_rows, paged_attention = _C.linear_rows, stage.paged_attention
+
+    def counted_rows(dtype: str, wide: bool, addresses: tuple, sizes: tuple, threads: int) -> None:
+        rows, columns, inner = sizes[:3]
+        counter.add(PRODUCTS, 2 * rows * columns * inner)
+        linear_rows(dtype, wide, addresses, sizes, threads)
+
+    def counted_attention(q_TND: Tensor, keys: Tensor, *args: Tensor, row_starts: Tensor | None = None, **options):
+        heads, width = q_TND.shape[1:]
+        pairs = attended_tokens(args[2], row_starts)
+        counter.add(ATTENTION, 4 * heads * width * pairs)
+        return paged_attention(q_TND, keys, *args, row_starts=row_starts, **options)
+
+    _C.linear_rows, stage.paged_attention = counted_rows, counted_attention
+    try:
+        yield
+    finally:
+        _C.linear_rows, stage.paged_attention = linear_rows, paged_attention
+
+
+def attended_tokens(lengths_S: Tensor, row_starts: Tensor | None) -> int:
+    """Return the tokens that all rows of paged attention read, without a window.
+
+    Row i of the n rows of a sequence reads length - (n - 1 - i) tokens.
+    """
+    lengths = lengths_S.tolist()
+    if row_starts is None:
+        return sum(lengths)
+    rows = row_starts.diff().tolist()
+    return sum(n * length - n * (n - 1) // 2 for n, length in zip(rows, lengths, strict=True) if length)
+
+
+class Iterations:
+    """icegrt's trainer on a workload, an iteration at a time. A context manager.
+
+    Args:
+        workload: what to run.
+        dtype: "fp32" or "bf16".
+        keys: overrides of the configuration.
+        folder: of this process.
+        run_folder: of the run, the same for all ranks.
+    """
+
+    def __init__(self, workload: Workload, dtype: str, keys: Sequence[str], folder: Path, run_folder: Path) -> None:
+        base, actor, tokens = folder / "base.yaml", folder / "actor", tokenizer(workload)
+        ppo_config(workload, run_folder, dtype).save(base)
+        workload.actor().save_pretrained(actor)  # adapters need a checkpoint to belong to
+        tokens.save_pretrained(actor)
+        prompts = [{"prompt": text} for text in workload.prompt_texts()]
+        self._prompt_tokens = workload.samples * sum(map(len, workload.prompt_ids()))
+        self._phases = Phases()
+        config = PPOConfig.load(base, keys)
+        self._trainer = PPOTrainer(config, actor, tokens, workload.reward_model(), prompts, callbacks=[self._phases])
+
+    def __enter__(self) -> Iterations:
+        self._trainer.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._trainer.__exit__(*error)
+
+    def step(self, counter: PhaseFlops | None = None) -> dict:
+        """Run an iteration and return its figures."""
+        self._phases.begin(counter)
+        row = self._trainer.step()
+        return {
+            "phases": row.seconds_by_phase,
+            "busy_phases": self._phases.busy_seconds,
+            "answer_tokens": row.response_tokens,
+            "tokens": self._prompt_tokens + row.response_tokens,
+            "padding": row.padding_fraction,
+        }
+
+    def count(self) -> dict:
+        """Run an iteration and return its operations beside its figures."""
+        with PhaseFlops() as counter, count_compiled(counter):
+            figures = self.step(counter)
+        return figures | {"flops": counter.phases}
 
 
 def main() -> None:
     """Serve iterations."""
     out = private_stdout()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("workload", choices=WORKLOADS)
+    parser.add_argument("workload", type=workload_of)
     parser.add_argument("dtype", choices=("fp32", "bf16"))
     parser.add_argument("keys", nargs="*", help="overrides, such as ppo.minibatch_by=prompt")
     options = parser.parse_args()
-    workload = WORKLOADS[options.workload]
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        base = Path(folder) / "base.yaml"
-        ppo_config(workload, Path(folder) / "run", options.dtype).save(base)
-        config = PPOConfig.load(base, options.keys)
-        actor = Path(folder) / "actor"
-        tokens = tokenizer(workload)
-        workload.actor().save_pretrained(actor)  # adapters need a checkpoint to belong to
-        tokens.save_pretrained(actor)
-        prompts = [{"prompt": " ".join(f"w{i}" for i in ids)} for ids in workload.prompt_ids()]
-        trainer = PPOTrainer(config, actor, tokens, workload.reward_model(), prompts)
-        stack.enter_context(trainer)
-        prompt_tokens = workload.samples * sum(map(len, workload.prompt_ids()))
-
-        def step() -> dict:
-            row = trainer.step()
-            return {
-                "phases": row.seconds_by_phase,
-                "answer_tokens": row.response_tokens,
-                "tokens": prompt_tokens + row.response_tokens,
-                "padding": row.padding_fraction,
-            }
-
-        serve(step, out)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run_folder = Path(os.environ.get(RUN_FOLDER, folder)) / "run"
+        with Iterations(options.workload, options.dtype, options.keys, folder, run_folder) as iterations:
+            serve(iterations.step, out, iterations.count)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ vocabulary are stop tokens. This module imports neither icegrt nor Megatron: pee
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 PAD, EOS, FIRST_WORD = 0, 1, 2
 
@@ -59,6 +60,16 @@ class Workload:
         """Longest sequence."""
         return self.prompt_tokens[1] + self.answer_tokens
 
+    @property
+    def summary(self) -> str:
+        """Its sizes in one line."""
+        shortest, longest = self.prompt_tokens
+        prompt = f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
+        return (
+            f"{self.layers} layers of {self.width}, vocabulary {self.vocab}, {self.prompts} prompts of {prompt} "
+            f"tokens, {self.samples} answers each of up to {self.answer_tokens} tokens"
+        )
+
     def prompt_ids(self) -> list[list[int]]:
         """Return the prompts of an iteration; they hold no stop token."""
         draw, first = random.Random(0), FIRST_WORD + self.stop_tokens
@@ -66,6 +77,10 @@ class Workload:
             [draw.randrange(first, self.vocab) for _ in range(draw.randint(*self.prompt_tokens))]
             for _ in range(self.prompts)
         ]
+
+    def prompt_texts(self) -> list[str]:
+        """Return the prompts as texts of `tokenizer`."""
+        return [" ".join(f"w{i}" for i in ids) for ids in self.prompt_ids()]
 
     def config(self, **changes: object) -> LlamaConfig:
         """Return the configuration of the models."""
@@ -99,8 +114,8 @@ WORKLOADS = {
     w.name: w
     for w in (
         Workload("uniform"),
-        Workload("long-tail", prompts=128, answer_tokens=256, stop_tokens=64),
-        Workload("8-samples", prompts=8, samples=8, prompt_tokens=(512, 512)),
+        Workload("long-tail", prompts=32, answer_tokens=256, stop_tokens=64),
+        Workload("8-samples", prompts=2, samples=8, prompt_tokens=(512, 512)),
         Workload(
             "135M",
             layers=30,
@@ -117,5 +132,35 @@ WORKLOADS = {
         ),
     )
 }
+
+
+def tokenizer(workload: Workload, **options: object) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of one token per word, `w2`, `w3` and so on, with the workload's pad and EOS tokens."""
+    words = ["<pad>", "<eos>", *(f"w{i}" for i in range(FIRST_WORD, workload.vocab))]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>", **options)
+
+
+def workload_of(text: str) -> Workload:
+    """Return a workload by name, with other sizes if the text names any: "135M,prompts=2,prompt_tokens=4:8".
+
+    Raises:
+        ValueError: No workload or size has that name.
+    """
+    name, *changes = text.split(",")
+    if name not in WORKLOADS:
+        raise ValueError(f"{name!r} is no workload; there are {', '.join(WORKLOADS)}")
+    sizes = {field.name for field in fields(Workload)} - {"name", "tied"}
+    values: dict[str, int | tuple[int, ...]] = {}
+    for change in changes:
+        key, _, value = change.partition("=")
+        if key not in sizes:
+            raise ValueError(f"{key!r} is no size of a workload; there are {', '.join(sorted(sizes))}")
+        numbers = tuple(map(int, value.split(":")))
+        values[key] = numbers if key == "prompt_tokens" else numbers[0]
+    return replace(WORKLOADS[name], name=text, **values)
+
+
 # What TRL, icegrt and the reference path share. KL in the reward (k1), GAE, one pass of one minibatch.
 RECIPE = {"kl_coef": 0.05, "gamma": 1.0, "lam": 0.95, "clip": 0.2, "value_clip": 0.2, "lr": 1e-5}

@@ -47,6 +47,12 @@ def padded_batches(
     return [_pad(episodes, members[i : i + rows], pad_id) for i in range(0, len(members), rows)]
 
 
+def padding_fraction(batches: Sequence[PaddedBatch]) -> float:
+    """Return the share of padding among all positions of the batches."""
+    positions = sum(batch.attention_NL.numel() for batch in batches)
+    return 1 - sum(int(batch.attention_NL.sum()) for batch in batches) / positions
+
+
 def _pad(episodes: Sequence[Episode], members: list[int], pad_id: int) -> PaddedBatch:
     lengths = [len(episodes[n].prompt) + len(episodes[n].answer) for n in members]
     tokens_NL = torch.full((len(members), max(lengths)), pad_id)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.reference_ppo.losses import answer_logprobs, gae, policy_loss, value_loss
-from bench.reference_ppo.padding import Episode, PaddedBatch, left_padded, padded_batches
+from bench.reference_ppo.padding import Episode, PaddedBatch, left_padded, padded_batches, padding_fraction
 from icegrt.config import OptimizerConfig, PPOConfig
 
 Score = Callable[[Sequence[Episode]], list[float]]
@@ -50,6 +50,10 @@ class ReferencePPO:
         rows: episodes of a padded batch, in rollout, scoring and update.
         by_length: scoring and update batch episodes of similar length.
         autocast: dtype of matrix products; the weights stay fp32. None: fp32.
+
+    Attributes:
+        on_phase_end: called with the name of each phase at its end, or None.
+        padding_fraction: padding over all positions of the last iteration's batches in scoring and update.
     """
 
     def __init__(
@@ -70,6 +74,8 @@ class ReferencePPO:
         self.actor, self.reference, self.critic = actor.eval(), reference.eval(), critic.eval()
         self.pad_id, self.eos_ids, self.rows, self.by_length = pad_id, list(eos_ids), rows, by_length
         self.autocast = autocast
+        self.on_phase_end: Callable[[str], None] | None = None
+        self.padding_fraction = 0.0
         for model in (self.actor, self.critic):
             # `transformers` gives the pad token's row no gradient. Answers may contain the token, and EOS may be it.
             model.get_input_embeddings().padding_idx = None
@@ -92,12 +98,14 @@ class ReferencePPO:
             order: episodes of each optimizer step; None: drawn.
         """
         seconds: dict[str, float] = {}
-        with _timed(seconds, "rollout"):
+        with self._timed(seconds, "rollout"):
             result = Iteration(list(episodes) if episodes is not None else self._rollout(prompts), seconds=seconds)
-        with _timed(seconds, "score"):
+        with self._timed(seconds, "score"):
             scores = self.score(result.episodes)
-            old, ref, values = self._score(result.episodes)
-        with _timed(seconds, "shape"):
+            batches = self.batches(result.episodes, range(len(scores)))
+            self.padding_fraction = padding_fraction(batches)
+            old, ref, values = self.infer(batches, len(scores))
+        with self._timed(seconds, "shape"):
             for n, score in enumerate(scores):
                 rewards = (-self.config.kl_coef * (old[n] - ref[n])).tolist()
                 rewards[-1] += score
@@ -106,11 +114,13 @@ class ReferencePPO:
                 )
                 result.returns.append(result.advantages[-1] + values[n])
             advantages = self._whitened(result.advantages)
-        with _timed(seconds, "update"):
+        with self._timed(seconds, "update"):
             for members in order if order is not None else self._draw_order(len(scores)):
-                batches = padded_batches(result.episodes, members, self.rows, self.pad_id, by_length=self.by_length)
-                result.policy_losses.append(self._actor_step(batches, old, advantages))
-                result.value_losses.append(self._critic_step(batches, values, result.returns))
+                batches = self.batches(result.episodes, members)
+                result.policy_losses.append(self.actor_backward(batches, old, advantages))
+                self._optimize(self.actor, self.actor_optimizer, self.actor_schedule, self.config.optimizer)
+                result.value_losses.append(self.critic_backward(batches, values, result.returns))
+                self._optimize(self.critic, self.critic_optimizer, self.critic_schedule, self.config.critic.optimizer)
         return result
 
     # -- phases ----------------------------------------------------------------------------------------------------
@@ -122,7 +132,7 @@ class ReferencePPO:
         for i in range(0, len(repeated), self.rows):
             batch = repeated[i : i + self.rows]
             tokens_NL, mask_NL = left_padded(batch, self.pad_id)
-            with self._autocast():
+            with _autocast(self.autocast):
                 out_NL = self.actor.generate(
                     tokens_NL,
                     attention_mask=mask_NL,
@@ -141,10 +151,10 @@ class ReferencePPO:
         return episodes
 
     @torch.no_grad()
-    def _score(self, episodes: Sequence[Episode]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Return log-probs under actor and reference and values of every answer's tokens."""
-        columns: tuple[list[Tensor], ...] = tuple([torch.empty(0)] * len(episodes) for _ in range(3))
-        for batch in padded_batches(episodes, range(len(episodes)), self.rows, self.pad_id, by_length=self.by_length):
+    def infer(self, batches: Sequence[PaddedBatch], count: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Return log-probs under actor and reference and values of the answers' tokens of `count` episodes."""
+        columns: tuple[list[Tensor], ...] = tuple([torch.empty(0)] * count for _ in range(3))
+        for batch in batches:
             streams = self._logprobs(self.actor, batch), self._logprobs(self.reference, batch), self._values(batch)
             for column, x_NL in zip(columns, streams, strict=True):
                 for row, n in enumerate(batch.members):
@@ -163,82 +173,94 @@ class ReferencePPO:
             for part in torch.randperm(count).chunk(self.config.minibatches):
                 yield part.tolist()
 
-    def _actor_step(self, batches: Sequence[PaddedBatch], old: list[Tensor], advantages: list[Tensor]) -> float:
+    def actor_backward(self, batches: Sequence[PaddedBatch], old: list[Tensor], advantages: list[Tensor]) -> float:
+        """Leave the gradients of the policy loss in the actor.
+
+        Args:
+            batches: of an optimizer step.
+            old, advantages: of every episode, [tokens of the answer] each.
+
+        Returns:
+            The mean loss over the tokens of all batches.
+        """
+
         def loss(batch: PaddedBatch) -> Tensor:
             logprob = self._logprobs(self.actor, batch)[batch.answer_NL]
             return policy_loss(
                 logprob, _joined(old, batch), _joined(advantages, batch), self.config.clip_low, self.config.clip_high
             )
 
-        return self._optimize(
-            self.actor, self.actor_optimizer, self.actor_schedule, self.config.optimizer, batches, loss
-        )
+        return _backward(self.actor, batches, loss)
 
-    def _critic_step(self, batches: Sequence[PaddedBatch], values: list[Tensor], returns: list[Tensor]) -> float:
+    def critic_backward(self, batches: Sequence[PaddedBatch], values: list[Tensor], returns: list[Tensor]) -> float:
+        """Leave the gradients of the value loss in the critic, as `actor_backward` those of the policy loss."""
+
         def loss(batch: PaddedBatch) -> Tensor:
             value = self._values(batch)[batch.answer_NL]
             return value_loss(value, _joined(values, batch), _joined(returns, batch), self.config.value_clip)
 
-        optimizer, schedule = self.critic_optimizer, self.critic_schedule
-        return self._optimize(self.critic, optimizer, schedule, self.config.critic.optimizer, batches, loss)
+        return _backward(self.critic, batches, loss)
 
+    @staticmethod
     def _optimize(
-        self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
         config: OptimizerConfig,
-        batches: Sequence[PaddedBatch],
-        loss: Callable[[PaddedBatch], Tensor],
-    ) -> float:
-        """Take one step on the mean of `loss` over the tokens of all batches. Returns that mean."""
-        tokens = sum(int(batch.answer_NL.sum()) for batch in batches)
-        optimizer.zero_grad()
-        total = 0.0
-        for batch in batches:
-            part = loss(batch).sum() / tokens
-            part.backward()
-            total += part.item()
+    ) -> None:
         if config.clip_grad:
             nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
         optimizer.step()
         schedule.step()
-        return total
+
+    def batches(self, episodes: Sequence[Episode], members: Sequence[int]) -> list[PaddedBatch]:
+        """Return the episodes `members` in padded batches of `rows`."""
+        return padded_batches(episodes, members, self.rows, self.pad_id, by_length=self.by_length)
+
+    @contextlib.contextmanager
+    def _timed(self, seconds: dict[str, float], phase: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        seconds[phase] = time.perf_counter() - begin
+        if self.on_phase_end is not None:
+            self.on_phase_end(phase)
 
     # -- models ----------------------------------------------------------------------------------------------------
 
     def _logprobs(self, model: nn.Module, batch: PaddedBatch) -> Tensor:
-        with self._autocast():
+        with _autocast(self.autocast):
             logits_NLV = model(input_ids=batch.tokens_NL, attention_mask=batch.attention_NL, use_cache=False).logits
         return answer_logprobs(logits_NLV, batch.tokens_NL, self.config.sampling.temperature)
 
     def _values(self, batch: PaddedBatch) -> Tensor:
-        with self._autocast():
+        with _autocast(self.autocast):
             hidden_NLH = self.critic.model(
                 input_ids=batch.tokens_NL, attention_mask=batch.attention_NL, use_cache=False
             ).last_hidden_state
         return (hidden_NLH[:, :-1].float() @ self.critic.score.weight.float().t()).squeeze(-1)
 
-    def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        return torch.autocast("cpu", self.autocast) if self.autocast is not None else contextlib.nullcontext()
 
-
-def reward_model_score(model: nn.Module, rows: int, pad_id: int) -> Score:
+def reward_model_score(model: nn.Module, rows: int, pad_id: int, autocast: torch.dtype | None = None) -> Score:
     """Return the score function of a sequence classifier: its score at an episode's last token."""
 
     @torch.no_grad()
     def score(episodes: Sequence[Episode]) -> list[float]:
         scores = [0.0] * len(episodes)
         for batch in padded_batches(episodes, range(len(episodes)), rows, pad_id):
-            hidden_NLH = model.model(
-                input_ids=batch.tokens_NL, attention_mask=batch.attention_NL, use_cache=False
-            ).last_hidden_state
+            with _autocast(autocast):
+                hidden_NLH = model.model(
+                    input_ids=batch.tokens_NL, attention_mask=batch.attention_NL, use_cache=False
+                ).last_hidden_state
             last_NH = hidden_NLH[torch.arange(len(batch.members)), batch.last_N]
             for n, value in zip(batch.members, (last_NH.float() @ model.score.weight.float().t()).squeeze(-1)):
                 scores[n] = value.item()
         return scores
 
     return score
+
+
+def _autocast(dtype: torch.dtype | None) -> contextlib.AbstractContextManager[object]:
+    return torch.autocast("cpu", dtype) if dtype is not None else contextlib.nullcontext()
 
 
 def _adamw(
@@ -252,13 +274,18 @@ def _adamw(
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
 
 
+def _backward(model: nn.Module, batches: Sequence[PaddedBatch], loss: Callable[[PaddedBatch], Tensor]) -> float:
+    """Leave the gradients of the mean of `loss` over the tokens of all batches in the model. Returns that mean."""
+    tokens = sum(int(batch.answer_NL.sum()) for batch in batches)
+    model.zero_grad()
+    total = 0.0
+    for batch in batches:
+        part = loss(batch).sum() / tokens
+        part.backward()
+        total += part.item()
+    return total
+
+
 def _joined(streams: list[Tensor], batch: PaddedBatch) -> Tensor:
     """Return the members' entries in the order of `x[batch.answer_NL]`."""
     return torch.cat([streams[n] for n in batch.members])
-
-
-@contextlib.contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    begin = time.perf_counter()
-    yield
-    seconds[phase] = time.perf_counter() - begin

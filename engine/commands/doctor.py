@@ -97,6 +97,7 @@ def examine() -> list[Check]:
     """Return all checks, in the order of the report."""
     checks = [python(), system(), processors(), memory()]
     checks += [package(p) for p in PACKAGES]
+    checks += run_check("bf16 on the CPU", bf16_on_cpu, "reinstall torch")
     checks += run_check("devices", devices, "reinstall torch")
     checks += run_check("distributed", distributed, "reinstall torch")
     checks += [extension()]
@@ -133,6 +134,16 @@ def processors() -> Check:
     """Count the cores that this process may use; a container can restrict them."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return Check("CPU", f"{usable} cores usable of {os.cpu_count()}")
+
+
+def bf16_on_cpu() -> Iterable[Check]:
+    """Compare a matrix product in bf16 with one in fp32 on the CPU."""
+    from icegrt.utils.cpu import bf16_slowdown
+
+    slowdown = bf16_slowdown()
+    found = f"a matrix product takes {slowdown:.2g} times as long as in fp32"
+    is_slower = slowdown > 1
+    yield Check("bf16 on the CPU", found, NOTE if is_slower else OK, "run.dtype=fp32 is faster" if is_slower else "")
 
 
 def memory() -> Check:

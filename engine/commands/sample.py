@@ -24,9 +24,10 @@ from icegrt.rollout.engine import RolloutEngine
 from icegrt.rollout.samples import sample_of
 from icegrt.rollout.settings import RolloutSettings
 from icegrt.rollout.types import Response, Sampling
+from icegrt.training.inputs import tokenizer_for
 from icegrt.training.run_folder import rows_file
-from icegrt.training.trainer import tokenizer_for
 from icegrt.utils.console import print_info, progress
+from icegrt.utils.cpu import warn_of_slow_bf16
 
 _CHUNK_PROMPTS = 4096
 
@@ -89,6 +90,7 @@ def _build_rollout_engine(
 ) -> RolloutEngine:
     hf_config, folder = reader.architecture.hf_config, reader.folder
     stops = stop_ids(tokenizer, hf_config, folder, config.sampling.stop_token_ids)
+    warn_of_slow_bf16(DTYPES[config.dtype], cluster.device, f"{config.section}.dtype")
     model = build_model(reader, "lm", cluster, dtype=DTYPES[config.dtype]).eval()
     settings = RolloutSettings.of(config.rollout, config.max_batch)
     return RolloutEngine(model, tokenizer, stop_token_ids=stops, settings=settings)

@@ -182,6 +182,11 @@ class PPOConfig(Loadable):
         "with ppo_epochs=1 and minibatches=1: use the log-probs of the update's own forward pass as the old ones; with "
         "kl_logprobs=rollout inference then has no pass of the actor",
     )
+    reuse_update_values: bool = key(
+        False,
+        "with minibatches=1: the critic learns before the actor, and the forward pass of its first step gives the old "
+        "values, so that inference has no pass of the critic",
+    )
     sampling: Section[SamplingConfig] = key(
         SamplingConfig(), "sampling of the responses (scoring and update divide the logits by temperature too)"
     )
@@ -361,6 +366,11 @@ class PPOConfig(Loadable):
     def critic_epochs(self) -> int:
         """The critic's passes over an iteration's experience."""
         return self.critic.epochs or self.ppo_epochs
+
+    @property
+    def critic_is_inferred(self) -> bool:
+        """Whether inference has a pass of the critic; if not, the forward pass of its first step gives the values."""
+        return self.has_critic and not self.reuse_update_values
 
     @property
     def actor_is_inferred(self) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from icegrt.rehearsal.bounds import bound_of
 from icegrt.rehearsal.counts import PhaseCounts
-from icegrt.rehearsal.driver import BUILD
+from icegrt.rehearsal.phases import BUILD
 from icegrt.rehearsal.rehearsal import RankRehearsal, Rehearsal
 
 

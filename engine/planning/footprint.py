@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from icegrt.rehearsal.driver import ACTOR, ADVANTAGES, CRITIC, DECODE, INFERENCE, PHASES, PREFILL
 from icegrt.rehearsal.memory import Peak
+from icegrt.rehearsal.phases import ACTOR, ADVANTAGES, CRITIC, DECODE, INFERENCE, PHASES, PREFILL
 from icegrt.rehearsal.rehearsal import RankRehearsal, Rehearsal
 
 

@@ -108,6 +108,12 @@ class BatchPlan:
             self.batches[i].extended(ActionBatch, **{name: part[i] for name, part in parts.items()}) for i in members
         ]
 
+    def micro_batch(self, index: int) -> BatchPlan:
+        """Return the plan of one of this rank's micro-batches alone, without collectives."""
+        start, batch = sum(b.n_sequences for b in self.batches[:index]), self.batches[index]
+        responses = self.local_responses[start : start + batch.n_sequences]
+        return BatchPlan(responses, [list(range(batch.n_sequences))], 0, [batch], [[0]])
+
     def _split_A(self, x_A: Tensor) -> tuple[Tensor, ...]:
         return x_A.split([b.n_actions for b in self.batches])
 

@@ -54,6 +54,7 @@ def _keys_without_effect(config: PPOConfig) -> Iterator[str]:
     if not config.has_critic:
         yield from (f"ppo.critic.{key}" for key in _changed(config.critic, default.critic))
         names += ["lam", "lam_policy", "lam_alpha", "lam_value", "advantage_unit", "value_clip", "offload.critic"]
+        names += ["reuse_update_values"]
     else:
         names += [] if config.lam_policy == "adaptive" else ["lam_alpha"]
         names += [] if config.lam_policy is None or config.lam_value is None else ["lam"]

@@ -137,12 +137,22 @@ class CriticLoss:
     clip: float | None
 
     def __call__(self, hidden_TH: Tensor, batch: ActionBatch) -> LossOutput:
-        out = value_loss(
-            self.critic.model.head(hidden_TH[batch.action_rows_A]),
-            batch.old_value_A,
-            batch.return_A,
-            clip=self.clip,
-            normalizer=1.0,
-            mask_A=batch.action_mask_A if batch.value_mask_A is None else batch.value_mask_A,
-        )
-        return LossOutput(out.loss, batch.n_returns, out.stats)
+        value_A = self.critic.model.head(hidden_TH[batch.action_rows_A])
+        return squared_error(value_A, batch.old_value_A, batch.return_A, self.clip, batch)
+
+
+def squared_error(
+    value_A: Tensor, old_value_A: Tensor | None, return_A: Tensor | None, clip: float | None, batch: ActionBatch
+) -> LossOutput:
+    """Return the critic's loss of a micro-batch, with one entry for each action that has a return.
+
+    Args:
+        value_A: of the critic, [A].
+        old_value_A: those before the update, [A]; read with `clip`.
+        return_A: [A].
+        clip: distance from the old value beyond which a value is clipped; None: no clipping.
+        batch: the micro-batch.
+    """
+    mask_A = batch.action_mask_A if batch.value_mask_A is None else batch.value_mask_A
+    out = value_loss(value_A, old_value_A, return_A, clip=clip, normalizer=1.0, mask_A=mask_A)
+    return LossOutput(out.loss, batch.n_returns, out.stats)

@@ -43,7 +43,7 @@ from icegrt.rollout.engine import RolloutEngine
 from icegrt.rollout.samples import sample_of
 from icegrt.rollout.settings import RolloutSettings
 from icegrt.rollout.types import Sampling
-from icegrt.training.trainer import resolve_chunk_rows, tokenizer_for
+from icegrt.training.inputs import resolve_chunk_rows, tokenizer_for
 from icegrt.utils.console import warn
 
 
@@ -248,6 +248,11 @@ def check_config(config: PPOConfig) -> None:
             )
     if config.reuse_update_logprob and (config.ppo_epochs, config.minibatches) != (1, 1):
         raise ConfigError("ppo.reuse_update_logprob needs ppo.ppo_epochs=1 and ppo.minibatches=1")
+    if config.reuse_update_values and config.minibatches != 1:
+        raise ConfigError(
+            f"ppo.reuse_update_values needs ppo.minibatches=1, not {config.minibatches}: the critic has learned from "
+            "the first minibatch before it reads the second. Set ppo.minibatches=1, or ppo.reuse_update_values=false"
+        )
     check_losses(config)
     if config.ptx_coef and not config.ptx_data:
         raise ConfigError("ppo.ptx_coef is above 0, but ppo.ptx_data names no file")

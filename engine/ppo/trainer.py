@@ -6,10 +6,9 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from icegrt.config import PPOConfig
 from icegrt.data import Example, Prompt
@@ -21,22 +20,24 @@ from icegrt.metrics.alarms import Alarms
 from icegrt.model.hf.reader import ModelSource
 from icegrt.ppo.batch_plan import BatchPlan, plan_batches, stream_seed
 from icegrt.ppo.calibration import CalibrationWriter, value_calibration
-from icegrt.ppo.corrections import rollout_logprobs, score_policies
-from icegrt.ppo.dynamic_sampling import Selection, compare_scores, select_prompts
+from icegrt.ppo.dynamic_sampling import Selection
 from icegrt.ppo.evaluator import EvaluationResult
-from icegrt.ppo.experience import Experience, compute_advantages
-from icegrt.ppo.inference_checks import check_logprobs, locate_reward_errors, require_one_score
-from icegrt.ppo.loss_weights import loss_weights, right_responses
+from icegrt.ppo.experience import Experience
+from icegrt.ppo.inference import Inference, infer
+from icegrt.ppo.inference_checks import check_logprobs, locate_reward_errors
 from icegrt.ppo.memory_log import MemoryLog, MemoryPlan
 from icegrt.ppo.metrics import moments_of, ppo_step, rollout_rows
 from icegrt.ppo.pretraining import ValuePretraining
 from icegrt.ppo.reward_sources import RewardArgument, RewardComposition
 from icegrt.ppo.rewards import RewardOutputs
 from icegrt.ppo.rollout_writer import RolloutWriter
-from icegrt.ppo.scores import total_scores
-from icegrt.ppo.scoring import score_values
+from icegrt.ppo.sampling import ResponseSampler
+from icegrt.ppo.scores import Scores
 from icegrt.ppo.setup import PPOInputs, build_ppo, check_config, check_critic, check_positive_nll, probe_reward_sources
-from icegrt.residency import PARAMETERS
+from icegrt.ppo.shaping import shape_experience, shape_scores
+from icegrt.ppo.update import UpdateOutcome
+from icegrt.ppo.value_reuse import learn_values
+from icegrt.roles.role import StepOutcome
 from icegrt.roles.skip_guard import SkipGuard
 from icegrt.rollout.types import Response
 from icegrt.training.trainer import Trainer, write_json
@@ -95,7 +96,6 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         super().__init__(config, callbacks, inputs=inputs)
 
     def _set_up(self, inputs: PPOInputs) -> None:
-        self._cache_is_reported = self._filling_is_reported = False
         self._resources.callback(inputs.rewards.sources.close)
         self._memory_log = MemoryLog(self._memory_plan, self.config, self.cluster) if self._memory_plan else None
         parts = self.components = build_ppo(self.config, inputs, self.cluster, self._resumed_chunk_rows)
@@ -103,6 +103,7 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         self.actor, self.critic = parts.actor, parts.critic
         self.roles = [parts.actor] if parts.critic is None else [parts.actor, parts.critic]
         self.chunk_rows = parts.scorer.chunk_rows
+        self._sampler = ResponseSampler(self.config, parts, self.cluster, self._timed)
         self.pretraining = ValuePretraining(self.config)
         self.total_steps = self.config.iterations + self.pretraining.most_iterations()
         self.alarms = Alarms(self.config)
@@ -170,95 +171,106 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         Returns:
             The metrics of the iteration, with its evaluation.
         """
-        config, parts = self.config, self.components
-        iteration = self.done_steps + 1
-        is_pretraining = not self.pretraining.is_over
+        iteration, is_pretraining = self.done_steps + 1, not self.pretraining.is_over
         self._begin_step()
-
-        # 1. Draw prompts, and roll out: the actor samples responses to them. Dynamic sampling scores them at once.
-        selection = self._select_prompts() if config.dynamic_sampling and not is_pretraining else None
-        if selection is not None:
-            prompts, responses = selection.prompts, selection.responses
-        else:
-            prompts = self._draw_prompts(config.prompts_per_iteration)
-            responses = self._roll_out(prompts, iteration - 1)
+        # 1. Roll out: draw prompts, and let the actor sample responses to them. Dynamic sampling scores them at once.
+        prompts, responses, selection = self._sample(is_pretraining)
         self.notify("on_rollout", responses)
-
         # 2. Batch: assign responses or prompts to minibatches, ranks and micro-batches.
+        plan = self._plan(responses)
+        # 3. Infer, while reward functions and HTTP scorers run.
+        with self._timed("score"):
+            inference = infer(self.config, self.components, self.cluster, plan, prompts, iteration, selection)
+        # 4. Advantages: normalise and add up the scores, then KL penalty and GAE. The critic's step comes between if it
+        #    gives the values.
+        kl_coef, value_step = self.components.kl_controller.coef, None
+        scores = self._shape_scores(inference, is_scored=selection is not None)
+        if self.critic is not None and self.config.reuse_update_values:
+            inference, value_step = self._learn_values(inference, scores, kl_coef, prompts)
+        experience = self._shape_experience(inference, scores, kl_coef)
+        self.notify("on_scores", experience)
+        # 5. Update actor and critic, a step per minibatch.
+        with self._timed("update"):
+            ptx = self._draw_ptx(iteration)
+            outcome = self.components.updater.run(
+                experience, kl_coef, iteration, ptx, pretraining=self.pretraining, value_step=value_step
+            )
+        # 6. Control the KL coefficient, and record the iteration.
+        self._control_kl(experience, inference.rewards)
+        row = self._record(inference, experience, outcome, kl_coef, selection)
+        self._finish_iteration(row)
+        self.notify("on_update", row)
+        return row
+
+    def _sample(self, is_pretraining: bool) -> tuple[list[Prompt], list[Response], Selection | None]:
+        """Return prompts, responses of all ranks to them, and with dynamic sampling how both were selected."""
+        if self.config.dynamic_sampling and not is_pretraining:
+            selection = self._sampler.select(self.done_steps)
+            return selection.prompts, selection.responses, selection
+        return *self._sampler.sample(self.done_steps), None
+
+    def _plan(self, responses: list[Response]) -> BatchPlan:
+        config = self.config
         with self._timed("plan"):
-            seed = stream_seed(self.run.seed, iteration)
-            plan = plan_batches(
+            return plan_batches(
                 responses,
                 config.token_budget,
                 config.minibatches,
                 minibatch_by=config.minibatch_by,
                 cluster=self.cluster,
-                seed=seed,
+                seed=stream_seed(self.run.seed, self.done_steps + 1),
             )
 
-        # 3. Infer, while reward functions and HTTP scorers run.
-        with self._timed("score"):
-            with locate_reward_errors(f"iteration {iteration}"):
-                pending = parts.reward_computer.start(plan, prompts) if selection is None else selection
-            value_A = last_value_N = None
-            if parts.critic is not None:
-                value_A, last_value_N = score_values(parts.critic, plan.batches)
-            old_A, entropy_A, ref_A = self._score_policies(plan)
-            with locate_reward_errors(f"iteration {iteration}"):
-                all_rewards = pending.finish()
-                require_one_score(all_rewards)
-            rewards = all_rewards.select(plan.rank_assignment[plan.rank])
-            if bool(all_rewards.dropped_N.any()):
-                # Dropped responses are masked alike in scoring and update, or bits would differ.
-                plan = plan.with_masked(rewards.dropped_N)
-                old_A, entropy_A, ref_A = self._score_policies(plan)
-            streams = {"actor": old_A, "reference": ref_A} | ({} if value_A is None else {"critic": value_A})
-            check_logprobs(iteration, plan, prompts, parts.roles, self.cluster, **streams)
+    @property
+    def _shaping(self) -> PPOConfig:
+        """The configuration of advantages and returns."""
+        return self.config if self.pretraining.is_over else self.pretraining.config
 
-        # 4. Advantages: normalise and add up the scores, then KL penalty and GAE.
+    def _shape_scores(self, inference: Inference, *, is_scored: bool) -> Scores:
+        normalizers = self.components.normalizers
         with self._timed("shape"):
-            if selection is None:
-                group, kept_N = self.cluster.data_group, ~rewards.dropped_N
-                parts.normalizers.observe(rewards.models, kept_N, self.cluster.device, group)
-            scores = total_scores(
-                config,
-                parts.normalizers,
-                rewards.models,
-                rewards.source_total_N,
-                plan.truncated_N,
-                rewards.dropped_N,
-                lengths_N=plan.cu_actions.diff(),
-            )
-            kl_coef = parts.kl_controller.coef
-            shaping = self.pretraining.config if is_pretraining else config
-            shaped = compute_advantages(
-                shaping, kl_coef, plan, scores, old_A, ref_A, value_A, last_value_N, rewards.token_reward_A
-            )
-            moments = shaped.moments.reduce(self.cluster.data_group)
-            rollout_A = rollout_logprobs(plan, self.cluster.device)
-            positive_N = right_responses(config, rewards.function_N, scores.total_N)
-            weights = loss_weights(config, plan, old_A, rollout_A, positive_N, self.cluster)
-            own_returns = shaping.has_own_returns
-            experience = Experience(
-                plan, scores, old_A, entropy_A, ref_A, value_A, shaped, moments, rollout_A, weights, own_returns
-            )
-            if last_value_N is not None:
-                tables = value_calibration(shaping, experience, last_value_N, self.cluster)
-                if self.cluster.is_main:
-                    self._calibration_writer.write(self.dir, iteration, tables)
-        self.notify("on_scores", experience)
+            return shape_scores(self.config, normalizers, inference, self.cluster, observe=not is_scored)
 
-        # 5. Update actor and critic, a step per minibatch.
+    def _learn_values(
+        self, inference: Inference, scores: Scores, kl_coef: float, prompts: Sequence[Prompt]
+    ) -> tuple[Inference, StepOutcome]:
+        """Take the critic's first step. Returns the inference with the values before it, and the step."""
+        plan, parts = inference.plan, self.components
+        lr = None if self.pretraining.is_over else self.pretraining.learning_rate
+        assert parts.critic is not None  # an estimator that reads values has one
+        policies = inference.old_logprob_A, inference.ref_logprob_A, inference.rewards.token_reward_A
         with self._timed("update"):
-            outcome = parts.updater.run(
-                experience, kl_coef, iteration, self._draw_ptx(iteration), pretraining=self.pretraining
-            )
+            step = learn_values(self._shaping, parts.critic, kl_coef, plan, scores, *policies, lr=lr)
+            check_logprobs(self.done_steps + 1, plan, prompts, parts.roles, self.cluster, critic=step.value_A)
+        return replace(inference, value_A=step.value_A, last_value_N=step.last_value_N), step.outcome
 
-        # 6. Control the KL coefficient, and record the iteration.
-        kl = fetch(moments_of(shaped.kl_N, ~rewards.dropped_N, self.cluster))
-        if not is_pretraining:  # the coefficient would fall to 0 while the actor does not move
-            parts.kl_controller.update(float(kl.mean), int(kl.count))
-        rows = rollout_rows(iteration, self.run.seed, experience, all_rewards, self.cluster)
+    def _shape_experience(self, inference: Inference, scores: Scores, kl_coef: float) -> Experience:
+        """Return the experience of the iteration, and write its value calibration."""
+        cluster, shaping = self.cluster, self._shaping
+        with self._timed("shape"):
+            experience = shape_experience(self.config, shaping, kl_coef, inference, scores, cluster)
+            if inference.last_value_N is not None:
+                tables = value_calibration(shaping, experience, inference.last_value_N, cluster)
+                if cluster.is_main:
+                    self._calibration_writer.write(self.dir, self.done_steps + 1, tables)
+        return experience
+
+    def _control_kl(self, experience: Experience, rewards: RewardOutputs) -> None:
+        kl = fetch(moments_of(experience.shaped.kl_N, ~rewards.dropped_N, self.cluster))
+        if self.pretraining.is_over:  # before, the coefficient would fall to 0 while the actor does not move
+            self.components.kl_controller.update(float(kl.mean), int(kl.count))
+
+    def _record(
+        self,
+        inference: Inference,
+        experience: Experience,
+        outcome: UpdateOutcome,
+        kl_coef: float,
+        selection: Selection | None,
+    ) -> PPOStep:
+        """Write the responses, count the iteration, and evaluate if that is due. Returns the metrics."""
+        iteration, is_pretraining = self.done_steps + 1, not self.pretraining.is_over
+        rows = rollout_rows(iteration, self.run.seed, experience, inference.all_rewards, self.cluster)
         if self.cluster.is_main:
             self._rollout_writer.submit(rollout_path(self.dir, iteration), rows)
         self.done_steps = iteration
@@ -267,53 +279,14 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
         evaluation = None if is_pretraining else self._evaluate_if_due(iteration)
         seconds = dict(self._seconds)
         self._seconds.clear()
-        row = ppo_step(iteration, experience, rewards, outcome, kl_coef, seconds, evaluation, self.cluster, selection)
+        row = ppo_step(
+            iteration, experience, inference.rewards, outcome, kl_coef, seconds, evaluation, self.cluster, selection
+        )
         if is_pretraining:
             row = self.pretraining.count(row)
             if self.pretraining.is_over:
-                self.total_steps = config.iterations + self.pretraining.done_iterations
-        self._finish_iteration(row)
-        self.notify("on_update", row)
+                self.total_steps = self.config.iterations + self.pretraining.done_iterations
         return row
-
-    def _draw_prompts(self, count: int) -> list[Prompt]:
-        return [self.prompts[i] for i in self.components.prompt_sampler.draw(count)]
-
-    def _roll_out(self, prompts: Sequence[Prompt], number: int) -> list[Response]:
-        """Return the responses of all ranks to the prompts; `number` of the rollout gives them ids of their own."""
-        config, parts = self.config, self.components
-        with self._timed("rollout"), parts.actor.placement.hold(PARAMETERS):
-            first_id = number * config.prompts_per_iteration * config.samples_per_prompt
-            responses = parts.engine.generate(
-                [p.tokens for p in prompts], config.samples_per_prompt, parts.sampling, first_sequence_id=first_id
-            )
-            if not self._cache_is_reported:
-                print_info(parts.engine.cache_summary)
-                self._cache_is_reported = True
-            parts.engine.release()  # the KV cache leaves its memory to inference and update
-        return responses
-
-    def _select_prompts(self) -> Selection:
-        """Draw prompts and roll out until enough of them have responses with different scores."""
-        config, parts = self.config, self.components
-        first = self.done_steps * config.dynamic_sampling_max_rounds
-
-        def score(responses: list[Response], prompts: list[Prompt]) -> tuple[RewardOutputs, Tensor]:
-            with self._timed("score"), locate_reward_errors(f"iteration {self.done_steps + 1}"):
-                return compare_scores(config, parts, self.cluster, responses, prompts)
-
-        selection = select_prompts(
-            config, self._draw_prompts, lambda prompts, number: self._roll_out(prompts, first + number), score
-        )
-        if selection.filled and not self._filling_is_reported:
-            self._filling_is_reported = True
-            warn(f"iteration {self.done_steps + 1}: {selection.shortage(config)}")
-        return selection
-
-    def _score_policies(self, plan: BatchPlan) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return log-probs and entropies under the actor, and log-probs under the reference, [A] each."""
-        parts = self.components
-        return score_policies(self.config, parts.scorer, parts.actor, parts.reference, plan)
 
     def _draw_ptx(self, iteration: int) -> list[list[Example]]:
         """Return a batch of pretraining text for each of the actor's steps."""

@@ -96,6 +96,7 @@ class Updater:
         ptx: Sequence[Sequence[Example]] = (),
         *,
         pretraining: ValuePretraining | None = None,
+        value_step: StepOutcome | None = None,
     ) -> UpdateOutcome:
         """Take `minibatches` steps in each of `ppo_epochs` passes of the actor, then of `critic.epochs` of the critic.
 
@@ -106,6 +107,7 @@ class Updater:
             ptx: one batch of examples per actor step, or none.
             pretraining: of which this is an iteration, and the critic alone learns, or which is over; None: there is
                 none.
+            value_step: the critic's first step, if it was taken to read the values (`ppo.value_reuse`).
         """
         outcome = UpdateOutcome()
         counted = self._counted_actions(experience)
@@ -123,7 +125,12 @@ class Updater:
             mixed = ptx_work[step](actions) if ptx_work else []
             self._actor_step(rows, members, kl_coef, mixed, outcome)
         critic_epochs = 0 if self.critic is None else self.config.critic_epochs
-        for _, members, _ in self._steps(experience, iteration, critic_epochs, counted, outcome):
+        critic_steps = self._steps(experience, iteration, critic_epochs, counted, outcome)
+        if value_step is not None:
+            next(critic_steps)
+            outcome.critic.append(value_step)
+            outcome.add(value_step.stats)
+        for _, members, _ in critic_steps:
             self._critic_step(experience, members, outcome, pretraining if is_pretraining else None)
         # The statistics stay on the device of the last pipeline stage until here.
         outcome.stats = fetch_from_last_stage(outcome.stats)

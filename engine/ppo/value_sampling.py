@@ -23,7 +23,7 @@ from icegrt.ppo.setup import check_config, check_lengths, encode_run_prompts
 from icegrt.rollout.engine import RolloutEngine
 from icegrt.rollout.settings import RolloutSettings
 from icegrt.rollout.types import Response, Sampling
-from icegrt.training.trainer import tokenizer_for
+from icegrt.training.inputs import tokenizer_for
 from icegrt.utils.console import progress
 from icegrt.utils.files import JsonlWriter
 

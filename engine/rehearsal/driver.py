@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from icegrt import residency
 from icegrt.checkpoint.megatron import init_optimizer_states
@@ -20,9 +18,6 @@ from icegrt.distributed.cpu_backend import Patches
 from icegrt.distributed.layout import Layout
 from icegrt.distributed.pipeline import fetch
 from icegrt.errors import ConfigError
-from icegrt.model.architecture import Architecture
-from icegrt.model.build import build_parallel_adapter, build_parallel_model
-from icegrt.model.lora.trunk_hash import TrunkIdentity
 from icegrt.model.pipeline_model import PipelineModel
 from icegrt.ppo import role_setup
 from icegrt.ppo.batch_plan import BatchPlan, plan_batches, stream_seed
@@ -34,10 +29,13 @@ from icegrt.ppo.reward_sources import RewardComposition
 from icegrt.ppo.scores import ModelScores, RunningScoreNormalizer, RunningScoreNormalizers, total_scores
 from icegrt.ppo.scoring import LogprobScorer, score_sequences, score_values
 from icegrt.ppo.update import Updater
+from icegrt.ppo.value_reuse import learn_values
 from icegrt.rehearsal import memory
 from icegrt.rehearsal.extent import largest_work
 from icegrt.rehearsal.offloading import counted_moves
+from icegrt.rehearsal.phases import ACTOR, ADVANTAGES, BUILD, CRITIC, INFERENCE, PREFILL
 from icegrt.rehearsal.process_groups import GroupUse, groups_of
+from icegrt.rehearsal.stand_ins import ConfigReader, given_lengths, given_shapes, models_without_weights
 from icegrt.rehearsal.watcher import Watcher
 from icegrt.rehearsal.workload import Workload
 from icegrt.residency import KINDS
@@ -46,19 +44,11 @@ from icegrt.roles.role import Role, TrainableRole
 from icegrt.rollout.decoder import Decoder
 from icegrt.rollout.gather import all_gather_responses
 from icegrt.rollout.memory import cache_bytes
-from icegrt.rollout.micro_group import MicroGroup, Step
-from icegrt.rollout.model_runner import ModelRunner
 from icegrt.rollout.paged_cache import block_bytes
 from icegrt.rollout.settings import RolloutSettings
 from icegrt.rollout.storage import stage_shape
 from icegrt.rollout.types import Sampling
-from icegrt.scheduling import StepPlan
-from icegrt.training.trainer import resolve_chunk_rows
-from icegrt.utils.files import model_folder
-
-BUILD, PREFILL, DECODE = "build", "rollout: prefill", "rollout: decode"
-INFERENCE, ADVANTAGES, ACTOR, CRITIC = "inference", "advantages", "update: actor", "update: critic"
-PHASES = (BUILD, PREFILL, DECODE, INFERENCE, ADVANTAGES, ACTOR, CRITIC)
+from icegrt.training.inputs import resolve_chunk_rows
 
 
 @dataclass(frozen=True)
@@ -83,15 +73,6 @@ class RankCounts:
     tokens: int
     tail_tokens: int
     sequences: int
-
-
-class _ConfigReader:
-    """A checkpoint of which only `config.json` is read."""
-
-    def __init__(self, source: Any) -> None:
-        self.folder = model_folder(source)
-        self.where = str(source)
-        self.architecture = Architecture.from_pretrained(self.folder)
 
 
 def run_iteration(
@@ -120,7 +101,7 @@ def run_iteration(
             "shapes of their messages with ranks that do not exist here; set it to 1"
         )
     shortened = largest_work(cluster.layout.pipeline) if peaks_only else contextlib.nullcontext()
-    with _given_shapes(watcher), counted_moves(watcher), shortened:
+    with given_shapes(watcher), counted_moves(watcher), shortened:
         # 1. Models and roles, as ppo.role_setup builds them, without weights.
         report(BUILD)
         with watcher.phase(BUILD):
@@ -143,6 +124,10 @@ def run_iteration(
         with watcher.phase(INFERENCE):
             iteration.infer(plan)
         report(ADVANTAGES)
+        with watcher.phase(ADVANTAGES):
+            iteration.shape_scores(plan)
+        if iteration.critic is not None and config.reuse_update_values:
+            iteration.learn_values(plan)
         with watcher.phase(ADVANTAGES):
             experience = iteration.advantages(plan)
         report("update")
@@ -167,8 +152,8 @@ class _Iteration:
         config = dataclasses.replace(config, skip_zero_advantage=False)
         self.config, self.cluster, self.watcher = config, cluster, watcher
         rewards = RewardComposition.of(config, None)
-        with _models_without_weights():
-            source: Any = _ConfigReader(config.actor)
+        with models_without_weights():
+            source: Any = ConfigReader(config.actor)
             reference, critic = config.reference or None, config.critic.model or None
             sources = role_setup.role_sources(config, source, reference, rewards, critic)
             self.roles = self._build_roles(sources)
@@ -208,11 +193,12 @@ class _Iteration:
         if not self.config.offload.prefetch:
             return
         critics = [] if self.critic is None else [self.critic]
-        forward = [self.actor, *(self.roles[name] for name in self.specs), *critics, self.actor, self.reference]
+        inferred = critics if self.config.critic_is_inferred else []
+        forward = [self.actor, *(self.roles[name] for name in self.specs), *inferred, self.actor, self.reference]
         for role in forward:
             with role.placement.hold_for_pass():
                 pass
-        for role in (self.actor, *critics):
+        for role in (self.actor, *critics) if self.config.critic_is_inferred else (*critics, self.actor):
             role.placement.require(*KINDS)
         with self.actor.placement.hold_for_pass():
             pass
@@ -242,7 +228,7 @@ class _Iteration:
         first = prompts[: min(local, max(1, config.max_batch // samples))]
         with self.watcher.phase(PREFILL):
             model.wait_for_param_gather()
-            with _given_lengths(self.watcher, workload.decode_steps, stop):
+            with given_lengths(self.watcher, workload.decode_steps, stop):
                 responses = list(decoder.stream(first, samples, sampling))
             decoder.release()
             all_gather_responses(self.cluster, responses, prompts, samples, 0, model.weights_version)
@@ -256,20 +242,31 @@ class _Iteration:
             # The collective is counted. What the other ranks would send does not exist, nor does its length.
             self.cluster.all_gather(score_N)
             self.models.append(ModelScores(spec.name, spec.weight, torch.zeros(len(plan.responses))))
-        self.value_A = self.last_value_N = None
-        if self.critic is not None:
+        self.value_A = self.last_value_N = self.value_step = None
+        if self.critic is not None and self.config.critic_is_inferred:
             self.value_A, self.last_value_N = score_values(self.critic, plan.batches)
         self.old_A, self.entropy_A, self.ref_A = score_policies(
             self.config, self.scorer, self.actor, self.reference, plan
         )
 
-    def advantages(self, plan: BatchPlan) -> Experience:
-        """Normalise the scores, and run KL penalty and GAE."""
-        config, group = self.config, self.cluster.data_group
+    def shape_scores(self, plan: BatchPlan) -> None:
+        """Normalise the scores, and add them up."""
+        group = self.cluster.data_group
         local = [ModelScores(m.name, m.weight, m.score_N[plan.rank_assignment[plan.rank]]) for m in self.models]
         for model in local:
             self.normalizers[model.name].update(model.score_N.to(self.cluster.device), group)
-        scores = total_scores(config, self.normalizers, local, None, plan.truncated_N)
+        self.scores = total_scores(self.config, self.normalizers, local, None, plan.truncated_N)
+
+    def learn_values(self, plan: BatchPlan) -> None:
+        """Take the critic's first step, which gives the values."""
+        kl_coef, streams = self.kl_controller.coef, (self.scores, self.old_A, self.ref_A)
+        with _phases_of_steps(self.watcher, {"critic": CRITIC}):
+            step = learn_values(self.config, self.critic, kl_coef, plan, *streams)
+        self.value_A, self.last_value_N, self.value_step = step.value_A, step.last_value_N, step.outcome
+
+    def advantages(self, plan: BatchPlan) -> Experience:
+        """Run KL penalty and GAE."""
+        config, group, scores = self.config, self.cluster.data_group, self.scores
         kl_coef = self.kl_controller.coef
         shaped = compute_advantages(
             config, kl_coef, plan, scores, self.old_A, self.ref_A, self.value_A, self.last_value_N
@@ -285,27 +282,8 @@ class _Iteration:
     def update(self, experience: Experience) -> None:
         """Take the optimizer steps of actor and critic."""
         with _phases_of_steps(self.watcher, {"actor": ACTOR, "critic": CRITIC}):
-            self.updater.run(experience, self.kl_controller.coef, self.config.critic_warmup + 1)
-
-
-@contextlib.contextmanager
-def _models_without_weights() -> Iterator[None]:
-    """Let `ppo.role_setup` build models from `config.json` alone, and adapters from their configuration."""
-
-    def build(
-        source: Any, head: Any, cluster: Cluster, *, dtype: Any, new_head: bool = False, recompute: str = "none"
-    ) -> PipelineModel:
-        return build_parallel_model(source.architecture, head, cluster, dtype=dtype, recompute=recompute)
-
-    def build_adapter(trunk: Any, spec: Any, head: Any, source: Any, identity: Any) -> PipelineModel:
-        return build_parallel_adapter(trunk, spec, head, identity)
-
-    with Patches() as patches:
-        patches.set(role_setup, "HFCheckpointReader", _ConfigReader)
-        patches.set(role_setup, "build_model", build)
-        patches.set(role_setup, "build_adapter", build_adapter)
-        patches.set(role_setup, "identity_of", lambda reader, cluster: TrunkIdentity("", reader.where))
-        yield
+            iteration = self.config.critic_warmup + 1
+            self.updater.run(experience, self.kl_controller.coef, iteration, value_step=self.value_step)
 
 
 def _with_room(settings: RolloutSettings, model: PipelineModel, longest: int) -> RolloutSettings:
@@ -319,61 +297,6 @@ def _with_room(settings: RolloutSettings, model: PipelineModel, longest: int) ->
     if cache_bytes(settings.kv_memory, model.device) >= least:
         return settings
     return dataclasses.replace(settings, kv_memory=float(least))
-
-
-@contextlib.contextmanager
-def _given_lengths(watcher: Watcher, decode_steps: int, stop: int) -> Iterator[None]:
-    """End all responses so that `decode_steps` steps have decodes alone, and count those steps in a phase of their own.
-
-    A step with rows of prompts counts as prefill, the decodes beside them included.
-    """
-    prepare, forward, collect = MicroGroup.prepare, ModelRunner.forward, ModelRunner.collect
-    completed: Counter[MicroGroup] = Counter()
-    group_of: dict[Step, MicroGroup] = {}
-
-    def prepared(group: MicroGroup, plan: StepPlan, sequence_ids: list[int]) -> Any:
-        with watcher.phase(DECODE if plan.n_rows == plan.n_decodes else PREFILL):
-            return prepare(group, plan, sequence_ids)
-
-    def forwarded(runner: ModelRunner, group: MicroGroup, step: Step, chunk: int) -> None:
-        group_of[step] = group
-        with watcher.phase(DECODE if step.size.only_decodes else PREFILL):
-            forward(runner, group, step, chunk)
-
-    def collected(runner: ModelRunner, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        with watcher.phase(DECODE if step.size.only_decodes else PREFILL):
-            token_N, logprob_N = collect(runner, step)
-        group = group_of.pop(step)
-        completed[group] += step.size.only_decodes
-        # Steps that are planned already run, too.
-        is_last = step.size.only_decodes and completed[group] >= decode_steps - group.lookahead
-        return torch.full_like(token_N, stop if is_last else 1), logprob_N
-
-    with Patches() as patches:
-        patches.set(MicroGroup, "prepare", prepared)
-        patches.set(ModelRunner, "forward", forwarded)
-        patches.set(ModelRunner, "collect", collected)
-        yield
-
-
-@contextlib.contextmanager
-def _given_shapes(watcher: Watcher) -> Iterator[None]:
-    """Announce to this rank the shapes of its neighbours' messages: those of its own micro-batches, in order."""
-    run = Role._run
-
-    def announced(role: Role, chunks: Any, work: Any, *args: Any, **options: Any) -> Any:
-        from megatron.core import parallel_state
-
-        config = role.model.config
-        ranks = config.tensor_model_parallel_size if config.sequence_parallel else 1
-        shapes = [[batch.n_tokens // ranks, 1, config.hidden_size] for batch, _ in work]
-        stage = dist.get_rank(parallel_state.get_pipeline_model_parallel_group())
-        watcher.expected_shapes = {stage - 1: list(shapes), stage + 1: list(shapes)}
-        return run(role, chunks, work, *args, **options)
-
-    with Patches() as patches:
-        patches.set(Role, "_run", announced)
-        yield
 
 
 @contextlib.contextmanager

@@ -12,8 +12,9 @@ from icegrt.distributed.layout import Layout, check_world_size
 from icegrt.errors import ConfigError
 from icegrt.ppo.setup import check_config
 from icegrt.rehearsal.device import rehearsed_cpu, rehearsed_gpu, rehearsed_world
-from icegrt.rehearsal.driver import DECODE, PREFILL, RankCounts, layout_of, run_iteration
+from icegrt.rehearsal.driver import RankCounts, layout_of, run_iteration
 from icegrt.rehearsal.hardware import Hardware
+from icegrt.rehearsal.phases import DECODE, PREFILL
 from icegrt.rehearsal.watcher import Watcher
 from icegrt.rehearsal.workload import Workload
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from icegrt.rehearsal.bounds import ASSUMPTIONS, Bound, bound_of
 from icegrt.rehearsal.counts import TO_DEVICE, TO_HOST, PhaseCounts, Total
-from icegrt.rehearsal.driver import BUILD, DECODE, PHASES
 from icegrt.rehearsal.hardware import RESERVED
 from icegrt.rehearsal.memory import Peak
+from icegrt.rehearsal.phases import BUILD, DECODE, PHASES
 from icegrt.rehearsal.process_groups import SOCKETS_PER_COMMUNICATOR, STORE_CONNECTIONS, sockets_of
 from icegrt.rehearsal.rehearsal import RankRehearsal, Rehearsal
 from icegrt.utils import console

@@ -13,6 +13,7 @@ from icegrt.model.architecture import DTYPES
 from icegrt.model.build import build_model, check_parallelism
 from icegrt.model.hf.reader import HFCheckpointReader, ModelSource
 from icegrt.model.pipeline_model import PipelineModel
+from icegrt.utils.cpu import warn_of_slow_bf16
 
 
 def load_actor(
@@ -37,6 +38,7 @@ def load_actor(
     try:
         reader = HFCheckpointReader(source)
         check_parallelism(reader.architecture, cluster)
+        warn_of_slow_bf16(DTYPES[dtype], cluster.device, "dtype")
         model = build_model(reader, "lm", cluster, dtype=DTYPES[dtype])
     except BaseException as error:
         cluster.close(error)

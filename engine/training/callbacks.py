@@ -23,7 +23,7 @@ class Callback:
         """
 
     def on_scores(self, trainer: PPOTrainer, experience: Experience) -> None:
-        """PPO: called before the update.
+        """PPO: called before the update; with `ppo.reuse_update_values` after the critic's first step.
 
         Args:
             trainer: the trainer.

@@ -17,9 +17,10 @@ from icegrt.model.hf.reader import HFCheckpointReader
 from icegrt.roles.micro_batch import MicroBatch, merge_by_type
 from icegrt.roles.role import TrainableRole
 from icegrt.roles.skip_guard import SkipGuard
+from icegrt.training.inputs import resolve_chunk_rows
 from icegrt.training.sft_loss import NLLStats, SFTLoss, heldout_loss, pack_examples, pack_group
 from icegrt.training.single_model import OneModelTrainer
-from icegrt.training.trainer import resolve_chunk_rows, write_json
+from icegrt.training.trainer import write_json
 from icegrt.utils.console import print_info
 from icegrt.utils.trace import trace_range
 

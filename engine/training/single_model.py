@@ -22,7 +22,8 @@ from icegrt.model.lora.spec import AdapterSpec
 from icegrt.model.lora.trunk_hash import identity_of
 from icegrt.model.pipeline_model import PipelineModel
 from icegrt.roles.role import TrainableRole
-from icegrt.training.trainer import Trainer, tokenizer_for
+from icegrt.training.inputs import tokenizer_for
+from icegrt.training.trainer import Trainer
 
 # Encoded files or rows, each with its weight in the mix.
 EncodedSources = list[tuple[EncodedDataset, float]]

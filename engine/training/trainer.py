@@ -6,29 +6,24 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from os import PathLike
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-import torch.distributed as dist
 from typing_extensions import Self
 
 from icegrt.checkpoint.directory import read_state
 from icegrt.checkpoint.manager import Checkpoints
 from icegrt.config import PPOConfig, RewardConfig, RunConfig, SFTConfig, ValueConfig
 from icegrt.config.loader import as_dict
-from icegrt.data import check_tokenizer, load_tokenizer
-from icegrt.data.tokenizer import check_vocabulary, save_tokenizer
-from icegrt.data.types import Tokenizer, TokenizerSource
+from icegrt.data.tokenizer import save_tokenizer
+from icegrt.data.types import Tokenizer
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
 from icegrt.errors import ConfigError, RunError, attach_note
-from icegrt.kernels import default_chunk_rows
 from icegrt.metrics import PPOStep, RewardStep, RunLog, SFTStep, ValueStep, drop_rollouts
 from icegrt.metrics.sinks import check_sinks
-from icegrt.model.architecture import DTYPES, Architecture
-from icegrt.model.hf.reader import ModelSource
+from icegrt.model.architecture import DTYPES
 from icegrt.model.lora.model import AdaptedModel
 from icegrt.report.page import write_run_report
 from icegrt.roles.role import TrainableRole, check_inference_mode
@@ -39,6 +34,7 @@ from icegrt.training.profiling import StepProfiler
 from icegrt.training.run_folder import RunLock, lock_run_folder, save_config
 from icegrt.training.stop_signals import STOP_SIGNALS, capture_stop_signals
 from icegrt.utils.console import is_main, print_info, progress, warn
+from icegrt.utils.cpu import warn_of_slow_bf16
 from icegrt.utils.files import write_text_atomic
 
 ConfigT = TypeVar("ConfigT", bound=SFTConfig | RewardConfig | ValueConfig | PPOConfig)
@@ -108,6 +104,7 @@ class Trainer(Generic[ConfigT, StepT]):
             is_resume = self._run_lock.is_resume
         self.cluster = resources.enter_context(Cluster.open(layout))
         resources.callback(self._close_log)
+        warn_of_slow_bf16(self.dtype, self.cluster.device, f"{self.config.section}.run.dtype")
         self._profiler = StepProfiler(self.config.profile, self.config.section, self.cluster, self.dir, self.unit)
         resources.callback(self._profiler.close)
         self._is_resume: bool = self.cluster.broadcast_from_main(is_resume)
@@ -355,48 +352,6 @@ class Trainer(Generic[ConfigT, StepT]):
             self._boundary = StepBoundary.after_step(self.done_steps, self.roles)
         if self._log is not None:
             self._log.log(row)
-
-
-def tokenizer_for(tokenizer: TokenizerSource | None, model: ModelSource, architecture: Architecture) -> Tokenizer:
-    """Return `tokenizer`, or the one in the model's folder, checked against the model's vocabulary.
-
-    Args:
-        tokenizer: a tokenizer, the path of its folder, or None.
-        model: path or `transformers` model.
-        architecture: of the model.
-
-    Raises:
-        ConfigError: there is no tokenizer, or it has more tokens than the model.
-    """
-    if tokenizer is None or isinstance(tokenizer, (str, PathLike)):
-        folder = tokenizer or (model if isinstance(model, (str, Path)) else None)
-        if folder is None:
-            raise ConfigError("a model in memory comes without a tokenizer; pass tokenizer=")
-        checked: Tokenizer = load_tokenizer(str(folder), print_info=print_info)
-    else:
-        checked = tokenizer
-        check_tokenizer(checked, print_info=print_info)
-    check_vocabulary(checked, architecture.vocab_size)
-    return checked
-
-
-def resolve_chunk_rows(configured: int, architecture: Architecture, resumed: int | None = None) -> int:
-    """Return the logit chunk size of a run, in rows: the same on all ranks. Collective.
-
-    Call it once per run, after models and optimizers are allocated.
-
-    Args:
-        configured: the key; 0: choose by vocabulary and free device memory.
-        architecture: of the language model.
-        resumed: that of the checkpoint to resume from, which replaces a choice: other chunks round differently.
-    """
-    if chunk_rows := configured or resumed:
-        return chunk_rows
-    if not torch.cuda.is_available():
-        return default_chunk_rows(architecture.vocab_size)
-    free = torch.tensor(torch.cuda.mem_get_info()[0], device="cuda")
-    dist.all_reduce(free, op=dist.ReduceOp.MIN)
-    return default_chunk_rows(architecture.vocab_size, "cuda", int(free))
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

@@ -7,9 +7,9 @@ The same command resumes an interrupted demo. Settings are in recipe.yaml; overr
 `demo.py ppo.iterations=4 sft.epochs=1`. Without a GPU the demo starts one data-parallel rank per core, at most four.
 `torchrun ... demo.py` sets another number of ranks.
 
-With `--sharing lora` reward model, actor and critic are adapters on the SFT model, which is the reference too, and PPO
-is paid by parts (recipe_lora.yaml). SFT itself trains all weights: it starts from random ones, and an adapter can only
-refine what a model knows.
+With `--sharing lora` PPO trains adapters for actor and critic on the SFT model, which is the reference, too
+(recipe_lora.yaml). SFT and the reward model train all weights: an adapter can only refine what a model knows, and this
+one is small and new.
 """
 
 import argparse
@@ -27,12 +27,16 @@ from icegrt import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SampleCon
 from icegrt.commands import sample  # noqa: E402
 from icegrt.utils.console import print_info  # noqa: E402
 from staged_run import stages  # noqa: E402
+from staged_run.overrides import read_overrides  # noqa: E402
 
 RECIPE = HERE / "recipe.yaml"
-# What trains after SFT, by the mode: its settings, and the reward function of PPO.
-RECIPES = {"full": RECIPE, "lora": HERE / "recipe_lora.yaml"}
-CHECKER = f"{HERE / 'reward.py'}:checker_reward"
-PPO_FUNCTIONS = {"full": CHECKER, "lora": f"{HERE / 'reward.py'}:parts_reward"}
+# What another mode than full changes.
+CHANGES = {"lora": HERE / "recipe_lora.yaml"}
+
+
+def ppo_changes(sharing: str) -> list[str]:
+    """Return what a mode changes in the section `ppo` of recipe.yaml, as overrides."""
+    return read_overrides(CHANGES[sharing], "ppo") if sharing in CHANGES else []
 
 
 class Demo(stages.StagedRun):
@@ -49,13 +53,8 @@ class Demo(stages.StagedRun):
             "--sharing",
             choices=("full", "lora"),
             default=os.environ.get("SHARING", "full"),
-            help="full: a model for each role; lora: adapters on the SFT model, which is the reference",
+            help="of PPO. full: a model for each role; lora: actor and critic are adapters on the reference",
         )
-
-    @property
-    def sharing(self) -> str:
-        """full or lora."""
-        return self.options["sharing"]
 
     def prepare(self) -> None:
         prepare(self.data, self.seed)
@@ -82,7 +81,7 @@ class Demo(stages.StagedRun):
                     f"sample.model={self.out / 'sft' / 'model'}",
                     f"sample.prompts={self.data / 'reward_prompts.jsonl'}",
                     f"sample.out={self.out / 'rankings.jsonl'}",
-                    f"sample.score_function={CHECKER}",
+                    f"sample.score_function={HERE / 'reward.py'}:checker_reward",
                     f"sample.seed={self.seed}",
                     *self.overrides_of("sample"),
                 ],
@@ -91,7 +90,7 @@ class Demo(stages.StagedRun):
 
     def reward(self) -> None:
         config = RewardConfig.load(
-            RECIPES[self.sharing],
+            RECIPE,
             [
                 f"reward.model={self.out / 'sft' / 'model'}",
                 f"reward.data=[{{path: {self.out / 'rankings.jsonl'}}}]",
@@ -102,13 +101,13 @@ class Demo(stages.StagedRun):
             trainer.train()
 
     def ppo(self) -> None:
-        reward_model = self.out / "reward" / ("adapter" if self.sharing == "lora" else "model")
         config = PPOConfig.load(
-            RECIPES[self.sharing],
+            RECIPE,
             [
+                *ppo_changes(self.options["sharing"]),
                 f"ppo.actor={self.out / 'sft' / 'model'}",
-                f"ppo.reward_model={reward_model}",
-                f"ppo.reward_function={PPO_FUNCTIONS[self.sharing]}",
+                f"ppo.reward_model={self.out / 'reward' / 'model'}",
+                f"ppo.reward_function={HERE / 'reward.py'}:parts_reward",
                 f"ppo.prompts={self.data / 'prompts_train.jsonl'}",
                 f"ppo.eval_prompts={self.data / 'prompts_validation.jsonl'}",
                 *self.run_overrides("ppo"),

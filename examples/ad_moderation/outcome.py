@@ -12,10 +12,9 @@ from ad_moderation.checker import check
 from icegrt import PPOConfig, RewardConfig, SFTConfig
 from icegrt.data import EncodedDataset, ExampleEncoder, PromptEncoder, open_rows
 from icegrt.metrics import read_metrics
-from icegrt.metrics.statistics import distinct_fraction
 from icegrt.report.page import write_ppo_report
 from icegrt.training.sft_loss import heldout_loss, pack_examples
-from staged_run.assessment import columns, example_rows, gain, per_prompt, read_json, seconds_by_phase
+from staged_run.assessment import answer_figures, columns, example_rows, gain, per_prompt, read_json, run_figures
 
 TEST_ADS = 512
 SAMPLES = 3
@@ -97,19 +96,12 @@ class Outcome:
             figures |= gain(name, before, after)
         # 2. figures of the answers before and after
         for when, document in (("before", self.before), ("after", self.after)):
-            sampled = document["sampled"]
             figures[f"general_loss_{when}"] = document["general_loss"]
-            figures[f"distinct_fraction_{when}"] = distinct_fraction(sampled["text"])
-            figures[f"response_tokens_mean_{when}"] = float(np.mean(sampled["tokens"]))
-            figures[f"truncated_fraction_{when}"] = float(np.mean(sampled["truncated"]))
+            figures |= answer_figures(when, document["sampled"])
         # 3. figures of the run
         figures["kl_nats_per_response"] = float(np.mean(self.after["sampled"]["kl"]))
         figures["kl_target_nats_per_response"] = self.config.kl_target_nats_per_response
-        figures["response_tokens_per_second"] = float(
-            np.median([step["response_tokens_per_second"] for step in self.steps])
-        )
-        figures["seconds_by_phase"] = seconds_by_phase(self.steps)
-        figures["alarms"] = read_json(self.out / "ppo" / "summary.json")["alarms"]
+        figures |= run_figures(self.steps, self.out / "ppo")
         return figures
 
     def _examples(self) -> list[dict[str, Any]]:

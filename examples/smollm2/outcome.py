@@ -11,10 +11,9 @@ import numpy as np
 from icegrt import PPOConfig
 from icegrt.data import EncodedDataset, PromptEncoder, open_rows
 from icegrt.metrics import read_metrics
-from icegrt.metrics.statistics import distinct_fraction
 from icegrt.report.page import write_ppo_report
 from smollm2.compare import describe
-from staged_run.assessment import columns, example_rows, gain, per_prompt, read_json, seconds_by_phase
+from staged_run.assessment import answer_figures, columns, greedy_examples, read_json, run_figures, score_gains
 
 __all__ = ["Outcome", "assess_both"]
 
@@ -83,31 +82,15 @@ class Outcome:
         # 1. scores before and after, with intervals
         figures: dict[str, Any] = {"test_prompts": len(self.rows), "iterations": len(self.steps)}
         figures["heldout_reward_name"] = "total score"
-        for name, mode in (("task_score", "sampled"), ("heldout_reward", "sampled"), ("greedy_task_score", "greedy")):
-            before, after = (per_prompt(d[mode]["task"], d[mode]) for d in (self.before, self.after))
-            figures |= gain(name, before, after)
+        figures |= score_gains(self.before, self.after)
         # 2. figures of the answers before and after
         for when, document in (("before", self.before), ("after", self.after)):
-            sampled = document["sampled"]
-            figures[f"distinct_fraction_{when}"] = distinct_fraction(sampled["text"])
-            figures[f"response_tokens_mean_{when}"] = float(np.mean(sampled["tokens"]))
-            figures[f"truncated_fraction_{when}"] = float(np.mean(sampled["truncated"]))
+            figures |= answer_figures(when, document["sampled"])
         # 3. figures of the run
         figures["kl_nats_per_response"] = float(np.mean(self.after["sampled"]["kl"]))
         figures["kl_target_nats_per_response"] = self.config.kl_target_nats_per_response
-        speeds = [step["response_tokens_per_second"] for step in self.steps]
-        figures["response_tokens_per_second"] = float(np.median(speeds))
-        figures["seconds_by_phase"] = seconds_by_phase(self.steps)
-        figures["alarms"] = read_json(self.out / "ppo" / "summary.json")["alarms"]
+        figures |= run_figures(self.steps, self.out / "ppo")
         return figures
 
     def _examples(self) -> list[dict[str, Any]]:
-        rows = example_rows(len(self.rows), FIXED_EXAMPLES, RANDOM_EXAMPLES)
-        return [self._example(n, kind) for n, kind in rows]
-
-    def _example(self, n: int, kind: str) -> dict[str, Any]:
-        example = {"kind": kind, "prompt": self.rows[n]["prompt"], "reference": self.rows[n]["answer"]}
-        for when, document in (("before", self.before), ("after", self.after)):
-            greedy = document["greedy"]
-            example |= {when: greedy["text"][n], f"{when}_score": greedy["task"][n]}
-        return example
+        return greedy_examples(self.rows, self.before, self.after, FIXED_EXAMPLES, RANDOM_EXAMPLES)

@@ -10,7 +10,6 @@ run; overrides as in `ppo.iterations=40` hold for all runs of a folder.
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +19,6 @@ sys.path.insert(0, str(HERE.parent))
 
 from icegrt import PPOConfig, PPOTrainer  # noqa: E402
 from icegrt.config import CONFIG_FILE  # noqa: E402
-from icegrt.config.strict_yaml import parse  # noqa: E402
 from icegrt.distributed import failure  # noqa: E402
 from icegrt.errors import UserError  # noqa: E402
 from icegrt.report.plots import Panel, legend, panel_svg, series_of, write_curves_png  # noqa: E402
@@ -28,10 +26,10 @@ from icegrt.report.profile import profile_files  # noqa: E402
 from icegrt.report.tables import render_page, settings_tables  # noqa: E402
 from icegrt.utils.console import is_main, print_info  # noqa: E402
 from icegrt.utils.files import write_text_atomic  # noqa: E402
-from icegrt.utils.values import flatten  # noqa: E402
 from sorting.curve import evaluations  # noqa: E402
 from sorting.run import SETTINGS, Sorting, ppo_inputs  # noqa: E402
 from staged_run.launch import launch, ranks  # noqa: E402
+from staged_run.overrides import read_overrides  # noqa: E402
 
 OPTIONS = HERE / "options"
 BASELINE = "baseline"
@@ -58,11 +56,9 @@ def read_option(path: Path) -> Option:
         UserError: it does not begin with a comment, or has another section than `ppo`.
     """
     text = path.read_text(encoding="utf-8")
-    document = parse(text, str(path)) or {}
-    if not text.startswith("# ") or set(document) != {"ppo"}:
+    if not text.startswith("# "):
         raise UserError(f"{path}: expected a comment that says what it shows, then the section ppo")
-    overrides = [f"{name}={json.dumps(value)}" for name, value in flatten(document["ppo"] or {}, "ppo")]
-    return Option(path.stem, text.splitlines()[0].removeprefix("# "), overrides if document["ppo"] else [])
+    return Option(path.stem, text.splitlines()[0].removeprefix("# "), read_overrides(path, "ppo"))
 
 
 def read_options(names: Iterable[str]) -> list[Option]:

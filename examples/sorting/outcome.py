@@ -11,12 +11,11 @@ import numpy as np
 from icegrt import PPOConfig, SFTConfig
 from icegrt.data import open_rows
 from icegrt.metrics import read_metrics
-from icegrt.metrics.statistics import distinct_fraction
 from icegrt.report.page import write_ppo_report
 from icegrt.report.plots import Panel, Series
 from sorting.curve import measure, ppo_curve, read_prompts, sft_curve
 from sorting.picture import write_picture
-from staged_run.assessment import columns, example_rows, gain, per_prompt, read_json, seconds_by_phase
+from staged_run.assessment import answer_figures, columns, greedy_examples, read_json, run_figures, score_gains
 
 __all__ = ["Outcome", "assess_actor", "assess_sft"]
 
@@ -107,21 +106,13 @@ class Outcome:
         # 1. exact match on the test prompts, sampled and greedy
         ppo: dict[str, Any] = {"test_prompts": len(self.rows), "iterations": len(self.steps)}
         ppo["heldout_reward_name"] = "total score"
-        for name, mode in (("task_score", "sampled"), ("heldout_reward", "sampled"), ("greedy_task_score", "greedy")):
-            before, after = (per_prompt(d[mode]["task"], d[mode]) for d in (self.before, self.after))
-            ppo |= gain(name, before, after)
+        ppo |= score_gains(self.before, self.after)
         # 2. figures of the answers before and after
         for when, document in (("before", self.before), ("after", self.after)):
-            sampled = document["sampled"]
-            ppo[f"distinct_fraction_{when}"] = distinct_fraction(sampled["text"])
-            ppo[f"response_tokens_mean_{when}"] = float(np.mean(sampled["tokens"]))
-            ppo[f"truncated_fraction_{when}"] = float(np.mean(sampled["truncated"]))
+            ppo |= answer_figures(when, document["sampled"])
         # 3. figures of the run
         ppo["kl_nats_per_response"] = float(np.mean(self.after["sampled"]["kl"]))
-        speeds = [step["response_tokens_per_second"] for step in self.steps]
-        ppo["response_tokens_per_second"] = float(np.median(speeds))
-        ppo["seconds_by_phase"] = seconds_by_phase(self.steps)
-        ppo["alarms"] = read_json(self.out / "ppo" / "summary.json")["alarms"]
+        ppo |= run_figures(self.steps, self.out / "ppo")
         return {
             "exact_match_before": ppo["task_score_before"],
             "exact_match_after": ppo["task_score_after"],
@@ -145,12 +136,4 @@ class Outcome:
         )
 
     def _examples(self) -> list[dict[str, Any]]:
-        rows = example_rows(len(self.rows), FIXED_EXAMPLES, RANDOM_EXAMPLES)
-        return [self._example(n, kind) for n, kind in rows]
-
-    def _example(self, n: int, kind: str) -> dict[str, Any]:
-        example = {"kind": kind, "prompt": self.rows[n]["prompt"], "reference": self.rows[n]["answer"]}
-        for when, document in (("before", self.before), ("after", self.after)):
-            greedy = document["greedy"]
-            example |= {when: greedy["text"][n], f"{when}_score": greedy["task"][n]}
-        return example
+        return greedy_examples(self.rows, self.before, self.after, FIXED_EXAMPLES, RANDOM_EXAMPLES)

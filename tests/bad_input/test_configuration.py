@@ -90,6 +90,10 @@ CONFLICTS = {
     "greedy sampling": (["ppo.sampling.temperature=0"], ["ppo.sampling.temperature must be above 0"]),
     "no room for an answer": (["ppo.sampling.max_new_tokens=64"], ["max_new_tokens 64", "context is 64"]),
     "reuse with several epochs": (["ppo.reuse_update_logprob=true"], ["ppo.ppo_epochs=1 and ppo.minibatches=1"]),
+    "values of a second minibatch": (
+        ["ppo.reuse_update_values=true", "ppo.minibatches=2"],
+        ["ppo.reuse_update_values needs ppo.minibatches=1, not 2", "or ppo.reuse_update_values=false"],
+    ),
     "dis with reuse": (
         ["ppo.correction=dis", "ppo.reuse_update_logprob=true", "ppo.ppo_epochs=1", "ppo.minibatches=1"],
         ["ppo.correction=dis", "Set ppo.reuse_update_logprob=false"],

@@ -6,7 +6,7 @@ import pytest
 
 from icegrt import cli
 from icegrt.errors import UserError
-from icegrt.rehearsal.driver import PHASES
+from icegrt.rehearsal.phases import PHASES
 from tests.helpers.rehearsals import write_model
 
 

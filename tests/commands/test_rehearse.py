@@ -8,7 +8,7 @@ import pytest
 from icegrt import cli
 from icegrt.config import PPOConfig
 from icegrt.errors import ConfigError, UserError
-from icegrt.rehearsal.driver import PHASES
+from icegrt.rehearsal.phases import PHASES
 from icegrt.rehearsal.prompts import prompt_lengths
 from tests.helpers import tiny_models as tiny
 from tests.helpers.rehearsals import write_model

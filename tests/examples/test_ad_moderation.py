@@ -354,11 +354,12 @@ def test_a_verdict_is_paid_at_its_first_token(prepared):
 def test_recipes_load(sharing):
     from ad_moderation import demo
     from icegrt import PPOConfig, RewardConfig
-    from icegrt.rewards.function import load_reward_function
 
-    recipe = demo.RECIPES[sharing]
-    assert RewardConfig.load(recipe, []).sharing == PPOConfig.load(recipe, []).sharing == sharing
-    assert load_reward_function(demo.PPO_FUNCTIONS[sharing]).__name__ in ("checker_reward", "parts_reward")
+    assert RewardConfig.load(demo.RECIPE, []).sharing == "full"
+    config, full = PPOConfig.load(demo.RECIPE, demo.ppo_changes(sharing)), PPOConfig.load(demo.RECIPE, [])
+    assert config.sharing == sharing
+    assert (config.optimizer.lr > full.optimizer.lr) == (sharing == "lora")
+    assert (config.iterations, config.lam) == (full.iterations, full.lam)  # the rest is that of full
 
 
 # ---- files

@@ -239,6 +239,16 @@ def test_the_run_writes_model_adapter_and_a_page_with_answers(small_run):
     assert finished == sorted(run.SmolLM2.STAGES)
 
 
+@pytest.mark.parametrize(("slowdown", "dtype"), [(0.4, "bf16"), (1.2, "fp32")])
+def test_the_faster_type_of_this_machine_is_chosen_once(small_run, monkeypatch, slowdown, dtype):
+    monkeypatch.setattr(run, "bf16_slowdown", lambda: slowdown)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    small_run.prepare()
+    monkeypatch.setattr(run, "bf16_slowdown", lambda: 1 / slowdown)  # a resumed run does not measure again
+    config = PPOConfig.load(compare.SETTINGS, small_run._inputs())
+    assert config.run.dtype == dtype
+
+
 @pytest.mark.parametrize("sharing", compare.SHARINGS)
 def test_the_comparison_runs_two_iterations_and_writes_no_checkpoint(small_run, tmp_path, sharing):
     small_run.prepare()

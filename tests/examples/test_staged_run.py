@@ -92,3 +92,39 @@ def test_scores_are_averaged_by_prompt_and_compared_by_prompt():
     rows = assessment.example_rows(30, 4, 5)
     assert [n for n, kind in rows if kind == "fixed"] == [0, 1, 2, 3]
     assert len({n for n, _ in rows}) == 9 and all(4 <= n < 30 for n, kind in rows if kind == "random")
+
+
+def test_figures_and_examples_of_a_run_are_those_of_its_answers(tmp_path):
+    def assessed(task, texts, tokens):
+        answers = {
+            "prompt": [0, 0, 1, 1],
+            "task": task,
+            "text": texts,
+            "tokens": tokens,
+            "truncated": [False] * 3 + [True],
+        }
+        return {"sampled": answers, "greedy": {"prompt": [0, 1], "task": task[::2], "text": texts[::2]}}
+
+    before = assessed([0, 0, 1, 0], ["a b c d", "a b c d", "a b c d", "a b c d"], [2, 2, 4, 8])
+    after = assessed([1, 1, 1, 0], ["a b c d", "e f g h", "i j k l", "m n o p"], [1, 1, 1, 1])
+    gains = assessment.score_gains(before, after)
+    assert gains["task_score_before"] == gains["heldout_reward_before"] == 0.25 and gains["task_score_after"] == 0.75
+    assert (gains["greedy_task_score_before"], gains["greedy_task_score_after"]) == (0.5, 1.0)
+    old, new = (
+        assessment.answer_figures(*pair) for pair in (("before", before["sampled"]), ("after", after["sampled"]))
+    )
+    assert old["response_tokens_mean_before"] == 4.0 and old["truncated_fraction_before"] == 0.25
+    assert old["distinct_fraction_before"] < new["distinct_fraction_after"] == 1.0
+    (tmp_path / "summary.json").write_text('{"alarms": ["one"]}')
+    steps = [{"response_tokens_per_second": x, "seconds_by_phase": {"rollout": x}} for x in (1.0, 5.0, 3.0)]
+    figures = assessment.run_figures(steps, tmp_path)
+    assert figures == {"response_tokens_per_second": 3.0, "seconds_by_phase": {"rollout": 9.0}, "alarms": ["one"]}
+    rows = [{"prompt": "p0", "answer": "r0"}, {"prompt": "p1", "answer": "r1"}]
+    first, second = assessment.greedy_examples(rows, before, after, fixed=1, drawn=1)
+    assert (first["kind"], second["kind"], second["prompt"], second["reference"]) == ("fixed", "random", "p1", "r1")
+    assert (first["before"], first["before_score"], second["after"], second["after_score"]) == (
+        "a b c d",
+        0,
+        "i j k l",
+        1,
+    )

@@ -4,8 +4,8 @@ import pytest
 
 from icegrt.planning.footprint import RankMemory, run_peaks
 from icegrt.rehearsal import extent, memory
-from icegrt.rehearsal.driver import ACTOR, BUILD, CRITIC, INFERENCE
 from icegrt.rehearsal.hardware import PRESETS
+from icegrt.rehearsal.phases import ACTOR, BUILD, CRITIC, INFERENCE
 from icegrt.rehearsal.rehearsal import rehearse
 from icegrt.rehearsal.workload import Workload
 from tests.helpers.rehearsals import small_config, write_model

@@ -259,9 +259,10 @@ def test_a_critic_is_refused_where_there_is_none(tmp_path):
 
 def test_keys_that_nothing_reads_are_named(capsys):
     critic = CriticConfig(warmup_iterations=2, optimizer=OptimizerConfig(lr=1e-3))
-    check_estimator(PPOConfig(advantage="rloo", critic=critic, lam=0.9, gamma=0.99, group_std="none"))
+    keys = {"lam": 0.9, "gamma": 0.99, "group_std": "none", "reuse_update_values": True, "minibatches": 1}
+    check_estimator(PPOConfig(advantage="rloo", critic=critic, **keys))
     message = capsys.readouterr().err
-    for key in ("critic.warmup_iterations", "critic.optimizer.lr", "lam", "gamma", "group_std"):
+    for key in ("critic.warmup_iterations", "critic.optimizer.lr", "lam", "gamma", "group_std", "reuse_update_values"):
         assert f"ppo.{key}" in message
     assert "ppo.advantage=rloo does not read" in message and "value_clip" not in message
     check_estimator(PPOConfig(critic=critic, lam=0.9, gamma=0.99))

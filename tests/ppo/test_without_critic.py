@@ -8,7 +8,7 @@ import torch
 from icegrt import cli
 from icegrt.config import LoRAConfig, OffloadConfig
 from icegrt.errors import ConfigError
-from icegrt.rehearsal.driver import ACTOR, CRITIC, PHASES
+from icegrt.rehearsal.phases import ACTOR, CRITIC, PHASES
 from tests.helpers import stage_cases as cases
 from tests.helpers import tiny_models as tiny
 from tests.helpers.rehearsals import rehearse_rank, small_config, write_model

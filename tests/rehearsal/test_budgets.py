@@ -21,7 +21,7 @@ import yaml
 
 from icegrt.ppo.losses import CriticLoss
 from icegrt.rehearsal.counts import TO_DEVICE
-from icegrt.rehearsal.driver import ACTOR, CRITIC, DECODE, INFERENCE
+from icegrt.rehearsal.phases import ACTOR, CRITIC, DECODE, INFERENCE
 from icegrt.rehearsal.process_groups import sockets_of
 from tests.helpers.rehearsals import rehearse_rank, small_config, write_model
 

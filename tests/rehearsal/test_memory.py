@@ -3,8 +3,8 @@
 import torch
 
 from icegrt.rehearsal import memory
-from icegrt.rehearsal.driver import ACTOR, DECODE, INFERENCE
 from icegrt.rehearsal.memory import Ledger
+from icegrt.rehearsal.phases import ACTOR, DECODE, INFERENCE
 from icegrt.rehearsal.sites import current_site
 from tests.helpers.rehearsals import played_gpu, rehearse_rank, small_config, write_model
 

@@ -5,8 +5,8 @@ import torch
 
 from icegrt.rehearsal import memory
 from icegrt.rehearsal.counts import TO_DEVICE, TO_HOST
-from icegrt.rehearsal.driver import ACTOR, CRITIC, DECODE, INFERENCE
 from icegrt.rehearsal.memory import Ledger
+from icegrt.rehearsal.phases import ACTOR, CRITIC, DECODE, INFERENCE
 from tests.helpers.rehearsals import rehearse_rank, small_config, write_model
 from tests.rehearsal.test_memory import add
 

@@ -19,9 +19,10 @@ from icegrt.distributed.cluster import Cluster
 from icegrt.kernels.dispatch import play_device
 from icegrt.model import sdpa
 from icegrt.model.build import build_parallel_model
-from icegrt.rehearsal import driver
+from icegrt.rehearsal import stand_ins
 from icegrt.rehearsal.device import rehearsed_device, rehearsed_world
-from icegrt.rehearsal.driver import BUILD, layout_of, run_iteration
+from icegrt.rehearsal.driver import layout_of, run_iteration
+from icegrt.rehearsal.phases import BUILD
 from icegrt.rehearsal.watcher import Watcher
 from icegrt.roles import optimizer
 from tests.helpers.profiles import profiled_peak, released_by_gloo
@@ -114,7 +115,7 @@ def summary(watcher):
 
 def watched(config, cluster, device_type):
     watcher = Watcher(device_type, rounding=1)
-    with same_backends(device_type), mock.patch.object(driver, "build_parallel_model", filled_model), watcher:
+    with same_backends(device_type), mock.patch.object(stand_ins, "build_parallel_model", filled_model), watcher:
         run_iteration(config, cluster, watcher, small_workload(config), lambda phase: None)
     return watcher
 

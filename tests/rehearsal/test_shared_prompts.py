@@ -9,7 +9,7 @@ from icegrt.model.attention import packed_causal_attention
 from icegrt.model.shared_prompts import PromptGroups
 from icegrt.packing import pack
 from icegrt.rehearsal.counts import TO_DEVICE
-from icegrt.rehearsal.driver import ACTOR, CRITIC, INFERENCE
+from icegrt.rehearsal.phases import ACTOR, CRITIC, INFERENCE
 from icegrt.rehearsal.workload import Workload
 from tests.helpers.rehearsals import played_gpu, rehearse_rank, small_config, write_model
 

@@ -9,7 +9,7 @@ from icegrt.ppo.losses import PolicyLoss
 from icegrt.ppo.scoring import LogprobScorer
 from icegrt.rehearsal.collectives import DeviceMismatch
 from icegrt.rehearsal.counts import TO_DEVICE, TO_HOST
-from icegrt.rehearsal.driver import ACTOR, DECODE, INFERENCE
+from icegrt.rehearsal.phases import ACTOR, DECODE, INFERENCE
 from icegrt.rollout import model_runner
 from tests.helpers.rehearsals import GIB, played_gpu, rehearse_rank, small_config, write_model
 

@@ -1,12 +1,13 @@
-"""Counted work of an iteration without the actor's inference pass: what is gone, and that nothing came instead."""
+"""Counted work of an iteration without inference passes that the update serves: what is gone, and nothing instead."""
 
 import pytest
 
-from icegrt.rehearsal.driver import ACTOR, INFERENCE
+from icegrt.rehearsal.phases import ACTOR, ADVANTAGES, CRITIC, INFERENCE
 from tests.helpers.rehearsals import copies_to_device, rehearse_rank, small_config, write_model
 
 REUSE = ("ppo.reuse_update_logprob=true",)
 SAVED = (*REUSE, "ppo.kl_logprobs=rollout")
+VALUES = ("ppo.reuse_update_values=true",)
 
 
 def flops(counts, phase):
@@ -35,6 +36,37 @@ def test_the_saved_pass_is_one_forward_of_four(model):
     assert 0.25 < gone / flops(full, INFERENCE) < 0.5
     assert flops(full, ACTOR) == flops(saved, ACTOR)
     assert saved.watcher.phases[INFERENCE].syncs == full.watcher.phases[INFERENCE].syncs
+
+
+def test_the_critics_saved_pass_is_one_forward_of_four_and_nothing_came_instead(model):
+    full, saved = (rehearse_rank(small_config(model, *keys), world_size=1) for keys in ((), VALUES))
+    gone = flops(full, INFERENCE) - flops(saved, INFERENCE)
+    # Attention aside, which depends on lengths: a trunk, with a head of one output.
+    trunk = products_by_hand(full, 0)
+    assert trunk <= gone <= 1.5 * trunk
+    assert 0.1 < gone / flops(full, INFERENCE) < 0.25
+    for phase in (ACTOR, ADVANTAGES):
+        assert flops(full, phase) == flops(saved, phase)
+    # The head reads the last token of each response beside the responses' tokens; a backward pass does not follow it.
+    assert flops(saved, CRITIC) - flops(full, CRITIC) == 2 * 64 * 8 * 2
+    for phase in (INFERENCE, ADVANTAGES, ACTOR, CRITIC):
+        before, after = (counts.watcher.phases[phase] for counts in (full, saved))
+        assert after.syncs == before.syncs and copies_to_device(after)[0] == copies_to_device(before)[0]
+    assert copies_to_device(after)[0] == 0  # forming returns within the critic's step makes the host wait for no copy
+
+
+@pytest.mark.parametrize("keys", [(), VALUES], ids=["inference", "update"])
+def test_turns_cost_what_tokens_cost(model, keys):
+    """Matrix products, waits of the host and blocking copies; kernels beside the products may differ."""
+    tokens, turns = (
+        rehearse_rank(small_config(model, f"ppo.advantage_unit={unit}", *keys), world_size=1)
+        for unit in ("token", "turn")
+    )
+    for phase in (INFERENCE, ADVANTAGES, ACTOR, CRITIC):
+        assert flops(turns, phase) == flops(tokens, phase)
+        before, after = (counts.watcher.phases[phase] for counts in (tokens, turns))
+        assert after.syncs == before.syncs and copies_to_device(after) == copies_to_device(before)
+    assert flops(turns, CRITIC) > 0 and turns.micro_batches > 1
 
 
 def test_dis_of_tokens_costs_what_ppo_costs_and_dis_of_responses_one_product_more(model):
