@@ -144,41 +144,56 @@ def test_dots_lie_between_their_whiskers_in_the_order_of_their_medians(values, l
 
 @pytest.fixture(scope="module")
 def ppo_rows():
-    """Rows as `bench_ppo` makes them, of figures made by hand; TRL reports no phases."""
-    from bench import bench_ppo
+    """Rows as the bench makes them, of figures made by hand. TRL reports no phases; the last provider only samples."""
+    from bench.end_to_end import figures
+    from bench.end_to_end.flops import ATTENTION, PRODUCTS
+    from bench.end_to_end.providers import Provider
     from bench.end_to_end.workloads import WORKLOADS
 
-    def rows(name, family, seconds, phases):
-        figures = {"cpu_seconds": 2 * seconds, "phases": phases, "peak_bytes": 3_000_000_000}
-        if phases:
-            figures |= {"tokens": 6000, "answer_tokens": 4000}
-        runs = [figures | {"seconds": s} for s in (0.9 * seconds, seconds, 1.1 * seconds)]
-        provider = bench_ppo.Provider(name, family, sys.executable, "none", [])
-        return bench_ppo.rows_of(WORKLOADS["uniform"], "fp32", provider, runs, 200.0, argparse.Namespace(threads=2))
+    workload, options, made = WORKLOADS["uniform"], argparse.Namespace(threads=2), []
+
+    def add(name, family, seconds, phases, counts=None, settings=None, **changes):
+        provider = Provider(name, family, sys.executable, "none", (), **changes)
+        made.extend(figures.settings_rows(workload, "fp32", provider, settings or {}, options))
+        one = {"cpu_seconds": 2 * seconds, "phases": phases, "peak_bytes": 3_000_000_000}
+        one |= {"tokens": 6000, "answer_tokens": 4000}
+        runs = [one | {"seconds": s} for s in (0.9 * seconds, seconds, 1.1 * seconds)]
+        provider = provider.at(settings or {})
+        made.extend(figures.rows_of(workload, "fp32", provider, runs, counts or {}, 200.0, options))
 
     phases = {"rollout": 1.0, "score": 0.5, "update": 2.0}
-    return [
-        *rows("icegrt", "icegrt", 4.0, phases),
-        *rows("icegrt, lora", "icegrt", 3.0, phases),
-        *rows("reference, 8 rows", "reference", 6.0, phases | {"rollout": 0.75}),
-        *rows("TRL, 8 rows", "TRL", 8.0, {}),
-        *rows("TRL, 16 rows", "TRL", 7.0, {}),
-    ]
+    flops = {"score": {PRODUCTS: 50e9, ATTENTION: 1e9}, "update": {PRODUCTS: 200e9, ATTENTION: 1e9}}
+    add("icegrt", "icegrt", 4.0, phases, {"flops": flops, "tokens": 6000, "answer_tokens": 4000, "padding": 0.0})
+    add("icegrt, lora", "icegrt", 3.0, phases)
+    add("reference", "reference", 6.0, phases | {"rollout": 2.0}, {}, {"8 rows": 6.1, "16 rows": 6.4})
+    add("TRL", "TRL", 7.0, {}, {}, {"8 rows": 8.0, "16 rows": 7.2})
+    name = "transformers continuous batching"
+    add(name, name, 0.75, {"rollout": 0.75}, {}, {"64 tokens": 0.8}, is_rollout_only=True)
+    return made
 
 
 def test_an_iterations_table_has_phases_speed_peak_memory_and_quotients(ppo_rows):
     (workload,) = iterations.workloads(ppo_rows)
     assert workload["case"] == "uniform fp32" and workload["phases"] == ["rollout", "score", "update"]
     lines = {line["provider"]: line for line in workload["lines"]}
-    assert lines["icegrt"]["quotient"] == "" and lines["icegrt"]["phases"] == ["1.00", "0.500", "2.00"]
-    assert lines["icegrt"]["speed"] == "1,000" and lines["icegrt"]["memory"] == "3.00"
-    assert all(re.fullmatch(r"\d+%", share) for share in lines["icegrt"]["shares"])
+    ours, trl = lines["icegrt"], lines["TRL, 16 rows"]
+    sampler = lines["transformers continuous batching, 64 tokens"]
+    assert ours["quotient"] == "" and ours["phases"] == ["1.00", "0.500", "2.00"]
+    assert ours["speed"] == "1,000" and ours["memory"] == "3.00" and ours["shares"] == ["50%", "50%"]
     assert lines["icegrt, lora"]["is_ours"] and lines["icegrt, lora"]["quotient"].startswith("0.750 [")
-    assert lines["TRL, 16 rows"]["quotient"].startswith("1.75 [") and set(lines["TRL, 16 rows"]["phases"]) == {
-        "\N{EN DASH}"
-    }
-    assert lines["TRL, 16 rows"]["is_best"] and not lines["TRL, 8 rows"]["is_best"]
-    assert not lines["reference, 8 rows"]["is_best"]  # its only batch
+    assert trl["quotient"].startswith("1.75 [") and set(trl["phases"] + trl["shares"]) == {"\N{EN DASH}"}
+    assert lines["reference, 8 rows"]["rollout_quotient"].startswith("2.00 [")
+    assert sampler["seconds"] == "\N{EN DASH}" and sampler["rollout_quotient"].startswith("0.750 [")
+    assert set(lines) == {"icegrt", "icegrt, lora", "reference, 8 rows", "TRL, 16 rows", sampler["provider"]}
+
+
+def test_operations_and_the_settings_that_were_tried_are_listed(ppo_rows):
+    (workload,) = iterations.workloads(ppo_rows)
+    (line,) = workload["operations"]["lines"]
+    assert line["provider"] == "icegrt" and line["padding"] == "0%" and line["ranks"] == "\N{EN DASH}"
+    executed, useful, quotient = re.fullmatch(r"([\d.]+) / ([\d.]+) \(([\d.]+)\)", line["counts"][0]).groups()
+    assert executed == "50.0" and float(quotient) == pytest.approx(50.0 / float(useful), rel=0.01)
+    assert "TRL, 8 rows: 8.00 s" in workload["tried"] and len(workload["tried"]) == 5
 
 
 def test_iterations_reach_the_page_its_losses_and_its_headlines(ppo_rows):
@@ -186,8 +201,8 @@ def test_iterations_reach_the_page_its_losses_and_its_headlines(ppo_rows):
     text = text_of(html)
     assert "PPO iteration, fp32, beside TRL uniform fp32 4.00 s 7.00 s TRL, 16 rows" in text
     losses = text_of(html.split('id="losses"')[1].split("</section>")[0])
-    assert "time of rollout reference, 8 rows" in losses and "1.33 [1.33, 1.33]" in losses and "TRL" not in losses
-    assert "TRL, 16 rows *" in text and "share of peak, update" in text and ">seconds of an iteration<" in html
+    assert "time of rollout transformers continuous batching, 64 tokens" in losses and "TRL" not in losses
+    assert "share of peak, update" in text and ">seconds of an iteration<" in html
 
 
 # -- headlines, README and history -----------------------------------------------------------------------------------
