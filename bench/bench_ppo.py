@@ -82,7 +82,7 @@ def run(workload: Workload, dtype: str, options: argparse.Namespace) -> list[dic
     print(f"matrix products reach {peak:.0f} GFLOP/s")
     print_table(workload, dtype, figures, counts, peak)
     for provider, runs in figures.items():
-        rows += rows_of(workload, dtype, provider, runs, counts[provider], peak, options)
+        rows += rows_of(workload, dtype, provider, runs, peak, options, counts[provider])
     return rows
 
 

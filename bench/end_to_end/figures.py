@@ -31,9 +31,9 @@ def rows_of(
     dtype: str,
     provider: Provider,
     runs: list[dict],
-    counts: dict,
     peak: float,
     options: argparse.Namespace,
+    counts: dict | None = None,
 ) -> list[dict]:
     """Return the rows of a provider: seconds in all and by phase, tokens per second, operations, shares of the peak.
 
@@ -42,16 +42,18 @@ def rows_of(
         dtype: "fp32" or "bf16".
         provider: of the figures.
         runs: figures of each timed iteration.
-        counts: of the iteration that counted operations; empty if the provider does not count.
         peak: rate of matrix products, GFLOP/s.
         options: of the bench.
+        counts: of the iteration that counted operations; None or empty if the provider does not count.
     """
+    counts = counts or {}
     series = {("time", "s"): [r["seconds"] for r in runs], ("processor time", "s"): [r["cpu_seconds"] for r in runs]}
     if provider.is_rollout_only:
         series = {("processor time of rollout", "s"): [r["cpu_seconds"] for r in runs]}
     for phase in runs[0]["phases"]:
         series[f"time of {phase}", "s"] = [r["phases"][phase] for r in runs]
-    series["answer tokens per second", "1/s"] = [r["answer_tokens"] / r["seconds"] for r in runs]
+    if "answer_tokens" in runs[0]:
+        series["answer tokens per second", "1/s"] = [r["answer_tokens"] / r["seconds"] for r in runs]
     for phase in runs[0].get("slowest_over_fastest", {}):
         series[f"slowest / fastest rank, {phase}", "1"] = [r["slowest_over_fastest"][phase] for r in runs]
     for name, values in shares_of_peak(runs, counts, peak).items():
@@ -69,7 +71,7 @@ def settings_rows(
     rows = []
     for setting, seconds in settings.items():
         print(f"  {setting}: {seconds:.2f} s in the warm-up", flush=True)
-        series = {("time of a warm-up iteration", "s"): [seconds]}
+        series = {("warm-up iteration", "s"): [seconds]}
         rows += _rows(workload, dtype, provider, f"{provider.name}, {setting}", series, None, options)
     return rows
 

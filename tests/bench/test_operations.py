@@ -13,37 +13,42 @@ from bench.end_to_end.workloads import PAD, workload_of
 from bench.reference_ppo.padding import Episode, padded_batches, padding_fraction
 from bench.reference_ppo.trainer import ReferencePPO, reward_model_score
 
-SIZES = "layers=2,width=32,mlp=48,heads=4,kv_heads=2,vocab=64,prompts=3,samples=2,prompt_tokens=2:5,answer_tokens=6"
+SIZES = "layers=2,width=32,mlp=48,heads=4,kv_heads=2,vocab=64,prompts=3,samples=2,prompt_tokens=3:12,answer_tokens=6"
 SMALL = workload_of(f"uniform,{SIZES}")
+# The LM head is the embedding, and there are three times as many heads as of keys.
+TIED = workload_of("135M,layers=2,width=36,mlp=40,vocab=64,prompts=3,prompt_tokens=3:12,answer_tokens=4")
 
 
-def scalar_heads(rows):
+def scalar_heads(workload, rows):
     """Operations of a head with one output on so many rows."""
-    return 2 * SMALL.width * rows
+    return 2 * workload.width * rows
 
 
-def test_icegrt_executes_the_formula_and_its_scalar_heads(tmp_path):
-    with Iterations(SMALL, "fp32", [], tmp_path, tmp_path / "run") as iterations:
+@pytest.mark.parametrize("workload", [SMALL, TIED], ids=["uniform", "135M"])
+def test_icegrt_executes_the_formula_and_its_scalar_heads(tmp_path, workload):
+    with Iterations(workload, "fp32", [], tmp_path, tmp_path / "run") as iterations:
         figures = iterations.count()
     tokens, answers, flops = figures["tokens"], figures["answer_tokens"], figures["flops"]
     assert figures["padding"] == 0
-    assert flops["rollout"][PRODUCTS] == useful_flops(SMALL, "rollout", tokens, answers)
+    assert flops["rollout"][PRODUCTS] == useful_flops(workload, "rollout", tokens, answers)
     # Values of all answer tokens and of each episode's end, and a score of each episode.
-    scored = answers + 2 * SMALL.episodes
-    assert flops["score"][PRODUCTS] == useful_flops(SMALL, "score", tokens, answers) + scalar_heads(scored)
-    trained = 3 * scalar_heads(answers)
-    assert flops["update"][PRODUCTS] == useful_flops(SMALL, "update", tokens, answers) + trained
+    scored = scalar_heads(workload, answers + 2 * workload.episodes)
+    assert flops["score"][PRODUCTS] == useful_flops(workload, "score", tokens, answers) + scored
+    trained = 3 * scalar_heads(workload, answers)
+    assert flops["update"][PRODUCTS] == useful_flops(workload, "update", tokens, answers) + trained
     assert all(flops[phase][ATTENTION] > 0 for phase in flops)
     assert set(figures["busy_phases"]) == {"rollout", "score", "update"}
 
 
-def test_the_reference_path_executes_its_padding_and_a_head_at_every_position():
-    workload, rows = SMALL, 3
+@pytest.mark.parametrize("workload", [SMALL, TIED], ids=["uniform", "135M"])
+def test_the_reference_path_executes_its_padding_and_a_head_at_every_position(workload):
+    rows = 3
     actor, critic = workload.actor(), workload.reward_model()
     score = reward_model_score(critic, rows, PAD)
     path = ReferencePPO(
         ppo_config(workload, "unused"), actor, actor, critic, score, pad_id=PAD, eos_ids=workload.stop_ids, rows=rows
     )
+    torch.manual_seed(0)
     with PhaseFlops() as counter:
         path.on_phase_end = counter.end_phase
         episodes = path.step(workload.prompt_ids()).episodes
@@ -51,7 +56,7 @@ def test_the_reference_path_executes_its_padding_and_a_head_at_every_position():
     positions = sum(batch.tokens_NL.numel() for batch in batches)
     assert path.padding_fraction == padding_fraction(batches) > 0
     # Values at all positions but the last of each row, and scores of the episodes.
-    scalar = scalar_heads(positions - len(episodes)) + scalar_heads(len(episodes))
+    scalar = scalar_heads(workload, positions)
     assert counter.phases["score"][PRODUCTS] == useful_flops(workload, "score", positions, positions) + scalar
     assert counter.phases["shape"] == {PRODUCTS: 0, ATTENTION: 0}
 
@@ -129,7 +134,7 @@ def test_rows_have_operations_padding_and_ranks(monkeypatch):
     options = type("Options", (), {"threads": 2})
     runs = [figures_of(100, 1.0) | {"slowest_over_fastest": {"update": 1.5}}]
     provider = Provider("icegrt, 2 ranks", "icegrt ranks", "python", "module", (), 2)
-    rows = {r["metric"]: r for r in rows_of(SMALL, "fp32", provider, runs, COUNTS, 4.0, options)}
+    rows = {r["metric"]: r for r in rows_of(SMALL, "fp32", provider, runs, 4.0, options, COUNTS)}
     assert rows["time"]["median"] == 4.0 and rows["time of update"]["median"] == 2.0
     assert rows["answer tokens per second"]["median"] == 30 / 4
     assert rows["slowest / fastest rank, update"]["median"] == 1.5
@@ -148,6 +153,6 @@ def test_a_rollout_alone_is_no_iteration(monkeypatch):
     options = type("Options", (), {"threads": 2})
     provider = Provider("peer", "peer", "python", "module", (), is_rollout_only=True)
     runs = [figures_of(100, 1.0) | {"phases": {"rollout": 3.0}}]
-    metrics = {r["metric"] for r in rows_of(SMALL, "fp32", provider, runs, {}, 4.0, options)}
+    metrics = {r["metric"] for r in rows_of(SMALL, "fp32", provider, runs, 4.0, options)}
     assert metrics == {"processor time of rollout", "time of rollout", "answer tokens per second"}
     assert counted(SMALL, {}) == {}

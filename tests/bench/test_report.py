@@ -159,7 +159,7 @@ def ppo_rows():
         one |= {"tokens": 6000, "answer_tokens": 4000}
         runs = [one | {"seconds": s} for s in (0.9 * seconds, seconds, 1.1 * seconds)]
         provider = provider.at(settings or {})
-        made.extend(figures.rows_of(workload, "fp32", provider, runs, counts or {}, 200.0, options))
+        made.extend(figures.rows_of(workload, "fp32", provider, runs, 200.0, options, counts))
 
     phases = {"rollout": 1.0, "score": 0.5, "update": 2.0}
     flops = {"score": {PRODUCTS: 50e9, ATTENTION: 1e9}, "update": {PRODUCTS: 200e9, ATTENTION: 1e9}}
