@@ -10,7 +10,7 @@ from bench.rows import Comparison, Row, cases, is_ours, quotient_text, significa
 
 BENCH = "ppo"
 _PHASE, _SHARE, _RANKS = "time of ", "share of the matrix-product peak, ", "slowest / fastest rank, "
-_SPEED, _WARM_UP, _PADDING = "answer tokens per second", "time of a warm-up iteration", "padding"
+_SPEED, _WARM_UP, _PADDING = "answer tokens per second", "warm-up iteration", "padding"
 _EXECUTED, _USEFUL = "executed operations, ", "useful operations, "
 _DASH = "\N{EN DASH}"
 
@@ -28,7 +28,7 @@ def workloads(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def _workload(case: str, metrics: dict[str, dict[str, Row]]) -> dict[str, Any]:
     times = metrics["time"]
-    phases = [metric.removeprefix(_PHASE) for metric in metrics if metric.startswith(_PHASE) and metric != _WARM_UP]
+    phases = [metric.removeprefix(_PHASE) for metric in metrics if metric.startswith(_PHASE)]
     shares = [metric.removeprefix(_SHARE) for metric in metrics if metric.startswith(_SHARE)]
     rows = {p: row for metric in metrics if metric != _WARM_UP for p, row in metrics[metric].items()}
 
