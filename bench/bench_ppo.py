@@ -26,6 +26,7 @@ from bench.end_to_end.protocol import Worker, WorkerError
 from bench.end_to_end.providers import PEERS, PEERS_PYTHON, Provider, providers
 from bench.end_to_end.ranks import RankWorkers
 from bench.end_to_end.workloads import WORKLOADS, Workload, workload_of
+from icegrt.utils.cpu import bf16_slowdown
 
 DEFAULT_CASES = [
     (WORKLOADS[name], dtype)
@@ -96,7 +97,12 @@ def main() -> None:
         metavar="NAME[,SIZE=NUMBER...]",
         help="; ".join(f"{name}: {workload.summary}" for name, workload in WORKLOADS.items()),
     )
-    parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), help="both, if workloads are named")
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=("fp32", "bf16"),
+        help="both, if workloads are named; bf16 only where the CPU has it",
+    )
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names of providers, such as 'icegrt, lora'")
     parser.add_argument("--rounds", type=int, default=5, help="timed iterations of each provider")
@@ -110,6 +116,12 @@ def main() -> None:
     if options.workloads or options.dtypes:
         workloads = options.workloads or [*dict.fromkeys(workload for workload, _ in DEFAULT_CASES)]
         cases = [(workload, dtype) for workload in workloads for dtype in options.dtypes or ("fp32", "bf16")]
+    slowdown = bf16_slowdown()
+    if not options.dtypes and slowdown > 1:
+        print(
+            f"bf16 is left out: on this CPU a product in bf16 takes {slowdown:.0f} times as long; --dtypes bf16 runs it"
+        )
+        cases = [(workload, dtype) for workload, dtype in cases if dtype != "bf16"]
     if options.quick:
         cases, options.rounds = cases[:1], 2
     if "TRL" in options.peers and not PEERS_PYTHON.exists():

@@ -18,6 +18,11 @@ MODES = {
     "icegrt, prompts shared": ("ppo.minibatch_by=prompt",),
     "icegrt, lora": ("ppo.sharing=lora", "ppo.critic.init=actor"),
     "icegrt, reused log-probs": ("ppo.reuse_update_logprob=true", "ppo.kl_logprobs=rollout"),
+    "icegrt, reused log-probs and values": (
+        "ppo.reuse_update_logprob=true",
+        "ppo.kl_logprobs=rollout",
+        "ppo.reuse_update_values=true",
+    ),
 }
 RANKS = 2
 # Episodes of a padded batch; a workload is tried with the four largest that it can fill.

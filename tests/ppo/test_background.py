@@ -8,7 +8,7 @@ import pytest
 from icegrt.config import CriticConfig, RewardCallConfig
 from icegrt.errors import RewardError
 from icegrt.metrics import rollout_path
-from icegrt.ppo import trainer as trainer_module
+from icegrt.ppo import inference as inference_module
 from icegrt.ppo.rollout_writer import RolloutWriter
 from icegrt.ppo.trainer import PPOTrainer
 from tests.helpers import stage_cases as cases
@@ -30,7 +30,7 @@ def trainer(folder, reward, callbacks=(), timeout_seconds=60.0, **changes):
 def test_a_reward_function_runs_while_the_roles_compute(tmp_path, monkeypatch):
     began, has_values = threading.Event(), threading.Event()
     overlapped, is_probe = [], [True]
-    score_values = trainer_module.score_values
+    score_values = inference_module.score_values
 
     def values(*args):
         assert began.wait(LIMIT_S)  # the function runs already ...
@@ -46,7 +46,7 @@ def test_a_reward_function_runs_while_the_roles_compute(tmp_path, monkeypatch):
 
     with trainer(tmp_path / "run", reward) as run:
         is_probe.append(False)
-        monkeypatch.setattr(trainer_module, "score_values", values)
+        monkeypatch.setattr(inference_module, "score_values", values)
         step = run.step()
     assert overlapped == [True]
     assert 0 <= step.reward_wait_seconds <= step.seconds_by_phase["score"]
