@@ -19,7 +19,7 @@ __all__ = ["DIGITS", "SIZES", "build_model", "build_rows", "build_tokenizer", "p
 
 DIGITS = 6
 # Labelled rows are few, prompts are many.
-SIZES = {"sft": 64, "prompts": 16_000, "validation": 256, "test": 512}
+SIZES = {"sft": 80, "prompts": 16_000, "validation": 256, "test": 512}
 _SHARES = (("sft", 20), ("prompts", 80), ("validation", 90), ("test", 100))
 PAD, END, UNKNOWN, ASK = "<pad>", "<end>", "<unknown>", "="
 VOCABULARY = (PAD, END, UNKNOWN, ASK, *"0123456789")
