@@ -13,6 +13,7 @@ import random
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -89,33 +90,62 @@ def trainer(
     return PPOTrainer(config, model(), tokenizer(), reward, [{"prompt": text} for text in texts])
 
 
+@dataclass
+class Timings:
+    """Iterations of one trainer.
+
+    Attributes:
+        seconds, cpu_seconds: of each iteration, by the clock and by the processor's time.
+        phases: seconds by phase of each iteration.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    phases: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def summary(self) -> str:
+        """The median seconds of each phase."""
+        medians = {name: statistics.median(p.get(name, 0.0) for p in self.phases) for name in self.phases[0]}
+        return ", ".join(f"{name} {median:.3f}" for name, median in medians.items())
+
+
+def time_in_turn(trainers: dict[str, PPOTrainer], rounds: int) -> dict[str, Timings]:
+    """Return the timings of `rounds` iterations of each trainer, taken in turn, and close the trainers.
+
+    The order alternates, and each trainer's first iteration, which fills caches, is left out.
+    """
+    timings = {name: Timings() for name in trainers}
+    for round_ in range(rounds + 1):
+        for name in trainers if round_ % 2 else reversed(trainers):
+            begin, cpu_begin = time.perf_counter(), time.process_time()
+            row = trainers[name].step()
+            if round_:
+                timings[name].seconds.append(time.perf_counter() - begin)
+                timings[name].cpu_seconds.append(time.process_time() - cpu_begin)
+                timings[name].phases.append(row.seconds_by_phase)
+    for each in trainers.values():
+        each.close()
+    return timings
+
+
+def median_quotients(numerator: Timings, denominator: Timings) -> tuple[float, float]:
+    """Return the medians of the quotients of paired iterations: of seconds, and of the processor's seconds."""
+    pairs = (numerator.seconds, denominator.seconds), (numerator.cpu_seconds, denominator.cpu_seconds)
+    by_clock, by_cpu = (statistics.median(a / b for a, b in zip(*pair, strict=True)) for pair in pairs)
+    return by_clock, by_cpu
+
+
 def measure(rounds: int, threads: int) -> None:
     """Print the median seconds of an iteration by dtype and phase, and the quotient of bf16 and fp32."""
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         trainers = {dtype: trainer(Path(folder), dtype, rounds + 1) for dtype in DTYPES}
-        seconds: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
-        cpu_seconds: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
-        phases: dict[str, list[dict[str, float]]] = {dtype: [] for dtype in DTYPES}
-        for round_ in range(rounds + 1):
-            for dtype, each in trainers.items():
-                begin, cpu_begin = time.perf_counter(), time.process_time()
-                row = each.step()
-                if round_:  # the first iteration fills caches
-                    seconds[dtype].append(time.perf_counter() - begin)
-                    cpu_seconds[dtype].append(time.process_time() - cpu_begin)
-                    phases[dtype].append(row.seconds_by_phase)
-        for each in trainers.values():
-            each.close()
-    for dtype in DTYPES:
-        names = phases[dtype][0]
-        parts = ", ".join(f"{n} {statistics.median(p.get(n, 0.0) for p in phases[dtype]):.3f}" for n in names)
-        cpu = statistics.median(cpu_seconds[dtype])
-        print(f"{dtype}: {statistics.median(seconds[dtype]):.3f} s, {cpu:.3f} s of the processor  {parts}")
-    quotient, cpu_quotient = (
-        statistics.median(b / a for a, b in zip(each["fp32"], each["bf16"], strict=True))
-        for each in (seconds, cpu_seconds)
-    )
+        timings = time_in_turn(trainers, rounds)
+    for dtype, each in timings.items():
+        seconds, cpu_seconds = statistics.median(each.seconds), statistics.median(each.cpu_seconds)
+        print(f"{dtype}: {seconds:.3f} s, {cpu_seconds:.3f} s of the processor  {each.summary}")
+    quotient, cpu_quotient = median_quotients(timings["bf16"], timings["fp32"])
     print(f"bf16 / fp32: {quotient:.2f}, of the processor's time {cpu_quotient:.2f} (medians of {rounds} pairs)")
     print(f"target: at most {TARGET}")
 

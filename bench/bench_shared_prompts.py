@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 
-from bench.bench_iteration import ANSWER, trainer
+from bench.bench_iteration import ANSWER, median_quotients, time_in_turn, trainer
 
 PROMPTS, SAMPLES = 8, 4
 ARMS = ("response", "prompt")
@@ -26,26 +25,10 @@ def measure(dtype: str, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         sizes = {"episodes": PROMPTS * SAMPLES, "samples": SAMPLES, "prompt": (ANSWER, ANSWER)}
         trainers = {by: trainer(Path(folder), dtype, rounds + 1, minibatch_by=by, **sizes) for by in ARMS}
-        wall: dict[str, list[float]] = {by: [] for by in ARMS}
-        processor: dict[str, list[float]] = {by: [] for by in ARMS}
-        phases: dict[str, list[dict[str, float]]] = {by: [] for by in ARMS}
-        for round_ in range(rounds + 1):
-            for by in ARMS if round_ % 2 else reversed(ARMS):
-                begin, begin_processor = time.perf_counter(), time.process_time()
-                row = trainers[by].step()
-                if round_:  # the first iteration fills caches
-                    wall[by].append(time.perf_counter() - begin)
-                    processor[by].append(time.process_time() - begin_processor)
-                    phases[by].append(row.seconds_by_phase)
-        for each in trainers.values():
-            each.close()
-    for by in ARMS:
-        names = phases[by][0]
-        parts = ", ".join(f"{n} {statistics.median(p.get(n, 0.0) for p in phases[by]):.3f}" for n in names)
-        print(f"{dtype} by {by}: {statistics.median(wall[by]):.3f} s  {parts}")
-    quotients = [
-        statistics.median(a / b for a, b in zip(*(each[by] for by in ARMS), strict=True)) for each in (wall, processor)
-    ]
+        timings = time_in_turn(trainers, rounds)
+    for by, each in timings.items():
+        print(f"{dtype} by {by}: {statistics.median(each.seconds):.3f} s  {each.summary}")
+    quotients = median_quotients(*(timings[by] for by in ARMS))
     print(
         f"{dtype}: {quotients[0]:.2f} times as fast by prompt, by the processor's time {quotients[1]:.2f} "
         f"(medians of {rounds} pairs; target {TARGET})"

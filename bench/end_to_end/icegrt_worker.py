@@ -5,7 +5,6 @@ With RANK, WORLD_SIZE and MASTER_ADDR in its environment it is one rank of sever
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import tempfile
@@ -19,7 +18,7 @@ from torch import Tensor
 from bench.end_to_end.flops import ATTENTION, PRODUCTS, PhaseFlops
 from bench.end_to_end.protocol import RUN_FOLDER, private_stdout, serve
 from bench.end_to_end.recipe import ppo_config
-from bench.end_to_end.workloads import Workload, tokenizer, workload_of
+from bench.end_to_end.workloads import Workload, tokenizer, worker_parser
 from icegrt import _C, PPOConfig, PPOTrainer
 from icegrt.rollout import stage
 
@@ -149,9 +148,7 @@ class Iterations:
 def main() -> None:
     """Serve iterations."""
     out = private_stdout()
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("workload", type=workload_of)
-    parser.add_argument("dtype", choices=("fp32", "bf16"))
+    parser = worker_parser(__doc__)
     parser.add_argument("keys", nargs="*", help="overrides, such as ppo.minibatch_by=prompt")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

@@ -5,7 +5,6 @@ It runs at the fastest of the batch sizes, ROWS.
 
 from __future__ import annotations
 
-import argparse
 import copy
 
 import torch
@@ -13,16 +12,14 @@ import torch
 from bench.end_to_end.flops import PhaseFlops
 from bench.end_to_end.protocol import private_stdout, serve, try_settings
 from bench.end_to_end.recipe import ppo_config
-from bench.end_to_end.workloads import PAD, workload_of
+from bench.end_to_end.workloads import PAD, worker_parser
 from bench.reference_ppo.trainer import ReferencePPO, reward_model_score
 
 
 def main() -> None:
     """Serve iterations."""
     out = private_stdout()
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("workload", type=workload_of)
-    parser.add_argument("dtype", choices=("fp32", "bf16"))
+    parser = worker_parser(__doc__)
     parser.add_argument("rows", nargs="+", type=int, help="sizes of a padded batch to try, in episodes")
     parser.add_argument("--by-length", action="store_true", help="batches of similar lengths in scoring and update")
     options = parser.parse_args()

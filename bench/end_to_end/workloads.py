@@ -6,6 +6,7 @@ vocabulary are stop tokens. This module imports neither icegrt nor Megatron: pee
 
 from __future__ import annotations
 
+import argparse
 import random
 from dataclasses import dataclass, fields, replace
 
@@ -160,6 +161,14 @@ def workload_of(text: str) -> Workload:
         numbers = tuple(map(int, value.split(":")))
         values[key] = numbers if key == "prompt_tokens" else numbers[0]
     return replace(WORKLOADS[name], name=text, **values)
+
+
+def worker_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of a worker's arguments: `workload`, and `dtype` of the computation."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("workload", type=workload_of)
+    parser.add_argument("dtype", choices=("fp32", "bf16"))
+    return parser
 
 
 # What TRL, icegrt and the reference path share. KL in the reward (k1), GAE, one pass of one minibatch.

@@ -7,14 +7,13 @@ thread of its own, which autocast does not reach.
 
 from __future__ import annotations
 
-import argparse
 import time
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from bench.end_to_end.protocol import private_stdout, serve, try_settings
-from bench.end_to_end.workloads import PAD, Workload, workload_of
+from bench.end_to_end.workloads import PAD, Workload, worker_parser
 
 PAGE = 16
 
@@ -61,9 +60,7 @@ def answers(model: torch.nn.Module, workload: Workload, tokens: int) -> list[lis
 def main() -> None:
     """Serve rollouts."""
     out = private_stdout()
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("workload", type=workload_of)
-    parser.add_argument("dtype", choices=("fp32", "bf16"))
+    parser = worker_parser(__doc__)
     parser.add_argument("tokens", nargs="+", type=int, help="sizes of a batch to try, in tokens")
     options = parser.parse_args()
     workload = options.workload

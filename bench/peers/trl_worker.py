@@ -6,7 +6,6 @@ weights, as its own `bf16` argument does.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 from bench.end_to_end.flops import PhaseFlops
 from bench.end_to_end.protocol import private_stdout, serve, try_settings
-from bench.end_to_end.workloads import PAD, RECIPE, Workload, tokenizer, workload_of
+from bench.end_to_end.workloads import PAD, RECIPE, Workload, tokenizer, worker_parser
 
 ITERATIONS = 10_000
 
@@ -207,9 +206,7 @@ class Iterations:
 def main() -> None:
     """Serve iterations."""
     out = private_stdout()
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("workload", type=workload_of)
-    parser.add_argument("dtype", choices=("fp32", "bf16"))
+    parser = worker_parser(__doc__)
     parser.add_argument("rows", nargs="+", type=int, help="sizes of a batch to try; each divides the episodes")
     options = parser.parse_args()
     workload = options.workload

@@ -11,10 +11,9 @@ import numpy as np
 from ad_moderation.checker import check
 from icegrt import PPOConfig, RewardConfig, SFTConfig
 from icegrt.data import EncodedDataset, ExampleEncoder, PromptEncoder, open_rows
-from icegrt.metrics import read_metrics
 from icegrt.report.page import write_ppo_report
 from icegrt.training.sft_loss import heldout_loss, pack_examples
-from staged_run.assessment import answer_figures, columns, example_rows, gain, per_prompt, read_json, run_figures
+from staged_run.assessment import PPOOutcome, assess_answers, example_rows, gain, per_prompt, read_json
 
 TEST_ADS = 512
 SAMPLES = 3
@@ -27,22 +26,15 @@ def assess_both(trainer: Any, data: Path) -> dict[str, Any]:
     prompts = EncodedDataset(open_rows(data / "prompts_test.jsonl", TEST_ADS), PromptEncoder(tokenizer, context))
     general = EncodedDataset(open_rows(data / "general_test.jsonl"), ExampleEncoder(tokenizer, context))
     batches = pack_examples(general, trainer.config.token_budget, trainer.cluster.share)
-    return {
-        "sampled": columns(trainer.assess(prompts, SAMPLES)),
-        "greedy": columns(trainer.assess(prompts, 1, greedy=True)),
-        "general_loss": heldout_loss(trainer.actor, batches, trainer.chunk_rows, trainer.cluster),
-    }
+    general_loss = heldout_loss(trainer.actor, batches, trainer.chunk_rows, trainer.cluster)
+    return {**assess_answers(trainer, prompts, SAMPLES), "general_loss": general_loss}
 
 
-class Outcome:
+class Outcome(PPOOutcome):
     """The figures of a demo, from the files of its stages in `out`."""
 
     def __init__(self, out: Path) -> None:
-        self.out = out
-        self.before, self.after = (read_json(out / f"assessment_{when}.json") for when in ("before", "after"))
-        self.config = PPOConfig.load(out / "ppo" / "config.yaml")
-        self.steps = [row for row in read_metrics(out / "ppo") if row["kind"] == "ppo"]
-        self.rows = [row.data for row in open_rows(out / "data" / "prompts_test.jsonl", TEST_ADS)]
+        super().__init__(out, open_rows(out / "data" / "prompts_test.jsonl", TEST_ADS))
         self.report = {
             "sft": read_json(out / "sft" / "summary.json"),
             "reward": read_json(out / "reward" / "summary.json"),
@@ -83,8 +75,7 @@ class Outcome:
 
     def _ppo(self) -> dict[str, Any]:
         # 1. scores before and after, with intervals
-        figures: dict[str, Any] = {"test_ads": len(self.rows), "iterations": len(self.steps)}
-        figures["heldout_reward_name"] = "total score"
+        figures: dict[str, Any] = {"test_ads": len(self.rows), "heldout_reward_name": "total score"}
         names = {
             ("sampled", "total"): "heldout_reward",
             ("sampled", "task"): "task_score",
@@ -94,15 +85,11 @@ class Outcome:
         for (mode, column), name in names.items():
             before, after = (self._scores(document, mode, column) for document in (self.before, self.after))
             figures |= gain(name, before, after)
-        # 2. figures of the answers before and after
+        # 2. figures of the answers and of the run
         for when, document in (("before", self.before), ("after", self.after)):
             figures[f"general_loss_{when}"] = document["general_loss"]
-            figures |= answer_figures(when, document["sampled"])
-        # 3. figures of the run
-        figures["kl_nats_per_response"] = float(np.mean(self.after["sampled"]["kl"]))
         figures["kl_target_nats_per_response"] = self.config.kl_target_nats_per_response
-        figures |= run_figures(self.steps, self.out / "ppo")
-        return figures
+        return figures | self.training_figures()
 
     def _examples(self) -> list[dict[str, Any]]:
         rows = example_rows(len(self.rows), FIXED_EXAMPLES, RANDOM_EXAMPLES)

@@ -6,14 +6,10 @@ Settings were chosen on training and validation problems; only this module reads
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from icegrt import PPOConfig
-from icegrt.data import EncodedDataset, PromptEncoder, open_rows
-from icegrt.metrics import read_metrics
+from icegrt.data import open_rows
 from icegrt.report.page import write_ppo_report
 from smollm2.compare import describe
-from staged_run.assessment import answer_figures, columns, greedy_examples, read_json, run_figures, score_gains
+from staged_run.assessment import PPOOutcome, assess_answers, greedy_examples, read_json, read_prompts
 
 __all__ = ["Outcome", "assess_both"]
 
@@ -23,25 +19,17 @@ FIXED_EXAMPLES = RANDOM_EXAMPLES = 8
 
 def assess_both(trainer: Any, data: Path) -> dict[str, Any]:
     """Return scored sampled and greedy answers to the test problems, as JSON."""
-    encoder = PromptEncoder(trainer.tokenizer, trainer.actor.model.architecture.context_length)
-    prompts = EncodedDataset(open_rows(data / "test.jsonl"), encoder)
-    return {
-        "sampled": columns(trainer.assess(prompts, SAMPLES)),
-        "greedy": columns(trainer.assess(prompts, 1, greedy=True)),
-    }
+    return assess_answers(trainer, read_prompts(data / "test.jsonl", trainer), SAMPLES)
 
 
-class Outcome:
+class Outcome(PPOOutcome):
     """The figures of a run, from the files of its stages in `out`."""
 
     def __init__(self, out: Path) -> None:
-        self.out = out
-        self.before, self.after = (read_json(out / f"assessment_{when}.json") for when in ("before", "after"))
-        self.config = PPOConfig.load(out / "ppo" / "config.yaml")
-        self.steps = [row for row in read_metrics(out / "ppo") if row["kind"] == "ppo"]
-        self.rows = [row.data for row in open_rows(out / "data" / "test.jsonl")]
+        super().__init__(out, open_rows(out / "data" / "test.jsonl"))
         self.comparison = describe(read_json(out / "compare.json"))
-        self.figures = self._figures()
+        self.figures = self.task_figures()
+        self.figures["kl_target_nats_per_response"] = self.config.kl_target_nats_per_response
 
     def write(self) -> Path:
         """Write report.json, curves.png and report.html into the folder of the PPO run. Return the page's path."""
@@ -77,20 +65,6 @@ class Outcome:
             f"KL {figures['kl_nats_per_response']:.2f} nats per response"
         )
         return [*lines, self.comparison, *(f"alarm: {alarm}" for alarm in figures["alarms"])]
-
-    def _figures(self) -> dict[str, Any]:
-        # 1. scores before and after, with intervals
-        figures: dict[str, Any] = {"test_prompts": len(self.rows), "iterations": len(self.steps)}
-        figures["heldout_reward_name"] = "total score"
-        figures |= score_gains(self.before, self.after)
-        # 2. figures of the answers before and after
-        for when, document in (("before", self.before), ("after", self.after)):
-            figures |= answer_figures(when, document["sampled"])
-        # 3. figures of the run
-        figures["kl_nats_per_response"] = float(np.mean(self.after["sampled"]["kl"]))
-        figures["kl_target_nats_per_response"] = self.config.kl_target_nats_per_response
-        figures |= run_figures(self.steps, self.out / "ppo")
-        return figures
 
     def _examples(self) -> list[dict[str, Any]]:
         return greedy_examples(self.rows, self.before, self.after, FIXED_EXAMPLES, RANDOM_EXAMPLES)

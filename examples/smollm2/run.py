@@ -71,8 +71,13 @@ class SmolLM2(stages.StagedRun):
             f"ppo.actor={self.out / 'model'}",
             f"ppo.prompts={self.data / 'train.jsonl'}",
             f"ppo.reward_function={HERE / 'reward.py'}:correct",
-            f"ppo.run.dtype={(self.data / 'dtype.txt').read_text(encoding='utf-8')}",
+            f"ppo.run.dtype={self._dtype()}",
         ]
+
+    def _dtype(self) -> str:
+        path = self.data / "dtype.txt"
+        # Folders that an older version prepared lack the file; all their stages ran in bf16.
+        return path.read_text(encoding="utf-8") if path.is_file() else "bf16"
 
 
 if __name__ == "__main__":

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from icegrt import RolloutEngine, Sampling
-from icegrt.data import EncodedDataset, Prompt, PromptEncoder, open_rows
+from icegrt.data import Prompt
 from icegrt.metrics import read_metrics
 from icegrt.rollout.samples import sample_of
 from icegrt.utils.console import is_main
 from icegrt.utils.files import write_text_atomic
 from sorting.reward import exact_match
+from staged_run.assessment import read_prompts
 
 __all__ = [
     "Curve",
@@ -21,7 +22,6 @@ __all__ = [
     "evaluations",
     "measure",
     "ppo_curve",
-    "read_prompts",
     "sft_curve",
     "sft_seconds_per_step",
 ]
@@ -40,12 +40,6 @@ class Curve:
     def after(self, seconds: float) -> "Curve":
         """Return the curve of training that began `seconds` later."""
         return dataclasses.replace(self, seconds=[seconds + x for x in self.seconds])
-
-
-def read_prompts(path: Path, trainer: Any) -> Sequence[Prompt]:
-    """Return the prompts of a JSONL file as tokens of the trainer's model."""
-    context = trainer.roles[0].model.architecture.context_length
-    return EncodedDataset(open_rows(path), PromptEncoder(trainer.tokenizer, context))
 
 
 def measure(trainer: Any, prompts: Sequence[Prompt], samples: int = 1, *, greedy: bool = False) -> float:

@@ -6,16 +6,13 @@ Settings were chosen on validation prompts; only this module reads the test prom
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from icegrt import PPOConfig, SFTConfig
+from icegrt import SFTConfig
 from icegrt.data import open_rows
-from icegrt.metrics import read_metrics
 from icegrt.report.page import write_ppo_report
 from icegrt.report.plots import Panel, Series
-from sorting.curve import measure, ppo_curve, read_prompts, sft_curve
+from sorting.curve import measure, ppo_curve, sft_curve
 from sorting.picture import write_picture
-from staged_run.assessment import answer_figures, columns, greedy_examples, read_json, run_figures, score_gains
+from staged_run.assessment import PPOOutcome, assess_answers, greedy_examples, read_json, read_prompts
 
 __all__ = ["Outcome", "assess_actor", "assess_sft"]
 
@@ -25,11 +22,7 @@ FIXED_EXAMPLES = RANDOM_EXAMPLES = 6
 
 def assess_actor(trainer: Any, data: Path) -> dict[str, Any]:
     """Return scored sampled and greedy answers of PPO's actor to the test prompts, as JSON. Collective."""
-    prompts = read_prompts(data / "test.jsonl", trainer)
-    return {
-        "sampled": columns(trainer.assess(prompts, SAMPLES)),
-        "greedy": columns(trainer.assess(prompts, 1, greedy=True)),
-    }
+    return assess_answers(trainer, read_prompts(data / "test.jsonl", trainer), SAMPLES)
 
 
 def assess_sft(trainer: Any, data: Path) -> dict[str, float]:
@@ -41,16 +34,12 @@ def assess_sft(trainer: Any, data: Path) -> dict[str, float]:
     }
 
 
-class Outcome:
+class Outcome(PPOOutcome):
     """The figures of a run, from the files of its stages in `out`."""
 
     def __init__(self, out: Path) -> None:
-        self.out = out
-        self.before, self.after = (read_json(out / f"assessment_{when}.json") for when in ("before", "after"))
+        super().__init__(out, open_rows(out / "data" / "test.jsonl"))
         self.alone = read_json(out / "assessment_sft_alone.json")
-        self.config = PPOConfig.load(out / "ppo" / "config.yaml")
-        self.steps = [row for row in read_metrics(out / "ppo") if row["kind"] == "ppo"]
-        self.rows = [row.data for row in open_rows(out / "data" / "test.jsonl")]
         sft = sft_curve(out / "sft")
         self.curves = {
             "SFT": sft,
@@ -103,16 +92,7 @@ class Outcome:
         return [f"{'ok   ' if passed else 'SHORT'} {text}" for passed, text in checks]
 
     def _figures(self) -> dict[str, Any]:
-        # 1. exact match on the test prompts, sampled and greedy
-        ppo: dict[str, Any] = {"test_prompts": len(self.rows), "iterations": len(self.steps)}
-        ppo["heldout_reward_name"] = "total score"
-        ppo |= score_gains(self.before, self.after)
-        # 2. figures of the answers before and after
-        for when, document in (("before", self.before), ("after", self.after)):
-            ppo |= answer_figures(when, document["sampled"])
-        # 3. figures of the run
-        ppo["kl_nats_per_response"] = float(np.mean(self.after["sampled"]["kl"]))
-        ppo |= run_figures(self.steps, self.out / "ppo")
+        ppo = self.task_figures()
         return {
             "exact_match_before": ppo["task_score_before"],
             "exact_match_after": ppo["task_score_after"],

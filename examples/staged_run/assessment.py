@@ -2,25 +2,83 @@
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from icegrt import PPOConfig
+from icegrt.data import EncodedDataset, Prompt, PromptEncoder, open_rows
+from icegrt.metrics import read_metrics
 from icegrt.metrics.statistics import distinct_fraction, paired_bootstrap_ci95
 
 __all__ = [
+    "PPOOutcome",
     "answer_figures",
+    "assess_answers",
     "columns",
     "example_rows",
     "gain",
     "greedy_examples",
     "per_prompt",
     "read_json",
+    "read_prompts",
     "run_figures",
     "score_gains",
 ]
+
+
+class PPOOutcome:
+    """What the PPO of a run in `out` has left, for the example's report.
+
+    Args:
+        out: folder of the run.
+        rows: of the test data, with `data`.
+
+    Attributes:
+        before, after: assessments of the test data.
+        config: of PPO.
+        steps: rows of its metrics.
+        rows: of the test data, as objects.
+    """
+
+    def __init__(self, out: Path, rows: Iterable[Any]) -> None:
+        self.out = out
+        self.before, self.after = (read_json(out / f"assessment_{when}.json") for when in ("before", "after"))
+        self.config = PPOConfig.load(out / "ppo" / "config.yaml")
+        self.steps = [row for row in read_metrics(out / "ppo") if row["kind"] == "ppo"]
+        self.rows = [row.data for row in rows]
+
+    def task_figures(self) -> dict[str, Any]:
+        """Return the report's figures of a run whose task score is the whole reward."""
+        # 1. scores before and after, with intervals
+        figures: dict[str, Any] = {"test_prompts": len(self.rows), "heldout_reward_name": "total score"}
+        figures |= score_gains(self.before, self.after)
+        # 2. figures of the answers and of the run
+        return figures | self.training_figures()
+
+    def training_figures(self) -> dict[str, Any]:
+        """Return the report's figures of the sampled answers before and after training, and of the run."""
+        figures: dict[str, Any] = {"iterations": len(self.steps)}
+        for when, document in (("before", self.before), ("after", self.after)):
+            figures |= answer_figures(when, document["sampled"])
+        figures["kl_nats_per_response"] = float(np.mean(self.after["sampled"]["kl"]))
+        return figures | run_figures(self.steps, self.out / "ppo")
+
+
+def read_prompts(path: Path, trainer: Any) -> Sequence[Prompt]:
+    """Return the prompts of a JSONL file as tokens of the trainer's model."""
+    context = trainer.roles[0].model.architecture.context_length
+    return EncodedDataset(open_rows(path), PromptEncoder(trainer.tokenizer, context))
+
+
+def assess_answers(trainer: Any, prompts: Sequence[Prompt], samples: int) -> dict[str, dict[str, list]]:
+    """Return `samples` scored answers and one greedy answer of PPO's actor to each prompt, as JSON. Collective."""
+    return {
+        "sampled": columns(trainer.assess(prompts, samples)),
+        "greedy": columns(trainer.assess(prompts, 1, greedy=True)),
+    }
 
 
 def columns(assessment: Any) -> dict[str, list]:

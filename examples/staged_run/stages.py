@@ -1,11 +1,12 @@
 """An example as a sequence of stages. The same command resumes it after the last finished stage."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -50,15 +51,18 @@ class StagedRun:
 
     def run(self) -> None:
         """Run all stages that are not finished."""
+        before: list[str] = []
         for number, name in enumerate(self.STAGES, 1):
             finished = self.out / "stages" / f"{name}.json"
             if finished.is_file():
                 print_info(f"[{number}/{len(self.STAGES)}] {name}: finished before")
+                before.append(name)
                 continue
             print_info(f"[{number}/{len(self.STAGES)}] {name}")
             started = time.perf_counter()
             if is_main() or name not in self.RANK_0_STAGES:
-                getattr(self, name)()
+                with self._explain_missing_files(name, before):
+                    getattr(self, name)()
             seconds = time.perf_counter() - started
             if is_main():
                 finished.parent.mkdir(exist_ok=True)
@@ -88,6 +92,21 @@ class StagedRun:
         document = measure(trainer, self.data)
         if is_main():
             write_text_atomic(path, json.dumps(document))
+
+    @contextlib.contextmanager
+    def _explain_missing_files(self, stage: str, before: Sequence[str]) -> Iterator[None]:
+        """Raise `UserError` if `stage` lacks a file of the run, and the stages `before` finished earlier."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            path = Path(error.filename or "")
+            if not before or self.out.resolve() not in path.resolve().parents:
+                raise
+            raise UserError(
+                f"stage {stage}: {path} is missing, and stages finished before: {', '.join(before)}. Another version "
+                f"of the example may not have written it. Delete the JSON file of the stage that writes it in "
+                f"{self.out / 'stages'} to repeat that stage, or choose another --out"
+            ) from error
 
     def _check_same_settings(self) -> None:
         path = self.out / "demo.json"

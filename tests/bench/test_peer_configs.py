@@ -41,6 +41,12 @@ def expected(config):
     }
 
 
+def optimizer_keys(roles, lr, betas, weight_decay, clip_grad):
+    """The keys of each role's optimizer, and the figures that they have."""
+    keys = {lr: "lr", betas: "betas", weight_decay: "weight decay", clip_grad: "clip grad"}
+    return {f"{role}.{key}": figure for role in roles for key, figure in keys.items()}
+
+
 KEYS = {
     "verl": {
         "data.train_batch_size": "prompts",
@@ -58,16 +64,9 @@ KEYS = {
         "actor_rollout_ref.actor.clip_ratio_low": "clip",
         "actor_rollout_ref.actor.clip_ratio_high": "clip",
         "critic.cliprange_value": "value_clip",
-        **{
-            f"{role}.{key}": value
-            for role in ("actor_rollout_ref.actor", "critic")
-            for key, value in {
-                "optim.lr": "lr",
-                "optim.betas": "betas",
-                "optim.weight_decay": "weight decay",
-                "grad_clip": "clip grad",
-            }.items()
-        },
+        **optimizer_keys(
+            ("actor_rollout_ref.actor", "critic"), "optim.lr", "optim.betas", "optim.weight_decay", "grad_clip"
+        ),
     },
     "nemo_rl": {
         "ppo.num_prompts_per_step": "prompts",
@@ -85,16 +84,13 @@ KEYS = {
         "loss_fn.ratio_clip_min": "clip",
         "loss_fn.ratio_clip_max": "clip",
         "value_loss_fn.cliprange": "value_clip",
-        **{
-            f"{role}.{key}": value
-            for role in ("policy", "value")
-            for key, value in {
-                "optimizer.kwargs.lr": "lr",
-                "optimizer.kwargs.betas": "betas",
-                "optimizer.kwargs.weight_decay": "weight decay",
-                "max_grad_norm": "clip grad",
-            }.items()
-        },
+        **optimizer_keys(
+            ("policy", "value"),
+            "optimizer.kwargs.lr",
+            "optimizer.kwargs.betas",
+            "optimizer.kwargs.weight_decay",
+            "max_grad_norm",
+        ),
     },
 }
 FLAGS = {
@@ -110,16 +106,7 @@ FLAGS = {
     "algo.advantage.lambd": "lam",
     "actor.eps_clip": "clip",
     "critic.value_clip": "value_clip",
-    **{
-        f"{role}.{key}": value
-        for role in ("actor", "critic")
-        for key, value in {
-            "adam.lr": "lr",
-            "adam.betas": "betas",
-            "adam.weight_decay": "weight decay",
-            "max_norm": "clip grad",
-        }.items()
-    },
+    **optimizer_keys(("actor", "critic"), "adam.lr", "adam.betas", "adam.weight_decay", "max_norm"),
 }
 
 

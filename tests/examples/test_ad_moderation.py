@@ -1,6 +1,7 @@
 """The ad-moderation demo: splits without leaks, truth from the text, a checker hard to fool, same seed same bytes."""
 
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -360,6 +361,56 @@ def test_recipes_load(sharing):
     assert config.sharing == sharing
     assert (config.optimizer.lr > full.optimizer.lr) == (sharing == "lora")
     assert (config.iterations, config.lam) == (full.iterations, full.lam)  # the rest is that of full
+
+
+# ---- outcome
+
+
+def test_the_outcome_has_the_figures_of_the_stages_files(tmp_path):
+    from ad_moderation.outcome import Outcome
+    from icegrt import PPOConfig
+
+    rows = sample_ads("test", 24)
+
+    def write(name, document):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in document), encoding="utf-8")
+
+    def answers(samples, task, kl):
+        prompts, count = [n for n in range(24) for _ in range(samples)], 24 * samples
+        texts = [f"answer {n} is {'a' if task else n}" for n in range(count)]
+        columns = {"prompt": prompts, "text": texts, "task": [task] * count, "reward_model": [4.0 * task] * count}
+        return columns | {"kl": [kl] * count, "tokens": [10 + task] * count, "truncated": [False] * count}
+
+    for when, task in (("before", 0.0), ("after", 1.0)):
+        document = {"sampled": answers(3, task, 2 * task), "greedy": answers(1, task, None), "general_loss": 2 + task}
+        write(f"assessment_{when}.json", [document])
+    write("data/prompts_test.jsonl", rows)
+    write("sft/summary.json", [{"heldout_loss_before": 3.0, "heldout_loss_after": 1.0}])
+    write("reward/summary.json", [{
+        "baseline_accuracy": 0.5, "baseline_feature": "length", "heldout_accuracy": 0.8, "heldout_pairs": 9,
+        "heldout_tie_fraction": 0.1,
+    }])  # fmt: skip
+    write("reward/model/score_statistics.json", [{"after": {"std": 2.0}}])
+    PPOConfig(score_clip=1.5, kl_target_nats_per_response=3.0).save(tmp_path / "ppo" / "config.yaml")
+    steps = [{"kind": "ppo", "iteration": n, "response_tokens_per_second": 5.0, "seconds_by_phase": {"rollout": 1.0}}
+             for n in (1, 2)]  # fmt: skip
+    write("ppo/metrics.jsonl", steps)
+    write("ppo/summary.json", [{"alarms": ["one"]}])
+    outcome = Outcome(tmp_path)
+    ppo = outcome.report["ppo"]
+    assert (ppo["test_ads"], ppo["iterations"], ppo["kl_nats_per_response"]) == (24, 2, 2.0)
+    assert (ppo["kl_target_nats_per_response"], ppo["seconds_by_phase"]) == (3.0, {"rollout": 2.0})
+    assert (ppo["task_score_before"], ppo["greedy_task_score_after"], ppo["general_loss_after"]) == (0.0, 1.0, 3.0)
+    # The reward model's score over its standard deviation, at most score_clip, beside the checker's.
+    config = outcome.config
+    total = config.reward_model_weight * 1.5 + config.reward_function_weight
+    assert (ppo["heldout_reward_before"], ppo["heldout_reward_after"]) == (0.0, pytest.approx(total))
+    lines = outcome.lines()
+    assert any(line.startswith("SHORT general held-out loss +50.0%") for line in lines) and lines[-1] == "alarm: one"
+    examples = outcome._examples()
+    assert len(examples) == 20 and examples[0]["prompt"] == rows[0]["prompt"]
 
 
 # ---- files

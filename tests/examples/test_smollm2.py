@@ -252,6 +252,15 @@ def test_the_faster_type_of_this_machine_is_chosen_once(tmp_path, monkeypatch, s
     assert config.run.dtype == dtype
 
 
+def test_a_run_that_an_older_version_prepared_keeps_the_type_of_that_version(tmp_path):
+    example = run.SmolLM2(tmp_path / "out", 0, [])
+    assert PPOConfig.load(compare.SETTINGS, example._inputs()).run.dtype == "bf16"
+    # The command line has the last word.
+    example = run.SmolLM2(tmp_path / "other", 0, ["ppo.run.dtype=fp32"])
+    config = PPOConfig.load(compare.SETTINGS, [*example._inputs(), *example.run_overrides("ppo")])
+    assert config.run.dtype == "fp32"
+
+
 @pytest.mark.parametrize("sharing", compare.SHARINGS)
 def test_the_comparison_runs_two_iterations_and_writes_no_checkpoint(small_run, tmp_path, sharing):
     small_run.prepare()

@@ -60,6 +60,27 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
         two_stages(tmp_path)
 
 
+def test_a_file_that_a_finished_stage_did_not_leave_is_named_with_the_remedy(tmp_path):
+    class Reader(TwoStages):
+        def second(self):
+            self.path.read_text(encoding="utf-8")
+
+    def reader(path):
+        run = Reader(tmp_path / "out", 0, [])
+        run.calls, run.path = [], path
+        return run
+
+    missing = tmp_path / "out" / "data" / "rows.jsonl"
+    # The first stage runs in the same process, so that no other version is to blame.
+    with pytest.raises(FileNotFoundError):
+        reader(missing).run()
+    with pytest.raises(UserError, match=r"stage second: .*rows\.jsonl is missing, .* before: first\. .*Delete"):
+        reader(missing).run()
+    # A file elsewhere is not a stage's.
+    with pytest.raises(FileNotFoundError):
+        reader(tmp_path / "elsewhere.txt").run()
+
+
 def test_an_override_of_another_section_is_a_usage_error(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["run.py", "--out", str(tmp_path / "out"), "sft.epochs=1"])
     with pytest.raises(SystemExit):

@@ -1,6 +1,7 @@
 """Parallel layouts under test, and a PPO run of each whose results rank 0 writes to a file."""
 
 import dataclasses
+import functools
 import json
 
 import torch
@@ -11,6 +12,7 @@ from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
 from icegrt.ppo.trainer import PPOTrainer
 from tests.helpers import tiny_models as tiny
+from tests.helpers.ranks import launch
 
 # name: number of ranks, keys of `parallel`, whether the model has a tied embedding and QKV biases
 LAYOUTS = {
@@ -57,6 +59,17 @@ def config(folder, layout, *, lr=1e-4, **changes):
         "parallel": ParallelConfig(**LAYOUTS[layout][1]),
     }
     return tiny.ppo_config(folder, **(settings | changes))
+
+
+def results_by_layout(folder, work):
+    """Return a function from a layout to what `work(folder, layout)` wrote to <layout>.pt on its ranks, run once."""
+
+    @functools.cache
+    def results(layout):
+        launch(LAYOUTS[layout][0], work, folder, layout)
+        return torch.load(folder / f"{layout}.pt", weights_only=False)
+
+    return results
 
 
 def write_ptx(folder):

@@ -77,3 +77,18 @@ def _assert_stats_within_budget(fused_stats, plain_stats, true_stats, scale):
             assert abs(fused - truth) <= 2 * abs(plain - truth) + slack * scale, field.name
         else:
             assert fused == truth, field.name
+
+
+def assert_masked_entries_do_not_matter(run):
+    """Assert that NaN wherever the mask is 0 changes nothing; the last program is mostly beyond the end.
+
+    Args:
+        run: returns the LossRun of the tuple of `loss_streams`, under a mask.
+    """
+    size = 1030
+    mask = torch.arange(size) % 3 != 0
+    streams = loss_streams(size)
+    clean, dirty = run(streams, mask), run(tuple(torch.where(mask, stream, torch.nan) for stream in streams), mask)
+    assert torch.equal(clean.out.loss, dirty.out.loss) and clean.out.stats == dirty.out.stats
+    assert torch.equal(clean.grad, dirty.grad) and torch.isfinite(clean.out.loss)
+    assert (clean.grad[~mask] == 0).all() and clean.out.stats.count == mask.sum()

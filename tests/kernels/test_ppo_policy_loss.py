@@ -66,6 +66,39 @@ def test_the_masked_surrogate_is_minus_a_r_inside_its_region_and_nothing_outside
     assert out.stats.clipped_sum == masked and out.stats.count == counted.sum()
 
 
+@given(
+    tokens=st.lists(
+        st.tuples(st.floats(-4, 0), st.floats(-4, 0), st.floats(-3, 3), st.floats(0, 2), st.booleans()),
+        min_size=1,
+        max_size=12,
+    ),
+    low=st.sampled_from([0.1, 0.2]),
+    high=st.sampled_from([0.2, 3.0]),
+    dual=st.sampled_from([None, 1.5]),
+)
+def test_the_clipped_surrogate_is_that_of_a_loop(tokens, low, high, dual):
+    """Loss, gradient and statistics: max(-A r, -A clip(r)), at most -dual A where the advantage A is negative."""
+    loss, gradient, clipped, dual_clipped, ratios = 0.0, [], 0, 0, []
+    for logprob, old, advantage, weight, counts in tokens:
+        r = math.exp(logprob - old)
+        free, bounded = -advantage * r, -advantage * min(max(r, 1 - low), 1 + high)
+        ceiling = -dual * advantage if dual is not None and advantage < 0 else math.inf
+        loss += weight * min(max(free, bounded), ceiling) if counts else 0.0
+        gradient.append(weight * free if counts and bounded <= free <= ceiling else 0.0)
+        clipped += counts and bounded > free
+        dual_clipped += counts and free > ceiling
+        ratios += [r] if counts else []
+    *streams, counted = (torch.tensor(column, dtype=torch.float64) for column in zip(*tokens, strict=True))
+    leaf = streams[0].requires_grad_()
+    options = {"mask_A": counted, "weight_A": streams[3], "clip_low": low, "clip_high": high, "dual_clip": dual}
+    out = ppo_policy_loss(leaf, *streams[1:3], normalizer=5.0, **options)
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(loss / 5, abs=1e-12)
+    assert leaf.grad.tolist() == pytest.approx([g / 5 for g in gradient], abs=1e-12)
+    assert out.stats.count == len(ratios) and float(out.stats.ratio_sum) == pytest.approx(sum(ratios), rel=1e-12)
+    assert (out.stats.clipped_sum, out.stats.dual_clipped_sum) == (clipped, dual_clipped)
+
+
 def test_a_dual_clip_of_the_masked_surrogate_is_refused():
     zeros = torch.zeros(2)
     with pytest.raises(ValueError, match="dual_clip must be None with surrogate 'mask'"):

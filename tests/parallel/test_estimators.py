@@ -28,6 +28,8 @@ CASES = {
         "reward": RewardCallConfig(on_error="drop", workers=0),
     },
     "reinforce++": {"advantage": "reinforce++", "kl_coef": 0.05},
+    "grpo": {"advantage": "grpo"},
+    "grpo without std": {"advantage": "grpo", "group_std": "none", "kl_coef": 0.05},
 }
 FIGURES = ("policy_loss", "kl_nats_per_response", "score_mean", "advantage_mean", "advantage_std")
 COUNTS = ("zero_advantage_fraction", "skipped_prompts", "sampling_rounds", "dropped_responses", "empty_steps")

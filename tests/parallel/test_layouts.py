@@ -9,7 +9,17 @@ from icegrt.config import ParallelConfig
 from icegrt.errors import ConfigError
 from icegrt.ppo.trainer import PPOTrainer
 from tests.helpers import tiny_models as tiny
-from tests.helpers.layout_cases import KL_TARGET, LAYOUTS, RunRecorder, config, parity, step_metrics, trainer, write_ptx
+from tests.helpers.layout_cases import (
+    KL_TARGET,
+    LAYOUTS,
+    RunRecorder,
+    config,
+    parity,
+    results_by_layout,
+    step_metrics,
+    trainer,
+    write_ptx,
+)
 from tests.helpers.ranks import launch
 
 # Two ranks share two cores; four take a turn longer.
@@ -30,15 +40,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def parity_results(folder):
     """What a layout showed, run once."""
-    results = {}
-
-    def run(name):
-        if name not in results:
-            launch(LAYOUTS[name][0], parity, folder, name)
-            results[name] = torch.load(folder / f"{name}.pt", weights_only=False)
-        return results[name]
-
-    return run
+    return results_by_layout(folder, parity)
 
 
 @pytest.fixture(params=CASES)

@@ -13,7 +13,7 @@ from icegrt.model.lora.initial import InitialAdapter
 from icegrt.ppo.trainer import PPOTrainer
 from tests.helpers import lora_cases as lora
 from tests.helpers import tiny_models as tiny
-from tests.helpers.layout_cases import LAYERS, LAYOUTS, RunRecorder, config, step_metrics, write_ptx
+from tests.helpers.layout_cases import LAYERS, LAYOUTS, RunRecorder, config, results_by_layout, step_metrics, write_ptx
 from tests.helpers.ranks import launch
 
 ITERATIONS = 2
@@ -97,15 +97,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def parity_results(folder):
-    results = {}
-
-    def run(name):
-        if name not in results:
-            launch(LAYOUTS[name][0], parity, folder, name)
-            results[name] = torch.load(folder / f"{name}.pt", weights_only=False)
-        return results[name]
-
-    return run
+    """What a layout showed, run once."""
+    return results_by_layout(folder, parity)
 
 
 @pytest.mark.timeout(600)

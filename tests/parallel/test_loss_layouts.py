@@ -7,8 +7,15 @@ from icegrt.config import ParallelConfig
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
 from tests.helpers import tiny_models as tiny
-from tests.helpers.layout_cases import LAYOUTS, RunRecorder, config, step_metrics, trainer, write_ptx
-from tests.helpers.ranks import launch
+from tests.helpers.layout_cases import (
+    LAYOUTS,
+    RunRecorder,
+    config,
+    results_by_layout,
+    step_metrics,
+    trainer,
+    write_ptx,
+)
 
 POSITIVE = {"positive_nll_coef": 0.2, "positive_nll_threshold": 0.15}
 SETTINGS = {
@@ -17,6 +24,8 @@ SETTINGS = {
         "correction": "dis", "correction_level": "sequence", "loss_aggregation": "constant", "kl_logprobs": "rollout",
         "overlong_buffer": 4,
     },
+    "tis of tokens": {"correction": "tis", "tis_cap": 0.9},
+    "dis of tokens": {"correction": "dis", **POSITIVE},
 }  # fmt: skip
 FIGURES = (
     "policy_loss",
@@ -49,23 +58,13 @@ def steps_of(folder, layout):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What a layout gave, run once."""
-    folder, known = tmp_path_factory.mktemp("losses"), {}
+    folder = tmp_path_factory.mktemp("losses")
     write_ptx(folder)
-
-    def run(layout):
-        if layout not in known:
-            launch(LAYOUTS[layout][0], steps_of, folder, layout)
-            known[layout] = torch.load(folder / f"{layout}.pt", weights_only=False)
-        return known[layout]
-
-    return run
+    return results_by_layout(folder, steps_of)
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "layout", ["dp2", "tp2_sp", pytest.param("pp2_uneven", marks=pytest.mark.long),
-               pytest.param("tp2_sp_dp2", marks=pytest.mark.long)]
-)  # fmt: skip
+@pytest.mark.parametrize("layout", ["dp2", "tp2_sp", "pp2_uneven", pytest.param("tp2_sp_dp2", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_layout_takes_the_step_of_one_process(name, layout, results):
     (gradients, weights, step), (expected_gradients, expected_weights, expected) = (
@@ -77,5 +76,5 @@ def test_a_layout_takes_the_step_of_one_process(name, layout, results):
         assert (figure in step) == (figure in expected)
         if figure in expected:
             assert step[figure] == pytest.approx(expected[figure], abs=1e-4), figure
-    seen = {"tis": "positive_nll", "dis": "overlong_penalty_mean"}[name]
-    assert expected[seen] > 0
+    seen = {"tis": "positive_nll", "dis": "overlong_penalty_mean", "dis of tokens": "positive_nll"}
+    assert expected[seen.get(name, "correction_ratio_mean")] > 0

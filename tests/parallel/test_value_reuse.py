@@ -7,8 +7,7 @@ from icegrt.config import ParallelConfig
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.layout import Layout
 from tests.helpers import tiny_models as tiny
-from tests.helpers.layout_cases import LAYOUTS, config, step_metrics, trainer
-from tests.helpers.ranks import launch
+from tests.helpers.layout_cases import LAYOUTS, config, results_by_layout, step_metrics, trainer
 
 CASES = ["dp2", "tp2_sp", "pp2_uneven"] + [pytest.param(x, marks=pytest.mark.long) for x in ("pp2_virtual", "tp2_pp2")]
 
@@ -31,15 +30,8 @@ def run_both(folder, layout):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What a layout gave, run once."""
-    folder, known = tmp_path_factory.mktemp("values"), {}
-
-    def run(layout):
-        if layout not in known:
-            launch(LAYOUTS[layout][0], run_both, folder, layout)
-            known[layout] = torch.load(folder / f"{layout}.pt", weights_only=False)
-        return known[layout]
-
-    return run
+    folder = tmp_path_factory.mktemp("values")
+    return results_by_layout(folder, run_both)
 
 
 @pytest.mark.timeout(600)

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from icegrt.config import PPOConfig, RewardCallConfig
 from icegrt.errors import ConfigError
@@ -36,7 +38,8 @@ def selected(rounds, wanted=3, most=10, samples=2):
     def score(responses, drawn):
         scores = [drawn[r.prompt_index].scores[r.sample] for r in responses]
         dropped = [x is None for x in scores]
-        rewards = DroppedOutputs([SimpleNamespace(group=r.prompt_index) for r in responses], [], [], dropped=dropped)
+        samples = [SimpleNamespace(group=r.prompt_index, score=x) for r, x in zip(responses, scores, strict=True)]
+        rewards = DroppedOutputs(samples, [], [], dropped=dropped)
         return rewards, torch.tensor([0.0 if x is None else x for x in scores])
 
     config = PPOConfig(
@@ -81,6 +84,35 @@ def test_after_the_last_round_the_prompts_that_were_left_out_first_fill_the_iter
 def test_a_dropped_response_makes_no_spread_and_rounding_neither():
     selection, _ = selected([[0.0, None], [None, None], [1e4, 1e4 + 1e-3], SPREAD], wanted=1, most=4)
     assert [p.name for p in selection.prompts] == [3] and selection.skipped == 3
+
+
+SCORE = st.one_of(st.none(), st.sampled_from([0.0, 1.0]), st.sampled_from([1.0, 1.0 + 1e-8, 2.0]))
+
+
+@given(
+    rounds=st.lists(st.lists(SCORE, min_size=3, max_size=3), min_size=20, max_size=20),
+    wanted=st.integers(1, 4),
+    most=st.integers(1, 5),
+)
+def test_selected_prompts_are_those_of_a_loop(rounds, wanted, most):
+    chosen, left_out, draws, at = [], [], 0, 0
+    while len(chosen) < wanted and draws < most:
+        missing = wanted - len(chosen)
+        for name in range(at, at + missing):
+            counted = [x for x in rounds[name] if x is not None]
+            spread = max(counted) - min(counted) > 1e-6 * max(map(abs, counted)) if counted else False
+            (chosen if spread else left_out).append(name)
+        draws, at = draws + 1, at + missing
+    filled = wanted - len(chosen)
+    selection, calls = selected(rounds, wanted, most, samples=3)
+    assert [p.name for p in selection.prompts] == chosen + left_out[:filled]
+    assert (selection.rounds, selection.filled, selection.skipped) == (draws, filled, len(left_out) - filled)
+    assert [name for _, drawn in calls for name in drawn] == list(range(at))
+    # Every response is one to its prompt, in the order of the prompts, with the rewards that it had.
+    names = [name for name in chosen + left_out[:filled] for _ in range(3)]
+    assert [r.prompt[1] for r in selection.responses] == names
+    assert [r.prompt_index for r in selection.responses] == [n for n in range(wanted) for _ in range(3)]
+    assert [sample.score for sample in selection.rewards.samples] == [x for n in names[::3] for x in rounds[n]]
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from icegrt.config import CriticConfig, OptimizerConfig, PPOConfig
 from icegrt.errors import ConfigError
-from icegrt.kernels import whiten
+from icegrt.kernels import available_backends, use_backend, whiten
 from icegrt.ppo.advantages import ESTIMATORS
 from icegrt.ppo.batch_plan import plan_batches
 from icegrt.ppo.estimator_keys import check_estimator
@@ -20,6 +20,8 @@ from icegrt.ppo.trainer import PPOTrainer
 from icegrt.rollout.types import Response
 from tests.helpers import tiny_models as tiny
 
+# Triton's recursion is tested against the same loop in tests/kernels/triton/test_shaped_gae.py.
+BACKENDS = [backend for backend in available_backends("shaped_gae") if backend != "triton"]
 WITHOUT_CRITIC = ("rloo", "grpo", "reinforce++")
 CASES = {
     "rloo": {"advantage": "rloo"},
@@ -126,14 +128,16 @@ def shaped_by_the_engine(config, rows, budget=16):
 @given(rows=draws())
 def test_advantages_are_those_of_the_formula(case, rows):
     config = PPOConfig(**({"kl_coef": 0.3} | CASES[case]))
-    advantages, shaped = shaped_by_the_engine(config, rows)
     expected = oracle(config, rows)
-    for n, row in enumerate(rows):
-        assert advantages[n].tolist() == pytest.approx(expected[n], rel=2e-5, abs=2e-5), row
     counted = [a for n, row in enumerate(rows) if not row["dropped"] for a in expected[n]]
-    assert int(shaped.moments.count) == len(counted)
-    if counted:
-        assert float(shaped.moments.mean) == pytest.approx(sum(counted) / len(counted), rel=1e-4, abs=1e-4)
+    for backend in BACKENDS:
+        with use_backend(shaped_gae=backend):
+            advantages, shaped = shaped_by_the_engine(config, rows)
+        for n, row in enumerate(rows):
+            assert advantages[n].tolist() == pytest.approx(expected[n], rel=2e-5, abs=2e-5), (backend, row)
+        assert int(shaped.moments.count) == len(counted)
+        if counted:
+            assert float(shaped.moments.mean) == pytest.approx(sum(counted) / len(counted), rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if "reinforce" not in name])

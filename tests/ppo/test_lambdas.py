@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from icegrt.config import PPOConfig
 from icegrt.errors import ConfigError
+from icegrt.kernels import available_backends, use_backend
 from icegrt.ppo.advantages.lambdas import adaptive_lambda
 from icegrt.ppo.batch_plan import plan_batches
 from icegrt.ppo.estimator_keys import check_estimator
@@ -24,6 +25,8 @@ from icegrt.rollout.types import Response
 from tests.helpers import tiny_models as tiny
 from tests.helpers.kernel_cases import naive_gae, worst
 
+# Triton's recursion is tested against the same loop in tests/kernels/triton/test_shaped_gae.py.
+BACKENDS = [backend for backend in available_backends("shaped_gae") if backend != "triton"]
 CASES = {
     "one lambda": {"lam": 0.7},
     "policy": {"lam_policy": 0.7},
@@ -83,9 +86,11 @@ def shaped_by(config, plan, seed=0):
 @given(masks=st.lists(st.lists(st.booleans(), min_size=1, max_size=9), min_size=1, max_size=6))
 def test_advantages_and_returns_are_those_of_the_loop(case, masks):
     plan = masked_plan([len(mask) for mask in masks], masks)
-    shaped, truths, _ = shaped_by(PPOConfig(**CASES[case]), plan)
-    for name, truth in zip(("advantage_A", "return_A", "reward_A", "kl_N"), truths, strict=True):
-        assert worst(getattr(shaped, name), truth) < 2e-5, name
+    for backend in BACKENDS:
+        with use_backend(shaped_gae=backend):
+            shaped, truths, _ = shaped_by(PPOConfig(**CASES[case]), plan)
+        for name, truth in zip(("advantage_A", "return_A", "reward_A", "kl_N"), truths, strict=True):
+            assert worst(getattr(shaped, name), truth) < 2e-5, (backend, name)
 
 
 def test_adaptive_lambdas_by_hand():

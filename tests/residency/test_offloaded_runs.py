@@ -14,12 +14,13 @@ from icegrt.config import DataSource, ParallelConfig
 from icegrt.errors import RunError
 from icegrt.metrics import read_metrics
 from icegrt.ppo.trainer import PPOTrainer
-from icegrt.residency import GRADIENTS, KINDS, OPTIMIZER, PARAMETERS, Copies, Residency, host_memory
+from icegrt.residency import GRADIENTS, KINDS, OPTIMIZER, PARAMETERS, Residency, host_memory
 from icegrt.residency import part as parts
 from icegrt.roles import role as roles
 from icegrt.roles.optimizer import inner_optimizers, wrap
 from icegrt.roles.role import TrainableRole
 from tests.helpers import tiny_models as tiny
+from tests.helpers.late_copies import LateCopies
 from tests.helpers.ranks import launch
 
 TRAINED = [(role, kind) for role in ("actor", "critic") for kind in KINDS]
@@ -172,25 +173,6 @@ def test_an_offloaded_run_has_the_bits_of_a_resident_one_and_one_role_at_a_time(
         ("critic", 3),
     ]
     assert watch.held[first - 5] == rollout
-
-
-class LateCopies(Copies):
-    """Copies to the device that are made when they are waited for; until then there are bytes that nothing may read."""
-
-    def __init__(self):
-        self.pending = []
-
-    def mark_to_device(self):
-        return len(self.pending)
-
-    def to_device(self, device, host):
-        device.fill_(255)
-        self.pending.append((device, host))
-
-    def wait(self, mark):
-        for device, host in self.pending:
-            device.copy_(host)
-        self.pending.clear()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
