@@ -6,28 +6,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..dispatch import played_kind
 
-def packed_sdpa(
-    q_THD: Tensor,
-    k_KGD: Tensor,
-    v_KGD: Tensor,
-    lengths: list[int],
-    key_lengths: list[int],
-    window: int | None = None,
+
+def packed_attention(
+    q_THD: Tensor, k_KGD: Tensor, v_KGD: Tensor, lengths: list[int], key_lengths: list[int], window: int | None
 ) -> Tensor:
-    """Return causal attention of sequences whose queries are those of their last tokens: few launches, no T x T mask.
-
-    Args:
-        q_THD: queries, [T, heads, d], any float dtype.
-        k_KGD: keys, [K, kv_heads, d].
-        v_KGD: values, [K, kv_heads, d].
-        lengths: queries of each sequence; they sum to T.
-        key_lengths: keys of each sequence, at least as many as queries; they sum to K.
-        window: how many tokens a token attends to, itself included; None attends to all before it.
-
-    Returns:
-        [T, heads, d], in the dtype of the queries.
-    """
+    """Return causal attention within each sequence: few launches, no T x T mask; see the public function."""
+    if played_kind(q_THD.device.type) == "cpu" and q_THD.dtype in (torch.float16, torch.bfloat16):
+        # Torch 2.13: on a CPU, SDPA in half precision takes up to 5 times as long as in fp32, and rounds its
+        # intermediate results.
+        wide = (x.float() for x in (q_THD, k_KGD, v_KGD))
+        return packed_attention(*wide, lengths, key_lengths, window).to(q_THD.dtype)
     shapes = list(zip(lengths, key_lengths, strict=True))
     if len(set(shapes)) == 1:
         return _equal_lengths(q_THD, k_KGD, v_KGD, *shapes[0], window)
