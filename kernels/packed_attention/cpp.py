@@ -78,11 +78,11 @@ def packed_attention(
 ) -> Tensor:
     """Return causal attention within each sequence; see the public function."""
     if dtype_name(q_TND) is None:  # fp16
-        wide = (x.float() for x in (q_TND, k_KGD, v_KGD))
-        return saturating_cast(packed_attention(*wide, lengths, key_lengths, window), q_TND.dtype)
+        attended = packed_attention(q_TND.float(), k_KGD.float(), v_KGD.float(), lengths, key_lengths, window)
+        return saturating_cast(attended, q_TND.dtype)
     of = _Sequences(array("q", lengths), array("q", key_lengths), window or 0)
-    inputs = tuple(map(_neighbours, (q_TND, k_KGD, v_KGD)))
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        attended: Tensor = _PackedAttention.apply(*inputs, of)
-        return attended
-    return _attend(*inputs, of)
+    q_TND, k_KGD, v_KGD = _neighbours(q_TND), _neighbours(k_KGD), _neighbours(v_KGD)
+    if torch.is_grad_enabled() and (q_TND.requires_grad or k_KGD.requires_grad or v_KGD.requires_grad):
+        out: Tensor = _PackedAttention.apply(q_TND, k_KGD, v_KGD, of)
+        return out
+    return _attend(q_TND, k_KGD, v_KGD, of)

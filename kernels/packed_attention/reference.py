@@ -16,8 +16,8 @@ def packed_attention(
     if played_kind(q_THD.device.type) == "cpu" and q_THD.dtype in (torch.float16, torch.bfloat16):
         # Torch 2.13: on a CPU, SDPA in half precision takes up to 5 times as long as in fp32, and rounds its
         # intermediate results.
-        wide = (x.float() for x in (q_THD, k_KGD, v_KGD))
-        return packed_attention(*wide, lengths, key_lengths, window).to(q_THD.dtype)
+        attended = packed_attention(q_THD.float(), k_KGD.float(), v_KGD.float(), lengths, key_lengths, window)
+        return attended.to(q_THD.dtype)
     shapes = list(zip(lengths, key_lengths, strict=True))
     if len(set(shapes)) == 1:
         return _equal_lengths(q_THD, k_KGD, v_KGD, *shapes[0], window)
@@ -25,7 +25,7 @@ def packed_attention(
     indices_of_shape: dict[tuple[int, int], list[int]] = {}
     for index, shape in enumerate(shapes):
         indices_of_shape.setdefault(shape, []).append(index)
-    out: list[Tensor] = [None] * len(shapes)
+    out: dict[int, Tensor] = {}
     for shape, indices in indices_of_shape.items():
         if shape[0] == 0:
             for index in indices:
@@ -38,7 +38,7 @@ def packed_attention(
         )
         for index, result in zip(indices, _equal_lengths(q, k, v, *shape, window).split(shape[0]), strict=True):
             out[index] = result
-    return torch.cat(out)
+    return torch.cat([out[index] for index in range(len(shapes))])
 
 
 def _equal_lengths(q_THD: Tensor, k_KGD: Tensor, v_KGD: Tensor, n: int, n_keys: int, window: int | None) -> Tensor:
@@ -49,7 +49,7 @@ def _equal_lengths(q_THD: Tensor, k_KGD: Tensor, v_KGD: Tensor, n: int, n_keys: 
     if sees_all and n == n_keys:
         out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     else:
-        step = n if sees_all else window
+        step = n if window is None or sees_all else window
         out = torch.cat([_block(q, k, v, start, step, window, grouped) for start in range(0, n, step)], dim=2)
     return out.transpose(1, 2).flatten(0, 1)
 
