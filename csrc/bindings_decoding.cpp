@@ -9,6 +9,7 @@
 #include "addresses.hpp"
 #include "bindings.hpp"
 #include "linear_rows.hpp"
+#include "packed_attention.hpp"
 #include "paged_attention.hpp"
 #include "paged_kv.hpp"
 #include "rope.hpp"
@@ -50,6 +51,27 @@ void py_paged_attention(const std::string& dtype, const std::array<Address, 8>& 
   };
   if (dtype == "float16") return run(Float16());
   with_dtype(dtype, run);
+}
+
+// tensors: queries, keys, values and the result's gradient, then the result and the gradients by queries, keys and values;
+// strides of their rows and heads. lengths: of each sequence, queries and keys. sizes: sequences, heads, groups, width,
+// window. Without a gradient of the result it is written, with one the others are.
+void py_packed_attention(const std::string& dtype, const std::array<Address, 8>& tensors,
+                         const std::array<int64_t, 16>& strides, const std::array<Address, 2>& lengths,
+                         const std::array<int64_t, 5>& sizes, double scale, int64_t threads) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const auto input = [&](int64_t i) {
+      return HeadRows<const T>{at<const T>(tensors[i]), strides[2 * i], strides[2 * i + 1]};
+    };
+    const auto output = [&](int64_t i) {
+      return HeadRows<T>{at<T>(tensors[i]), strides[2 * i], strides[2 * i + 1]};
+    };
+    packed_attention<T>({input(0), input(1), input(2), input(3), output(4), output(5), output(6), output(7),
+                         at<const int64_t>(lengths[0]), at<const int64_t>(lengths[1]), sizes[0], sizes[1], sizes[2],
+                         sizes[3], sizes[4], scale},
+                        tensors[3] != 0, threads);
+  });
 }
 
 // Heads by group, and strides between tokens, groups and heads, of the source and of the result.
@@ -136,6 +158,7 @@ void def_heads_and_pages(py::module_& m) {
   m.def("write_kv", &py_write_kv, without_gil, "Write keys and values of rows to slots of their caches.");
   m.def("copy_blocks", &py_copy_blocks, without_gil, "Copy blocks of all parts of a cache.");
   m.def("paged_attention", &py_paged_attention, without_gil, "Write the attention of rows over pages.");
+  m.def("packed_attention", &py_packed_attention, without_gil, "Write causal attention of sequences, or its gradients.");
   m.def("linear_rows", &py_linear_rows, without_gil, "Write the products of rows with a weight.");
   m.def("sample_tokens", &py_sample_tokens, without_gil, "Write a sampled token and its log-prob for each row.");
 }

@@ -144,6 +144,16 @@ def sample_tokens(
     threads: int,
     /,
 ) -> None: ...
+def packed_attention(
+    dtype: str,
+    tensors: tuple[int, ...],
+    strides: tuple[int, ...],
+    lengths: tuple[int, int],
+    sizes: tuple[int, ...],
+    scale: float,
+    threads: int,
+    /,
+) -> None: ...
 def swiglu_forward(dtype: str, gate_up: int, out: int, rows: int, width: int, threads: int, /) -> None: ...
 def swiglu_backward(
     dtype: str, gate_up: int, grad: int, grad_gate_up: int, rows: int, width: int, threads: int, /

@@ -11,6 +11,7 @@ from .kl_divergence import kl_divergence
 from .linear import default_chunk_rows, linear_logprobs, linear_ppo_loss
 from .lm_logits import lm_logits
 from .pack_padded import pack_padded
+from .packed_attention import packed_attention
 from .paged_attention import paged_attention
 from .paged_kv import copy_blocks, write_kv
 from .ppo_policy_loss import ppo_policy_loss
@@ -48,6 +49,7 @@ __all__ = [
     "lm_logits",
     "masked_moments",
     "pack_padded",
+    "packed_attention",
     "paged_attention",
     "ppo_policy_loss",
     "record_launches",

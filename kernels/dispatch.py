@@ -108,6 +108,10 @@ IMPLEMENTATIONS = MappingProxyType(
             "cpp": "paged_kv.cpp:copy_blocks",
             "reference": "paged_kv.reference:copy_blocks",
         },
+        "packed_attention": {
+            "cpp": "packed_attention.cpp:packed_attention",
+            "reference": "packed_attention.reference:packed_attention",
+        },
         "paged_attention": {
             "triton": "paged_attention.triton:paged_attention",
             "cpp": "paged_attention.cpp:paged_attention",

@@ -6,6 +6,7 @@ With RANK, WORLD_SIZE and MASTER_ADDR in its environment it is one rank of sever
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import tempfile
 import time
@@ -64,8 +65,8 @@ class Phases:
 
 @contextlib.contextmanager
 def count_compiled(counter: PhaseFlops) -> Iterator[None]:
-    """Count the products and the paged attention of C++ kernels, which torch does not see."""
-    linear_rows, paged_attention = _C.linear_rows, stage.paged_attention
+    """Count the products and the attention of C++ kernels, which torch does not see. None has a window."""
+    linear_rows, paged_attention, packed_attention = _C.linear_rows, stage.paged_attention, _C.packed_attention
 
     def counted_rows(dtype: str, wide: bool, addresses: tuple, sizes: tuple, threads: int) -> None:
         rows, columns, inner = sizes[:3]
@@ -78,11 +79,21 @@ def count_compiled(counter: PhaseFlops) -> Iterator[None]:
         counter.add(ATTENTION, 4 * heads * width * pairs)
         return paged_attention(q_TND, keys, *args, row_starts=row_starts, **options)
 
-    _C.linear_rows, stage.paged_attention = counted_rows, counted_attention
+    def counted_packed(
+        dtype: str, tensors: tuple, strides: tuple, lengths: tuple, sizes: tuple, scale: float, threads: int
+    ) -> None:
+        sequences, heads, _, width, _ = sizes
+        queries, keys = ((ctypes.c_int64 * sequences).from_address(address) for address in lengths)
+        pairs = sum(n * n_keys - n * (n - 1) // 2 for n, n_keys in zip(queries, keys, strict=True))
+        products = 5 if tensors[3] else 2  # backward forms the scores again
+        counter.add(ATTENTION, 2 * products * heads * width * pairs)
+        packed_attention(dtype, tensors, strides, lengths, sizes, scale, threads)
+
+    _C.linear_rows, stage.paged_attention, _C.packed_attention = counted_rows, counted_attention, counted_packed
     try:
         yield
     finally:
-        _C.linear_rows, stage.paged_attention = linear_rows, paged_attention
+        _C.linear_rows, stage.paged_attention, _C.packed_attention = linear_rows, paged_attention, packed_attention
 
 
 def attended_tokens(lengths_S: Tensor, row_starts: Tensor | None) -> int:

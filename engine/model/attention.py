@@ -1,7 +1,7 @@
 """Block-diagonal causal attention over a packed stream.
 
-Unlike textbook attention nothing is padded. Sequences of one length share a call, and no sequence sees another. Only
-the rows of a prompt may be shared (`shared_prompts.py`).
+Unlike textbook attention nothing is padded, and no sequence sees another. Only the rows of a prompt may be shared
+(`shared_prompts.py`).
 
 Megatron 0.16: its own attention needs Transformer Engine for packed streams -> this module is the `core_attention` of
 every layer.
@@ -17,8 +17,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from icegrt.kernels import packed_attention
 from icegrt.kernels.dispatch import played_kind
-from icegrt.model.sdpa import packed_sdpa
 from icegrt.model.shared_prompts import PromptGroups, shared_prompt_attention
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
@@ -83,8 +83,8 @@ def packed_causal_attention(
 ) -> Tensor:
     """Return causal attention within each sequence of a stream.
 
-    One call of flash-attn if it is installed and supports the tensors (CUDA, half precision). Otherwise sequences of
-    one length share a call of SDPA: few launches, and no dense T x T mask.
+    One call of flash-attn if it is installed and supports the tensors (CUDA, half precision), and one of the C++ kernel
+    on a CPU. Otherwise sequences of one length share a call of SDPA: few launches, and no dense T x T mask.
 
     Args:
         q_THD: queries, [T, heads, d], any float dtype.
@@ -102,14 +102,12 @@ def packed_causal_attention(
     varlen = flash_attention() if q_THD.is_cuda and q_THD.dtype in _FLASH_DTYPES else None
     if varlen is not None and groups is None:
         return flash_varlen_attention(varlen, q_THD, k_THD, v_THD, lengths, window, cu_seqlens=cu_seqlens)
+    if groups is None:
+        return packed_attention(q_THD, k_THD, v_THD, lengths, window=window)
     # Torch 2.13: on a CPU, SDPA in half precision takes up to 5 times as long as in fp32, copies included -> widened.
     widened = played_kind(q_THD.device.type) == "cpu" and q_THD.dtype in _FLASH_DTYPES
     heads = [tensor.float() if widened else tensor for tensor in (q_THD, k_THD, v_THD)]
-    if groups is None:
-        out = packed_sdpa(*heads, lengths, lengths, window)
-    else:
-        out = shared_prompt_attention(*heads, groups, window, varlen=varlen)
-    return out.to(q_THD.dtype)
+    return shared_prompt_attention(*heads, groups, window, varlen=varlen).to(q_THD.dtype)
 
 
 def flash_varlen_attention(

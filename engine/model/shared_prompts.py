@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from icegrt.kernels import packed_attention
 from icegrt.model.attention_parts import PartKernels, Spans, part_kernels
-from icegrt.model.sdpa import packed_sdpa
 from icegrt.packing.transfer import copy_to_device
 
 
@@ -147,7 +147,7 @@ def shared_prompt_attention(
     keys = groups.repeated_keys(window, q_THD.device)
     k_KGD, v_KGD = k_THD[keys.rows_K], v_THD[keys.rows_K]
     if varlen is None:
-        return packed_sdpa(q_THD, k_KGD, v_KGD, groups.lengths, keys.lengths, window)
+        return packed_attention(q_THD, k_KGD, v_KGD, groups.lengths, key_lengths=keys.lengths, window=window)
     longest = max(groups.lengths), max(keys.lengths)
     # flash-attn aligns the last query with the last key. Its window excludes the current token.
     sides = {} if window is None else {"window_size": (window - 1, 0)}

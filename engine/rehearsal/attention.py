@@ -189,23 +189,6 @@ def scaled_dot_product_attention(
     return attended
 
 
-def cpu_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Return attention as torch computes it on a CPU."""
-    if attn_mask is not None:
-        attn_mask = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~attn_mask, -1e9)
-    out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, is_causal, attn_mask=attn_mask
-    )[0]
-    return out
-
-
 class _DenseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:

@@ -24,7 +24,7 @@ from icegrt.distributed.layout import Layout
 from icegrt.distributed.megatron import load_megatron
 from icegrt.errors import RunError
 from icegrt.kernels.dispatch import play_device, played_kind, use_backend
-from icegrt.rehearsal.attention import REHEARSED_KERNELS, attend_varlen, cpu_attention, scaled_dot_product_attention
+from icegrt.rehearsal.attention import REHEARSED_KERNELS, attend_varlen, scaled_dot_product_attention
 from icegrt.rehearsal.sites import current_site
 from icegrt.rehearsal.watcher import Watcher
 
@@ -33,6 +33,7 @@ META = torch.device("meta")
 _EXTENSION_OPERATORS = (
     "copy_blocks",
     "linear_rows",
+    "packed_attention",
     "paged_attention",
     "rms_norm_backward",
     "rms_norm_forward",
@@ -113,7 +114,8 @@ def rehearsed_gpu(watcher: Watcher, memory_bytes: int) -> Iterator[None]:
     with rehearsed_device(watcher) as patches, play_device("meta", "cuda"):
         from torch.optim import optimizer as torch_optimizer
 
-        from icegrt.model import attention, attention_parts, sdpa
+        from icegrt.kernels.packed_attention import reference
+        from icegrt.model import attention, attention_parts
 
         # 1. torch.cuda.
         patches.set(torch.cuda, "is_available", lambda: True)
@@ -131,7 +133,7 @@ def rehearsed_gpu(watcher: Watcher, memory_bytes: int) -> Iterator[None]:
         patches.set(torch_optimizer, "_get_foreach_kernels_supported_devices", lambda: [*supported(), "meta"])
         patches.set(attention, "flash_attention", lambda: attend_varlen)
         patches.set(attention_parts, "flash_kernels", lambda: REHEARSED_KERNELS)
-        patches.set(sdpa, "scaled_dot_product_attention", scaled_dot_product_attention)
+        patches.set(reference, "scaled_dot_product_attention", scaled_dot_product_attention)
         yield
 
 
@@ -146,12 +148,11 @@ def rehearsed_cpu(watcher: Watcher) -> Iterator[None]:
     """
     # The C++ routine of shaped_gae reads arrays. The reference allocates as little.
     with rehearsed_device(watcher) as patches, play_device("meta", "cpu"), use_backend(shaped_gae="reference"):
-        from icegrt.model import attention_parts, sdpa
+        from icegrt.model import attention_parts
         from icegrt.roles import optimizer
 
         for name in _EXTENSION_OPERATORS:
             patches.set(_C, name, lambda *args: None)
-        patches.set(sdpa, "scaled_dot_product_attention", cpu_attention)
         patches.set(attention_parts, "part_kernels", lambda q: attention_parts.CPU_KERNELS)
         patches.set(optimizer, "_use_multi_tensor_kernels", lambda inner: None)  # as torch chooses on a CPU
         yield

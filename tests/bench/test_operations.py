@@ -6,12 +6,13 @@ from torch.nn import functional as F
 
 from bench.end_to_end.figures import counted, details, rows_of, shares_of_peak
 from bench.end_to_end.flops import ATTENTION, PRODUCTS, PhaseFlops, attended_pairs, useful_flops
-from bench.end_to_end.icegrt_worker import Iterations, attended_tokens
+from bench.end_to_end.icegrt_worker import Iterations, attended_tokens, count_compiled
 from bench.end_to_end.providers import Provider
 from bench.end_to_end.recipe import ppo_config
 from bench.end_to_end.workloads import PAD, workload_of
 from bench.reference_ppo.padding import Episode, padded_batches, padding_fraction
 from bench.reference_ppo.trainer import ReferencePPO, reward_model_score
+from icegrt.kernels import packed_attention
 
 SIZES = "layers=2,width=32,mlp=48,heads=4,kv_heads=2,vocab=64,prompts=3,samples=2,prompt_tokens=3:12,answer_tokens=6"
 SMALL = workload_of(f"uniform,{SIZES}")
@@ -78,6 +79,18 @@ def test_fused_attention_of_cpus_is_counted(causal):
     pairs = 15 if causal else 35
     assert counter.phases["forward"] == {PRODUCTS: 0, ATTENTION: 2 * 2 * 3 * pairs * 16}
     assert counter.phases["backward"] == {PRODUCTS: 0, ATTENTION: 2 * 2 * 3 * pairs * 40}
+
+
+def test_packed_attention_in_cpp_is_counted():
+    q, k, v = (torch.randn(rows, 4, 8, requires_grad=True) for rows in (6, 8, 8))
+    with PhaseFlops() as counter, count_compiled(counter):
+        out = packed_attention(q, k, v, [4, 2], key_lengths=[4, 4])
+        counter.end_phase("forward")
+        out.sum().backward()
+        counter.end_phase("backward")
+    pairs = 10 + 7
+    assert counter.phases["forward"] == {PRODUCTS: 0, ATTENTION: 2 * 2 * 4 * 8 * pairs}
+    assert counter.phases["backward"] == {PRODUCTS: 0, ATTENTION: 2 * 5 * 4 * 8 * pairs}
 
 
 def test_products_that_add_to_their_output_are_counted():

@@ -33,7 +33,6 @@ LAYER = (
     "icegrt/model/layer.py",
     "icegrt/model/attention.py",
     "icegrt/model/attention_parts.py",
-    "icegrt/model/sdpa.py",
     "icegrt/model/shared_prompts.py",
     "icegrt/rehearsal/",
     "icegrt/kernels/",

@@ -17,7 +17,7 @@ from triton.runtime import interpreter
 
 from icegrt.distributed.cluster import Cluster
 from icegrt.kernels.dispatch import play_device
-from icegrt.model import sdpa
+from icegrt.kernels.packed_attention import reference
 from icegrt.model.build import build_parallel_model
 from icegrt.rehearsal import stand_ins
 from icegrt.rehearsal.device import rehearsed_device, rehearsed_world
@@ -74,7 +74,7 @@ def same_backends(device_type):
     executor = interpreter.GridExecutor
     with (
         play_device(device_type, "cuda"),  # Triton, in its interpreter
-        mock.patch.object(sdpa, "scaled_dot_product_attention", plain_attention),
+        mock.patch.object(reference, "scaled_dot_product_attention", plain_attention),
         mock.patch.object(optimizer, "_use_multi_tensor_kernels", multi_tensor_kernels),
         mock.patch.object(executor, "__call__", without_cycles(executor.__call__)),
     ):

@@ -6,28 +6,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..dispatch import played_kind
 
-def packed_sdpa(
-    q_THD: Tensor,
-    k_KGD: Tensor,
-    v_KGD: Tensor,
-    lengths: list[int],
-    key_lengths: list[int],
-    window: int | None = None,
+
+def packed_attention(
+    q_THD: Tensor, k_KGD: Tensor, v_KGD: Tensor, lengths: list[int], key_lengths: list[int], window: int | None
 ) -> Tensor:
-    """Return causal attention of sequences whose queries are those of their last tokens: few launches, no T x T mask.
-
-    Args:
-        q_THD: queries, [T, heads, d], any float dtype.
-        k_KGD: keys, [K, kv_heads, d].
-        v_KGD: values, [K, kv_heads, d].
-        lengths: queries of each sequence; they sum to T.
-        key_lengths: keys of each sequence, at least as many as queries; they sum to K.
-        window: how many tokens a token attends to, itself included; None attends to all before it.
-
-    Returns:
-        [T, heads, d], in the dtype of the queries.
-    """
+    """Return causal attention within each sequence: few launches, no T x T mask; see the public function."""
+    if played_kind(q_THD.device.type) == "cpu" and q_THD.dtype in (torch.float16, torch.bfloat16):
+        # Torch 2.13: on a CPU, SDPA in half precision takes up to 5 times as long as in fp32, and rounds its
+        # intermediate results.
+        attended = packed_attention(q_THD.float(), k_KGD.float(), v_KGD.float(), lengths, key_lengths, window)
+        return attended.to(q_THD.dtype)
     shapes = list(zip(lengths, key_lengths, strict=True))
     if len(set(shapes)) == 1:
         return _equal_lengths(q_THD, k_KGD, v_KGD, *shapes[0], window)
@@ -35,7 +25,7 @@ def packed_sdpa(
     indices_of_shape: dict[tuple[int, int], list[int]] = {}
     for index, shape in enumerate(shapes):
         indices_of_shape.setdefault(shape, []).append(index)
-    out: list[Tensor] = [None] * len(shapes)
+    out: dict[int, Tensor] = {}
     for shape, indices in indices_of_shape.items():
         if shape[0] == 0:
             for index in indices:
@@ -48,7 +38,7 @@ def packed_sdpa(
         )
         for index, result in zip(indices, _equal_lengths(q, k, v, *shape, window).split(shape[0]), strict=True):
             out[index] = result
-    return torch.cat(out)
+    return torch.cat([out[index] for index in range(len(shapes))])
 
 
 def _equal_lengths(q_THD: Tensor, k_KGD: Tensor, v_KGD: Tensor, n: int, n_keys: int, window: int | None) -> Tensor:
@@ -59,7 +49,7 @@ def _equal_lengths(q_THD: Tensor, k_KGD: Tensor, v_KGD: Tensor, n: int, n_keys: 
     if sees_all and n == n_keys:
         out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     else:
-        step = n if sees_all else window
+        step = n if window is None or sees_all else window
         out = torch.cat([_block(q, k, v, start, step, window, grouped) for start in range(0, n, step)], dim=2)
     return out.transpose(1, 2).flatten(0, 1)
 
