@@ -1,4 +1,4 @@
-"""Data larger than memory: rows by index from JSONL and Parquet, encoded when asked for, and a quarter of a gigabyte of it."""
+"""Data larger than memory: rows by index from JSONL and Parquet, encoded when asked for; a file beside flat memory."""
 
 import json
 import random
