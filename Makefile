@@ -14,12 +14,14 @@ RUN_BENCHES = for name in $(BENCHES); do echo "== $$name"; $(PY) -m $$name $(BEN
 	$(PY) -m bench.report || status=1
 # --benches NAME ... for other benches than the quick ones.
 GUARD_OPTIONS ?=
-# Two workers of one thread each: ranks and workers would otherwise fight over the cores.
-TEST_OPTIONS ?= -q -n 2 --dist loadfile
-# Ahead-of-time compilation has a process of its own: Triton interprets kernels in the others.
-PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
+# Two workers of one thread each: ranks and workers would otherwise fight over the cores. The one that has finished takes
+# over tests of the other.
+TEST_OPTIONS ?= -q -n 2 --dist worksteal
+# Ahead-of-time compilation has a process of its own: Triton interprets kernels in the others. Bytecode is written even
+# where a container's image forbids it: the tests start two hundred interpreters.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: help install ppo learn smollm2 test test-long check docs format bench bench-guard bench-peers bench-ppo bench-report gpu clean
+.PHONY: help install ppo learn smollm2 test test-long test-all check docs format bench bench-guard bench-peers bench-ppo bench-report gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */  make \1\t/'
@@ -48,6 +50,10 @@ test: install  ## all tests that this machine can run, but those that take minut
 test-long: install  ## the tests that take minutes each
 	$(PYTEST) $(TEST_OPTIONS) -m long tests --ignore=tests/kernels/aot
 	TRITON_INTERPRET=0 $(PYTEST) $(TEST_OPTIONS) -m long tests/kernels/aot
+
+test-all: install  ## the tests of test and of test-long, side by side
+	$(PYTEST) $(TEST_OPTIONS) tests --ignore=tests/kernels/aot
+	TRITON_INTERPRET=0 $(PYTEST) $(TEST_OPTIONS) tests/kernels/aot
 
 check: install  ## lint, format, types, import direction, every kernel's reference, test and bench, the README's figures
 	$(PY) -m ruff check .

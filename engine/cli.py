@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from icegrt.distributed import failure
 from icegrt.errors import ConfigError, RunError, UserError, attach_note, note_of
 from icegrt.utils import console
+from icegrt.utils.collector import collector_paused
 from icegrt.utils.redaction import redact_text
 
 COMMANDS = {
@@ -161,7 +162,7 @@ def _run(argv: list[str]) -> int:
         from icegrt.commands import doctor
 
         return doctor.main(as_json="--json" in args.options)
-    with _required_packages(args.command):
+    with _required_packages(args.command), collector_paused():
         from icegrt.config import SECTIONS
         from icegrt.config.loader import as_yaml
     chosen = [text for option, text in _OVERRIDES.items() if option in args.options]
@@ -170,7 +171,7 @@ def _run(argv: list[str]) -> int:
     if "--print-config" in args.options:
         _write(as_yaml(config).rstrip())
         return OK
-    with _required_packages(args.command):
+    with _required_packages(args.command), collector_paused():
         stage = importlib.import_module(STAGE_MODULES[args.command])
     with failure.exit_on_peer_failure(), _disk_errors_as_run_errors():
         return stage.run(config) or OK

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from icegrt.errors import CheckpointError, ConfigError
+from icegrt.utils.collector import collector_paused
 from icegrt.utils.files import model_folder, read_object
 from icegrt.utils.text import first_line
 
@@ -36,7 +37,8 @@ def load_tokenizer(path: str | Path, print_info: Callable[[str], None] = warning
         raise CheckpointError(
             f"{path}: the tokenizer cannot be loaded; expected tokenizer.json and tokenizer_config.json there"
         )
-    from transformers import AutoTokenizer
+    with collector_paused():
+        from transformers import AutoTokenizer
 
     try:
         # transformers 5.24 asks on the terminal before it runs code from the files. False: refuse without a question.

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from icegrt.distributed.cpu_backend import Patches
+from icegrt.utils.collector import collector_paused
 
 # Importing this module loads all of Megatron-core that a model needs.
 _ENTRY = "megatron.core.models.gpt.gpt_layer_specs"
@@ -36,7 +37,7 @@ def load_megatron() -> None:
     for message in (*_IGNORED_WARNINGS, *(_ADVICE_FOR_GPUS if cpu_build else ())):
         warnings.filterwarnings("ignore", message=message)
     if _ENTRY not in sys.modules:
-        with _without_compiler() if cpu_build else contextlib.nullcontext():
+        with collector_paused(), _without_compiler() if cpu_build else contextlib.nullcontext():
             importlib.import_module(_ENTRY)
 
 

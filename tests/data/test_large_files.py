@@ -1,4 +1,4 @@
-"""Data larger than memory: rows by index from JSONL and Parquet, encoded when asked for, and a gigabyte of it."""
+"""Data larger than memory: rows by index from JSONL and Parquet, encoded when asked for; a file beside flat memory."""
 
 import json
 import random
@@ -183,9 +183,9 @@ class _Letters:
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_a_gigabyte_streams_with_flat_memory(tmp_path):
+def test_a_quarter_of_a_gigabyte_streams_with_flat_memory(tmp_path):
     path = tmp_path / "rows.jsonl"
-    count = write_rows(path, 1 << 30)
+    count = write_rows(path, 1 << 28)
     before = anonymous_bytes()
     prompts = EncodedDataset(open_rows(path), PromptEncoder(_Letters(), 1 << 20), "rows")
     order = BlendedDataset([(prompts, 1.0)], 0)
@@ -197,4 +197,4 @@ def test_a_gigabyte_streams_with_flat_memory(tmp_path):
         peak = max(peak, anonymous_bytes())
     assert len(prompts) == count and np.all(prompts.lengths == 40)
     print(f"{count:,} rows of {path.stat().st_size:,} bytes: memory grew by {(peak - before) / 1e6:.0f} MB")
-    assert peak - before < 64 << 20
+    assert peak - before < 16 << 20

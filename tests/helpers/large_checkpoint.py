@@ -1,4 +1,4 @@
-"""A script that imports, exports and saves a large checkpoint, and prints its peak memory in bytes.
+"""A script that imports, exports and saves a large checkpoint, and prints by how many bytes its memory grew at most.
 
 `python large_checkpoint.py make FOLDER DTYPE` writes a random model; `pass IN OUT RUN DTYPE` imports it, exports it and
 saves it as the checkpoint of a run; `export RUN OUT DTYPE` is `icegrt export`.
@@ -14,25 +14,27 @@ import torch
 from icegrt import cli
 from icegrt.checkpoint import directory as checkpoint_folder
 from icegrt.distributed.cluster import Cluster
+from icegrt.distributed.megatron import load_megatron
 from icegrt.model.architecture import DTYPES, Architecture
 from icegrt.model.build import build_model
 from icegrt.model.hf import exporter
 from icegrt.model.hf import mapping as weights
 from icegrt.model.hf.writer import save_pretrained
 
-# Llama 3.2 1B's proportions, untied: 1.02 billion parameters.
+# Half the widths of Llama 3.2 1B, untied: 0.27 billion parameters. The largest tensor is 5% of them.
 CONFIG = {
     "model_type": "llama",
     "num_hidden_layers": 16,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
     "vocab_size": 12001,
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
 }
+SHARD_BYTES = 250_000_000
 
 
 def make(folder: str, dtype: str) -> None:
@@ -41,16 +43,17 @@ def make(folder: str, dtype: str) -> None:
     draw = torch.Generator().manual_seed(0)
     shapes = weights.source_shapes(architecture, "lm")
     tensors = ((n, torch.randn(s, generator=draw, dtype=torch.float32).to(DTYPES[dtype])) for n, s in shapes.items())
-    save_pretrained(tensors, architecture, folder, classifier=False, dtype=dtype, shard_bytes=10**9)
+    save_pretrained(tensors, architecture, folder, classifier=False, dtype=dtype, shard_bytes=SHARD_BYTES)
 
 
 def import_and_export(origin: str, out: str, run: str, dtype: str) -> None:
-    """Import and export the model, print the peak, then write the weights as a checkpoint of a run."""
+    """Import and export the model, print the growth, then write the weights as a checkpoint of a run."""
     with Cluster.open() as cluster:
+        before = resident_bytes()
         model = build_model(origin, "lm", cluster, dtype=DTYPES[dtype]).requires_grad_(False)
         tensors = exporter.export_tensors(model, DTYPES[dtype])
-        save_pretrained(tensors, model.architecture, out, classifier=False, dtype=dtype, shard_bytes=10**9)
-        peak()
+        save_pretrained(tensors, model.architecture, out, classifier=False, dtype=dtype, shard_bytes=SHARD_BYTES)
+        print_growth(before)
         from megatron.core import dist_checkpointing
 
         step = Path(run) / "checkpoints" / "step_000001"
@@ -62,15 +65,23 @@ def import_and_export(origin: str, out: str, run: str, dtype: str) -> None:
 
 
 def export(run: str, out: str, dtype: str) -> None:
-    """Run `icegrt export`, then print the peak."""
-    keys = [f"export.run={run}", f"export.out={out}", f"export.dtype={dtype}", "export.shard_gigabytes=1"]
-    assert cli.main(["export", *keys]) == 0
-    peak()
+    """Run `icegrt export`, then print the growth."""
+    keys = [f"export.run={run}", f"export.out={out}", f"export.dtype={dtype}"]
+    load_megatron()
+    before = resident_bytes()
+    assert cli.main(["export", *keys, f"export.shard_gigabytes={SHARD_BYTES / 1e9}"]) == 0
+    print_growth(before)
 
 
-def peak() -> None:
-    """Print the peak resident memory of this process."""
-    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
+def resident_bytes() -> int:
+    """Return the resident memory of this process."""
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize()
+
+
+def print_growth(before: int) -> None:
+    """Print by how much the peak of this process exceeds what it held before."""
+    print("growth", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, flush=True)
 
 
 if __name__ == "__main__":

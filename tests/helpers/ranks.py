@@ -2,6 +2,7 @@
 
 import faulthandler
 import gc
+import importlib
 import os
 import socket
 import traceback
@@ -9,12 +10,26 @@ import traceback
 import torch
 import torch.multiprocessing as mp
 
+from icegrt.distributed.megatron import load_megatron
+
+# What a run imports on use. Ranks inherit these modules: each import would take every rank's time again.
+USED_BY_RUNS = (
+    "icegrt.kernels.linear.chunked",
+    "icegrt.ppo.trainer",
+    "torch.utils.tensorboard",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2",
+)
+
 
 def launch(world, function, *args, seconds=600):
     """Run `function(*args)` on `world` ranks; fail with the tracebacks of all failed ranks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    load_megatron()
+    for name in USED_BY_RUNS:
+        importlib.import_module(name)
     gc.collect()
     context = mp.get_context("fork")
     failures = context.SimpleQueue()
