@@ -3,9 +3,9 @@
     python examples/sorting/compare.py --run runs/learn --out runs/learn_options
     python examples/sorting/compare.py --run runs/learn --out runs/learn_options --only baseline advantage-rloo
 
-A file holds the keys that differ from sorting.yaml; its first line says what it shows. Every run starts from the SFT
-model of a finished `run.py` and has its settings, the seed included. Finished runs are kept, so a new file costs one
-run; overrides as in `ppo.iterations=40` hold for all runs of a folder.
+A file holds the keys that differ from short.yaml, which is plain PPO; its first line says what it shows. Every run
+starts from the SFT model of a finished `run.py` and has its seed. Finished runs are kept, so a new file costs one run;
+overrides as in `ppo.iterations=80` hold for all runs of a folder.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from icegrt.report.tables import render_page, settings_tables  # noqa: E402
 from icegrt.utils.console import is_main, print_info  # noqa: E402
 from icegrt.utils.files import write_text_atomic  # noqa: E402
 from sorting.curve import evaluations  # noqa: E402
-from sorting.run import SETTINGS, Sorting, ppo_inputs  # noqa: E402
+from sorting.run import SHORT, Sorting, ppo_inputs  # noqa: E402
 from staged_run.launch import launch, ranks  # noqa: E402
 from staged_run.overrides import read_overrides  # noqa: E402
 
@@ -85,7 +85,7 @@ def train(options: Iterable[Option], run: Path, out: Path, overrides: list[str])
             continue
         print_info(f"{option.name}: {option.title}")
         here = [f"ppo.run.dir={folder}", f"ppo.run.seed={saved.run.seed}", "ppo.run.resume=auto"]
-        config = PPOConfig.load(SETTINGS, [*ppo_inputs(run), *overrides, *option.overrides, *here])
+        config = PPOConfig.load(SHORT, [*ppo_inputs(run), *overrides, *option.overrides, *here])
         with PPOTrainer(config) as trainer:
             trainer.train()
 

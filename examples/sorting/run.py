@@ -25,6 +25,8 @@ from sorting.outcome import Outcome, assess_actor, assess_sft  # noqa: E402
 from staged_run import stages  # noqa: E402
 
 SETTINGS = HERE / "sorting.yaml"
+# Plain PPO with fewer iterations, for studies and options.
+SHORT = HERE / "short.yaml"
 CURVE_POINTS = 20
 
 
