@@ -9,12 +9,15 @@ A rehearsal has the meta device play the GPU by the same patches.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import importlib
+import os
 import sys
 import types
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 
 # Modules of megatron.core that pass device="cuda" to a tensor constructor.
 _MODULES_WITH_CUDA_DEVICE = (
@@ -102,6 +105,8 @@ def cpu_backend() -> Iterator[None]:
     try:
         from megatron.core import parallel_state
 
+        if dist.is_gloo_available():
+            patches.set(dist.ProcessGroupGloo, "__init__", _with_one_worker(dist.ProcessGroupGloo.__init__))
         patches.set(parallel_state, "create_group", _reuse_groups(parallel_state.create_group))
         patches.set(torch.cuda, "synchronize", lambda *args, **kwargs: None)
         patches.set(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
@@ -137,8 +142,29 @@ def apply_device(patches: Patches, device: torch.device) -> None:
     patches.set(megatron_random, "_set_cuda_rng_state", lambda *args, **kwargs: None)
 
 
+def _with_one_worker(initialize):
+    # Torch 2.13: a gloo group has two workers, and each assigns the name of its collective to the same string when the
+    # collective is complete, without a lock. The caller does not wait for that, so the next collective may end at the
+    # same time -> a name is freed twice, and a later malloc fails. Collectives of one group take turns anyway, so one
+    # worker runs them.
+    def one_worker(
+        group: dist.ProcessGroupGloo, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta
+    ) -> None:
+        options = group._Options()
+        options._threads, options._timeout = 1, timeout
+        # As torch does it if it is given no options.
+        interfaces = os.environ.get("GLOO_SOCKET_IFNAME")
+        if interfaces:
+            options._devices = [group.create_device(interface=name) for name in interfaces.split(",")]
+        else:
+            options._devices = [group.create_default_device()]
+        initialize(group, store, rank, size, options)
+
+    return one_worker
+
+
 def _reuse_groups(create_group):
-    # Megatron 0.16: creates about 20 groups, most of the same ranks -> three gloo threads each, one of which wakes a
+    # Megatron 0.16: creates about 20 groups, most of the same ranks -> two gloo threads each, one of which wakes a
     # hundred times a second. Nothing overlaps on a CPU, so one group per set of ranks serves every purpose.
     groups = {}
 

@@ -27,7 +27,7 @@ def group_threads():
 
 
 def opened_and_closed(folder, layout, most):
-    """A group is three threads, and one of them wakes a hundred times a second."""
+    """A group is two threads, and one of them wakes a hundred times a second."""
     for turn in range(3):
         with Cluster.open(layout):
             if layout == Layout():
@@ -44,7 +44,7 @@ def opened_and_closed(folder, layout, most):
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted under /proc")
 @pytest.mark.parametrize(("ranks", "layout", "groups"), [(1, Layout(), 2), (2, Layout(tensor=2), 3)])
 def test_a_closed_cluster_leaves_no_thread_behind(ranks, layout, groups, tmp_path):
-    launch(ranks, opened_and_closed, tmp_path, layout, 3 * groups)
+    launch(ranks, opened_and_closed, tmp_path, layout, 2 * groups)
 
 
 def test_a_rank_may_take_as_long_in_every_group():
@@ -54,6 +54,19 @@ def test_a_rank_may_take_as_long_in_every_group():
         # torch has no public reader of a group's timeout.
         patience = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
     assert patience == {cluster.GLOO_TIMEOUT}
+
+
+@pytest.mark.parametrize("interface", ["", "lo" if sys.platform == "linux" else "lo0"])
+def test_a_group_has_one_worker(interface, monkeypatch):
+    # Two workers of a group would free the name of its last collective twice.
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface)
+    of_torch = torch.distributed.ProcessGroupGloo.__init__
+    with Cluster.open() as opened:
+        groups = [opened.data_group, opened.model_group, torch.distributed.group.WORLD]
+        options = [group._get_backend(torch.device("cpu")).options for group in groups]
+        assert [each._threads for each in options] == [1, 1, 1]
+        assert opened.all_reduce_sum([2.5]) == [2.5]
+    assert torch.distributed.ProcessGroupGloo.__init__ is of_torch
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
