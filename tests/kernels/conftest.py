@@ -1,5 +1,6 @@
 """Skip kernel tests in a process of the wrong mode: Triton reads TRITON_INTERPRET once, so a process has one mode."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -17,10 +18,16 @@ NEEDS_COMPILER = "compiles kernels ahead of time: run TRITON_INTERPRET=0 pytest 
 IGNORE_NUMPY = pytest.mark.filterwarnings(r"ignore::RuntimeWarning:(triton\.runtime\.interpreter|numpy)")
 
 
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETING and importlib.util.find_spec("triton"):
+    from tests.helpers.interpreter import patch_language_once_per_launch
+
+    patch_language_once_per_launch()
+
+
 def pytest_collection_modifyitems(items):
-    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     for item in items:
         if item.path.parent in INTERPRETED:
-            item.add_marker(IGNORE_NUMPY if interpreting else pytest.mark.skip(reason=NEEDS_INTERPRETER))
-        elif item.path.parent in COMPILED and interpreting:
+            item.add_marker(IGNORE_NUMPY if INTERPRETING else pytest.mark.skip(reason=NEEDS_INTERPRETER))
+        elif item.path.parent in COMPILED and INTERPRETING:
             item.add_marker(pytest.mark.skip(reason=NEEDS_COMPILER))
