@@ -53,5 +53,5 @@ def test_a_quarter_of_a_billion_parameters_pass_within_their_size(dtype, least, 
     shutil.rmtree(tmp_path / "out")
     tiny_models.tokenizer().save_pretrained(tmp_path / "run" / "tokenizer")
     # Without a model, memory does not grow with the checkpoint.
-    assert step("export", tmp_path / "run", tmp_path / "again", dtype) < 0.3 * size
+    assert step("export", tmp_path / "run", tmp_path / "again", dtype) < 0.2 * size
     assert digests(tmp_path / "again") == source
