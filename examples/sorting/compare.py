@@ -5,7 +5,7 @@
 
 A file holds the keys that differ from short.yaml, which is plain PPO; its first line says what it shows. Every run
 starts from the SFT model of a finished `run.py` and has its seed. Finished runs are kept, so a new file costs one run;
-overrides as in `ppo.iterations=80` hold for all runs of a folder.
+overrides as in `ppo.iterations=80` hold for all runs of a folder. `{run}` in a value is the folder of that `run.py`.
 """
 
 import argparse
@@ -85,7 +85,8 @@ def train(options: Iterable[Option], run: Path, out: Path, overrides: list[str])
             continue
         print_info(f"{option.name}: {option.title}")
         here = [f"ppo.run.dir={folder}", f"ppo.run.seed={saved.run.seed}", "ppo.run.resume=auto"]
-        config = PPOConfig.load(SHORT, [*ppo_inputs(run), *overrides, *option.overrides, *here])
+        changes = [text.replace("{run}", str(run)) for text in option.overrides]
+        config = PPOConfig.load(SHORT, [*ppo_inputs(run), *overrides, *changes, *here])
         with PPOTrainer(config) as trainer:
             trainer.train()
 

@@ -70,13 +70,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN)
 
 
-def build_model(seed: int) -> LlamaForCausalLM:
-    """Return a Llama of two layers of width 96 with random weights."""
+def build_model(seed: int, layers: int = 2, width: int = 96) -> LlamaForCausalLM:
+    """Return a Llama with random weights."""
     config = LlamaConfig(
         vocab_size=len(VOCABULARY),
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=2,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=32,
@@ -93,9 +93,13 @@ def build_model(seed: int) -> LlamaForCausalLM:
 
 
 def prepare(out: Path, seed: int) -> None:
-    """Write `actor_init` and one JSONL file per part into `out`; the same seed writes the same bytes."""
+    """Write models and one JSONL file per part into `out`; the same seed writes the same bytes.
+
+    `actor_init` is the actor before SFT. `critic_init` is smaller: options/critic-smaller.yaml trains it as the critic.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    build_model(seed).save_pretrained(str(out / "actor_init"))
-    build_tokenizer().save_pretrained(str(out / "actor_init"))
+    for name, model in (("actor_init", build_model(seed)), ("critic_init", build_model(seed, layers=1, width=48))):
+        model.save_pretrained(str(out / name))
+        build_tokenizer().save_pretrained(str(out / name))
     for part, rows in build_rows(SIZES, seed).items():
         write_text_atomic(out / f"{part}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
