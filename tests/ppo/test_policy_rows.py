@@ -50,10 +50,26 @@ def totals(work):
     return sum(item.batch.n_tokens for item in work)
 
 
+WIDE = {"dis_low": 0.5, "dis_high": 1.0}
+LOSSES = [
+    {},
+    {"loss_aggregation": "sequence"},
+    {"loss_aggregation": "constant"},
+    {"correction": "tis"},
+    {"correction": "tis", "correction_level": "sequence", "loss_aggregation": "sequence"},
+    {"correction": "dis", **WIDE},
+    {"correction": "dis", "loss_aggregation": "sequence", **WIDE},
+    {"correction": "dis", "correction_level": "sequence", "loss_aggregation": "constant", **WIDE},
+]
+
+
 @pytest.mark.parametrize("dropped", [(), (0, 4)], ids=["all kept", "two dropped"])
 @pytest.mark.parametrize("minibatch_by", ["response", "prompt"])
-def test_loss_and_gradients_are_those_of_all_rows_with_fewer_tokens(minibatch_by, dropped, actor, cluster, tmp_path):
-    config = tied_config(tmp_path, minibatch_by=minibatch_by, token_budget=40)
+@pytest.mark.parametrize("settings", LOSSES, ids=lambda settings: " ".join(map(str, settings.values())) or "defaults")
+def test_loss_and_gradients_are_those_of_all_rows_with_fewer_tokens(
+    settings, minibatch_by, dropped, actor, cluster, tmp_path
+):
+    config = tied_config(tmp_path, minibatch_by=minibatch_by, token_budget=40, **settings)
     experience = experience_of(config, actor, cluster, dropped)
     updater = Updater(config, actor, None, SCORER, cluster)
     rows = policy_rows(config, experience, 0.0, cluster)
@@ -71,6 +87,21 @@ def test_loss_and_gradients_are_those_of_all_rows_with_fewer_tokens(minibatch_by
         assert counts[0] == counts[1] > 0
         assert loss / counts[1] == pytest.approx(sum(float(x) for x in losses) / counts[0], abs=1e-6)
         assert tiny.gap(gradients, expected)[0] <= 1e-6
+
+
+@pytest.mark.parametrize("settings", LOSSES[4:6], ids=["tis", "dis"])
+def test_weights_and_rollout_log_probs_stay_with_their_response(settings, actor, cluster, tmp_path):
+    config = tied_config(tmp_path, token_budget=40, **settings)
+    experience = experience_of(config, actor, cluster, (4,))
+    rows = policy_rows(config, experience, 0.0, cluster).experience
+    starts, streams = experience.plan.cu_actions.tolist(), [experience.rollout_logprob_A, experience.weights.weight_A]
+    numbers = {r.sequence_id: n for n, r in enumerate(experience.plan.local_responses)}
+    order = [numbers[r.sequence_id] for r in rows.plan.local_responses]
+    assert order != list(range(len(order)))
+    for all_A, own_A in zip(streams, [rows.rollout_logprob_A, rows.weights.weight_A], strict=True):
+        assert (all_A is None) == (own_A is None)
+        if all_A is not None:
+            assert torch.equal(own_A, torch.cat([all_A[starts[n] : starts[n + 1]] for n in order]))
 
 
 def test_the_mean_counts_what_left(actor, cluster, tmp_path):
