@@ -88,7 +88,7 @@ class PPOStep:
     correction_ratio_max: float | None = None
     """Largest such ratio."""
     correction_fraction: float | None = None
-    """Fraction of response tokens whose weight was capped (tis) or whose loss was masked (dis)."""
+    """Fraction of tokens whose weight was capped (tis), or whose loss was masked of those that the pass read (dis)."""
     correction_sample_share: float | None = None
     """Effective sample size of the weights of tis over the number of tokens."""
     value_loss: float | None = None

@@ -25,7 +25,8 @@ class ActionBatch(PackedBatch):
 
     `positive_index_P` has the entries of the action stream that belong to right responses, int64, and `positive_scale`
     turns the sum of their losses into what their mean contributes before the division by the step's counted actions.
-    `left_actions`: actions that count beside those of the batch, with a loss of 0 (`ppo.policy_rows`).
+    `left_actions`: actions that count beside those of the batch, with a loss of 0 (`ppo.policy_rows`); None: no
+    response left the pass.
 
     `value_mask_A` is bool, the actions that have a return; None: all that count. `n_returns` is their number.
 
@@ -40,7 +41,7 @@ class ActionBatch(PackedBatch):
     weight_A: Tensor | None = None
     positive_index_P: Tensor | None = None
     positive_scale: float = 0.0
-    left_actions: int = 0
+    left_actions: int | None = None
     value_mask_A: Tensor | None = None
     n_returns: int = field(init=False)
 

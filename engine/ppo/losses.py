@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,6 +24,17 @@ class PolicyNLLStats(PolicyStats):
 
     nll_sum: Tensor
     nll_tokens: Tensor
+
+
+@dataclass(frozen=True)
+class ReducedPassStats(PolicyStats):
+    """Statistics of a pass that some responses left: `count` has their tokens, the other sums and extremes do not.
+
+    Attributes:
+        left_tokens: the counted tokens that left.
+    """
+
+    left_tokens: Tensor
 
 
 @dataclass(frozen=True)
@@ -73,11 +84,10 @@ class PolicyLoss:
             surrogate="mask" if masks else "clip",
         )
         loss, count, stats = out.loss, batch.n_counted_actions, out.stats
-        if batch.left_actions:
+        if batch.left_actions is not None:
             count += batch.left_actions
-            # Tokens that left count with the ratio 1.
-            left = {"count": stats.count + batch.left_actions, "ratio_sum": stats.ratio_sum + batch.left_actions}
-            stats = replace(stats, **left)
+            left = torch.full_like(stats.count, batch.left_actions)
+            stats = ReducedPassStats(**vars(stats) | {"count": stats.count + left}, left_tokens=left)
         if batch.positive_index_P is not None:
             nll = self._positive_nll(hidden_TH, batch, batch.positive_index_P, (weight_VH, weight_grad_VH))
             tokens = torch.full_like(stats.count, batch.positive_index_P.numel())

@@ -21,7 +21,7 @@ from icegrt.ppo.batch_plan import BatchPlan
 from icegrt.ppo.corrections import effective_share, rollout_logprobs
 from icegrt.ppo.dynamic_sampling import Selection
 from icegrt.ppo.experience import Experience
-from icegrt.ppo.losses import PolicyNLLStats
+from icegrt.ppo.losses import PolicyNLLStats, ReducedPassStats
 from icegrt.ppo.rewards import RewardOutputs
 from icegrt.ppo.update import UpdateOutcome, mean_grad_norm
 from icegrt.utils.files import json_safe
@@ -115,14 +115,16 @@ def policy_metrics(
     else:
         gap_A = (rollout_A - experience.old_logprob_A).abs()
         gap_max = _maximum(gap_A if counted_A is None else gap_A * counted_A, cluster)
+    # A clipped token has an advantage, so that none of those that left is one. A masked one may have none.
+    per_clip_token = _per_read_token if experience.weights.correction == "dis" else _per_token
     return {
         "kl_nats_per_response": _mean(experience.shaped.kl_N, ~rewards.dropped_N, cluster),
         "entropy_nats_per_token": entropy,
-        "clip_fraction": _per_token(stats, "clipped_sum"),
+        "clip_fraction": per_clip_token(stats, "clipped_sum"),
         # Infinite extremes are those of no token: all advantages are 0.
         "ratio_min": torch.where(stats.ratio_min == torch.inf, 1.0, stats.ratio_min) if stats else 1.0,
         "ratio_max": torch.where(stats.ratio_max == -torch.inf, 1.0, stats.ratio_max) if stats else 1.0,
-        "approx_kl_nats_per_token": _per_token(stats, "kl_old_new_sum"),
+        "approx_kl_nats_per_token": _per_read_token(stats, "kl_old_new_sum"),
         "policy_loss": _per_token(stats, "loss_sum"),
         "ptx_loss": ptx_loss_sum / ptx_tokens if ptx_tokens else None,
         "advantage_mean": experience.moments.mean,
@@ -138,7 +140,8 @@ def policy_metrics(
 def correction_metrics(experience: Experience, outcome: UpdateOutcome, cluster: Cluster) -> dict[str, Any]:
     """Return the fields of the correction by the rollout's log-probs; none without a correction.
 
-    tis: of the weights before the update. dis: of the ratios in all steps of the update, from its statistics.
+    tis: of the weights before the update, over all counted tokens. dis: of the ratios in all steps of the update, over
+    the tokens that its passes read; none if they read no token.
     """
     weights, mask_A = experience.weights, experience.plan.mask_A
     if weights.correction == "tis":
@@ -154,10 +157,12 @@ def correction_metrics(experience: Experience, outcome: UpdateOutcome, cluster: 
         }
     if weights.correction == "dis" and outcome.policy_stats is not None:
         stats = _reduced(outcome.policy_stats, cluster)
+        if not float(_read_tokens(stats)):
+            return {}
         return {
-            "correction_ratio_mean": _per_token(stats, "ratio_sum"),
+            "correction_ratio_mean": _per_read_token(stats, "ratio_sum"),
             "correction_ratio_max": stats.ratio_max,
-            "correction_fraction": _per_token(stats, "clipped_sum"),
+            "correction_fraction": _per_read_token(stats, "clipped_sum"),
         }
     return {}
 
@@ -271,6 +276,20 @@ def _maximum(x: Tensor, cluster: Cluster) -> Tensor:
 def _per_token(stats: Any, name: str) -> Tensor | float:
     """Return a sum of `stats` per token that counts; 0 without any."""
     return 0.0 if stats is None else torch.where(stats.count > 0, getattr(stats, name) / stats.count.clamp(min=1), 0.0)
+
+
+def _read_tokens(stats: Any) -> Tensor:
+    """Return the number of counted tokens that the passes of `stats` read."""
+    count: Tensor = stats.count
+    return count - stats.left_tokens if isinstance(stats, ReducedPassStats) else count
+
+
+def _per_read_token(stats: Any, name: str) -> Tensor | float:
+    """Return a sum of `stats` per counted token that the passes read; 0 without any."""
+    if stats is None:
+        return 0.0
+    count = _read_tokens(stats)
+    return torch.where(count > 0, getattr(stats, name) / count.clamp(min=1), 0.0)
 
 
 def _positive_nll(stats: Any) -> Tensor | None:

@@ -6,10 +6,12 @@ import torch
 from icegrt.config import OptimizerConfig
 from icegrt.ppo.batch_plan import plan_batches
 from icegrt.ppo.experience import Experience, compute_advantages
+from icegrt.ppo.loss_weights import loss_weights
+from icegrt.ppo.metrics import correction_metrics
 from icegrt.ppo.policy_rows import policy_rows, rows_can_leave
 from icegrt.ppo.scores import Scores
 from icegrt.ppo.scoring import LogprobScorer
-from icegrt.ppo.update import Updater
+from icegrt.ppo.update import UpdateOutcome, Updater
 from icegrt.rollout.types import Response
 from tests.helpers import tiny_models as tiny
 from tests.helpers.tied_scores import tied_config, tied_trainer
@@ -39,17 +41,35 @@ def experience_of(config, actor, cluster, dropped=()):
     by_id = [1.0, 1.0, 1.0, 0.0, 1.5, 2.0, 0.5, 0.5, 0.5, 3.0, 0.0, 0.0]
     scores = Scores(torch.tensor([0.0 if n in dropped else by_id[n] for n in ids]), [], None)
     shaped = compute_advantages(config, config.kl_coef, plan, scores, old, old, None, None)
-    return Experience(plan, scores, old, entropy, old, None, shaped, shaped.moments)
+    rollout = old + 0.3 * torch.randn(old.shape, generator=torch.Generator().manual_seed(2))
+    weights = loss_weights(config, plan, old, rollout, None, cluster)
+    return Experience(plan, scores, old, entropy, old, None, shaped, shaped.moments, rollout, weights)
 
 
 def totals(work):
     return sum(item.batch.n_tokens for item in work)
 
 
+WIDE = {"dis_low": 0.5, "dis_high": 1.0}
+LOSSES = [
+    {},
+    {"loss_aggregation": "sequence"},
+    {"loss_aggregation": "constant"},
+    {"correction": "tis"},
+    {"correction": "tis", "correction_level": "sequence", "loss_aggregation": "sequence"},
+    {"correction": "dis", **WIDE},
+    {"correction": "dis", "loss_aggregation": "sequence", **WIDE},
+    {"correction": "dis", "correction_level": "sequence", "loss_aggregation": "constant", **WIDE},
+]
+
+
 @pytest.mark.parametrize("dropped", [(), (0, 4)], ids=["all kept", "two dropped"])
 @pytest.mark.parametrize("minibatch_by", ["response", "prompt"])
-def test_loss_and_gradients_are_those_of_all_rows_with_fewer_tokens(minibatch_by, dropped, actor, cluster, tmp_path):
-    config = tied_config(tmp_path, minibatch_by=minibatch_by, token_budget=40)
+@pytest.mark.parametrize("settings", LOSSES, ids=lambda settings: " ".join(map(str, settings.values())) or "defaults")
+def test_loss_and_gradients_are_those_of_all_rows_with_fewer_tokens(
+    settings, minibatch_by, dropped, actor, cluster, tmp_path
+):
+    config = tied_config(tmp_path, minibatch_by=minibatch_by, token_budget=40, **settings)
     experience = experience_of(config, actor, cluster, dropped)
     updater = Updater(config, actor, None, SCORER, cluster)
     rows = policy_rows(config, experience, 0.0, cluster)
@@ -69,6 +89,21 @@ def test_loss_and_gradients_are_those_of_all_rows_with_fewer_tokens(minibatch_by
         assert tiny.gap(gradients, expected)[0] <= 1e-6
 
 
+@pytest.mark.parametrize("settings", LOSSES[4:6], ids=["tis", "dis"])
+def test_weights_and_rollout_log_probs_stay_with_their_response(settings, actor, cluster, tmp_path):
+    config = tied_config(tmp_path, token_budget=40, **settings)
+    experience = experience_of(config, actor, cluster, (4,))
+    rows = policy_rows(config, experience, 0.0, cluster).experience
+    starts, streams = experience.plan.cu_actions.tolist(), [experience.rollout_logprob_A, experience.weights.weight_A]
+    numbers = {r.sequence_id: n for n, r in enumerate(experience.plan.local_responses)}
+    order = [numbers[r.sequence_id] for r in rows.plan.local_responses]
+    assert order != list(range(len(order)))
+    for all_A, own_A in zip(streams, [rows.rollout_logprob_A, rows.weights.weight_A], strict=True):
+        assert (all_A is None) == (own_A is None)
+        if all_A is not None:
+            assert torch.equal(own_A, torch.cat([all_A[starts[n] : starts[n + 1]] for n in order]))
+
+
 def test_the_mean_counts_what_left(actor, cluster, tmp_path):
     # Without the responses that left in the count, the gradient would be that of a smaller batch.
     config = tied_config(tmp_path, minibatches=1)
@@ -79,6 +114,28 @@ def test_the_mean_counts_what_left(actor, cluster, tmp_path):
     uncounted = tiny.gradients(actor, updater.policy_work(rows.experience, members, 0.0))
     expected = tiny.gradients(actor, updater.policy_work(experience, experience.plan.minibatches[0], 0.0))
     assert tiny.gap(uncounted, expected)[0] > 0.1
+
+
+def test_statistics_of_dis_are_over_the_tokens_that_the_pass_read(actor, cluster, tmp_path):
+    config = tied_config(tmp_path, minibatches=1, correction="dis")
+    experience = experience_of(config, actor, cluster)
+    rows = policy_rows(config, experience, 0.0, cluster)
+    members = rows.experience.plan.minibatches[0]
+    work = Updater(config, actor, None, SCORER, cluster).policy_work(
+        rows.experience, members, 0.0, left_actions=rows.left_actions
+    )
+    outcome = UpdateOutcome()
+    outcome.add(actor.accumulate(work)[0])
+    logprob, _ = SCORER(actor, rows.experience.plan.batches)
+    ratio = (logprob - rows.experience.rollout_logprob_A).exp()
+    masked = ((ratio < 1 - config.dis_low) | (ratio > 1 + config.dis_high)).float()
+    assert rows.left_responses > 0 and 0 < masked.mean() < 1
+    figures = {name: float(x) for name, x in correction_metrics(experience, outcome, cluster).items()}
+    assert figures == {
+        "correction_ratio_mean": pytest.approx(float(ratio.mean()), rel=1e-5),
+        "correction_ratio_max": pytest.approx(float(ratio.max()), rel=1e-5),
+        "correction_fraction": pytest.approx(float(masked.mean())),
+    }
 
 
 def test_who_may_leave(tmp_path):
@@ -116,12 +173,16 @@ def test_learning_rate_0_keeps_the_ratio_within_a_millionth_where_rows_leave(tmp
             assert step.clip_fraction == 0.0
 
 
-def test_an_iteration_whose_rows_all_leave_takes_its_steps_along_no_gradient(tmp_path):
-    config = tied_config(tmp_path / "run", iterations=1)
+@pytest.mark.parametrize("level", [None, "token", "sequence"])
+def test_an_iteration_whose_rows_all_leave_takes_its_steps_along_no_gradient(level, tmp_path):
+    correction = {"correction": "dis", "correction_level": level} if level else {}
+    config = tied_config(tmp_path / "run", iterations=1, **correction)
     with tied_trainer(config, reward=lambda samples: [0.5] * len(samples)) as run:
         before = tiny.parameters(run.actor)
         step = run.step()
         assert step.zero_advantage_fraction == 1.0 and step.grad_norm_actor == 0.0 and step.policy_loss == 0.0
         assert (step.ratio_min, step.ratio_max, step.skipped_steps) == (1.0, 1.0, 0)
+        # There is no ratio to the rollout of a pass that read no token.
+        assert step.correction_ratio_mean is step.correction_ratio_max is step.correction_fraction is None
         assert not any("ratio of new" in message for message in run.alarm_messages)
         assert tiny.gap(tiny.parameters(run.actor), before)[0] <= 1e-6
