@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from icegrt.config import CriticConfig, OptimizerConfig, PPOConfig
+from icegrt.errors import ConfigError
 from icegrt.metrics import read_metrics
 from icegrt.metrics.statistics import explained_variance
 from icegrt.ppo.pretraining import ValuePretraining
@@ -100,6 +101,20 @@ def test_pretraining_resumes_to_the_bit_wherever_it_stops(home, tmp_path):
             assert tiny.same(tiny.parameters(run.actor), expected[0])
             assert tiny.same(tiny.parameters(run.critic), expected[1])
             assert run.state() == expected[2]
+
+
+@pytest.mark.parametrize("is_older_checkpoint", [False, True])
+def test_a_run_that_began_without_pretraining_refuses_it(is_older_checkpoint):
+    saved = None if is_older_checkpoint else pretraining(0, 3).state()
+    with pytest.raises(ConfigError, match=r"pretrain\.iterations is 2, but .* began without .* Set it to 0"):
+        pretraining(2, 3).load_state(saved)
+    # Pretraining that is over stays so, and an estimator without a critic has none.
+    plan = pretraining(2, 3)
+    assert counted(plan, [0.1, 0.2]) == 2
+    for resumed in (pretraining(5, 3), plan):
+        resumed.load_state(plan.state())
+        assert resumed.is_over
+    ValuePretraining(PPOConfig(advantage="rloo", critic=CriticConfig(pretrain={"iterations": 2}))).load_state(saved)
 
 
 def test_the_schedule_of_the_critic_starts_after_pretraining(home, tmp_path):
