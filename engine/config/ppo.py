@@ -58,7 +58,7 @@ class CriticConfig:
     freeze: list[str] = key(
         [],
         "modules of the critic that do not train, of attention, mlp, embedding and norm; with sharing=lora their "
-        "adapters do not",
+        "adapters do not, and attention and mlp alone have adapters",
     )
     pretrain: Section[PretrainConfig] = key(PretrainConfig(), "value pretraining before the first iteration")
     warmup_iterations: int = key(0, "number of first iterations in which only the critic is trained", ge=0)
