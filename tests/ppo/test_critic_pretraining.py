@@ -1,11 +1,13 @@
 """Value pretraining in a PPO run: the actor rests, returns are of lambda 1, and the explained variance ends it."""
 
+import json
+
 import pytest
 import torch
 
 from icegrt.config import CriticConfig, OptimizerConfig, PPOConfig
 from icegrt.errors import ConfigError
-from icegrt.metrics import read_metrics
+from icegrt.metrics import calibration_path, read_metrics
 from icegrt.metrics.statistics import explained_variance
 from icegrt.ppo.pretraining import ValuePretraining
 from icegrt.ppo.trainer import PPOTrainer
@@ -78,6 +80,8 @@ def test_the_actor_rests_and_returns_are_monte_carlo(home, tmp_path):
         torch.testing.assert_close(shaped.return_A.double(), expected, rtol=1e-5, atol=1e-5)
     rows = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "ppo"]
     assert [row["pretraining"] for row in rows] == [True, True, False, False]
+    recorded = [json.loads(calibration_path(tmp_path / "run", n).read_text())["pretraining"] for n in range(1, 5)]
+    assert recorded == [True, True, False, False]
     experience = watch.experiences[1]
     figure = explained_variance(experience.value_A.numpy(), experience.shaped.return_A.numpy())
     assert rows[1]["value_explained_variance"] == pytest.approx(figure, abs=1e-6)
