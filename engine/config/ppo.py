@@ -58,7 +58,7 @@ class CriticConfig:
     freeze: list[str] = key(
         [],
         "modules of the critic that do not train, of attention, mlp, embedding and norm; with sharing=lora their "
-        "adapters do not",
+        "adapters do not, and attention and mlp alone have adapters",
     )
     pretrain: Section[PretrainConfig] = key(PretrainConfig(), "value pretraining before the first iteration")
     warmup_iterations: int = key(0, "number of first iterations in which only the critic is trained", ge=0)
@@ -242,7 +242,11 @@ class PPOConfig(Loadable):
         "lambda of the advantages, from 0 to 1; adaptive: 1 - 1 / (lam_alpha * tokens of the response), not below 0 "
         "(VAPO); empty: lam",
     )
-    lam_alpha: float = key(0.05, "alpha of lam_policy=adaptive", gt=0)
+    lam_alpha: float = key(
+        0.05,
+        "alpha of lam_policy=adaptive, whose lambda is 0 for a response of up to 1 / lam_alpha tokens (0.05: 20)",
+        gt=0,
+    )
     lam_value: float | None = key(
         None, "lambda of the returns, which the critic learns (VC-PPO, VAPO: 1); empty: lam", ge=0, le=1
     )
@@ -258,8 +262,9 @@ class PPOConfig(Loadable):
     )
     skip_zero_advantage: Literal[False, True, "auto"] = key(
         "auto",
-        "leave responses whose advantages are all exactly 0 out of the actor's pass, unless a KL in the loss or an "
-        "entropy bonus needs them; they count in the mean of the loss; auto: true without a critic",
+        "leave responses whose advantages are all exactly 0 out of the actor's pass, unless a KL in the loss, an "
+        "entropy bonus or positive_nll_coef needs them; they count in the mean of the loss; auto: true without a "
+        "critic",
     )
     dynamic_sampling: bool = key(
         False,

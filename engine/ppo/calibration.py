@@ -114,12 +114,15 @@ class CalibrationWriter:
     def __init__(self) -> None:
         self._has_warned = False
 
-    def write(self, run_dir: Path, iteration: int, tables: Sequence[dict[str, Any]]) -> None:
-        """Write the tables of an iteration."""
+    def write(
+        self, run_dir: Path, iteration: int, tables: Sequence[dict[str, Any]], *, pretraining: bool = False
+    ) -> None:
+        """Write the tables of an iteration; pretraining: whether it is one of value pretraining."""
         path = calibration_path(run_dir, iteration)
         try:
             path.parent.mkdir(exist_ok=True)
-            write_text_atomic(path, json.dumps({"iteration": iteration, "tables": list(tables)}) + "\n")
+            document = {"iteration": iteration, "pretraining": pretraining, "tables": list(tables)}
+            write_text_atomic(path, json.dumps(document) + "\n")
         except OSError as error:
             if not self._has_warned:
                 self._has_warned = True

@@ -37,13 +37,22 @@ class PolicyRows:
 
 
 def rows_can_leave(config: PPOConfig, kl_coef: float) -> bool:
-    """Return whether a response without advantage adds nothing to the actor's loss, and `skip_zero_advantage` allows.
+    """Return whether `skip_zero_advantage` lets responses leave, and one without advantage adds nothing to the loss."""
+    allowed = not config.has_critic if config.skip_zero_advantage == "auto" else config.skip_zero_advantage
+    return allowed and not keys_that_need_all_rows(config, kl_coef)
+
+
+def keys_that_need_all_rows(config: PPOConfig, kl_coef: float) -> list[str]:
+    """Return the keys whose terms of the actor's loss also read responses without advantage.
 
     A KL term and an entropy bonus have a gradient at every token, and a right response may have no advantage.
     """
-    allowed = not config.has_critic if config.skip_zero_advantage == "auto" else config.skip_zero_advantage
-    reads_all = bool(config.kl_in == "loss" and kl_coef) or bool(config.entropy_coef or config.positive_nll_coef)
-    return allowed and not reads_all
+    terms = {
+        "ppo.kl_in=loss": config.kl_in == "loss" and kl_coef,
+        "ppo.entropy_coef": config.entropy_coef,
+        "ppo.positive_nll_coef": config.positive_nll_coef,
+    }
+    return [key for key, coefficient in terms.items() if coefficient]
 
 
 def policy_rows(config: PPOConfig, experience: Experience, kl_coef: float, cluster: Cluster) -> PolicyRows:

@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any
 
 from icegrt.config import PPOConfig
+from icegrt.errors import ConfigError
 from icegrt.metrics import PPOStep
 from icegrt.utils.console import print_info
 
@@ -73,7 +74,17 @@ class ValuePretraining:
         }
 
     def load_state(self, state: dict[str, Any] | None) -> None:
-        """Restore `state()`; None, of an older checkpoint: there was no pretraining, and there will be none."""
+        """Restore `state()`; None, of an older checkpoint: there was no pretraining, and there will be none.
+
+        Raises:
+            ConfigError: the configuration asks for pretraining, and the run began without.
+        """
+        had_none = state is None or (state["is_over"] and not state["done_iterations"])
+        if had_none and not self.is_over:
+            raise ConfigError(
+                f"ppo.critic.pretrain.iterations is {self._settings.iterations}, but the run that resumes began "
+                "without value pretraining, which comes before the first iteration. Set it to 0, or start a new run"
+            )
         if state is None:
             self.is_over = True
             return

@@ -252,7 +252,8 @@ class PPOTrainer(Trainer[PPOConfig, PPOStep]):
             if inference.last_value_N is not None:
                 tables = value_calibration(shaping, experience, inference.last_value_N, cluster)
                 if cluster.is_main:
-                    self._calibration_writer.write(self.dir, self.done_steps + 1, tables)
+                    is_pretraining = not self.pretraining.is_over
+                    self._calibration_writer.write(self.dir, self.done_steps + 1, tables, pretraining=is_pretraining)
         return experience
 
     def _control_kl(self, experience: Experience, rewards: RewardOutputs) -> None:

@@ -22,12 +22,15 @@ _X_LABELS = {"position": "position of the token in its response", "length": "tok
 def calibration_charts(run_dir: Path, last_iterations: int = LAST_ITERATIONS) -> dict[str, Any] | None:
     """Return the charts over a run's last iterations; None without a recorded one.
 
+    Iterations of value pretraining are left out, unless the run has no others: the critic learns otherwise in them.
+
     Returns:
         `iterations`, which ones as text, and `charts` as those of `tables.charts`.
     """
     paths = sorted(calibration_path(run_dir, 0).parent.glob("iteration_*.json"))[-last_iterations:]
     try:
-        documents = [read_object(path) for path in paths]
+        recorded = [read_object(path) for path in paths]
+        documents = _like_the_last(recorded)
         tables = merged_tables(documents)
         first, last = (documents[i]["iteration"] for i in (0, -1)) if documents else (0, 0)
         panels = with_data([panel for by in _X_LABELS for panel in _panels(tables, by)])
@@ -36,7 +39,21 @@ def calibration_charts(run_dir: Path, last_iterations: int = LAST_ITERATIONS) ->
     if not panels:
         return None
     iterations = f"iteration {first}" if first == last else f"iterations {first} to {last}"
+    if _is_pretraining(documents[-1]):
+        iterations += " of value pretraining"
+    elif len(documents) < len(recorded):
+        iterations += " (those of value pretraining are left out)"
     return {"iterations": iterations, "charts": charts(panels)}
+
+
+def _like_the_last(documents: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the iterations that are of value pretraining, or not, as the last one."""
+    return [d for d in documents if _is_pretraining(d) == _is_pretraining(documents[-1])]
+
+
+def _is_pretraining(document: Mapping[str, Any]) -> bool:
+    # Files of older runs do not record it.
+    return bool(document.get("pretraining", False))
 
 
 def merged_tables(documents: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

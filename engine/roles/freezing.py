@@ -31,11 +31,20 @@ def freeze(model: PipelineModel, modules: Sequence[str], key: str) -> None:
         key: of the configuration, for the error message.
 
     Raises:
-        ConfigError: a rank would hold no parameter that trains.
+        ConfigError: no parameter belongs to one of the modules, as adapters have no embedding and no norm; or a rank
+            would hold no parameter that trains.
     """
     check_freeze(modules, key)
     if not modules:
         return
+    names = [name for name, _ in model.named_parameters()]
+    present = [m for m in MODULES if not all_ranks_true(not any(_belongs_to(name, m) for name in names))]
+    absent = [module for module in modules if module not in present]
+    if absent:
+        raise ConfigError(
+            f"{key}: no parameter of this model belongs to `{absent[0]}`, so freezing it has no effect; of adapters "
+            f"(sharing=lora) only those of {' and '.join(present)} can be frozen. Take `{absent[0]}` from the list"
+        )
     for name, parameter in model.named_parameters():
         if any(_belongs_to(name, module) for module in modules):
             parameter.requires_grad_(False)

@@ -10,17 +10,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from icegrt.config import StudyConfig
+from icegrt.config import StudyConfig, StudyMeasure
 from icegrt.report.tables import render_page
 from icegrt.report.text import NOT_MEASURED, interval, number, signed
 from icegrt.study.frozen import now, write_json
 from icegrt.study.plots import write_picture
-from icegrt.study.results import ContrastResult, Power, Results
+from icegrt.study.results import ContrastResult, Curve, Power, Results
 from icegrt.study.verdicts import power_sentence, sentence
 from icegrt.utils.files import json_safe, write_text_atomic
 from icegrt.utils.text import duration
 
-__all__ = ["write_page"]
+__all__ = ["value_text", "write_page"]
 
 JSON_FILE, HTML_FILE, MARKDOWN_FILE = "study.json", "study.html", "study.md"
 _LEVELS = {"as expected": "good", "equal": "good", "opposite": "bad", "not equal": "bad"}
@@ -105,6 +105,7 @@ def _context(
         "power": [power_sentence(p) for p in power],
         "pilot": bool(config.pilot.setting),
         "measures": [measure.name for measure in config.measures],
+        "values_of": [{"name": m.name, "text": value_text(m, results.curves.get(m.name))} for m in config.measures],
         "settings": _setting_rows(config, results),
         "failures": [dataclasses.asdict(failure) for failure in results.failures],
         "base": base.command or recipe,
@@ -201,6 +202,18 @@ def _contrast_row(result: ContrastResult, count: int) -> dict[str, str]:
 
 def _p_text(p_value: float) -> str:
     return "< 0.001" if p_value < 0.001 else number(p_value)
+
+
+def value_text(measure: StudyMeasure, curves: Mapping[str, Sequence[Curve]] | None) -> str:
+    """Return what the measure of a run is, with the iterations it is from; curves: by setting, None without rows."""
+    field = f"{measure.field} in {measure.file}"
+    if curves is None:
+        return field
+    text = f"mean of the last {measure.last} values of {field}" if measure.last > 1 else f"last value of {field}"
+    read = {", ".join(f"{x:g}" for x, _ in curve[-measure.last :]) for lines in curves.values() for curve in lines}
+    if len(read) > 1:
+        return f"{text}, whose iterations differ between runs"
+    return f"{text}, of iteration {read.pop()}" if read else text
 
 
 def _setting_rows(config: StudyConfig, results: Results) -> list[dict[str, Any]]:

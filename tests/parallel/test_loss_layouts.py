@@ -25,6 +25,7 @@ SETTINGS = {
         "overlong_buffer": 4,
     },
     "tis of tokens": {"correction": "tis", "tis_cap": 0.9},
+    "tis at rest": {"correction": "tis", "lr": 0.0},
     "dis of tokens": {"correction": "dis", **POSITIVE},
 }  # fmt: skip
 FIGURES = (
@@ -76,5 +77,7 @@ def test_a_layout_takes_the_step_of_one_process(name, layout, results):
         assert (figure in step) == (figure in expected)
         if figure in expected:
             assert step[figure] == pytest.approx(expected[figure], abs=1e-4), figure
+    if name == "tis at rest":
+        assert (step["ratio_min"], step["ratio_max"]) == (1.0, 1.0)
     seen = {"tis": "positive_nll", "dis": "overlong_penalty_mean", "dis of tokens": "positive_nll"}
     assert expected[seen.get(name, "correction_ratio_mean")] > 0

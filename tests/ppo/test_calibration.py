@@ -133,6 +133,26 @@ def test_sums_of_iterations_add_up_and_a_resumed_run_drops_later_ones(tmp_path, 
     assert calibration_charts(tmp_path / "nothing") is None
 
 
+def test_pretraining_is_not_in_the_charts_of_ppo(tmp_path, cluster):
+    config, texts = PPOConfig(sampling=SamplingConfig(max_new_tokens=8), lam_value=1.0), []
+    for iteration, pretraining in enumerate((True, True, False, False), 1):
+        tables = value_calibration(config, *drawn_experience(iteration), cluster)
+        CalibrationWriter().write(tmp_path, iteration, tables, pretraining=pretraining)
+        charts = calibration_charts(tmp_path)
+        texts.append(charts["iterations"])
+    assert texts == [
+        "iteration 1 of value pretraining",
+        "iterations 1 to 2 of value pretraining",
+        "iteration 3 (those of value pretraining are left out)",
+        "iterations 3 to 4 (those of value pretraining are left out)",
+    ]
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for iteration in (3, 4):
+        CalibrationWriter().write(alone, iteration, value_calibration(config, *drawn_experience(iteration), cluster))
+    assert [c["svg"] for c in calibration_charts(alone)["charts"]] == [c["svg"] for c in charts["charts"]]
+
+
 def test_returns_that_do_not_vary_have_no_explained_variance():
     table = {"first": [1], "count": [2.0], "return_sum": [6.0], "return_sq_sum": [18.0]}
     ((_, bias, explained),) = figures(table | {"error_sum": [1.0], "error_sq_sum": [1.0]})

@@ -78,6 +78,17 @@ def test_adapters_of_frozen_modules_do_not_train(home, tmp_path):
         assert all(x.any() for name, x in moved.items() if ATTENTION in name)
 
 
+@pytest.mark.parametrize(
+    ("module", "targets", "rest"),
+    [("norm", "[q_proj, up_proj]", "attention and mlp"), ("attention", "[up_proj, down_proj]", "mlp")],
+)
+def test_a_module_without_adapters_is_refused(module, targets, rest, home, tmp_path):
+    keys = ("ppo.sharing=lora", "ppo.lora.rank=2", "ppo.reward_model=", "ppo.critic.init=actor")
+    keys = (*keys, f"ppo.lora.target_modules={targets}", f"ppo.critic.freeze=[mlp, {module}]")
+    with pytest.raises(ConfigError, match=rf"critic\.freeze: .* `{module}`, .* only those of {rest} can be frozen"):
+        trainer(home, tmp_path / "run", *keys)
+
+
 def test_an_unknown_module_is_refused(home, tmp_path):
     with pytest.raises(ConfigError, match=r"ppo\.critic\.freeze: `attn` is no kind of module; expected .* attention"):
         trainer(home, tmp_path / "run", "ppo.critic.freeze=[attn]")

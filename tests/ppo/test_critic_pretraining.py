@@ -1,10 +1,13 @@
 """Value pretraining in a PPO run: the actor rests, returns are of lambda 1, and the explained variance ends it."""
 
+import json
+
 import pytest
 import torch
 
 from icegrt.config import CriticConfig, OptimizerConfig, PPOConfig
-from icegrt.metrics import read_metrics
+from icegrt.errors import ConfigError
+from icegrt.metrics import calibration_path, read_metrics
 from icegrt.metrics.statistics import explained_variance
 from icegrt.ppo.pretraining import ValuePretraining
 from icegrt.ppo.trainer import PPOTrainer
@@ -77,6 +80,8 @@ def test_the_actor_rests_and_returns_are_monte_carlo(home, tmp_path):
         torch.testing.assert_close(shaped.return_A.double(), expected, rtol=1e-5, atol=1e-5)
     rows = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "ppo"]
     assert [row["pretraining"] for row in rows] == [True, True, False, False]
+    recorded = [json.loads(calibration_path(tmp_path / "run", n).read_text())["pretraining"] for n in range(1, 5)]
+    assert recorded == [True, True, False, False]
     experience = watch.experiences[1]
     figure = explained_variance(experience.value_A.numpy(), experience.shaped.return_A.numpy())
     assert rows[1]["value_explained_variance"] == pytest.approx(figure, abs=1e-6)
@@ -100,6 +105,20 @@ def test_pretraining_resumes_to_the_bit_wherever_it_stops(home, tmp_path):
             assert tiny.same(tiny.parameters(run.actor), expected[0])
             assert tiny.same(tiny.parameters(run.critic), expected[1])
             assert run.state() == expected[2]
+
+
+@pytest.mark.parametrize("is_older_checkpoint", [False, True])
+def test_a_run_that_began_without_pretraining_refuses_it(is_older_checkpoint):
+    saved = None if is_older_checkpoint else pretraining(0, 3).state()
+    with pytest.raises(ConfigError, match=r"pretrain\.iterations is 2, but .* began without .* Set it to 0"):
+        pretraining(2, 3).load_state(saved)
+    # Pretraining that is over stays so, and an estimator without a critic has none.
+    plan = pretraining(2, 3)
+    assert counted(plan, [0.1, 0.2]) == 2
+    for resumed in (pretraining(5, 3), plan):
+        resumed.load_state(plan.state())
+        assert resumed.is_over
+    ValuePretraining(PPOConfig(advantage="rloo", critic=CriticConfig(pretrain={"iterations": 2}))).load_state(saved)
 
 
 def test_the_schedule_of_the_critic_starts_after_pretraining(home, tmp_path):

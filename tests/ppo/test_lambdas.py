@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icegrt.config import PPOConfig
+from icegrt.config import PPOConfig, SamplingConfig
 from icegrt.errors import ConfigError
 from icegrt.kernels import available_backends, use_backend
 from icegrt.ppo.advantages.lambdas import adaptive_lambda
@@ -187,10 +187,43 @@ def test_keys_that_contradict_each_other_are_refused():
         ({"lam": 0.9, "lam_policy": 0.8, "lam_value": 1.0}, "ppo.lam"),
         ({"advantage": "reinforce++", "lam_value": 1.0}, "ppo.lam_value"),
         ({"advantage": "reinforce++", "advantage_unit": "turn"}, "ppo.advantage_unit"),
+        ({"tis_cap": 3.0, "correction_level": "sequence"}, "ppo.correction_level, ppo.tis_cap"),
+        ({"correction": "tis", "tis_cap": 3.0, "dis_low": 0.1, "dis_high": 0.3}, "ppo.dis_low, ppo.dis_high"),
+        ({"correction": "dis", "tis_cap": 3.0, "dis_low": 0.1, "correction_level": "sequence"}, "ppo.tis_cap"),
+        ({"loss_aggregation": "sequence", "loss_constant": 8}, "ppo.loss_constant"),
+        ({"overlong_factor": 0.5}, "ppo.overlong_factor"),
     ],
 )
 def test_keys_without_effect_are_named(keys, unread, capsys):
     check_estimator(PPOConfig(**keys))
     assert f"does not read {unread}:" in capsys.readouterr().err
     check_estimator(PPOConfig(lam=0.9, lam_policy="adaptive", lam_alpha=0.1))
+    check_estimator(PPOConfig(correction="tis", tis_cap=3.0, loss_aggregation="constant", loss_constant=8))
+    check_estimator(PPOConfig(correction="dis", dis_high=0.3, overlong_buffer=4, overlong_factor=0.5))
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("keys", "needed_by"),
+    [
+        ({"entropy_coef": 0.1}, "ppo.entropy_coef"),
+        ({"positive_nll_coef": 0.1, "kl_in": "loss"}, "ppo.kl_in=loss and ppo.positive_nll_coef"),
+    ],
+)
+def test_rows_that_may_leave_but_cannot_are_a_warning(keys, needed_by, capsys):
+    check_estimator(PPOConfig(skip_zero_advantage=True, **keys))
+    assert f"ppo.skip_zero_advantage=true has no effect because of {needed_by}:" in capsys.readouterr().err
+    check_estimator(PPOConfig(**keys))
+    check_estimator(PPOConfig(skip_zero_advantage=True))
+    check_estimator(PPOConfig(skip_zero_advantage=True, kl_in="loss", kl_coef=0.0))
+    assert capsys.readouterr().err == ""
+
+
+def test_an_adaptive_lambda_that_is_always_0_is_a_warning(capsys):
+    def check(tokens, **keys):
+        check_estimator(PPOConfig(lam_policy="adaptive", sampling=SamplingConfig(max_new_tokens=tokens), **keys))
+        return capsys.readouterr().err
+
+    assert "ppo.lam_policy=adaptive is 0 for every response: with ppo.lam_alpha=0.05" in check(20)
+    assert "up to 20 tokens, and ppo.sampling.max_new_tokens is 20" in check(20).replace("\n", " ")
+    assert check(21) == check(20, lam_alpha=0.06) == ""

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from icegrt import cli
-from icegrt.config import StudyContrast
+from icegrt.config import StudyContrast, StudyMeasure
 from icegrt.config.loader import as_yaml
 from icegrt.errors import ConfigError, RunError
+from icegrt.study.page import value_text
 from icegrt.study.plots import band_of
 from icegrt.study.results import ContrastResult
 from icegrt.study.runner import lock_study
@@ -57,6 +58,7 @@ def test_the_page_has_contrasts_power_settings_and_what_was_frozen(finished):
         assert "2 of 4 expectations were confirmed, 1 failed, 1 without a measurable difference." in text
         assert "The expectation failed: more has a higher score than plain, not a lower one: +0." in text
         assert "There are 4 contrasts. Each interval holds for its contrast alone, it is not simultaneous" in text
+        assert "score: mean of the last 2 values of evaluation.score in metrics.jsonl, of iteration 3, 4" in text
         assert "12 of 12 runs finished." in text and "The study was not amended." in text
         assert "gain=2" in text and f"python {sys.version.split()[0]}" in text
         assert all(c in text for c in document["sentences"].values())
@@ -90,6 +92,16 @@ def test_the_page_can_be_written_while_the_study_goes_on(finished):
     folder, outcome = finished
     with lock_study(folder / "study"):
         assert run_study(study_of(folder, report_only=True)).results == outcome.results
+
+
+def test_the_page_says_what_a_measure_is():
+    final = StudyMeasure(name="score", field="evaluation.score")
+    ended, cut = [(float(x), 0.5) for x in (4, 8, 12)], [(4.0, 0.5), (8.0, 0.5)]
+    text = "last value of evaluation.score in metrics.jsonl"
+    assert value_text(final, {}) == text
+    assert value_text(final, {"a": [ended, ended], "b": [ended]}) == f"{text}, of iteration 12"
+    assert value_text(final, {"a": [ended], "b": [cut]}) == f"{text}, whose iterations differ between runs"
+    assert value_text(StudyMeasure(name="peak", file="memory.json", field="peak"), None) == "peak in memory.json"
 
 
 def test_a_changed_study_is_refused_and_an_amended_one_lists_the_change(tmp_path):
