@@ -5,7 +5,6 @@ saves it as the checkpoint of a run; `export RUN OUT DTYPE` is `icegrt export`.
 """
 
 import json
-import resource
 import sys
 from pathlib import Path
 
@@ -49,7 +48,7 @@ def make(folder: str, dtype: str) -> None:
 def import_and_export(origin: str, out: str, run: str, dtype: str) -> None:
     """Import and export the model, print the growth, then write the weights as a checkpoint of a run."""
     with Cluster.open() as cluster:
-        before = resident_bytes()
+        before = memory("VmRSS")
         model = build_model(origin, "lm", cluster, dtype=DTYPES[dtype]).requires_grad_(False)
         tensors = exporter.export_tensors(model, DTYPES[dtype])
         save_pretrained(tensors, model.architecture, out, classifier=False, dtype=dtype, shard_bytes=SHARD_BYTES)
@@ -68,20 +67,23 @@ def export(run: str, out: str, dtype: str) -> None:
     """Run `icegrt export`, then print the growth."""
     keys = [f"export.run={run}", f"export.out={out}", f"export.dtype={dtype}"]
     load_megatron()
-    before = resident_bytes()
+    before = memory("VmRSS")
     assert cli.main(["export", *keys, f"export.shard_gigabytes={SHARD_BYTES / 1e9}"]) == 0
     print_growth(before)
 
 
-def resident_bytes() -> int:
-    """Return the resident memory of this process."""
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * resource.getpagesize()
+def memory(field: str) -> int:
+    """Return a field of /proc/self/status in bytes: VmRSS, what is resident, or VmHWM, its peak.
+
+    `ru_maxrss` would also have the memory of the process that started this one.
+    """
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(f"{field}:"))
 
 
 def print_growth(before: int) -> None:
     """Print by how much the peak of this process exceeds what it held before."""
-    print("growth", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, flush=True)
+    print("growth", memory("VmHWM") - before, flush=True)
 
 
 if __name__ == "__main__":

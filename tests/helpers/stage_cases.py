@@ -38,8 +38,9 @@ def read_jsonl(path):
 
 
 def files_under(folder):
-    """Return the relative paths of all files and folders below `folder`."""
-    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))
+    """Return the relative paths of all files and folders below `folder`, but for Python's bytecode."""
+    paths = (path.relative_to(folder) for path in Path(folder).rglob("*"))
+    return sorted(str(path) for path in paths if "__pycache__" not in path.parts)
 
 
 def sft_rows():
