@@ -30,7 +30,7 @@ __all__ = [
 
 
 class PPOOutcome:
-    """What the PPO of a run in `out` has left, for the example's report.
+    """The files of a finished PPO stage in `out`, as figures of an example's report.
 
     Args:
         out: folder of the run.
