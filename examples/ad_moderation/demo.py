@@ -58,6 +58,7 @@ class Demo(stages.StagedRun):
 
     def prepare(self) -> None:
         prepare(self.data, self.seed)
+        self.choose_dtype()
 
     def sft(self) -> None:
         config = SFTConfig.load(
@@ -110,6 +111,7 @@ class Demo(stages.StagedRun):
                 f"ppo.reward_function={HERE / 'reward.py'}:parts_reward",
                 f"ppo.prompts={self.data / 'prompts_train.jsonl'}",
                 f"ppo.eval_prompts={self.data / 'prompts_validation.jsonl'}",
+                f"ppo.run.dtype={self.dtype(of_older_versions='fp32')}",
                 *self.run_overrides("ppo"),
             ],
         )

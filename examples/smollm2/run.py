@@ -15,11 +15,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import torch  # noqa: E402
-
 from icegrt import PPOConfig, PPOTrainer  # noqa: E402
 from icegrt.utils.console import print_info  # noqa: E402
-from icegrt.utils.cpu import bf16_slowdown  # noqa: E402
 from icegrt.utils.files import write_text_atomic  # noqa: E402
 from smollm2.compare import SETTINGS, measure  # noqa: E402
 from smollm2.convert import convert_packaged  # noqa: E402
@@ -41,9 +38,7 @@ class SmolLM2(stages.StagedRun):
         for part, rows in build_rows(Sizes(), self.seed).items():
             text = "".join(json.dumps(row) + "\n" for row in rows)
             write_text_atomic(self.data / f"{part}.jsonl", text)
-        # The faster type here. A file, so that a resumed run has the same.
-        is_bf16 = torch.cuda.is_available() or bf16_slowdown() < 1
-        write_text_atomic(self.data / "dtype.txt", "bf16" if is_bf16 else "fp32")
+        self.choose_dtype()
 
     def compare(self) -> None:
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -71,13 +66,8 @@ class SmolLM2(stages.StagedRun):
             f"ppo.actor={self.out / 'model'}",
             f"ppo.prompts={self.data / 'train.jsonl'}",
             f"ppo.reward_function={HERE / 'reward.py'}:correct",
-            f"ppo.run.dtype={self._dtype()}",
+            f"ppo.run.dtype={self.dtype(of_older_versions='bf16')}",
         ]
-
-    def _dtype(self) -> str:
-        path = self.data / "dtype.txt"
-        # Folders that an older version prepared lack the file; all their stages ran in bf16.
-        return path.read_text(encoding="utf-8") if path.is_file() else "bf16"
 
 
 if __name__ == "__main__":

@@ -14,11 +14,14 @@ from icegrt import PPOTrainer
 from icegrt.distributed import failure
 from icegrt.errors import UserError
 from icegrt.utils.console import is_main, print_info
+from icegrt.utils.cpu import bf16_slowdown
 from icegrt.utils.files import write_text_atomic
 from icegrt.utils.text import duration
 from staged_run.launch import launch, ranks
 
 __all__ = ["StagedRun", "main"]
+
+DTYPE_FILE = "dtype.txt"  # below the data
 
 
 class StagedRun:
@@ -79,6 +82,18 @@ class StagedRun:
             f"{section}.run.resume=auto",
             *self.overrides_of(section),
         ]
+
+    def choose_dtype(self) -> None:
+        """Write the faster type of this machine to a file of the run, so that a resumed run has the same."""
+        import torch
+
+        is_bf16 = torch.cuda.is_available() or bf16_slowdown() < 1
+        write_text_atomic(self.data / DTYPE_FILE, "bf16" if is_bf16 else "fp32")
+
+    def dtype(self, of_older_versions: str) -> str:
+        """Return what `choose_dtype` wrote. Folders of versions without it have all stages in `of_older_versions`."""
+        path = self.data / DTYPE_FILE
+        return path.read_text(encoding="utf-8") if path.is_file() else of_older_versions
 
     def overrides_of(self, section: str) -> list[str]:
         """Return the overrides of one section that the command line gave."""

@@ -19,6 +19,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 from smollm2 import compare, convert, problems, run  # noqa: E402
 from smollm2.reward import correct, last_number  # noqa: E402
+from staged_run import stages  # noqa: E402
 
 SMALL = problems.Sizes(train=64, validation=8, test=16)
 
@@ -243,11 +244,11 @@ def test_the_run_writes_model_adapter_and_a_page_with_answers(small_run):
 def test_the_faster_type_of_this_machine_is_chosen_once(tmp_path, monkeypatch, slowdown, dtype):
     monkeypatch.setattr(run, "convert_packaged", lambda out: None)
     monkeypatch.setattr(run, "build_rows", lambda sizes, seed: {})
-    monkeypatch.setattr(run, "bf16_slowdown", lambda: slowdown)
+    monkeypatch.setattr(stages, "bf16_slowdown", lambda: slowdown)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     example = run.SmolLM2(tmp_path / "out", 0, [])
     example.prepare()
-    monkeypatch.setattr(run, "bf16_slowdown", lambda: 1 / slowdown)  # a resumed run does not measure again
+    monkeypatch.setattr(stages, "bf16_slowdown", lambda: 1 / slowdown)  # a resumed run does not measure again
     config = PPOConfig.load(compare.SETTINGS, example._inputs())
     assert config.run.dtype == dtype
 

@@ -98,6 +98,16 @@ def test_overrides_of_the_command_line_come_after_the_recipe_of_an_option(tmp_pa
     assert Demo(tmp_path / "full", 0, [], sharing="full").overrides_of("ppo") == []
 
 
+def test_ppo_of_the_demo_has_the_faster_type_and_older_folders_keep_theirs(tmp_path, monkeypatch):
+    demo = Demo(tmp_path / "out", 0, [], sharing="full")
+    demo.data.mkdir()
+    assert demo.dtype(of_older_versions="fp32") == "fp32"
+    monkeypatch.setattr(stages, "bf16_slowdown", lambda: 0.4)
+    demo.choose_dtype()
+    monkeypatch.setattr(stages, "bf16_slowdown", lambda: 20.0)  # a resumed run does not measure again
+    assert demo.dtype(of_older_versions="fp32") == "bf16"
+
+
 def test_every_rank_is_started_and_a_failure_is_the_result(tmp_path):
     write = "import os, pathlib; r = os.environ['RANK']; pathlib.Path(r).write_text(os.environ['WORLD_SIZE'])"
     code = f"import os; os.chdir({str(tmp_path)!r}); {write}; raise SystemExit(3 if r == '1' else 0)"
