@@ -118,8 +118,8 @@ class Outcome(PPOOutcome):
                 f"{reward['baseline_feature']}: {baseline:.3f} (at least 0.75, and 0.10 above it)",
             ),
             _gain(ppo, "heldout_reward", "total score, sampled", 0.0),
-            _gain(ppo, "task_score", "checker, sampled", 0.0),
-            _gain(ppo, "greedy_task_score", "checker, greedy", -0.02),
+            _gain(ppo, "task_score", "checker, sampled", 0.05, least=0.08),
+            _gain(ppo, "greedy_task_score", "checker, greedy", -0.02, least=0.0),
             (kl < 2 * target, f"KL {kl:.2f} nats per response (below twice the target of {target:g})"),
             (loss <= 0.05, f"general held-out loss {loss:+.1%} (at most +5%)"),
             (distinct >= 0.8, f"distinct answers {distinct:.2f}x those of SFT (at least 0.8x)"),
@@ -133,8 +133,10 @@ class Outcome(PPOOutcome):
         return lines + [f"alarm: {alarm}" for alarm in ppo["alarms"]]
 
 
-def _gain(ppo: dict[str, Any], name: str, label: str, floor: float) -> tuple[bool, str]:
+def _gain(ppo: dict[str, Any], name: str, label: str, floor: float, least: float | None = None) -> tuple[bool, str]:
+    """Return whether the gain's interval lies above `floor`, and the gain is not below `least`, with a line of text."""
     low, high = ppo[f"{name}_gain_ci95"]
     before, after = ppo[f"{name}_before"], ppo[f"{name}_after"]
-    text = f"{label}: {before:.3f} -> {after:.3f}, 95% interval of the gain {low:+.3f} to {high:+.3f} (above {floor:g})"
-    return low > floor, text
+    wanted = f"interval above {floor:g}" + ("" if least is None else f", gain at least {least:g}")
+    text = f"{label}: {before:.3f} -> {after:.3f}, gain {after - before:+.3f}, 95% interval {low:+.3f} to {high:+.3f}"
+    return low > floor and (least is None or after - before >= least), f"{text} ({wanted})"
