@@ -6,6 +6,7 @@
 A file holds the keys that differ from short.yaml, which is plain PPO; its first line says what it shows. Every run
 starts from the SFT model of a finished `run.py` and has its seed. Finished runs are kept, so a new file costs one run;
 overrides as in `ppo.iterations=80` hold for all runs of a folder. `{run}` in a value is the folder of that `run.py`.
+`--page docs/options.md` also writes a Markdown page.
 """
 
 import argparse
@@ -13,12 +14,14 @@ import dataclasses
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from icegrt import PPOConfig, PPOTrainer  # noqa: E402
 from icegrt.config import CONFIG_FILE  # noqa: E402
+from icegrt.data import open_rows  # noqa: E402
 from icegrt.distributed import failure  # noqa: E402
 from icegrt.errors import UserError  # noqa: E402
 from icegrt.report.plots import Panel, legend, panel_svg, series_of, write_curves_png  # noqa: E402
@@ -33,6 +36,7 @@ from staged_run.overrides import read_overrides  # noqa: E402
 
 OPTIONS = HERE / "options"
 BASELINE = "baseline"
+TITLE = "Six digits to sort: each option of the engine"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,22 +95,30 @@ def train(options: Iterable[Option], run: Path, out: Path, overrides: list[str])
             trainer.train()
 
 
-def write_page(options: list[Option], out: Path) -> Path:
-    """Write curves.png and report.html with the curves of all options. Return the page's path."""
-    curves = {option.name: evaluations(out / option.name) for option in options}
+def chart_panels(options: list[Option], curves: dict[str, list[dict[str, Any]]]) -> list[Panel]:
+    """Return a chart for each group of options, the baseline in each of them."""
     panels = []
     for group in dict.fromkeys(option.group for option in options if option.name != BASELINE):
         members = [option.name for option in options if option.group == group or option.name == BASELINE]
         series = [series_of(name, curves[name], "function_score_mean", markers=True) for name in members]
         panels.append(Panel(f"Exact match: {group}", "of sampled answers to validation prompts", tuple(series)))
-    write_curves_png(out / "curves.png", panels, "Six digits to sort, from the same SFT model")
-    figures = []
-    for option in options:
-        first, last = (f"{curves[option.name][n]['function_score_mean']:.3f}" for n in (0, -1))
-        figures.append((f"{option.name}: {option.title}", first, last))
+    return panels
+
+
+def first_and_last(rows: list[dict[str, Any]]) -> tuple[str, str]:
+    """Return the exact match of the first and of the last evaluation as text."""
+    return f"{rows[0]['function_score_mean']:.3f}", f"{rows[-1]['function_score_mean']:.3f}"
+
+
+def write_page(options: list[Option], out: Path) -> Path:
+    """Write curves.png and report.html with the curves of all options. Return the page's path."""
+    curves = {option.name: evaluations(out / option.name) for option in options}
+    panels = chart_panels(options, curves)
+    write_curves_png(out / "curves.png", panels, TITLE)
+    figures = [(f"{option.name}: {option.title}", *first_and_last(curves[option.name])) for option in options]
     page = render_page(
         "training_report.html",
-        title="Six digits to sort: each option of the engine",
+        title=TITLE,
         charts=[{"title": p.title, "unit": p.unit, "svg": panel_svg(p), "legend": legend(p)} for p in panels],
         figures=figures,
         settings=settings_tables(out / BASELINE / CONFIG_FILE, None),
@@ -116,14 +128,47 @@ def write_page(options: list[Option], out: Path) -> Path:
     return out / "report.html"
 
 
+def write_markdown(options: list[Option], out: Path, page: Path) -> Path:
+    """Write the same curves and figures as a Markdown page, with its picture beside it. Return the page's path."""
+    curves = {option.name: evaluations(out / option.name) for option in options}
+    picture = page.with_suffix(".png")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_curves_png(picture, chart_panels(options, curves), TITLE)
+    baseline = PPOConfig.load(out / BASELINE / CONFIG_FILE)
+    rows = len(open_rows(Path(baseline.eval_prompts)))
+    prompts = min(rows, baseline.eval_limit) if baseline.eval_limit else rows
+    lines = [
+        f"# {TITLE}",
+        "",
+        f"Each option is one run from the same SFT model, with seed {baseline.run.seed}: {baseline.iterations} "
+        f"iterations of {baseline.prompts_per_iteration * baseline.samples_per_prompt} answers with the settings of "
+        f"`examples/sorting/short.yaml`, but for the keys of the option. Exact match of sampled answers to {prompts} "
+        "validation prompts. One run per option does not rank them: studies compare settings over seeds.",
+        "",
+        f"![Exact match over iterations, a chart for each group of options.]({picture.name})",
+        "",
+        "| option | what it is | before | after |",
+        "|---|---|---|---|",
+        *(f"| `{o.name}` | {o.title} | {' | '.join(first_and_last(curves[o.name]))} |" for o in options),
+        "",
+        "`compare.py --page` of `examples/sorting` writes this page after `make learn`.",
+        "",
+    ]
+    write_text_atomic(page, "\n".join(lines))
+    return page
+
+
 def main() -> int:
     """Run the command line with one rank per core. Return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/learn"), help="folder of a finished run.py")
     parser.add_argument("--out", type=Path, default=Path("runs/learn_options"), help="folder to write")
+    parser.add_argument("--page", type=Path, help="also write this Markdown page, with a PNG beside it")
     parser.add_argument("--only", nargs="+", default=[], help="names of options; the baseline always runs")
     parser.add_argument("overrides", nargs="*", help="settings of all runs, as in ppo.iterations=40")
     arguments = parser.parse_args()
+    if arguments.page and arguments.only:
+        parser.error("--page shows all options, so it does not go with --only")
     try:
         options = read_options(arguments.only)
         count = ranks(Sorting.MAX_RANKS)
@@ -133,6 +178,8 @@ def main() -> int:
             train(options, arguments.run, arguments.out, arguments.overrides)
             if is_main():
                 print_info(f"page: {write_page(options, arguments.out)}")
+                if arguments.page:
+                    print_info(f"Markdown: {write_markdown(options, arguments.out, arguments.page)}")
     except UserError as error:
         if failure.should_report(error):
             print(f"error: {error}", file=sys.stderr)

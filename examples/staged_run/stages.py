@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from icegrt import PPOTrainer
 from icegrt.distributed import failure
 from icegrt.errors import UserError
@@ -84,14 +86,15 @@ class StagedRun:
         ]
 
     def choose_dtype(self) -> None:
-        """Write the faster type of this machine to a file of the run, so that a resumed run has the same."""
-        import torch
+        """Write bf16 or fp32 to a file of the run, so that a resumed run has the same.
 
+        bf16 on a GPU, and on a CPU whose matrix products are faster in it.
+        """
         is_bf16 = torch.cuda.is_available() or bf16_slowdown() < 1
         write_text_atomic(self.data / DTYPE_FILE, "bf16" if is_bf16 else "fp32")
 
     def dtype(self, of_older_versions: str) -> str:
-        """Return what `choose_dtype` wrote. Folders of versions without it have all stages in `of_older_versions`."""
+        """Return the type that `choose_dtype` wrote, or `of_older_versions` if an older version prepared the run."""
         path = self.data / DTYPE_FILE
         return path.read_text(encoding="utf-8") if path.is_file() else of_older_versions
 

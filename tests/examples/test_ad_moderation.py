@@ -1,5 +1,6 @@
 """The ad-moderation demo: splits without leaks, truth from the text, a checker hard to fool, same seed same bytes."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -360,7 +361,10 @@ def test_recipes_load(sharing):
     config, full = PPOConfig.load(demo.RECIPE, demo.ppo_changes(sharing)), PPOConfig.load(demo.RECIPE, [])
     assert config.sharing == sharing
     assert (config.optimizer.lr > full.optimizer.lr) == (sharing == "lora")
-    assert (config.iterations, config.lam) == (full.iterations, full.lam)  # the rest is that of full
+    # The rest is that of full.
+    changed = {"sharing": full.sharing, "optimizer": full.optimizer, "critic": full.critic}
+    assert dataclasses.replace(config, **changed) == full
+    assert config.optimizer.warmup_fraction == full.optimizer.warmup_fraction
 
 
 # ---- outcome
@@ -411,6 +415,40 @@ def test_the_outcome_has_the_figures_of_the_stages_files(tmp_path):
     assert any(line.startswith("SHORT general held-out loss +50.0%") for line in lines) and lines[-1] == "alarm: one"
     examples = outcome._examples()
     assert len(examples) == 20 and examples[0]["prompt"] == rows[0]["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "gain", "low", "passes"),
+    [
+        ("task_score", 0.081, 0.06, True),
+        ("task_score", 0.079, 0.06, False),
+        ("task_score", 0.1, 0.05, False),
+        ("greedy_task_score", 0.001, -0.01, True),
+        ("greedy_task_score", -0.001, -0.01, False),
+        ("greedy_task_score", 0.001, -0.021, False),
+    ],
+)
+def test_the_checks_ask_for_a_gain_and_for_its_interval(name, gain, low, passes):
+    from ad_moderation.outcome import Outcome
+
+    ppo = {
+        "kl_nats_per_response": 1.0, "kl_target_nats_per_response": 6.0, "alarms": [],
+        "general_loss_before": 4.0, "general_loss_after": 4.0,
+    }  # fmt: skip
+    for figure in ("distinct_fraction", "response_tokens_mean", "truncated_fraction"):
+        ppo |= {f"{figure}_before": 0.5, f"{figure}_after": 0.5}
+    for score in ("heldout_reward", "task_score", "greedy_task_score"):
+        ppo |= {f"{score}_before": 0.5, f"{score}_after": 0.7, f"{score}_gain_ci95": [0.19, 0.21]}
+    ppo |= {f"{name}_after": 0.5 + gain, f"{name}_gain_ci95": [low, 0.3]}
+    outcome = Outcome.__new__(Outcome)
+    reward = {
+        "heldout_accuracy": 0.8, "baseline_accuracy": 0.6, "heldout_pairs": 9, "heldout_tie_fraction": 0.5,
+        "baseline_feature": "length",
+    }  # fmt: skip
+    outcome.report = {"sft": {"heldout_loss_before": 3.0, "heldout_loss_after": 1.0}, "reward": reward, "ppo": ppo}
+    short = [line for line in outcome.lines() if line.startswith("SHORT")]
+    label = "checker, greedy" if name.startswith("greedy") else "checker, sampled"
+    assert (not short) if passes else (len(short) == 1 and f"{label}: 0.500 -> " in short[0])
 
 
 # ---- files

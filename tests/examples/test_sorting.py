@@ -209,6 +209,13 @@ def test_the_run_resumes_and_writes_its_report(small, tmp_path, monkeypatch):
     page = compare.write_page(options, tmp_path / "options").read_text(encoding="utf-8")
     assert [option.name for option in options] == [compare.BASELINE, "advantage-rloo"]
     assert "Exact match: advantage" in page and "no critic" in page
+    markdown = compare.write_markdown(options, tmp_path / "options", tmp_path / "docs" / "options.md")
+    text = markdown.read_text(encoding="utf-8")
+    rloo = curve.evaluations(tmp_path / "options" / "advantage-rloo")
+    ends = " | ".join(f"{rloo[n]['function_score_mean']:.3f}" for n in (0, -1))
+    assert text.count("| `baseline` |") == 1 and f"| `advantage-rloo` | {options[1].title} | {ends} |" in text
+    assert "](options.png)" in text and f"{SIZES['validation']} validation prompts" in text and "2 iterations" in text
+    assert (tmp_path / "docs" / "options.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "options" / "advantage-rloo" / "metrics.jsonl").stat().st_mtime_ns == metrics
     rloo = PPOConfig.load(tmp_path / "options" / "advantage-rloo" / "config.yaml")
     assert rloo.advantage == "rloo" and rloo.iterations == 2 and rloo.run.seed == 0

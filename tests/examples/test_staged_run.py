@@ -10,6 +10,7 @@ from icegrt.config import PPOConfig
 from icegrt.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+from ad_moderation import demo
 from ad_moderation.demo import RECIPE, Demo, ppo_changes
 from staged_run import assessment, stages
 from staged_run.launch import launch
@@ -98,14 +99,30 @@ def test_overrides_of_the_command_line_come_after_the_recipe_of_an_option(tmp_pa
     assert Demo(tmp_path / "full", 0, [], sharing="full").overrides_of("ppo") == []
 
 
-def test_ppo_of_the_demo_has_the_faster_type_and_older_folders_keep_theirs(tmp_path, monkeypatch):
-    demo = Demo(tmp_path / "out", 0, [], sharing="full")
-    demo.data.mkdir()
-    assert demo.dtype(of_older_versions="fp32") == "fp32"
-    monkeypatch.setattr(stages, "bf16_slowdown", lambda: 0.4)
-    demo.choose_dtype()
-    monkeypatch.setattr(stages, "bf16_slowdown", lambda: 20.0)  # a resumed run does not measure again
-    assert demo.dtype(of_older_versions="fp32") == "bf16"
+@pytest.mark.parametrize("sharing", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("slowdown", "overrides", "dtype"),
+    [(0.4, [], "bf16"), (20.0, [], "fp32"), (None, [], "fp32"), (0.4, ["ppo.run.dtype=fp32"], "fp32")],
+    ids=["faster", "slower", "an older version prepared it", "the command line decides"],
+)
+def test_ppo_of_the_demo_has_the_type_that_prepare_chose(tmp_path, monkeypatch, sharing, slowdown, overrides, dtype):
+    configs = []
+
+    def stop(config):
+        configs.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(demo, "prepare", lambda data, seed: data.mkdir())
+    monkeypatch.setattr(demo, "PPOTrainer", stop)
+    run = Demo(tmp_path / "out", 0, overrides, sharing=sharing)
+    if slowdown is not None:
+        monkeypatch.setattr(stages, "bf16_slowdown", lambda: slowdown)
+        run.prepare()
+        monkeypatch.setattr(stages, "bf16_slowdown", lambda: 1 / slowdown)  # a resumed run does not measure again
+    with pytest.raises(KeyboardInterrupt):
+        run.ppo()
+    assert (configs[0].run.dtype, configs[0].sharing) == (dtype, sharing)
 
 
 def test_every_rank_is_started_and_a_failure_is_the_result(tmp_path):
