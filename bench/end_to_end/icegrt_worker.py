@@ -23,15 +23,18 @@ from bench.end_to_end.workloads import Workload, tokenizer, worker_parser
 from icegrt import _C, PPOConfig, PPOTrainer
 from icegrt.rollout import stage
 
+# Phases of the trainer that count as another one in processor time and operations.
+PARTS = {"plan": "score", "shape": "score"}
+
 
 class Phases:
-    """Hooks at the ends of phases: they keep this process's seconds of computing, and tell a counter.
+    """Keeps this process's seconds of computing by phase, and tells a counter where phases end.
 
     A rank that waits for others takes no processor time, so these are its seconds before it waits. They cover all
     threads of the process.
 
     Attributes:
-        busy_seconds: by phase, of the iteration that runs. "score" has the phases "plan" and "shape", too.
+        busy_seconds: by phase, of the iteration that runs.
         counter: of operations, or None.
     """
 
@@ -44,23 +47,29 @@ class Phases:
         """Begin an iteration."""
         self.busy_seconds, self.counter, self._begin = {}, counter, time.process_time()
 
-    def on_rollout(self, trainer: object, responses: object) -> None:
-        """End the rollout."""
-        self._end("rollout")
-
-    def on_scores(self, trainer: object, experience: object) -> None:
-        """End inference and advantages."""
-        self._end("score")
-
-    def on_update(self, trainer: object, row: object) -> None:
-        """End the update."""
-        self._end("update")
-
-    def _end(self, phase: str) -> None:
+    def end(self, phase: str) -> None:
+        """Give what was done since the last end to `phase`, which may end several times."""
         now = time.process_time()
-        self.busy_seconds[phase], self._begin = now - self._begin, now
+        self.busy_seconds[phase] = self.busy_seconds.get(phase, 0.0) + now - self._begin
+        self._begin = now
         if self.counter is not None:
             self.counter.end_phase(phase)
+
+
+class PhasedTrainer(PPOTrainer):
+    """A trainer whose phases end in a `Phases`, as its seconds by phase do.
+
+    The hooks of callbacks would not serve: with `ppo.reuse_update_values` the critic learns before `on_scores`.
+    """
+
+    phases: Phases | None = None
+
+    @contextlib.contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        with super()._timed(phase):
+            yield
+        if self.phases is not None:
+            self.phases.end(PARTS.get(phase, phase))
 
 
 @contextlib.contextmanager
@@ -128,7 +137,8 @@ class Iterations:
         self._prompt_tokens = workload.samples * sum(map(len, workload.prompt_ids()))
         self._phases = Phases()
         config = PPOConfig.load(base, keys)
-        self._trainer = PPOTrainer(config, actor, tokens, workload.reward_model(), prompts, callbacks=[self._phases])
+        self._trainer = PhasedTrainer(config, actor, tokens, workload.reward_model(), prompts)
+        self._trainer.phases = self._phases
 
     def __enter__(self) -> Iterations:
         self._trainer.__enter__()

@@ -41,6 +41,19 @@ def test_icegrt_executes_the_formula_and_its_scalar_heads(tmp_path, workload):
     assert set(figures["busy_phases"]) == {"rollout", "score", "update"}
 
 
+def test_a_critic_that_learns_before_the_advantages_counts_as_update(tmp_path):
+    keys = ["ppo.reuse_update_logprob=true", "ppo.kl_logprobs=rollout", "ppo.reuse_update_values=true"]
+    with Iterations(SMALL, "fp32", keys, tmp_path, tmp_path / "run") as iterations:
+        figures = iterations.count()
+    tokens, answers, flops = figures["tokens"], figures["answer_tokens"], figures["flops"]
+    # Inference has the reference and the reward model alone: half of its trunks and heads.
+    inferred = useful_flops(SMALL, "score", tokens, answers) // 2 + scalar_heads(SMALL, SMALL.episodes)
+    assert flops["score"][PRODUCTS] == inferred
+    trained = useful_flops(SMALL, "update", tokens, answers) + 3 * scalar_heads(SMALL, answers)
+    assert trained <= flops["update"][PRODUCTS] <= trained + 3 * scalar_heads(SMALL, SMALL.episodes)
+    assert set(figures["busy_phases"]) == set(flops) == {"rollout", "score", "update"}
+
+
 @pytest.mark.parametrize("workload", [SMALL, TIED], ids=["uniform", "135M"])
 def test_the_reference_path_executes_its_padding_and_a_head_at_every_position(workload):
     rows = 3
