@@ -6,7 +6,8 @@ and TRL try four batch sizes, which are all listed, and run at the fastest. TRL 
 those of a rollout. After the timed rounds one iteration of each provider counts its operations.
 
 Without --workloads and --dtypes it runs uniform in fp32 and bf16, and long-tail and 8-samples in fp32: about half an
-hour on two idle cores, by an estimate. --only leaves providers out; 135M has no memory for all of them at once.
+hour on two idle cores. Rows of other workloads stay in the file. --only leaves providers out; 135M has no memory for
+all of them at once.
 
     python -m bench.bench_ppo
     python -m bench.bench_ppo --workloads uniform --dtypes fp32 --rounds 5
@@ -16,11 +17,13 @@ hour on two idle cores, by an estimate. --only leaves providers out; 135M has no
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench import harness
-from bench.end_to_end.figures import BENCH, print_table, rows_of, settings_rows
+from bench.end_to_end.figures import BENCH, case_name, print_table, rows_of, settings_rows
 from bench.end_to_end.flops import peak_gflops
 from bench.end_to_end.protocol import Worker, WorkerError
 from bench.end_to_end.providers import PEERS, PEERS_PYTHON, Provider, providers
@@ -87,6 +90,13 @@ def run(workload: Workload, dtype: str, options: argparse.Namespace) -> list[dic
     return rows
 
 
+def rows_of_other_cases(path: Path, cases: Sequence[tuple[Workload, str]]) -> list[dict]:
+    """Return the rows of a file whose workload and dtype do not run now; none if there is no file."""
+    names = {case_name(workload, dtype) for workload, dtype in cases}
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return [dict.fromkeys(harness.KEYS) | row for row in rows if row["case"] not in names]
+
+
 def main() -> None:
     """Run the bench."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -127,7 +137,7 @@ def main() -> None:
     if "TRL" in options.peers and not PEERS_PYTHON.exists():
         print("TRL is left out: `make bench-peers` makes its environment")
         options.peers.remove("TRL")
-    rows: list[dict] = []
+    rows = rows_of_other_cases(harness.folder_of(options) / f"{BENCH}.json", cases)
     for workload, dtype in cases:
         rows += run(workload, dtype, options)
         harness.write(BENCH, rows, options)  # what was measured stays if a later case fails

@@ -26,6 +26,11 @@ TARGETS = {
 }
 
 
+def case_name(workload: Workload, dtype: str) -> str:
+    """Return the case of a workload's rows."""
+    return f"{workload.name} {dtype}"
+
+
 def rows_of(
     workload: Workload,
     dtype: str,
@@ -95,7 +100,7 @@ def _rows(
     rows = []
     for (metric, unit), samples in series.items():
         low, median, high = harness._quantiles(samples)
-        row = {"bench": BENCH, "case": f"{workload.name} {dtype}", "provider": name, "metric": metric, "unit": unit}
+        row = {"bench": BENCH, "case": case_name(workload, dtype), "provider": name, "metric": metric, "unit": unit}
         rows.append(row | {"median": median, "p20": low, "p80": high, "runs": len(samples)} | common)
     return rows
 

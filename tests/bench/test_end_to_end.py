@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import bench_ppo
+from bench import bench_ppo, harness
 from bench.end_to_end.flops import ATTENTION, PRODUCTS
 from bench.end_to_end.protocol import RUN_FOLDER, Worker, WorkerError, try_settings
 from bench.end_to_end.providers import MODES, PEERS, Provider, providers
@@ -219,3 +219,12 @@ def test_a_provider_that_ends_is_left_out_and_the_others_have_rows(fake_python, 
 def test_the_options_name_providers():
     options = Namespace(peers=["reference"], threads=2, only=["icegrt", "reference", "TRL"])
     assert [p.name for p in bench_ppo.chosen(WORKLOADS["135M"], "fp32", options)] == ["icegrt", "reference"]
+
+
+def test_rows_of_workloads_that_do_not_run_stay(tmp_path):
+    path = tmp_path / "ppo.json"
+    assert bench_ppo.rows_of_other_cases(path, bench_ppo.DEFAULT_CASES) == []
+    path.write_text(json.dumps([{"case": case} for case in ("135M bf16", "uniform fp32", "uniform bf16")]))
+    kept = bench_ppo.rows_of_other_cases(path, [(WORKLOADS["uniform"], "fp32")])
+    assert [row["case"] for row in kept] == ["135M bf16", "uniform bf16"]
+    assert all(set(row) == set(harness.KEYS) for row in kept)
