@@ -28,10 +28,9 @@ PARTS = {"plan": "score", "shape": "score"}
 
 
 class Phases:
-    """Keeps this process's seconds of computing by phase, and tells a counter where phases end.
+    """The processor time of this process by phase. It also tells a counter of operations where phases end.
 
-    A rank that waits for others takes no processor time, so these are its seconds before it waits. They cover all
-    threads of the process.
+    A rank that waits for others takes no processor time. The time is that of all threads.
 
     Attributes:
         busy_seconds: by phase, of the iteration that runs.
