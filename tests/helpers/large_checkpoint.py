@@ -4,6 +4,7 @@
 saves it as the checkpoint of a run; `export RUN OUT DTYPE` is `icegrt export`.
 """
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from icegrt import cli
 from icegrt.checkpoint import directory as checkpoint_folder
+from icegrt.data import load_tokenizer
 from icegrt.distributed.cluster import Cluster
 from icegrt.distributed.megatron import load_megatron
 from icegrt.model.architecture import DTYPES, Architecture
@@ -64,9 +66,12 @@ def import_and_export(origin: str, out: str, run: str, dtype: str) -> None:
 
 
 def export(run: str, out: str, dtype: str) -> None:
-    """Run `icegrt export`, then print the growth."""
+    """Run `icegrt export`, then print by how much its buffers grew."""
     keys = [f"export.run={run}", f"export.out={out}", f"export.dtype={dtype}"]
+    # What the command imports is no part of the growth.
     load_megatron()
+    importlib.import_module(cli.STAGE_MODULES["export"])
+    load_tokenizer(str(Path(run) / "tokenizer"))
     before = memory("VmRSS")
     assert cli.main(["export", *keys, f"export.shard_gigabytes={SHARD_BYTES / 1e9}"]) == 0
     print_growth(before)
