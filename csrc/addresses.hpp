@@ -25,4 +25,12 @@ void with_dtype(const std::string& dtype, const F& f) {
   f(double());
 }
 
+// The same for operations that have no bfloat16.
+template <typename F>
+void with_wide_dtype(const std::string& dtype, const F& f) {
+  if (dtype == "float32") return f(float());
+  require(dtype == "float64", "dtype: expected float32 or float64, got ", dtype);
+  f(double());
+}
+
 }  // namespace icegrt

@@ -12,6 +12,7 @@
 #include "arrays.hpp"
 #include "balance.hpp"
 #include "bindings.hpp"
+#include "logit_rows.hpp"
 #include "pack.hpp"
 #include "rms_norm.hpp"
 #include "scheduler_invariants.hpp"
@@ -165,6 +166,28 @@ void py_swiglu_backward(const std::string& dtype, Address gate_up, Address grad,
   });
 }
 
+// Statistics [4, rows]: maximum, sum, label's logit, shifted sum.
+void py_logit_statistics(const std::string& dtype, Address logits, Address labels, int64_t start, Address statistics,
+                         int64_t rows, int64_t columns, double temperature, int64_t threads) {
+  with_wide_dtype(dtype, [&](auto zero) {
+    using W = decltype(zero);
+    W* out = at<W>(statistics);
+    logit_statistics<W>({at<W>(logits), out, out + rows, out + 2 * rows, out + 3 * rows},
+                        {at<int64_t>(labels), start, columns, static_cast<W>(temperature)}, rows, threads);
+  });
+}
+
+void py_logit_gradients(const std::string& dtype, Address logits, Address sources, Address labels, int64_t start,
+                        const std::array<Address, 5>& of_rows, int64_t count, int64_t columns, double temperature,
+                        int64_t threads) {
+  with_wide_dtype(dtype, [&](auto zero) {
+    using W = decltype(zero);
+    logit_gradients<W>({at<W>(logits), at<int64_t>(sources), at<W>(of_rows[0]), at<W>(of_rows[1]), at<W>(of_rows[2]),
+                        at<W>(of_rows[3]), at<W>(of_rows[4])},
+                       {at<int64_t>(labels), start, columns, static_cast<W>(temperature)}, count, threads);
+  });
+}
+
 // A view of an array of the scheduler, which stays alive with it; valid until the next plan.
 template <typename T>
 py::array_t<T> borrowed(const std::vector<T>& values, int64_t size, const py::object& owner) {
@@ -277,6 +300,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("rms_norm_backward", &py_rms_norm_backward, without_gil, "Write the gradients by rows and by the weight.");
   m.def("swiglu_forward", &py_swiglu_forward, without_gil, "Write silu(gate) * up of rows.");
   m.def("swiglu_backward", &py_swiglu_backward, without_gil, "Write the gradients by gate and up.");
+  m.def("logit_statistics", &py_logit_statistics, without_gil, "Write maximum, sums and label's logit of rows of logits.");
+  m.def("logit_gradients", &py_logit_gradients, without_gil, "Write the gradient by rows of logits over them.");
   def_heads_and_pages(m);
   def_scheduler(m);
 }

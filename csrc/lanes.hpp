@@ -114,3 +114,21 @@ ICEGRT_INLINE void four_sums(const DoubleLanes& a, const DoubleLanes& b, const D
                              double* sums) {
   sums[0] = lane_sum(a), sums[1] = lane_sum(b), sums[2] = lane_sum(c), sums[3] = lane_sum(d);
 }
+
+// exp(x) of numbers that are not positive, as vector_exp but for 0 below its range; NaN stays.
+ICEGRT_INLINE FloatLanes exp_of_negative(const FloatLanes& x) {
+  constexpr float kLowest = -87.0f, kRound = 12582912.0f;
+  const FloatLanes clamped = x < kLowest ? FloatLanes{} + kLowest : x;
+  const FloatLanes shifted = clamped * 1.44269504088896f + kRound, n = shifted - kRound;
+  const FloatLanes r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  FloatLanes series = 1.0f / 720.0f + r * (1.0f / 5040.0f);
+  series = 1.0f / 24.0f + r * (1.0f / 120.0f + r * series);
+  series = 1.0f + r * (1.0f + r * (0.5f + r * (1.0f / 6.0f + r * series)));
+  const WordLanes exponent = ((WordLanes)shifted + 127u) << 23;
+  return x < kLowest ? FloatLanes{} : series * (FloatLanes)exponent;
+}
+ICEGRT_INLINE DoubleLanes exp_of_negative(const DoubleLanes& x) {
+  DoubleLanes out;
+  for (int64_t l = 0; l < kLanesOf<double>; ++l) out[l] = __builtin_exp(x[l]);
+  return out;
+}

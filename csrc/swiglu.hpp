@@ -5,6 +5,8 @@
 
 namespace icegrt {
 
+constexpr int64_t kSwigluBlock = 512;  // elements whose sigmoids are kept
+
 template <typename T>
 struct Gated {
   const T *gate_up, *grad;  // grad: backward only
@@ -35,14 +37,18 @@ ICEGRT_INLINE void swiglu_backward_rows(const Gated<T>& a, int64_t first, int64_
     const T* __restrict grad = a.grad + row * a.width;
     T* __restrict grad_gate = a.out + row * 2 * a.width;
     T* __restrict grad_up = grad_gate + a.width;
-    // One result a loop: with two, GCC 12 does not vectorise bf16.
-    for (int64_t j = 0; j < a.width; ++j) {
-      const W g = wide(gate[j]), s = sigmoid(g);
-      store(grad_gate[j], wide(grad[j]) * wide(up[j]) * s * (W(1) + g * (W(1) - s)));
-    }
-    for (int64_t j = 0; j < a.width; ++j) {
-      const W g = wide(gate[j]);
-      store(grad_up[j], wide(grad[j]) * g * sigmoid(g));
+    // One result a loop: with two, GCC 12 does not vectorise bf16. The sigmoid is kept for the second one.
+    W sigmoids[kSwigluBlock];
+    for (int64_t start = 0; start < a.width; start += kSwigluBlock) {
+      const int64_t end = std::min(a.width, start + kSwigluBlock);
+      for (int64_t j = start; j < end; ++j) {
+        const W g = wide(gate[j]), s = sigmoid(g);
+        sigmoids[j - start] = s;
+        store(grad_gate[j], wide(grad[j]) * wide(up[j]) * s * (W(1) + g * (W(1) - s)));
+      }
+      for (int64_t j = start; j < end; ++j) {
+        store(grad_up[j], wide(grad[j]) * wide(gate[j]) * sigmoids[j - start]);
+      }
     }
   }
 }

@@ -158,6 +158,31 @@ def swiglu_forward(dtype: str, gate_up: int, out: int, rows: int, width: int, th
 def swiglu_backward(
     dtype: str, gate_up: int, grad: int, grad_gate_up: int, rows: int, width: int, threads: int, /
 ) -> None: ...
+def logit_statistics(
+    dtype: str,
+    logits: int,
+    labels: int,
+    start: int,
+    statistics: int,
+    rows: int,
+    columns: int,
+    temperature: float,
+    threads: int,
+    /,
+) -> None: ...
+def logit_gradients(
+    dtype: str,
+    logits: int,
+    sources: int,
+    labels: int,
+    start: int,
+    of_rows: tuple[int, ...],
+    count: int,
+    columns: int,
+    temperature: float,
+    threads: int,
+    /,
+) -> None: ...
 
 class BlockScheduler:
     """Tokens and counts are int32, ids int64; see csrc/scheduler.hpp."""

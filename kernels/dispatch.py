@@ -36,11 +36,13 @@ IMPLEMENTATIONS = MappingProxyType(
         },
         "linear_logprobs": {
             "triton": "linear.triton:linear_logprobs",
+            "cpp": "linear.cpp:linear_logprobs",
             "chunked": "linear.chunked:linear_logprobs",
             "reference": "linear.reference:linear_logprobs",
         },
         "linear_ppo_loss": {
             "triton": "linear.triton:linear_ppo_loss",
+            "cpp": "linear.cpp:linear_ppo_loss",
             "chunked": "linear.chunked:linear_ppo_loss",
             "reference": "linear.reference:linear_ppo_loss",
         },

@@ -24,8 +24,8 @@ def eager(hidden, weight, labels):
 def providers(options, V):
     rows = sweeps.chunk_rows(options, V)
     calls = {"chunked": with_backend("chunked", rows), "reference": with_backend("reference"), "eager": eager}
-    if options.device == "cuda":
-        calls["triton"] = with_backend("triton", rows)
+    compiled = "triton" if options.device == "cuda" else "cpp"
+    calls[compiled] = with_backend(compiled, rows)
     if options.device == "cuda" or not options.quick:
         calls["torch.compile"] = torch.compile(eager, dynamic=False)
     if hasattr(F, "linear_cross_entropy"):

@@ -10,7 +10,7 @@ The loss takes three matrix products: the logits, and the gradients by hidden st
 gradients in the forward pass, while the logits of the chunk exist. Rows without a gradient (clipped, zero advantage)
 enter only the first product.
 
-`ChunkOps` (TORCH_OPS or TRITON_OPS) holds the operations on the logits between the products.
+`ChunkOps` (TORCH_OPS, CPP_OPS or TRITON_OPS) holds the operations on the logits between the products.
 """
 
 from __future__ import annotations

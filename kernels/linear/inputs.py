@@ -61,7 +61,7 @@ class LogitsChunk(NamedTuple):
 
 
 class ChunkOps(NamedTuple):
-    """What happens to a chunk of logits between the products. Two instances: TORCH_OPS and TRITON_OPS."""
+    """What happens to a chunk of logits between the products. Instances: TORCH_OPS, CPP_OPS and TRITON_OPS."""
 
     # (head, logits, labels) -> statistics of this rank's columns. May overwrite the logits.
     row_stats: Callable[[ChunkedHead, Tensor, Tensor], RowStats]

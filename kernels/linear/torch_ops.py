@@ -1,8 +1,8 @@
 """What happens to a chunk of logits [C, v] between the products, in PyTorch and in place: statistics and gradient.
 
 Unlike common.vocab_rows, exp, sum and quotient are one pass of torch.softmax over the buffer. The largest probability
-is then exp(0) / S, which yields the sum S, and the gradient is finished in the same memory. triton.py has the same
-functions for a GPU.
+is then exp(0) / S, which yields the sum S, and the gradient is finished in the same memory. cpp.py has the same
+functions for a CPU, triton.py for a GPU.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from icegrt.kernels import token_logprobs, linear_ppo_loss, sample_tokens
 hidden, weight, labels = torch.randn(3, 2), torch.randn(5, 2), torch.tensor([0, 4, 2])
 out = linear_ppo_loss(hidden.requires_grad_(), weight, labels, None, torch.randn(3), normalizer=3.0)
 out.loss.backward()
-engine = [m for m in sys.modules if m.startswith("icegrt.") and not m.startswith("icegrt.kernels")]
+engine = [m for m in sys.modules if m.startswith("icegrt.") and not m.startswith(("icegrt.kernels", "icegrt._C"))]
 assert not engine, engine
 assert not torch.cuda.is_initialized()
 """
@@ -42,22 +42,26 @@ print(describe("cpu")["shaped_gae"])
 """
 
 
+def without_extension(block):
+    return block.replace('name.split(".")[0] in', 'name == "icegrt._C" or name.split(".")[0] in')
+
+
 def run_python(code):
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr[-3000:]
     return process.stdout
 
 
-def test_without_megatron_transformers_and_triton():
-    run_python(BLOCK.format(blocked={"megatron", "transformers", "triton", "numpy_financial"}) + USE)
+@pytest.mark.parametrize("extension", [True, False])
+def test_without_megatron_transformers_and_triton(extension):
+    block = BLOCK.format(blocked={"megatron", "transformers", "triton", "numpy_financial"})
+    run_python((block if extension else without_extension(block)) + USE)
 
 
 def test_scans_and_sampling_with_the_base_install_with_and_without_the_extension():
     blocked = {"megatron", "transformers", "triton", "datasets", "pydantic", "yaml", "rich"}
     assert run_python(BLOCK.format(blocked=blocked) + SCANS).strip() == "cpp"
-    without = BLOCK.format(blocked=blocked).replace(
-        'name.split(".")[0] in', 'name == "icegrt._C" or name.split(".")[0] in'
-    )
+    without = without_extension(BLOCK.format(blocked=blocked))
     assert run_python(without + SCANS).strip() == "reference"
 
 

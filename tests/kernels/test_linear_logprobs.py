@@ -3,9 +3,16 @@
 import pytest
 import torch
 
-from icegrt.kernels import VocabShard, linear_logprobs
+from icegrt.kernels import VocabShard, linear_logprobs, use_backend
 from icegrt.kernels.linear import products as linear_products
 from tests.helpers.kernel_cases import plain_logprobs
+
+
+@pytest.fixture(autouse=True, params=["cpp", "chunked"])
+def backend(request):
+    """Run every test with each backend of a CPU that has chunks."""
+    with use_backend(linear_logprobs=request.param):
+        yield request.param
 
 
 def problem(A=13, H=5, V=11, dtype=torch.float64):

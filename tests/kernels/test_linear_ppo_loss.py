@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,6 +13,13 @@ from icegrt.kernels.linear import chunked as linear_chunked
 from icegrt.kernels.linear import products as linear_products
 from icegrt.kernels.linear import torch_ops
 from tests.helpers.kernel_cases import assert_within_budget
+
+
+@pytest.fixture(autouse=True, params=["cpp", "chunked"])
+def backend(request):
+    """Run every test with each backend of a CPU that has chunks."""
+    with use_backend(linear_logprobs=request.param, linear_ppo_loss=request.param):
+        yield request.param
 
 
 def problem(dtype=torch.float64, A=17, H=5, V=11):
@@ -206,6 +213,7 @@ def test_rows_without_gradient_leave_before_the_backward_products(monkeypatch, m
         torch.testing.assert_close(fused_grad, plain_grad)
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     A=st.sampled_from([0, 1, 3, 17, 64]),
     V=st.sampled_from([1, 2, 31, 257]),
@@ -219,7 +227,7 @@ def test_rows_without_gradient_leave_before_the_backward_products(monkeypatch, m
     seed=st.integers(0, 99),
 )
 def test_drawn_problems_stay_within_the_budget(
-    A, V, dtype, masked, strided, weight_scale, entropy_coef, chunk_rows, surrogate, seed
+    backend, A, V, dtype, masked, strided, weight_scale, entropy_coef, chunk_rows, surrogate, seed
 ):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(A, 16, generator=generator).to(dtype)[:, :: 2 if strided else 1]
@@ -237,7 +245,7 @@ def test_drawn_problems_stay_within_the_budget(
             loss = linear_ppo_loss(*leaves, labels, *streams, chunk_rows=chunk_rows, **options).loss
         return loss, *torch.autograd.grad(loss, leaves)
 
-    chunked_results = loss_and_gradients("chunked", dtype, chunk_rows)
+    chunked_results = loss_and_gradients(backend, dtype, chunk_rows)
     plain_results, truths = (loss_and_gradients("reference", x) for x in (dtype, torch.float64))
     for chunked, plain, truth in zip(chunked_results, plain_results, truths, strict=True):
         scale = max(1.0, truth.detach().abs().max().item()) if truth.numel() else 1.0

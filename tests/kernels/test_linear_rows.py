@@ -41,7 +41,7 @@ def policy(hidden_AH, weight_VH, labels_A, mask_A, **options):
 
 @pytest.mark.parametrize("operation", [logprobs, policy])
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["cpp", "chunked", "triton", "reference"])
 def test_named_rows_change_no_bit(operation, masked, backend):
     results = []
     for is_named in (False, True):
