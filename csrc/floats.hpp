@@ -3,7 +3,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "thread_pool.hpp"
 
@@ -26,6 +29,26 @@
 #endif
 
 namespace icegrt {
+
+// Of the texts in instruction_sets.hpp, the set that is used: 0 plain, 1 avx2, 2 avx512. It is the best of this
+// processor, or a lower one that the environment asks for: tests run all of them on one machine.
+inline int instruction_set() {
+  static const int chosen = [] {
+    int best = 0;
+#if defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 12
+    best = __builtin_cpu_supports("x86-64-v4") ? 2 : __builtin_cpu_supports("x86-64-v3") ? 1 : 0;
+#endif
+    const char* asked = std::getenv("ICEGRT_INSTRUCTION_SET");
+    if (!asked) return best;
+    const char* const names[] = {"plain", "avx2", "avx512"};
+    for (int set = 0; set < 3; ++set) {
+      if (std::strcmp(asked, names[set]) == 0 && set <= best) return set;
+    }
+    throw std::invalid_argument("ICEGRT_INSTRUCTION_SET: expected " + std::string(best > 1 ? "avx512, " : "") +
+                                (best > 0 ? "avx2 or " : "") + "plain, got " + asked);
+  }();
+  return chosen;
+}
 
 struct BFloat16 {
   uint16_t bits;

@@ -1,6 +1,6 @@
 // Includes the text ICEGRT_TEXT in the namespaces plain, avx2 and avx512, compiled for the instruction set of each, with
 // the vectors of lanes.hpp. The caller is in namespace icegrt. ICEGRT_FOR_THIS_CPU(name) is the name in the namespace of
-// the best set that this processor has.
+// the set that instruction_set() names.
 //
 // GCC 12 lowers vectors before it clones a function (target_clones), to those of the default set: the whole text has to
 // be compiled under each. A text has no lambdas, which do not take the set of the text around them, and no include guard.
@@ -52,10 +52,10 @@ namespace avx512 {
 
 #ifndef ICEGRT_FOR_THIS_CPU
 #if defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 12
-#define ICEGRT_FOR_THIS_CPU(...)                        \
-  (__builtin_cpu_supports("x86-64-v4")   ? avx512::__VA_ARGS__ \
-   : __builtin_cpu_supports("x86-64-v3") ? avx2::__VA_ARGS__   \
-                                         : plain::__VA_ARGS__)
+#define ICEGRT_FOR_THIS_CPU(...)                 \
+  (instruction_set() == 2   ? avx512::__VA_ARGS__ \
+   : instruction_set() == 1 ? avx2::__VA_ARGS__   \
+                            : plain::__VA_ARGS__)
 #else
 #define ICEGRT_FOR_THIS_CPU(...) plain::__VA_ARGS__
 #endif

@@ -5,9 +5,9 @@
 //   S = sum exp(d),   T = sum exp(d) * d,   p = exp(d) / S,   log p = d - log S,   H = the row's entropy
 //   dz = g (onehot - p) - h p (log p + H)
 //
-// g and h are the gradients by log-prob and by entropy, each over the temperature. S has the same bits whether T is
-// wanted or not. All sums have an order that depends on the number of columns alone: neither other rows nor threads
-// change the bits of a row.
+// g and h are the gradients by log-prob and by entropy, each over the temperature. T is always formed: scoring with and
+// without an entropy runs the same instructions. All sums have an order that depends on the number of columns and the
+// instruction set alone: neither other rows nor threads change the bits of a row.
 #pragma once
 
 #include <algorithm>

@@ -37,7 +37,7 @@ ICEGRT_INLINE void swiglu_backward_rows(const Gated<T>& a, int64_t first, int64_
     const T* __restrict grad = a.grad + row * a.width;
     T* __restrict grad_gate = a.out + row * 2 * a.width;
     T* __restrict grad_up = grad_gate + a.width;
-    // One result a loop: with two, GCC 12 does not vectorise bf16. The sigmoid is kept for the second one.
+    // One bf16 result a loop: with two, GCC 12 does not vectorise it. The sigmoid is kept for the second one.
     W sigmoids[kSwigluBlock];
     for (int64_t start = 0; start < a.width; start += kSwigluBlock) {
       const int64_t end = std::min(a.width, start + kSwigluBlock);

@@ -33,6 +33,8 @@ META = torch.device("meta")
 _EXTENSION_OPERATORS = (
     "copy_blocks",
     "linear_rows",
+    "logit_gradients",
+    "logit_statistics",
     "packed_attention",
     "paged_attention",
     "rms_norm_backward",

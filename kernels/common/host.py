@@ -21,3 +21,11 @@ def dtype_name(*tensors: Tensor | None) -> str | None:
 def address(x: Tensor | None) -> int:
     """Return the address of a tensor's first element; 0 for None."""
     return 0 if x is None else x.data_ptr()
+
+
+def hold(*tensors: Tensor | None) -> None:
+    """Keep tensors alive up to this line, which follows the call of the extension that has their addresses.
+
+    torch.compile breaks its graph at that call and keeps only what is read later: a copy that is made for the call
+    would be freed before it, although a local variable names it.
+    """

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from icegrt import _C
 
-from ..common.host import address
+from ..common.host import address, hold
 from ..dispatch import log_launch
 from . import reference
 
@@ -44,6 +44,7 @@ def linear_rows(x_NK: Tensor, weight_MK: Tensor, bias_M: Tensor | None, out: Ten
         (x_NK.shape[0], *weight_MK.shape, x_NK.stride(0), weight_MK.stride(0), out.stride(0)),
         torch.get_num_threads(),
     )
+    hold(x_NK, weight_MK, bias_M, out)
 
 
 @cache

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from icegrt import _C
 
-from ..common.host import address, dtype_name
+from ..common.host import address, dtype_name, hold
 from ..common.vocab_rows import RowStats, TokenGrads, empty_row_stats
 from ..dispatch import log_launch
 from ..ppo_policy_loss.inputs import PolicyObjective, PolicyStreams
@@ -53,6 +53,8 @@ def row_stats(head: ChunkedHead, z: Tensor, labels: Tensor) -> RowStats:
         head.temperature,
         torch.get_num_threads(),
     )
+    hold(z, labels, packed)
+    # T is always formed, so that the other sums have the same bits with and without an entropy.
     if not head.entropy:
         packed[3].zero_()
     return RowStats(*packed.unbind())
@@ -87,6 +89,7 @@ def logits_grad(head: ChunkedHead, chunk: LogitsChunk, grads: TokenGrads, active
         head.temperature,
         torch.get_num_threads(),
     )
+    hold(z, active, labels, *of_rows)
     return z[:count], None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from icegrt import _C
 
-from ..common.host import address, dtype_name
+from ..common.host import address, dtype_name, hold
 from ..common.precision import saturating_cast
 from ..dispatch import log_launch
 from ..validate import single_backward
@@ -44,6 +44,7 @@ def _launch(name: str, inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor 
         1.0 / math.sqrt(q.shape[2]),
         torch.get_num_threads(),
     )
+    hold(*tensors)
 
 
 def _neighbours(x: Tensor) -> Tensor:

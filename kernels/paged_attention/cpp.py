@@ -7,7 +7,7 @@ from torch import Tensor
 
 from icegrt import _C
 
-from ..common.host import address
+from ..common.host import address, hold
 from ..dispatch import log_launch
 from .inputs import Pages, Rows
 
@@ -38,3 +38,4 @@ def paged_attention(q_TND: Tensor, pages: Pages, rows: Rows, scale: float, out: 
         rows.max_length,
         torch.get_num_threads(),
     )
+    hold(q_TND, out, keys, values, pages.tables, rows.lengths_S, pages.table_rows_S, rows.starts)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from icegrt import _C
 
+from ..common.host import hold
 from ..dispatch import log_launch
 
 
@@ -24,6 +25,7 @@ def write_kv(
         cache_slots_T.shape[0],
         torch.get_num_threads(),
     )
+    hold(k_TGD, v_TGD, key_cache_BGKD, value_cache_BGKD, cache_slots_T)
 
 
 def copy_blocks(cache_PB: Tensor, copy_from_C: Tensor, copy_to_C: Tensor) -> None:
@@ -40,3 +42,4 @@ def copy_blocks(cache_PB: Tensor, copy_from_C: Tensor, copy_to_C: Tensor) -> Non
         copy_from_C.shape[0],
         torch.get_num_threads(),
     )
+    hold(cache_PB, copy_from_C, copy_to_C)

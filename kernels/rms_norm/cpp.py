@@ -7,7 +7,7 @@ from torch import Tensor
 
 from icegrt import _C
 
-from ..common.host import address, dtype_name
+from ..common.host import address, dtype_name, hold
 from ..common.precision import saturating_cast
 from ..dispatch import log_launch
 from ..validate import wide_dtype
@@ -49,6 +49,7 @@ def _forward(x: Tensor, residual: Tensor | None, weight_H: Tensor, eps: float, b
         eps,
         torch.get_num_threads(),
     )
+    hold(x, residual, weight_H, normed, total, scale_S)
     return Forward(normed, total, scale_S)
 
 
@@ -80,6 +81,7 @@ def _backward(
         address(grad_weight_H),
         torch.get_num_threads(),
     )
+    hold(grad, grad_total, total, weight_H, scale_S, grad_x, grad_weight_H)
     return grad_x, None if grad_weight_H is None else grad_weight_H.to(weight_H.dtype)
 
 

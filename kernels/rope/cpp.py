@@ -7,7 +7,7 @@ from torch import Tensor
 
 from icegrt import _C
 
-from ..common.host import address, dtype_name
+from ..common.host import address, dtype_name, hold
 from ..dispatch import log_launch
 from .function import Heads, run, run_qkv
 
@@ -44,6 +44,7 @@ def _step(source: Heads, to: Heads, cos_TR: Tensor, sin_TR: Tensor, inverse: boo
         inverse,
         torch.get_num_threads(),
     )
+    hold(*source, *to, cos_TR, sin_TR)
 
 
 def rope(q_TND: Tensor, k_TGD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor]:

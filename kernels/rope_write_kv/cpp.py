@@ -7,7 +7,7 @@ from torch import Tensor
 
 from icegrt import _C
 
-from ..common.host import dtype_name
+from ..common.host import dtype_name, hold
 from ..dispatch import log_launch
 from ..paged_kv.cpp import write_kv
 from ..rope.cpp import rope_qkv
@@ -48,3 +48,4 @@ def rope_write_kv(
         cache_slots_T.data_ptr(),
         torch.get_num_threads(),
     )
+    hold(qkv_TGMD, out_TGQD, key_cache_BGKD, value_cache_BGKD, cos_TR, sin_TR, cache_slots_T)

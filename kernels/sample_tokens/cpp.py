@@ -10,7 +10,7 @@ from torch import Tensor
 
 from icegrt import _C
 
-from ..common.host import address
+from ..common.host import address, hold
 from ..dispatch import log_launch
 from ..types import VocabShard
 from ..validate import wide_dtype
@@ -64,10 +64,11 @@ def _run(
     columns = [x.contiguous() if isinstance(x, Tensor) else None for x in settings]
     temperature, top_k, top_p, min_p, seed = (0 if isinstance(x, Tensor) else x for x in settings)
     ids, positions = (x.to(torch.int64).contiguous() for x in (key.sequence_ids, key.positions))
+    tensors = (rows, ids, positions, *columns, allowed, *results)
     log_launch("sample_tokens", "cpp")
     _C.sample_tokens(
         _NAMES[logits_NV.dtype],
-        tuple(map(address, (rows, ids, positions, *columns, allowed, *results))),
+        tuple(map(address, tensors)),
         (
             rows.shape[0],
             rows.shape[1] if shard is None else min(rows.shape[1], shard.valid),
@@ -79,3 +80,4 @@ def _run(
         (int(top_k), int(seed)),
         torch.get_num_threads(),
     )
+    hold(*tensors)

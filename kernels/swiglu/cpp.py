@@ -7,7 +7,7 @@ from torch import Tensor
 
 from icegrt import _C
 
-from ..common.host import dtype_name
+from ..common.host import dtype_name, hold
 from ..common.precision import saturating_cast
 from ..dispatch import log_launch
 from .function import Steps, run
@@ -23,6 +23,7 @@ def _forward(gate_up: Tensor, out: Tensor) -> None:
     width = out.shape[-1]
     log_launch("swiglu_forward", "cpp")
     _C.swiglu_forward(dtype, gate_up.data_ptr(), out.data_ptr(), out.numel() // width, width, torch.get_num_threads())
+    hold(gate_up, out)
 
 
 def _backward(gate_up: Tensor, grad: Tensor) -> Tensor:
@@ -41,6 +42,7 @@ def _backward(gate_up: Tensor, grad: Tensor) -> Tensor:
         width,
         torch.get_num_threads(),
     )
+    hold(gate_up, grad, grad_gate_up)
     return grad_gate_up
 
 

@@ -14,7 +14,7 @@ from icegrt.distributed.megatron import load_megatron
 
 # What a run imports on use. Ranks inherit these modules: each import would take every rank's time again.
 USED_BY_RUNS = (
-    "icegrt.kernels.linear.chunked",
+    "icegrt.kernels.linear.cpp",
     "icegrt.ppo.trainer",
     "torch.utils.tensorboard",
     "transformers.models.llama.modeling_llama",

@@ -9,6 +9,7 @@ from icegrt.kernels import VocabShard, linear_logprobs, linear_ppo_loss, record_
 from icegrt.kernels.common import vocab_rows
 from icegrt.kernels.common.vocab_rows import RowStats, TokenGrads
 from icegrt.kernels.linear import cpp, torch_ops
+from icegrt.kernels.linear.chunked import _active_rows
 from icegrt.kernels.linear.inputs import HeadInputs, LogitsChunk
 from icegrt.kernels.linear.products import ChunkedHead
 
@@ -71,7 +72,6 @@ def test_statistics_are_those_of_fp64(columns, dtype, start):
 def test_gradients_are_those_of_pytorch_in_fp64(columns, with_entropy, active):
     head, z = head_of(columns, torch.float32, entropy=with_entropy), logits_of(columns, torch.float32)
     wide_head = head_of(columns, torch.float64, entropy=with_entropy)
-    z[5] = 0.0
     labels = torch.arange(ROWS) * 5
     draw = torch.randn(2, ROWS, generator=torch.Generator().manual_seed(0))
     grads = TokenGrads(draw[0], draw[1] if with_entropy else None)
@@ -85,8 +85,12 @@ def test_gradients_are_those_of_pytorch_in_fp64(columns, with_entropy, active):
 
     ours = gradient(cpp, head, z.clone(), grads)
     theirs = gradient(torch_ops, wide_head, z.double(), TokenGrads(*(x if x is None else x.double() for x in grads)))
-    torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=2e-6, equal_nan=True)
     assert ours.shape[0] == (ROWS if active is None else len(active))
+    # A row with NaN has it in every column, and no other row has any.
+    kept = [*range(ROWS)] if active is None else active
+    assert [row.isnan().all() for row in ours] == [n == 5 for n in kept]
+    assert [row.isnan().any() for row in ours] == [n == 5 for n in kept]
 
 
 def test_a_probability_of_zero_has_a_gradient_of_exactly_zero():
@@ -97,6 +101,26 @@ def test_a_probability_of_zero_has_a_gradient_of_exactly_zero():
         head, LogitsChunk(slice(0, 1), z, labels, z, local, local), TokenGrads(torch.ones(1), None), None
     )
     assert dz[0, 1] == 0 and dz[0, 2] == 0 and abs(float(dz.sum())) < 1e-7
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_rows_that_move_within_the_logits_do_not_depend_on_threads(threads):
+    head, logits, labels = head_of(5003, torch.float32), torch.randn(64, 5003), torch.arange(64)
+    grads = TokenGrads(torch.randn(64), torch.randn(64))
+    grads.logprob[1::3], grads.entropy[1::3] = 0.0, 0.0
+    active = _active_rows(*grads)
+    assert active is not None and (active != torch.arange(len(active))).sum() > 10
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            z = logits.clone()
+            local = cpp.row_stats(head, z, labels)
+            chunk = LogitsChunk(slice(0, 64), z[:, :0], labels, z, local, local)
+            results.append(cpp.logits_grad(head, chunk, grads, active)[0].clone())
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -40,6 +40,30 @@ def calls(x, hidden, weight):
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+@pytest.mark.parametrize("labels_dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("name", ["logprobs", "loss"])
+def test_gradients_of_the_linear_operations_are_the_eager_ones(name, labels_dtype):
+    """A copy that is made for a call of the extension must outlive it: dynamo frees what is not read any more."""
+    generator = torch.Generator().manual_seed(0)
+    x, hidden, weight = (torch.randn(*shape, generator=generator) for shape in ((64,), (64, 4), (V, 4)))
+    labels = (torch.arange(64) % V).to(labels_dtype)
+
+    def call(h, w, t):
+        if name == "logprobs":
+            out = linear_logprobs(h, w, labels, temperature=t, entropy=True)
+            return (out.logprob_A * x).sum() + out.entropy_A.square().sum()
+        return linear_ppo_loss(h, w, labels, None, x, temperature=t, normalizer=3.0, entropy_coef=0.1).loss
+
+    torch.compiler.reset()
+    results = []
+    for function in (call, torch.compile(call, backend="eager", dynamic=True)):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = function(*leaves, 0.7)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
 def test_python_floats_change_neither_dtype_nor_bits():
     generator = torch.Generator().manual_seed(0)
     x, hidden, weight = (torch.randn(*shape, generator=generator) for shape in ((A,), (A, 4), (V, 4)))

@@ -52,9 +52,12 @@ def worker(rank, world, path):
     shard = VocabShard(dist.group.WORLD, start, stop - start, VOCAB)
     hidden, weight, labels, advantage = data()
     check_token_logprobs(hidden, weight, labels, shard, slice(start, stop))
-    check_linear(hidden, weight, labels, advantage, shard, slice(start, stop))
-    check_linear_exchange(hidden, weight, labels, advantage, shard, slice(start, stop))
-    check_fp32_bits(hidden.float(), weight.float(), labels, shard, slice(start, stop))
+    for backend in ("cpp", "chunked"):
+        with use_backend(linear_logprobs=backend, linear_ppo_loss=backend):
+            check_linear(hidden, weight, labels, advantage, shard, slice(start, stop))
+            check_linear_exchange(hidden, weight, labels, advantage, shard, slice(start, stop))
+            check_fp32_bits(hidden.float(), weight.float(), labels, shard, slice(start, stop))
+            check_bad_linear_rows(shard, slice(start, stop))
     check_sampling(hidden, weight, shard, slice(start, stop))
     check_sampling_exchange(shard, slice(start, stop))
     if importlib.util.find_spec("triton") and not torch.cuda.is_available():
@@ -242,6 +245,22 @@ def check_bad_rows(shard, columns, backend):
         equal_on_all_ranks(x.nan_to_num(nan=123.0))
     grad = logits.grad[:, : shard.valid]
     assert grad[1].isnan().all() and grad[[0, 2, 3, 4]].isfinite().all() and (grad[2] == 0).all()
+
+
+def check_bad_linear_rows(shard, columns):
+    """The same of the linear operations; a row of the identity is a column of the weight."""
+    generator = torch.Generator().manual_seed(2)
+    labels, hidden = torch.tensor([0, 30, 2, 3]), torch.eye(4)
+    weight = torch.randn(PADDED, 4, generator=generator)
+    weight[20, 1] = math.nan
+    for rows in ([0, 2, 3], [0, 1, 2, 3]):  # a product with 0 spreads NaN over the rows
+        leaf = hidden[rows].requires_grad_()
+        used = weight if 1 in rows else weight.nan_to_num(nan=0.0)
+        out = linear_logprobs(leaf, used[columns], labels[rows], temperature=0.7, entropy=True, shard=shard)
+        (out.logprob_A.sum() + out.entropy_A.sum()).backward()
+        for x in (out.logprob_A, out.entropy_A, leaf.grad):
+            assert x.isnan().all() if 1 in rows else x.isfinite().all()
+            equal_on_all_ranks(x.nan_to_num(nan=123.0))
 
 
 def check_reductions(rank, world):

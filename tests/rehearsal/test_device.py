@@ -1,7 +1,9 @@
 """The rehearsed device goes through the engine's code for GPUs: groups of NCCL alone, overlapped gathers, few waits."""
 
+import re
 import warnings
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch.distributed as dist
 from icegrt.distributed.layout import Layout
 from icegrt.errors import RunError
 from icegrt.rehearsal.collectives import DeviceMismatch
-from icegrt.rehearsal.device import rehearsed_gpu, rehearsed_world
+from icegrt.rehearsal.device import _EXTENSION_OPERATORS, rehearsed_gpu, rehearsed_world
 from icegrt.rehearsal.watcher import Watcher
 from icegrt.roles import role
 from icegrt.roles.optimizer import wrap
@@ -23,6 +25,13 @@ def opened(layout, world_size=8, rank=0):
     """The cluster of a rank, its watcher, and the counts of a block."""
     watcher = Watcher()
     return watcher, rehearsed_gpu(watcher, 80 * GIB), rehearsed_world(layout, rank, world_size, 8)
+
+
+def test_no_kernel_of_the_extension_gets_an_address_of_the_meta_device():
+    """They would read address 0 in a rehearsal of ranks on CPUs. shaped_gae takes arrays, which meta tensors refuse."""
+    sources = (Path(__file__).parents[2] / "src" / "icegrt" / "kernels").glob("*/cpp.py")
+    called = {name for path in sources for name in re.findall(r"\b_C\.(\w+)\(", path.read_text(encoding="utf-8"))}
+    assert called == set(_EXTENSION_OPERATORS)
 
 
 def test_no_group_has_a_host_side(tmp_path):

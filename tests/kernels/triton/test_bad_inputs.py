@@ -22,7 +22,7 @@ from icegrt.kernels.ppo_policy_loss import inputs
 
 NAN, INF = math.nan, math.inf
 STREAM_BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton"])
-LINEAR_BACKENDS = pytest.mark.parametrize("backend", ["reference", "chunked", "triton"])
+LINEAR_BACKENDS = pytest.mark.parametrize("backend", ["reference", "chunked", "cpp", "triton"])
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 
 
@@ -324,7 +324,8 @@ def test_linear_rows_of_nan_and_rows_without_a_finite_logit(backend):
 
 @pytest.mark.parametrize(
     ("operation", "backend"),
-    [("logits", b) for b in ("reference", "triton")] + [("hidden", b) for b in ("reference", "chunked", "triton")],
+    [("logits", b) for b in ("reference", "triton")]
+    + [("hidden", b) for b in ("reference", "chunked", "cpp", "triton")],
 )
 def test_logits_far_from_zero_cost_no_digits_under_a_temperature(operation, backend):
     """The peak is subtracted before the division: a quotient near -1e4 / 0.7 has an ulp of 1e-3."""
