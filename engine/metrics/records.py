@@ -135,8 +135,10 @@ class PPOStep:
     """Number of response tokens."""
     response_tokens_per_second: float
     """Response tokens per second of the iteration, without evaluation and checkpoint."""
+    rollout_logprob_gap_mean: float | None = None
+    """Mean of |log-prob in rollout - log-prob in scoring| over tokens, in nats; None without a pass of the actor."""
     rollout_logprob_gap_max: float | None
-    """Largest |log-prob in rollout - log-prob in scoring| of a token, in nats; None without a pass of the actor."""
+    """The largest such difference of a token, in nats; None without a pass of the actor."""
     padding_fraction: float
     """Padding tokens at the ends of micro-batches over all tokens."""
     sources: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)

@@ -108,12 +108,13 @@ def policy_metrics(
     rollout_A = experience.rollout_logprob_A
     if rollout_A is None:
         rollout_A = rollout_logprobs(experience.plan, cluster.device)
-    entropy, gap_max = _mean(experience.entropy_A, counted_A, cluster), None
+    entropy, gap_mean, gap_max = _mean(experience.entropy_A, counted_A, cluster), None, None
     if entropy is None:
         # No inference pass of the actor: the mean of -log p over its samples estimates the entropy without bias.
         entropy = _mean(-rollout_A, counted_A, cluster)
     else:
         gap_A = (rollout_A - experience.old_logprob_A).abs()
+        gap_mean = _mean(gap_A, counted_A, cluster)
         gap_max = _maximum(gap_A if counted_A is None else gap_A * counted_A, cluster)
     # A clipped token has an advantage, so that none of those that left is one. A masked one may have none.
     per_clip_token = _per_read_token if experience.weights.correction == "dis" else _per_token
@@ -132,6 +133,7 @@ def policy_metrics(
         "zero_advantage_fraction": left_responses / len(experience.plan.responses),
         "grad_norm_actor": mean_grad_norm(outcome.actor) if outcome.actor else 0.0,
         "lr_actor": outcome.actor[-1].lr if outcome.actor else 0.0,
+        "rollout_logprob_gap_mean": gap_mean,
         "rollout_logprob_gap_max": gap_max,
         "positive_nll": _positive_nll(stats),
     }

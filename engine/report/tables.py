@@ -130,7 +130,13 @@ def charts(panels: Sequence[Any]) -> list[dict[str, Any]]:
     ]
 
 
-_OPTIONAL = ("correction_fraction", "correction_ratio_mean", "positive_nll", "overlong_penalty_mean")
+_OPTIONAL = (
+    "correction_fraction",
+    "correction_ratio_mean",
+    "positive_nll",
+    "overlong_penalty_mean",
+    "rollout_logprob_gap_mean",
+)
 
 
 def training(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
@@ -153,7 +159,8 @@ def training(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
         "value explained variance": ("value_explained_variance", number),
         "response length, tokens": ("response_tokens_mean", number),
         "truncated answers": ("truncated_fraction", percent),
-        "rollout and scoring log-prob gap, nats": ("rollout_logprob_gap_max", number),
+        "rollout and scoring log-prob gap, nats per token": ("rollout_logprob_gap_mean", number),
+        "largest such gap, nats": ("rollout_logprob_gap_max", number),
     }
     first_last = [json_safe(step, not_finite_as_null=True) for step in (steps[0], steps[-1])]
     # Metrics that the run does not have are left out.

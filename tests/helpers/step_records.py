@@ -26,6 +26,7 @@ HEALTHY = {
     "truncated_fraction": 0.02,
     "response_tokens": 4000,
     "response_tokens_per_second": 900.0,
+    "rollout_logprob_gap_mean": 1e-7,
     "rollout_logprob_gap_max": 1e-6,
     "padding_fraction": 0.0,
 }

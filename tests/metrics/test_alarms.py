@@ -94,6 +94,8 @@ def test_gaming_on_held_out_prompts():
         ({"truncated_fraction": 0.25}, ("25%", "20%", "ppo.sampling.max_new_tokens")),
         ({"clip_fraction": 0.5}, ("50%", "40%", "ppo.optimizer.lr")),
         ({"rollout_logprob_gap_max": 0.02}, ("0.02", "0.01", "ppo.run.dtype")),
+        ({"rollout_logprob_gap_mean": 0.004}, ("0.004 nats per token", "0.001", "ppo.run.dtype")),
+        ({"rollout_logprob_gap_mean": None, "rollout_logprob_gap_max": 0.02}, ("up to 0.02", "ppo.run.dtype")),
         ({"correction_fraction": 0.3}, ("30%", "20%", "ppo.tis_cap")),
         ({"skipped_steps": 2}, ("2 optimizer steps", "allowed: 0", "ppo.optimizer.lr")),
         ({"value_loss": math.nan}, ("value_loss", "ppo.optimizer.lr")),
@@ -108,7 +110,8 @@ def test_one_figure_out_of_bounds(changes, words):
 def test_what_dis_replaces_is_not_watched_and_what_it_masks_is():
     """Its ratio is to the rollout's probability, and without inference there is no gap."""
     config = PPOConfig(correction="dis", kl_logprobs="rollout", optimizer=OptimizerConfig(lr=0.0))
-    quiet = step(1, ratio_max=1.001, clip_fraction=0.5, rollout_logprob_gap_max=None, kl_nats_per_response=0.02)
+    no_gap = {"rollout_logprob_gap_mean": None, "rollout_logprob_gap_max": None}
+    quiet = step(1, ratio_max=1.001, clip_fraction=0.5, kl_nats_per_response=0.02, **no_gap)
     assert messages([quiet], config) == []
     (message,) = messages([step(1, correction_fraction=0.5)], config)
     assert "ppo.dis_low and ppo.dis_high (now 0.2 and 0.2)" in message
@@ -116,8 +119,9 @@ def test_what_dis_replaces_is_not_watched_and_what_it_masks_is():
 
 def test_bf16_may_differ_more_between_rollout_and_scoring():
     config = PPOConfig(run=RunConfig(dtype="bf16"))
-    assert messages([step(2, rollout_logprob_gap_max=0.1)], config) == []
-    assert "bf16" in messages([step(2, rollout_logprob_gap_max=0.6)], config)[0]
+    assert messages([step(2, rollout_logprob_gap_mean=0.05, rollout_logprob_gap_max=0.7)], config) == []
+    assert "bf16" in messages([step(2, rollout_logprob_gap_mean=0.2)], config)[0]
+    assert "bf16" in messages([step(2, rollout_logprob_gap_max=3.0)], config)[0]
 
 
 def test_entropy_collapse_is_measured_against_the_first_iterations():

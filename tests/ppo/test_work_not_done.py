@@ -64,7 +64,7 @@ def test_inference_reads_the_actor_only_where_something_needs_it(settings, expec
     passes = passes_of_the_actor(run, monkeypatch)
     step = run.step()
     assert len(passes) == expected
-    assert (step.rollout_logprob_gap_max is None) == (not expected)
+    assert (step.rollout_logprob_gap_max is None) == (step.rollout_logprob_gap_mean is None) == (not expected)
     assert step.grad_norm_actor > 0 and step.skipped_steps == 0
     # Actor and reference are one model: the KL is 0, exactly if inference read it, else up to the rollout's rounding.
     assert step.kl_nats_per_response == (0.0 if expected else pytest.approx(0.0, abs=1e-4))

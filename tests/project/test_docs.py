@@ -104,6 +104,8 @@ def test_the_page_of_alarms_has_the_thresholds_of_the_code():
     }
     for name, text in expected.items():
         assert text in explained[name], name
+    means = alarms.ROLLOUT_GAP_MEAN_NATS
+    assert f"{means['fp32']:g} nats in fp32, or {means['bf16']:g} nats" in explained["gap"]
     assert alarms.DISTINCT_FRACTION_OF_FIRST == 0.5 and "half of the first" in explained["distinct"]
     introduction = page("alarms.md").split("## ")[0]
     for text in (
