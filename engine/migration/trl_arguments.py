@@ -117,8 +117,8 @@ def _log_to(settings: Settings) -> tuple[list[str]]:
     return ([x for x in loggers if x in _LOGGERS],)
 
 
-def _recompute(settings: Settings) -> tuple[str]:
-    return ("full" if settings["gradient_checkpointing"] else "none",)
+def _recompute(settings: Settings) -> tuple[str | None]:
+    return ("full" if settings.given.get("gradient_checkpointing") else None,)
 
 
 TRAINING_ARGUMENTS = (
@@ -192,7 +192,8 @@ TRAINING_ARGUMENTS = (
         ("gradient_checkpointing",),
         True,
         ("ppo.run.recompute",),
-        "true is `full`",
+        "TRL's PPO loop replaces that of transformers and never applies it. A `true` in the file is taken as meant: "
+        "`full`. Without the key nothing is computed again, as in TRL",
         "bool",
         _recompute,
     ),

@@ -84,7 +84,7 @@ def test_the_example_of_trl_loads_and_passes_the_checks_of_a_run(tmp_path, capsy
     assert (config.missing_eos_penalty, config.score_scale, config.score_clip) == (1.0, False, 0.0)
     assert config.optimizer == dataclasses.replace(config.critic.optimizer)
     assert (config.optimizer.lr, config.optimizer.beta2, config.optimizer.clip_grad) == (3e-6, 0.999, 0.0)
-    assert (config.run.dtype, config.run.recompute, config.run.seed) == ("bf16", "full", 42)
+    assert (config.run.dtype, config.run.recompute, config.run.seed) == ("bf16", "none", 42)
     assert f"{tmp_path}/config.yaml:2: dataset_name=trl-lib/tldr" in report
     assert "still to set: ppo.prompts" in report
 
@@ -132,6 +132,7 @@ def test_minibatches_are_the_steps_that_trl_takes(tmp_path, per_device, accumula
         ("stop_token_id: 7", "sampling.stop_token_ids", [7]),
         ("report_to: [wandb, tensorboard]", "run.log_to", ["wandb"]),
         ("bf16: false", "run.dtype", "fp32"),
+        ("gradient_checkpointing: true", "run.recompute", "full"),
         ("use_peft: true\nlora_target_modules: all-linear", "lora.target_modules", PPOConfig().lora.target_modules),
         ("use_peft: true\nlora_r: 8", "lora.rank", 8),
         ("use_peft: true", "critic.init", "actor"),
