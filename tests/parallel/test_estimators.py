@@ -106,7 +106,7 @@ def test_a_layout_is_the_same_run_as_one_process(layout, one, tmp_path):
                 assert step[figure] == pytest.approx(expected[figure], abs=1e-4), (case, figure)
             assert step["grad_norm_actor"] == pytest.approx(expected["grad_norm_actor"], rel=1e-4)
         assert tiny.gap(weights, expected_weights)[0] <= 1e-5, case
-        # With whiten_advantages=rank the loss reads the moments of a rank alone.
+        # Moments of the ranks differ, so that global ones are merged from them.
         assert (split > 0) == own_moments == ("dp2" in layout), case
 
 

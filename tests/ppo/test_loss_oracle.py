@@ -37,6 +37,9 @@ CASES = {
     "a constant": {"loss_aggregation": "constant", "loss_constant": 5},
     "the longest length": {"loss_aggregation": "constant"},
     "positive examples": {"positive_nll_coef": 0.3},
+    "positive by the total score": {
+        "positive_nll_coef": 0.3, "positive_nll_score": "total", "positive_nll_threshold": 1.5,
+    },
     "all together": {
         "correction": "tis", "loss_aggregation": "sequence", "positive_nll_coef": 0.1, "entropy_coef": 0.05,
         "tis_cap": 1.1,
@@ -70,6 +73,7 @@ def scored(cluster):
         ref_A=old_A + 0.2 * streams[0],
         advantage_A=streams[1],
         function_N=torch.tensor([[0.0, 1.0, torch.nan, 0.5][r.sequence_id % 4] for r in plan.local_responses]),
+        total_N=torch.tensor([[2.0, 1.0, 1.5, -1.0][r.sequence_id % 4] for r in plan.local_responses]),
         dropped_N=dropped_N,
         actor=tiny.role(moved, learns=tiny.ppo_config("unused").optimizer),
     )
@@ -79,7 +83,7 @@ def as_experience(config, scored, cluster):
     zeros = torch.zeros_like(scored.old_A)
     moments = Moments(*(torch.tensor(x, dtype=torch.float64) for x in (1.0, 0.0, 1.0)))
     shaped = ShapedGAE(scored.advantage_A, zeros, zeros, torch.zeros(len(scored.dropped_N)), moments)
-    positive_N = right_responses(config, scored.function_N, scored.function_N)
+    positive_N = right_responses(config, scored.function_N, scored.total_N)
     weights = loss_weights(config, scored.plan, scored.old_A, scored.rollout_A, positive_N, cluster)
     return Experience(
         scored.plan, None, scored.old_A, None, scored.ref_A, zeros, shaped, moments, scored.rollout_A, weights
@@ -135,7 +139,8 @@ def oracle(config, scored, number):
                 log_weight = triples[t][1] - triples[t][2]
                 extra = extra * min(math.exp(log_weight), config.tis_cap)
             total = total + loss + extra
-            if config.positive_nll_coef and scored.function_N[n] >= 0.5:
+            score = {"function": scored.function_N, "total": scored.total_N}[config.positive_nll_score][n]
+            if config.positive_nll_coef and score >= config.positive_nll_threshold:
                 nll, right_tokens = nll - logp, right_tokens + 1
         sums.append(total)
         lengths.append(len(terms))
