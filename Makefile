@@ -71,7 +71,7 @@ format: install  ## rewrite to the house format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: install  ## all benchmarks that this machine can run; rows, plots and a page go to bench/results/<device>/
+bench: install  ## the benchmarks of operations and rollout; rows, plots and a page go to bench/results/<device>/
 	@status=0; $(RUN_BENCHES); exit $$status
 
 bench-peers:  ## TRL in .venv-peers; with a GPU also flash-attn, Liger-Kernel and cut-cross-entropy beside icegrt
