@@ -178,7 +178,7 @@ def _contrast_row(result: ContrastResult, count: int) -> dict[str, str]:
     row = {
         "name": contrast.name,
         "pair": f"{contrast.a} \N{MINUS SIGN} {contrast.b}",
-        "measure": result.measure,
+        "measure": result.label,
         "expected": expected,
         "seeds": str(len(result.seeds)),
         "sentence": sentence(result, count),
@@ -205,15 +205,28 @@ def _p_text(p_value: float) -> str:
 
 
 def value_text(measure: StudyMeasure, curves: Mapping[str, Sequence[Curve]] | None) -> str:
-    """Return what the measure of a run is, with the iterations it is from; curves: by setting, None without rows."""
+    """Return what the measure of a run is, with the iterations it is from, and its mean where the curves begin.
+
+    Args:
+        measure: what is read.
+        curves: of the runs by setting; None for a measure without rows.
+    """
     field = f"{measure.field} in {measure.file}"
     if curves is None:
         return field
     text = f"mean of the last {measure.last} values of {field}" if measure.last > 1 else f"last value of {field}"
-    read = {", ".join(f"{x:g}" for x, _ in curve[-measure.last :]) for lines in curves.values() for curve in lines}
+    found = [curve for lines in curves.values() for curve in lines]
+    read = {", ".join(f"{x:g}" for x, _ in curve[-measure.last :]) for curve in found}
     if len(read) > 1:
         return f"{text}, whose iterations differ between runs"
-    return f"{text}, of iteration {read.pop()}" if read else text
+    if not read:
+        return text
+    text = f"{text}, of iteration {read.pop()}"
+    starts = {curve[0][0] for curve in found}
+    if len(starts) > 1:
+        return text
+    mean = sum(curve[0][1] for curve in found) / len(found)
+    return f"{text}; at iteration {starts.pop():g} the mean of all runs is {number(mean)}"
 
 
 def _setting_rows(config: StudyConfig, results: Results) -> list[dict[str, Any]]:

@@ -65,8 +65,9 @@ def _draw_curves(axes: Any, curves: dict[str, list[Curve]], settings: list[str],
         axes.plot(x, mean, line, color=color, marker=marker, label=f"{setting} ({len(curves[setting])} seeds)")
         axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
     axes.set_xlabel("iteration", fontsize=8)
+    axes.set_ylabel(label, fontsize=8)
     axes.legend(fontsize=7, frameon=False)
-    _style(axes, f"{label}: mean and range over seeds")
+    _style(axes, "mean and range over seeds")
 
 
 def _draw_values(axes: Any, results: Results, measure: str, label: str) -> None:
@@ -80,7 +81,8 @@ def _draw_values(axes: Any, results: Results, measure: str, label: str) -> None:
         axes.plot([sum(values) / len(values)], [number], "|", color=color, markersize=18, markeredgewidth=2)
     axes.set_yticks(range(len(settings)), settings, fontsize=8)
     axes.set_ylim(len(settings) - 0.5, -0.5)
-    _style(axes, f"{label}: every run")
+    axes.set_xlabel(label, fontsize=8)
+    _style(axes, "every run")
 
 
 def _draw_contrasts(axes: Any, contrasts: Sequence[ContrastResult], label: str) -> None:
@@ -95,4 +97,5 @@ def _draw_contrasts(axes: Any, contrasts: Sequence[ContrastResult], label: str) 
     names = [f"{c.contrast.name}\n{c.contrast.a} \N{MINUS SIGN} {c.contrast.b}" for c in contrasts]
     axes.set_yticks(range(len(contrasts)), names, fontsize=8)
     axes.set_ylim(len(contrasts) - 0.5, -0.5)
-    _style(axes, f"{label}: differences, 95% CI")
+    axes.set_xlabel(f"difference in {label}", fontsize=8)
+    _style(axes, "differences, 95% CI")

@@ -47,6 +47,7 @@ class ContrastResult:
         holm_p: p-value adjusted for all contrasts that have a difference.
         outcome: one of `verdicts.OUTCOMES`.
         late: number of runs that had finished when it was added or changed; None if it was frozen before the first.
+        unit: of the measure; empty if it has none.
     """
 
     contrast: StudyContrast
@@ -56,6 +57,12 @@ class ContrastResult:
     holm_p: float | None
     outcome: str
     late: int | None
+    unit: str = ""
+
+    @property
+    def label(self) -> str:
+        """The measure with its unit."""
+        return f"{self.measure} ({self.unit})" if self.unit else self.measure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +165,7 @@ def collect(config: StudyConfig, tasks: Sequence[Task], late: Mapping[str, int])
 def _contrasts(
     config: StudyConfig, values: Mapping[str, Mapping[str, Mapping[int, float]]], late: Mapping[str, int]
 ) -> list[ContrastResult]:
-    pairs = []
+    pairs, units = [], {measure.name: measure.unit for measure in config.measures}
     for contrast in config.contrasts:
         measure = contrast.measure or config.measures[0].name
         a, b = values[measure][contrast.a], values[measure][contrast.b]
@@ -175,6 +182,7 @@ def _contrasts(
             None if difference is None else next(adjusted),
             outcome_of(contrast, difference),
             late.get(contrast.name),
+            units[measure],
         )
         for contrast, measure, seeds, difference in pairs
     ]

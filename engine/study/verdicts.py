@@ -55,7 +55,7 @@ def sentence(result: ContrastResult, contrasts: int) -> str:
     text = OUTCOMES[result.outcome].format(
         a=contrast.a,
         b=contrast.b,
-        measure=result.measure,
+        measure=result.label,
         expected=f"a {contrast.expected} one",
         margin=number(contrast.margin),
         direction="" if difference is None else "a higher" if difference.mean > 0 else "a lower",

@@ -99,7 +99,9 @@ def test_the_page_says_what_a_measure_is():
     ended, cut = [(float(x), 0.5) for x in (4, 8, 12)], [(4.0, 0.5), (8.0, 0.5)]
     text = "last value of evaluation.score in metrics.jsonl"
     assert value_text(final, {}) == text
-    assert value_text(final, {"a": [ended, ended], "b": [ended]}) == f"{text}, of iteration 12"
+    whole = value_text(final, {"a": [ended, [(4.0, 2.0), *ended[1:]]], "b": [ended]})
+    assert whole == f"{text}, of iteration 12; at iteration 4 the mean of all runs is 1.000"
+    assert value_text(final, {"a": [ended, ended[1:]]}) == f"{text}, of iteration 12"
     assert value_text(final, {"a": [ended], "b": [cut]}) == f"{text}, whose iterations differ between runs"
     assert value_text(StudyMeasure(name="peak", file="memory.json", field="peak"), None) == "peak in memory.json"
 
@@ -252,9 +254,9 @@ def difference(low, high, seeds=5):
 def test_the_interval_decides_the_outcome(expected, low, high, outcome):
     contrast = StudyContrast(name="c", a="a", b="b", expected=expected, margin=0.2 if expected == "equal" else 0)
     assert outcome_of(contrast, difference(low, high)) == outcome
-    result = ContrastResult(contrast, "score", [0, 1, 2, 3, 4], difference(low, high), 0.2, outcome, None)
+    result = ContrastResult(contrast, "score", [0, 1, 2, 3, 4], difference(low, high), 0.2, outcome, None, "nats")
     text = sentence(result, 7)
-    assert text.startswith(OUTCOMES[outcome].split("{")[0]) and "{" not in text
+    assert text.startswith(OUTCOMES[outcome].split("{")[0]) and "{" not in text and "score (nats)" in text
     notes = "It does not hold after Holm's correction for 7 contrasts." in text
     assert notes == (outcome in ("as expected", "opposite"))
 
