@@ -56,7 +56,7 @@ def test_the_page_has_contrasts_power_settings_and_what_was_frozen(finished):
     document = json.loads((folder / "study" / "study.json").read_text(encoding="utf-8"))
     for text in (markdown, page):
         assert "2 of 4 expectations were confirmed, 1 failed, 1 without a measurable difference." in text
-        assert "The expectation failed: more has a higher score than plain, not a lower one: +0." in text
+        assert "The expectation failed: more has a higher score (points) than plain, not a lower one: +0." in text
         assert "There are 4 contrasts. Each interval holds for its contrast alone, it is not simultaneous" in text
         assert "score: mean of the last 2 values of evaluation.score in metrics.jsonl, of iteration 3, 4" in text
         assert "12 of 12 runs finished." in text and "The study was not amended." in text
@@ -152,7 +152,8 @@ def test_a_failed_run_is_shown_and_does_not_end_the_study(tmp_path, capsys):
     assert cli.main(["study", str(path)]) == 1
     output = capsys.readouterr()
     assert "1 of 8 runs failed; --retry-failed runs them again" in output.err
-    assert "As expected, more and plain differ in score by less than 1.000" in output.out and "3 seeds" in output.out
+    expected = "As expected, more and plain differ in score (points) by less than 1.000"
+    assert expected in output.out and "3 seeds" in output.out
     text = (tmp_path / "study" / "study.md").read_text(encoding="utf-8")
     assert "7 of 8 runs finished, 1 failed" in text
     assert "* more, seed 1: it ended with exit status 1." in text
